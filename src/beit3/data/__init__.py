@@ -1,0 +1,1 @@
+"""From files to tensors: records, transforms, masks and the readers of public annotation files."""

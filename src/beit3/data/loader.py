@@ -1,0 +1,114 @@
+"""Records -> batches, as a pure function of (seed, step, process): nothing to save, so a resume is exact.
+
+Step s of a source with global batch B reads positions s*B .. (s+1)*B - 1 of an endless sequence of epochs, each a
+permutation seeded by (seed, epoch, source). A process takes its contiguous share, cut into micro-batches.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch.utils.data import DataLoader, Dataset
+
+from beit3.data.masking import rng
+from beit3.data.records import Records
+
+PASSED_OVER = "passed_over"
+"""Batch key: one line for every unreadable record that another one replaced."""
+
+Place = tuple[str, int]
+"""(source, position in its endless sequence)."""
+
+
+class Source:
+    """The records of one split of one source, with image paths made absolute; `limit` > 0 keeps the first so many."""
+
+    def __init__(self, path: Path, root: Path, *, limit: int = 0):
+        self.path, self.root = path, root
+        self.records = Records(path)
+        self.size = min(limit, len(self.records)) if limit else len(self.records)
+        if not self.size:
+            raise ValueError(f"{path} holds no records: run beit3 prepare again, or check the raw data")
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        record = dict(self.records[index])
+        if "image" in record:
+            record["image"] = str(self.root / record["image"])
+        return record
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return (self[index] for index in range(len(self)))
+
+
+class Examples(Dataset):
+    """Map-style access by `Place`. An unreadable record is replaced by the next of the same epoch, and named."""
+
+    def __init__(self, sources: Mapping[str, Source], make: Callable[..., dict[str, Any]], *, seed: int):
+        self.sources, self.make, self.seed = sources, make, seed
+        self.order = lru_cache(maxsize=8)(self._order)
+
+    def _order(self, name: str, epoch: int) -> np.ndarray:
+        return rng(self.seed, epoch, name).permutation(len(self.sources[name]))
+
+    def __getitem__(self, place: Place) -> dict[str, Any]:
+        name, position = place
+        source = self.sources[name]
+        epoch, offset = divmod(position, len(source))
+        order, failures = self.order(name, epoch), []
+        for index in np.roll(order, -offset):
+            record = source[int(index)]
+            try:
+                example = self.make(record, True, rng=rng(self.seed, epoch, str(record["id"])))
+                return example | {PASSED_OVER: failures}
+            except ValueError as error:
+                failures.append(f"{name} record {record['id']}: {error}")
+        raise ValueError(f"not one record of {source.path} can be read; the first: {failures[0]}")
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key != "order"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.order = lru_cache(maxsize=8)(self._order)
+
+
+def step_places(
+    step: int, batch: Mapping[str, int], sources: Sequence[str], *, micro_batch: int, rank: int, world: int
+) -> list[list[Place]]:
+    """The micro-batches of one step on one process, in the order of `sources`."""
+    pieces = []
+    for name in sources:
+        share, rest = divmod(batch[name], world)
+        if rest:
+            raise ValueError(f"data.batch.{name} {batch[name]} does not divide over {world} processes")
+        first = step * batch[name] + rank * share
+        size = min(micro_batch or share, share)
+        pieces += [
+            [(name, position) for position in range(start, min(start + size, first + share))]
+            for start in range(first, first + share, max(1, size))
+        ]
+    return pieces
+
+
+def step_batches(
+    examples: Examples, collate: Callable[..., dict[str, Any]], steps: Sequence[list[list[Place]]], *, workers: int
+) -> Iterator[list[dict[str, Any]]]:
+    """For each step its list of micro-batches; `steps` holds the places of the steps still to come."""
+
+    def stack(items: list[dict[str, Any]]) -> dict[str, Any]:
+        failures = [line for item in items for line in item.pop(PASSED_OVER)]
+        return collate(items) | {PASSED_OVER: failures}
+
+    places = [piece for step in steps for piece in step]
+    loader = DataLoader(
+        examples, batch_sampler=places, collate_fn=stack, num_workers=workers,
+        persistent_workers=workers > 0, prefetch_factor=4 if workers else None,
+    )  # fmt: skip
+    batches = iter(loader)
+    for step in steps:
+        yield [next(batches) for _ in step]

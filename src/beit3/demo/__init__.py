@@ -1,0 +1,1 @@
+"""The tour on the embedded world, and the long comparison whose table carries the claims."""

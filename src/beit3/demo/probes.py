@@ -1,0 +1,106 @@
+"""What a pretrained network has learnt, beside the guesses that need no learning.
+
+All figures are over held-out records, with the masks that evaluation always draws for them.
+"""
+
+from collections.abc import Iterator
+from itertools import islice
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from beit3.data.loader import Source
+from beit3.task import Batch
+from beit3.tasks.pretrain import IGNORE, Pretrain
+from beit3.tokenizer.text import TextTokenizer
+from beit3.train.evaluate import batches
+from beit3.world.scene import COLORS, SHAPES, SIZES
+
+BATCH = 100
+
+
+def attribute_ids(tokenizer: TextTokenizer) -> dict[str, list[int]]:
+    """Token ids of the world's color, shape and size words; ValueError unless each word is one token."""
+    kinds = {"color": COLORS, "shape": SHAPES, "size": SIZES}
+    ids = {}
+    for kind, words in kinds.items():
+        pieces = [tokenizer.pieces(f"a {word}")[1:] for word in words]
+        if any(len(piece) != 1 for piece in pieces):
+            raise ValueError(f"the text tokenizer cuts {kind} words into several tokens: train it with a larger vocabulary")
+        ids[kind] = [piece[0] for piece in pieces]
+    return ids
+
+
+@torch.no_grad()
+def attribute_words(task: Pretrain, pairs: Source, *, limit: int = 1500) -> dict[str, float]:
+    """Share of hidden attribute words filled correctly with the right image and with another record's.
+
+    Keys `right`, `wrong`, `text_right`, `text_wrong` (mean paired text loss in nats), and per kind `right/color` ...
+    """
+    task.eval()
+    kinds = attribute_ids(task.tokenizer)
+    hits: dict[str, list[float]] = {}
+    for batch in batches(task, islice(pairs, limit), BATCH):
+        hidden = batch["text_target"] != IGNORE
+        targets = batch["text_target"][hidden]
+        shift = len(batch["id"]) // 2  # far enough that the other image is of another scene
+        for name, image in (("right", batch["image"]), ("wrong", batch["image"].roll(shift, 0))):
+            logits = task.text_head(task.encode(batch | {"image": image}).of("text")[hidden])
+            hits.setdefault(f"text_{name}", []).extend(F.cross_entropy(logits, targets, reduction="none").tolist())
+            correct = logits.argmax(-1) == targets
+            for kind, ids in kinds.items():
+                chosen = correct[torch.isin(targets, torch.tensor(ids))].float().tolist()
+                hits.setdefault(f"{name}/{kind}", []).extend(chosen)
+                hits.setdefault(name, []).extend(chosen)
+    return {name: float(np.mean(values)) for name, values in hits.items()}
+
+
+def hidden_patches(task: Pretrain, source: Source, limit: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """(codes [B, P], mask [B, P]) of a source's images."""
+    for batch in batches(task, islice(source, limit), BATCH):
+        yield task.codes(batch), batch["image_mask"]
+
+
+def nearest_visible(mask: np.ndarray) -> np.ndarray:
+    """For a mask [h, w] the flat index of the nearest visible patch of every patch; ties go to the first in reading order."""
+    places = np.argwhere(np.ones_like(mask))
+    visible = np.argwhere(~mask)
+    distance = ((places[:, None] - visible[None]) ** 2).sum(-1)
+    return np.ravel_multi_index(tuple(visible[distance.argmin(1)].T), mask.shape)
+
+
+@torch.no_grad()
+def nearest_patch_guess(task: Pretrain, train: Source, held_out: Source, *, limit: int = 2000) -> float:
+    """Cross-entropy in nats of the best guess of a hidden patch's code from its nearest visible patch's code.
+
+    The table P(code | nearest visible code) is counted on training images under the same masking, with add-half
+    smoothing, and read on held-out ones.
+    """
+    num_codes, grid = task.config.num_codes, task.config.model.grid
+    counts = np.full((num_codes, num_codes), 0.5)
+    losses: list[np.ndarray] = []
+    for source, count in ((train, True), (held_out, False)):
+        for codes, mask in hidden_patches(task, source, limit):
+            for row, hidden in zip(codes.numpy(), mask.numpy(), strict=True):
+                near = row[nearest_visible(hidden.reshape(grid))][hidden]
+                if count:
+                    np.add.at(counts, (near, row[hidden]), 1)
+                else:
+                    losses.append(-np.log(counts[near, row[hidden]] / counts[near].sum(1)))
+    return float(np.concatenate(losses).mean())
+
+
+def frequency_guess(task: Pretrain, train: Source, held_out: Source, *, limit: int = 3000) -> float:
+    """Cross-entropy in nats of guessing hidden tokens by their frequency among the training texts' hidden tokens."""
+    counts = np.full(task.config.model.vocab_size, 0.5)
+    np.add.at(counts, hidden_tokens(task, train, limit), 1)
+    return float(-np.log(counts / counts.sum())[hidden_tokens(task, held_out, limit)].mean())
+
+
+def hidden_tokens(task: Pretrain, source: Source, limit: int) -> np.ndarray:
+    """The true ids of all hidden tokens of a source."""
+    found: list[Batch] = [task.example(record, False) for record in islice(source, limit)]
+    targets = torch.cat([example["text_target"] for example in found])
+    return targets[targets != IGNORE].numpy()

@@ -1,0 +1,162 @@
+"""BEiT-3's backbone (paper section 2.1): images, texts or both -> token states.
+
+One call covers every use of the paper's figure 3: an image alone (vision encoder), a text alone (language encoder), both
+in two calls (dual encoder), both in one call (fusion encoder), and both with `attention_mask.image_to_text` (image to
+text). Whether a sequence is fused is decided here, once per call.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from beit3.model.attention_mask import joint, visible_keys
+from beit3.model.config import FUSION, IMAGE, TEXT, ModelConfig
+from beit3.model.embeddings import ImageEmbedding, TextEmbedding
+from beit3.model.layers import Block, Cache, LayerCache
+from beit3.model.multiway import Parts, Spans, norm
+from beit3.ops.init import seeded, trunc_normal
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Token states of one call, part by part in the order image, text."""
+
+    parts: Parts
+    spans: Spans
+
+    @property
+    def tokens(self) -> Tensor:
+        """All states [B, N, D]."""
+        return torch.cat(self.parts, 1)
+
+    def of(self, modality: str) -> Tensor:
+        """States [B, n, D] of `"image"` (class token first) or `"text"`."""
+        for part, (name, _) in zip(self.parts, self.spans, strict=True):
+            if name == modality:
+                return part
+        raise ValueError(f"no {modality} in this input: it holds {[name for name, _ in self.spans]}")
+
+    def first(self, modality: str) -> Tensor:
+        """The first state [B, D] of a modality: the class token's, or that of the text's begin mark."""
+        return self.of(modality)[:, 0]
+
+
+class BEiT3(nn.Module):
+    """The Multiway Transformer.
+
+    Parameters are named `image_embedding.*`, `text_embedding.*`, `blocks.{i}.{norm1,attention,norm2,ffn}.*`, `norm.*`;
+    a copy per modality is a child named `image`, `text` or `fusion`.
+    """
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.image_embedding = ImageEmbedding(config)
+        self.text_embedding = TextEmbedding(config)
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.depth))
+        experts = config.experts(config.depth - 1)
+        self.norm = norm(config.dim, config.norm_eps, experts, shared=config.shared_norms) if config.final_norm else None
+
+    def forward(
+        self,
+        image: Tensor | None = None,
+        text: Tensor | None = None,
+        *,
+        image_mask: Tensor | None = None,
+        text_padding: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        cache: Cache | None = None,
+    ) -> Encoded:
+        """Encode `image` [B, 3, H, W] and/or `text` [B, L] int64.
+
+        image_mask [B, P] bool, True = the patch is hidden. text_padding [B, L] bool, True = padding.
+        attention_mask [N, K] or [B, 1, N, K] bool, True = may attend; K counts the cached tokens too.
+        With a cache, this call's tokens come after those that it holds; padding is then not allowed.
+        Raises ValueError for no input, a text beyond the position table, or an image that patches do not tile.
+        """
+        if text_padding is not None:
+            text_padding = text_padding.bool()
+            if cache is not None:
+                raise ValueError("text_padding cannot be combined with a cache: leave padding out")
+        parts, spans = self.embed(image, text, image_mask, text_padding, cache)
+        keys = None if text_padding is None else visible_keys(sum(n for name, n in spans if name == IMAGE), text_padding)
+        mask = joint(attention_mask, keys)
+        layers: list[LayerCache] | list[None] = cache.layers if cache is not None else [None] * len(self.blocks)
+        fused = len(spans) == 2 or (cache is not None and cache.fused)
+
+        first_fusion = self.config.depth - self.config.fusion_layers
+        route = spans
+        for index, (block, layer_cache) in enumerate(zip(self.blocks, layers, strict=True)):
+            if fused and index == first_fusion:
+                parts, route = (torch.cat(parts, 1),), ((FUSION, sum(count for _, count in spans)),)
+            parts = block(parts, route, mask, layer_cache)
+        if self.norm is not None:
+            parts = self.norm(parts, route)
+        if route != spans:
+            parts = parts[0].split([count for _, count in spans], 1)
+        return Encoded(parts, spans)
+
+    def embed(
+        self, image: Tensor | None, text: Tensor | None, image_mask: Tensor | None, text_padding: Tensor | None,
+        cache: Cache | None,
+    ) -> tuple[Parts, Spans]:  # fmt: skip
+        """The input of the first block, and a cache made ready for it."""
+        parts: Parts = ()
+        spans: Spans = ()
+        if cache is not None and not cache.layers:
+            cache.layers.extend(LayerCache() for _ in self.blocks)
+            cache.fused = image is not None and text is not None
+        if image is not None:
+            parts = (self.image_embedding(image, image_mask),)
+            spans = ((IMAGE, parts[0].shape[1]),)
+        if text is not None:
+            start = 0 if cache is None else cache.num_text
+            parts += (self.text_embedding(text, text_padding, start=start),)
+            spans += ((TEXT, text.shape[1]),)
+            if cache is not None:
+                cache.num_text += text.shape[1]
+        if not parts:
+            raise ValueError("nothing to encode: give image, text or both")
+        return parts, spans
+
+    @torch.no_grad()
+    def init_weights(self, seed: int = 0) -> None:
+        """Initial values, each parameter from its own generator, so that they do not depend on the process count.
+
+        | parameter                      | beit (paper, section 3.2)               | magneto (release)                     |
+        |--------------------------------|-----------------------------------------|---------------------------------------|
+        | norms; biases                  | 1, 0; 0                                 | 1, 0; 0                               |
+        | mask and class token, tables   | normal .02 cut at one deviation         | the same                              |
+        | qkv, out, fc1, fc2             | the same; out, fc2 / sqrt(2 * layer)    | Xavier; value, out, fc1, fc2 * sqrt(ln(2 * depth)) |
+        """
+        for name, parameter in self.named_parameters():
+            self.init_parameter(name, parameter, seeded(seed, name))
+
+    def init_parameter(self, name: str, parameter: Tensor, generator: torch.Generator) -> None:
+        """The table of `init_weights`, for the parameter of this name."""
+        config = self.config
+        kind = name.rsplit(".", 1)[-1]
+        if "norm" in name or kind == "bias":
+            nn.init.constant_(parameter, float("norm" in name and kind == "weight"))
+            return
+        if config.init == "beit" or not name.startswith("blocks."):
+            trunc_normal(parameter, generator)
+            if name.startswith("blocks.") and (".out." in name or ".fc2." in name):
+                parameter.div_(math.sqrt(2 * self.layer_of(name)))
+            return
+        values = torch.empty(parameter.shape, dtype=parameter.dtype)
+        gain = math.sqrt(math.log(2 * config.depth))
+        if ".qkv." in name:
+            for index, rows in enumerate(values.chunk(3)):
+                nn.init.xavier_uniform_(rows, gain=gain if index == 2 else 1.0, generator=generator)
+        else:
+            nn.init.xavier_uniform_(values, gain=gain, generator=generator)
+        parameter.copy_(values)
+
+    def layer_of(self, name: str) -> int:
+        """Depth of a parameter for layer-wise learning rates: 0 embeddings, 1..depth blocks, depth + 1 the rest."""
+        if "embedding." in name:
+            return 0
+        return int(name.split(".")[1]) + 1 if name.startswith("blocks.") else self.config.depth + 1

@@ -1,0 +1,19 @@
+"""Position tables of images at other sizes than they were learnt at."""
+
+import torch.nn.functional as F
+from torch import Tensor, cat
+
+
+def resample_positions(table: Tensor, old: tuple[int, int], new: tuple[int, int], *, keep: int) -> Tensor:
+    """A table [keep + old rows * columns, D] for the grid `new`, any rectangle; the first `keep` rows are kept.
+
+    Bicubic, corners not aligned, no antialiasing, computed in float32: the release's rule for its image table, whose
+    first three rows are two dead ones and the class token's. Equal grids return the table itself.
+    """
+    if old == new:
+        return table
+    if table.shape[0] != keep + old[0] * old[1]:
+        raise ValueError(f"position table has {table.shape[0]} rows, not {keep} + {old[0]} x {old[1]}")
+    grid = table[keep:].float().reshape(1, *old, -1).permute(0, 3, 1, 2)  # [1, D, h, w]
+    grid = F.interpolate(grid, size=new, mode="bicubic", align_corners=False)
+    return cat((table[:keep], grid.permute(0, 2, 3, 1).reshape(new[0] * new[1], -1).to(table.dtype)))

@@ -1,0 +1,120 @@
+"""From raw inputs to a prediction: one call loads any weights, another asks them.
+
+The predictor knows files and pictures, the network (`.task`) only tensors: `.task.outputs(batch)` works without a text
+tokenizer and without answer names.
+"""
+
+import inspect
+import tempfile
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from beit3.task import Prediction, Task
+from beit3.tokenizer.text import TextTokenizer
+from beit3.weights import official, store
+from beit3.weights.fill import Report, is_text, stored, task_name
+
+
+class Predictor:
+    """A task in evaluation mode. `task`: the network; `report`: what was loaded, ignored, left fresh."""
+
+    def __init__(self, task: Task, report: Report):
+        self.task = task.eval()
+        self.report = report
+
+    @torch.inference_mode()
+    def __call__(self, *inputs: Any) -> Prediction:
+        """The prediction for one set of raw inputs, those of the task's `record`; images as paths or PIL images.
+
+        Raises ValueError for inputs that the task does not take or cannot read, and for parts that nobody has trained.
+        """
+        name = task_name(type(self.task))
+        make = getattr(self.task, "record", None)
+        if make is None:
+            raise ValueError(f"{name} takes no raw inputs: give tensors to .task.outputs(batch)")
+        untrained = [key for key in self.report.fresh if not is_text(key)]
+        if untrained:
+            raise ValueError(
+                f"the head of {name} is untrained ({untrained[0]}): fine-tune, or use .task.outputs(batch)"
+            )
+        signature = inspect.signature(make)
+        try:
+            signature.bind(*inputs)
+        except TypeError:
+            raise ValueError(f"{name} takes {', '.join(signature.parameters)}: {len(inputs)} inputs given") from None
+        with ExitStack() as files:
+            record = make(*(_on_disk(value, files) if isinstance(value, Image.Image) else value for value in inputs))
+            if "text" in record and any(map(is_text, self.report.fresh)):
+                raise ValueError(f"{self.report.source} holds the image side alone: give images without text")
+            batch = self.task.collate([self.task.example(record, False)])
+        device = next(self.task.parameters()).device
+        batch = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
+        return self.task.predict(batch)[0]
+
+
+def load(
+    path: str | Path,
+    *,
+    task: str | None = None,
+    num_heads: int | None = None,
+    text_model: str | Path | None = None,
+    answers: str | Path | Sequence[str] | None = None,
+) -> Predictor:
+    """Weights of any kind, ready to use on the CPU.
+
+    path: a directory of weights, a run with `best` or `last` in it, or a released file. task: what to build from a
+    released file, by default what its keys say. num_heads: where 64 units a head is wrong. text_model: the
+    SentencePiece file of released weights. answers: names of the VQA head's outputs, a list or a file. Raises
+    ValueError, in one line.
+    """
+    path = Path(path)
+    names = _answers(answers)
+    if path.is_dir():
+        return _load_directory(path, task, text_model, names)
+    tokenizer = None if text_model is None else TextTokenizer(text_model)
+    state = official.read_file(path)
+    try:
+        built, report = official.load_official(state, task, num_heads=num_heads, answers=names, tokenizer=tokenizer)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    return Predictor(built, report)
+
+
+def _load_directory(path: Path, task: str | None, text_model: str | Path | None, answers: tuple[str, ...]) -> Predictor:
+    directory = next((place for place in (path, path / "best", path / "last") if store.is_weights(place)), None)
+    if directory is None:
+        raise ValueError(f"{path} holds neither weights nor a run's best or last: give one that beit3 train wrote")
+    description = store.read_config(directory)
+    if task not in (None, description.task):
+        raise ValueError(f"{directory} holds weights of {description.task}, not of {task}: leave task out")
+    config = description.config
+    if answers:
+        if "answers" not in {field.name for field in fields(config)}:
+            raise ValueError(f"answers given, but {directory} holds weights of {description.task}: leave answers out")
+        changes: dict[str, Any] = {"answers": answers}
+        config = replace(config, **changes)
+    built = store.load(directory, text_model=text_model, config=config)
+    return Predictor(built, Report(f"{directory} ({description.task})", tuple(stored(built)), {}, {}))
+
+
+def _answers(answers: str | Path | Sequence[str] | None) -> tuple[str, ...]:
+    if isinstance(answers, str | Path):
+        from beit3.tasks.vqa import read_answers
+
+        return read_answers(Path(answers))
+    return tuple(answers or ())
+
+
+def _on_disk(image: Image.Image, files: ExitStack) -> str:
+    """A picture in memory as a file that lives as long as `files`: records name images by path."""
+    folder = files.enter_context(tempfile.TemporaryDirectory())
+    path = Path(folder) / "image.png"
+    image.convert("RGB").save(path)
+    return str(path)

@@ -1,0 +1,213 @@
+"""The contract between a task and everything that trains, evaluates, stores or serves it.
+
+A task is one module of `beit3.tasks` (or a dotted path of yours) that defines one `Task` subclass. From file to loss:
+record (JSON) -> example (tensors) -> batch (stacked) -> losses; and back: batch -> prediction (JSON) -> score.
+"""
+
+import importlib
+import pkgutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from beit3.config import suggestion
+from beit3.data.masking import rng as seeded_rng
+from beit3.model.beit3 import BEiT3
+from beit3.ops.init import seeded, trunc_normal
+from beit3.recipe import Recipe, TaskConfig
+from beit3.tokenizer.text import TextTokenizer
+
+Record = dict[str, Any]
+Example = dict[str, Any]
+Batch = dict[str, Any]
+Prediction = dict[str, Any]
+
+
+class Task(nn.Module):
+    """A network with its data mapping, losses, predictions and score."""
+
+    Config: ClassVar[type[TaskConfig]]
+    recipes: ClassVar[Mapping[str, Recipe]]
+    """Named settings; `demo` trains on the embedded world in minutes."""
+    sources: ClassVar[tuple[str, ...]] = ("main",)
+    """Kinds of records, in the order in which a step visits them."""
+    headline: ClassVar[str]
+    """The score that decides which weights are best; larger is better."""
+    official_names: ClassVar[Mapping[str, str]] = {}
+    """Head parameters: our name prefix -> the prefix in released checkpoints."""
+    frozen: ClassVar[tuple[str, ...]] = ()
+    """Children that never train and are not stored with the weights."""
+    unused: ClassVar[Mapping[str, str]] = {}
+    """Parameter prefixes without a gradient by design -> the reason. `{last}` stands for the last layer's number."""
+
+    backbone: nn.Module
+
+    def __init__(self, config: TaskConfig, *, tokenizer: TextTokenizer | None = None):
+        super().__init__()
+        self.config = config
+        self._tokenizer = tokenizer
+        if tokenizer is not None and tokenizer.vocab_size > config.model.vocab_size:
+            raise ValueError(
+                f"the text tokenizer has {tokenizer.vocab_size} ids, the weights {config.model.vocab_size}: "
+                "give the tokenizer that the weights were trained with"
+            )
+
+    @property
+    def tokenizer(self) -> TextTokenizer:
+        """The text tokenizer; ValueError where none was given."""
+        if self._tokenizer is None:
+            raise ValueError("text needs a tokenizer file and these weights came without: give text_model=FILE.spm")
+        return self._tokenizer
+
+    @property
+    def has_tokenizer(self) -> bool:
+        return self._tokenizer is not None
+
+    # Data ------------------------------------------------------------------------------------------------------------
+
+    @staticmethod
+    def prepare(raw: Path, root: Path, source: str) -> Mapping[str, Any]:
+        """Public annotation files under `raw` -> records under `root`; returns the report."""
+        raise NotImplementedError
+
+    @staticmethod
+    def configure(config: TaskConfig, root: Path, tokenizer: TextTokenizer) -> TaskConfig:
+        """`config` with what only the data knows: vocabulary size, answer list, class names."""
+        return fit_vocabulary(config, tokenizer)
+
+    def example(self, record: Record, train: bool, *, rng: np.random.Generator | None = None) -> Example:
+        """One record as tensors. All randomness comes from `rng`; without one, from the record's id."""
+        raise NotImplementedError
+
+    def collate(self, examples: Sequence[Example]) -> Batch:
+        """Stack tensors by key; everything else becomes a list."""
+        batch: Batch = {}
+        for key in examples[0]:
+            values = [example[key] for example in examples]
+            batch[key] = torch.stack(values) if isinstance(values[0], Tensor) else values
+        return batch
+
+    # Training --------------------------------------------------------------------------------------------------------
+
+    def targets(self, batch: Batch) -> dict[str, int]:
+        """How many targets each loss sums over in this batch."""
+        return {"loss": batch_size(batch)}
+
+    @property
+    def loss_weights(self) -> Mapping[str, float]:
+        """Weight of each loss's mean in the total; 1 where a name is absent."""
+        return {}
+
+    def outputs(self, batch: Batch) -> dict[str, Tensor]:
+        """Full tensors for inference and parity."""
+        raise NotImplementedError
+
+    def forward(self, batch: Batch) -> dict[str, dict[str, Tensor]]:
+        """`{"losses": {name: SUM over its targets}, "metrics": {name: sum}}`; a metric `x/y` is averaged over targets x."""
+        raise NotImplementedError
+
+    # Inference -------------------------------------------------------------------------------------------------------
+
+    def predict(self, batch: Batch) -> list[Prediction]:
+        """JSON records, one per example, each with its `id`."""
+        raise NotImplementedError
+
+    @staticmethod
+    def score(predictions: Sequence[Prediction], records: Sequence[Record]) -> dict[str, float]:
+        """Official figures from predictions joined to records by id."""
+        raise NotImplementedError
+
+    # Parameters ------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def init_weights(self, seed: int = 0) -> None:
+        """Backbone by its own table, heads as BEiT does (normal .02 cut at one deviation, biases 0, norms 1 and 0)."""
+        for name, parameter in self.trainable():
+            generator = seeded(seed, name)
+            if isinstance(self.backbone, BEiT3) and name.startswith("backbone."):
+                self.backbone.init_parameter(name.removeprefix("backbone."), parameter, generator)
+            elif parameter.ndim > 1:
+                trunc_normal(parameter, generator)
+            else:
+                norm_weight = isinstance(self.get_submodule(name.rpartition(".")[0]), nn.LayerNorm) and name.endswith("weight")
+                nn.init.constant_(parameter, float(norm_weight))
+
+    def trainable(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Named parameters that an optimizer sees."""
+        return ((name, p) for name, p in self.named_parameters() if name.split(".")[0] not in self.frozen)
+
+    def layer_of(self, name: str) -> tuple[int, int]:
+        """(depth of a parameter, depth of the head) for layer-wise learning rates."""
+        if not isinstance(self.backbone, BEiT3):
+            return 0, 0
+        head = self.backbone.config.depth + 1
+        return (self.backbone.layer_of(name.removeprefix("backbone.")) if name.startswith("backbone.") else head), head
+
+
+def fit_vocabulary(config: TaskConfig, tokenizer: TextTokenizer) -> TaskConfig:
+    """`config` with a text embedding as large as the tokenizer, if it was smaller."""
+    from dataclasses import replace
+
+    if tokenizer.vocab_size <= config.model.vocab_size:
+        return config
+    return replace(config, model=replace(config.model, vocab_size=tokenizer.vocab_size))
+
+
+def batch_size(batch: Batch) -> int:
+    """Examples in a batch."""
+    return len(next(value for value in batch.values() if isinstance(value, Tensor)))
+
+
+def record_rng(record: Record) -> np.random.Generator:
+    """The generator of a record outside training: the same masks and views at every evaluation."""
+    return seeded_rng(0, 0, str(record["id"]))
+
+
+def padded(ids: Sequence[int], length: int, pad: int) -> tuple[Tensor, Tensor]:
+    """Ids -> (text [length] int64, text_padding [length] bool, True = padding)."""
+    text = torch.full((length,), pad, dtype=torch.int64)
+    text[: len(ids)] = torch.as_tensor(ids, dtype=torch.int64)
+    return text, torch.arange(length) >= len(ids)
+
+
+def joined(predictions: Sequence[Prediction], records: Sequence[Record]) -> list[tuple[Prediction, Record]]:
+    """Predictions beside their records; ValueError unless every record has exactly one."""
+    by_id = {str(record["id"]): record for record in records}
+    seen: set[str] = set()
+    pairs = []
+    for prediction in predictions:
+        key = str(prediction["id"])
+        if key in seen:
+            raise ValueError(f"two predictions for record {key}: each must have one")
+        if key not in by_id:
+            raise ValueError(f"a prediction names record {key}, which is not in this split")
+        seen.add(key)
+        pairs.append((prediction, by_id[key]))
+    missing = [key for key in by_id if key not in seen]
+    if missing:
+        raise ValueError(f"{len(missing)} of {len(by_id)} records have no prediction, the first is {missing[0]}")
+    return pairs
+
+
+def names() -> list[str]:
+    """The tasks of this package."""
+    import beit3.tasks
+
+    return sorted(module.name for module in pkgutil.iter_modules(beit3.tasks.__path__))
+
+
+def load(name: str) -> type[Task]:
+    """The `Task` subclass of module `beit3.tasks.<name>`, or of the dotted path `name`."""
+    path = name if "." in name else f"beit3.tasks.{name}"
+    if "." not in name and name not in names():
+        raise ValueError(f"unknown task {name!r}{suggestion(name, names())} (known: {', '.join(names())})")
+    module = importlib.import_module(path)
+    is_task: Callable[[Any], bool] = lambda x: isinstance(x, type) and issubclass(x, Task) and x.__module__ == path  # noqa: E731
+    found = [value for value in vars(module).values() if is_task(value)]
+    if len(found) != 1:
+        raise ValueError(f"module {path} defines {len(found)} Task classes: exactly one is expected")
+    return found[0]

@@ -1,0 +1,1 @@
+"""One file, one task. Add a file and every verb knows it."""

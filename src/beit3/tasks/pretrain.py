@@ -1,0 +1,279 @@
+"""Masked data modelling (paper section 2.2): predict the hidden tokens of images, texts and image-text pairs.
+
+One step visits three sources: images lose 40 % of their patches, texts 15 % of their tokens, pairs 50 % of their text
+and 40 % of their patches. Patches are predicted as the codes of a frozen visual tokenizer. What the paper leaves open
+is a field with the choice argued in docs/pretraining.md.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from beit3.data import formats
+from beit3.data.masking import block_mask, text_mask
+from beit3.data.prepare import write_splits
+from beit3.data.records import open_image
+from beit3.data.transforms import Preprocessing, two_views
+from beit3.model.beit3 import BEiT3
+from beit3.model.config import BASE, GIANT, LARGE, TINY
+from beit3.recipe import DataConfig, OptimConfig, Recipe, RunConfig, TaskConfig
+from beit3.task import Batch, Example, Prediction, Record, Task, joined, padded, record_rng
+from beit3.tokenizer.text import TextTokenizer
+from beit3.weights.store import FrozenFile, load_frozen
+
+IGNORE = -100
+
+
+@dataclass(frozen=True)
+class PretrainConfig(TaskConfig):
+    """Defaults are the paper's (sections 2.2, 3.2 and appendix A), or the choice of docs/pretraining.md."""
+
+    visual_tokenizer: str = ""
+    """Weights of the visual tokenizer (`beit3 train vqkd`, or a VQ-KD file of BEiT v2)."""
+    num_codes: int = 8192
+    token_size: int = 224
+    """Pixels of the visual tokenizer's own view: 256 where the patch is 14, so that both see one grid."""
+    image_mask_rate: float = 0.4
+    min_mask_block: int = 16
+    text_mask_rate: float = 0.15
+    pair_text_mask_rate: float = 0.5
+    pair_masking: Literal["both", "text_only", "image_only", "alternate"] = "both"
+    """What a pair hides: its text and its patches at once, one of them, or by turns of the record's own coin."""
+    monomodal_text_length: int = 512
+    image_crop: tuple[float, float] = (0.2, 1.0)
+    """Share of an image's area that a random crop keeps."""
+    pair_crop: tuple[float, float] = (0.5, 1.0)
+    image_flip: float = 0.5
+    """Chance of a horizontal flip."""
+    pair_flip: float = 0.5
+    color_jitter: float = 0.4
+    image_weight: float = 1.0
+    text_weight: float = 1.0
+    pair_image_weight: float = 1.0
+    pair_text_weight: float = 1.0
+
+
+def _paper(model, *, token_size: int = 224, note: str) -> Recipe:
+    """The paper's run (section 3.2, appendix table on pretraining): 1M steps of 2048 images, texts and pairs."""
+    return Recipe(
+        task=PretrainConfig(model=replace(model, drop_path_rate=0.1), token_size=token_size),
+        data=DataConfig(batch={"images": 2048, "texts": 2048, "pairs": 2048}, workers=8),
+        optim=OptimConfig(
+            lr=1e-3, min_lr=1e-5, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.05, warmup_steps=10_000, clip=3.0,
+            no_decay=PRETRAIN_NO_DECAY,
+        ),
+        run=RunConfig(steps=1_000_000, micro_batch=32, checkpointing=True, log_every=100, eval_every=20_000, save_every=2_000),
+        note=note,
+    )  # fmt: skip
+
+
+PRETRAIN_NO_DECAY = (
+    "image_embedding.positions", "text_embedding.positions", "image_embedding.class_token", "image_embedding.mask_token",
+)  # fmt: skip
+"""Pretraining also spares both position tables and the mask token from decay, as BEiT's scripts do."""
+
+
+class Pretrain(Task):
+    """BEiT-3 with its two pretraining heads, untied, on the final norm's states."""
+
+    Config = PretrainConfig
+    sources = ("images", "texts", "pairs")
+    headline = "negative_loss"
+    official_names: ClassVar[Mapping[str, str]] = {"text_head": "mlm_head", "image_head": "mim_head"}
+    frozen = ("visual_tokenizer",)
+    recipes: ClassVar[Mapping[str, Recipe]] = {
+        "demo": Recipe(
+            task=PretrainConfig(
+                model=TINY, image=Preprocessing(32), num_codes=64, token_size=32, min_mask_block=3, text_length=24,
+                monomodal_text_length=32, pair_masking="text_only", image_crop=(1.0, 1.0), pair_crop=(1.0, 1.0), image_flip=0.0,
+                pair_flip=0.0, color_jitter=0.0,
+            ),
+            data=DataConfig(batch={"images": 32, "texts": 32, "pairs": 64}),
+            optim=OptimConfig(
+                lr=2e-3, min_lr=1e-5, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.05, warmup_steps=50, clip=3.0,
+                no_decay=PRETRAIN_NO_DECAY,
+            ),
+            run=RunConfig(steps=1500, log_every=10, save_every=250, eval_records=500),
+            note="the embedded world on a laptop CPU; in pairs only the text is hidden, which grounds words far sooner here",
+        ),
+        "base_224": _paper(BASE, note="paper's numbers on the released base network"),
+        "base_224_indomain": _paper(BASE, note="the same with COCO and Visual Genome among the pairs (released `indomain`)"),
+        "large_224": _paper(LARGE, note="paper's numbers on the released large network"),
+        "giant_224": _paper(GIANT, token_size=256, note="the paper's BEiT-3 (section 3.2): 1M steps of 6144 records, patch 14"),
+    }  # fmt: skip
+
+    def __init__(self, config: PretrainConfig, *, tokenizer: TextTokenizer | None = None):
+        super().__init__(config, tokenizer=tokenizer)
+        self.config: PretrainConfig = config
+        self.backbone = BEiT3(config.model)
+        self.text_head = nn.Linear(config.model.dim, config.model.vocab_size)
+        self.image_head = nn.Linear(config.model.dim, config.num_codes)
+        self.visual_tokenizer: nn.Module | None = None
+        self.frozen_files: Mapping[str, FrozenFile] = {}
+        if config.visual_tokenizer:
+            self.visual_tokenizer, file = load_frozen(config.visual_tokenizer, "vqkd")
+            self.frozen_files = {"visual_tokenizer": file}
+            found = self.visual_tokenizer.config.model.num_codes
+            if found != config.num_codes:
+                raise ValueError(f"task.num_codes is {config.num_codes}, but {config.visual_tokenizer} has {found} codes")
+
+    # Data ------------------------------------------------------------------------------------------------------------
+
+    @staticmethod
+    def prepare(raw: Path, root: Path, source: str) -> Mapping[str, Any]:
+        """`images`: a folder of images; `texts`: a folder of text files; `pairs`: Karpathy JSON or Flickr8k token files."""
+        read = {"images": formats.images, "texts": formats.texts, "pairs": formats.pairs}
+        return write_splits(root, "pretrain", source, read[source](raw))
+
+    def example(self, record: Record, train: bool, *, rng: np.random.Generator | None = None) -> Example:
+        """`text` and/or `image` with what was hidden of them; `token_image` where codes will be wanted."""
+        rng = rng or record_rng(record)
+        example: Example = {"id": str(record["id"])}
+        pair = "image" in record and "text" in record
+        hide_image, hide_text = self.hidden(pair, rng)
+        if "image" in record:
+            example |= self.image_example(record, train, rng, pair=pair, hide=hide_image)
+        if "text" in record:
+            example |= self.text_example(record, rng, pair=pair, hide=hide_text)
+        return example
+
+    def hidden(self, pair: bool, rng: np.random.Generator) -> tuple[bool, bool]:
+        """Whether this record hides patches, and whether it hides text."""
+        how = self.config.pair_masking
+        if not pair or how == "both":
+            return True, True
+        if how == "alternate":
+            image = bool(rng.random() < 0.5)
+            return image, not image
+        return how == "image_only", how == "text_only"
+
+    def image_example(self, record: Record, train: bool, rng: np.random.Generator, *, pair: bool, hide: bool) -> Example:
+        """`image` [3, S, S], and with masking in use `image_mask` [P] and `token_image` [3, T, T] in [0, 1]."""
+        config = self.config
+        view, token_view = two_views(
+            open_image(record["image"]), rng, image_size=config.image.image_size, token_size=config.token_size,
+            scale=(config.pair_crop if pair else config.image_crop) if train else (1.0, 1.0),
+            hflip=(config.pair_flip if pair else config.image_flip) if train else 0.0,
+            color_jitter=config.color_jitter if train else 0.0,
+        )  # fmt: skip
+        example: Example = {"image": config.image.normalize(view)}
+        if pair and config.pair_masking == "text_only":
+            return example
+        grid = config.model.grid
+        count = int(config.image_mask_rate * grid[0] * grid[1]) if hide else 0
+        mask = block_mask(grid, count, rng, min_block=config.min_mask_block) if count else np.zeros(grid, dtype=bool)
+        return example | {"image_mask": torch.from_numpy(mask.reshape(-1)), "token_image": token_view}
+
+    def text_example(self, record: Record, rng: np.random.Generator, *, pair: bool, hide: bool) -> Example:
+        """`text` [L] with words hidden, `text_padding` [L], and `text_target` [L] where any may be hidden."""
+        config, tokenizer = self.config, self.tokenizer
+        length = config.text_length if pair else config.monomodal_text_length
+        ids = np.asarray(tokenizer.encode(record["text"], length), dtype=np.int64)
+        targets = np.full(length, IGNORE, dtype=np.int64)
+        if hide:
+            rate = config.pair_text_mask_rate if pair else config.text_mask_rate
+            ids, targets[: len(ids)] = text_mask(ids, rng, rate=rate, mask_id=tokenizer.mask, vocab=(tokenizer.first_piece, tokenizer.mask))
+        text, padding = padded(ids, length, tokenizer.pad)
+        example: Example = {"text": text, "text_padding": padding}
+        return example if pair and config.pair_masking == "image_only" else example | {"text_target": torch.from_numpy(targets)}
+
+    # Training --------------------------------------------------------------------------------------------------------
+
+    @property
+    def loss_weights(self) -> Mapping[str, float]:
+        config = self.config
+        return {
+            "image": config.image_weight, "text": config.text_weight,
+            "pair_image": config.pair_image_weight, "pair_text": config.pair_text_weight,
+        }  # fmt: skip
+
+    @staticmethod
+    def prefix(batch: Batch) -> str:
+        """Losses of pairs are counted apart."""
+        return "pair_" if "image" in batch and "text" in batch else ""
+
+    def targets(self, batch: Batch) -> dict[str, int]:
+        counts = {}
+        if "image_mask" in batch:
+            counts[self.prefix(batch) + "image"] = int(batch["image_mask"].sum())
+        if "text_target" in batch:
+            counts[self.prefix(batch) + "text"] = int((batch["text_target"] != IGNORE).sum())
+        return counts
+
+    def encode(self, batch: Batch):
+        """The backbone's states of whatever the batch holds."""
+        return self.backbone(
+            batch.get("image"), batch.get("text"), image_mask=batch.get("image_mask"), text_padding=batch.get("text_padding")
+        )
+
+    def codes(self, batch: Batch) -> Tensor:
+        """Targets [B, P] int64: the batch's own `image_codes`, else the frozen tokenizer's."""
+        if "image_codes" in batch:
+            return batch["image_codes"]
+        if self.visual_tokenizer is None:
+            raise ValueError("image targets need a visual tokenizer: give --task.visual_tokenizer WEIGHTS (beit3 train vqkd)")
+        return self.visual_tokenizer.backbone.codes(batch["token_image"])
+
+    def forward(self, batch: Batch) -> dict[str, dict[str, Tensor]]:
+        """Logits are computed at hidden positions only."""
+        encoded, prefix = self.encode(batch), self.prefix(batch)
+        losses, metrics = {}, {}
+        for name, logits, targets in self.predicted(batch, encoded):
+            losses[prefix + name] = F.cross_entropy(logits.float(), targets, reduction="sum")
+            metrics[f"{prefix}{name}/accuracy"] = (logits.argmax(-1) == targets).sum()
+        return {"losses": losses, "metrics": metrics}
+
+    def predicted(self, batch: Batch, encoded) -> list[tuple[str, Tensor, Tensor]]:
+        """(modality, logits [M, K or V], targets [M]) for every modality with hidden positions."""
+        found = []
+        if "image_mask" in batch:
+            mask = batch["image_mask"]
+            found.append(("image", self.image_head(encoded.of("image")[:, 1:][mask]), self.codes(batch)[mask]))
+        if "text_target" in batch:
+            hidden = batch["text_target"] != IGNORE
+            found.append(("text", self.text_head(encoded.of("text")[hidden]), batch["text_target"][hidden]))
+        return found
+
+    def outputs(self, batch: Batch) -> dict[str, Tensor]:
+        """`image_logits` [B, P, K] and `text_logits` [B, L, V] of whatever is present."""
+        encoded = self.encode(batch)
+        outputs = {}
+        if "image" in batch:
+            outputs["image_logits"] = self.image_head(encoded.of("image")[:, 1:])
+        if "text" in batch:
+            outputs["text_logits"] = self.text_head(encoded.of("text"))
+        return outputs
+
+    # Inference -------------------------------------------------------------------------------------------------------
+
+    def predict(self, batch: Batch) -> list[Prediction]:
+        """Per record and modality: summed loss, hidden positions, and how many were named correctly."""
+        predictions: list[Prediction] = [{"id": key} for key in batch["id"]]
+        for name, logits, targets in self.predicted(batch, self.encode(batch)):
+            hidden = batch["image_mask"] if name == "image" else batch["text_target"] != IGNORE
+            rows = hidden.nonzero()[:, 0]
+            losses = F.cross_entropy(logits.float(), targets, reduction="none")
+            sums = torch.zeros(3, len(predictions), dtype=torch.float64, device=losses.device)
+            values = torch.stack((losses, torch.ones_like(losses), (logits.argmax(-1) == targets).to(losses.dtype)))
+            sums.index_add_(1, rows, values.double())
+            for prediction, (loss, count, correct) in zip(predictions, sums.T.tolist(), strict=True):
+                prediction |= {f"{name}_loss": loss, f"{name}_targets": int(count), f"{name}_correct": int(correct)}
+        return predictions
+
+    @staticmethod
+    def score(predictions: Sequence[Prediction], records: Sequence[Record]) -> dict[str, float]:
+        """Mean loss in nats and accuracy over all hidden positions of each modality; `negative_loss` is the headline."""
+        pairs = joined(predictions, records)
+        scores: dict[str, float] = {}
+        for name in ("image", "text"):
+            total = sum(p.get(f"{name}_targets", 0) for p, _ in pairs)
+            if total:
+                scores[f"{name}_loss"] = sum(p[f"{name}_loss"] for p, _ in pairs) / total
+                scores[f"{name}_accuracy"] = sum(p[f"{name}_correct"] for p, _ in pairs) / total
+        return scores | {"negative_loss": -sum(value for name, value in scores.items() if name.endswith("_loss"))}

@@ -1,0 +1,239 @@
+"""Visual question answering as classification over a fixed answer list (paper section 3.1, VQAv2).
+
+The class token's state of the fused sequence goes through a pooler and a two-layer head, as in the release, on states
+without a final norm. An answer that several annotators gave is a soft target.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from beit3.data import formats
+from beit3.data.prepare import write_splits
+from beit3.data.records import locate, open_image, write_text
+from beit3.data.transforms import Preprocessing, random_resized_crop
+from beit3.metrics.text import normalize_answer, soft_scores
+from beit3.model.beit3 import BEiT3
+from beit3.model.config import BASE, LARGE, TINY, ModelConfig
+from beit3.recipe import DataConfig, OptimConfig, Recipe, RunConfig, TaskConfig
+from beit3.task import Batch, Example, Prediction, Record, Task, batch_size, fit_vocabulary, joined, padded, record_rng
+from beit3.tokenizer.text import TextTokenizer
+
+MIN_ANSWER_COUNT = 9
+"""VQAv2 answers given less often are not in the list: 3129 remain (release)."""
+
+
+@dataclass(frozen=True)
+class VQAConfig(TaskConfig):
+    """`model.final_norm` is off in every released VQA model."""
+
+    model: ModelConfig = replace(BASE, final_norm=False)
+    image: Preprocessing = Preprocessing(480)
+    num_answers: int = 3129
+    answers: tuple[str, ...] = ()
+    """Their names in the order of the head's outputs; empty = unknown (tensors still work)."""
+    crop: tuple[float, float] = (0.5, 1.0)
+    flip: float = 0.5
+
+
+class Pooler(nn.Module):
+    """Norm, linear, tanh on the class token: [B, D] -> [B, D]."""
+
+    def __init__(self, dim: int, eps: float):
+        super().__init__()
+        self.norm = nn.LayerNorm(dim, eps=eps)
+        self.dense = nn.Linear(dim, dim)
+
+    def forward(self, states: Tensor) -> Tensor:
+        return torch.tanh(self.dense(self.norm(states)))
+
+
+def _released(model, size: int, lr: float, drop_path_rate: float, note: str) -> Recipe:
+    """The release's fine-tuning (its README): batch 128, 10 epochs, head at 20 times the rate."""
+    return Recipe(
+        task=VQAConfig(
+            model=replace(model, image_size=size, final_norm=False, drop_path_rate=drop_path_rate), image=Preprocessing(size)
+        ),
+        data=DataConfig(batch={"main": 128}, workers=8),
+        optim=OptimConfig(lr=lr, betas=(0.9, 0.98), weight_decay=0.01, warmup_epochs=1, head_lr_scale=20),
+        run=RunConfig(epochs=10, micro_batch=16, log_every=50, eval_every=2_000, save_every=1_000),
+        note=note,
+    )
+
+
+class VQA(Task):
+    """Backbone, pooler on the image's class token, and a head over the answer list."""
+
+    Config = VQAConfig
+    headline = "accuracy"
+    official_names: ClassVar[Mapping[str, str]] = {"pooler": "pooler", "head": "head"}
+    recipes: ClassVar[Mapping[str, Recipe]] = {
+        "demo": Recipe(
+            task=VQAConfig(
+                model=replace(TINY, final_norm=False), image=Preprocessing(32), text_length=16, num_answers=1, crop=(1.0, 1.0),
+                flip=0.0,
+            ),
+            data=DataConfig(batch={"main": 32}),
+            optim=OptimConfig(lr=1e-3, min_lr=1e-5, betas=(0.9, 0.98), weight_decay=0.01, warmup_steps=20, clip=3.0),
+            run=RunConfig(steps=300, log_every=10, save_every=100),
+            note="the embedded world's questions",
+        ),
+        "base_480": _released(BASE, 480, 3e-5, 0.1, "release: test-dev 77.65 (in-domain 78.46)"),
+        "large_480": _released(LARGE, 480, 2e-5, 0.15, "release: test-dev 81.85 (in-domain 82.53)"),
+    }  # fmt: skip
+
+    def __init__(self, config: VQAConfig, *, tokenizer: TextTokenizer | None = None):
+        super().__init__(config, tokenizer=tokenizer)
+        self.config: VQAConfig = config
+        dim, eps = config.model.dim, config.model.norm_eps
+        self.backbone = BEiT3(config.model)
+        self.pooler = Pooler(dim, eps)
+        self.head = nn.Sequential(
+            nn.Linear(dim, 2 * dim), nn.LayerNorm(2 * dim, eps=eps), nn.GELU(), nn.Linear(2 * dim, config.num_answers)
+        )
+        self.labels = {answer: index for index, answer in enumerate(config.answers)}
+        if config.answers and len(config.answers) != config.num_answers:
+            raise ValueError(f"{len(config.answers)} answer names for {config.num_answers} outputs: give the list of these weights")
+
+    @property
+    def unused(self) -> Mapping[str, str]:  # type: ignore[override]
+        """Only the class token's last state is read, so the last layer's other paths get no gradient."""
+        last = self.config.model.depth - 1
+        never = {"backbone.image_embedding.mask_token": "nothing is masked"}
+        if self.config.model.fusion_layers:
+            return never | {
+                f"backbone.blocks.{layer}.{part}.{expert}": "the vision-language expert takes both modalities here"
+                for layer in range(last + 1 - self.config.model.fusion_layers, last + 1)
+                for part in ("ffn", "norm2") for expert in ("image", "text")
+            }  # fmt: skip
+        reason = "the text's last states are not read"
+        parts = ["norm2", "ffn"] + ([] if self.config.model.shared_attention else ["attention.norm", "attention.out"])
+        return never | {f"backbone.blocks.{last}.{part}.text": reason for part in parts}
+
+    # Data ------------------------------------------------------------------------------------------------------------
+
+    @staticmethod
+    def prepare(raw: Path, root: Path, source: str) -> Mapping[str, Any]:
+        """VQAv2 JSON, easy-VQA or DAQUAR files -> records with soft answers, and the answer list beside them."""
+        questions = list(formats.questions(raw))
+        at_least = MIN_ANSWER_COUNT if len(questions) >= 10_000 else 1
+        answers = build_answers((q for split, q in questions if split in ("train", "val")), at_least)
+        known = set(answers)
+        records = [(split, to_record(question, known)) for split, question in questions]
+        records = [(split, record) for split, record in records if split != "train" or record["answers"]]
+        report = write_splits(root, "vqa", source, records)
+        lines = (json.dumps({"answer": answer, "label": label}, ensure_ascii=False) for label, answer in enumerate(answers))
+        write_text(root / "vqa" / source / "answer2label.txt", "".join(line + "\n" for line in lines))
+        covered = sum(bool(record["answers"]) for split, record in records if split == "val")
+        return dict(report) | {
+            "answers": len(answers), "answer_given_at_least": at_least, "train_dropped": len(questions) - len(records),
+            "val_answerable": covered / max(1, sum(split == "val" for split, _ in records)),
+        }  # fmt: skip
+
+    @staticmethod
+    def configure(config: TaskConfig, root: Path, tokenizer: TextTokenizer) -> TaskConfig:
+        """Take the answer list from the records."""
+        assert isinstance(config, VQAConfig)
+        path = locate(root, "vqa", "main", "train").with_name("answer2label.txt")
+        answers = read_answers(path)
+        return replace(fit_vocabulary(config, tokenizer), answers=answers, num_answers=len(answers))
+
+    def record(self, image: Any, question: str) -> Record:
+        """Raw inputs -> record."""
+        return {"id": "0", "image": image, "text": question}
+
+    def example(self, record: Record, train: bool, *, rng: np.random.Generator | None = None) -> Example:
+        """`image` [3, S, S], `text` and `text_padding` [L], and `target` [A], the soft score of each answer."""
+        config = self.config
+        image = open_image(record["image"])
+        if train and (config.crop[0] < 1 or config.flip):
+            size = config.image.image_size
+            image = random_resized_crop(image, rng or record_rng(record), image_size=size, scale=config.crop, hflip=config.flip)
+        ids = self.tokenizer.encode(record["text"], config.text_length)
+        text, padding = padded(ids, config.text_length, self.tokenizer.pad)
+        example = {"id": str(record["id"]), "image": config.image(image), "text": text, "text_padding": padding}
+        return example | {"target": self.soft_target(record["answers"])} if "answers" in record else example
+
+    def soft_target(self, answers: Mapping[str, float]) -> Tensor:
+        """[A] float from {answer: score}; unknown answers do not count."""
+        target = torch.zeros(self.config.num_answers)
+        for answer, score in answers.items():
+            if answer in self.labels:
+                target[self.labels[answer]] = score
+        return target
+
+    # Training --------------------------------------------------------------------------------------------------------
+
+    def outputs(self, batch: Batch) -> dict[str, Tensor]:
+        """`logits` [B, A]."""
+        encoded = self.backbone(batch["image"], batch["text"], text_padding=batch.get("text_padding"))
+        return {"logits": self.head(self.pooler(encoded.first("image")))}
+
+    def forward(self, batch: Batch) -> dict[str, dict[str, Tensor]]:
+        """Binary cross-entropy summed over answers and examples (release: mean over both, times their number)."""
+        logits = self.outputs(batch)["logits"].float()
+        loss = F.binary_cross_entropy_with_logits(logits, batch["target"], reduction="sum")
+        best = batch["target"].gather(1, logits.argmax(1, keepdim=True))
+        return {"losses": {"loss": loss}, "metrics": {"loss/accuracy": best.sum()}}
+
+    def targets(self, batch: Batch) -> dict[str, int]:
+        return {"loss": batch_size(batch)}
+
+    # Inference -------------------------------------------------------------------------------------------------------
+
+    def predict(self, batch: Batch) -> list[Prediction]:
+        """The likeliest answer and its probability (answers are independent: they need not sum to 1)."""
+        if not self.labels:
+            raise ValueError("these weights name no answers: give answers=FILE, one answer per line in the head's order")
+        scores, labels = self.outputs(batch)["logits"].float().sigmoid().max(1)
+        return [
+            {"id": key, "answer": self.config.answers[label], "score": score}
+            for key, label, score in zip(batch["id"], labels.tolist(), scores.tolist(), strict=True)
+        ]
+
+    @staticmethod
+    def score(predictions: Sequence[Prediction], records: Sequence[Record]) -> dict[str, float]:
+        """VQA accuracy: the mean soft score of the given answer; and beside it that of the commonest answer."""
+        pairs = joined(predictions, records)
+        totals: Counter[str] = Counter()
+        for record in records:
+            totals.update(record["answers"])
+        return {
+            "accuracy": sum(record["answers"].get(p["answer"], 0.0) for p, record in pairs) / len(pairs),
+            "most_frequent": max(totals.values(), default=0.0) / len(pairs),
+        }
+
+
+def build_answers(questions: Iterable[Record], at_least: int) -> tuple[str, ...]:
+    """The normalised answers given for at least so many questions, in the order of their first appearance."""
+    counts: Counter[str] = Counter()
+    for question in questions:
+        counts[normalize_answer(question["multiple_choice_answer"])] += 1
+    answers = tuple(answer for answer, count in counts.items() if count >= at_least and answer)
+    if not answers:
+        raise ValueError(f"no answer is given {at_least} times in these questions: nothing to choose from")
+    return answers
+
+
+def to_record(question: Record, known: set[str]) -> Record:
+    """A question as a record: its annotators' answers become {answer: soft score} over the known ones."""
+    given = question["answers"]
+    scores = soft_scores(given) if len(given) > 1 else {normalize_answer(given[0]): 1.0} if given else {}
+    answers = {answer: score for answer, score in scores.items() if answer in known}
+    return {"id": str(question["id"]), "image": question["image"], "text": question["text"], "answers": answers}
+
+
+def read_answers(path: Path) -> tuple[str, ...]:
+    """An answer list: JSON lines {"answer", "label"} as released, or one answer per line. The order is the label."""
+    if not path.exists():
+        raise ValueError(f"no answer list at {path}: run beit3 prepare vqa, or give one")
+    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    return tuple(json.loads(line)["answer"] if line.lstrip().startswith("{") else line.strip() for line in lines)

@@ -1,0 +1,163 @@
+"""The visual tokenizer as a task: vector-quantised knowledge distillation (BEiT v2, section 3.1).
+
+An encoder names each patch by a code, a decoder predicts a frozen teacher's feature of every patch from the codes
+alone. Pixels come in [0, 1]: the network itself maps them to [-1, 1].
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from beit3.data import formats
+from beit3.data.prepare import write_splits
+from beit3.data.records import open_image
+from beit3.data.transforms import Preprocessing, two_views
+from beit3.recipe import DataConfig, OptimConfig, Recipe, RunConfig, TaskConfig
+from beit3.task import Batch, Example, Prediction, Record, Task, joined, record_rng
+from beit3.tokenizer.teacher import load_teacher
+from beit3.tokenizer.text import TextTokenizer
+from beit3.tokenizer.visual import VisualTokenizer, VisualTokenizerConfig
+
+UNIT = dict(mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
+
+
+@dataclass(frozen=True)
+class VQKDConfig(TaskConfig):
+    """Defaults are BEiT v2's (its table on tokenizer training)."""
+
+    model: VisualTokenizerConfig = VisualTokenizerConfig(224, 16, 768, 12, 12, 3072, 3, 32, 8192, 512)  # type: ignore[assignment]
+    image: Preprocessing = Preprocessing(224, **UNIT)
+    teacher: Literal["gradients", "clip", "dino"] = "gradients"
+    teacher_weights: str = ""
+    """Local weight file of the CLIP or DINO teacher; only training reads it."""
+    crop: tuple[float, float] = (0.08, 1.0)
+    flip: float = 0.5
+
+
+class VQKD(Task):
+    """Encoder, codebook, decoder; the teacher is built when training first asks for it."""
+
+    Config = VQKDConfig
+    headline = "score"
+    frozen = ("teacher",)
+    recipes: ClassVar[Mapping[str, Recipe]] = {
+        "demo": Recipe(
+            task=VQKDConfig(
+                model=VisualTokenizerConfig(32, 8, 96, 2, 4, 384, 1, 16, 64, 45, revive_after=20),
+                image=Preprocessing(32, **UNIT), crop=(1.0, 1.0), flip=0.0,
+            ),
+            data=DataConfig(batch={"main": 64}),
+            optim=OptimConfig(lr=1e-3, min_lr=1e-5, betas=(0.9, 0.99), weight_decay=1e-4, warmup_steps=20),
+            run=RunConfig(steps=400, log_every=10, save_every=100),
+            note="the embedded world; teacher: colour and gradient statistics, no weights needed",
+        ),
+        "base_224_clip": Recipe(
+            task=VQKDConfig(teacher="clip"),
+            data=DataConfig(batch={"main": 512}, workers=8),
+            optim=OptimConfig(lr=2e-4, min_lr=1e-5, betas=(0.9, 0.99), weight_decay=1e-4, warmup_epochs=10),
+            run=RunConfig(epochs=100, micro_batch=64, log_every=100, eval_every=5_000, save_every=2_000),
+            note="BEiT v2's tokenizer: CLIP ViT-B/16 teacher, 8192 codes of 32, three decoder layers, ImageNet-1k",
+        ),
+    }  # fmt: skip
+
+    def __init__(self, config: VQKDConfig, *, tokenizer: TextTokenizer | None = None):
+        super().__init__(config)
+        self.config: VQKDConfig = config
+        self.backbone = VisualTokenizer(config.model)
+        self.teacher: torch.nn.Module | None = None
+
+    def init_weights(self, seed: int = 0) -> None:
+        self.backbone.init_weights(seed)
+
+    # Data ------------------------------------------------------------------------------------------------------------
+
+    @staticmethod
+    def prepare(raw: Path, root: Path, source: str) -> Mapping[str, Any]:
+        """A folder of images, with `train` and `val` below it or split by name."""
+        return write_splits(root, "vqkd", source, formats.split(formats.image_folder(raw), raw))
+
+    @staticmethod
+    def configure(config: TaskConfig, root: Path, tokenizer: TextTokenizer) -> TaskConfig:
+        return config
+
+    def record(self, image: str) -> Record:
+        return {"id": str(image), "image": image}
+
+    def example(self, record: Record, train: bool, *, rng: np.random.Generator | None = None) -> Example:
+        config = self.config
+        view, _ = two_views(
+            open_image(record["image"]), rng or record_rng(record), image_size=config.image.image_size,
+            token_size=config.image.image_size, scale=config.crop if train else (1.0, 1.0), hflip=config.flip if train else 0.0,
+            color_jitter=0.0,
+        )  # fmt: skip
+        return {"id": str(record["id"]), "token_image": view}
+
+    # Training --------------------------------------------------------------------------------------------------------
+
+    def targets(self, batch: Batch) -> dict[str, int]:
+        """One reconstruction and one commitment per patch."""
+        patches = len(self.pixels(batch)) * self.config.model.encoder.num_patches
+        return {"reconstruction": patches, "commitment": patches}
+
+    @staticmethod
+    def pixels(batch: Batch) -> Tensor:
+        """Pixels in [0, 1]; `image` serves where there is no separate `token_image`."""
+        return batch["token_image"] if "token_image" in batch else batch["image"]
+
+    def forward(self, batch: Batch) -> dict[str, dict[str, Tensor]]:
+        """Cosine distance to the teacher, and the commitment of the encoder to its codes."""
+        if self.teacher is None:
+            self.teacher = load_teacher(
+                self.config.teacher, path=self.config.teacher_weights or None, patch_size=self.config.model.patch_size
+            ).to(self.pixels(batch).device)
+        images = self.pixels(batch)
+        features, commitment, codes = self.backbone(images)
+        distance = 1 - F.cosine_similarity(features.float(), self.teacher.features(images), dim=-1)
+        count = codes.numel()
+        statistics = {"codebook_use": self.backbone.quantizer.usage(), "perplexity": self.backbone.quantizer.perplexity()}
+        return {
+            "losses": {"reconstruction": distance.sum(), "commitment": commitment * count},
+            "metrics": {f"reconstruction/{name}": value * count for name, value in statistics.items()},
+        }
+
+    def outputs(self, batch: Batch) -> dict[str, Tensor]:
+        """`codes` [B, P] int64."""
+        return {"codes": self.backbone.codes(self.pixels(batch))}
+
+    # Inference -------------------------------------------------------------------------------------------------------
+
+    def predict(self, batch: Batch) -> list[Prediction]:
+        """The codes of each image, and with a teacher at hand the distance to it."""
+        codes = self.outputs(batch)["codes"]
+        predictions = [
+            {"id": key, "codes": row, "num_codes": self.config.model.num_codes} for key, row in zip(batch["id"], codes.tolist(), strict=True)
+        ]
+        if self.teacher is not None:
+            images = self.pixels(batch)
+            features = self.teacher.features(images)
+            distance = 1 - F.cosine_similarity(self.backbone.decode(codes).float(), features, dim=-1).mean(1)
+            for prediction, value in zip(predictions, distance.tolist(), strict=True):
+                prediction["distance"] = value
+        return predictions
+
+    @staticmethod
+    def score(predictions: Sequence[Prediction], records: Sequence[Record]) -> dict[str, float]:
+        """Share of the codebook in use and perplexity of the codes over the split; `score` = 1 - distance to the teacher."""
+        pairs = [prediction for prediction, _ in joined(predictions, records)]
+        num_codes = pairs[0]["num_codes"]
+        counts = np.bincount(np.concatenate([p["codes"] for p in pairs]), minlength=num_codes)
+        shares = counts[counts > 0] / counts.sum()
+        scores = {
+            "codebook_use": float((counts > 0).mean()),
+            "perplexity": float(np.exp(-(shares * np.log(shares)).sum())),
+            "num_codes": float(num_codes),
+        }
+        if "distance" in pairs[0]:
+            scores["distance"] = float(np.mean([p["distance"] for p in pairs]))
+        return scores | {"score": 1 - scores.get("distance", 1.0)}

@@ -1,0 +1,32 @@
+"""The process and its place: device, process group under torchrun, seeds."""
+
+import os
+
+import torch
+import torch.distributed as dist
+
+from beit3.ops.collectives import rank
+from beit3.ops.init import seeded
+from beit3.recipe import RunConfig
+
+
+def start(run: RunConfig) -> torch.device:
+    """Join the process group when launched by torchrun; the device of this process."""
+    if "RANK" in os.environ and not dist.is_initialized() and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    name = run.device if run.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(name, int(os.environ.get("LOCAL_RANK", "0"))) if name == "cuda" else torch.device(name)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    return device
+
+
+def seed_step(seed: int, step: int) -> None:
+    """Everything random in a step that is not seeded by record: a function of (seed, step, rank), so nothing is saved."""
+    torch.manual_seed(seeded(seed, f"step {step} rank {rank()}").initial_seed())
+
+
+def autocast(run: RunConfig, device: torch.device) -> torch.autocast:
+    """bfloat16 on accelerators unless the run says otherwise."""
+    enabled = run.precision == "bfloat16" or (run.precision == "auto" and device.type != "cpu")
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled)

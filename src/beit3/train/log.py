@@ -1,0 +1,86 @@
+"""What a run says of itself: `metrics.jsonl`, TensorBoard, and a console line with the time that is left."""
+
+import json
+import resource
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from torch.utils.tensorboard import SummaryWriter
+
+
+def truncate(path: Path, step: int) -> None:
+    """Drop the lines of a killed run that come after the checkpoint it resumes from."""
+    if path.exists():
+        lines = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= step]
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text("".join(line + "\n" for line in lines))
+        temporary.rename(path)
+
+
+def duration(seconds: float) -> str:
+    """'2h05m', '3m20s' or '12s'."""
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{rest:02d}s" if minutes else f"{rest}s"
+
+
+def memory() -> float:
+    """Peak memory in GB: the accelerator's where there is one, else this process's."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**30 if sys.platform == "darwin" else peak / 2**20
+
+
+class Log:
+    """Writes every step that is due; only the first process has one that speaks."""
+
+    def __init__(self, run: Path, name: str, steps: int, *, first_step: int, speak: bool = True):
+        self.name, self.steps, self.first_step, self.speak = name, steps, first_step, speak
+        self.started = time.monotonic()
+        self.spoken = 0.0
+        self.samples = 0
+        self.console = Console(highlight=False, soft_wrap=True)
+        if speak:
+            truncate(run / "metrics.jsonl", first_step)
+            self.file = (run / "metrics.jsonl").open("a", buffering=1)
+            self.board = SummaryWriter(str(run / "tensorboard"), purge_step=first_step)
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """One line of metrics.jsonl and the same scalars in TensorBoard."""
+        if not self.speak:
+            return
+        self.file.write(json.dumps({"step": step, **values}) + "\n")
+        for name, value in values.items():
+            self.board.add_scalar(name, value, step)
+
+    def show(self, step: int, values: Mapping[str, float]) -> None:
+        """The console line: every second on a terminal (rewritten in place), every ten elsewhere."""
+        now = time.monotonic()
+        terminal = self.console.is_terminal
+        last = step == self.steps
+        if not self.speak or (not last and now - self.spoken < (1 if terminal else 10)):
+            return
+        self.spoken = now
+        done = step - self.first_step
+        rate = self.samples / max(1e-9, now - self.started)
+        left = (now - self.started) / max(1, done) * (self.steps - step)
+        losses = "  ".join(f"{name.removeprefix('loss/')} {value:.3f}" for name, value in values.items() if name.startswith("loss"))
+        line = (
+            f"{self.name}  step {step}/{self.steps}  {losses}  lr {values['lr']:.1e}  "
+            f"{rate:.0f} samples/s  {memory():.1f} GB  {duration(left)} left"
+        )
+        self.console.print(line, end="\r" if terminal and not last else "\n", no_wrap=terminal, overflow="ellipsis", crop=terminal)
+
+    def say(self, text: str) -> None:
+        if self.speak:
+            self.console.print(text)
+
+    def close(self) -> None:
+        if self.speak:
+            self.file.close()
+            self.board.close()

@@ -1,0 +1,290 @@
+"""The loop that trains every task: start, records, network, optimizer, resume, then step after step.
+
+A step's loss is the sum over loss names of weight * (sum over targets) / (targets of the whole step, all micro-batches
+and processes), so that accumulation, three objectives and any number of processes give one number.
+"""
+
+import json
+import math
+import platform
+import signal
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from beit3.data.loader import PASSED_OVER, Examples, Source, step_batches, step_places
+from beit3.data.records import locate
+from beit3.ops.collectives import all_reduce, rank, world_size
+from beit3.recipe import Recipe
+from beit3.task import Batch, Task
+from beit3.tokenizer.text import TextTokenizer
+from beit3.train import checkpoint
+from beit3.train.evaluate import evaluate, to_device
+from beit3.train.launch import autocast, seed_step, start
+from beit3.train.log import Log
+from beit3.train.optim import clip_gradients, learning_rate, make_optimizer, set_learning_rate
+from beit3.train.root import embedded_root
+from beit3.weights import store
+from beit3.weights.fill import task_name
+
+
+class Interrupted(Exception):
+    """The run was asked to stop (Ctrl-C, SIGTERM) and has saved where it was; start it again to go on."""
+
+
+def train(recipe: Recipe, task_class: type[Task], *, out: str | Path, init: str | Path = "", label: str = "") -> dict[str, Any]:
+    """Train `task_class` by `recipe` into the run directory `out`; returns the final scores.
+
+    `out` holds recipe.json, metrics.jsonl, checkpoints/, best/ and last/ (weights). An `out` with the same recipe is
+    resumed, with another one refused. `init`: weights to start from. Raises ValueError for anything the user can mend,
+    FloatingPointError for a loss or gradient that is not finite, Interrupted after Ctrl-C.
+    """
+    run, out = recipe.run, Path(out)
+    device = start(run)
+    root = Path(recipe.data.root) if recipe.data.root else embedded_root(task_class)
+    sources = {name: open_source(root, task_class, name, recipe) for name in task_class.sources if recipe.data.batch.get(name)}
+    tokenizer = open_tokenizer(recipe, root, init)
+    steps, warmup = count_steps(recipe, {name: len(source) for name, source in sources.items()})
+    claim(out, recipe, task_class, init)
+    if finished(out, steps):
+        return json.loads((out / "scores.json").read_text())
+
+    task = task_class(task_class.configure(recipe.task, root, tokenizer) if tokenizer else recipe.task, tokenizer=tokenizer)
+    task.init_weights(run.seed)
+    if init:
+        report = store.initialise_from(task, init)
+    task.to(device).train()
+    if run.checkpointing:
+        recompute_blocks(task)
+    optimizer = make_optimizer(task, recipe.optim)
+    parameters = [parameter for _, parameter in task.trainable()]
+
+    done, best = 0, None
+    if newest := checkpoint.newest(out):
+        state = checkpoint.restore(newest, task, optimizer, device)
+        done, best = state["step"], state["best"]
+    log = Log(out, label or out.name, steps, first_step=done, speak=rank() == 0)
+    if init and not done:
+        log.say(f"{log.name}  from {'; '.join(report.lines())}")
+    examples = Examples(sources, task.example, seed=run.seed)
+    plan = [
+        step_places(step, recipe.data.batch, list(sources), micro_batch=run.micro_batch, rank=rank(), world=world_size())
+        for step in range(done, steps)
+    ]
+    batches = step_batches(examples, task.collate, plan, workers=recipe.data.workers)
+    broken: dict[str, set[str]] = {}
+
+    with Stop() as stop:
+        for step, micro_batches in enumerate(batches, start=done):
+            seed_step(run.seed, step)
+            note_broken(broken, micro_batches, sources, recipe.data.bad_share, log)
+            lr = learning_rate(step, steps, warmup, recipe.optim)
+            set_learning_rate(optimizer, lr)
+            micro_batches = [to_device(batch, device) | {"step": step, "steps": steps} for batch in micro_batches]
+            totals = sum_targets(task, micro_batches)
+            values = backward(task, micro_batches, totals, autocast(run, device))
+            norm = clip_gradients(parameters, recipe.optim.clip)
+            check_finite(step, values["loss"], norm, micro_batches)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+            after = step + 1
+            values |= {"lr": lr, "gradient_norm": norm, "samples": sum(recipe.data.batch[name] for name in sources)}
+            log.samples += int(values["samples"])
+            if after % run.log_every == 0 or after == steps:
+                log.write(after, values)
+            log.show(after, values)
+            if after == steps or (run.eval_every and after % run.eval_every == 0):
+                best = evaluate_and_keep(task, recipe, root, sources, out, after, best, log)
+            if stop.asked or after == steps or (run.save_every and after % run.save_every == 0):
+                checkpoint.save(out, after, task, optimizer, best, keep=run.keep)
+            if stop.asked and after < steps:
+                log.close()
+                raise Interrupted(f"{out} stopped after step {after} of {steps}; the same command goes on from there")
+    store.save(task, out / "last")
+    log.close()
+    return json.loads((out / "scores.json").read_text())
+
+
+def open_source(root: Path, task_class: type[Task], name: str, recipe: Recipe, split: str = "train") -> Source:
+    """The records of one split under `root`."""
+    limit = recipe.data.limit if split == "train" else 0
+    return Source(locate(str(root), task_name(task_class), name, split), root, limit=limit)
+
+
+def open_tokenizer(recipe: Recipe, root: Path, init: str | Path) -> TextTokenizer | None:
+    """The text tokenizer a run reads with: the recipe's, the initial weights', or the root's; None where there is none."""
+    candidates = [Path(recipe.data.text_model)] if recipe.data.text_model else []
+    candidates += [Path(init) / store.TEXT] if Path(init).is_dir() else []
+    for path in [*candidates, root / store.TEXT]:
+        if path.exists() or str(path) == recipe.data.text_model:
+            return TextTokenizer(path)
+    return None
+
+
+def count_steps(recipe: Recipe, sizes: Mapping[str, int]) -> tuple[int, int]:
+    """(steps, warmup steps); an epoch is the largest source's records over its batch, rounded down."""
+    run, optim = recipe.run, recipe.optim
+    per_epoch = max(1, max(size // recipe.data.batch[name] for name, size in sizes.items()))
+    steps = run.steps or round(run.epochs * per_epoch)
+    if steps < 1:
+        raise ValueError("run.steps and run.epochs are both 0: give one of them")
+    return steps, optim.warmup_steps or round(optim.warmup_epochs * per_epoch)
+
+
+def claim(out: Path, recipe: Recipe, task_class: type[Task], init: str | Path) -> None:
+    """Write recipe.json, or make sure that the one there is this run's."""
+    mine = {"task": task_name(task_class), "init": str(init), "recipe": recipe.to_dict()}
+    path = out / "recipe.json"
+    if path.exists():
+        theirs = json.loads(path.read_text())
+        theirs.pop("environment", None)
+        if theirs != mine:
+            field = first_difference(theirs, mine)
+            raise ValueError(f"{out} holds another run (its {field} differs): give another --out, or delete it")
+        return
+    if out.exists() and any(out.iterdir()):
+        raise ValueError(f"{out} is not empty and holds no run: give another --out")
+    out.mkdir(parents=True, exist_ok=True)
+    environment = {"python": platform.python_version(), "torch": torch.__version__, "processes": world_size()}
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(mine | {"environment": environment}, indent=1) + "\n")
+    temporary.rename(path)
+
+
+def first_difference(theirs: Any, mine: Any, where: str = "") -> str:
+    """Dotted name of the first field in which two JSON values differ."""
+    if isinstance(theirs, dict) and isinstance(mine, dict):
+        for key in [*mine, *theirs]:
+            if theirs.get(key) != mine.get(key):
+                return first_difference(theirs.get(key), mine.get(key), f"{where}.{key}".lstrip("."))
+    return where
+
+
+def finished(out: Path, steps: int) -> bool:
+    """Whether `out` has run all its steps and stored its weights."""
+    newest = checkpoint.newest(out)
+    return newest is not None and newest.stem == f"step_{steps:08d}" and (out / "last" / "config.json").exists()
+
+
+def sum_targets(task: Task, micro_batches: Iterable[Batch]) -> dict[str, int]:
+    """Targets of the step per loss name, over all micro-batches and processes."""
+    totals: dict[str, int] = {}
+    for batch in micro_batches:
+        for name, count in task.targets(batch).items():
+            totals[name] = totals.get(name, 0) + count
+    if world_size() > 1:
+        counts = all_reduce(torch.tensor([totals[name] for name in totals], dtype=torch.int64))
+        totals = dict(zip(totals, counts.tolist(), strict=True))
+    return totals
+
+
+def backward(task: Task, micro_batches: Iterable[Batch], totals: Mapping[str, int], precision: torch.autocast) -> dict[str, float]:
+    """Gradients of the step's loss; returns `loss`, `loss/<name>` and the metrics, each averaged over its targets."""
+    sums: dict[str, float] = {}
+    for batch in micro_batches:
+        with precision:
+            result = task(batch)
+        weighted = [
+            task.loss_weights.get(name, 1.0) * value / max(1, totals[name]) for name, value in result["losses"].items()
+        ]
+        torch.stack(weighted).sum().backward()
+        for kind, group in result.items():
+            for name, value in group.items():
+                key = f"loss/{name}" if kind == "losses" else name
+                sums[key] = sums.get(key, 0.0) + float(value.detach()) / max(1, totals[name.rpartition("/")[0] or name])
+    if world_size() > 1:
+        sums = average_gradients(task, sums)
+    loss = sum(task.loss_weights.get(k.removeprefix("loss/"), 1.0) * v for k, v in sums.items() if k.startswith("loss/"))
+    return {"loss": loss, **sums}
+
+
+def average_gradients(task: Task, sums: dict[str, float]) -> dict[str, float]:
+    """Sum gradients and logged values over processes: every part was already divided by the global target count."""
+    for _, parameter in task.trainable():
+        if parameter.grad is not None:
+            parameter.grad = all_reduce(parameter.grad)
+    values = all_reduce(torch.tensor(list(sums.values()), dtype=torch.float64))
+    return dict(zip(sums, values.tolist(), strict=True))
+
+
+def check_finite(step: int, loss: float, norm: float, micro_batches: Iterable[Batch]) -> None:
+    """Stop on a loss or gradient that is not finite, naming step and records."""
+    if math.isfinite(loss) and math.isfinite(norm):
+        return
+    ids = [str(key) for batch in micro_batches for key in batch.get("id", [])]
+    raise FloatingPointError(
+        f"step {step + 1}: loss {loss}, gradient norm {norm}; records {', '.join(ids[:8])}{' ...' if len(ids) > 8 else ''}; "
+        "lower optim.lr, set optim.clip, or look at those records"
+    )
+
+
+def note_broken(broken: dict[str, set[str]], micro_batches: list[Batch], sources: Mapping[str, Source], share: float, log: Log) -> None:
+    """Name each unreadable record once; more than `share` of a source's records end the run."""
+    for batch in micro_batches:
+        for line in batch.pop(PASSED_OVER):
+            name = line.split(" record ")[0]
+            lines = broken.setdefault(name, set())
+            if line in lines:
+                continue
+            lines.add(line)
+            log.say(f"passed over: {line}")
+            if len(lines) > share * len(sources[name]):
+                raise ValueError(
+                    f"{len(lines)} of {len(sources[name])} records of {sources[name].path} cannot be read, "
+                    f"data.bad_share allows {share:.0%}: {'; '.join(sorted(lines)[:20])}"
+                )
+
+
+def evaluate_and_keep(
+    task: Task, recipe: Recipe, root: Path, sources: Mapping[str, Source], out: Path, step: int, best: float | None, log: Log
+) -> float | None:
+    """Score the val split, write scores.json, and keep the weights as `best/` if their headline leads."""
+    held_out = {name: open_source(root, type(task), name, recipe, "val") for name in sources}
+    size = recipe.run.micro_batch or max(recipe.data.batch.values())
+    scores = evaluate(task, held_out, batch_size=size, limit=recipe.run.eval_records)
+    log.write(step, {f"val/{name}": value for name, value in scores.items()})
+    temporary = out / "scores.tmp"
+    temporary.write_text(json.dumps({"step": step, **scores}, indent=1) + "\n")
+    temporary.rename(out / "scores.json")
+    headline = scores[task.headline]
+    log.say(f"{log.name}  step {step}  val {task.headline} {headline:.4f}")
+    if best is not None and headline <= best:
+        return best
+    store.save(task, out / "best")
+    return headline
+
+
+def recompute_blocks(task: Task) -> None:
+    """Activation checkpointing, applied from outside to each block of the backbone."""
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
+
+    blocks = set(getattr(task.backbone, "blocks", ()))
+    apply_activation_checkpointing(task.backbone, check_fn=lambda module: module in blocks)
+
+
+class Stop:
+    """Turns Ctrl-C and SIGTERM into a request that the loop answers after the step at hand; a second Ctrl-C acts at once."""
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    def __enter__(self) -> "Stop":
+        self.previous = {}
+        for number in (signal.SIGINT, signal.SIGTERM):
+            try:
+                self.previous[number] = signal.signal(number, self._ask)
+            except ValueError:  # signals belong to the main thread; elsewhere the caller stops us
+                continue
+        return self
+
+    def _ask(self, number: int, frame: Any) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)

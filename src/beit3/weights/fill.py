@@ -1,0 +1,114 @@
+"""Tensors from a file into a task: what fits, what is left over, what starts fresh, and a report of all three.
+
+Across the border: dict[str, Tensor] under our parameter names.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from math import isqrt
+
+from torch import Tensor
+
+from beit3.model.config import POSITION_OFFSET
+from beit3.ops.positions import resample_positions
+from beit3.task import Task
+
+IMAGE_POSITIONS = "backbone.image_embedding.positions"
+FINAL_NORM = "backbone.norm."
+KEEP = POSITION_OFFSET + 1
+"""Rows of the image table that belong to no patch."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """What became of every tensor of a file and of every parameter of a task."""
+
+    source: str
+    """What was read, in words."""
+    loaded: tuple[str, ...]
+    """Our names of the parameters that came from the file."""
+    ignored: Mapping[str, str]
+    """Names in the file that the task has no use for -> why."""
+    fresh: Mapping[str, str]
+    """Our names of the parameters that the file could not give -> why."""
+
+    def lines(self) -> list[str]:
+        """The report for a person: one line per reason."""
+        lines = [f"{len(self.loaded)} tensors loaded from {self.source}"]
+        for verb, entries in (("ignored", self.ignored), ("fresh", self.fresh)):
+            for reason in dict.fromkeys(entries.values()):
+                names = [name for name, why in entries.items() if why == reason]
+                lines.append(f"{len(names)} {verb} ({reason}): {first_few(names)}")
+        return lines
+
+
+def stored(task: Task) -> dict[str, Tensor]:
+    """The tensors that belong to the weights of a task: all but those of its frozen children."""
+    return {name: tensor for name, tensor in task.state_dict().items() if name.split(".")[0] not in task.frozen}
+
+
+def match(
+    task: Task, tensors: Mapping[str, Tensor], *, exact: bool, label: Callable[[str], str] = str
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """(values by name for `load_state_dict`, reasons by name of what stays fresh); the task is not changed.
+
+    The image position table is resampled to the task's image size. Of the backbone only the text side as a whole (files
+    that hold the image side alone) and the final norm may be absent. With `exact` a head of another shape is an error,
+    else it stays fresh. `label` says how the file calls a parameter. Raises ValueError naming tensors and shapes.
+    """
+    wanted = stored(task)
+    no_text = not any(is_text(name) and name in tensors for name in wanted)
+    values: dict[str, Tensor] = {}
+    fresh: dict[str, str] = {}
+    missing = []
+    for name, here in wanted.items():
+        if name not in tensors:
+            reason = _absent(name, no_text=no_text)
+            if reason:
+                fresh[name] = reason
+            else:
+                missing.append(label(name))
+            continue
+        value = _positions(task, tensors[name], label) if name == IMAGE_POSITIONS else tensors[name]
+        if value.shape == here.shape:
+            values[name] = value
+        elif exact or name.startswith("backbone."):
+            kind = task_name(type(task))
+            raise ValueError(f"{label(name)} has shape {list(value.shape)}, this {kind} needs {list(here.shape)}")
+        else:
+            fresh[name] = f"shape {list(value.shape)} in the file, {list(here.shape)} here"
+    if missing:
+        raise ValueError(f"{len(missing)} tensors are missing: {first_few(missing)}")
+    return values, fresh
+
+
+def is_text(name: str) -> bool:
+    """Whether a parameter serves texts alone."""
+    return name.startswith("backbone.") and (".text_embedding." in name or ".text." in name)
+
+
+def task_name(kind: type[Task]) -> str:
+    """The name under which `beit3.task.load` finds a task: its module's, whole for modules of others."""
+    return kind.__module__.removeprefix("beit3.tasks.")
+
+
+def first_few(names: Iterable[str], count: int = 4) -> str:
+    """The first names and how many more there are."""
+    names = list(names)
+    return ", ".join(names[:count]) + (f" and {len(names) - count} more" if len(names) > count else "")
+
+
+def _absent(name: str, *, no_text: bool) -> str:
+    """Why a file may lack this parameter; empty where it may not."""
+    if not name.startswith("backbone."):
+        return "a head that the file does not hold"
+    if no_text and is_text(name):
+        return "the file holds the image side alone"
+    return "the file's task has no final norm" if name.startswith(FINAL_NORM) else ""
+
+
+def _positions(task: Task, table: Tensor, label: Callable[[str], str]) -> Tensor:
+    side = isqrt(max(0, len(table) - KEEP))
+    if side * side != len(table) - KEEP:
+        raise ValueError(f"{label(IMAGE_POSITIONS)} has {len(table)} rows: {KEEP} and a square grid are expected")
+    return resample_positions(table, (side, side), task.config.model.grid, keep=KEEP)

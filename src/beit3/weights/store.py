@@ -1,0 +1,219 @@
+"""Our own weights: a directory with everything that inference needs.
+
+`model.safetensors` (all tensors but those of frozen parts), `config.json` (task, its config with the preprocessing,
+digests) and, where the task has one, the text tokenizer `text.model`. Loading is strict: names and shapes must agree.
+"""
+
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from beit3.config import from_dict, to_dict
+from beit3.recipe import TaskConfig
+from beit3.task import Task
+from beit3.task import load as load_task
+from beit3.tokenizer.text import TextTokenizer
+from beit3.weights.fill import FINAL_NORM, Report, first_few, match, stored, task_name
+from beit3.weights.official import family, load_official, read_file, translate
+
+FORMAT = 1
+MODEL, CONFIG, TEXT = "model.safetensors", "config.json", "text.model"
+
+
+@dataclass(frozen=True)
+class FrozenFile:
+    """Where a frozen part came from, and the digest of its tensors' file."""
+
+    path: str
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A weights directory's `config.json`, read and checked."""
+
+    task: str
+    config: TaskConfig
+    tokenizer: str | None
+    """SHA-256 of the text tokenizer that the weights were trained with."""
+    frozen: Mapping[str, FrozenFile]
+
+
+def is_weights(path: str | Path) -> bool:
+    """Whether `path` is a directory that `save` wrote."""
+    return all((Path(path) / name).is_file() for name in (MODEL, CONFIG))
+
+
+def save(task: Task, directory: str | Path, *, state: Mapping[str, Tensor] | None = None) -> None:
+    """Write the weights of `task` to `directory`, in place of older ones, by renaming: never a mix of both.
+
+    `state`: full tensors by name to write instead of the task's own (gathered from shards, or averaged). Raises
+    ValueError where `directory` is something else than weights.
+    """
+    directory = Path(directory)
+    if directory.exists() and not is_weights(directory) and (directory.is_file() or any(directory.iterdir())):
+        raise ValueError(f"{directory} exists and does not hold weights: give another directory")
+    new, old = (directory.with_name(f".{directory.name}.{age}") for age in ("new", "old"))
+    for path in (new, old):
+        shutil.rmtree(path, ignore_errors=True)
+    new.mkdir(parents=True)
+    tensors = stored(task)
+    if state is not None:
+        tensors = {name: state[name] for name in tensors}
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, new / MODEL)
+    (new / CONFIG).write_text(json.dumps(_description(task), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    if task.has_tokenizer:
+        task.tokenizer.save(new / TEXT)
+    if directory.exists():
+        directory.rename(old)
+    new.rename(directory)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def load(directory: str | Path, *, text_model: str | Path | None = None, config: TaskConfig | None = None) -> Task:
+    """The task that `save` wrote, on the CPU. Strict: ValueError naming what is missing, unknown, misshapen or unfit.
+
+    text_model: the text tokenizer's file, where the directory came without. config: used in place of the stored one.
+    """
+    directory = Path(directory)
+    description = read_config(directory)
+    tokenizer = _tokenizer(directory, description, text_model)
+    task = load_task(description.task)(config or description.config, tokenizer=tokenizer)
+    for name, file in getattr(task, "frozen_files", {}).items():
+        if name in description.frozen and description.frozen[name].sha256 != file.sha256:
+            raise ValueError(f"{name} {file.path} is not the file that these weights were trained with: put that back")
+    tensors, here = read_tensors(directory), stored(task)
+    unknown = [name for name in tensors if name not in here]
+    missing = [name for name in here if name not in tensors]
+    if unknown or missing:
+        verb, names = ("unknown", unknown) if unknown else ("missing", missing)
+        raise ValueError(f"{directory / MODEL}: {len(names)} tensors are {verb}: {first_few(names)}")
+    for name, tensor in tensors.items():
+        shape, needed = list(tensor.shape), list(here[name].shape)
+        if shape != needed:
+            raise ValueError(f"{directory / MODEL}: {name} has shape {shape}, the config needs {needed}")
+    task.load_state_dict(tensors, strict=False)
+    return task
+
+
+def read_config(directory: str | Path) -> Stored:
+    """What a weights directory says about itself; ValueError naming the file and field that cannot be read."""
+    path = Path(directory) / CONFIG
+    if not path.is_file():
+        raise ValueError(f"no weights at {directory}: {CONFIG} is missing")
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+    fields = ("format", "task", "config", "tokenizer", "frozen")
+    missing = [field for field in fields if not isinstance(data, dict) or field not in data]
+    if missing:
+        raise ValueError(f"{path} lacks the field {missing[0]!r}: weights as `beit3 train` writes them are expected")
+    if data["format"] != FORMAT:
+        raise ValueError(
+            f"{path} is of format {data['format']!r}, not {FORMAT}: read it with the version that wrote it"
+        )
+    config = from_dict(load_task(data["task"]).Config, data["config"], f"{path}: config")
+    frozen = {name: from_dict(FrozenFile, file, f"{path}: frozen.{name}") for name, file in data["frozen"].items()}
+    return Stored(data["task"], config, data["tokenizer"], frozen)
+
+
+def read_tensors(directory: str | Path) -> dict[str, Tensor]:
+    """The tensors of a weights directory by our names."""
+    path = Path(directory) / MODEL
+    try:
+        return load_file(path)
+    except FileNotFoundError:
+        raise ValueError(f"no weights at {directory}: {MODEL} is missing") from None
+    except (SafetensorError, OSError):
+        raise ValueError(f"{path} is not a whole safetensors file: copy it again") from None
+
+
+def load_frozen(path: str, kind: str) -> tuple[Task, FrozenFile]:
+    """A part that never trains: the task `kind` from our directory or a released file, and the file's digest."""
+    if Path(path).is_dir():
+        file, task = Path(path) / MODEL, load(path)
+    else:
+        file, (task, _) = Path(path), load_official(read_file(path), kind)
+    if task_name(type(task)) != kind:
+        raise ValueError(f"{path} holds weights of {task_name(type(task))}, {kind} is needed here")
+    return task.eval().requires_grad_(False), FrozenFile(str(path), digest(file))
+
+
+def digest(path: str | Path) -> str:
+    """SHA-256 of a file, in hex."""
+    found = sha256()
+    with Path(path).open("rb") as file:
+        while block := file.read(1 << 20):
+            found.update(block)
+    return found.hexdigest()
+
+
+def initialise_from(task: Task, path: str | Path) -> Report:
+    """Copy into `task` what fits from our directory or a released file: the start of fine-tuning.
+
+    The backbone must fit, with image positions resampled to the task's image size; heads are taken where name and shape
+    agree; what the file lacks keeps its present values. Raises ValueError naming backbone tensors that do not fit, and
+    where the text tokenizers differ.
+    """
+    path = Path(path)
+    try:
+        return _initialise(task, path)
+    except ValueError as error:
+        raise ValueError(f"cannot start from {path}: {error}") from None
+
+
+def _initialise(task: Task, path: Path) -> Report:
+    label: Callable[[str], str] = str
+    if path.is_dir():
+        description = read_config(path)
+        if task.has_tokenizer and description.tokenizer not in (None, task.tokenizer.digest):
+            raise ValueError(f"the text tokenizer is not the one that these weights know: use {path / TEXT}")
+        tensors, source = read_tensors(path), f"{path} ({description.task})"
+        ignored = _unused(task, tensors)
+    else:
+        state = read_file(path)
+        source = f"{path} (a released {family(state)} file)"
+        tensors, ignored, label = translate(state, task)
+    values, fresh = match(task, tensors, exact=False, label=label)
+    task.load_state_dict(values, strict=False)
+    return Report(source, tuple(values), ignored, fresh)
+
+
+def _unused(task: Task, tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """Why tensors of other weights are left out; ValueError for those of a backbone that this one has no place for."""
+    here, name = stored(task), task_name(type(task))
+    left = [key for key in tensors if key not in here]
+    unknown = [key for key in left if key.startswith("backbone.") and not key.startswith(FINAL_NORM)]
+    if unknown:
+        raise ValueError(f"this {name} has no place for {len(unknown)} tensors: {first_few(unknown)}")
+    reasons = {True: f"the final norm: {name} reads the states before it", False: f"a head that {name} does not have"}
+    return {key: reasons[key.startswith(FINAL_NORM)] for key in left}
+
+
+def _description(task: Task) -> dict[str, Any]:
+    return {
+        "format": FORMAT,
+        "task": task_name(type(task)),
+        "config": to_dict(task.config),
+        "tokenizer": task.tokenizer.digest if task.has_tokenizer else None,
+        "frozen": to_dict(getattr(task, "frozen_files", {})),
+    }
+
+
+def _tokenizer(directory: Path, description: Stored, text_model: str | Path | None) -> TextTokenizer | None:
+    file = Path(text_model) if text_model is not None else directory / TEXT
+    if text_model is None and not file.is_file():
+        return None
+    tokenizer = TextTokenizer(file)
+    if description.tokenizer not in (None, tokenizer.digest):
+        raise ValueError(f"{file} is a tokenizer that does not fit the weights: give the one they were trained with")
+    return tokenizer

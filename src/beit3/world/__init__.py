@@ -1,0 +1,1 @@
+"""The embedded world: scenes that are photographed, described and questioned, all true by construction."""

@@ -1,0 +1,155 @@
+"""The embedded world's scenes: one to three simple objects on a muted background, fully decided by a seed.
+
+Places and lengths are fractions of the picture, x to the right and y downward, so one scene renders at any size.
+Two objects of a scene never share both color and shape: "the red circle" always names at most one object.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeAlias, TypeVar
+
+import numpy as np
+
+RGB: TypeAlias = tuple[int, int, int]
+T = TypeVar("T")
+
+COLORS: dict[str, RGB] = {
+    "red": (222, 32, 38),
+    "green": (22, 150, 44),
+    "blue": (30, 60, 226),
+    "yellow": (250, 228, 20),
+    "purple": (150, 30, 176),
+    "orange": (252, 132, 8),
+    "white": (252, 252, 252),
+    "black": (12, 12, 14),
+}
+SHAPES = ("circle", "square", "triangle", "cross", "star")
+SIZES = ("small", "large")
+TEXTURES = ("plain", "striped", "dotted")
+RELATIONS = ("left of", "right of", "above", "below")
+
+# Saturation and brightness stay in the middle, far from each of COLORS, white and black included.
+TONES: tuple[RGB, ...] = (
+    (176, 164, 140),
+    (146, 160, 136),
+    (128, 148, 168),
+    (172, 144, 142),
+    (118, 142, 140),
+    (142, 126, 112),
+    (152, 144, 172),
+    (112, 116, 126),
+)
+RADIUS = {"small": 0.14, "large": 0.24}
+RADIUS_JITTER = 0.08  # relative: a small object stays below 0.152 and a large one above 0.220
+GAP = 0.02  # kept free between two bounding boxes and beside the border
+CLEAR = 0.25  # a relation is stated only where the places differ by more than this
+NUM_OBJECTS = (0.4, 0.45, 0.15)  # how likely a scene has 1, 2 and 3 objects
+PLAIN_RATE = 0.7
+LARGE_RATE = 0.6  # of the throws; large objects find room less often, which leaves about as many of either size
+HORIZON_RATE = 0.4
+
+
+@dataclass(frozen=True)
+class Object:
+    """One object: its words, its centre (x, y) and its radius (half the side of the square that it fills)."""
+
+    shape: str
+    color: str
+    size: str
+    texture: str
+    x: float
+    y: float
+    radius: float
+
+
+@dataclass(frozen=True)
+class Background:
+    """A gradient along `angle` (radians) from tone `start` to tone `end`.
+
+    Below `horizon` (a height, or None) lies the ground, `ground` being the tone that it runs to.
+    """
+
+    start: RGB
+    end: RGB
+    angle: float
+    horizon: float | None
+    ground: RGB
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What there is to see. Built by `make_scene`."""
+
+    seed: int
+    objects: tuple[Object, ...]
+    background: Background
+
+
+def make_scene(seed: int, *, num_objects: tuple[float, float, float] = NUM_OBJECTS) -> Scene:
+    """The scene of a seed; `num_objects` holds the probabilities of 1, 2 and 3 objects.
+
+    ValueError: a negative seed, or probabilities that do not sum to 1.
+    """
+    if seed < 0:
+        raise ValueError(f"seed: {seed} is negative; give 0 or more")
+    if len(num_objects) != 3 or min(num_objects) < 0 or abs(sum(num_objects) - 1) > 1e-6:
+        raise ValueError(f"num_objects: {num_objects} must be three probabilities (of 1, 2, 3 objects) that sum to 1")
+    rng = np.random.default_rng(seed)
+    count = int(np.searchsorted(np.cumsum(num_objects)[:2], rng.random(), side="right")) + 1
+    background = _background(rng)
+    objects = _place(rng, count)
+    while objects is None:  # three large objects seldom fit: draw other ones
+        objects = _place(rng, count)
+    return Scene(seed, objects, background)
+
+
+def relation(first: Object, second: Object) -> str | None:
+    """Where `first` lies as seen from `second`: one of RELATIONS on the dominant axis, None when it is not clear."""
+    dx, dy = first.x - second.x, first.y - second.y
+    if max(abs(dx), abs(dy)) <= CLEAR:
+        return None
+    if abs(dx) > abs(dy):
+        return "left of" if dx < 0 else "right of"
+    return "above" if dy < 0 else "below"
+
+
+def opposite(name: str) -> str:
+    """The relation that holds with the two objects exchanged."""
+    return RELATIONS[RELATIONS.index(name) ^ 1]
+
+
+def pick(rng: np.random.Generator, options: Sequence[T]) -> T:
+    """One of a non-empty sequence, uniformly (`rng.choice` would turn tuples into arrays, and is 20 times slower)."""
+    return options[int(rng.random() * len(options))]
+
+
+def _background(rng: np.random.Generator) -> Background:
+    tones = [TONES[i] for i in rng.permutation(len(TONES))[:3]]
+    horizon = float(rng.uniform(0.35, 0.75)) if rng.random() < HORIZON_RATE else None
+    return Background(tones[0], tones[1], float(rng.uniform(0, 2 * np.pi)), horizon, tones[2])
+
+
+def _place(rng: np.random.Generator, count: int) -> tuple[Object, ...] | None:
+    """`count` objects, none upon another; None when an object found no room in 30 throws."""
+    placed: list[Object] = []
+    while len(placed) < count:
+        thrown = (_throw(rng) for _ in range(30))
+        fitting = next((item for item in thrown if all(_apart(item, other) for other in placed)), None)
+        if fitting is None:
+            return None
+        placed.append(fitting)
+    return tuple(placed)
+
+
+def _throw(rng: np.random.Generator) -> Object:
+    size = "large" if rng.random() < LARGE_RATE else "small"
+    radius = RADIUS[size] * float(rng.uniform(1 - RADIUS_JITTER, 1 + RADIUS_JITTER))
+    texture = "plain" if rng.random() < PLAIN_RATE else pick(rng, TEXTURES[1:])
+    x, y = (float(value) for value in rng.uniform(radius + GAP, 1 - radius - GAP, size=2))
+    return Object(pick(rng, SHAPES), pick(rng, tuple(COLORS)), size, texture, x, y, radius)
+
+
+def _apart(first: Object, second: Object) -> bool:
+    same = first.color == second.color and first.shape == second.shape
+    distance = max(abs(first.x - second.x), abs(first.y - second.y))
+    return not same and distance > first.radius + second.radius + GAP

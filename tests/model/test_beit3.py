@@ -1,0 +1,278 @@
+"""The backbone against a slow second implementation, and its promises: padding, caches, experts, threads, recompute."""
+
+import threading
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from beit3.model.attention_mask import image_to_text
+from beit3.model.beit3 import BEiT3
+from beit3.model.config import BASE, GIANT, LARGE, TINY, TINY_RELEASE, ModelConfig
+from beit3.model.layers import Cache
+from tests.reference import backbone as slow
+
+PAPER = replace(TINY, dim=32, depth=3, ffn_dim=48, image_size=16, vocab_size=40, text_positions=20)
+RELEASE = replace(TINY_RELEASE, dim=32, depth=3, ffn_dim=48, image_size=16, vocab_size=40, text_positions=20)
+BOTH = pytest.mark.parametrize("config", [PAPER, RELEASE], ids=["paper", "release"])
+
+
+def random_model(config: ModelConfig, dtype: torch.dtype = torch.float64) -> BEiT3:
+    """Every parameter away from its initial value, norms included."""
+    model = BEiT3(config).to(dtype).eval()
+    model.init_weights(0)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator, dtype=dtype), alpha=0.2)
+    return model
+
+
+def inputs(config: ModelConfig, batch: int = 3, length: int = 7) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(2)
+    padding = torch.arange(length) >= torch.tensor([[length], [length - 3], [length - 1]])[:batch]
+    return {
+        "image": torch.rand(batch, 3, config.image_size, config.image_size, generator=generator, dtype=torch.float64)
+        * 2
+        - 1,
+        "text": torch.randint(4, config.vocab_size, (batch, length), generator=generator),
+        "text_padding": padding,
+        "image_mask": torch.rand(batch, config.num_patches, generator=generator) < 0.4,
+    }
+
+
+CASES = {
+    "image": ("image",),
+    "masked image": ("image", "image_mask"),
+    "text": ("text",),
+    "padded text": ("text", "text_padding"),
+    "pair": ("image", "text"),
+    "padded pair": ("image", "text", "text_padding"),
+    "masked padded pair": ("image", "text", "text_padding", "image_mask"),
+}
+
+
+@BOTH
+@pytest.mark.parametrize("case", CASES)
+def test_equals_the_slow_implementation(config, case):
+    model, given = random_model(config), inputs(config)
+    given = {name: given[name] for name in CASES[case]}
+    expected = slow.encode(model.state_dict(), config, **given)
+    torch.testing.assert_close(model(**given).tokens, expected, rtol=0, atol=1e-10)
+
+
+@BOTH
+def test_image_to_text_equals_the_slow_implementation_and_hides_the_text(config):
+    model, given = random_model(config), inputs(config)
+    given.pop("image_mask")
+    mask = image_to_text(1 + config.num_patches, given["text"].shape[1])
+    found = model(**given, attention_mask=mask)
+    expected = slow.encode(model.state_dict(), config, **given, may_attend=mask)
+    torch.testing.assert_close(found.tokens, expected, rtol=0, atol=1e-10)
+    other = model(**given | {"text": given["text"].flip(1)}, attention_mask=mask)
+    torch.testing.assert_close(found.of("image"), other.of("image"), rtol=0, atol=1e-12)
+
+
+@BOTH
+@pytest.mark.parametrize("size", [(24, 8), (8, 40), (32, 16)])
+def test_rectangular_images_equal_the_slow_implementation(config, size):
+    model, given = random_model(config), inputs(config)
+    image = torch.rand(2, 3, *size, dtype=torch.float64)
+    expected = slow.encode(model.state_dict(), config, image, given["text"][:2])
+    # Position tables are resampled in float32 whatever the model's type: 6e-8 of values of a few units.
+    torch.testing.assert_close(model(image, given["text"][:2]).tokens, expected, rtol=0, atol=1e-5)
+
+
+@BOTH
+def test_without_final_norm(config):
+    config = replace(config, final_norm=False)
+    model, given = random_model(config), inputs(config)
+    expected = slow.encode(model.state_dict(), config, given["image"], given["text"])
+    torch.testing.assert_close(model(given["image"], given["text"]).tokens, expected, rtol=0, atol=1e-10)
+
+
+@BOTH
+def test_what_stands_in_padding_changes_nothing(config):
+    model, given = random_model(config), inputs(config)
+    other = given["text"].where(~given["text_padding"], 4)
+    assert not torch.equal(other, given["text"])
+    one, two = (model(given["image"], text, text_padding=given["text_padding"]) for text in (given["text"], other))
+    torch.testing.assert_close(one.tokens, two.tokens, rtol=0, atol=0)
+
+
+@BOTH
+def test_padding_equals_a_shorter_text(config):
+    model, given = random_model(config), inputs(config)
+    length = int((~given["text_padding"][1]).sum())
+    padded = model(given["image"], given["text"], text_padding=given["text_padding"])
+    alone = model(given["image"][1:2], given["text"][1:2, :length])
+    torch.testing.assert_close(padded.of("image")[1:2], alone.of("image"), rtol=0, atol=1e-10)
+    torch.testing.assert_close(padded.of("text")[1:2, :length], alone.of("text"), rtol=0, atol=1e-10)
+
+
+@BOTH
+@pytest.mark.parametrize("cuts", [(1, 1, 1, 1, 1, 1, 1), (2, 3, 2), (7,)])
+def test_cached_equals_full(config, cuts):
+    model, given = random_model(config), inputs(config)
+    image, text = given["image"], given["text"]
+    rows = 1 + config.num_patches
+    mask = image_to_text(rows, text.shape[1])
+    full = model(image, text, attention_mask=mask).of("text")
+    cache, done, parts = Cache(), 0, []
+    for count in cuts:
+        step = mask[0 if done == 0 else rows + done : rows + done + count, : rows + done + count]
+        encoded = model(image if done == 0 else None, text[:, done : done + count], attention_mask=step, cache=cache)
+        parts.append(encoded.of("text"))
+        done += count
+    torch.testing.assert_close(torch.cat(parts, 1), full, rtol=0, atol=1e-10)
+
+
+@BOTH
+def test_a_cache_forgets_its_last_tokens_and_follows_its_beams(config):
+    model, given = random_model(config), inputs(config)
+    image, text = given["image"], given["text"]
+    rows = 1 + config.num_patches
+    mask = image_to_text(rows, 4)
+    cache = Cache()
+    model(image, text[:, :3], attention_mask=mask[: rows + 3, : rows + 3], cache=cache)
+    cache.drop_last(1)
+    beams = torch.tensor([2, 0, 0])
+    cache.reorder(beams)
+    step = model(text=text[beams][:, 4:6], attention_mask=mask[rows + 2 :, :], cache=cache).of("text")
+    told = torch.cat((text[:, :2][beams], text[beams][:, 4:6]), 1)
+    full = model(image[beams], told, attention_mask=mask).of("text")[:, 2:]
+    torch.testing.assert_close(step, full, rtol=0, atol=1e-10)
+
+
+@BOTH
+@pytest.mark.parametrize("modality", ["image", "text"])
+def test_one_modality_touches_its_own_experts_alone(config, modality):
+    model, given = random_model(config), inputs(config)
+    model(**{modality: given[modality]}).tokens.square().sum().backward()
+    touched = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
+    others = {"image", "text", "fusion"} - {modality}
+    foreign = others | {f"{other}_embedding" for other in others}
+    assert not [name for name in touched if foreign & set(name.split("."))]
+    own = {name for name, _ in model.named_parameters() if modality in name.split(".")}
+    assert own and own <= touched
+
+
+def test_a_pair_uses_the_fusion_expert_in_the_top_layers_alone():
+    model, given = random_model(PAPER), inputs(PAPER)
+    model(given["image"], given["text"]).tokens.square().sum().backward()
+    ffn = {
+        (int(name.split(".")[1]), name.split(".")[3]): parameter.grad is not None
+        for name, parameter in model.named_parameters()
+        if ".ffn." in name
+    }
+    assert ffn == {
+        (0, "image"): True, (0, "text"): True, (1, "image"): True, (1, "text"): True,
+        (2, "image"): False, (2, "text"): False, (2, "fusion"): True,
+    }  # fmt: skip
+
+
+@BOTH
+def test_two_threads_share_one_model(config):
+    model, given = random_model(config, torch.float32), inputs(config)
+    image, text = given["image"].float(), given["text"]
+    calls = {"image": lambda: model(image).tokens, "text": lambda: model(text=text).tokens}
+    with torch.inference_mode():
+        expected = {name: call() for name, call in calls.items()}
+    wrong: list[str] = []
+
+    def work(name: str) -> None:
+        with torch.inference_mode():
+            wrong.extend(name for _ in range(400) if not torch.allclose(calls[name](), expected[name], atol=1e-6))
+
+    threads = [threading.Thread(target=work, args=(name,)) for name in calls]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+@BOTH
+def test_recomputed_activations_give_equal_gradients(config):
+    model, given = random_model(config), inputs(config)
+    twin = random_model(config)
+    for block in twin.blocks:
+        block.forward = checkpointed(block.forward)
+    for network in (model, twin):
+        # Interleaved passes: a router with state would recompute the first with the experts of the last.
+        passes = [network(given["image"]), network(text=given["text"]), network(given["image"], given["text"])]
+        sum(encoded.tokens.sin().sum() for encoded in passes).backward()
+    for (name, one), two in zip(model.named_parameters(), twin.parameters(), strict=True):
+        assert (one.grad is None) == (two.grad is None), name
+        if one.grad is not None:
+            torch.testing.assert_close(one.grad, two.grad, rtol=0, atol=1e-10)
+
+
+def checkpointed(forward):
+    return lambda *arguments: checkpoint(forward, *arguments, use_reentrant=False)
+
+
+def test_stochastic_depth_drops_whole_branches_of_a_sample():
+    config = replace(RELEASE, drop_path_rate=0.5)
+    block = random_model(config).blocks[-1].train()
+    torch.manual_seed(0)
+    part = torch.zeros(400, 2, config.dim, dtype=torch.float64)
+    (dropped,) = block.add((part,), (torch.ones_like(part),))
+    assert set(dropped.unique().tolist()) == {0.0, 2.0}
+    assert (dropped == dropped[:, :1, :1]).all()
+    assert 0.4 < (dropped[:, 0, 0] > 0).double().mean() < 0.6
+
+
+def test_the_giant_has_the_papers_sizes():
+    with torch.device("meta"):
+        model = BEiT3(GIANT)
+
+    def count(*parts: str) -> int:
+        return sum(p.numel() for name, p in model.named_parameters() if any(part in name for part in parts))
+
+    # Paper, table 2: 692M vision, 692M language, 52M vision-language experts, 317M shared attention.
+    assert count(".ffn.image.") == 692_362_240
+    assert count(".ffn.text.") == 692_362_240
+    assert count(".ffn.fusion.") == 51_927_168
+    assert count(".attention.qkv.", ".attention.out.") == 317_419_520
+    assert not [name for name, _ in model.named_parameters() if "attention.norm" in name or "ffn.image.norm" in name]
+
+
+@pytest.mark.parametrize(("config", "millions"), [(BASE, 276.511), (LARGE, 746.710)])
+def test_the_released_sizes(config, millions):
+    with torch.device("meta"):
+        backbone = sum(parameter.numel() for parameter in BEiT3(config).parameters())
+    heads = (config.dim + 1) * (config.vocab_size + 8192)
+    assert round((backbone + heads) / 1e6, 3) == millions
+
+
+@BOTH
+def test_initial_values_depend_on_seed_and_name_alone(config):
+    one, two, other = BEiT3(config), BEiT3(config), BEiT3(config)
+    one.init_weights(3), two.init_weights(3), other.init_weights(4)
+    for (name, a), b, c in zip(one.named_parameters(), two.parameters(), other.parameters(), strict=True):
+        assert torch.equal(a, b), name
+        assert torch.equal(a, c) == (a.ndim == 1), name
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({}, "nothing to encode"),
+        ({"text": torch.zeros(1, 19, dtype=torch.int64)}, "text of 19 tokens is beyond the 18"),
+        ({"image": torch.zeros(1, 3, 16, 20)}, "16 x 20 px is not a multiple of the 8 px patch"),
+        (
+            {"text": torch.zeros(1, 2, dtype=torch.int64), "text_padding": torch.zeros(1, 2), "cache": Cache()},
+            "text_padding",
+        ),
+    ],
+)
+def test_errors_name_the_fault(given, message):
+    with pytest.raises(ValueError, match=message):
+        BEiT3(RELEASE)(**given)
+
+
+def test_asking_for_a_modality_that_is_not_there():
+    with pytest.raises(ValueError, match="no text in this input"):
+        BEiT3(RELEASE)(torch.zeros(1, 3, 16, 16)).of("text")

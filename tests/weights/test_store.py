@@ -1,0 +1,342 @@
+"""Our weights directories: what comes back, what is refused, and starting one task from another's weights."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from beit3.model.config import TINY, TINY_RELEASE, ModelConfig
+from beit3.ops.positions import resample_positions
+from beit3.recipe import TaskConfig
+from beit3.task import Task
+from beit3.tasks.backbone import Backbone
+from beit3.tasks.pretrain import Pretrain, PretrainConfig
+from beit3.tasks.vqa import VQA, VQAConfig
+from beit3.tasks.vqkd import VQKD, VQKDConfig
+from beit3.tokenizer.text import TextTokenizer
+from beit3.tokenizer.visual import VisualTokenizerConfig
+from beit3.weights.official import to_official
+from beit3.weights.store import initialise_from, load, load_frozen, read_config, save
+
+PAPER = replace(TINY, dim=32, depth=2, ffn_dim=48, image_size=16, vocab_size=64, text_positions=20)
+RELEASE = replace(
+    TINY_RELEASE, dim=64, num_heads=1, depth=2, ffn_dim=48, image_size=16, vocab_size=64, text_positions=20
+)
+VISUAL = VisualTokenizerConfig(16, 8, 16, 1, 2, 32, 1, 4, 9, 12)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> TextTokenizer:
+    words = "a red cube left of the blue ball and one green cone near two small boxes on top"
+    return TextTokenizer.train([words, words.title()], vocab_size=60)
+
+
+@pytest.fixture(scope="module")
+def other_tokenizer() -> TextTokenizer:
+    return TextTokenizer.train(["how many rings are under this great yellow lamp"], vocab_size=60)
+
+
+def vqa(model: ModelConfig = PAPER, answers: tuple[str, ...] = ("yes", "no", "two"), **given) -> VQA:
+    config = VQAConfig(model=replace(model, final_norm=False), answers=answers, num_answers=len(answers), text_length=9)
+    return filled(VQA(config, **given))
+
+
+def filled(task, seed: int = 0):
+    task.init_weights(seed)
+    return task
+
+
+def same(one: Task, two: Task) -> None:
+    assert one.config == two.config
+    here, there = one.state_dict(), two.state_dict()
+    assert here.keys() == there.keys()
+    assert all(torch.equal(here[name], there[name]) for name in here)
+
+
+def edit(directory: Path, **changes) -> None:
+    """Change fields of `config.json`; None removes one."""
+    data = json.loads((directory / "config.json").read_text()) | changes
+    data = {key: value for key, value in data.items() if value is not Ellipsis}
+    (directory / "config.json").write_text(json.dumps(data))
+
+
+# Saving and loading --------------------------------------------------------------------------------------------------
+
+
+def test_what_is_saved_comes_back(tmp_path, tokenizer):
+    task = vqa(tokenizer=tokenizer)
+    save(task, tmp_path / "w")
+    assert sorted(path.name for path in (tmp_path / "w").iterdir()) == [
+        "config.json",
+        "model.safetensors",
+        "text.model",
+    ]
+    again = load(tmp_path / "w")
+    assert isinstance(again, VQA)
+    same(again, task)
+    assert again.tokenizer.bytes == tokenizer.bytes
+    described = read_config(tmp_path / "w")
+    assert (described.task, described.config, described.tokenizer) == ("vqa", task.config, tokenizer.digest)
+    data = json.loads((tmp_path / "w" / "config.json").read_text())
+    assert data["config"]["image"]["mean"] == [0.5, 0.5, 0.5], "preprocessing is part of the weights"
+
+
+def test_a_task_without_tokenizer(tmp_path):
+    task = filled(Backbone(TaskConfig(model=RELEASE)))
+    save(task, tmp_path / "w")
+    assert not (tmp_path / "w" / "text.model").exists()
+    same(load(tmp_path / "w"), task)
+
+
+def test_saving_replaces_older_weights(tmp_path, tokenizer):
+    save(vqa(tokenizer=tokenizer), tmp_path / "w")
+    newer = filled(Backbone(TaskConfig(model=PAPER)), 1)
+    save(newer, tmp_path / "w")
+    same(load(tmp_path / "w"), newer)
+    assert [path.name for path in tmp_path.iterdir()] == ["w"]
+    assert not (tmp_path / "w" / "text.model").exists(), "nothing of the older weights stays"
+
+
+def test_a_save_that_was_interrupted_does_not_hinder_the_next(tmp_path):
+    for leftover in (".w.new", ".w.old"):
+        (tmp_path / leftover).mkdir()
+        (tmp_path / leftover / "model.safetensors").write_text("half")
+    task = filled(Backbone(TaskConfig(model=PAPER)))
+    save(task, tmp_path / "w")
+    same(load(tmp_path / "w"), task)
+    assert [path.name for path in tmp_path.iterdir()] == ["w"]
+
+
+def test_a_failed_save_leaves_the_older_weights(tmp_path, monkeypatch):
+    task = filled(Backbone(TaskConfig(model=PAPER)))
+    save(task, tmp_path / "w")
+    monkeypatch.setattr("beit3.weights.store.save_file", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        save(filled(Backbone(TaskConfig(model=PAPER)), 1), tmp_path / "w")
+    same(load(tmp_path / "w"), task)
+
+
+def test_saving_never_replaces_what_is_not_weights(tmp_path):
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "a.jpg").write_text("x")
+    with pytest.raises(ValueError, match="photos exists and does not hold weights"):
+        save(vqa(), tmp_path / "photos")
+    assert (tmp_path / "photos" / "a.jpg").exists()
+
+
+def test_gathered_tensors_can_be_saved_instead(tmp_path):
+    task = vqa()
+    save(task, tmp_path / "w", state={name: tensor * 2 for name, tensor in task.state_dict().items()})
+    assert torch.equal(load(tmp_path / "w").state_dict()["head.0.weight"], task.head[0].weight * 2)
+
+
+def test_visual_tokenizers_keep_their_codebook(tmp_path):
+    task = filled(VQKD(VQKDConfig(model=VISUAL, image=replace(VQKDConfig().image, image_size=16))))
+    task.backbone.quantizer.codebook.add_(0.5)
+    task.teacher = torch.nn.Linear(2, 2)
+    save(task, tmp_path / "w")
+    assert not [name for name in load_file(tmp_path / "w" / "model.safetensors") if name.startswith("teacher")]
+    again = load(tmp_path / "w")
+    task.teacher = None
+    same(again, task)
+
+
+# Frozen parts --------------------------------------------------------------------------------------------------------
+
+
+def pretrain(tmp_path: Path) -> Pretrain:
+    save(filled(VQKD(VQKDConfig(model=VISUAL, image=replace(VQKDConfig().image, image_size=16)))), tmp_path / "visual")
+    config = PretrainConfig(model=PAPER, num_codes=9, token_size=16, visual_tokenizer=str(tmp_path / "visual"))
+    return filled(Pretrain(config))
+
+
+def test_frozen_parts_are_stored_as_path_and_digest(tmp_path):
+    task = pretrain(tmp_path)
+    save(task, tmp_path / "w")
+    assert not [name for name in load_file(tmp_path / "w" / "model.safetensors") if name.startswith("visual_tokenizer")]
+    file = read_config(tmp_path / "w").frozen["visual_tokenizer"]
+    assert file == load_frozen(str(tmp_path / "visual"), "vqkd")[1]
+    same(load(tmp_path / "w"), task)
+
+
+def test_another_frozen_part_is_refused(tmp_path):
+    save(pretrain(tmp_path), tmp_path / "w")
+    other = filled(VQKD(VQKDConfig(model=VISUAL, image=replace(VQKDConfig().image, image_size=16))), 1)
+    save(other, tmp_path / "visual")
+    with pytest.raises(
+        ValueError, match="visual_tokenizer .*visual is not the file that these weights were trained with"
+    ):
+        load(tmp_path / "w")
+
+
+def test_load_frozen_gives_no_gradients_and_checks_the_kind(tmp_path):
+    save(vqa(), tmp_path / "w")
+    task, _ = load_frozen(str(tmp_path / "w"), "vqa")
+    assert not task.training and not [name for name, p in task.named_parameters() if p.requires_grad]
+    with pytest.raises(ValueError, match="w holds weights of vqa, vqkd is needed here"):
+        load_frozen(str(tmp_path / "w"), "vqkd")
+    with pytest.raises(ValueError, match="no weights at .*absent"):
+        load_frozen(str(tmp_path / "absent"), "vqkd")
+
+
+# Faults --------------------------------------------------------------------------------------------------------------
+
+
+def rewrite(directory: Path, change) -> None:
+    tensors = load_file(directory / "model.safetensors")
+    change(tensors)
+    save_file(tensors, directory / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop("head.3.bias"), "1 tensors are missing: head.3.bias"),
+        (lambda t: t.update({"head.4.bias": torch.zeros(1)}), "1 tensors are unknown: head.4.bias"),
+        (lambda t: t.update({"head.3.bias": torch.zeros(7)}), r"head.3.bias has shape \[7\], the config needs \[3\]"),
+    ],
+)
+def test_tensors_must_agree_with_the_config(tmp_path, change, message):
+    save(vqa(), tmp_path / "w")
+    rewrite(tmp_path / "w", change)
+    with pytest.raises(ValueError, match=message):
+        load(tmp_path / "w")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"format": 2}, "config.json is of format 2, not 1"),
+        ({"task": "vqaa"}, "unknown task 'vqaa'; did you mean vqa?"),
+        ({"config": {"modle": {}}}, "config.json: config: unknown field 'modle'; did you mean model?"),
+        ({"tokenizer": ...}, "config.json lacks the field 'tokenizer'"),
+    ],
+)
+def test_config_faults_name_file_and_field(tmp_path, changes, message):
+    save(vqa(), tmp_path / "w")
+    edit(tmp_path / "w", **changes)
+    with pytest.raises(ValueError, match=message):
+        load(tmp_path / "w")
+
+
+def test_files_that_are_cut_or_absent(tmp_path):
+    save(vqa(), tmp_path / "w")
+    file = tmp_path / "w" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(ValueError, match="model.safetensors is not a whole safetensors file"):
+        load(tmp_path / "w")
+    file.unlink()
+    with pytest.raises(ValueError, match="model.safetensors is missing"):
+        load(tmp_path / "w")
+    (tmp_path / "w" / "config.json").write_text("{")
+    with pytest.raises(ValueError, match="config.json is not JSON"):
+        load(tmp_path / "w")
+    with pytest.raises(ValueError, match="no weights at .*nowhere: config.json is missing"):
+        load(tmp_path / "nowhere")
+
+
+def test_a_tokenizer_that_does_not_fit(tmp_path, tokenizer, other_tokenizer):
+    save(vqa(tokenizer=tokenizer), tmp_path / "w")
+    other_tokenizer.save(tmp_path / "other.spm")
+    with pytest.raises(ValueError, match="other.spm is a tokenizer that does not fit the weights"):
+        load(tmp_path / "w", text_model=tmp_path / "other.spm")
+    other_tokenizer.save(tmp_path / "w" / "text.model")
+    with pytest.raises(ValueError, match="text.model is a tokenizer that does not fit the weights"):
+        load(tmp_path / "w")
+    (tmp_path / "w" / "text.model").unlink()
+    assert not load(tmp_path / "w").has_tokenizer
+    tokenizer.save(tmp_path / "mine.spm")
+    assert load(tmp_path / "w", text_model=tmp_path / "mine.spm").tokenizer.digest == tokenizer.digest
+
+
+# Starting from other weights -----------------------------------------------------------------------------------------
+
+
+def test_fine_tuning_starts_from_pretrained_weights(tmp_path):
+    source = filled(Pretrain(PretrainConfig(model=PAPER, num_codes=9)), 1)
+    save(source, tmp_path / "w")
+    task = vqa()
+    head = {name: tensor.clone() for name, tensor in task.state_dict().items() if not name.startswith("backbone.")}
+    report = initialise_from(task, tmp_path / "w")
+    state = task.state_dict()
+    for name, tensor in source.backbone.state_dict().items():
+        if not name.startswith("norm."):
+            assert torch.equal(state[f"backbone.{name}"], tensor), name
+    assert all(torch.equal(state[name], tensor) for name, tensor in head.items())
+    assert set(report.fresh) == set(head)
+    heads = {f"{head}.{part}" for head in ("text_head", "image_head") for part in ("weight", "bias")}
+    assert report.ignored.keys() == heads | {"backbone.norm.weight", "backbone.norm.bias"}
+    assert set(report.loaded) == {name for name in state if name.startswith("backbone.")}
+
+
+def test_positions_are_resampled_to_the_tasks_image_size(tmp_path):
+    save(vqa(), tmp_path / "w")
+    task = filled(VQA(replace(vqa().config, model=replace(PAPER, final_norm=False, image_size=40))), 1)
+    initialise_from(task, tmp_path / "w")
+    old = vqa().backbone.image_embedding.positions.data
+    expected = resample_positions(old, (2, 2), (5, 5), keep=3)
+    assert torch.equal(task.backbone.image_embedding.positions.data, expected)
+    assert torch.equal(expected[:3], old[:3])
+
+
+def test_heads_are_taken_where_name_and_shape_agree(tmp_path):
+    source = vqa()
+    save(source, tmp_path / "w")
+    task = filled(VQA(replace(source.config, answers=("yes", "no"), num_answers=2)), 1)
+    report = initialise_from(task, tmp_path / "w")
+    assert report.fresh == {
+        "head.3.weight": "shape [3, 64] in the file, [2, 64] here",
+        "head.3.bias": "shape [3] in the file, [2] here",
+    }
+    assert torch.equal(task.pooler.dense.weight, source.pooler.dense.weight)
+
+
+def test_an_official_file_starts_a_task_as_well(tmp_path):
+    source = filled(Backbone(TaskConfig(model=RELEASE)), 1)
+    torch.save({"model": {key: tensor.half() for key, tensor in to_official(source).items()}}, tmp_path / "a.pth")
+    task = vqa(replace(RELEASE, image_size=24))
+    report = initialise_from(task, tmp_path / "a.pth")
+    assert all(reason == "the final norm: vqa reads the states before it" for reason in report.ignored.values())
+    assert len(report.ignored) == 4 and "released backbone file" in report.source
+    here: Tensor = task.backbone.blocks[1].attention.qkv.text.weight
+    assert torch.equal(here, source.backbone.blocks[1].attention.qkv.text.weight.half().float())
+
+
+def test_a_task_that_norms_starts_from_one_that_does_not(tmp_path):
+    save(vqa(), tmp_path / "w")
+    task = filled(Pretrain(PretrainConfig(model=PAPER, num_codes=9)), 1)
+    report = initialise_from(task, tmp_path / "w")
+    assert report.fresh["backbone.norm.weight"] == "the file's task has no final norm"
+    assert torch.equal(task.backbone.norm.weight, torch.ones(32))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"dim": 64}, r"has shape \[.*\], this vqa needs \[.*\]"),
+        ({"vocab_size": 70}, r"backbone.text_embedding.tokens.weight has shape \[64, 32\], this vqa needs \[70, 32\]"),
+        ({"depth": 3, "fusion_layers": 2}, "tensors are missing: backbone.blocks.2."),
+        ({"fusion_layers": 0}, "this vqa has no place for 6 tensors: backbone.blocks.1.ffn.fusion"),
+        ({"fusion_layers": 2}, "6 tensors are missing: backbone.blocks.0.norm2.fusion.weight"),
+    ],
+)
+def test_a_backbone_that_does_not_fit(tmp_path, change, message):
+    save(vqa(), tmp_path / "w")
+    task = vqa(replace(PAPER, **change))
+    before = {name: tensor.clone() for name, tensor in task.state_dict().items()}
+    with pytest.raises(ValueError, match=message):
+        initialise_from(task, tmp_path / "w")
+    assert all(torch.equal(tensor, before[name]) for name, tensor in task.state_dict().items()), "nothing was changed"
+
+
+def test_another_text_tokenizer_is_an_error(tmp_path, tokenizer, other_tokenizer):
+    save(vqa(tokenizer=tokenizer), tmp_path / "w")
+    with pytest.raises(
+        ValueError, match="cannot start from .*w: the text tokenizer is not the one that these weights know"
+    ):
+        initialise_from(vqa(tokenizer=other_tokenizer), tmp_path / "w")
+    initialise_from(vqa(tokenizer=tokenizer), tmp_path / "w")

@@ -1,0 +1,70 @@
+"""Scenes: decided by the seed, tidy, and with relations that are only stated where they are clear."""
+
+from collections import Counter
+from itertools import combinations, permutations
+
+import pytest
+
+from beit3.world.scene import COLORS, SHAPES, TEXTURES, make_scene, opposite, relation
+from tests.world.truth import SIDES, clearly
+
+SCENES = [make_scene(seed) for seed in range(600)]
+
+
+def test_a_seed_decides_the_scene():
+    assert SCENES[:50] == [make_scene(seed) for seed in range(50)]
+    assert len({scene.objects for scene in SCENES}) == len(SCENES)
+
+
+def test_objects_lie_inside_and_apart():
+    for scene in SCENES:
+        for item in scene.objects:
+            assert item.radius < item.x < 1 - item.radius and item.radius < item.y < 1 - item.radius
+        for a, b in combinations(scene.objects, 2):
+            reach = a.radius + b.radius
+            assert abs(a.x - b.x) > reach or abs(a.y - b.y) > reach, scene
+            assert (a.color, a.shape) != (b.color, b.shape), scene
+
+
+def test_sizes_are_never_ambiguous():
+    small = [item.radius for scene in SCENES for item in scene.objects if item.size == "small"]
+    large = [item.radius for scene in SCENES for item in scene.objects if item.size == "large"]
+    assert max(small) < 0.16 and min(large) > 0.21
+    assert len(large) > 0.3 * (len(small) + len(large))
+
+
+def test_frequencies():
+    number = Counter(len(scene.objects) for scene in SCENES)
+    assert [number[k] / len(SCENES) for k in (1, 2, 3)] == pytest.approx([0.4, 0.45, 0.15], abs=0.06)
+    objects = [item for scene in SCENES for item in scene.objects]
+    plain = sum(item.texture == "plain" for item in objects) / len(objects)
+    assert plain == pytest.approx(0.7, abs=0.06)
+    for key, words in (("color", COLORS), ("shape", SHAPES)):
+        found = Counter(getattr(item, key) for item in objects)
+        assert set(found) == set(words)
+        assert min(found.values()) > 0.7 * len(objects) / len(words)
+    assert {item.texture for item in objects} == set(TEXTURES)
+
+
+def test_num_objects_is_obeyed():
+    assert {len(make_scene(seed, num_objects=(0, 0, 1)).objects) for seed in range(30)} == {3}
+    assert {len(make_scene(seed, num_objects=(1, 0, 0)).objects) for seed in range(30)} == {1}
+
+
+def test_relation_equals_a_second_reading():
+    stated = 0
+    for scene in SCENES:
+        for a, b in permutations(scene.objects, 2):
+            true = [side for side in SIDES.split("|") if clearly(a, side, b)]
+            assert relation(a, b) == (true[0] if true else None)
+            if true:
+                stated += 1
+                assert relation(b, a) == opposite(true[0])
+    assert stated > 500
+
+
+def test_user_faults():
+    with pytest.raises(ValueError, match="seed: -1"):
+        make_scene(-1)
+    with pytest.raises(ValueError, match="num_objects"):
+        make_scene(0, num_objects=(0.5, 0.5, 0.5))
