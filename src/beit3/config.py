@@ -1,7 +1,10 @@
 """Frozen dataclasses to JSON and back with strict keys, and overrides of their fields from a command line."""
 
+import contextlib
 import dataclasses
 import difflib
+import io
+import itertools
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -35,11 +38,15 @@ def _read(kind: Any, data: Any, where: str) -> Any:
     if origin in (typing.Union, types.UnionType):
         return None if data is None else _read(next(a for a in arguments if a is not type(None)), data, where)
     if origin is tuple:
+        if not isinstance(data, list | tuple):
+            raise ValueError(f"{where}: a list expected, {data!r} given")
         kinds = [arguments[0]] * len(data) if arguments[1:] == (...,) else arguments
         if len(kinds) != len(data):
             raise ValueError(f"{where}: {len(kinds)} values expected, {len(data)} given")
         return tuple(_read(each, item, where) for each, item in zip(kinds, data, strict=True))
     if origin in (dict, Mapping):
+        if not isinstance(data, Mapping):
+            raise ValueError(f"{where}: a table expected, {data!r} given")
         return {key: _read(arguments[1], item, f"{where}.{key}") for key, item in data.items()}
     if kind is float and isinstance(data, int) and not isinstance(data, bool):
         return float(data)
@@ -90,7 +97,15 @@ def override(value: T, arguments: Sequence[str]) -> T:
         if name.startswith("--") and name not in known:
             raise ValueError(f"unknown field {argument}{suggestion(name, known)}")
     config = (tyro.conf.FlagConversionOff,)  # --run.compile True, like every other field
+    said = io.StringIO()
     try:
-        return tyro.cli(type(value), default=value, args=list(arguments), config=config, console_outputs=False)
+        with contextlib.redirect_stderr(said):  # tyro draws a box around its errors, console_outputs or not
+            return tyro.cli(type(value), default=value, args=list(arguments), config=config, console_outputs=False)
     except SystemExit:
-        raise ValueError(f"cannot read {' '.join(arguments)}: a value is missing or of the wrong type") from None
+        raise ValueError(f"cannot read {' '.join(arguments)}: {_reason(said.getvalue())}") from None
+
+
+def _reason(box: str) -> str:
+    """The first paragraph inside tyro's box, as one line."""
+    lines = (line.strip("│ ") for line in box.splitlines()[1:])
+    return " ".join(itertools.takewhile(lambda line: line.strip("─╰╯"), lines)) or "a value is missing or of the wrong type"

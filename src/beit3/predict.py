@@ -5,15 +5,12 @@ tokenizer and without answer names.
 """
 
 import inspect
-import tempfile
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from beit3.task import Prediction, Task
@@ -49,11 +46,10 @@ class Predictor:
             signature.bind(*inputs)
         except TypeError:
             raise ValueError(f"{name} takes {', '.join(signature.parameters)}: {len(inputs)} inputs given") from None
-        with ExitStack() as files:
-            record = make(*(_on_disk(value, files) if isinstance(value, Image.Image) else value for value in inputs))
-            if "text" in record and any(map(is_text, self.report.fresh)):
-                raise ValueError(f"{self.report.source} holds the image side alone: give images without text")
-            batch = self.task.collate([self.task.example(record, False)])
+        record = make(*inputs)
+        if "text" in record and any(map(is_text, self.report.fresh)):
+            raise ValueError(f"{self.report.source} holds the image side alone: give images without text")
+        batch = self.task.collate([self.task.example(record, False)])
         device = next(self.task.parameters()).device
         batch = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
         return self.task.predict(batch)[0]
@@ -111,10 +107,3 @@ def _answers(answers: str | Path | Sequence[str] | None) -> tuple[str, ...]:
         return read_answers(Path(answers))
     return tuple(answers or ())
 
-
-def _on_disk(image: Image.Image, files: ExitStack) -> str:
-    """A picture in memory as a file that lives as long as `files`: records name images by path."""
-    folder = files.enter_context(tempfile.TemporaryDirectory())
-    path = Path(folder) / "image.png"
-    image.convert("RGB").save(path)
-    return str(path)

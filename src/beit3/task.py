@@ -7,6 +7,7 @@ record (JSON) -> example (tensors) -> batch (stacked) -> losses; and back: batch
 import importlib
 import pkgutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -125,16 +126,20 @@ class Task(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, seed: int = 0) -> None:
-        """Backbone by its own table, heads as BEiT does (normal .02 cut at one deviation, biases 0, norms 1 and 0)."""
+        """Every trainable parameter from a generator of its own, so that nothing depends on order or processes."""
         for name, parameter in self.trainable():
-            generator = seeded(seed, name)
-            if isinstance(self.backbone, BEiT3) and name.startswith("backbone."):
-                self.backbone.init_parameter(name.removeprefix("backbone."), parameter, generator)
-            elif parameter.ndim > 1:
-                trunc_normal(parameter, generator)
-            else:
-                norm_weight = isinstance(self.get_submodule(name.rpartition(".")[0]), nn.LayerNorm) and name.endswith("weight")
-                nn.init.constant_(parameter, float(norm_weight))
+            self.init_parameter(name, parameter, seeded(seed, name))
+
+    @torch.no_grad()
+    def init_parameter(self, name: str, parameter: Tensor, generator: torch.Generator) -> None:
+        """Backbone by its own table, heads as BEiT does: normal .02 cut at one deviation, biases 0, norms 1 and 0."""
+        if isinstance(self.backbone, BEiT3) and name.startswith("backbone."):
+            self.backbone.init_parameter(name.removeprefix("backbone."), parameter, generator)
+        elif parameter.ndim > 1:
+            trunc_normal(parameter, generator)
+        else:
+            norm_weight = isinstance(self.get_submodule(name.rpartition(".")[0]), nn.LayerNorm) and name.endswith("weight")
+            nn.init.constant_(parameter, float(norm_weight))
 
     def trainable(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Named parameters that an optimizer sees."""
@@ -150,8 +155,6 @@ class Task(nn.Module):
 
 def fit_vocabulary(config: TaskConfig, tokenizer: TextTokenizer) -> TaskConfig:
     """`config` with a text embedding as large as the tokenizer, if it was smaller."""
-    from dataclasses import replace
-
     if tokenizer.vocab_size <= config.model.vocab_size:
         return config
     return replace(config, model=replace(config.model, vocab_size=tokenizer.vocab_size))
@@ -195,9 +198,7 @@ def joined(predictions: Sequence[Prediction], records: Sequence[Record]) -> list
 
 def names() -> list[str]:
     """The tasks of this package."""
-    import beit3.tasks
-
-    return sorted(module.name for module in pkgutil.iter_modules(beit3.tasks.__path__))
+    return sorted(module.name for module in pkgutil.iter_modules([str(Path(__file__).with_name("tasks"))]))
 
 
 def load(name: str) -> type[Task]:

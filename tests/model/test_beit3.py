@@ -247,6 +247,14 @@ def test_the_released_sizes(config, millions):
     assert round((backbone + heads) / 1e6, 3) == millions
 
 
+@pytest.mark.parametrize("config", [TINY, TINY_RELEASE, BASE, GIANT], ids=["tiny", "tiny release", "base", "giant"])
+def test_every_norm_has_the_releases_epsilon(config):
+    """No fixture can tell 1e-5 from BEiT v2's 1e-6: the inputs' variance is far above both."""
+    with torch.device("meta"):
+        norms = [module for module in BEiT3(config).modules() if isinstance(module, torch.nn.LayerNorm)]
+    assert norms and {norm.eps for norm in norms} == {1e-5}
+
+
 @BOTH
 def test_initial_values_depend_on_seed_and_name_alone(config):
     one, two, other = BEiT3(config), BEiT3(config), BEiT3(config)

@@ -354,6 +354,14 @@ def test_faults_are_named(bare, change, message):
     assert "\n" not in str(caught.value)
 
 
+def test_a_head_of_another_shape_is_no_fresh_head(bare):
+    state = to_official(load_official(bare, "vqa", answers=("yes", "no"))[0]) | {
+        "pooler.dense.weight": torch.zeros(64, 63)
+    }
+    with pytest.raises(ValueError, match=r"pooler.dense.weight has shape \[64, 63\], this vqa needs \[64, 64\]"):
+        load_official(state)
+
+
 def test_answers_that_do_not_fit():
     with pytest.raises(ValueError, match="2 answers given, the file's head has 37 outputs"):
         load_official(tensors("vqa", "model"), answers=("a", "b"))

@@ -114,6 +114,7 @@ def test_a_save_that_was_interrupted_does_not_hinder_the_next(tmp_path):
 def test_a_failed_save_leaves_the_older_weights(tmp_path, monkeypatch):
     task = filled(Backbone(TaskConfig(model=PAPER)))
     save(task, tmp_path / "w")
+    (tmp_path / "w").rename(tmp_path / ".w.old")  # where a save that dies between its two renames leaves them
     monkeypatch.setattr("beit3.weights.store.save_file", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
         save(filled(Backbone(TaskConfig(model=PAPER)), 1), tmp_path / "w")

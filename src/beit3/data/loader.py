@@ -50,7 +50,7 @@ class Examples(Dataset):
 
     def __init__(self, sources: Mapping[str, Source], make: Callable[..., dict[str, Any]], *, seed: int):
         self.sources, self.make, self.seed = sources, make, seed
-        self.order = lru_cache(maxsize=8)(self._order)
+        self.order: Callable[[str, int], np.ndarray] = lru_cache(maxsize=8)(self._order)
 
     def _order(self, name: str, epoch: int) -> np.ndarray:
         return rng(self.seed, epoch, name).permutation(len(self.sources[name]))
@@ -59,9 +59,10 @@ class Examples(Dataset):
         name, position = place
         source = self.sources[name]
         epoch, offset = divmod(position, len(source))
-        order, failures = self.order(name, epoch), []
-        for index in np.roll(order, -offset):
-            record = source[int(index)]
+        order = self.order(name, epoch)
+        failures: list[str] = []
+        for turn in range(len(source)):
+            record = source[int(order[(offset + turn) % len(source)])]
             try:
                 example = self.make(record, True, rng=rng(self.seed, epoch, str(record["id"])))
                 return example | {PASSED_OVER: failures}

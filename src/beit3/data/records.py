@@ -11,6 +11,7 @@ import operator
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import TextIO
 
@@ -23,6 +24,7 @@ from torchvision.io import ImageReadMode, decode_image
 # Pillow's own limit against decompression bombs (2 x 89.5 million pixels), and a file no photograph reaches.
 MAX_PIXELS = 178_956_970
 MAX_BYTES = 1 << 29
+TINY_BYTES = 4096
 
 
 class Records:
@@ -111,15 +113,31 @@ def locate(root: str | Path, task: str, source: str, split: str) -> Path:
     return path
 
 
-def open_image(path: str | Path) -> Tensor:
-    """The image at `path`, upright as its EXIF orientation says: uint8 [3, H, W] RGB; an animation's first frame.
+def open_image(image: str | Path | Image.Image) -> Tensor:
+    """A file or a Pillow image, upright as its EXIF orientation says: uint8 [3, H, W] RGB; an animation's first frame.
 
-    ValueError naming the file when it is absent, no image, damaged, or beyond 178 million pixels or 512 MiB.
+    ValueError naming the file when it is absent, no image, damaged, or beyond 178 million pixels or 512 MiB. Callers
+    must not write into the tensor: those of tiny files are shared.
     """
+    if isinstance(image, Image.Image):
+        return _convert(image)
     try:
-        size = os.stat(path).st_size
-        if size > MAX_BYTES:
-            raise ValueError(f"image {path} has {size} bytes, more than {MAX_BYTES}: make it smaller")
+        status = os.stat(image)
+    except OSError as error:
+        raise ValueError(f"cannot read image {image}: {error.strerror}") from error
+    if status.st_size > MAX_BYTES:
+        raise ValueError(f"image {image} has {status.st_size} bytes, more than {MAX_BYTES}: make it smaller")
+    return _open_tiny(str(image), status.st_mtime_ns) if status.st_size <= TINY_BYTES else _open(image)
+
+
+@lru_cache(maxsize=16384)
+def _open_tiny(path: str, modified: int) -> Tensor:
+    """Files of a few KB stay decoded: opening them takes longer than a small network needs to look at them."""
+    return _open(path)
+
+
+def _open(path: str | Path) -> Tensor:
+    try:
         data = Path(path).read_bytes()
     except OSError as error:
         raise ValueError(f"cannot read image {path}: {error.strerror}") from error

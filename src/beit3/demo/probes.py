@@ -3,8 +3,10 @@
 All figures are over held-out records, with the masks that evaluation always draws for them.
 """
 
+import json
 from collections.abc import Iterator
 from itertools import islice
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -12,10 +14,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from beit3.data.loader import Source
+from beit3.data.records import write_text
+from beit3.recipe import Recipe
 from beit3.task import Batch
-from beit3.tasks.pretrain import IGNORE, Pretrain
+from beit3.tasks.pretrain import IGNORE, Pretrain, PretrainConfig
 from beit3.tokenizer.text import TextTokenizer
-from beit3.train.evaluate import batches
+from beit3.train.evaluate import batches, evaluate
+from beit3.train.loop import open_source
+from beit3.train.root import embedded_root
+from beit3.weights import store
 from beit3.world.scene import COLORS, SHAPES, SIZES
 
 BATCH = 100
@@ -39,7 +46,6 @@ def attribute_words(task: Pretrain, pairs: Source, *, limit: int = 1500) -> dict
 
     Keys `right`, `wrong`, `text_right`, `text_wrong` (mean paired text loss in nats), and per kind `right/color` ...
     """
-    task.eval()
     kinds = attribute_ids(task.tokenizer)
     hits: dict[str, list[float]] = {}
     for batch in batches(task, islice(pairs, limit), BATCH):
@@ -104,3 +110,25 @@ def hidden_tokens(task: Pretrain, source: Source, limit: int) -> np.ndarray:
     found: list[Batch] = [task.example(record, False) for record in islice(source, limit)]
     targets = torch.cat([example["text_target"] for example in found])
     return targets[targets != IGNORE].numpy()
+
+
+def pretraining_figures(run: Path, *, cache: Path) -> dict[str, float]:
+    """All figures of a pretraining run, computed once and kept in the JSON file `cache`."""
+    if cache.exists():
+        return json.loads(cache.read_text())
+    task = store.load(run / "last")
+    assert isinstance(task, Pretrain)
+    recipe = Recipe.from_dict(json.loads((run / "recipe.json").read_text())["recipe"], PretrainConfig)
+    root = Path(recipe.data.root) if recipe.data.root else embedded_root(Pretrain)
+    train, held_out = (
+        {name: open_source(root, Pretrain, name, recipe, split) for name in Pretrain.sources} for split in ("train", "val")
+    )
+    scores = evaluate(task.eval(), held_out, batch_size=BATCH)
+    figures = {
+        "image_loss": scores["images/image_loss"], "image_accuracy": scores["images/image_accuracy"],
+        "nearest_patch": nearest_patch_guess(task, train["images"], held_out["images"]),
+        "text_loss": scores["texts/text_loss"], "frequency": frequency_guess(task, train["texts"], held_out["texts"]),
+        **attribute_words(task, held_out["pairs"]),
+    }  # fmt: skip
+    write_text(cache, json.dumps(figures, indent=1) + "\n")
+    return figures

@@ -28,19 +28,18 @@ class Multiway(nn.Module):
         return tuple(self.get_submodule(expert)(part) for part, (expert, _) in zip(parts, spans, strict=True))
 
 
-class Shared(nn.Module):
-    """One module for every expert: subclass it together with the module, so that parameter names stay plain."""
+class SharedLinear(nn.Linear):
+    """One linear layer for every part, whatever its expert."""
 
-    def forward(self, parts: Parts, spans: Spans) -> Parts:
-        return tuple(super(Shared, self).forward(part) for part in parts)
-
-
-class SharedLinear(Shared, nn.Linear):
-    """One linear layer for every part."""
+    def forward(self, parts: Parts, spans: Spans) -> Parts:  # type: ignore[override]
+        return tuple(super(SharedLinear, self).forward(part) for part in parts)
 
 
-class SharedNorm(Shared, nn.LayerNorm):
-    """One layer norm for every part."""
+class SharedNorm(nn.LayerNorm):
+    """One layer norm for every part, whatever its expert."""
+
+    def forward(self, parts: Parts, spans: Spans) -> Parts:  # type: ignore[override]
+        return tuple(super(SharedNorm, self).forward(part) for part in parts)
 
 
 def linear(in_dim: int, out_dim: int, experts: tuple[str, ...], *, shared: bool) -> nn.Module:

@@ -144,7 +144,8 @@ class VQA(Task):
         assert isinstance(config, VQAConfig)
         path = locate(root, "vqa", "main", "train").with_name("answer2label.txt")
         answers = read_answers(path)
-        return replace(fit_vocabulary(config, tokenizer), answers=answers, num_answers=len(answers))
+        fitted: Any = fit_vocabulary(config, tokenizer)
+        return replace(fitted, answers=answers, num_answers=len(answers))
 
     def record(self, image: Any, question: str) -> Record:
         """Raw inputs -> record."""
@@ -232,8 +233,16 @@ def to_record(question: Record, known: set[str]) -> Record:
 
 
 def read_answers(path: Path) -> tuple[str, ...]:
-    """An answer list: JSON lines {"answer", "label"} as released, or one answer per line. The order is the label."""
+    """An answer list: JSON lines {"answer", "label"} as released, in any order, or one answer per line in the head's."""
     if not path.exists():
         raise ValueError(f"no answer list at {path}: run beit3 prepare vqa, or give one")
-    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    return tuple(json.loads(line)["answer"] if line.lstrip().startswith("{") else line.strip() for line in lines)
+    lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    if not lines or not lines[0].startswith("{"):
+        return tuple(lines)
+    try:
+        labelled = sorted((int(entry["label"]), str(entry["answer"])) for entry in map(json.loads, lines))
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f'{path} is no answer list of {{"answer", "label"}} lines: {error}') from None
+    if [label for label, _ in labelled] != list(range(len(labelled))):
+        raise ValueError(f"{path}: its labels are not 0 to {len(labelled) - 1}, each once")
+    return tuple(answer for _, answer in labelled)

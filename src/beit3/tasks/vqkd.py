@@ -20,11 +20,13 @@ from beit3.data.records import open_image
 from beit3.data.transforms import Preprocessing, two_views
 from beit3.recipe import DataConfig, OptimConfig, Recipe, RunConfig, TaskConfig
 from beit3.task import Batch, Example, Prediction, Record, Task, joined, record_rng
-from beit3.tokenizer.teacher import load_teacher
+from beit3.tokenizer.teacher import Teacher, load_teacher
 from beit3.tokenizer.text import TextTokenizer
 from beit3.tokenizer.visual import VisualTokenizer, VisualTokenizerConfig
 
-UNIT = dict(mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
+def unit(image_size: int) -> Preprocessing:
+    """Pixels in [0, 1]: the network itself maps them to [-1, 1]."""
+    return Preprocessing(image_size, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,7 @@ class VQKDConfig(TaskConfig):
     """Defaults are BEiT v2's (its table on tokenizer training)."""
 
     model: VisualTokenizerConfig = VisualTokenizerConfig(224, 16, 768, 12, 12, 3072, 3, 32, 8192, 512)  # type: ignore[assignment]
-    image: Preprocessing = Preprocessing(224, **UNIT)
+    image: Preprocessing = unit(224)
     teacher: Literal["gradients", "clip", "dino"] = "gradients"
     teacher_weights: str = ""
     """Local weight file of the CLIP or DINO teacher; only training reads it."""
@@ -44,13 +46,14 @@ class VQKD(Task):
     """Encoder, codebook, decoder; the teacher is built when training first asks for it."""
 
     Config = VQKDConfig
+    backbone: VisualTokenizer
     headline = "score"
     frozen = ("teacher",)
     recipes: ClassVar[Mapping[str, Recipe]] = {
         "demo": Recipe(
             task=VQKDConfig(
                 model=VisualTokenizerConfig(32, 8, 96, 2, 4, 384, 1, 16, 64, 45, revive_after=20),
-                image=Preprocessing(32, **UNIT), crop=(1.0, 1.0), flip=0.0,
+                image=unit(32), crop=(1.0, 1.0), flip=0.0,
             ),
             data=DataConfig(batch={"main": 64}),
             optim=OptimConfig(lr=1e-3, min_lr=1e-5, betas=(0.9, 0.99), weight_decay=1e-4, warmup_steps=20),
@@ -70,9 +73,10 @@ class VQKD(Task):
         super().__init__(config)
         self.config: VQKDConfig = config
         self.backbone = VisualTokenizer(config.model)
-        self.teacher: torch.nn.Module | None = None
+        self.teacher: Teacher | None = None
 
     def init_weights(self, seed: int = 0) -> None:
+        """BEiT's initial values; the codebook's directions are drawn too, until k-means replaces them."""
         self.backbone.init_weights(seed)
 
     # Data ------------------------------------------------------------------------------------------------------------
@@ -135,8 +139,9 @@ class VQKD(Task):
     def predict(self, batch: Batch) -> list[Prediction]:
         """The codes of each image, and with a teacher at hand the distance to it."""
         codes = self.outputs(batch)["codes"]
+        size = self.config.model.num_codes
         predictions = [
-            {"id": key, "codes": row, "num_codes": self.config.model.num_codes} for key, row in zip(batch["id"], codes.tolist(), strict=True)
+            {"id": key, "codes": row, "num_codes": size} for key, row in zip(batch["id"], codes.tolist(), strict=True)
         ]
         if self.teacher is not None:
             images = self.pixels(batch)

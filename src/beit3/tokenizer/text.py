@@ -6,7 +6,8 @@ Across the border: str <-> list[int].
 """
 
 import io
-from collections.abc import Iterable, Sequence
+import json
+from collections.abc import Iterable, Iterator, Sequence
 from hashlib import sha256
 from pathlib import Path
 
@@ -149,3 +150,16 @@ def _top_level_fields(model: bytes) -> set[int]:
             return set()
         fields.add(tag >> 3)
     return fields
+
+
+def texts_of(paths: Iterable[str]) -> Iterator[str]:
+    """The texts of files: lines of plain text, or the `text` of records (.jsonl)."""
+    for path in map(Path, paths):
+        try:
+            with path.open(encoding="utf-8") as lines:
+                for line in lines:
+                    text = json.loads(line).get("text", "") if path.suffix == ".jsonl" else line.strip()
+                    if text:
+                        yield text
+        except (OSError, ValueError) as error:
+            raise ValueError(f"cannot read texts from {path}: {error}") from None

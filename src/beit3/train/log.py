@@ -44,7 +44,7 @@ class Log:
         self.started = time.monotonic()
         self.spoken = 0.0
         self.samples = 0
-        self.console = Console(highlight=False, soft_wrap=True)
+        self.console = Console(highlight=False)
         if speak:
             truncate(run / "metrics.jsonl", first_step)
             self.file = (run / "metrics.jsonl").open("a", buffering=1)
@@ -74,11 +74,14 @@ class Log:
             f"{self.name}  step {step}/{self.steps}  {losses}  lr {values['lr']:.1e}  "
             f"{rate:.0f} samples/s  {memory():.1f} GB  {duration(left)} left"
         )
-        self.console.print(line, end="\r" if terminal and not last else "\n", no_wrap=terminal, overflow="ellipsis", crop=terminal)
+        if terminal:
+            self.console.print(line, end="\n" if last else "\r", no_wrap=True, overflow="ellipsis")
+        else:
+            print(line, flush=True)
 
     def say(self, text: str) -> None:
         if self.speak:
-            self.console.print(text)
+            self.console.print(text, soft_wrap=True)
 
     def close(self) -> None:
         if self.speak:

@@ -8,17 +8,25 @@ from pathlib import Path
 
 from beit3.data.loader import Source
 from beit3.data.records import locate
-from beit3.task import Task
+from beit3.task import Task, load
 from beit3.tokenizer.text import TextTokenizer
+from beit3.weights.fill import task_name
+from beit3.world.export import write_world
 
-WORLD = "world-1"
-"""Name of the cached world; a change of its pictures or language gets a new number."""
+VERSION = 1
+"""Of the cached worlds; a change of their pictures or language gets the next number."""
+
+WORLDS = {
+    "default": {"num_train": 6000, "num_val": 500, "num_test": 500, "num_questions": 9000},
+    "small": {"num_train": 600, "num_val": 120, "num_test": 60, "num_questions": 1500},
+}
+"""Scenes of each kind: the demo's world, and one for a quick look."""
 
 VOCABULARY = 400
-"""Pieces of the embedded world's text tokenizer: all its words are whole pieces."""
+"""Pieces of the worlds' text tokenizer: enough for each of their words to be one."""
 
-RAW = {"images": "images", "texts": "texts", "pairs": "pairs", "main": "{task}"}
-"""Folder of the raw world that serves a source."""
+RAW = {"vqkd": "images", "images": "images", "texts": "texts", "pairs": "pairs"}
+"""Folder of the raw world for a task or source; the others are called like their task."""
 
 
 def cache() -> Path:
@@ -27,39 +35,35 @@ def cache() -> Path:
     return Path(os.environ.get("BEIT3_CACHE") or default)
 
 
-def embedded_root(task_class: type[Task], progress: Callable[[int, int], None] | None = None) -> Path:
-    """Records of the world for this task, made on first use."""
-    from beit3.world.export import write_world
-
-    raw, root = cache() / WORLD, cache() / f"{WORLD}-records"
+def embedded_root(task: type[Task], world: str = "default", *, progress: Callable[[int, int], None] | None = None) -> Path:
+    """Records of an embedded world for this task, with a text tokenizer; made on first use."""
+    raw = cache() / f"world-{VERSION}-{world}"
+    root = raw.with_name(raw.name + "-records")
     if not raw.exists():
-        write_world(raw, progress=progress)
-    name = task_class.__module__.rpartition(".")[2]
-    if not (root / name).exists():
-        prepare_world(raw, root, name, task_class)
+        write_world(raw, **WORLDS[world], progress=progress)
+    if not (root / task_name(task)).exists():
+        prepare_world(raw, root, task)
     if not (root / "text.model").exists():
         train_text_tokenizer(raw, root)
     return root
 
 
-def prepare_world(raw: Path, root: Path, name: str, task_class: type[Task]) -> None:
+def prepare_world(raw: Path, root: Path, task: type[Task]) -> None:
     """Run the task's own `prepare` on the raw world, aside, and move the result in place when it is whole."""
+    name = task_name(task)
     root.mkdir(parents=True, exist_ok=True)
-    folders = {"vqkd": "images"}
-    with tempfile.TemporaryDirectory(dir=root) as scratch:
-        for source in task_class.sources:
-            folder = folders.get(name) or RAW[source].format(task=name)
-            task_class.prepare(raw / folder, Path(scratch), source)
+    with tempfile.TemporaryDirectory(dir=root.parent) as scratch:
+        for source in task.sources:
+            task.prepare(raw / RAW.get(source, RAW.get(name, name)), Path(scratch), source)
         shutil.move(str(Path(scratch) / name), root / name)
 
 
 def train_text_tokenizer(raw: Path, root: Path) -> None:
-    """SentencePiece on the world's texts and captions."""
-    from beit3.task import load
-
-    pretrain = load("pretrain")
-    if not (root / "pretrain").exists():
-        prepare_world(raw, root, "pretrain", pretrain)
-    paths = [locate(str(root), "pretrain", source, "train") for source in ("texts", "pairs")]
-    texts = (record["text"] for path in paths for record in Source(path, root))
-    TextTokenizer.train(texts, vocab_size=VOCABULARY).save(root / "text.model")
+    """SentencePiece on the world's texts, captions and questions."""
+    texts: list[str] = []
+    for name, sources in (("pretrain", ("texts", "pairs")), ("vqa", ("main",))):
+        if not (root / name).exists():
+            prepare_world(raw, root, load(name))
+        paths = [locate(root, name, source, "train") for source in sources]
+        texts += [record["text"] for path in paths for record in Source(path, root)]
+    TextTokenizer.train(texts, vocab_size=VOCABULARY, model_type="bpe").save(root / "text.model")

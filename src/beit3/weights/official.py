@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from beit3.model.config import ModelConfig
+from beit3.ops.init import seeded
 from beit3.task import Task
 from beit3.task import load as load_task
 from beit3.task import names as task_names
@@ -194,8 +195,9 @@ def load_official(
     built = kind(_config(state, kind, num_heads, answers), tokenizer=tokenizer)
     tensors, ignored, label = translate(state, built)
     values, fresh = match(built, tensors, exact=True, label=label)
-    if fresh:
-        built.init_weights(0)
+    for name, parameter in built.named_parameters():
+        if name in fresh:
+            built.init_parameter(name, parameter, seeded(0, name))
     built.load_state_dict(values, strict=False)
     return built, Report(f"a released {family(state)} file", tuple(values), ignored, fresh)
 

@@ -62,6 +62,8 @@ def save(task: Task, directory: str | Path, *, state: Mapping[str, Tensor] | Non
     if directory.exists() and not is_weights(directory) and (directory.is_file() or any(directory.iterdir())):
         raise ValueError(f"{directory} exists and does not hold weights: give another directory")
     new, old = (directory.with_name(f".{directory.name}.{age}") for age in ("new", "old"))
+    if old.exists() and not directory.exists():
+        old.rename(directory)  # the last save died between its two renames: keep what it had set aside
     for path in (new, old):
         shutil.rmtree(path, ignore_errors=True)
     new.mkdir(parents=True)

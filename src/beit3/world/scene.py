@@ -39,13 +39,13 @@ TONES: tuple[RGB, ...] = (
     (152, 144, 172),
     (112, 116, 126),
 )
-RADIUS = {"small": 0.14, "large": 0.24}
-RADIUS_JITTER = 0.08  # relative: a small object stays below 0.152 and a large one above 0.220
+RADIUS = {"small": 0.15, "large": 0.23}
+RADIUS_JITTER = 0.05  # relative: a small object stays below 0.158 and a large one above 0.218
 GAP = 0.02  # kept free between two bounding boxes and beside the border
 CLEAR = 0.25  # a relation is stated only where the places differ by more than this
-NUM_OBJECTS = (0.4, 0.45, 0.15)  # how likely a scene has 1, 2 and 3 objects
+NUM_OBJECTS = (0.45, 0.45, 0.1)  # how likely a scene has 1, 2 and 3 objects
 PLAIN_RATE = 0.7
-LARGE_RATE = 0.6  # of the throws; large objects find room less often, which leaves about as many of either size
+LARGE_RATE = {1: 0.6, 2: 0.65, 3: 0.5}  # by the number of objects; two large ones seldom fit, and over all it is a half
 HORIZON_RATE = 0.4
 
 
@@ -98,7 +98,7 @@ def make_scene(seed: int, *, num_objects: tuple[float, float, float] = NUM_OBJEC
     count = int(np.searchsorted(np.cumsum(num_objects)[:2], rng.random(), side="right")) + 1
     background = _background(rng)
     objects = _place(rng, count)
-    while objects is None:  # three large objects seldom fit: draw other ones
+    while objects is None:  # no room: draw other ones
         objects = _place(rng, count)
     return Scene(seed, objects, background)
 
@@ -130,19 +130,19 @@ def _background(rng: np.random.Generator) -> Background:
 
 
 def _place(rng: np.random.Generator, count: int) -> tuple[Object, ...] | None:
-    """`count` objects, none upon another; None when an object found no room in 30 throws."""
+    """`count` objects, none upon another; None when an object found no room in 100 throws."""
+    sizes = ["large" if rng.random() < LARGE_RATE[count] else "small" for _ in range(count)]
     placed: list[Object] = []
-    while len(placed) < count:
-        thrown = (_throw(rng) for _ in range(30))
+    for size in sorted(sizes):  # large ones first, while there is room
+        thrown = (_throw(rng, size) for _ in range(100))
         fitting = next((item for item in thrown if all(_apart(item, other) for other in placed)), None)
         if fitting is None:
             return None
         placed.append(fitting)
-    return tuple(placed)
+    return tuple(placed[index] for index in rng.permutation(count))
 
 
-def _throw(rng: np.random.Generator) -> Object:
-    size = "large" if rng.random() < LARGE_RATE else "small"
+def _throw(rng: np.random.Generator, size: str) -> Object:
     radius = RADIUS[size] * float(rng.uniform(1 - RADIUS_JITTER, 1 + RADIUS_JITTER))
     texture = "plain" if rng.random() < PLAIN_RATE else pick(rng, TEXTURES[1:])
     x, y = (float(value) for value in rng.uniform(radius + GAP, 1 - radius - GAP, size=2))

@@ -1,0 +1,260 @@
+"""The command line: each verb is one library call. Errors are one line and status 2; `--debug` shows where they came from."""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+"""Threads that wait must not spin: where another program shares the cores, spinning made steps 20 times slower here."""
+
+TRAIN_USAGE = "fields of the recipe are overridden as --section.field value, for example --optim.lr 1e-4 --data.root DIR"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one verb; returns the exit status: 0, 2 for an error that the user can mend, 130 when interrupted."""
+    from beit3.train.loop import Interrupted
+
+    parser = make_parser()
+    known, rest = parser.parse_known_args(arguments)
+    if not hasattr(known, "verb"):
+        parser.print_help()
+        return 2
+    try:
+        if rest and known.verb is not train:
+            raise ValueError(f"unknown argument {rest[0]}: see beit3 {known.name} --help")
+        known.verb(known, rest)
+        return 0
+    except Interrupted as stop:
+        print(f"\n{stop}", file=sys.stderr)
+        return 130
+    except KeyboardInterrupt:
+        print("\ninterrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        return 130
+    except (ValueError, FloatingPointError, OSError) as error:
+        if known.debug:
+            raise
+        print(f"beit3: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="beit3", description="BEiT-3: pretrain, fine-tune, evaluate, use.")
+    verbs = parser.add_subparsers(metavar="VERB")
+
+    def verb(name: str, call: Any, text: str, **options: Any) -> argparse.ArgumentParser:
+        sub = verbs.add_parser(name, help=text, description=text, allow_abbrev=False, **options)
+        sub.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        sub.set_defaults(verb=call, name=name)
+        return sub
+
+    sub = verb("demo", demo, "The tour on the embedded world: tokenizers, pretraining, a task, report.html.")
+    length = sub.add_mutually_exclusive_group()
+    length.add_argument("--fast", action="store_true", help="a shorter tour, under two minutes")
+    length.add_argument("--full", action="store_true", help="every demo recipe at full length, several seeds, with and without pretraining")
+    sub.add_argument("--out", default="", help="run directory (default runs/demo, runs/demo-fast or runs/demo-full)")
+
+    sub = verb("world", world, "Write the embedded world in the public data sets' own formats.")
+    sub.add_argument("--out", required=True)
+    sub.add_argument("--scenes", type=int, default=6000, help="training scenes of each kind")
+    sub.add_argument("--image-size", type=int, default=32)
+    sub.add_argument("--seed", type=int, default=0)
+
+    sub = verb("prepare", prepare, "Public annotation files -> records.")
+    sub.add_argument("task")
+    sub.add_argument("--raw", required=True, help="directory of the downloaded files")
+    sub.add_argument("--root", required=True, help="directory that receives the records")
+    sub.add_argument("--source", default="", help="images, texts or pairs for pretrain; the others have one source")
+
+    sub = verb("tokenizer", tokenizer, "Train or use a SentencePiece text tokenizer with BEiT-3's ids.")
+    sub.add_argument("action", choices=("train", "encode", "decode"))
+    sub.add_argument("inputs", nargs="*", help="train: text or record files; encode: a text; decode: ids")
+    sub.add_argument("--model", required=True, help="the .spm file, written by train and read by the others")
+    sub.add_argument("--vocab-size", type=int, default=64000)
+    sub.add_argument("--type", choices=("unigram", "bpe"), default="unigram")
+
+    sub = verb("train", train, "Train a task by a recipe.", epilog=TRAIN_USAGE)
+    sub.add_argument("task")
+    sub.add_argument("recipe", nargs="?", default="demo")
+    sub.add_argument("--init", default="", help="weights to start from: a directory of ours or a released file")
+    sub.add_argument("--out", default="", help="run directory (default runs/TASK-RECIPE)")
+
+    sub = verb("eval", evaluate, "Score weights on a split.")
+    sub.add_argument("weights")
+    sub.add_argument("--split", default="val")
+    sub.add_argument("--data.root", dest="root", default="", help="records (default: the embedded world)")
+    sub.add_argument("--batch", type=int, default=32)
+    sub.add_argument("--predictions", default="", help="also write the predictions to this jsonl file")
+    released(sub)
+
+    sub = verb("score", score, "Score a predictions file.")
+    sub.add_argument("task")
+    sub.add_argument("predictions")
+    sub.add_argument("--split", default="val")
+    sub.add_argument("--data.root", dest="root", default="")
+    sub.add_argument("--source", default="main")
+
+    sub = verb("predict", predict, "Ask weights: for vqa, an image and a question.")
+    sub.add_argument("weights")
+    sub.add_argument("inputs", nargs="+")
+    released(sub)
+
+    sub = verb("recipes", recipes, "What can be trained, and what each recipe reproduces.")
+    sub.add_argument("task", nargs="?")
+    sub.add_argument("--show", default="", help="print this recipe whole, as JSON")
+
+    sub = verb("report", report, "One self-contained HTML page of a run, or of several side by side.")
+    sub.add_argument("runs", nargs="+")
+    sub.add_argument("--out", default="", help="the page (default report.html in the first run)")
+
+    verb("doctor", doctor, "Check this machine: packages, text tokenizer, cores, accelerator, disk.")
+    return parser
+
+
+def released(sub: argparse.ArgumentParser) -> None:
+    """What a released file does not say itself."""
+    sub.add_argument("--task", default=None, help="what to build from a released file (default: what its keys say)")
+    sub.add_argument("--num-heads", type=int, default=None)
+    sub.add_argument("--text-model", default=None, help="the SentencePiece file of released weights")
+    sub.add_argument("--answers", default=None, help="the answer list of a released VQA file")
+
+
+def demo(known: argparse.Namespace, rest: list[str]) -> None:
+    from beit3.demo import comparison, tour
+
+    if known.full:
+        comparison.run(Path(known.out or "runs/demo-full"))
+    else:
+        tour.run(Path(known.out or ("runs/demo-fast" if known.fast else "runs/demo")), fast=known.fast)
+
+
+def world(known: argparse.Namespace, rest: list[str]) -> None:
+    from beit3.progress import bar
+    from beit3.world.export import write_world
+
+    scenes = known.scenes
+    with bar("world") as advance:
+        write_world(
+            known.out, num_train=scenes, num_val=max(1, scenes // 12), num_test=max(1, scenes // 12), num_questions=scenes * 3 // 2,
+            image_size=known.image_size, seed=known.seed, progress=advance,
+        )  # fmt: skip
+    print(f"the world is at {known.out}")
+
+
+def prepare(known: argparse.Namespace, rest: list[str]) -> None:
+    from beit3.task import load
+
+    task = load(known.task)
+    source = known.source or task.sources[0]
+    if source not in task.sources:
+        raise ValueError(f"--source {source} is none of {', '.join(task.sources)} of task {known.task}")
+    if len(task.sources) > 1 and not known.source:
+        raise ValueError(f"task {known.task} has several sources: give --source {' or '.join(task.sources)}")
+    print(json.dumps(task.prepare(Path(known.raw), Path(known.root), source), indent=1, ensure_ascii=False))
+
+
+def tokenizer(known: argparse.Namespace, rest: list[str]) -> None:
+    from beit3.tokenizer.text import TextTokenizer, texts_of
+
+    if known.action == "train":
+        TextTokenizer.train(texts_of(known.inputs), vocab_size=known.vocab_size, model_type=known.type).save(known.model)
+        print(f"{TextTokenizer(known.model).vocab_size} ids at {known.model}")
+    elif known.action == "encode":
+        print(*TextTokenizer(known.model).encode(" ".join(known.inputs)))
+    else:
+        print(TextTokenizer(known.model).decode([int(value) for value in known.inputs]))
+
+
+def train(known: argparse.Namespace, rest: list[str]) -> None:
+    from beit3.config import override, suggestion
+    from beit3.task import load
+    from beit3.train.loop import train as run
+
+    task = load(known.task)
+    if known.recipe not in task.recipes:
+        names = list(task.recipes)
+        raise ValueError(f"{known.task} has no recipe {known.recipe}{suggestion(known.recipe, names)} (known: {', '.join(names)})")
+    recipe = override(task.recipes[known.recipe], rest)
+    out = known.out or f"runs/{known.task}-{known.recipe}"
+    scores = run(recipe, task, out=out, init=known.init)
+    print(json.dumps(scores, indent=1))
+    print(f"weights at {out}/last and {out}/best")
+
+
+def evaluate(known: argparse.Namespace, rest: list[str]) -> None:
+    from beit3.data.records import write_records
+    from beit3.predict import load
+    from beit3.train.evaluate import predict_sources, score_sources
+
+    task = load(known.weights, task=known.task, num_heads=known.num_heads, text_model=known.text_model, answers=known.answers).task
+    sources = split_sources(type(task), known.root, known.split)
+    predictions = predict_sources(task, sources, batch_size=known.batch)
+    if known.predictions:
+        write_records(known.predictions, (p for rows in predictions.values() for p in rows))
+    print(json.dumps(score_sources(type(task), predictions, sources), indent=1))
+
+
+def score(known: argparse.Namespace, rest: list[str]) -> None:
+    from beit3.data.records import Records
+    from beit3.task import load
+
+    task = load(known.task)
+    sources = split_sources(task, known.root, known.split)
+    if known.source not in sources:
+        raise ValueError(f"--source {known.source} has no {known.split} records: there are {', '.join(sources)}")
+    print(json.dumps(task.score(list(Records(known.predictions)), list(sources[known.source])), indent=1))
+
+
+def split_sources(task: Any, root: str, split: str) -> dict[str, Any]:
+    """The sources of a task that have this split, under `root` or in the embedded world."""
+    from beit3.data.loader import Source
+    from beit3.data.records import locate
+    from beit3.train.root import embedded_root
+    from beit3.weights.fill import task_name
+
+    name = task_name(task)
+    place = Path(root) if root else embedded_root(task)
+    there = [source for source in task.sources if (place / name / source / f"{split}.jsonl").exists()] or task.sources[:1]
+    return {source: Source(locate(place, name, source, split), place) for source in there}
+
+
+def predict(known: argparse.Namespace, rest: list[str]) -> None:
+    from beit3.predict import load
+
+    predictor = load(known.weights, task=known.task, num_heads=known.num_heads, text_model=known.text_model, answers=known.answers)
+    print(json.dumps(predictor(*known.inputs), ensure_ascii=False))
+
+
+def recipes(known: argparse.Namespace, rest: list[str]) -> None:
+    from beit3.task import load, names
+
+    for name in [known.task] if known.task else names():
+        for label, recipe in load(name).recipes.items():
+            if known.show == label:
+                print(json.dumps(recipe.to_dict(), indent=1))
+            elif not known.show:
+                print(f"{name:10} {label:18} {recipe.note}")
+
+
+def report(known: argparse.Namespace, rest: list[str]) -> None:
+    from beit3.report.page import write_report
+
+    runs = [Path(run) for run in known.runs]
+    missing = [run for run in runs if not (run / "recipe.json").exists()]
+    if missing:
+        raise ValueError(f"{missing[0]} is not a run: it has no recipe.json")
+    print(write_report(runs, Path(known.out or runs[0] / "report.html"), title=" and ".join(run.name for run in runs)))
+
+
+def doctor(known: argparse.Namespace, rest: list[str]) -> None:
+    from beit3.doctor import examine
+
+    for line in examine():
+        print(line)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

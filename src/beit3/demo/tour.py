@@ -1,0 +1,108 @@
+"""`beit3 demo`: the whole way on the embedded world, in minutes on two cores.
+
+World -> text tokenizer -> visual tokenizer -> pretraining -> questions answered from those weights and from scratch ->
+one table and report.html. Every stage is a run of its own below the demo's directory: stopped anywhere, the same command
+goes on where it was, and finished stages are not run again.
+"""
+
+import json
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from beit3.demo.probes import pretraining_figures
+from beit3.progress import bar
+from beit3.recipe import Recipe
+from beit3.report.page import write_report
+from beit3.task import load
+from beit3.train.log import duration
+from beit3.train.loop import train
+from beit3.train.root import embedded_root
+from beit3.weights.fill import task_name
+
+LABELS = 1000
+"""Labelled questions that fine-tuning sees: few, so that what pretraining brought can show."""
+
+
+@dataclass(frozen=True)
+class Length:
+    """How long each stage trains."""
+
+    tokenizer: int
+    grounding: int
+    pretraining: int
+    vqa: int
+    world: str
+    """Which embedded world: `default` or `small`."""
+
+
+USUAL = Length(tokenizer=400, grounding=900, pretraining=300, vqa=300, world="default")
+FAST = Length(tokenizer=60, grounding=50, pretraining=20, vqa=30, world="small")
+
+
+def run(out: Path, *, fast: bool = False) -> Path:
+    """Run or go on with the tour in `out`; returns the report's path."""
+    started, length = time.monotonic(), FAST if fast else USUAL
+    console = Console(highlight=False)
+    vqkd, pretrain, vqa = load("vqkd"), load("pretrain"), load("vqa")
+    with bar("writing the world") as advance:
+        roots = {task_name(task): str(embedded_root(task, length.world, progress=advance)) for task in (pretrain, vqkd, vqa)}
+
+    def stage(title: str, task, recipe: Recipe, steps: int, folder: str, init: str = "") -> dict:
+        console.print(f"[bold]{title}[/bold]")
+        recipe = replace(recipe, data=replace(recipe.data, root=roots[task_name(task)]), run=replace(recipe.run, steps=steps))
+        return train(recipe, task, out=out / folder, init=init, label=folder)
+
+    codes = stage("visual tokenizer: images -> codes (VQ-KD)", vqkd, vqkd.recipes["demo"], length.tokenizer, "vqkd")
+    grounding, full = (with_tokenizer(pretrain.recipes[name], out / "vqkd" / "last") for name in ("demo_pairs", "demo"))
+    stage("pretraining, part 1: pairs, words hidden", pretrain, grounding, length.grounding, "pairs")
+    stage("pretraining, part 2: images, texts and pairs", pretrain, full, length.pretraining, "pretrain", str(out / "pairs" / "last"))
+    recipe = replace(vqa.recipes["demo"], data=replace(vqa.recipes["demo"].data, limit=LABELS))
+    tuned = stage(f"{LABELS} questions, from the pretrained weights", vqa, recipe, length.vqa, "vqa", str(out / "pretrain" / "last"))
+    scratch = stage(f"{LABELS} questions, from scratch", vqa, recipe, length.vqa, "vqa-scratch")
+
+    console.print("[bold]looking at what was learnt[/bold]")
+    rows = table(codes, pretraining_figures(out / "pretrain", cache=out / "figures.json"), tuned, scratch)
+    show(console, rows)
+    runs = [out / folder for folder in ("vqkd", "pairs", "pretrain", "vqa", "vqa-scratch")]
+    report = write_report(runs, out / "report.html", title="BEiT-3 in miniature", table=rows)
+    console.print(f"report: {report.resolve()}   ({duration(time.monotonic() - started)})")
+    return report
+
+
+def with_tokenizer(recipe: Recipe, weights: Path) -> Recipe:
+    """A pretraining recipe with its visual tokenizer's weights and its number of codes."""
+    num_codes = json.loads((weights / "config.json").read_text())["config"]["model"]["num_codes"]
+    return replace(recipe, task=replace(recipe.task, visual_tokenizer=str(weights), num_codes=num_codes))  # type: ignore[call-arg]
+
+
+def table(codes: dict, learnt: dict, tuned: dict, scratch: dict) -> list[dict[str, str]]:
+    """The demo's table: what was measured, beside the guess that needs no learning."""
+    percent = "{:.1%}".format
+    rows = [
+        ("visual tokenizer: codes in use", percent(codes["codebook_use"]), ""),
+        ("visual tokenizer: perplexity", f"{codes['perplexity']:.1f}", f"of {codes['num_codes']:.0f} codes"),
+        ("hidden patches: loss (nats)", f"{learnt['image_loss']:.2f}", f"{learnt['nearest_patch']:.2f} from the nearest visible patch"),
+        ("hidden words of texts: loss (nats)", f"{learnt['text_loss']:.2f}", f"{learnt['frequency']:.2f} from word frequency"),
+        ("hidden words of pairs: loss (nats)", f"{learnt['text_right']:.2f}", f"{learnt['text_wrong']:.2f} with another's image"),
+        *(attribute_row(kind, learnt) for kind in ("color", "shape", "size")),
+        ("questions answered, pretrained", percent(tuned["accuracy"]), f"{percent(tuned['most_frequent'])} for the most frequent answer"),
+        ("questions answered, from scratch", percent(scratch["accuracy"]), "same network, same steps"),
+    ]
+    return [{"what": what, "measured": measured, "beside": beside} for what, measured, beside in rows]
+
+
+def attribute_row(kind: str, learnt: dict) -> tuple[str, str, str]:
+    right, wrong = learnt[f"right/{kind}"], learnt[f"wrong/{kind}"]
+    return f"hidden {kind} words filled correctly", f"{right:.1%}", f"{wrong:.1%} with another's image"
+
+
+def show(console: Console, rows: list[dict[str, str]]) -> None:
+    """Print the table."""
+    printed = Table(*rows[0], title="BEiT-3 on the embedded world, held-out records")
+    for row in rows:
+        printed.add_row(*row.values())
+    console.print(printed)

@@ -1,0 +1,30 @@
+"""Progress of long work: a bar on a terminal, a plain line every ten seconds elsewhere."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+
+@contextmanager
+def bar(label: str) -> Iterator[Callable[[int, int], None]]:
+    """Yields `advance(done, total)`, to be called as the work goes on."""
+    console = Console(highlight=False)
+    if console.is_terminal:
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=console, transient=True) as progress:
+            task = progress.add_task(label, total=None)
+            yield lambda done, total: progress.update(task, completed=done, total=total)
+        return
+    started = spoken = time.monotonic()
+
+    def advance(done: int, total: int) -> None:
+        nonlocal spoken
+        now = time.monotonic()
+        if now - spoken > 10:
+            spoken = now
+            console.print(f"{label}  {done}/{total}  {(now - started) / max(1, done) * (total - done):.0f}s left")
+
+    yield advance

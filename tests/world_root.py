@@ -1,0 +1,71 @@
+"""A world small enough for every test: raw files, records written by the tasks' own `prepare`, and recipes that train in a second."""
+
+from dataclasses import replace
+from pathlib import Path
+
+from beit3.data.records import Records
+from beit3.data.transforms import Preprocessing
+from beit3.model.config import TINY, ModelConfig
+from beit3.recipe import DataConfig, OptimConfig, Recipe, RunConfig
+from beit3.tasks.pretrain import Pretrain, PretrainConfig
+from beit3.tasks.vqa import VQA, VQAConfig
+from beit3.tasks.vqkd import UNIT, VQKD, VQKDConfig
+from beit3.tokenizer.text import TextTokenizer
+from beit3.tokenizer.visual import VisualTokenizerConfig
+from beit3.world.export import write_world
+
+NUM_TRAIN, NUM_VAL, NUM_QUESTIONS, NUM_CODES = 60, 8, 48, 16
+SMALL = replace(TINY, dim=32, depth=2, num_heads=2, ffn_dim=48, text_positions=40)
+"""The paper's form, one of its two layers with a vision-language expert."""
+PREPARED = (
+    (Pretrain, "images", "images"), (Pretrain, "texts", "texts"), (Pretrain, "pairs", "pairs"),
+    (VQKD, "main", "images"), (VQA, "main", "vqa"),
+)  # fmt: skip
+"""(task, source, raw folder)."""
+
+
+def write_raw(folder: Path) -> Path:
+    """The public files."""
+    write_world(folder, num_train=NUM_TRAIN, num_val=NUM_VAL, num_test=2, num_questions=NUM_QUESTIONS)
+    return folder
+
+
+def write_root(raw: Path, root: Path) -> Path:
+    """Records of every task, and the text tokenizer."""
+    for task, source, folder in PREPARED:
+        task.prepare(raw / folder, root, source)
+    texts = [record["text"] for source in ("texts", "pairs") for record in Records(root / "pretrain" / source / "train.jsonl")]
+    TextTokenizer.train(texts, vocab_size=150, model_type="bpe").save(root / "text.model")
+    return root
+
+
+def vqkd_recipe(root: Path, *, steps: int = 6, **run) -> Recipe:
+    """A visual tokenizer of 16 codes."""
+    model = VisualTokenizerConfig(32, 8, 32, 1, 2, 64, 1, 8, NUM_CODES, 45, revive_after=4)
+    return Recipe(
+        task=VQKDConfig(model=model, image=Preprocessing(32, **UNIT), crop=(0.5, 1.0)),
+        data=DataConfig(root=str(root), batch={"main": 8}),
+        optim=OptimConfig(lr=2e-3, betas=(0.9, 0.99), warmup_steps=2),
+        run=RunConfig(steps=steps, log_every=1, **run),
+    )
+
+
+def pretrain_recipe(root: Path, visual: Path, *, steps: int = 6, model: ModelConfig = SMALL, **run) -> Recipe:
+    """All three sources, both kinds of masks, random views."""
+    task = PretrainConfig(
+        model=model, image=Preprocessing(32), visual_tokenizer=str(visual), num_codes=NUM_CODES, token_size=32, min_mask_block=3,
+        text_length=24, monomodal_text_length=32,
+    )  # fmt: skip
+    return Recipe(
+        task=task, data=DataConfig(root=str(root), batch={"images": 4, "texts": 4, "pairs": 8}),
+        optim=OptimConfig(lr=2e-3, warmup_steps=2, clip=3.0), run=RunConfig(steps=steps, log_every=1, **run),
+    )  # fmt: skip
+
+
+def vqa_recipe(root: Path, *, steps: int = 6, model: ModelConfig = SMALL, **run) -> Recipe:
+    """Questions with random crops, so that a step depends on its seeds."""
+    return Recipe(
+        task=VQAConfig(model=replace(model, final_norm=False), image=Preprocessing(32), text_length=16, num_answers=1),
+        data=DataConfig(root=str(root), batch={"main": 8}),
+        optim=OptimConfig(lr=2e-3, warmup_steps=2, clip=3.0), run=RunConfig(steps=steps, log_every=1, **run),
+    )  # fmt: skip
