@@ -9,7 +9,7 @@ from beit3.model.config import TINY, ModelConfig
 from beit3.recipe import DataConfig, OptimConfig, Recipe, RunConfig
 from beit3.tasks.pretrain import Pretrain, PretrainConfig
 from beit3.tasks.vqa import VQA, VQAConfig
-from beit3.tasks.vqkd import UNIT, VQKD, VQKDConfig
+from beit3.tasks.vqkd import VQKD, VQKDConfig
 from beit3.tokenizer.text import TextTokenizer
 from beit3.tokenizer.visual import VisualTokenizerConfig
 from beit3.world.export import write_world
@@ -43,7 +43,7 @@ def vqkd_recipe(root: Path, *, steps: int = 6, **run) -> Recipe:
     """A visual tokenizer of 16 codes."""
     model = VisualTokenizerConfig(32, 8, 32, 1, 2, 64, 1, 8, NUM_CODES, 45, revive_after=4)
     return Recipe(
-        task=VQKDConfig(model=model, image=Preprocessing(32, **UNIT), crop=(0.5, 1.0)),
+        task=VQKDConfig(model=model, image=replace(VQKDConfig().image, image_size=32), crop=(0.5, 1.0)),
         data=DataConfig(root=str(root), batch={"main": 8}),
         optim=OptimConfig(lr=2e-3, betas=(0.9, 0.99), warmup_steps=2),
         run=RunConfig(steps=steps, log_every=1, **run),

@@ -1,13 +1,15 @@
 """Batches as a pure function of (seed, step, process), and records that cannot be read."""
 
-from itertools import chain
+import pickle
+from functools import partial
+from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from beit3.data.loader import PASSED_OVER, Examples, Source, step_batches, step_places
+from beit3.data.loader import PASSED_OVER, Examples, Source, Stack, step_batches, step_places
 from beit3.data.records import open_image, write_records
 
 SIZES = {"images": 7, "texts": 10}
@@ -36,8 +38,8 @@ def sources(folder: Path, *, bad: dict[str, set[int]] | None = None) -> dict[str
 def run(folder: Path, steps: range, *, workers: int = 0, micro_batch: int = 0, rank: int = 0, world: int = 1, seed: int = 0, **bad):
     """The batches of these steps on one process."""
     examples = Examples(sources(folder, **bad), make, seed=seed)
-    plan = [step_places(step, BATCH, list(SIZES), micro_batch=micro_batch, rank=rank, world=world) for step in steps]
-    return list(step_batches(examples, collate, plan, workers=workers))
+    places = partial(step_places, batch=BATCH, sources=list(SIZES), micro_batch=micro_batch, rank=rank, world=world)
+    return list(step_batches(examples, collate, places, steps, workers=workers))
 
 
 def same(one: list, two: list) -> None:
@@ -124,6 +126,22 @@ def test_a_resume_reads_what_would_have_come(tmp_path, start):
 def test_loader_processes_change_nothing(tmp_path):
     bad = {"bad": {"texts": {3, 4}}}
     same(run(tmp_path, range(5), **bad), run(tmp_path, range(5), workers=2, **bad))
+
+
+def test_loader_processes_need_not_be_forked(tmp_path):
+    """macOS and Python 3.14 start them afresh and send them everything pickled."""
+    examples = Examples(sources(tmp_path), make, seed=0)
+    again, stack = pickle.loads(pickle.dumps((examples, Stack(collate))))
+    one, two = (stack([these[("texts", place)] for place in range(3)]) for these in (examples, again))
+    same([[one]], [[two]])
+
+
+def test_a_long_run_starts_at_once(tmp_path):
+    """The paper's million steps of 6144 places are never in memory together."""
+    examples = Examples(sources(tmp_path), make, seed=0)
+    places = partial(step_places, batch=BATCH, sources=list(SIZES), micro_batch=0, rank=0, world=1)
+    steps = step_batches(examples, collate, places, range(10**12), workers=0)
+    same(list(islice(steps, 2)), run(tmp_path, range(2)))
 
 
 def test_micro_batches_cut_the_same_examples(tmp_path):

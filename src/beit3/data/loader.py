@@ -5,6 +5,7 @@ permutation seeded by (seed, epoch, source). A process takes its contiguous shar
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -96,20 +97,25 @@ def step_places(
     return pieces
 
 
-def step_batches(
-    examples: Examples, collate: Callable[..., dict[str, Any]], steps: Sequence[list[list[Place]]], *, workers: int
-) -> Iterator[list[dict[str, Any]]]:
-    """For each step its list of micro-batches; `steps` holds the places of the steps still to come."""
+@dataclass(frozen=True)
+class Stack:
+    """`collate` that hands on the failures; a class, because processes that are not forked must unpickle it."""
 
-    def stack(items: list[dict[str, Any]]) -> dict[str, Any]:
+    collate: Callable[..., dict[str, Any]]
+
+    def __call__(self, items: list[dict[str, Any]]) -> dict[str, Any]:
         failures = [line for item in items for line in item.pop(PASSED_OVER)]
-        return collate(items) | {PASSED_OVER: failures}
+        return self.collate(items) | {PASSED_OVER: failures}
 
-    places = [piece for step in steps for piece in step]
+
+def step_batches(
+    examples: Examples, collate: Callable[..., dict[str, Any]], places: Callable[[int], list[list[Place]]], steps: range, *, workers: int
+) -> Iterator[list[dict[str, Any]]]:
+    """For each of `steps` its list of micro-batches; `places` gives theirs, asked only when their turn comes."""
     loader = DataLoader(
-        examples, batch_sampler=places, collate_fn=stack, num_workers=workers,
-        persistent_workers=workers > 0, prefetch_factor=4 if workers else None,
+        examples, batch_sampler=(piece for step in steps for piece in places(step)), collate_fn=Stack(collate), num_workers=workers,
+        prefetch_factor=4 if workers else None,
     )  # fmt: skip
     batches = iter(loader)
     for step in steps:
-        yield [next(batches) for _ in step]
+        yield [next(batches) for _ in places(step)]

@@ -4,6 +4,9 @@ None of them carries a gradient, and each returns a new tensor. All ranks must c
 of the same shape.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -46,6 +49,22 @@ def all_gather(tensor: Tensor) -> Tensor:
     parts = [torch.empty_like(own) for _ in range(dist.get_world_size())]
     dist.all_gather(parts, own)
     return torch.cat(parts)
+
+
+def barrier() -> None:
+    """Wait until every rank is here."""
+    if _joined():
+        dist.barrier()
+
+
+@contextmanager
+def leader_first() -> Iterator[None]:
+    """Rank 0 goes through the block alone, then the others, who find on disk what it wrote."""
+    if rank() > 0:
+        barrier()
+    yield
+    if rank() == 0:
+        barrier()
 
 
 def _joined() -> bool:

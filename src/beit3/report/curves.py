@@ -95,8 +95,8 @@ def loss_curves(runs: Sequence[Run]) -> list[str]:
 def curve_keys(runs: Sequence[Run]) -> list[str]:
     """Logged names worth a picture: losses, then accuracies, then the held-out headline where it was taken twice."""
     logged = list(dict.fromkeys(key for run in runs for line in run.metrics for key in line))
-    accuracies = [key for key in logged if key.endswith("/accuracy") and not key.startswith("val/")]
-    losses = [key for key in logged if key.startswith("loss/") and key not in accuracies]
+    accuracies = [key for key in logged if key.rpartition("/")[2] == "accuracy" and not key.startswith("val/")]
+    losses = [key for key in logged if key.startswith("loss/")]
     held_out = [f"val/{headline(runs[0].task)}"] if runs else []
     held_out = [key for key in held_out if any(len(run.series(key)[0]) > 1 for run in runs)]
     return (losses or [key for key in logged if key == "loss"]) + accuracies + held_out
@@ -115,8 +115,8 @@ def curve_title(key: str) -> str:
     kind, _, name = key.partition("/")
     if kind == "val":
         return f"held-out {name.replace('_', ' ')}"
-    if name == "accuracy":
-        return "accuracy" if kind == "loss" else f"{kind.replace('_', ' ')}: accuracy"
+    if name == "accuracy" or kind == "accuracy":
+        return f"{kind.replace('_', ' ')}: accuracy" if name else "accuracy"
     return "loss" if name in ("", "loss") else f"{name.replace('_', ' ')}: loss"
 
 
@@ -128,10 +128,10 @@ def curve(runs: Sequence[Run], key: str) -> str:
         steps, values = run.series(key)
         if not len(steps):
             continue
-        # Scores of a whole split need no smoothing; logged batches are averaged over a sixth of the run.
-        smoothed = values if key.startswith("val/") else smooth(values, len(values) // 12)
+        # Scores of a whole split need no smoothing; logged batches are averaged over a tenth of the run.
+        smoothed = values if key.startswith("val/") else smooth(values, len(values) // 20)
         stride = math.ceil(len(steps) / MAX_POINTS)
-        axes.plot(steps[::stride], values[::stride], color=color, alpha=0.28, linewidth=0.8)
+        axes.plot(steps[::stride], values[::stride], color=color, alpha=0.4, linewidth=0.8)
         axes.plot(steps[::stride], smoothed[::stride], color=color, linewidth=1.8)
         axes.plot(steps[-1:], smoothed[-1:], color=color, marker="o", markersize=3.5)
         drawn[run.label] = smoothed
@@ -151,7 +151,7 @@ def curve(runs: Sequence[Run], key: str) -> str:
 def spans_decades(lines: Iterable[np.ndarray]) -> bool:
     """Whether positive lines differ by more than `LOG_FROM` between their lowest and highest point."""
     values = np.concatenate([np.empty(0), *lines])
-    return bool(len(values)) and values.min() > 0 and bool(values.max() > LOG_FROM * values.min())
+    return bool(len(values) and values.min() > 0 and values.max() > LOG_FROM * values.min())
 
 
 def smooth(values: np.ndarray, reach: int) -> np.ndarray:

@@ -28,6 +28,7 @@ from beit3.tasks.pretrain import IGNORE, Pretrain, PretrainConfig
 from beit3.tasks.vqa import VQA
 from beit3.tasks.vqkd import VQKD
 from beit3.tokenizer.text import TextTokenizer
+from beit3.tokenizer.visual import VisualTokenizer
 from beit3.train.evaluate import batches
 from beit3.train.root import embedded_root
 from beit3.weights import store
@@ -40,8 +41,6 @@ MAX_TILES, COUNTED_PAIRS = 256, 128
 
 SMALL, LARGEST = 96, 320
 """Pixels: pictures up to the first wide are shown with sharp pixels, those beyond the second are shrunk to it."""
-
-BATCH = 64
 
 T = TypeVar("T", bound=Task)
 
@@ -147,15 +146,14 @@ class CodeBook:
 
 
 @torch.no_grad()
-def code_book(tokenizer: VQKD, found: Iterable[Record]) -> CodeBook:
-    """Mean patches and counts of the codes over the first `MAX_PATCHES` patches of these records."""
-    side, num_codes = tokenizer.config.model.patch_size, tokenizer.config.model.num_codes
-    limit = max(1, MAX_PATCHES // tokenizer.config.model.encoder.num_patches)
+def code_book(network: VisualTokenizer, task: Task, found: Iterable[Record]) -> CodeBook:
+    """Mean patches and counts of the codes over the first `MAX_PATCHES` patches of records, read as `task` does."""
+    side, num_codes = network.config.patch_size, network.config.num_codes
+    limit = max(1, MAX_PATCHES // network.config.encoder.num_patches)
     sums, counts = np.zeros((num_codes, side, side, 3)), np.zeros(num_codes, dtype=np.int64)
-    for batch in batches(tokenizer, islice(iter(found), limit), BATCH):
-        codes = tokenizer.outputs(batch)["codes"].numpy().reshape(-1)
-        patches = np.concatenate([cut(image, side) for image in pixels(batch["token_image"])])
-        np.add.at(sums, codes, patches)
+    for batch in batches(task, islice(iter(found), limit), 64):
+        codes = network.codes(batch["token_image"]).numpy().reshape(-1)
+        np.add.at(sums, codes, np.concatenate([cut(image, side) for image in pixels(batch["token_image"])]))
         counts += np.bincount(codes, minlength=num_codes)
     means = (sums / np.maximum(1, counts)[:, None, None, None]).round().astype(np.uint8)
     means[counts == 0] = hatch(side, side)
@@ -164,8 +162,8 @@ def code_book(tokenizer: VQKD, found: Iterable[Record]) -> CodeBook:
 
 def _codebook(run: Run) -> str:
     tokenizer = weights(run, VQKD)
-    held_out = code_book(tokenizer, records(run, "main", "val"))
-    seen = code_book(tokenizer, records(run, "main", "train"))
+    held_out = code_book(tokenizer.backbone, tokenizer, records(run, "main", "val"))
+    seen = code_book(tokenizer.backbone, tokenizer, records(run, "main", "train"))
     order = np.argsort(-seen.counts, kind="stable")[:MAX_TILES]
     share, perplexity = usage_figures(held_out.counts)
     rest = "" if len(order) == len(seen.counts) else f" (the {len(order)} commonest)"
@@ -181,7 +179,7 @@ def _codebook(run: Run) -> str:
 @torch.no_grad()
 def _code_maps(run: Run) -> str:
     tokenizer = weights(run, VQKD)
-    book = code_book(tokenizer, records(run, "main", "train"))
+    book = code_book(tokenizer.backbone, tokenizer, records(run, "main", "train"))
     batch = tokenizer.collate([tokenizer.example(record, False) for record in spread(records(run, "main", "val"), 12)])
     codes = tokenizer.outputs(batch)["codes"].numpy()
     side = tokenizer.config.model.patch_size
@@ -209,9 +207,9 @@ def _hidden_patches(run: Run) -> str:
     if not sources:
         raise ValueError("this run hid no patches in training, so it has not learnt to fill them in")
     task = weights(run, Pretrain)
-    if not isinstance(task.visual_tokenizer, VQKD):
+    if task.visual_tokenizer is None:
         raise ValueError("these weights name no visual tokenizer, so their codes cannot be shown")
-    book = code_book(task.visual_tokenizer, records(run, sources[0], "train"))
+    book = code_book(task.visual_tokenizer, task, records(run, sources[0], "train"))
     examples = (task.example(record, False) for record in spread(records(run, sources[0], "val"), 24))
     masked = [example for example in examples if example["image_mask"].any()]
     batch = task.collate(masked[:: max(1, len(masked) // 6)][:6])
@@ -273,9 +271,10 @@ def word_batch(task: Pretrain, found: Sequence[Record]) -> Batch:
 
 def fill_words(task: Pretrain, batch: Batch, *, seeing: bool) -> Tensor:
     """Likeliest ids [B, L], with the image in view or of the text alone; few at a time, since logits are [B, L, V]."""
-    names = ("text", "text_padding", "image", "image_mask") if seeing else ("text", "text_padding")
-    parts = zip(*(batch[name].split(16) for name in names if name in batch), strict=True)
-    return torch.cat([task.outputs(dict(zip(names, part, strict=False)))["text_logits"].argmax(-1) for part in parts])
+    chosen = ("text", "text_padding", "image", "image_mask") if seeing else ("text", "text_padding")
+    names = [name for name in chosen if name in batch]
+    parts = zip(*(batch[name].split(16) for name in names), strict=True)
+    return torch.cat([task.outputs(dict(zip(names, part, strict=True)))["text_logits"].argmax(-1) for part in parts])
 
 
 def word_card(task: Pretrain, batch: Batch, guesses: tuple[Tensor, Tensor], row: int) -> str:
@@ -332,7 +331,7 @@ def _answers(runs: Sequence[Run]) -> str:
 
 def answer_card(image: np.ndarray, record: Record, given: Sequence[tuple[str, str, float]]) -> str:
     """A picture, its question, and each run's (label, answer, probability); right is what an annotator gave."""
-    answers = record["answers"]
+    answers = record.get("answers", {})
     lines = []
     for index, (label, answer, score) in enumerate(given):
         kind, sign = ("right", "✓") if answers.get(answer, 0) > 0 else ("wrong", "✗")

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import numpy as np
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -23,6 +22,7 @@ from beit3.task import Batch, Example, Prediction, Record, Task, joined, record_
 from beit3.tokenizer.teacher import Teacher, load_teacher
 from beit3.tokenizer.text import TextTokenizer
 from beit3.tokenizer.visual import VisualTokenizer, VisualTokenizerConfig
+
 
 def unit(image_size: int) -> Preprocessing:
     """Pixels in [0, 1]: the network itself maps them to [-1, 1]."""

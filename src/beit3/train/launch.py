@@ -13,7 +13,7 @@ from beit3.recipe import RunConfig
 def start(run: RunConfig) -> torch.device:
     """Join the process group when launched by torchrun; the device of this process."""
     if "RANK" in os.environ and not dist.is_initialized() and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")  # counts are reduced on the CPU
     name = run.device if run.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
     device = torch.device(name, int(os.environ.get("LOCAL_RANK", "0"))) if name == "cuda" else torch.device(name)
     if device.type == "cuda":

@@ -13,9 +13,9 @@ from torch.utils.tensorboard import SummaryWriter
 
 
 def truncate(path: Path, step: int) -> None:
-    """Drop the lines of a killed run that come after the checkpoint it resumes from."""
+    """Drop the lines of a killed run that come after the checkpoint it resumes from, and one that was cut short."""
     if path.exists():
-        lines = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= step]
+        lines = [line for line in path.read_text().splitlines() if line.endswith("}") and json.loads(line)["step"] <= step]
         temporary = path.with_suffix(".tmp")
         temporary.write_text("".join(line + "\n" for line in lines))
         temporary.rename(path)
@@ -69,7 +69,9 @@ class Log:
         done = step - self.first_step
         rate = self.samples / max(1e-9, now - self.started)
         left = (now - self.started) / max(1, done) * (self.steps - step)
-        losses = "  ".join(f"{name.removeprefix('loss/')} {value:.3f}" for name, value in values.items() if name.startswith("loss"))
+        parts = [name for name in values if name.startswith("loss/")]
+        shown = ["loss", *parts] if len(parts) > 1 else ["loss"]
+        losses = "  ".join(f"{name.removeprefix('loss/')} {values[name]:.3f}" for name in shown)
         line = (
             f"{self.name}  step {step}/{self.steps}  {losses}  lr {values['lr']:.1e}  "
             f"{rate:.0f} samples/s  {memory():.1f} GB  {duration(left)} left"

@@ -9,6 +9,7 @@ import math
 import platform
 import signal
 from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch
 
 from beit3.data.loader import PASSED_OVER, Examples, Source, step_batches, step_places
 from beit3.data.records import locate
-from beit3.ops.collectives import all_reduce, rank, world_size
+from beit3.ops.collectives import all_reduce, barrier, leader_first, rank, world_size
 from beit3.recipe import Recipe
 from beit3.task import Batch, Task
 from beit3.tokenizer.text import TextTokenizer
@@ -43,11 +44,13 @@ def train(recipe: Recipe, task_class: type[Task], *, out: str | Path, init: str 
     """
     run, out = recipe.run, Path(out)
     device = start(run)
-    root = Path(recipe.data.root) if recipe.data.root else embedded_root(task_class)
+    with leader_first():
+        root = Path(recipe.data.root) if recipe.data.root else embedded_root(task_class)
     sources = {name: open_source(root, task_class, name, recipe) for name in task_class.sources if recipe.data.batch.get(name)}
     tokenizer = open_tokenizer(recipe, root, init)
     steps, warmup = count_steps(recipe, {name: len(source) for name, source in sources.items()})
-    claim(out, recipe, task_class, init)
+    with leader_first():
+        claim(out, recipe, task_class, init)
     if finished(out, steps):
         return json.loads((out / "scores.json").read_text())
 
@@ -67,13 +70,13 @@ def train(recipe: Recipe, task_class: type[Task], *, out: str | Path, init: str 
         done, best = state["step"], state["best"]
     log = Log(out, label or out.name, steps, first_step=done, speak=rank() == 0)
     if init and not done:
-        log.say(f"{log.name}  from {'; '.join(report.lines())}")
+        for line in report.lines():
+            log.say(f"{log.name}  {line}")
     examples = Examples(sources, task.example, seed=run.seed)
-    plan = [
-        step_places(step, recipe.data.batch, list(sources), micro_batch=run.micro_batch, rank=rank(), world=world_size())
-        for step in range(done, steps)
-    ]
-    batches = step_batches(examples, task.collate, plan, workers=recipe.data.workers)
+    places = partial(
+        step_places, batch=recipe.data.batch, sources=list(sources), micro_batch=run.micro_batch, rank=rank(), world=world_size()
+    )
+    batches = step_batches(examples, task.collate, places, range(done, steps), workers=recipe.data.workers)
     broken: dict[str, set[str]] = {}
 
     with Stop() as stop:
@@ -98,12 +101,17 @@ def train(recipe: Recipe, task_class: type[Task], *, out: str | Path, init: str 
             log.show(after, values)
             if after == steps or (run.eval_every and after % run.eval_every == 0):
                 best = evaluate_and_keep(task, recipe, root, sources, out, after, best, log)
-            if stop.asked or after == steps or (run.save_every and after % run.save_every == 0):
-                checkpoint.save(out, after, task, optimizer, best, keep=run.keep)
-            if stop.asked and after < steps:
+            asked = stop.agreed()
+            if asked or after == steps or (run.save_every and after % run.save_every == 0):
+                if rank() == 0:
+                    checkpoint.save(out, after, task, optimizer, best, keep=run.keep)
+                barrier()  # a process that leaves early would have the others killed while they write
+            if asked and after < steps:
                 log.close()
                 raise Interrupted(f"{out} stopped after step {after} of {steps}; the same command goes on from there")
-    store.save(task, out / "last")
+    if rank() == 0:
+        store.save(task, out / "last")
+    barrier()
     log.close()
     return json.loads((out / "scores.json").read_text())
 
@@ -183,22 +191,20 @@ def sum_targets(task: Task, micro_batches: Iterable[Batch]) -> dict[str, int]:
 
 def backward(task: Task, micro_batches: Iterable[Batch], totals: Mapping[str, int], precision: torch.autocast) -> dict[str, float]:
     """Gradients of the step's loss; returns `loss`, `loss/<name>` and the metrics, each averaged over its targets."""
-    sums: dict[str, float] = {}
+    sums: dict[str, float] = {"loss": 0.0}
     for batch in micro_batches:
         with precision:
             result = task(batch)
-        weighted = [
-            task.loss_weights.get(name, 1.0) * value / max(1, totals[name]) for name, value in result["losses"].items()
-        ]
-        torch.stack(weighted).sum().backward()
-        for kind, group in result.items():
-            for name, value in group.items():
-                key = f"loss/{name}" if kind == "losses" else name
-                sums[key] = sums.get(key, 0.0) + float(value.detach()) / max(1, totals[name.rpartition("/")[0] or name])
-    if world_size() > 1:
-        sums = average_gradients(task, sums)
-    loss = sum(task.loss_weights.get(k.removeprefix("loss/"), 1.0) * v for k, v in sums.items() if k.startswith("loss/"))
-    return {"loss": loss, **sums}
+        means = {name: value / max(1, totals[name]) for name, value in result["losses"].items()}
+        loss = torch.stack([task.loss_weights.get(name, 1.0) * mean for name, mean in means.items()]).sum()
+        loss.backward()
+        logged = {"loss": loss} | {f"loss/{name}": mean for name, mean in means.items()}
+        for name, value in result["metrics"].items():
+            target = name.rpartition("/")[0]
+            logged[name.removeprefix("loss/")] = value / max(1, totals[target])
+        for name, value in logged.items():
+            sums[name] = sums.get(name, 0.0) + float(value.detach())
+    return average_gradients(task, sums) if world_size() > 1 else sums
 
 
 def average_gradients(task: Task, sums: dict[str, float]) -> dict[str, float]:
@@ -241,19 +247,21 @@ def note_broken(broken: dict[str, set[str]], micro_batches: list[Batch], sources
 def evaluate_and_keep(
     task: Task, recipe: Recipe, root: Path, sources: Mapping[str, Source], out: Path, step: int, best: float | None, log: Log
 ) -> float | None:
-    """Score the val split, write scores.json, and keep the weights as `best/` if their headline leads."""
+    """Score the val split, write scores.json, and keep the weights as `best/` if their headline leads; rank 0 writes."""
     held_out = {name: open_source(root, type(task), name, recipe, "val") for name in sources}
     size = recipe.run.micro_batch or max(recipe.data.batch.values())
     scores = evaluate(task, held_out, batch_size=size, limit=recipe.run.eval_records)
     log.write(step, {f"val/{name}": value for name, value in scores.items()})
-    temporary = out / "scores.tmp"
-    temporary.write_text(json.dumps({"step": step, **scores}, indent=1) + "\n")
-    temporary.rename(out / "scores.json")
+    if rank() == 0:
+        temporary = out / "scores.tmp"
+        temporary.write_text(json.dumps({"step": step, **scores}, indent=1) + "\n")
+        temporary.rename(out / "scores.json")
     headline = scores[task.headline]
     log.say(f"{log.name}  step {step}  val {task.headline} {headline:.4f}")
     if best is not None and headline <= best:
         return best
-    store.save(task, out / "best")
+    if rank() == 0:
+        store.save(task, out / "best")
     return headline
 
 
@@ -279,6 +287,10 @@ class Stop:
             except ValueError:  # signals belong to the main thread; elsewhere the caller stops us
                 continue
         return self
+
+    def agreed(self) -> bool:
+        """Whether any process was asked, so that all of them stop after the same step."""
+        return bool(all_reduce(torch.tensor(int(self.asked))))
 
     def _ask(self, number: int, frame: Any) -> None:
         if self.asked:

@@ -1,0 +1,175 @@
+"""What panels show is what the networks do: codes, mean patches, fillings and answers, against slow second readings."""
+
+import base64
+import io
+import re
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from beit3.report.curves import read_runs
+from beit3.report.panels import (
+    CodeBook,
+    answer_card,
+    assemble,
+    code_book,
+    cut,
+    denormalized,
+    fill_words,
+    hatch,
+    panels,
+    patch_row,
+    picture,
+    records,
+    sentence,
+    spread,
+    trained_on,
+    weights,
+    word_batch,
+)
+from beit3.tasks.pretrain import IGNORE, Pretrain
+from beit3.tasks.vqa import VQA
+from beit3.tasks.vqkd import VQKD
+
+RNG = np.random.default_rng(0)
+
+
+def images_of(html: str) -> list[np.ndarray]:
+    found = re.findall(r'src="data:image/png;base64,([^"]*)"', html)
+    return [np.array(Image.open(io.BytesIO(base64.b64decode(data)))) for data in found]
+
+
+def test_patches_are_cut_row_by_row_and_put_together_again():
+    image = RNG.integers(0, 256, (8, 12, 3), dtype=np.uint8)
+    patches = cut(image, 4)
+    expected = [image[top : top + 4, left : left + 4] for top in (0, 4) for left in (0, 4, 8)]
+    np.testing.assert_array_equal(patches, expected)
+    np.testing.assert_array_equal(assemble(patches, (2, 3)), image)
+
+
+def test_a_gap_is_clear_and_so_is_what_no_patch_fills():
+    patches = np.full((3, 2, 2, 3), 9, dtype=np.uint8)
+    canvas = assemble(patches, (2, 2), gap=1)
+    opaque = np.array([[1, 1, 0, 1, 1], [1, 1, 0, 1, 1], [0, 0, 0, 0, 0], [1, 1, 0, 0, 0], [1, 1, 0, 0, 0]])
+    np.testing.assert_array_equal(canvas[..., 3], 255 * opaque)
+
+
+def test_a_picture_carries_its_pixels_and_its_words():
+    image = RNG.integers(0, 256, (8, 12, 3), dtype=np.uint8)
+    html = picture(image, 'a "red" <cube>')
+    np.testing.assert_array_equal(images_of(html)[0], image)
+    assert 'alt="a &quot;red&quot; &lt;cube&gt;"' in html and 'class="sharp"' in html
+    large = picture(np.zeros((400, 800, 3), dtype=np.uint8), "large")
+    assert images_of(large)[0].shape == (160, 320, 3) and 'class="smooth"' in large
+
+
+def test_a_networks_input_is_shown_as_the_picture_it_was(vqa):
+    run = read_runs(vqa)[0]
+    task, record = weights(run, VQA), records(run, "main", "val")[0]
+    shown = denormalized(task.example(record, False)["image"][None], task)[0]
+    np.testing.assert_array_equal(shown, np.array(Image.open(record["image"])))
+
+
+def test_mean_patches_are_the_means_of_their_codes(vqkd):
+    run = read_runs([vqkd])[0]
+    tokenizer, source = weights(run, VQKD), records(run, "main", "val")
+    book = code_book(tokenizer.backbone, tokenizer, source)
+    members: dict[int, list[np.ndarray]] = {}
+    for record in source:
+        view = tokenizer.example(record, False)["token_image"]
+        codes = tokenizer.backbone.codes(view[None])[0].tolist()
+        for code, patch in zip(codes, cut(np.array(Image.open(record["image"])), 4), strict=True):
+            members.setdefault(code, []).append(patch)
+    assert len(members) > 1
+    for code in range(12):
+        assert book.counts[code] == len(members.get(code, []))
+        expected = np.mean(members[code], 0) if code in members else hatch(4, 4)
+        np.testing.assert_allclose(book.patches[code], expected, atol=0.51)
+
+
+def test_a_row_of_hidden_patches_shows_guess_and_truth():
+    book = CodeBook(np.stack([np.full((2, 2, 3), shade, np.uint8) for shade in (10, 20, 30)]), np.ones(3))
+    image = RNG.integers(100, 256, (4, 4, 3), dtype=np.uint8)
+    mask, guess, true = np.array([True, False, True, False]), np.array([1, 0, 2, 0]), np.array([1, 1, 0, 2])
+    html = patch_row(image, mask, guess, true, book)
+    original, masked, filled, codes = images_of(html)
+    np.testing.assert_array_equal(original, image)
+    np.testing.assert_array_equal(masked[:2, :2], hatch(2, 2))
+    assert (filled[:2, :2] == 20).all() and (filled[2:, :2] == 30).all()
+    for shown in (masked, filled):
+        np.testing.assert_array_equal(shown[:, 2:], image[:, 2:])
+    assert [codes[0, 0, 0], codes[0, 2, 0], codes[2, 0, 0], codes[2, 2, 0]] == [20, 20, 10, 30]
+    assert "1 of 2 hidden patches named exactly" in html
+
+
+def test_words_are_marked_right_or_wrong_and_escaped(tokenizer):
+    ids = tokenizer.encode("red <b> cube")
+    place = next(index for index, id in enumerate(ids) if tokenizer.word(id).strip() == "<")
+    hidden = [index == place for index in range(len(ids))]
+    assert '<mark class="gap"' in sentence(tokenizer, ids, hidden, ())
+    assert '<mark class="right">✓ &lt;</mark>' in sentence(tokenizer, ids, hidden, ids)
+    other = next(id for id in ids if tokenizer.word(id).strip() == "b")
+    wrong = sentence(tokenizer, ids, hidden, [other] * len(ids))
+    assert '<mark class="wrong">✗ b <i>&lt;</i></mark>' in wrong and "<b>" not in wrong
+    assert sentence(tokenizer, ids, [False] * len(ids), ()) == "red &lt;b&gt; cube"
+
+
+@pytest.mark.parametrize("masking", ["both", "text_only", "alternate"])
+def test_words_are_filled_from_everything_hidden_with_and_without_the_picture(pretrain, masking):
+    run = read_runs([pretrain])[0]
+    task = weights(run, Pretrain, frozen=False)
+    assert task.visual_tokenizer is None
+    task.config = replace(task.config, pair_masking=masking)
+    batch = word_batch(task, spread(records(run, "pairs", "val"), 8) * 3)
+    hidden = batch["text_target"] != IGNORE
+    assert hidden.any(1).all() and (batch["text"][hidden] == task.tokenizer.mask).all()
+    with torch.no_grad():
+        torch.testing.assert_close(fill_words(task, batch, seeing=True), task.outputs(batch)["text_logits"].argmax(-1))
+        other = batch | {"image": torch.zeros_like(batch["image"])}
+        blind = fill_words(task, batch, seeing=False)
+        torch.testing.assert_close(blind, fill_words(task, other, seeing=False))
+        assert len(blind) == len(batch["id"])
+
+
+def test_an_answer_counts_as_right_where_an_annotator_gave_it():
+    image, record = np.zeros((4, 4, 3), np.uint8), {"text": "why <b>?", "answers": {"no": 0.3, "red & blue": 1.0}}
+    html = answer_card(image, record, [("a", "no", 0.25), ("b", "yes", 0.5)])
+    assert '<mark class="right">✓ no</mark> 25%' in html and '<mark class="wrong">✗ yes</mark> 50%' in html
+    assert "<dd>red &amp; blue</dd>" in html and "why &lt;b&gt;?" in html
+    assert "run0" in html and "run1" in html and "run0" not in answer_card(image, record, [("a", "no", 0.25)])
+
+
+def test_which_sources_hide_what(pretrain):
+    run = read_runs([pretrain])[0]
+    assert trained_on(run, "image") == ["images", "pairs"] and trained_on(run, "text") == ["pairs"]
+    run.recipe["task"]["pair_masking"] = "text_only"
+    run.recipe["data"]["batch"] = {"pairs": 4, "texts": 4}
+    assert trained_on(run, "image") == [] and trained_on(run, "text") == ["texts", "pairs"]
+
+
+def test_records_are_taken_evenly_and_once(root, vqkd):
+    source = records(read_runs([vqkd])[0], "main", "val")
+    assert [record["id"] for record in spread(source, 3)] == ["0.png", "4.png", "7.png"]
+    assert len(spread(source, 100)) == 8
+
+
+def test_panels_of_every_task(vqkd, pretrain, vqa):
+    found = {panel.title: panel.body for path in (vqkd, pretrain, vqa[0]) for panel in panels(read_runs([path]))}
+    assert [body for body in found.values() if "Nothing to show" in body] == []
+    counts = {title: len(images_of(body)) for title, body in found.items()}
+    assert counts == {
+        "The codebook": 1, "Pictures in codes": 8 * 2, "Hidden patches": 6 * 4, "Hidden words": 8,
+        "Questions and answers": 8,
+    }  # fmt: skip
+
+
+def test_what_is_gone_leaves_one_line(pretrain, vqa, tmp_path):
+    run = read_runs([pretrain])[0]
+    run.recipe["data"]["root"] = str(tmp_path)
+    assert [panel.body for panel in panels([run]) if "Nothing to show: no pretrain/" not in panel.body] == []
+    empty = replace(read_runs([vqa[0]])[0], path=tmp_path)
+    assert "has no weights yet" in panels([empty])[0].body
+    assert panels([replace(run, task="unheard_of")]) == []
