@@ -88,9 +88,9 @@ DEMO = Recipe(
     ),
     data=DataConfig(batch={"images": 32, "texts": 32, "pairs": 64}),
     optim=OptimConfig(
-        lr=2e-3, min_lr=1e-5, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.05, warmup_steps=50, clip=3.0, no_decay=PRETRAIN_NO_DECAY,
+        lr=1e-3, min_lr=1e-5, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.05, warmup_steps=50, clip=3.0, no_decay=PRETRAIN_NO_DECAY,
     ),
-    run=RunConfig(steps=600, log_every=10, save_every=100, eval_records=500),
+    run=RunConfig(steps=800, log_every=10, save_every=200, eval_records=500),
     note="the embedded world on a laptop CPU; in pairs only the text is hidden, which grounds words far sooner here",
 )  # fmt: skip
 """No random views: the world's language names colors, places and sizes, and codes stay the same over epochs."""
@@ -107,7 +107,7 @@ class Pretrain(Task):
     recipes: ClassVar[Mapping[str, Recipe]] = {
         "demo": DEMO,
         "demo_pairs": replace(
-            DEMO, data=DataConfig(batch={"pairs": 64}), run=replace(DEMO.run, steps=1500),
+            DEMO, data=DataConfig(batch={"pairs": 64}), optim=replace(DEMO.optim, lr=2e-3), run=replace(DEMO.run, steps=2000),
             note="the first part of the demo's pretraining: pairs alone, until words follow the picture",
         ),
         "base_224": _paper(BASE, note="paper's numbers on the released base network"),

@@ -83,7 +83,7 @@ class VQA(Task):
             ),
             data=DataConfig(batch={"main": 32}),
             optim=OptimConfig(lr=1e-3, min_lr=1e-5, betas=(0.9, 0.98), weight_decay=0.01, warmup_steps=20, clip=3.0),
-            run=RunConfig(steps=300, log_every=10, save_every=100),
+            run=RunConfig(steps=200, log_every=10, save_every=100),
             note="the embedded world's questions",
         ),
         "base_480": _released(BASE, 480, 3e-5, 0.1, "release: test-dev 77.65 (in-domain 78.46)"),
