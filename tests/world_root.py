@@ -7,21 +7,22 @@ from beit3.data.records import Records
 from beit3.data.transforms import Preprocessing
 from beit3.model.config import TINY, ModelConfig
 from beit3.recipe import DataConfig, OptimConfig, Recipe, RunConfig
-from beit3.tasks.pretrain import Pretrain, PretrainConfig
-from beit3.tasks.vqa import VQA, VQAConfig
-from beit3.tasks.vqkd import VQKD, VQKDConfig
+from beit3.task import Task, load, names
+from beit3.tasks.pretrain import PretrainConfig
+from beit3.tasks.vqa import VQAConfig
+from beit3.tasks.vqkd import VQKDConfig
 from beit3.tokenizer.text import TextTokenizer
 from beit3.tokenizer.visual import VisualTokenizerConfig
+from beit3.train.root import prepare_world
 from beit3.world.export import write_world
 
 NUM_TRAIN, NUM_VAL, NUM_QUESTIONS, NUM_CODES = 60, 8, 48, 16
 SMALL = replace(TINY, dim=32, depth=2, num_heads=2, ffn_dim=48, text_positions=40)
 """The paper's form, one of its two layers with a vision-language expert."""
-PREPARED = (
-    (Pretrain, "images", "images"), (Pretrain, "texts", "texts"), (Pretrain, "pairs", "pairs"),
-    (VQKD, "main", "images"), (VQA, "main", "vqa"),
-)  # fmt: skip
-"""(task, source, raw folder)."""
+
+def trained() -> list[type[Task]]:
+    """Every task that has recipes."""
+    return [task for task in map(load, names()) if task.recipes]
 
 
 def write_raw(folder: Path) -> Path:
@@ -31,9 +32,9 @@ def write_raw(folder: Path) -> Path:
 
 
 def write_root(raw: Path, root: Path) -> Path:
-    """Records of every task, and the text tokenizer."""
-    for task, source, folder in PREPARED:
-        task.prepare(raw / folder, root, source)
+    """Records of every task that trains, and the text tokenizer. `root` lies beside the folder that holds `raw`."""
+    for task in trained():
+        prepare_world(raw, root, task)
     texts = [record["text"] for source in ("texts", "pairs") for record in Records(root / "pretrain" / source / "train.jsonl")]
     TextTokenizer.train(texts, vocab_size=150, model_type="bpe").save(root / "text.model")
     return root

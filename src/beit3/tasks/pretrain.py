@@ -33,7 +33,7 @@ IGNORE = -100
 
 @dataclass(frozen=True)
 class PretrainConfig(TaskConfig):
-    """Defaults are the paper's (sections 2.2, 3.2 and appendix A), or the choice of docs/pretraining.md."""
+    """Defaults are the paper's (sections 2.2, 3.2 and appendix A), or the choice argued in docs/pretraining.md."""
 
     visual_tokenizer: str = ""
     """Weights of the visual tokenizer (`beit3 train vqkd`, or a VQ-KD file of BEiT v2)."""
@@ -47,6 +47,8 @@ class PretrainConfig(TaskConfig):
     pair_masking: Literal["both", "text_only", "image_only", "alternate"] = "both"
     """What a pair hides: its text and its patches at once, one of them, or by turns of the record's own coin."""
     monomodal_text_length: int = 512
+    cache_codes: bool = False
+    """Keep each image's codes in memory after its first epoch; only where views are fixed (no crop, flip or jitter)."""
     image_crop: tuple[float, float] = (0.2, 1.0)
     """Share of an image's area that a random crop keeps."""
     pair_crop: tuple[float, float] = (0.5, 1.0)
@@ -58,6 +60,12 @@ class PretrainConfig(TaskConfig):
     text_weight: float = 1.0
     pair_image_weight: float = 1.0
     pair_text_weight: float = 1.0
+
+    @property
+    def fixed_views(self) -> bool:
+        """Whether every epoch shows an image in the same view."""
+        crops, rates = (self.image_crop, self.pair_crop), (self.image_flip, self.pair_flip, self.color_jitter)
+        return all(crop[0] >= 1 for crop in crops) and not any(rates)
 
 
 def _paper(model, *, token_size: int = 224, note: str) -> Recipe:
@@ -124,6 +132,9 @@ class Pretrain(Task):
         self.image_head = nn.Linear(config.model.dim, config.num_codes)
         self.visual_tokenizer: VisualTokenizer | None = None
         self.frozen_files: Mapping[str, FrozenFile] = {}
+        self.known_codes: dict[tuple[str, str], Tensor] = {}
+        if config.cache_codes and not config.fixed_views:
+            raise ValueError("task.cache_codes needs fixed views: set the crops to 1.0 1.0 and flips and color_jitter to 0")
         if config.visual_tokenizer:
             task, file = load_frozen(config.visual_tokenizer, "vqkd")
             assert isinstance(task.backbone, VisualTokenizer)
@@ -227,7 +238,14 @@ class Pretrain(Task):
             return batch["image_codes"]
         if self.visual_tokenizer is None:
             raise ValueError("image targets need a visual tokenizer: give --task.visual_tokenizer WEIGHTS (beit3 train vqkd)")
-        return self.visual_tokenizer.codes(batch["token_image"])
+        if not self.config.cache_codes:
+            return self.visual_tokenizer.codes(batch["token_image"])
+        keys = [(self.prefix(batch), key) for key in batch["id"]]
+        new = [row for row, key in enumerate(keys) if key not in self.known_codes]
+        if new:
+            found = self.visual_tokenizer.codes(batch["token_image"][new])
+            self.known_codes |= dict(zip((keys[row] for row in new), found, strict=True))
+        return torch.stack([self.known_codes[key] for key in keys])
 
     def forward(self, batch: Batch) -> dict[str, dict[str, Tensor]]:
         """Logits are computed at hidden positions only."""

@@ -19,9 +19,10 @@ from beit3.data.records import open_image
 from beit3.data.transforms import Preprocessing, two_views
 from beit3.recipe import DataConfig, OptimConfig, Recipe, RunConfig, TaskConfig
 from beit3.task import Batch, Example, Prediction, Record, Task, joined, record_rng
-from beit3.tokenizer.teacher import Teacher, load_teacher
+from beit3.tokenizer.teacher import BackboneTeacher, Teacher, load_teacher
 from beit3.tokenizer.text import TextTokenizer
 from beit3.tokenizer.visual import VisualTokenizer, VisualTokenizerConfig
+from beit3.weights.store import load_backbone
 
 
 def unit(image_size: int) -> Preprocessing:
@@ -35,9 +36,9 @@ class VQKDConfig(TaskConfig):
 
     model: VisualTokenizerConfig = VisualTokenizerConfig(224, 16, 768, 12, 12, 3072, 3, 32, 8192, 512)  # type: ignore[assignment]
     image: Preprocessing = unit(224)
-    teacher: Literal["gradients", "clip", "dino"] = "gradients"
+    teacher: Literal["gradients", "clip", "dino", "beit3"] = "gradients"
     teacher_weights: str = ""
-    """Local weight file of the CLIP or DINO teacher; only training reads it."""
+    """Local weights of a CLIP, DINO or BEiT-3 teacher; only training reads them."""
     crop: tuple[float, float] = (0.08, 1.0)
     flip: float = 0.5
 
@@ -116,19 +117,28 @@ class VQKD(Task):
 
     def forward(self, batch: Batch) -> dict[str, dict[str, Tensor]]:
         """Cosine distance to the teacher, and the commitment of the encoder to its codes."""
-        if self.teacher is None:
-            self.teacher = load_teacher(
-                self.config.teacher, path=self.config.teacher_weights or None, patch_size=self.config.model.patch_size
-            ).to(self.pixels(batch).device)
         images = self.pixels(batch)
         features, commitment, codes = self.backbone(images)
-        distance = 1 - F.cosine_similarity(features.float(), self.teacher.features(images), dim=-1)
+        distance = 1 - F.cosine_similarity(features.float(), self.ask_teacher(images), dim=-1)
         count = codes.numel()
         statistics = {"codebook_use": self.backbone.quantizer.usage(), "perplexity": self.backbone.quantizer.perplexity()}
         return {
             "losses": {"reconstruction": distance.sum(), "commitment": commitment * count},
             "metrics": {f"reconstruction/{name}": value * count for name, value in statistics.items()},
         }
+
+    def ask_teacher(self, images: Tensor) -> Tensor:
+        """The teacher's features [B, P, F]; it is read when first asked. ValueError where it does not fit the config."""
+        if self.teacher is None:
+            config = self.config
+            if config.teacher == "beit3":
+                teacher: Teacher = BackboneTeacher(load_backbone(config.teacher_weights))
+            else:
+                teacher = load_teacher(config.teacher, path=config.teacher_weights or None, patch_size=config.model.patch_size)
+            if teacher.dim != config.model.teacher_dim:
+                raise ValueError(f"task.model.teacher_dim is {config.model.teacher_dim}, the {config.teacher} teacher has {teacher.dim}")
+            self.teacher = teacher.to(images.device)
+        return self.teacher.features(images)
 
     def outputs(self, batch: Batch) -> dict[str, Tensor]:
         """`codes` [B, P] int64."""
@@ -143,9 +153,8 @@ class VQKD(Task):
         predictions = [
             {"id": key, "codes": row, "num_codes": size} for key, row in zip(batch["id"], codes.tolist(), strict=True)
         ]
-        if self.teacher is not None:
-            images = self.pixels(batch)
-            features = self.teacher.features(images)
+        if self.teacher is not None or self.config.teacher == "gradients":
+            features = self.ask_teacher(self.pixels(batch))
             distance = 1 - F.cosine_similarity(self.backbone.decode(codes).float(), features, dim=-1).mean(1)
             for prediction, value in zip(predictions, distance.tolist(), strict=True):
                 prediction["distance"] = value

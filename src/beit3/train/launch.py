@@ -15,8 +15,13 @@ def start(run: RunConfig) -> torch.device:
     if "RANK" in os.environ and not dist.is_initialized() and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")  # counts are reduced on the CPU
     name = run.device if run.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
-    device = torch.device(name, int(os.environ.get("LOCAL_RANK", "0"))) if name == "cuda" else torch.device(name)
+    try:
+        device = torch.device(name, int(os.environ.get("LOCAL_RANK", "0"))) if name == "cuda" else torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"run.device {name} is no device: use auto or cpu, or cuda where there is one") from None
     if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise ValueError(f"run.device {name} needs a CUDA device and there is none: use auto or cpu")
         torch.cuda.set_device(device)
     return device
 

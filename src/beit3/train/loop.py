@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils.checkpoint import checkpoint as recomputed
 
 from beit3.data.loader import PASSED_OVER, Examples, Source, step_batches, step_places
 from beit3.data.records import locate
@@ -59,8 +60,7 @@ def train(recipe: Recipe, task_class: type[Task], *, out: str | Path, init: str 
     if init:
         report = store.initialise_from(task, init)
     task.to(device).train()
-    if run.checkpointing:
-        recompute_blocks(task)
+    wrap_blocks(task, recompute=run.checkpointing, compiled=run.compile)
     optimizer = make_optimizer(task, recipe.optim)
     parameters = [parameter for _, parameter in task.trainable()]
 
@@ -265,12 +265,16 @@ def evaluate_and_keep(
     return headline
 
 
-def recompute_blocks(task: Task) -> None:
-    """Activation checkpointing, applied from outside to each block of the backbone."""
-    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
-
-    blocks = set(getattr(task.backbone, "blocks", ()))
-    apply_activation_checkpointing(task.backbone, check_fn=lambda module: module in blocks)
+def wrap_blocks(task: Task, *, recompute: bool, compiled: bool) -> None:
+    """Activation checkpointing, then compilation, of each block of the backbone, from outside; names do not change."""
+    blocks = list(getattr(task.backbone, "blocks", ()))
+    if (recompute or compiled) and not blocks:
+        raise ValueError(f"{task_name(type(task))} has no blocks to recompute or compile: leave run.checkpointing and run.compile off")
+    for block in blocks:
+        if recompute:
+            block.forward = partial(recomputed, block.forward, use_reentrant=False)  # type: ignore[method-assign]
+        if compiled:
+            block.compile()
 
 
 class Stop:

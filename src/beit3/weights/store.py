@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from beit3.config import from_dict, to_dict
+from beit3.model.beit3 import BEiT3
 from beit3.recipe import TaskConfig
 from beit3.task import Task
 from beit3.task import load as load_task
@@ -148,6 +149,16 @@ def load_frozen(path: str, kind: str) -> tuple[Task, FrozenFile]:
     if task_name(type(task)) != kind:
         raise ValueError(f"{path} holds weights of {task_name(type(task))}, {kind} is needed here")
     return task.eval().requires_grad_(False), FrozenFile(str(path), digest(file))
+
+
+def load_backbone(path: str) -> BEiT3:
+    """The BEiT-3 of our directory or of a released file, whatever its task; ValueError where it holds none."""
+    if not path:
+        raise ValueError("no weights given: name a directory of weights or a released file")
+    task = load(path) if Path(path).is_dir() else load_official(read_file(path))[0]
+    if not isinstance(task.backbone, BEiT3):
+        raise ValueError(f"{path} holds a {task_name(type(task))}, a BEiT-3 is needed here")
+    return task.backbone
 
 
 def digest(path: str | Path) -> str:

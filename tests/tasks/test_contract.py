@@ -1,0 +1,202 @@
+"""What every task with recipes owes the loop, the store and the predictor. New tasks are found, not listed."""
+
+import json
+import math
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from beit3.data.loader import Source
+from beit3.model.config import TINY, TINY_RELEASE, ModelConfig
+from beit3.recipe import OptimConfig, TaskConfig
+from beit3.task import Batch, Task
+from beit3.tokenizer.text import TextTokenizer
+from beit3.train.optim import make_optimizer
+from beit3.weights.fill import task_name
+from beit3.weights.store import load, save
+from tests.world_root import NUM_CODES, trained
+
+FORMS = {"paper": TINY, "release": TINY_RELEASE}
+CASES = [(task, form) for task in trained() for form in (FORMS if isinstance(task.recipes["demo"].task.model, ModelConfig) else ["own"])]
+RECORDS = 8
+ENOUGH = {"vqa": 150}
+"""Steps on eight records; 60 where nothing is said."""
+
+
+def small(kind: type[Task], form: str, visual: Path) -> TaskConfig:
+    """The demo's config with a smaller network of this form; pretraining hides both sides of a pair."""
+    config: Any = kind.recipes["demo"].task
+    if form in FORMS:
+        model = replace(FORMS[form], dim=64, depth=2, ffn_dim=128, final_norm=config.model.final_norm)
+    else:
+        model = replace(config.model, dim=32, depth=1, num_heads=2, ffn_dim=64, num_codes=NUM_CODES)
+    changes: dict[str, Any] = {"model": model}
+    if hasattr(config, "pair_masking"):
+        changes |= {"pair_masking": "both", "visual_tokenizer": str(visual), "num_codes": NUM_CODES}
+    return replace(config, **changes)
+
+
+class Case:
+    """A task with the first training records of each of its sources, as batches."""
+
+    def __init__(self, kind: type[Task], form: str, root: Path, visual: Path):
+        self.kind = kind
+        tokenizer = TextTokenizer(root / "text.model")
+        self.task = kind(kind.configure(small(kind, form, visual), root, tokenizer), tokenizer=tokenizer)
+        self.task.init_weights(0)
+        paths = {name: root / task_name(kind) / name / "train.jsonl" for name in kind.sources}
+        self.records = {name: list(islice(Source(path, root), RECORDS)) for name, path in paths.items()}
+
+    def batches(self) -> dict[str, Batch]:
+        """Without random views: the same at every call."""
+        return {name: self.task.collate([self.task.example(row, False) for row in rows]) for name, rows in self.records.items()}
+
+    def loss(self, batches: dict[str, Batch]) -> Tensor:
+        """The sum of the means, as the loop forms it."""
+        total = torch.zeros(())
+        for batch in batches.values():
+            counts = self.task.targets(batch)
+            for name, value in self.task(batch | {"step": 0, "steps": 1})["losses"].items():
+                total = total + self.task.loss_weights.get(name, 1.0) * value / counts[name]
+        return total
+
+
+@pytest.fixture(params=CASES, ids=lambda case: f"{task_name(case[0])}-{case[1]}")
+def case(request, root, visual) -> Case:
+    return Case(*request.param, root, visual)
+
+
+def test_records_make_batches_and_a_finite_loss(case):
+    for batch in case.batches().values():
+        counts = case.task.targets(batch)
+        result = case.task(batch | {"step": 0, "steps": 1})
+        assert result["losses"].keys() == counts.keys() and min(counts.values()) > 0
+        assert all(value.ndim == 0 and value.isfinite() and value > 0 for value in result["losses"].values())
+        assert {name.rpartition("/")[0] for name in result["metrics"]} <= counts.keys(), "a metric is a mean over a loss's targets"
+
+
+def test_a_fresh_network_guesses_evenly(case):
+    """Initial logits near 0: the loss of a classifier starts near that of a coin."""
+    for batch in case.batches().values():
+        counts = case.task.targets(batch)
+        for name, value in case.task(batch | {"step": 0, "steps": 1})["losses"].items():
+            config: Any = case.task.config
+            even = {"image": NUM_CODES, "pair_image": NUM_CODES, "text": config.model, "pair_text": config.model}.get(name)
+            if even is not None:
+                classes = even.vocab_size if isinstance(even, ModelConfig) else even
+                assert float(value.detach()) / counts[name] == pytest.approx(math.log(classes), rel=0.15), name
+
+
+def test_every_parameter_learns_or_is_said_not_to(case):
+    case.task.train()
+    case.loss(case.batches()).backward()
+    unused = tuple(f"{prefix}." for prefix in case.task.unused)
+    still = {name for name, p in case.task.trainable() if p.grad is None or not p.grad.any()}
+    assert still == {name for name, _ in case.task.trainable() if f"{name}.".startswith(unused)}
+    for prefix, reason in case.task.unused.items():
+        assert reason and any(f"{name}.".startswith(f"{prefix}.") for name in still), f"{prefix} names nothing"
+    outside = {name for name, p in case.task.named_parameters() if name.split(".")[0] in case.task.frozen and p.grad is not None}
+    assert not outside, "frozen parts get no gradient"
+
+
+def test_eight_records_can_be_learnt(case):
+    torch.manual_seed(0)
+    optimizer = make_optimizer(case.task.train(), OptimConfig(lr=2e-3, weight_decay=0.0))
+    batches = case.batches()
+    start = float(case.loss(batches).detach())
+    for _ in range(ENOUGH.get(task_name(case.kind), 60)):
+        loss = case.loss(batches)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    case.task.eval()
+    with torch.no_grad():
+        assert float(case.loss(batches)) < 0.5 * start
+        if case.kind.headline == "accuracy":
+            (name, batch), = batches.items()
+            assert case.kind.score(case.task.predict(batch), case.records[name])["accuracy"] == 1.0
+
+
+def test_predictions_are_json_with_ids_and_score_has_its_headline(case):
+    case.task.eval()
+    for name, batch in case.batches().items():
+        with torch.no_grad():
+            predictions = case.task.predict(batch)
+        assert [prediction["id"] for prediction in predictions] == [str(record["id"]) for record in case.records[name]]
+        again = json.loads(json.dumps(predictions))
+        scores = case.kind.score(again, case.records[name])
+        assert case.kind.headline in scores and all(isinstance(value, float) and math.isfinite(value) for value in scores.values())
+        assert scores == case.kind.score(predictions[::-1], case.records[name][::-1]) or pytest.approx(scores) == case.kind.score(
+            predictions[::-1], case.records[name]
+        ), "order does not matter"
+        for wrong in (predictions[1:], [*predictions, predictions[0]], [*predictions[1:], predictions[0] | {"id": "stranger"}]):
+            with pytest.raises(ValueError, match="prediction"):
+                case.kind.score(wrong, case.records[name])
+
+
+def test_saved_and_loaded_it_says_the_same(case, tmp_path):
+    save(case.task.eval(), tmp_path / "weights")
+    again = load(tmp_path / "weights").eval()
+    assert again.config == case.task.config and type(again) is case.kind
+    for batch in case.batches().values():
+        with torch.no_grad():
+            outputs, wanted = again.outputs(batch), case.task.outputs(batch)
+        assert outputs.keys() == wanted.keys() and all(torch.equal(outputs[name], wanted[name]) for name in wanted)
+
+
+def by_hand(task: Any, batch: Batch) -> dict[str, Tensor]:
+    """The losses of `forward` from `outputs` alone, summed over their targets."""
+    outputs = task.outputs(batch)
+    if "logits" in outputs:
+        return {"loss": F.binary_cross_entropy_with_logits(outputs["logits"], batch["target"], reduction="sum")}
+    if "codes" in outputs:
+        images = batch["token_image"]
+        features, unit = task.backbone.decode(outputs["codes"]), F.normalize(task.backbone.encode(images), dim=-1)
+        chosen = task.backbone.quantizer.codebook[outputs["codes"]]
+        return {
+            "reconstruction": (1 - F.cosine_similarity(features, task.teacher.features(images), dim=-1)).sum(),
+            "commitment": ((unit - chosen) ** 2).mean(-1).sum(),
+        }
+    pair, losses = "pair_" if len(outputs) == 2 else "", {}
+    if "image_logits" in outputs:
+        targets = torch.where(batch["image_mask"], task.codes(batch), -100)
+        losses[f"{pair}image"] = F.cross_entropy(outputs["image_logits"].transpose(1, 2), targets, reduction="sum")
+    if "text_logits" in outputs:
+        losses[f"{pair}text"] = F.cross_entropy(outputs["text_logits"].transpose(1, 2), batch["text_target"], reduction="sum")
+    return losses
+
+
+def test_outputs_tell_the_same_loss_as_forward(case):
+    case.task.eval()
+    for batch in case.batches().values():
+        losses = case.task(batch | {"step": 0, "steps": 1})["losses"]
+        with torch.no_grad():
+            expected = by_hand(case.task, batch)
+        assert losses.keys() == expected.keys()
+        for name, value in expected.items():
+            torch.testing.assert_close(losses[name].detach(), value, rtol=1e-5, atol=1e-4)
+
+
+def test_examples_depend_on_their_generator_alone(case):
+    for rows in case.records.values():
+        for train in (False, True):
+            one, two = (case.task.example(rows[0], train, rng=np.random.default_rng(3)) for _ in range(2))
+            assert one.keys() == two.keys()
+            assert all(torch.equal(one[key], two[key]) for key in one if isinstance(one[key], Tensor))
+        fixed, again = (case.task.example(rows[0], False) for _ in range(2))
+        assert all(torch.equal(fixed[key], again[key]) for key in fixed if isinstance(fixed[key], Tensor))
+
+
+def test_the_task_is_found_by_its_name(case):
+    from beit3 import task as contract
+
+    assert contract.load(task_name(case.kind)) is case.kind
+    assert contract.load(case.kind.__module__) is case.kind, "a dotted path works for tasks of others"
+    assert "demo" in case.kind.recipes and all(isinstance(r.task, case.kind.Config) for r in case.kind.recipes.values())
