@@ -36,7 +36,7 @@ def write_root(raw: Path, root: Path) -> Path:
     for task in trained():
         prepare_world(raw, root, task)
     texts = [record["text"] for source in ("texts", "pairs") for record in Records(root / "pretrain" / source / "train.jsonl")]
-    TextTokenizer.train(texts, vocab_size=150, model_type="bpe").save(root / "text.model")
+    TextTokenizer.train(texts, vocab_size=300, model_type="bpe").save(root / "text.model")
     return root
 
 

@@ -191,10 +191,10 @@ def evaluate(known: argparse.Namespace, rest: list[str]) -> None:
 
     task = load(known.weights, task=known.task, num_heads=known.num_heads, text_model=known.text_model, answers=known.answers).task
     sources = split_sources(type(task), known.root, known.split)
-    predictions = predict_sources(task, sources, batch_size=known.batch)
+    found = predict_sources(task, sources, batch_size=known.batch)
     if known.predictions:
-        write_records(known.predictions, (p for rows in predictions.values() for p in rows))
-    print(json.dumps(score_sources(type(task), predictions, sources), indent=1))
+        write_records(known.predictions, (prediction for predictions, _ in found.values() for prediction in predictions))
+    print(json.dumps(score_sources(type(task), found), indent=1))
 
 
 def score(known: argparse.Namespace, rest: list[str]) -> None:

@@ -84,9 +84,7 @@ def load(
 
 
 def _load_directory(path: Path, task: str | None, text_model: str | Path | None, answers: tuple[str, ...]) -> Predictor:
-    directory = next((place for place in (path, path / "best", path / "last") if store.is_weights(place)), None)
-    if directory is None:
-        raise ValueError(f"{path} holds neither weights nor a run's best or last: give one that beit3 train wrote")
+    directory = store.find(path)
     description = store.read_config(directory)
     if task not in (None, description.task):
         raise ValueError(f"{directory} holds weights of {description.task}, not of {task}: leave task out")

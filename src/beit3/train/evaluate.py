@@ -6,7 +6,7 @@ from itertools import islice
 import torch
 
 from beit3.data.loader import Source
-from beit3.task import Batch, Prediction, Record, Task
+from beit3.task import Batch, Example, Prediction, Record, Task
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
@@ -14,33 +14,59 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
     return {key: value.to(device) if isinstance(value, torch.Tensor) else value for key, value in batch.items()}
 
 
-def batches(task: Task, records: Iterator[Record], size: int) -> Iterator[Batch]:
-    """Examples of `records` in order, stacked `size` at a time."""
-    while chunk := list(islice(records, size)):
-        yield task.collate([task.example(record, False) for record in chunk])
+Predicted = dict[str, tuple[list[Prediction], list[Record]]]
+"""Per source, predictions and the records that they belong to."""
+
+
+def batches(task: Task, records: Iterable[Record], size: int, broken: list[str] | None = None) -> Iterator[Batch]:
+    """Examples of `records` in order, stacked `size` at a time. With `broken`, unreadable records are named there."""
+    examples: list[Example] = []
+    for record in records:
+        try:
+            examples.append(task.example(record, False))
+        except ValueError as error:
+            if broken is None:
+                raise
+            broken.append(f"{record['id']}: {error}")
+        if len(examples) == size:
+            yield task.collate(examples)
+            examples = []
+    if examples:
+        yield task.collate(examples)
 
 
 @torch.no_grad()
-def predict(task: Task, source: Iterable[Record], *, batch_size: int, limit: int = 0) -> list[Prediction]:
-    """One prediction per record, in the records' order, in evaluation mode."""
+def predict(task: Task, records: Iterable[Record], *, batch_size: int, broken: list[str] | None = None) -> list[Prediction]:
+    """One prediction per record, in their order, in evaluation mode."""
     was_training, device = task.training, next(task.parameters()).device
     task.eval()
-    records = islice(source, limit or None)
-    predictions = [p for batch in batches(task, records, batch_size) for p in task.predict(to_device(batch, device))]
+    predictions = [p for batch in batches(task, records, batch_size, broken) for p in task.predict(to_device(batch, device))]
     task.train(was_training)
     return predictions
 
 
-def predict_sources(task: Task, sources: Mapping[str, Source], *, batch_size: int, limit: int = 0) -> dict[str, list[Prediction]]:
-    """`predict` over every source of a split."""
-    return {name: predict(task, source, batch_size=batch_size, limit=limit) for name, source in sources.items()}
+def predict_sources(
+    task: Task, sources: Mapping[str, Source], *, batch_size: int, limit: int = 0, bad_share: float = 0.0
+) -> Predicted:
+    """Predictions for every source of a split, at most `limit` (0 = all) of each.
+
+    Unreadable records are passed over up to `bad_share` of a source; beyond it, ValueError with the list.
+    """
+    found = {}
+    for name, source in sources.items():
+        broken: list[str] = []
+        records = list(islice(source, limit or None))
+        predictions = predict(task, records, batch_size=batch_size, broken=broken)
+        if len(broken) > bad_share * len(records):
+            raise ValueError(f"{len(broken)} of {len(records)} records of {source.path} cannot be read: {'; '.join(broken[:20])}")
+        there = {str(prediction["id"]) for prediction in predictions}
+        found[name] = (predictions, [record for record in records if str(record["id"]) in there])
+    return found
 
 
-def score_sources(
-    task: type[Task], predictions: Mapping[str, list[Prediction]], sources: Mapping[str, Source], *, limit: int = 0
-) -> dict[str, float]:
+def score_sources(task: type[Task], found: Predicted) -> dict[str, float]:
     """Scores of a split. With several sources each score is also given as `source/name`; the plain name is their mean."""
-    scores = {name: task.score(rows, list(islice(sources[name], limit or None))) for name, rows in predictions.items()}
+    scores = {name: task.score(predictions, records) for name, (predictions, records) in found.items()}
     if len(scores) == 1:
         return next(iter(scores.values()))
     means = {}
@@ -50,6 +76,8 @@ def score_sources(
     return means | {f"{source}/{key}": value for source, score in scores.items() for key, value in score.items()}
 
 
-def evaluate(task: Task, sources: Mapping[str, Source], *, batch_size: int, limit: int = 0) -> dict[str, float]:
-    """Predict and score a split; `limit` > 0 takes the first so many records of each source."""
-    return score_sources(type(task), predict_sources(task, sources, batch_size=batch_size, limit=limit), sources, limit=limit)
+def evaluate(
+    task: Task, sources: Mapping[str, Source], *, batch_size: int, limit: int = 0, bad_share: float = 0.0
+) -> dict[str, float]:
+    """Predict and score a split."""
+    return score_sources(type(task), predict_sources(task, sources, batch_size=batch_size, limit=limit, bad_share=bad_share))

@@ -49,9 +49,11 @@ def train(recipe: Recipe, task_class: type[Task], *, out: str | Path, init: str 
         root = Path(recipe.data.root) if recipe.data.root else embedded_root(task_class)
     sources = {name: open_source(root, task_class, name, recipe) for name in task_class.sources if recipe.data.batch.get(name)}
     tokenizer = open_tokenizer(recipe, root, init)
+    if tokenizer is None and any("text" in source[0] for source in sources.values()):
+        raise ValueError(f"no text tokenizer: give --data.text_model FILE, or write {root / store.TEXT} with beit3 tokenizer train")
     steps, warmup = count_steps(recipe, {name: len(source) for name, source in sources.items()})
-    with leader_first():
-        claim(out, recipe, task_class, init)
+    mine = {"task": task_name(task_class), "init": str(init), "recipe": recipe.to_dict()}
+    refuse_other_run(out, mine)
     if finished(out, steps):
         return json.loads((out / "scores.json").read_text())
 
@@ -64,6 +66,9 @@ def train(recipe: Recipe, task_class: type[Task], *, out: str | Path, init: str 
     optimizer = make_optimizer(task, recipe.optim)
     parameters = [parameter for _, parameter in task.trainable()]
 
+    if rank() == 0:
+        claim(out, mine)
+    barrier()
     done, best = 0, None
     if newest := checkpoint.newest(out):
         state = checkpoint.restore(newest, task, optimizer, device)
@@ -125,7 +130,7 @@ def open_source(root: Path, task_class: type[Task], name: str, recipe: Recipe, s
 def open_tokenizer(recipe: Recipe, root: Path, init: str | Path) -> TextTokenizer | None:
     """The text tokenizer a run reads with: the recipe's, the initial weights', or the root's; None where there is none."""
     candidates = [Path(recipe.data.text_model)] if recipe.data.text_model else []
-    candidates += [Path(init) / store.TEXT] if Path(init).is_dir() else []
+    candidates += [store.find(init) / store.TEXT] if init and Path(init).is_dir() else []
     for path in [*candidates, root / store.TEXT]:
         if path.exists() or str(path) == recipe.data.text_model:
             return TextTokenizer(path)
@@ -142,9 +147,8 @@ def count_steps(recipe: Recipe, sizes: Mapping[str, int]) -> tuple[int, int]:
     return steps, optim.warmup_steps or round(optim.warmup_epochs * per_epoch)
 
 
-def claim(out: Path, recipe: Recipe, task_class: type[Task], init: str | Path) -> None:
-    """Write recipe.json, or make sure that the one there is this run's."""
-    mine = {"task": task_name(task_class), "init": str(init), "recipe": recipe.to_dict()}
+def refuse_other_run(out: Path, mine: dict[str, Any]) -> None:
+    """ValueError where `out` holds anything else than this run."""
     path = out / "recipe.json"
     if path.exists():
         theirs = json.loads(path.read_text())
@@ -152,9 +156,15 @@ def claim(out: Path, recipe: Recipe, task_class: type[Task], init: str | Path) -
         if theirs != mine:
             field = first_difference(theirs, mine)
             raise ValueError(f"{out} holds another run (its {field} differs): give another --out, or delete it")
-        return
-    if out.exists() and any(out.iterdir()):
+    elif out.exists() and (out.is_file() or any(out.iterdir())):
         raise ValueError(f"{out} is not empty and holds no run: give another --out")
+
+
+def claim(out: Path, mine: dict[str, Any]) -> None:
+    """Write recipe.json, once everything that the recipe asks for could be built."""
+    path = out / "recipe.json"
+    if path.exists():
+        return
     out.mkdir(parents=True, exist_ok=True)
     environment = {"python": platform.python_version(), "torch": torch.__version__, "processes": world_size()}
     temporary = path.with_suffix(".tmp")
@@ -250,7 +260,7 @@ def evaluate_and_keep(
     """Score the val split, write scores.json, and keep the weights as `best/` if their headline leads; rank 0 writes."""
     held_out = {name: open_source(root, type(task), name, recipe, "val") for name in sources}
     size = recipe.run.micro_batch or max(recipe.data.batch.values())
-    scores = evaluate(task, held_out, batch_size=size, limit=recipe.run.eval_records)
+    scores = evaluate(task, held_out, batch_size=size, limit=recipe.run.eval_records, bad_share=recipe.data.bad_share)
     log.write(step, {f"val/{name}": value for name, value in scores.items()})
     if rank() == 0:
         temporary = out / "scores.tmp"

@@ -53,6 +53,15 @@ def is_weights(path: str | Path) -> bool:
     return all((Path(path) / name).is_file() for name in (MODEL, CONFIG))
 
 
+def find(path: str | Path) -> Path:
+    """The weights at `path`: itself, or the `best` or `last` of a run; ValueError where there are none."""
+    path = Path(path)
+    for place in (path, path / "best", path / "last"):
+        if is_weights(place):
+            return place
+    raise ValueError(f"{path} holds neither weights nor a run's best or last: give one that beit3 train wrote")
+
+
 def save(task: Task, directory: str | Path, *, state: Mapping[str, Tensor] | None = None) -> None:
     """Write the weights of `task` to `directory`, in place of older ones, by renaming: never a mix of both.
 
@@ -143,7 +152,7 @@ def read_tensors(directory: str | Path) -> dict[str, Tensor]:
 def load_frozen(path: str, kind: str) -> tuple[Task, FrozenFile]:
     """A part that never trains: the task `kind` from our directory or a released file, and the file's digest."""
     if Path(path).is_dir():
-        file, task = Path(path) / MODEL, load(path)
+        file, task = find(path) / MODEL, load(find(path))
     else:
         file, (task, _) = Path(path), load_official(read_file(path), kind)
     if task_name(type(task)) != kind:
@@ -155,7 +164,7 @@ def load_backbone(path: str) -> BEiT3:
     """The BEiT-3 of our directory or of a released file, whatever its task; ValueError where it holds none."""
     if not path:
         raise ValueError("no weights given: name a directory of weights or a released file")
-    task = load(path) if Path(path).is_dir() else load_official(read_file(path))[0]
+    task = load(find(path)) if Path(path).is_dir() else load_official(read_file(path))[0]
     if not isinstance(task.backbone, BEiT3):
         raise ValueError(f"{path} holds a {task_name(type(task))}, a BEiT-3 is needed here")
     return task.backbone
@@ -187,6 +196,7 @@ def initialise_from(task: Task, path: str | Path) -> Report:
 def _initialise(task: Task, path: Path) -> Report:
     label: Callable[[str], str] = str
     if path.is_dir():
+        path = find(path)
         description = read_config(path)
         if task.has_tokenizer and description.tokenizer not in (None, task.tokenizer.digest):
             raise ValueError(f"the text tokenizer is not the one that these weights know: use {path / TEXT}")

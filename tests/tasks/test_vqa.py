@@ -1,0 +1,268 @@
+"""Questions: the answer list, soft targets, the released loss, and the official score."""
+
+import json
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from beit3.data.loader import Source
+from beit3.data.records import locate
+from beit3.data.transforms import VL, Preprocessing
+from beit3.model.config import BASE, LARGE, TINY_RELEASE
+from beit3.task import Batch
+from beit3.tasks.vqa import MIN_ANSWER_COUNT, VQA, VQAConfig, build_answers, read_answers, to_record
+from beit3.tokenizer.text import TextTokenizer
+from tests.world_root import SMALL
+
+
+def asked(*answers: str) -> list[dict]:
+    return [{"multiple_choice_answer": answer} for answer in answers]
+
+
+@pytest.fixture
+def task(root) -> VQA:
+    given = VQAConfig(model=replace(SMALL, final_norm=False), image=Preprocessing(32), text_length=20, crop=(1.0, 1.0), flip=0.0)
+    tokenizer = TextTokenizer(root / "text.model")
+    built = VQA(VQA.configure(given, root, tokenizer), tokenizer=tokenizer)
+    built.init_weights(0)
+    return built.eval()
+
+
+def batch(task: VQA, root: Path, count: int = 6, split: str = "train") -> Batch:
+    rows = [record for record in Source(locate(root, "vqa", "main", split), root)][:count]
+    return task.collate([task.example(row, False) for row in rows])
+
+
+# Answers -------------------------------------------------------------------------------------------------------------
+
+
+def test_answers_keep_the_order_of_their_first_appearance():
+    given = asked("red", "The two", "blue", "2", "Blue!", "", "red", "a", "green")
+    assert build_answers(given, 1) == ("red", "2", "blue", "green"), "normalised, and what normalises to nothing is left out"
+    assert build_answers(given, 2) == ("red", "2", "blue")
+    with pytest.raises(ValueError, match="no answer is given 3 times"):
+        build_answers(given, 3)
+
+
+def test_the_threshold_is_the_releases():
+    assert MIN_ANSWER_COUNT == 9
+    assert build_answers(asked(*["yes"] * 9, *["no"] * 8), MIN_ANSWER_COUNT) == ("yes",)
+
+
+def test_a_record_scores_the_known_answers_as_they_stand():
+    """0.3, 0.6, 0.9 and 1 for 1, 2, 3 and more of ten; raw answers are matched against the normalised list."""
+    given = ["red"] * 4 + ["blue"] * 3 + ["Red"] * 2 + ["green"]
+    question = {"id": 7, "image": "a.png", "text": "which ?", "answers": given}
+    assert to_record(question, {"red", "blue"}) == {
+        "id": "7", "image": "a.png", "text": "which ?", "answers": {"red": 1.0, "blue": pytest.approx(0.9)},
+    }  # fmt: skip
+    assert to_record(question | {"answers": ["yes"] * 2 + ["no"]}, {"yes", "no"})["answers"] == {"yes": 0.6, "no": 0.3}
+
+
+def test_one_annotators_answer_counts_whole():
+    question = {"id": 7, "image": "a.png", "text": "?", "answers": ["Two."]}
+    assert to_record(question, {"2"})["answers"] == {"2": 1.0}
+    assert to_record(question, {"3"})["answers"] == {} == to_record(question | {"answers": []}, {"3"})["answers"]
+
+
+def test_preparing_writes_the_list_and_soft_answers(raw, root):
+    """Against the files themselves: every question's commonest answer, in the order train, val."""
+    names = [f"v2_mscoco_{split}2014_annotations.json" for split in ("train", "val")]
+    rows = [row for name in names for row in json.loads((raw / "vqa" / name).read_text())["annotations"]]
+    expected = tuple(dict.fromkeys(row["multiple_choice_answer"] for row in rows))
+    assert read_answers(root / "vqa/main/answer2label.txt") == expected
+    lines = [json.loads(line) for line in (root / "vqa/main/answer2label.txt").read_text().splitlines()]
+    assert lines == [{"answer": answer, "label": label} for label, answer in enumerate(expected)]
+    records = {r["id"]: r for split in ("train", "val") for r in Source(root / f"vqa/main/{split}.jsonl", root)}
+    assert {str(row["question_id"]): {row["multiple_choice_answer"]: 1.0} for row in rows} == {k: r["answers"] for k, r in records.items()}
+
+
+def test_large_sets_use_the_threshold_and_drop_what_cannot_be_learnt(tmp_path, picture_of, monkeypatch):
+    """Below 10,000 questions every answer counts; VQAv2's rule is for VQAv2's size."""
+    questions = [["q", "often", 0]] * 9_992 + [["q", "seldom", 0]] * 8 + [["q", "nine", 0]] * 9
+    for folder, rows in (("train", questions), ("test", [["q", "seldom", 0], ["q", "often", 0]])):
+        (tmp_path / "raw" / folder / "images").mkdir(parents=True)
+        (tmp_path / "raw" / folder / "questions.json").write_text(json.dumps(rows))
+        picture_of(tmp_path / "raw" / folder / "images" / "0.png")
+    report = VQA.prepare(tmp_path / "raw", tmp_path / "root", "main")
+    assert read_answers(tmp_path / "root/vqa/main/answer2label.txt") == ("often", "9"), "seldom: 9 with the val question"[:0] or None
+    assert report["records"] == {"train": 9_992 + 9, "val": 2}
+    assert (report["answers"], report["answer_given_at_least"], report["train_dropped"], report["val_answerable"]) == (2, 9, 8, 0.5)
+
+
+@pytest.fixture
+def picture_of():
+    from PIL import Image
+
+    return lambda path: Image.new("RGB", (8, 8)).save(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("yes\n no \n\ntwo words\n", ("yes", "no", "two words")),
+        ('{"answer": "no", "label": 1}\n{"answer": "yes", "label": 0}\n', ("yes", "no")),
+    ],
+)
+def test_answer_files(tmp_path, text, expected):
+    (tmp_path / "a.txt").write_text(text)
+    assert read_answers(tmp_path / "a.txt") == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"answer": "no", "label": 1}\n', "labels are not 0 to 0"),
+        ('{"answer": "no", "label": 0}\n{"answer": "yes", "label": 0}\n', "labels are not 0 to 1"),
+        ('{"label": 0}\n', "no answer list"),
+        ('{"answer": "no"\n', "no answer list"),
+    ],
+)
+def test_answer_files_that_are_none(tmp_path, text, message):
+    (tmp_path / "a.txt").write_text(text)
+    with pytest.raises(ValueError, match=message) as caught:
+        read_answers(tmp_path / "a.txt")
+    assert "\n" not in str(caught.value)
+
+
+def test_configure_takes_answers_and_vocabulary_from_the_data(root):
+    tokenizer = TextTokenizer(root / "text.model")
+    given = VQAConfig(model=replace(SMALL, vocab_size=50), num_answers=1)
+    config: Any = VQA.configure(given, root, tokenizer)
+    assert config.answers == read_answers(root / "vqa/main/answer2label.txt") and config.num_answers == len(config.answers)
+    assert config.model == replace(given.model, vocab_size=tokenizer.vocab_size)
+    assert VQA.configure(replace(given, model=SMALL), root, tokenizer).model == SMALL, "a larger table is kept: weights may fill it"
+
+
+# Targets and loss ----------------------------------------------------------------------------------------------------
+
+
+def test_soft_targets(task):
+    task.labels = {"yes": 1, "no": 0}
+    target = task.soft_target({"no": 0.3, "yes": 1.0, "never heard": 0.9})
+    assert target[:2].tolist() == pytest.approx([0.3, 1.0]) and float(target.sum()) == pytest.approx(1.3)
+    assert task.soft_target({}).sum() == 0
+
+
+def test_the_loss_is_the_releases(task, root):
+    """Binary cross-entropy, mean over examples and answers, times the number of answers."""
+    rows = batch(task, root)
+    rows["target"] = torch.rand_like(rows["target"]).mul(4).round().div(4)
+    logits = task.outputs(rows)["logits"]
+    loss = task(rows)["losses"]["loss"] / task.targets(rows)["loss"]
+    official = F.binary_cross_entropy_with_logits(logits, rows["target"], reduction="mean") * task.config.num_answers
+    torch.testing.assert_close(loss, official)
+    slow = 0.0
+    for row, wanted in zip(logits.double().sigmoid().tolist(), rows["target"].tolist(), strict=True):
+        slow -= sum(t * torch.tensor(p).log() + (1 - t) * torch.tensor(1 - p).log() for p, t in zip(row, wanted, strict=True)) / len(logits)
+    assert float(loss.detach()) == pytest.approx(float(slow), rel=1e-4)
+
+
+def test_accuracy_of_a_batch_is_the_soft_score_of_the_best_logit(task, root):
+    rows = batch(task, root)
+    best = task.outputs(rows)["logits"].argmax(1)
+    rows["target"] = torch.zeros_like(rows["target"])
+    for row, label in enumerate(best[:3]):
+        rows["target"][row, label] = 0.3 * (row + 1)
+    assert float(task(rows)["metrics"]["loss/accuracy"]) == pytest.approx(1.8)
+
+
+def test_padding_changes_nothing(task, root):
+    rows = batch(task, root)
+    wider = rows | {
+        "text": F.pad(rows["text"], (0, 5), value=7), "text_padding": F.pad(rows["text_padding"], (0, 5), value=True),
+    }  # fmt: skip
+    torch.testing.assert_close(task.outputs(wider)["logits"], task.outputs(rows)["logits"], atol=1e-5, rtol=1e-5)
+
+
+def test_image_and_question_both_count(task, root):
+    rows = batch(task, root)
+    logits = task.outputs(rows)["logits"]
+    for key in ("image", "text"):
+        assert not torch.allclose(task.outputs(rows | {key: rows[key].roll(3, 0)})["logits"], logits)
+
+
+def test_random_views_are_for_training_alone(root, task):
+    record = Source(root / "vqa/main/train.jsonl", root)[0]
+    moving = VQA(replace(task.config, crop=(0.3, 0.6), flip=1.0), tokenizer=task.tokenizer)
+    assert torch.equal(moving.example(record, False)["image"], task.example(record, True)["image"])
+    assert not torch.equal(moving.example(record, True)["image"], task.example(record, False)["image"])
+
+
+# Predictions and score -----------------------------------------------------------------------------------------------
+
+
+def test_the_answer_is_the_likeliest(task, root):
+    rows = batch(task, root)
+    probabilities = task.outputs(rows)["logits"].sigmoid()
+    for prediction, row in zip(task.predict(rows), probabilities, strict=True):
+        assert prediction["answer"] == task.config.answers[int(row.argmax())]
+        assert prediction["score"] == pytest.approx(float(row.max().detach()))
+
+
+RECORDS = [
+    {"id": "1", "answers": {"yes": 1.0, "no": 0.3}}, {"id": "2", "answers": {"no": 0.9}}, {"id": "3", "answers": {}},
+    {"id": 4, "answers": {"no": 0.6, "2": 0.6}},
+]  # fmt: skip
+
+
+def test_scores_by_hand():
+    given = {"4": "2", "3": "yes", "2": "no", "1": "no"}
+    predictions = [{"id": key, "answer": answer} for key, answer in given.items()]
+    scores = VQA.score(predictions, RECORDS)
+    assert scores["accuracy"] == pytest.approx((0.6 + 0 + 0.9 + 0.3) / 4)
+    assert scores["most_frequent"] == pytest.approx((0.3 + 0.9 + 0 + 0.6) / 4), "always saying no"
+
+
+def test_the_commonest_answer_is_what_its_guesser_would_get(root):
+    records = [dict(record) for record in Source(root / "vqa/main/val.jsonl", root)]
+    best = max(
+        VQA.score([{"id": r["id"], "answer": answer} for r in records], records)["accuracy"]
+        for answer in read_answers(root / "vqa/main/answer2label.txt")
+    )
+    wanted = Counter(answer for record in records for answer in record["answers"]).most_common(1)[0][1] / len(records)
+    assert VQA.score([{"id": r["id"], "answer": "?"} for r in records], records) == {"accuracy": 0, "most_frequent": best}
+    assert best == pytest.approx(wanted)
+
+
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [
+        (["1", "2", "3"], "1 of 4 records have no prediction, the first is 4"),
+        (["1", "2", "3", "4", "2"], "two predictions for record 2"),
+        (["1", "2", "3", "4", "5"], "a prediction names record 5, which is not in this split"),
+    ],
+)
+def test_every_record_has_one_prediction(ids, message):
+    with pytest.raises(ValueError, match=message):
+        VQA.score([{"id": key, "answer": "no"} for key in ids], RECORDS)
+
+
+# The released recipes ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "model", "lr", "drop_path"), [("base_480", BASE, 3e-5, 0.1), ("large_480", LARGE, 2e-5, 0.15)])
+def test_recipes_carry_the_releases_numbers(name, model, lr, drop_path):
+    recipe = VQA.recipes[name]
+    task: Any = recipe.task
+    assert task.model == replace(model, image_size=480, final_norm=False, drop_path_rate=drop_path)
+    assert (task.image.image_size, task.image.mean, task.image.std, task.image.resize) == (480, *VL, "squash")
+    assert (task.num_answers, task.text_length, task.crop, task.flip) == (3129, 64, (0.5, 1.0), 0.5)
+    optim = recipe.optim
+    assert (optim.lr, optim.min_lr, optim.betas, optim.eps, optim.weight_decay) == (lr, 1e-6, (0.9, 0.98), 1e-8, 0.01)
+    assert (optim.warmup_epochs, optim.warmup_steps, optim.layer_decay, optim.head_lr_scale, optim.clip) == (1, 0, 1.0, 20, 0)
+    assert recipe.data.batch == {"main": 128} and recipe.run.epochs == 10 and not recipe.run.steps
+
+
+def test_unused_parameters_are_the_fourteen_of_the_release():
+    """The last layer's text side beyond keys and values (5 modules), and the mask token."""
+    with torch.device("meta"):
+        task = VQA(VQAConfig(model=replace(TINY_RELEASE, final_norm=False)))
+    unused = tuple(f"{prefix}." for prefix in task.unused)
+    names = [name for name, _ in task.trainable() if f"{name}.".startswith(unused)]
+    assert len(names) == 13 and all(".text." in name or name.endswith("mask_token") for name in names)
