@@ -147,3 +147,17 @@ def test_public_names_are_there():
         assert getattr(beit3, name) is not None
     with pytest.raises(AttributeError, match="nothing"):
         beit3.nothing  # noqa: B018
+
+
+def test_train_can_be_called_whatever_was_imported_before():
+    """The public function has the name of a package, which any import of its modules puts in the function's place."""
+    import inspect
+
+    import beit3
+    from beit3.train.loop import train
+
+    assert inspect.ismodule(sys.modules["beit3.train"])
+    for place in (beit3.train, sys.modules["beit3.train"]):
+        assert inspect.signature(place).parameters.keys() == inspect.signature(train).parameters.keys()
+        with pytest.raises(TypeError, match="'out'"):
+            place(None, None)  # type: ignore[call-arg]

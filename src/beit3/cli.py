@@ -148,6 +148,8 @@ def prepare(known: argparse.Namespace, rest: list[str]) -> None:
     from beit3.task import load
 
     task = load(known.task)
+    if not task.sources:
+        raise ValueError(f"task {known.task} reads no records: there is nothing to prepare")
     source = known.source or task.sources[0]
     if source not in task.sources:
         raise ValueError(f"--source {source} is none of {', '.join(task.sources)} of task {known.task}")
@@ -205,7 +207,11 @@ def score(known: argparse.Namespace, rest: list[str]) -> None:
     sources = split_sources(task, known.root, known.split)
     if known.source not in sources:
         raise ValueError(f"--source {known.source} has no {known.split} records: there are {', '.join(sources)}")
-    print(json.dumps(task.score(list(Records(known.predictions)), list(sources[known.source])), indent=1))
+    try:
+        scores = task.score(list(Records(known.predictions)), list(sources[known.source]))
+    except KeyError as field:
+        raise ValueError(f"{known.predictions}: a prediction has no field {field}, as beit3 eval --predictions writes it") from None
+    print(json.dumps(scores, indent=1))
 
 
 def split_sources(task: Any, root: str, split: str) -> dict[str, Any]:
@@ -229,10 +235,15 @@ def predict(known: argparse.Namespace, rest: list[str]) -> None:
 
 
 def recipes(known: argparse.Namespace, rest: list[str]) -> None:
+    from beit3.config import suggestion
     from beit3.task import load, names
 
-    for name in [known.task] if known.task else names():
-        for label, recipe in load(name).recipes.items():
+    tasks = {name: load(name).recipes for name in ([known.task] if known.task else names())}
+    labels = {label for recipes in tasks.values() for label in recipes}
+    if known.show and known.show not in labels:
+        raise ValueError(f"no recipe {known.show}{suggestion(known.show, sorted(labels))} (known: {', '.join(sorted(labels))})")
+    for name, recipes in tasks.items():
+        for label, recipe in recipes.items():
             if known.show == label:
                 print(json.dumps(recipe.to_dict(), indent=1))
             elif not known.show:

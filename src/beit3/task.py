@@ -7,7 +7,7 @@ record (JSON) -> example (tensors) -> batch (stacked) -> losses; and back: batch
 import importlib
 import pkgutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -154,7 +154,14 @@ class Task(nn.Module):
 
 
 def fit_vocabulary(config: TaskConfig, tokenizer: TextTokenizer) -> TaskConfig:
-    """`config` with a text embedding as large as the tokenizer, if it was smaller."""
+    """`config` with a text embedding as large as the tokenizer, if it was smaller. ValueError for texts beyond its positions."""
+    longest = config.model.max_text_length
+    for field in fields(config):
+        if field.name.endswith("text_length") and getattr(config, field.name) > longest:
+            raise ValueError(
+                f"task.{field.name} {getattr(config, field.name)} is beyond the {longest} tokens of the text table: "
+                "shorten it, or raise task.model.text_positions"
+            )
     if tokenizer.vocab_size <= config.model.vocab_size:
         return config
     return replace(config, model=replace(config.model, vocab_size=tokenizer.vocab_size))
@@ -206,7 +213,12 @@ def load(name: str) -> type[Task]:
     path = name if "." in name else f"beit3.tasks.{name}"
     if "." not in name and name not in names():
         raise ValueError(f"unknown task {name!r}{suggestion(name, names())} (known: {', '.join(names())})")
-    module = importlib.import_module(path)
+    try:
+        module = importlib.import_module(path)
+    except ModuleNotFoundError as error:
+        if not f"{path}.".startswith(f"{error.name}."):
+            raise
+        raise ValueError(f"unknown task {name!r}: there is no module {error.name}") from None
     is_task: Callable[[Any], bool] = lambda x: isinstance(x, type) and issubclass(x, Task) and x.__module__ == path  # noqa: E731
     found = [value for value in vars(module).values() if is_task(value)]
     if len(found) != 1:

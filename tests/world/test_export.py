@@ -18,7 +18,7 @@ from beit3.world.render import boxes, instance_masks
 from beit3.world.scene import COLORS, make_scene
 
 TINY = {"num_train": 24, "num_val": 8, "num_test": 6, "num_questions": 60}
-SHAPE_IDS = {"circle": 1, "square": 2, "triangle": 3, "cross": 4, "star": 5}
+SHAPE_IDS = {"circle": 1, "square": 2, "triangle": 3, "cross": 4, "bar": 5}
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +35,7 @@ def pixels(path: Path, size: int = 32) -> np.ndarray:
 
 
 def shows(path: Path, color: str) -> bool:
-    return bool((abs(pixels(path) - np.array(COLORS[color])).max(axis=-1) < 12).sum() >= 4)
+    return bool((abs(pixels(path) - np.array(COLORS[color])).max(axis=-1) < 40).sum() >= 2)
 
 
 def digests(root: Path) -> dict[str, str]:
@@ -151,8 +151,8 @@ def test_coco_instances_agree_with_the_masks():
         for item, mask, box in zip(scene.objects, instance_masks(scene, 128), boxes(scene, 128), strict=True):
             record = _instance(item, 128)
             assert record["category_id"] == SHAPE_IDS[item.shape] and record["iscrowd"] == 0
-            # The tips of stars and triangles are thinner than a pixel; every other side is good to one.
-            slack = {"star": 4, "triangle": 2}.get(item.shape, 1.01)
+            # The tips of triangles are thinner than a pixel; every other side is good to one.
+            slack = {"triangle": 2.5}.get(item.shape, 1.01)
             assert record["bbox"] == pytest.approx(box, abs=slack), item
             excess[item.shape].append(mask.sum() / record["area"] - 1)
     for shape, values in excess.items():

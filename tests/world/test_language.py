@@ -17,7 +17,7 @@ def tidy(text: str) -> bool:
 
 def test_name():
     assert name(Object("circle", "red", "large", "plain", 0.5, 0.5, 0.2)) == "large red circle"
-    assert name(Object("star", "blue", "small", "striped", 0.5, 0.5, 0.2)) == "small striped blue star"
+    assert name(Object("bar", "blue", "small", "striped", 0.5, 0.5, 0.2)) == "small striped blue bar"
 
 
 def test_captions_are_true_and_differ():

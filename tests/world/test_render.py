@@ -61,7 +61,7 @@ def test_semantic_map_names_each_pixel():
         labels = semantic_map(scene, 32)
         expected = np.ones((32, 32), dtype=int)
         for mask, item in zip(instance_masks(scene, 32), scene.objects, strict=True):
-            expected[mask] = 2 + ["circle", "square", "triangle", "cross", "star"].index(item.shape)
+            expected[mask] = 2 + ["circle", "square", "triangle", "cross", "bar"].index(item.shape)
         assert labels.dtype == np.uint8 and (labels == expected).all()
     assert SEMANTIC_CLASSES[0] == "background" and len(SEMANTIC_CLASSES) == 6
 
@@ -75,7 +75,7 @@ def test_colors_show_and_backgrounds_never_look_like_one():
             pixels = picture[mask]
             nearest = abs(pixels[:, None] - known).sum(axis=-1).argmin(axis=1)  # [pixels]
             share = (nearest == list(COLORS).index(item.color)).mean()
-            assert share > (0.7 if item.texture == "plain" else 0.4), (item, share)
+            assert share > (0.7 if item.texture == "plain" else 0.3), (item, share)
         far = picture[1:-1:4, 1:-1:4][~near(masks)[1:-1:4, 1:-1:4]]
         assert np.sqrt(((far[:, None] - known) ** 2).sum(axis=-1)).min() > 75
 

@@ -9,7 +9,7 @@ from beit3.world.scene import Object, Scene
 
 VOCABULARY = {
     "color": "red green blue yellow purple orange white black".split(),
-    "shape": "circle square triangle cross star".split(),
+    "shape": "circle square triangle cross bar".split(),
     "size": "small large".split(),
     "texture": "plain striped dotted".split(),
 }

@@ -44,7 +44,7 @@ class Log:
         self.started = time.monotonic()
         self.spoken = 0.0
         self.samples = 0
-        self.console = Console(highlight=False)
+        self.console = Console(highlight=False, markup=False)  # names of records may hold brackets
         if speak:
             truncate(run / "metrics.jsonl", first_step)
             self.file = (run / "metrics.jsonl").open("a", buffering=1)

@@ -66,6 +66,7 @@ def train(recipe: Recipe, task_class: type[Task], *, out: str | Path, init: str 
     optimizer = make_optimizer(task, recipe.optim)
     parameters = [parameter for _, parameter in task.trainable()]
 
+    barrier()  # every process has looked at `out` before one writes there
     if rank() == 0:
         claim(out, mine)
     barrier()

@@ -23,7 +23,7 @@ COLORS: dict[str, RGB] = {
     "white": (252, 252, 252),
     "black": (12, 12, 14),
 }
-SHAPES = ("circle", "square", "triangle", "cross", "star")
+SHAPES = ("circle", "square", "triangle", "cross", "bar")
 SIZES = ("small", "large")
 TEXTURES = ("plain", "striped", "dotted")
 RELATIONS = ("left of", "right of", "above", "below")
@@ -39,13 +39,12 @@ TONES: tuple[RGB, ...] = (
     (152, 144, 172),
     (112, 116, 126),
 )
-RADIUS = {"small": 0.15, "large": 0.23}
-RADIUS_JITTER = 0.05  # relative: a small object stays below 0.158 and a large one above 0.218
-GAP = 0.02  # kept free between two bounding boxes and beside the border
+RADIUS = {"small": 0.15, "large": 0.22}
+RADIUS_JITTER = 0.03  # relative: a small object stays below 0.155 and a large one above 0.213
 CLEAR = 0.25  # a relation is stated only where the places differ by more than this
 NUM_OBJECTS = (0.45, 0.45, 0.1)  # how likely a scene has 1, 2 and 3 objects
 PLAIN_RATE = 0.7
-LARGE_RATE = {1: 0.6, 2: 0.65, 3: 0.5}  # by the number of objects; two large ones seldom fit, and over all it is a half
+LARGE_RATE = 0.5  # of the objects
 HORIZON_RATE = 0.4
 
 
@@ -131,7 +130,7 @@ def _background(rng: np.random.Generator) -> Background:
 
 def _place(rng: np.random.Generator, count: int) -> tuple[Object, ...] | None:
     """`count` objects, none upon another; None when an object found no room in 100 throws."""
-    sizes = ["large" if rng.random() < LARGE_RATE[count] else "small" for _ in range(count)]
+    sizes = ["large" if rng.random() < LARGE_RATE else "small" for _ in range(count)]
     placed: list[Object] = []
     for size in sorted(sizes):  # large ones first, while there is room
         thrown = (_throw(rng, size) for _ in range(100))
@@ -145,11 +144,11 @@ def _place(rng: np.random.Generator, count: int) -> tuple[Object, ...] | None:
 def _throw(rng: np.random.Generator, size: str) -> Object:
     radius = RADIUS[size] * float(rng.uniform(1 - RADIUS_JITTER, 1 + RADIUS_JITTER))
     texture = "plain" if rng.random() < PLAIN_RATE else pick(rng, TEXTURES[1:])
-    x, y = (float(value) for value in rng.uniform(radius + GAP, 1 - radius - GAP, size=2))
+    x, y = (float(value) for value in rng.uniform(radius, 1 - radius, size=2))
     return Object(pick(rng, SHAPES), pick(rng, tuple(COLORS)), size, texture, x, y, radius)
 
 
 def _apart(first: Object, second: Object) -> bool:
     same = first.color == second.color and first.shape == second.shape
     distance = max(abs(first.x - second.x), abs(first.y - second.y))
-    return not same and distance > first.radius + second.radius + GAP
+    return not same and distance > first.radius + second.radius

@@ -1,0 +1,347 @@
+"""Every verb on the tiny world; and what a person gets wrong: one line, status 2, nothing damaged."""
+
+import json
+import shutil
+from dataclasses import replace
+from hashlib import sha256
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from beit3.cli import main
+from beit3.data.records import Records, write_records
+from beit3.recipe import Recipe
+from beit3.task import names
+from beit3.tasks.vqa import VQA
+from beit3.tokenizer.text import TextTokenizer
+from tests.golden import golden
+from tests.world_root import NUM_CODES
+
+NETWORK = ["--task.model.dim", "32", "--task.model.depth", "2", "--task.model.num_heads", "2", "--task.model.ffn_dim", "48"]
+
+
+def digest(folder: Path) -> dict[str, str]:
+    """Every file below `folder` and what it holds."""
+    return {str(path.relative_to(folder)): sha256(path.read_bytes()).hexdigest() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+@pytest.fixture
+def say(capsys):
+    """Run a verb that must succeed; what it printed."""
+
+    def run(*arguments: object) -> str:
+        status = main([str(argument) for argument in arguments])
+        said = capsys.readouterr()
+        assert status == 0, said.err
+        return said.out
+
+    return run
+
+
+@pytest.fixture
+def refused(capsys):
+    """Run a verb that must fail; its one line."""
+
+    def run(*arguments: object) -> str:
+        assert main([str(argument) for argument in arguments]) == 2
+        said = capsys.readouterr()
+        lines = said.err.splitlines()
+        assert len(lines) == 1 and lines[0].startswith("beit3: ") and len(lines[0]) < 2000, said.err
+        assert "Traceback" not in said.out
+        return lines[0]
+
+    return run
+
+
+def overrides(root: Path, steps: int, *batch: str) -> list[str]:
+    return ["--data.root", str(root), "--run.steps", str(steps), *batch]
+
+
+@pytest.fixture(scope="module")
+def vqa(root, tmp_path_factory) -> Path:
+    """A run of questions, by the command line."""
+    out = tmp_path_factory.mktemp("cli") / "vqa"
+    assert main(["train", "vqa", "demo", "--out", str(out), *NETWORK, *overrides(root, 3, "--data.batch.main", "8")]) == 0
+    return out
+
+
+@pytest.fixture
+def picture(tmp_path) -> Path:
+    (tmp_path / "pictures").mkdir()
+    Image.new("RGB", (40, 30), "red").save(tmp_path / "pictures" / "a.png")
+    return tmp_path / "pictures" / "a.png"
+
+
+# Verbs ---------------------------------------------------------------------------------------------------------------
+
+
+def test_from_the_world_to_records_and_a_tokenizer(tmp_path, say):
+    """As a newcomer would: world, prepare, tokenizer."""
+    assert "the world is at" in say("world", "--out", tmp_path / "world", "--scenes", 12, "--image-size", 16, "--seed", 3)
+    root = tmp_path / "root"
+    for source in ("images", "texts", "pairs"):
+        report = json.loads(say("prepare", "pretrain", "--raw", tmp_path / "world" / source, "--root", root, "--source", source))
+        assert report["records"]["train"] >= 12 and report["passed_over"] == []
+    report = json.loads(say("prepare", "vqa", "--raw", tmp_path / "world" / "vqa", "--root", root))
+    assert report["records"]["train"] == 18 and report["answers"] > 2
+    model = root / "text.model"
+    files = [root / f"pretrain/{source}/train.jsonl" for source in ("texts", "pairs")]
+    said = say("tokenizer", "train", *files, "--model", model, "--vocab-size", 200, "--type", "bpe")
+    assert said == f"{TextTokenizer(model).vocab_size} ids at {model}\n"
+    text = Records(files[1])[0]["text"]
+    ids = say("tokenizer", "encode", text, "--model", model).split()
+    assert [int(i) for i in ids] == TextTokenizer(model).encode(text)
+    assert say("tokenizer", "decode", *ids, "--model", model).strip() == text
+
+
+def test_a_run_can_be_evaluated_scored_asked_and_reported(vqa, root, tmp_path, say, picture):
+    scores = json.loads((vqa / "scores.json").read_text())
+    evaluated = json.loads(say("eval", vqa / "last", "--data.root", root, "--predictions", tmp_path / "p.jsonl"))
+    assert {"step": 3, **evaluated} == pytest.approx(scores)
+    assert json.loads(say("score", "vqa", tmp_path / "p.jsonl", "--data.root", root)) == evaluated
+    predictions = list(Records(tmp_path / "p.jsonl"))
+    assert [p["id"] for p in predictions] == [r["id"] for r in Records(root / "vqa/main/val.jsonl")]
+    first = Records(root / "vqa/main/val.jsonl")[0]
+    answer = json.loads(say("predict", vqa, root / first["image"], first["text"]))
+    assert answer["answer"] == predictions[0]["answer"] or json.loads((vqa / "best/config.json").read_text()), "best, not last"
+    assert json.loads(say("predict", vqa / "last", root / first["image"], first["text"]))["answer"] == predictions[0]["answer"]
+    page = tmp_path / "page.html"
+    assert str(page) in say("report", vqa, "--out", page)
+    assert page.read_text().lstrip().lower().startswith("<!doctype html")
+
+
+def test_the_same_command_goes_on(vqa, root, say):
+    before = digest(vqa)
+    said = say("train", "vqa", "demo", "--out", vqa, *NETWORK, *overrides(root, 3, "--data.batch.main", "8"))
+    assert json.loads(said[: said.index("}") + 1]) == json.loads((vqa / "scores.json").read_text())
+    assert f"weights at {vqa}/last and {vqa}/best" in said and digest(vqa) == before
+
+
+def test_pretraining_and_fine_tuning_from_it(root, visual, tmp_path, say):
+    batch = ["--data.batch.images", "4", "--data.batch.texts", "4", "--data.batch.pairs", "4", "--run.eval_records", "4"]
+    tokens = ["--task.visual_tokenizer", str(visual), "--task.num_codes", str(NUM_CODES)]
+    say("train", "pretrain", "--out", tmp_path / "pretrain", *NETWORK, *tokens, *overrides(root, 2, *batch))
+    scores = json.loads((tmp_path / "pretrain/scores.json").read_text())
+    assert {"negative_loss", "images/image_loss", "texts/text_loss", "pairs/text_loss"} <= scores.keys()
+    evaluated = json.loads(say("eval", tmp_path / "pretrain" / "last", "--data.root", root))
+    assert evaluated["images/image_loss"] > 0
+    said = say(
+        "train", "vqa", "--out", tmp_path / "vqa", "--init", tmp_path / "pretrain/last", *NETWORK,
+        *overrides(root, 1, "--data.batch.main", "8"),
+    )  # fmt: skip
+    assert "tensors loaded from" in said and "(pretrain)" in said
+
+
+def test_recipes_are_listed_and_shown_whole(say):
+    listed = say("recipes")
+    assert all(f"{task} " in listed for task in names() if task != "backbone") and "base_480" in listed
+    shown = json.loads(say("recipes", "vqa", "--show", "base_480"))
+    assert Recipe.from_dict(shown, VQA.Config) == VQA.recipes["base_480"]
+    assert "giant_224" in say("recipes", "pretrain") and "base_480" not in say("recipes", "pretrain")
+
+
+def test_doctor_finds_nothing_wrong_here(say):
+    said = say("doctor")
+    assert "ok    torch " in said and all(line[:5] in ("ok   ", "note ", "FAULT") for line in said.splitlines())
+
+
+def test_without_a_verb_there_is_help(capsys):
+    assert main([]) == 2
+    assert "VERB" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "verb", ["demo", "world", "prepare", "tokenizer", "train", "eval", "score", "predict", "recipes", "report", "doctor"]
+)
+def test_every_verb_explains_itself(verb, capsys):
+    with pytest.raises(SystemExit) as left:
+        main([verb, "--help"])
+    assert left.value.code == 0 and len(capsys.readouterr().out) > 80
+
+
+# Mistakes ------------------------------------------------------------------------------------------------------------
+
+
+def test_data_roots_without_records(vqa, tmp_path, refused):
+    (tmp_path / "empty").mkdir()
+    said = refused("train", "vqa", "--out", tmp_path / "run", "--data.root", tmp_path / "empty")
+    assert "no vqa/main/train.jsonl under" in said and "beit3 prepare vqa --raw DIR" in said
+    assert not (tmp_path / "run").exists()
+    before = digest(vqa)
+    assert "no vqa/main/val.jsonl under" in refused("eval", vqa / "last", "--data.root", tmp_path / "empty")
+    assert "no vqa/main/test.jsonl under" in refused("eval", vqa / "last", "--data.root", tmp_path / "empty", "--split", "test")
+    (tmp_path / "p.jsonl").write_text("")
+    assert "no vqa/main/val.jsonl under" in refused("score", "vqa", tmp_path / "p.jsonl", "--data.root", tmp_path / "empty")
+    assert digest(vqa) == before
+
+
+def test_a_file_that_is_no_image(vqa, tmp_path, refused, picture):
+    picture.write_text("not an image")
+    assert "a.png is not an image that can be read" in refused("predict", vqa, picture, "what is it ?")
+    assert "cannot read image" in refused("predict", vqa, tmp_path / "absent.png", "what is it ?")
+    before = digest(tmp_path)
+    said = refused("prepare", "vqkd", "--raw", tmp_path / "pictures", "--root", tmp_path / "root")
+    assert "1 of 1 main records are unusable" in said and "a.png cannot be read" in said and "nothing was written" in said
+    assert digest(tmp_path) == before
+
+
+def test_empty_captions_and_questions(vqa, raw, tmp_path, refused, picture):
+    for text in ("", "   "):
+        assert "is empty" in refused("predict", vqa, picture, text)
+    shutil.copytree(raw / "pairs", tmp_path / "pairs")
+    path = tmp_path / "pairs" / "dataset_world.json"
+    data = json.loads(path.read_text())
+    for image in data["images"]:
+        image["sentences"][0]["raw"] = ""
+    path.write_text(json.dumps(data))
+    said = refused("prepare", "pretrain", "--raw", tmp_path / "pairs", "--root", tmp_path / "root", "--source", "pairs")
+    assert "its text is empty" in said and not (tmp_path / "root").exists()
+
+
+def test_lengths_beyond_the_text_table(root, tmp_path, refused):
+    """The table of the tiny sizes places 128 tokens."""
+    said = refused("train", "vqa", "--out", tmp_path / "vqa", *overrides(root, 2), "--task.text_length", "300")
+    assert "task.text_length 300 is beyond the 128 tokens of the text table" in said
+    said = refused("train", "pretrain", "--out", tmp_path / "p", *overrides(root, 2), "--task.monomodal_text_length", "129")
+    assert "task.monomodal_text_length 129 is beyond the 128 tokens of the text table" in said
+    assert not (tmp_path / "vqa").exists() and not (tmp_path / "p").exists(), "the corrected command starts afresh"
+
+
+def test_long_questions_are_cut(vqa, say, picture):
+    """`text_length` says how long a text is read; what comes after changes nothing."""
+    question = "what color is the object ? " * 10
+    one, two = (say("predict", vqa, picture, question + end) for end in ("", "is there a circle ? " * 50))
+    assert one == two
+
+
+def test_text_tokenizers_that_do_not_fit(vqa, root, tmp_path, refused, picture):
+    other = tmp_path / "other.spm"
+    TextTokenizer.train(["completely other words than theirs"] * 3, vocab_size=40, model_type="bpe").save(other)
+    before = digest(vqa)
+    assert "does not fit the weights" in refused("predict", vqa, picture, "what ?", "--text-model", other)
+    assert "does not fit the weights" in refused("eval", vqa / "last", "--data.root", root, "--text-model", other)
+    said = refused(
+        "train", "vqa", "--out", tmp_path / "run", "--init", vqa / "last", *NETWORK, *overrides(root, 1), "--data.text_model", other
+    )
+    assert "the text tokenizer is not the one that these weights know" in said and not (tmp_path / "run").exists()
+    (tmp_path / "words.txt").write_text("no model")
+    assert "words.txt is not a whole SentencePiece model" in refused("tokenizer", "encode", "a", "--model", tmp_path / "words.txt")
+    assert digest(vqa) == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "vqa", "demo", "--optim.lrr", "1"], "unknown field --optim.lrr; did you mean --optim.lr?"),
+        (["train", "vqa", "demo", "--optim.lr", "fast"], "cannot read --optim.lr fast"),
+        (["train", "vqa", "dmeo"], "vqa has no recipe dmeo; did you mean demo? (known: demo, base_480, large_480)"),
+        (["train", "vqaa"], "unknown task 'vqaa'; did you mean vqa? (known: "),
+        (["train", "json.decoder"], "module json.decoder defines 0 Task classes"),
+        (["train", "no.such.module"], "unknown task 'no.such.module': there is no module no"),
+        (["recipes", "vqaa"], "unknown task 'vqaa'; did you mean vqa?"),
+        (["recipes", "vqa", "--show", "base_48"], "no recipe base_48; did you mean base_480?"),
+        (["prepare", "vqaa", "--raw", ".", "--root", "r"], "unknown task 'vqaa'"),
+        (["prepare", "pretrain", "--raw", ".", "--root", "r"], "task pretrain has several sources: give --source images or texts or pairs"),
+        (["prepare", "pretrain", "--raw", ".", "--root", "r", "--source", "pair"], "--source pair is none of images, texts, pairs"),
+        (["prepare", "backbone", "--raw", ".", "--root", "r"], "task backbone reads no records"),
+        (["prepare", "vqa", "--raw", "absent", "--root", "r"], "raw folder"),
+        (["predict", "absent", "a.png", "what ?"], "no weights at absent"),
+        (["eval", "absent"], "no weights at absent"),
+        (["report", "absent"], "absent is not a run: it has no recipe.json"),
+        (["eval", "absent", "--colour", "red"], "unknown argument --colour: see beit3 eval --help"),
+        (["tokenizer", "decode", "x", "--model", "absent.spm"], "no text tokenizer at absent.spm"),
+        (["world", "--out", "w", "--scenes", "0"], "num_train: 0 is too few"),
+    ],
+)
+def test_words_that_mean_nothing(arguments, message, refused, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert message in refused(*arguments)
+    assert digest(tmp_path) == {}
+
+
+def test_weights_that_are_not_there_to_start_from(root, tmp_path, refused):
+    said = refused("train", "vqa", "--out", tmp_path / "run", "--init", tmp_path / "absent", *overrides(root, 1))
+    assert "cannot start from" in said and "no weights at" in said and not (tmp_path / "run").exists()
+
+
+def test_a_network_of_another_size_to_start_from(vqa, root, tmp_path, refused):
+    said = refused("train", "vqa", "--out", tmp_path / "run", "--init", vqa / "last", *overrides(root, 1))
+    assert "cannot start from" in said and "backbone.blocks.1.ffn.fusion" in said and not (tmp_path / "run").exists()
+
+
+def test_directories_that_hold_something_else(vqa, root, raw, tmp_path, refused, picture):
+    before = digest(vqa)
+    same = ["train", "vqa", "demo", "--out", vqa, *NETWORK]
+    said = refused(*same, *overrides(root, 4, "--data.batch.main", "8"))
+    assert "holds another run (its recipe.run.steps differs): give another --out" in said
+    assert "(its task differs)" in refused("train", "vqkd", "--out", vqa, *overrides(root, 3))
+    assert digest(vqa) == before
+    before = digest(tmp_path)
+    said = refused("train", "vqa", "--out", picture.parent, *overrides(root, 1))
+    assert "is not empty and holds no run" in said
+    assert "exists already" in refused("world", "--out", picture.parent, "--scenes", "3")
+    assert digest(tmp_path) == before
+
+
+def test_a_released_file_needs_a_tokenizer_and_its_answers(root, tmp_path, say, refused, picture):
+    file = [golden("vqa") / "model.safetensors", picture, "what color is it ?", "--num-heads", "4"]
+    tokenizer = ["--text-model", root / "text.model"]
+    assert "text_model" in refused("predict", *file)
+    assert "answers=FILE" in refused("predict", *file, *tokenizer)
+    names = tmp_path / "answers.txt"
+    names.write_text("yes\nno\n")
+    assert "2 answers given, the file's head has 37 outputs" in refused("predict", *file, *tokenizer, "--answers", names)
+    assert "no answer list at" in refused("predict", *file, *tokenizer, "--answers", tmp_path / "absent.txt")
+    names.write_text("".join(f"answer {i}\n" for i in range(37)))
+    assert json.loads(say("predict", *file, *tokenizer, "--answers", names))["answer"].startswith("answer ")
+    assert "num_heads" in refused("predict", *file[:3], *tokenizer, "--answers", names, "--num-heads", "5")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda rows: rows[1:], "of 24 records have no prediction"),
+        (lambda rows: [*rows, rows[0]], "two predictions for record"),
+        (lambda rows: [row | {"id": "x"} for row in rows[:1]], "a prediction names record x"),
+        (lambda rows: [{"answer": "yes"} for _ in rows], "a prediction has no field 'id'"),
+        (lambda rows: [{"id": row["id"]} for row in rows], "a prediction has no field 'answer'"),
+        (lambda rows: [], "24 of 24 records have no prediction"),
+    ],
+)
+def test_predictions_that_do_not_fit(vqa, root, tmp_path, refused, change, message):
+    rows = [{"id": record["id"], "answer": "yes"} for record in Records(root / "vqa/main/val.jsonl")]
+    write_records(tmp_path / "p.jsonl", change(rows))
+    assert message in refused("score", "vqa", tmp_path / "p.jsonl", "--data.root", root)
+
+
+def test_debug_shows_where_an_error_came_from(tmp_path):
+    with pytest.raises(ValueError, match="no weights at"):
+        main(["predict", str(tmp_path / "absent"), "a.png", "what ?", "--debug"])
+    with pytest.raises(ValueError, match="did you mean"):
+        main(["train", "vqa", "demo", "--optim.lrr", "1", "--debug"])
+
+
+def test_ctrl_c_says_how_to_go_on(root, tmp_path, capsys, monkeypatch):
+    import signal
+
+    from beit3.train import loop
+
+    rate = loop.learning_rate
+    monkeypatch.setattr(loop, "learning_rate", lambda *given: (signal.raise_signal(signal.SIGINT), rate(*given))[1])
+    arguments = ["train", "vqa", "--out", str(tmp_path / "run"), *NETWORK, *overrides(root, 3, "--data.batch.main", "4")]
+    assert main(arguments) == 130
+    assert "stopped after step 1 of 3; the same command goes on from there" in capsys.readouterr().err
+    monkeypatch.undo()
+    assert main(arguments) == 0
+
+
+def test_recipe_on_the_command_line_is_the_recipe_of_the_run(vqa, root):
+    kept = json.loads((vqa / "recipe.json").read_text())
+    recipe = VQA.recipes["demo"]
+    model = replace(recipe.task.model, dim=32, depth=2, num_heads=2, ffn_dim=48)
+    wanted = replace(
+        recipe, task=replace(recipe.task, model=model), data=replace(recipe.data, root=str(root), batch={"main": 8}),
+        run=replace(recipe.run, steps=3),
+    )  # fmt: skip
+    assert Recipe.from_dict(kept["recipe"], VQA.Config) == wanted
