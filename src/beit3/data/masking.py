@@ -1,6 +1,6 @@
 """What masked data modelling hides: block-wise image masks (BEiT v2's generator) and BERT-style text masks.
 
-BEiT-3 paper section 3.1: 40 % of the patches block-wise, 15 % of the tokens of a text, 50 % of those of a pair's text.
+BEiT-3 paper section 2.2: 40 % of the patches block-wise, 15 % of the tokens of a text, 50 % of those of a pair's text.
 Across the border, numpy: mask [h, w] bool, True = masked; ids [L] int64 -> corrupted [L], targets [L] (-100 = ignore).
 """
 

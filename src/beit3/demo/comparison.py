@@ -7,13 +7,17 @@ and results.md carry the figures, one row each, with their spread over seeds.
 """
 
 import json
+import os
 import statistics
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from itertools import product
+from multiprocessing import get_context
 from pathlib import Path
 
+import torch
 from rich.console import Console
 
 from beit3.data.loader import Source
@@ -44,54 +48,72 @@ STEPS = USUAL.vqa
 def run(out: Path) -> Path:
     """Run or go on with the comparison in `out`; returns results.md."""
     started, console = time.monotonic(), Console(highlight=False)
-    seeds = {seed: pretrain_seed(out / f"seed{seed}", seed, console) for seed in SEEDS}
-    rates = {
-        (labels, side): tune(out, labels, side, seeds[0]["weights"], console) for labels, side in product(LABELS, SIDES)
-    }  # fmt: skip
-    scores: dict[str, dict] = {}
-    runs = list(product(LABELS, LENGTHS, SIDES, SEEDS))
-    for number, (labels, length, side, seed) in enumerate(runs, 1):
-        name = f"{labels}-{side}-{length}x-seed{seed}"
-        console.print(f"[bold]questions {number}/{len(runs)}: {name}[/bold]")
-        init = seeds[seed]["weights"] if side == "pretrained" else ""
-        recipe = question_recipe(labels, rates[labels, side], steps=STEPS * length, seed=seed)
-        scores[name] = train(recipe, VQA, out=out / "vqa" / name, init=init, label=name)
+    for task in ("pretrain", "vqkd", "vqa"):
+        embedded_root(load(task))  # once, before processes ask for it side by side
+    first = [(pretrain_seed, (out, seed)) for seed in SEEDS] + [(answer_questions, (out, labels, "scratch")) for labels in LABELS]
+    *figures, few, many = side_by_side(first)
+    answers = few | many
+    for found in side_by_side([(answer_questions, (out, labels, "pretrained")) for labels in LABELS]):
+        answers |= found
     results = {
-        "seeds": {str(seed): found["figures"] for seed, found in seeds.items()},
-        "rates": {f"{labels}-{side}": rate for (labels, side), rate in rates.items()},
-        "questions": {name: score["accuracy"] for name, score in scores.items()},
-        "most_frequent": next(iter(scores.values()))["most_frequent"],
+        "seeds": dict(zip(map(str, SEEDS), figures, strict=True)),
+        "questions": answers,
         "minutes": (time.monotonic() - started) / 60,
     }
     write_text(out / "results.json", json.dumps(results, indent=1) + "\n")
     rows = [*learning_rows(results), *question_rows(results)]
-    text = markdown(rows)
-    write_text(out / "results.md", text)
-    console.print(text)
+    write_text(out / "results.md", markdown(rows))
+    console.print(markdown(rows))
     shown = [out / "seed0" / folder for folder in ("vqkd", "pairs", "pretrain")]
     write_report(shown, out / "report.html", title="BEiT-3 in miniature, at full length", table=rows)
     console.print(f"{out / 'results.md'} and {out / 'report.html'}   ({duration(time.monotonic() - started)})")
     return out / "results.md"
 
 
-def pretrain_seed(out: Path, seed: int, console: Console) -> dict:
-    """Visual tokenizer and pretraining of one seed at full length: weights directory and figures."""
-    vqkd, pretrain = load("vqkd"), load("pretrain")
-    console.print(f"[bold]seed {seed}: visual tokenizer and pretraining[/bold]")
+def side_by_side(jobs: Sequence[tuple[Callable[..., dict], tuple]]) -> list[dict]:
+    """The jobs' results, in order; as many at a time as there are cores, each on one thread.
+
+    Networks this small share two cores badly: two runs side by side were measured to do 700 records a second, one run on
+    two threads 400 to 550.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    workers = min(cores, len(jobs))
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        return [future.result() for future in [pool.submit(call, *arguments) for call, arguments in jobs]]
+
+
+def pretrain_seed(out: Path, seed: int) -> dict:
+    """Visual tokenizer and pretraining of one seed at full length; its figures."""
+    vqkd, pretrain, folder = load("vqkd"), load("pretrain"), out / f"seed{seed}"
 
     def seeded(recipe: Recipe, task) -> Recipe:
         return replace(recipe, data=replace(recipe.data, root=str(embedded_root(task))), run=replace(recipe.run, seed=seed))
 
-    codes = train(seeded(vqkd.recipes["demo"], vqkd), vqkd, out=out / "vqkd", label=f"seed{seed} vqkd")
+    codes = train(seeded(vqkd.recipes["demo"], vqkd), vqkd, out=folder / "vqkd", label=f"seed{seed} vqkd")
     init = ""
-    for name in ("demo_pairs", "demo"):
-        recipe = with_tokenizer(seeded(pretrain.recipes[name], pretrain), out / "vqkd" / "last")
-        folder = {"demo_pairs": "pairs", "demo": "pretrain"}[name]
-        train(recipe, pretrain, out=out / folder, init=init, label=f"seed{seed} {folder}")
-        init = str(out / folder / "last")
-    figures = pretraining_figures(out / "pretrain", cache=out / "figures.json")
-    kept = {key: codes[key] for key in ("codebook_use", "perplexity", "num_codes")}
-    return {"weights": init, "figures": figures | kept}
+    for name, stage in (("demo_pairs", "pairs"), ("demo", "pretrain")):
+        recipe = with_tokenizer(seeded(pretrain.recipes[name], pretrain), folder / "vqkd" / "last")
+        train(recipe, pretrain, out=folder / stage, init=init, label=f"seed{seed} {stage}")
+        init = str(folder / stage / "last")
+    figures = pretraining_figures(folder / "pretrain", cache=folder / "figures.json")
+    return figures | {key: codes[key] for key in ("codebook_use", "perplexity", "num_codes")}
+
+
+def answer_questions(out: Path, labels: int, side: str) -> dict[str, dict]:
+    """One side with so many labels: its learning rate tuned, then every length and seed; figures by name of the run."""
+    rate = tune(out, labels, side)
+    found = {}
+    for length, seed in product(LENGTHS, SEEDS):
+        name = f"{labels}-{side}-{length}x-seed{seed}"
+        recipe = question_recipe(labels, rate, steps=STEPS * length, seed=seed)
+        scores = train(recipe, VQA, out=out / "vqa" / name, init=start(out, side, seed), label=name)
+        found[name] = {"accuracy": scores["accuracy"], "most_frequent": scores["most_frequent"], "lr": rate}
+    return found
+
+
+def start(out: Path, side: str, seed: int) -> str:
+    """Where a side's fine-tuning begins: the seed's pretrained weights, or nothing."""
+    return str(out / f"seed{seed}" / "pretrain" / "last") if side == "pretrained" else ""
 
 
 def question_recipe(labels: int, lr: float, *, steps: int, seed: int) -> Recipe:
@@ -103,7 +125,7 @@ def question_recipe(labels: int, lr: float, *, steps: int, seed: int) -> Recipe:
     )  # fmt: skip
 
 
-def tune(out: Path, labels: int, side: str, weights: str, console: Console) -> float:
+def tune(out: Path, labels: int, side: str) -> float:
     """The best of `RATES` for one side and label count at the usual steps, by questions set aside from training."""
     root = embedded_root(VQA)
     aside = Source(locate(root, "vqa", "main", "train"), root)
@@ -111,12 +133,11 @@ def tune(out: Path, labels: int, side: str, weights: str, console: Console) -> f
     found = {}
     for lr in RATES:
         folder = out / "tune" / f"{labels}-{side}-{lr:g}"
-        console.print(f"[bold]learning rate {lr:g} for {labels} questions, {side}[/bold]")
         recipe = question_recipe(labels, lr, steps=STEPS, seed=TUNING_SEED)
-        train(recipe, VQA, out=folder, init=weights if side == "pretrained" else "", label=folder.name)
+        train(recipe, VQA, out=folder, init=start(out, side, SEEDS[0]), label=f"tune {folder.name}")
         task = store.load(folder / "last")
         found[lr] = VQA.score(predict(task, questions, batch_size=100), questions)["accuracy"]
-        console.print(f"{folder.name}: {found[lr]:.3f} on questions set aside")
+        print(f"{folder.name}: {found[lr]:.3f} on questions set aside", flush=True)
     return max(found, key=lambda lr: found[lr])
 
 
@@ -144,12 +165,14 @@ def learning_rows(results: Mapping) -> Iterator[dict[str, str]]:
 
 def question_rows(results: Mapping) -> Iterator[dict[str, str]]:
     """Questions answered from pretrained weights beside from scratch, per label count and length."""
+    questions = results["questions"]
     for labels, length in product(LABELS, LENGTHS):
-        accuracy = {side: [results["questions"][f"{labels}-{side}-{length}x-seed{seed}"] for seed in SEEDS] for side in SIDES}
+        runs = {side: [questions[f"{labels}-{side}-{length}x-seed{seed}"] for seed in SEEDS] for side in SIDES}
+        accuracy = {side: spread([run["accuracy"] for run in runs[side]]) for side in SIDES}
         what = f"questions answered, {labels} labels, {STEPS * length} steps, pretrained"
-        rates = " and ".join(f"{results['rates'][f'{labels}-{side}']:g}" for side in SIDES)
-        yield row(what, spread(accuracy["pretrained"]), f"{spread(accuracy['scratch'])} from scratch (rates {rates})")
-    yield row("questions answered, most frequent answer", f"{results['most_frequent']:.1%}", "")
+        rates = " and ".join(f"{runs[side][0]['lr']:g}" for side in SIDES)
+        yield row(what, accuracy["pretrained"], f"{accuracy['scratch']} from scratch (rates {rates})")
+    yield row("questions answered, most frequent answer", f"{next(iter(questions.values()))['most_frequent']:.1%}", "")
 
 
 def row(what: str, measured: str, beside: str) -> dict[str, str]:

@@ -10,7 +10,7 @@ from torch import Tensor
 def image_to_text(num_image: int, num_text: int, *, device: torch.device | None = None) -> Tensor:
     """Captioning's mask [N, N], N = num_image + num_text: images see images only, texts see images and earlier text.
 
-    Paper section 2.3 (image captioning), after UniLM's sequence-to-sequence mask.
+    Paper section 3.1 (image captioning), after UniLM's sequence-to-sequence mask.
     """
     may = torch.ones(num_image + num_text, num_image + num_text, dtype=torch.bool, device=device).tril()
     may[:num_image, :num_image] = True

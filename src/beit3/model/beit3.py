@@ -125,7 +125,7 @@ class BEiT3(nn.Module):
     def init_weights(self, seed: int = 0) -> None:
         """Initial values, each parameter from its own generator, so that they do not depend on the process count.
 
-        | parameter                      | beit (paper, section 3.2)               | magneto (release)                     |
+        | parameter                      | beit (paper, section 2.3)               | magneto (release)                     |
         |--------------------------------|-----------------------------------------|---------------------------------------|
         | norms; biases                  | 1, 0; 0                                 | 1, 0; 0                               |
         | mask and class token, tables   | normal .02 cut at one deviation         | the same                              |

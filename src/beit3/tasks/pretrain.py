@@ -33,7 +33,7 @@ IGNORE = -100
 
 @dataclass(frozen=True)
 class PretrainConfig(TaskConfig):
-    """Defaults are the paper's (sections 2.2, 3.2 and appendix A), or the choice argued in docs/pretraining.md."""
+    """Defaults are the paper's (sections 2.2, 2.3 and appendix B), or the choice argued in docs/pretraining.md."""
 
     visual_tokenizer: str = ""
     """Weights of the visual tokenizer (`beit3 train vqkd`, or a VQ-KD file of BEiT v2)."""
@@ -69,7 +69,7 @@ class PretrainConfig(TaskConfig):
 
 
 def _paper(model, *, token_size: int = 224, note: str) -> Recipe:
-    """The paper's run (section 3.2, appendix table on pretraining): 1M steps of 2048 images, texts and pairs."""
+    """The paper's run (section 2.3, appendix B): 1M steps of 2048 images, texts and pairs."""
     return Recipe(
         task=PretrainConfig(model=replace(model, drop_path_rate=0.1), token_size=token_size),
         data=DataConfig(batch={"images": 2048, "texts": 2048, "pairs": 2048}, workers=8),
@@ -98,7 +98,7 @@ DEMO = Recipe(
     optim=OptimConfig(
         lr=1e-3, min_lr=1e-5, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.05, warmup_steps=50, clip=3.0, no_decay=PRETRAIN_NO_DECAY,
     ),
-    run=RunConfig(steps=800, log_every=10, save_every=200, eval_records=500),
+    run=RunConfig(steps=600, log_every=10, save_every=200, eval_records=500),
     note="the embedded world on a laptop CPU; in pairs only the text is hidden, which grounds words far sooner here",
 )  # fmt: skip
 """No random views: the world's language names colors, places and sizes, and codes stay the same over epochs."""
@@ -115,13 +115,13 @@ class Pretrain(Task):
     recipes: ClassVar[Mapping[str, Recipe]] = {
         "demo": DEMO,
         "demo_pairs": replace(
-            DEMO, data=DataConfig(batch={"pairs": 64}), optim=replace(DEMO.optim, lr=2e-3), run=replace(DEMO.run, steps=2000),
+            DEMO, data=DataConfig(batch={"pairs": 64}), optim=replace(DEMO.optim, lr=1.5e-3), run=replace(DEMO.run, steps=2500),
             note="the first part of the demo's pretraining: pairs alone, until words follow the picture",
         ),
         "base_224": _paper(BASE, note="paper's numbers on the released base network"),
         "base_224_indomain": _paper(BASE, note="the same with COCO and Visual Genome among the pairs (released `indomain`)"),
         "large_224": _paper(LARGE, note="paper's numbers on the released large network"),
-        "giant_224": _paper(GIANT, token_size=256, note="the paper's BEiT-3 (section 3.2): 1M steps of 6144 records, patch 14"),
+        "giant_224": _paper(GIANT, token_size=256, note="the paper's BEiT-3 (section 2.3): 1M steps of 6144 records, patch 14"),
     }  # fmt: skip
 
     def __init__(self, config: PretrainConfig, *, tokenizer: TextTokenizer | None = None):
@@ -240,7 +240,7 @@ class Pretrain(Task):
             raise ValueError("image targets need a visual tokenizer: give --task.visual_tokenizer WEIGHTS (beit3 train vqkd)")
         if not self.config.cache_codes:
             return self.visual_tokenizer.codes(batch["token_image"])
-        keys = [(self.prefix(batch), key) for key in batch["id"]]
+        keys = [(f"{self.prefix(batch)}{self.training}", key) for key in batch["id"]]  # ids may recur in another split
         new = [row for row, key in enumerate(keys) if key not in self.known_codes]
         if new:
             found = self.visual_tokenizer.codes(batch["token_image"][new])

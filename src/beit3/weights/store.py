@@ -7,7 +7,7 @@ digests) and, where the task has one, the text tokenizer `text.model`. Loading i
 import json
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -98,7 +98,7 @@ def load(directory: str | Path, *, text_model: str | Path | None = None, config:
     directory = Path(directory)
     description = read_config(directory)
     tokenizer = _tokenizer(directory, description, text_model)
-    task = load_task(description.task)(config or description.config, tokenizer=tokenizer)
+    task = load_task(description.task)(_with_frozen(config or description.config, description.frozen), tokenizer=tokenizer)
     for name, file in getattr(task, "frozen_files", {}).items():
         if name in description.frozen and description.frozen[name].sha256 != file.sha256:
             raise ValueError(f"{name} {file.path} is not the file that these weights were trained with: put that back")
@@ -114,6 +114,14 @@ def load(directory: str | Path, *, text_model: str | Path | None = None, config:
             raise ValueError(f"{directory / MODEL}: {name} has shape {shape}, the config needs {needed}")
     task.load_state_dict(tensors, strict=False)
     return task
+
+
+def _with_frozen(config: TaskConfig, frozen: Mapping[str, FrozenFile]) -> TaskConfig:
+    """`config` with the absolute path of a frozen part where the relative one leads nowhere from this directory."""
+    moved: dict[str, Any] = {
+        name: file.path for name, file in frozen.items() if not Path(getattr(config, name)).exists() and Path(file.path).exists()
+    }
+    return replace(config, **moved) if moved else config
 
 
 def read_config(directory: str | Path) -> Stored:
@@ -157,7 +165,7 @@ def load_frozen(path: str, kind: str) -> tuple[Task, FrozenFile]:
         file, (task, _) = Path(path), load_official(read_file(path), kind)
     if task_name(type(task)) != kind:
         raise ValueError(f"{path} holds weights of {task_name(type(task))}, {kind} is needed here")
-    return task.eval().requires_grad_(False), FrozenFile(str(path), digest(file))
+    return task.eval().requires_grad_(False), FrozenFile(str(Path(path).resolve()), digest(file))
 
 
 def load_backbone(path: str) -> BEiT3:
