@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from beit3.config import suggestion
 from beit3.data.masking import rng as seeded_rng
 from beit3.model.beit3 import BEiT3
+from beit3.model.config import ModelConfig
 from beit3.ops.init import seeded, trunc_normal
 from beit3.recipe import Recipe, TaskConfig
 from beit3.tokenizer.text import TextTokenizer
@@ -76,9 +77,9 @@ class Task(nn.Module):
         raise NotImplementedError
 
     @staticmethod
-    def configure(config: TaskConfig, root: Path, tokenizer: TextTokenizer) -> TaskConfig:
-        """`config` with what only the data knows: vocabulary size, answer list, class names."""
-        return fit_vocabulary(config, tokenizer)
+    def configure(config: TaskConfig, root: Path) -> TaskConfig:
+        """`config` with what only the records know: answer list, class names."""
+        return config
 
     def example(self, record: Record, train: bool, *, rng: np.random.Generator | None = None) -> Example:
         """One record as tensors. All randomness comes from `rng`; without one, from the record's id."""
@@ -153,8 +154,10 @@ class Task(nn.Module):
         return (self.backbone.layer_of(name.removeprefix("backbone.")) if name.startswith("backbone.") else head), head
 
 
-def fit_vocabulary(config: TaskConfig, tokenizer: TextTokenizer) -> TaskConfig:
+def fit_vocabulary(config: TaskConfig, tokenizer: TextTokenizer | None) -> TaskConfig:
     """`config` with a text embedding as large as the tokenizer, if it was smaller. ValueError for texts beyond its positions."""
+    if tokenizer is None or not isinstance(config.model, ModelConfig):
+        return config
     longest = config.model.max_text_length
     for field in fields(config):
         if field.name.endswith("text_length") and getattr(config, field.name) > longest:

@@ -16,7 +16,7 @@ from torch import Tensor
 from beit3.data.loader import Source
 from beit3.model.config import TINY, TINY_RELEASE, ModelConfig
 from beit3.recipe import OptimConfig, TaskConfig
-from beit3.task import Batch, Task
+from beit3.task import Batch, Task, fit_vocabulary
 from beit3.tokenizer.text import TextTokenizer
 from beit3.train.optim import clip_gradients, learning_rate, make_optimizer, set_learning_rate
 from beit3.weights.fill import task_name
@@ -49,7 +49,7 @@ class Case:
     def __init__(self, kind: type[Task], form: str, root: Path, visual: Path):
         self.kind = kind
         tokenizer = TextTokenizer(root / "text.model")
-        self.task = kind(kind.configure(small(kind, form, visual), root, tokenizer), tokenizer=tokenizer)
+        self.task = kind(kind.configure(fit_vocabulary(small(kind, form, visual), tokenizer), root), tokenizer=tokenizer)
         self.task.init_weights(0)
         paths = {name: root / task_name(kind) / name / "train.jsonl" for name in kind.sources}
         self.records = {name: list(islice(Source(path, root), RECORDS)) for name, path in paths.items()}

@@ -15,7 +15,7 @@ from beit3.data.loader import Source
 from beit3.data.records import locate
 from beit3.data.transforms import VL, Preprocessing
 from beit3.model.config import BASE, LARGE, TINY_RELEASE
-from beit3.task import Batch
+from beit3.task import Batch, fit_vocabulary
 from beit3.tasks.vqa import MIN_ANSWER_COUNT, VQA, VQAConfig, build_answers, read_answers, to_record
 from beit3.tokenizer.text import TextTokenizer
 from tests.world_root import SMALL
@@ -29,7 +29,7 @@ def asked(*answers: str) -> list[dict]:
 def task(root) -> VQA:
     given = VQAConfig(model=replace(SMALL, final_norm=False), image=Preprocessing(32), text_length=20, crop=(1.0, 1.0), flip=0.0)
     tokenizer = TextTokenizer(root / "text.model")
-    built = VQA(VQA.configure(given, root, tokenizer), tokenizer=tokenizer)
+    built = VQA(VQA.configure(fit_vocabulary(given, tokenizer), root), tokenizer=tokenizer)
     built.init_weights(0)
     return built.eval()
 
@@ -127,14 +127,14 @@ def test_answer_files_that_are_none(tmp_path, text, message):
 def test_configure_takes_answers_and_vocabulary_from_the_data(root):
     tokenizer = TextTokenizer(root / "text.model")
     given = VQAConfig(model=replace(SMALL, vocab_size=50), num_answers=1, text_length=16)
-    config: Any = VQA.configure(given, root, tokenizer)
+    config: Any = VQA.configure(fit_vocabulary(given, tokenizer), root)
     assert config.answers == read_answers(root / "vqa/main/answer2label.txt") and config.num_answers == len(config.answers)
     assert config.model == replace(given.model, vocab_size=tokenizer.vocab_size)
-    assert VQA.configure(replace(given, model=SMALL), root, tokenizer).model == SMALL, "a larger table is kept: weights may fill it"
+    assert fit_vocabulary(replace(given, model=SMALL), tokenizer).model == SMALL, "a larger table is kept: weights may fill it"
     assert SMALL.max_text_length == 38
-    VQA.configure(replace(given, text_length=38), root, tokenizer)
+    fit_vocabulary(replace(given, text_length=38), tokenizer)
     with pytest.raises(ValueError, match=r"task\.text_length 39 is beyond the 38 tokens of the text table"):
-        VQA.configure(replace(given, text_length=39), root, tokenizer)
+        fit_vocabulary(replace(given, text_length=39), tokenizer)
 
 
 # Targets and loss ----------------------------------------------------------------------------------------------------

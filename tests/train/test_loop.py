@@ -13,7 +13,7 @@ from beit3.data.loader import Source
 from beit3.data.records import write_records
 from beit3.model.layers import Block
 from beit3.recipe import DataConfig, OptimConfig, Recipe, RunConfig
-from beit3.task import Batch, Task
+from beit3.task import Batch, Task, fit_vocabulary
 from beit3.tasks.pretrain import IGNORE, Pretrain
 from beit3.tasks.vqa import VQA
 from beit3.tasks.vqkd import VQKD
@@ -39,7 +39,7 @@ def snapshot(folder: Path) -> dict[str, bytes]:
 def built(recipe: Recipe, kind: type[Task], root: Path) -> Task:
     """The task of a recipe in double precision but for its frozen parts, in training mode."""
     tokenizer = TextTokenizer(root / "text.model")
-    task = kind(kind.configure(recipe.task, root, tokenizer), tokenizer=tokenizer)
+    task = kind(kind.configure(fit_vocabulary(recipe.task, tokenizer), root), tokenizer=tokenizer)
     task.init_weights(0)
     for name, child in task.named_children():
         child.to(torch.float32 if name in kind.frozen else torch.float64)

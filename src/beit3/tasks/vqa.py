@@ -24,7 +24,7 @@ from beit3.metrics.text import normalize_answer, soft_scores
 from beit3.model.beit3 import BEiT3
 from beit3.model.config import BASE, LARGE, TINY, ModelConfig
 from beit3.recipe import DataConfig, OptimConfig, Recipe, RunConfig, TaskConfig
-from beit3.task import Batch, Example, Prediction, Record, Task, batch_size, fit_vocabulary, joined, padded, record_rng
+from beit3.task import Batch, Example, Prediction, Record, Task, batch_size, joined, padded, record_rng
 from beit3.tokenizer.text import TextTokenizer
 
 MIN_ANSWER_COUNT = 9
@@ -139,13 +139,12 @@ class VQA(Task):
         }  # fmt: skip
 
     @staticmethod
-    def configure(config: TaskConfig, root: Path, tokenizer: TextTokenizer) -> TaskConfig:
+    def configure(config: TaskConfig, root: Path) -> TaskConfig:
         """Take the answer list from the records."""
         assert isinstance(config, VQAConfig)
         path = locate(root, "vqa", "main", "train").with_name("answer2label.txt")
         answers = read_answers(path)
-        fitted: Any = fit_vocabulary(config, tokenizer)
-        return replace(fitted, answers=answers, num_answers=len(answers))
+        return replace(config, answers=answers, num_answers=len(answers))
 
     def record(self, image: Any, question: str) -> Record:
         """Raw inputs -> record."""

@@ -87,10 +87,6 @@ class VQKD(Task):
         """A folder of images, with `train` and `val` below it or split by name."""
         return write_splits(root, "vqkd", source, formats.split(formats.image_folder(raw), raw))
 
-    @staticmethod
-    def configure(config: TaskConfig, root: Path, tokenizer: TextTokenizer) -> TaskConfig:
-        return config
-
     def record(self, image: str) -> Record:
         return {"id": str(image), "image": image}
 

@@ -20,7 +20,7 @@ from beit3.data.loader import PASSED_OVER, Examples, Source, step_batches, step_
 from beit3.data.records import locate
 from beit3.ops.collectives import all_reduce, barrier, leader_first, rank, world_size
 from beit3.recipe import Recipe
-from beit3.task import Batch, Task
+from beit3.task import Batch, Task, fit_vocabulary
 from beit3.tokenizer.text import TextTokenizer
 from beit3.train import checkpoint
 from beit3.train.evaluate import evaluate, to_device
@@ -57,7 +57,7 @@ def train(recipe: Recipe, task_class: type[Task], *, out: str | Path, init: str 
     if finished(out, steps):
         return json.loads((out / "scores.json").read_text())
 
-    task = task_class(task_class.configure(recipe.task, root, tokenizer) if tokenizer else recipe.task, tokenizer=tokenizer)
+    task = task_class(task_class.configure(fit_vocabulary(recipe.task, tokenizer), root), tokenizer=tokenizer)
     task.init_weights(run.seed)
     if init:
         report = store.initialise_from(task, init)
