@@ -44,7 +44,7 @@ def vqkd_recipe(root: Path, *, steps: int = 6, **run) -> Recipe:
     """A visual tokenizer of 16 codes."""
     model = VisualTokenizerConfig(32, 8, 32, 1, 2, 64, 1, 8, NUM_CODES, 45, revive_after=4)
     return Recipe(
-        task=VQKDConfig(model=model, image=replace(VQKDConfig().image, image_size=32), crop=(0.5, 1.0)),
+        task=VQKDConfig(teacher="gradients", model=model, image=replace(VQKDConfig().image, image_size=32), crop=(0.5, 1.0)),
         data=DataConfig(root=str(root), batch={"main": 8}),
         optim=OptimConfig(lr=2e-3, betas=(0.9, 0.99), warmup_steps=2),
         run=RunConfig(steps=steps, log_every=1, **run),

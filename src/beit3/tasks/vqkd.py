@@ -36,7 +36,7 @@ class VQKDConfig(TaskConfig):
 
     model: VisualTokenizerConfig = VisualTokenizerConfig(224, 16, 768, 12, 12, 3072, 3, 32, 8192, 512)  # type: ignore[assignment]
     image: Preprocessing = unit(224)
-    teacher: Literal["gradients", "clip", "dino", "beit3"] = "gradients"
+    teacher: Literal["gradients", "clip", "dino", "beit3"] = "clip"
     teacher_weights: str = ""
     """Local weights of a CLIP, DINO or BEiT-3 teacher; only training reads them."""
     crop: tuple[float, float] = (0.08, 1.0)
@@ -53,7 +53,7 @@ class VQKD(Task):
     recipes: ClassVar[Mapping[str, Recipe]] = {
         "demo": Recipe(
             task=VQKDConfig(
-                model=VisualTokenizerConfig(32, 8, 96, 2, 4, 384, 1, 16, 64, 45, revive_after=20),
+                teacher="gradients", model=VisualTokenizerConfig(32, 8, 96, 2, 4, 384, 1, 16, 64, 45, revive_after=20),
                 image=unit(32), crop=(1.0, 1.0), flip=0.0,
             ),
             data=DataConfig(batch={"main": 64}),
@@ -62,7 +62,7 @@ class VQKD(Task):
             note="the embedded world; teacher: colour and gradient statistics, no weights needed",
         ),
         "base_224_clip": Recipe(
-            task=VQKDConfig(teacher="clip"),
+            task=VQKDConfig(),
             data=DataConfig(batch={"main": 512}, workers=8),
             optim=OptimConfig(lr=2e-4, min_lr=1e-5, betas=(0.9, 0.99), weight_decay=1e-4, warmup_epochs=10),
             run=RunConfig(epochs=100, micro_batch=64, log_every=100, eval_every=5_000, save_every=2_000),

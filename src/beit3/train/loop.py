@@ -48,6 +48,7 @@ def train(recipe: Recipe, task_class: type[Task], *, out: str | Path, init: str 
     with leader_first():
         root = Path(recipe.data.root) if recipe.data.root else embedded_root(task_class)
     sources = {name: open_source(root, task_class, name, recipe) for name in task_class.sources if recipe.data.batch.get(name)}
+    held_out = {name: open_source(root, task_class, name, recipe, "val") for name in sources}
     tokenizer = open_tokenizer(recipe, root, init)
     if tokenizer is None and any("text" in source[0] for source in sources.values()):
         raise ValueError(f"no text tokenizer: give --data.text_model FILE, or write {root / store.TEXT} with beit3 tokenizer train")
@@ -106,7 +107,7 @@ def train(recipe: Recipe, task_class: type[Task], *, out: str | Path, init: str 
                 log.write(after, values)
             log.show(after, values)
             if after == steps or (run.eval_every and after % run.eval_every == 0):
-                best = evaluate_and_keep(task, recipe, root, sources, out, after, best, log)
+                best = evaluate_and_keep(task, recipe, held_out, out, after, best, log)
             asked = stop.agreed()
             if asked or after == steps or (run.save_every and after % run.save_every == 0):
                 if rank() == 0:
@@ -256,10 +257,9 @@ def note_broken(broken: dict[str, set[str]], micro_batches: list[Batch], sources
 
 
 def evaluate_and_keep(
-    task: Task, recipe: Recipe, root: Path, sources: Mapping[str, Source], out: Path, step: int, best: float | None, log: Log
+    task: Task, recipe: Recipe, held_out: Mapping[str, Source], out: Path, step: int, best: float | None, log: Log
 ) -> float | None:
     """Score the val split, write scores.json, and keep the weights as `best/` if their headline leads; rank 0 writes."""
-    held_out = {name: open_source(root, type(task), name, recipe, "val") for name in sources}
     size = recipe.run.micro_batch or max(recipe.data.batch.values())
     scores = evaluate(task, held_out, batch_size=size, limit=recipe.run.eval_records, bad_share=recipe.data.bad_share)
     log.write(step, {f"val/{name}": value for name, value in scores.items()})
