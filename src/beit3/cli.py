@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 """Threads that wait must not spin: where another program shares the cores, spinning made steps 20 times slower here."""
@@ -16,33 +16,36 @@ TRAIN_USAGE = "fields of the recipe are overridden as --section.field value, for
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit status: 0, 2 for an error that the user can mend, 130 when interrupted."""
-    from beit3.train.loop import Interrupted
-
-    parser = make_parser()
-    known, rest = parser.parse_known_args(arguments)
-    if not hasattr(known, "verb"):
-        parser.print_help()
-        return 2
+    parser, debug = make_parser(), False
     try:
+        known, rest = parser.parse_known_args(arguments)
+        if not hasattr(known, "verb"):
+            parser.print_help()
+            return 2
+        debug = known.debug
         if rest and known.verb is not train:
             raise ValueError(f"unknown argument {rest[0]}: see beit3 {known.name} --help")
         known.verb(known, rest)
         return 0
-    except Interrupted as stop:
-        print(f"\n{stop}", file=sys.stderr)
-        return 130
-    except KeyboardInterrupt:
-        print("\ninterrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        print(f"\n{stop if str(stop) else 'interrupted; the same command goes on from the last checkpoint'}", file=sys.stderr)
         return 130
     except (ValueError, FloatingPointError, OSError) as error:
-        if known.debug:
+        if debug:
             raise
         print(f"beit3: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
 
 
+class Parser(argparse.ArgumentParser):
+    """Its errors are one line, like all others."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message}; see {self.prog} --help")
+
+
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="beit3", description="BEiT-3: pretrain, fine-tune, evaluate, use.")
+    parser = Parser(prog="beit3", description="BEiT-3: pretrain, fine-tune, evaluate, use.")
     verbs = parser.add_subparsers(metavar="VERB")
 
     def verb(name: str, call: Any, text: str, **options: Any) -> argparse.ArgumentParser:

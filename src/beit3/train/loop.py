@@ -32,7 +32,7 @@ from beit3.weights import store
 from beit3.weights.fill import task_name
 
 
-class Interrupted(Exception):
+class Interrupted(KeyboardInterrupt):
     """The run was asked to stop (Ctrl-C, SIGTERM) and has saved where it was; start it again to go on."""
 
 
