@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from beit3.data import formats
+from beit3.data.augment import rand_augment
 from beit3.data.prepare import write_splits
 from beit3.data.records import locate, open_image, write_text
 from beit3.data.transforms import Preprocessing, random_resized_crop
@@ -42,6 +43,8 @@ class VQAConfig(TaskConfig):
     """Their names in the order of the head's outputs; empty = unknown (tensors still work)."""
     crop: tuple[float, float] = (0.5, 1.0)
     flip: float = 0.5
+    rand_augment: bool = False
+    """Two random operations on each training picture, as the release does."""
 
 
 class Pooler(nn.Module):
@@ -60,7 +63,8 @@ def _released(model, size: int, lr: float, drop_path_rate: float, note: str) -> 
     """The release's fine-tuning (its README): batch 128, 10 epochs, head at 20 times the rate."""
     return Recipe(
         task=VQAConfig(
-            model=replace(model, image_size=size, final_norm=False, drop_path_rate=drop_path_rate), image=Preprocessing(size)
+            model=replace(model, image_size=size, final_norm=False, drop_path_rate=drop_path_rate), image=Preprocessing(size),
+            rand_augment=True,
         ),
         data=DataConfig(batch={"main": 128}, workers=8),
         optim=OptimConfig(lr=lr, betas=(0.9, 0.98), weight_decay=0.01, warmup_epochs=1, head_lr_scale=20),
@@ -154,13 +158,19 @@ class VQA(Task):
         """`image` [3, S, S], `text` and `text_padding` [L], and `target` [A], the soft score of each answer."""
         config = self.config
         image = open_image(record["image"])
-        if train and (config.crop[0] < 1 or config.flip):
-            size = config.image.image_size
-            image = random_resized_crop(image, rng or record_rng(record), image_size=size, scale=config.crop, hflip=config.flip)
+        if train:
+            image = self.augment(image, rng or record_rng(record))
         ids = self.tokenizer.encode(record["text"], config.text_length)
         text, padding = padded(ids, config.text_length, self.tokenizer.pad)
         example = {"id": str(record["id"]), "image": config.image(image), "text": text, "text_padding": padding}
         return example | {"target": self.soft_target(record["answers"])} if "answers" in record else example
+
+    def augment(self, image: Tensor, rng: np.random.Generator) -> Tensor:
+        """The training view, uint8 [3, H, W]: crop, flip, RandAugment as far as the config asks for them."""
+        config = self.config
+        if config.crop[0] < 1 or config.flip:
+            image = random_resized_crop(image, rng, image_size=config.image.image_size, scale=config.crop, hflip=config.flip)
+        return rand_augment(image, rng) if config.rand_augment else image
 
     def soft_target(self, answers: Mapping[str, float]) -> Tensor:
         """[A] float from {answer: score}; unknown answers do not count."""
