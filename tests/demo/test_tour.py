@@ -1,0 +1,58 @@
+"""`beit3 demo --fast`, whole: stopped, gone on with, finished, and run again without work."""
+
+import os
+import re
+import signal
+import threading
+import time
+
+import pytest
+
+from beit3 import cli
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory):
+    return tmp_path_factory.mktemp("demo") / "run"
+
+
+def interrupt_when(path, stop: threading.Event) -> None:
+    """Send Ctrl-C to this process once `path` exists."""
+    while not stop.wait(0.05):
+        if path.exists():
+            os.kill(os.getpid(), signal.SIGINT)
+            return
+
+
+def test_ctrl_c_leaves_a_run_that_goes_on(out, capsys):
+    stop = threading.Event()
+    watch = threading.Thread(target=interrupt_when, args=(out / "vqkd" / "metrics.jsonl", stop))
+    watch.start()
+    try:
+        status = cli.main(["demo", "--fast", "--out", str(out)])
+    finally:
+        stop.set()
+        watch.join()
+    captured = capsys.readouterr()
+    assert status == 130 and "goes on" in captured.err
+    assert not (out / "pairs").exists() and list((out / "vqkd" / "checkpoints").glob("step_*.pt"))
+
+
+def test_the_same_command_finishes_it(out, capsys):
+    assert cli.main(["demo", "--fast", "--out", str(out)]) == 0
+    printed = capsys.readouterr().out
+    assert "held-out records" in printed and "most frequent" in printed and "report.html" in printed
+    page = (out / "report.html").read_text()
+    assert len(page) > 50_000
+    assert not re.search(r'(src|href)="(?!data:|#)', page) and "<script" not in page, "the page must stand alone"
+    for word in ("Visual tokenizer", "Pretraining", "Visual question answering", "questions answered, from scratch", "most frequent answer"):
+        assert word in page
+
+
+def test_finished_stages_are_not_run_again(out, capsys):
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*.pt")}
+    started = time.monotonic()
+    assert cli.main(["demo", "--fast", "--out", str(out)]) == 0
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*.pt")} == before
+    assert "step 1/" not in capsys.readouterr().out
+    assert time.monotonic() - started < 60  # a bound on hanging, not a timing
