@@ -158,9 +158,10 @@ def learning_rows(results: Mapping) -> Iterator[dict[str, str]]:
     yield row("hidden patches: loss (nats)", column("image_loss"), f"{column('nearest_patch')} from the nearest visible patch")
     yield row("hidden words of texts: loss (nats)", column("text_loss"), f"{column('frequency')} from word frequency")
     yield row("hidden words of pairs: loss (nats)", column("text_right"), f"{column('text_wrong')} with another's image")
-    for kind in ("color", "shape", "size"):
-        beside = f"{column(f'wrong/{kind}', '.1%')} with another's image"
-        yield row(f"hidden {kind} words filled correctly", column(f"right/{kind}", ".1%"), beside)
+    for prefix, how in (("single_", "one hidden at a time"), ("", "half of the caption hidden")):
+        for kind in ("color", "shape", "size"):
+            beside = f"{column(f'{prefix}wrong/{kind}', '.1%')} with another's image"
+            yield row(f"{kind} words filled correctly, {how}", column(f"{prefix}right/{kind}", ".1%"), beside)
 
 
 def question_rows(results: Mapping) -> Iterator[dict[str, str]]:

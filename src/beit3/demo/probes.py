@@ -63,6 +63,30 @@ def attribute_words(task: Pretrain, pairs: Source, *, limit: int = 1500) -> dict
     return {name: float(np.mean(values)) for name, values in hits.items()}
 
 
+@torch.no_grad()
+def single_words(task: Pretrain, pairs: Source, *, limit: int = 1500) -> dict[str, float]:
+    """The same with one attribute word of a caption hidden at a time and all else in sight.
+
+    Keys `single_right/color`, `single_wrong/color`, and so on. Under the half-hidden captions of `attribute_words` the
+    words that say which object is meant are often hidden too; here the picture alone can be at fault.
+    """
+    kinds = attribute_ids(task.tokenizer)
+    kind_of = {token: kind for kind, ids in kinds.items() for token in ids}
+    hits: dict[str, list[float]] = {f"single_{side}/{kind}": [] for kind in kinds for side in ("right", "wrong")}
+    for batch in batches(task, islice(pairs, limit), BATCH):
+        text = torch.where(batch["text_target"] == IGNORE, batch["text"], batch["text_target"])
+        rows, places = torch.isin(text, torch.tensor(list(kind_of))).nonzero(as_tuple=True)
+        truth, shift = text[rows, places], len(text) // 2
+        hidden = text[rows].clone()
+        hidden[torch.arange(len(rows)), places] = task.tokenizer.mask
+        for side, image in (("right", batch["image"]), ("wrong", batch["image"].roll(shift, 0))):
+            states = task.backbone(image[rows], hidden, text_padding=batch["text_padding"][rows]).of("text")
+            found = task.text_head(states[torch.arange(len(rows)), places]).argmax(-1)
+            for token, correct in zip(truth.tolist(), (found == truth).tolist(), strict=True):
+                hits[f"single_{side}/{kind_of[token]}"].append(float(correct))
+    return {name: float(np.mean(values)) for name, values in hits.items()}
+
+
 def hidden_patches(task: Pretrain, source: Source, limit: int) -> Iterator[tuple[Tensor, Tensor]]:
     """(codes [B, P], mask [B, P]) of a source's images."""
     for batch in batches(task, islice(source, limit), BATCH):
@@ -128,7 +152,7 @@ def pretraining_figures(run: Path, *, cache: Path) -> dict[str, float]:
         "image_loss": scores["images/image_loss"], "image_accuracy": scores["images/image_accuracy"],
         "nearest_patch": nearest_patch_guess(task, train["images"], held_out["images"]),
         "text_loss": scores["texts/text_loss"], "frequency": frequency_guess(task, train["texts"], held_out["texts"]),
-        **attribute_words(task, held_out["pairs"]),
+        **attribute_words(task, held_out["pairs"]), **single_words(task, held_out["pairs"]),
     }  # fmt: skip
     write_text(cache, json.dumps(figures, indent=1) + "\n")
     return figures

@@ -96,7 +96,7 @@ def table(codes: dict, learnt: dict, tuned: dict, scratch: dict) -> list[dict[st
 
 
 def attribute_row(kind: str, learnt: dict) -> tuple[str, str, str]:
-    right, wrong = learnt[f"right/{kind}"], learnt[f"wrong/{kind}"]
+    right, wrong = learnt[f"single_right/{kind}"], learnt[f"single_wrong/{kind}"]
     return f"hidden {kind} words filled correctly", f"{right:.1%}", f"{wrong:.1%} with another's image"
 
 
