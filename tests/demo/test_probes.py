@@ -1,14 +1,20 @@
 """The guesses that learning is compared with, against slow second implementations."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
+from beit3.data.records import open_image
 from beit3.demo import probes
 from beit3.demo.comparison import markdown, row, spread
+from beit3.task import fit_vocabulary
+from beit3.tasks.pretrain import Pretrain
 from beit3.tokenizer.text import TextTokenizer
+from beit3.train.loop import open_source
+from tests.world_root import pretrain_recipe
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -57,3 +63,29 @@ def test_attribute_words_must_be_whole_tokens():
 def test_rows_of_the_comparison():
     assert spread([0.5, 0.7, 0.6]) == "60.0% (50.0% to 70.0%)"
     assert markdown([row("a", "1", "b")]).splitlines()[-1] == "| a | 1 | b |"
+
+
+def test_single_words_equal_one_caption_at_a_time(root, visual):
+    recipe = pretrain_recipe(root, visual)
+    tokenizer = TextTokenizer(root / "text.model")
+    config = replace(recipe.task, pair_masking="text_only", image_crop=(1.0, 1.0), pair_crop=(1.0, 1.0), color_jitter=0.0)
+    task = Pretrain(fit_vocabulary(config, tokenizer), tokenizer=tokenizer)
+    task.init_weights(1)
+    task.eval()
+    pairs = open_source(root, Pretrain, "pairs", recipe, "val")
+    found = probes.single_words(task, pairs, limit=10)
+    records = [pairs[index] for index in range(10)]
+    hits: dict[str, list[bool]] = {name: [] for name in found}
+    kinds = {token: kind for kind, ids in probes.attribute_ids(tokenizer).items() for token in ids}
+    for index, record in enumerate(records):
+        ids = tokenizer.encode(record["text"], config.text_length)
+        # A batch of ten rolls by five: the other picture is that of the record five before.
+        for side, other in (("right", record), ("wrong", records[index - 5])):
+            image = config.image(open_image(other["image"]))[None]
+            for place, token in enumerate(ids):
+                if token in kinds:
+                    text = torch.tensor([ids[:place] + [tokenizer.mask] + ids[place + 1 :]])
+                    with torch.no_grad():
+                        logits = task.text_head(task.backbone(image, text).of("text"))[0, place]
+                    hits[f"single_{side}/{kinds[token]}"].append(logits.argmax().item() == token)
+    assert found == pytest.approx({name: float(np.mean(values)) for name, values in hits.items()})
