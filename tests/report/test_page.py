@@ -5,8 +5,8 @@ from html.parser import HTMLParser
 
 import pytest
 
-from beit3.report.curves import read_runs
-from beit3.report.page import data_table, figure, score_tiles, write_report
+from beit3.report.curves import Run, read_runs
+from beit3.report.page import data_table, ends, figure, score_tiles, write_report
 
 VOID = {"meta", "img", "br", "hr", "link", "input"}
 
@@ -112,3 +112,11 @@ def test_a_directory_without_a_run_leaves_the_old_page(tmp_path):
     with pytest.raises(ValueError, match="holds no run"):
         write_report([tmp_path], out, title="x")
     assert out.read_text() == "old"
+
+
+def test_pictures_are_of_the_last_part_of_a_training(tmp_path):
+    def run(name: str, init: str = "") -> Run:
+        return Run(tmp_path / name, name, "pretrain", init, {}, [], {})
+
+    first, second, other = run("a"), run("b", str(tmp_path / "a" / "last")), run("c", "elsewhere/last")
+    assert ends([first, second, other]) == [second, other]

@@ -70,8 +70,14 @@ def task_section(runs: Sequence[Run]) -> str:
     """Everything of the runs of one task."""
     title, lead = HEADINGS.get(runs[0].task, (runs[0].task, f"Figures and curves of the task {runs[0].task}."))
     parts = [run_line(run, index, color=len(runs) > 1) for index, run in enumerate(runs)]
-    parts += [score_tiles(runs), curve_panel(runs), *map(panel_html, panels(runs))]
+    parts += [score_tiles(runs), curve_panel(runs), *map(panel_html, panels(ends(runs)))]
     return section(title, lead, parts)
+
+
+def ends(runs: Sequence[Run]) -> list[Run]:
+    """The runs that no other one of these started from: an earlier part of the same training gets curves, not pictures."""
+    begun = [Path(run.init).resolve() for run in runs if run.init]
+    return [run for run in runs if not any(run.path in start.parents or run.path == start for start in begun)]
 
 
 def panel_html(panel: Panel) -> str:
