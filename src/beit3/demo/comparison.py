@@ -38,7 +38,8 @@ SEEDS = (0, 1, 2)
 LABELS = (1000, 8000)
 LENGTHS = (1, 2, 4)
 SIDES = ("pretrained", "scratch")
-RATES = (3e-4, 1e-3, 3e-3)
+RATES = ((1e-4, 20.0), (3e-4, 20.0), (3e-4, 1.0), (1e-3, 1.0))
+"""Learning rates that are compared, and how many times larger the head's is (20 in the release)."""
 TUNING_SEED = 100
 TUNING_QUESTIONS = (8000, 9000)
 """Training questions on which learning rates are compared: beyond the largest label count."""
@@ -107,7 +108,7 @@ def answer_questions(out: Path, labels: int, side: str) -> dict[str, dict]:
         name = f"{labels}-{side}-{length}x-seed{seed}"
         recipe = question_recipe(labels, rate, steps=STEPS * length, seed=seed)
         scores = train(recipe, VQA, out=out / "vqa" / name, init=start(out, side, seed), label=name)
-        found[name] = {"accuracy": scores["accuracy"], "most_frequent": scores["most_frequent"], "lr": rate}
+        found[name] = {"accuracy": scores["accuracy"], "most_frequent": scores["most_frequent"], "rate": named(rate)}
     return found
 
 
@@ -116,29 +117,34 @@ def start(out: Path, side: str, seed: int) -> str:
     return str(out / f"seed{seed}" / "pretrain" / "last") if side == "pretrained" else ""
 
 
-def question_recipe(labels: int, lr: float, *, steps: int, seed: int) -> Recipe:
-    """The VQA demo recipe with so many labels, at this rate and length."""
+def question_recipe(labels: int, rate: tuple[float, float], *, steps: int, seed: int) -> Recipe:
+    """The VQA demo recipe with so many labels, at this rate and head's factor, and length."""
     recipe = VQA.recipes["demo"]
     return replace(
-        recipe, data=replace(recipe.data, root=str(embedded_root(VQA)), limit=labels), optim=replace(recipe.optim, lr=lr),
+        recipe, data=replace(recipe.data, root=str(embedded_root(VQA)), limit=labels), optim=replace(recipe.optim, lr=rate[0], head_lr_scale=rate[1]),
         run=replace(recipe.run, steps=steps, seed=seed, save_every=0),
     )  # fmt: skip
 
 
-def tune(out: Path, labels: int, side: str) -> float:
+def tune(out: Path, labels: int, side: str) -> tuple[float, float]:
     """The best of `RATES` for one side and label count at the usual steps, by questions set aside from training."""
     root = embedded_root(VQA)
     aside = Source(locate(root, "vqa", "main", "train"), root)
     questions = [aside[index] for index in range(*TUNING_QUESTIONS) if index < len(aside)]
     found = {}
-    for lr in RATES:
-        folder = out / "tune" / f"{labels}-{side}-{lr:g}"
-        recipe = question_recipe(labels, lr, steps=STEPS, seed=TUNING_SEED)
+    for rate in RATES:
+        folder = out / "tune" / f"{labels}-{side}-{named(rate)}"
+        recipe = question_recipe(labels, rate, steps=STEPS, seed=TUNING_SEED)
         train(recipe, VQA, out=folder, init=start(out, side, SEEDS[0]), label=f"tune {folder.name}")
         task = store.load(folder / "last")
-        found[lr] = VQA.score(predict(task, questions, batch_size=100), questions)["accuracy"]
-        print(f"{folder.name}: {found[lr]:.3f} on questions set aside", flush=True)
-    return max(found, key=lambda lr: found[lr])
+        found[rate] = VQA.score(predict(task, questions, batch_size=100), questions)["accuracy"]
+        print(f"{folder.name}: {found[rate]:.3f} on questions set aside", flush=True)
+    return max(found, key=lambda rate: found[rate])
+
+
+def named(rate: tuple[float, float]) -> str:
+    """`0.0003-head-x20`."""
+    return f"{rate[0]:g}-head-x{rate[1]:g}"
 
 
 def spread(values: Sequence[float], form: str = ".1%") -> str:
@@ -171,7 +177,7 @@ def question_rows(results: Mapping) -> Iterator[dict[str, str]]:
         runs = {side: [questions[f"{labels}-{side}-{length}x-seed{seed}"] for seed in SEEDS] for side in SIDES}
         accuracy = {side: spread([run["accuracy"] for run in runs[side]]) for side in SIDES}
         what = f"questions answered, {labels} labels, {STEPS * length} steps, pretrained"
-        rates = " and ".join(f"{runs[side][0]['lr']:g}" for side in SIDES)
+        rates = " and ".join(runs[side][0]["rate"] for side in SIDES)
         yield row(what, accuracy["pretrained"], f"{accuracy['scratch']} from scratch (rates {rates})")
     yield row("questions answered, most frequent answer", f"{next(iter(questions.values()))['most_frequent']:.1%}", "")
 

@@ -86,7 +86,7 @@ class VQA(Task):
                 flip=0.0,
             ),
             data=DataConfig(batch={"main": 32}),
-            optim=OptimConfig(lr=1e-3, min_lr=1e-5, betas=(0.9, 0.98), weight_decay=0.01, warmup_steps=20, clip=3.0),
+            optim=OptimConfig(lr=3e-4, betas=(0.9, 0.98), weight_decay=0.01, warmup_steps=20, head_lr_scale=20, clip=3.0),
             run=RunConfig(steps=200, log_every=10, save_every=100),
             note="the embedded world's questions",
         ),
