@@ -121,7 +121,8 @@ def question_recipe(labels: int, rate: tuple[float, float], *, steps: int, seed:
     """The VQA demo recipe with so many labels, at this rate and head's factor, and length."""
     recipe = VQA.recipes["demo"]
     return replace(
-        recipe, data=replace(recipe.data, root=str(embedded_root(VQA)), limit=labels), optim=replace(recipe.optim, lr=rate[0], head_lr_scale=rate[1]),
+        recipe, data=replace(recipe.data, root=str(embedded_root(VQA)), limit=labels),
+        optim=replace(recipe.optim, lr=rate[0], head_lr_scale=rate[1]),
         run=replace(recipe.run, steps=steps, seed=seed, save_every=0),
     )  # fmt: skip
 
