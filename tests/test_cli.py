@@ -103,9 +103,10 @@ def test_a_run_can_be_evaluated_scored_asked_and_reported(vqa, root, tmp_path, s
     predictions = list(Records(tmp_path / "p.jsonl"))
     assert [p["id"] for p in predictions] == [r["id"] for r in Records(root / "vqa/main/val.jsonl")]
     first = Records(root / "vqa/main/val.jsonl")[0]
-    answer = json.loads(say("predict", vqa, root / first["image"], first["text"]))
-    assert answer["answer"] == predictions[0]["answer"] or json.loads((vqa / "best/config.json").read_text()), "best, not last"
-    assert json.loads(say("predict", vqa / "last", root / first["image"], first["text"]))["answer"] == predictions[0]["answer"]
+    asked = json.loads(say("predict", vqa / "last", root / first["image"], first["text"]))
+    assert [each["answer"] for each in asked] == [each["answer"] for each in predictions[0]["candidates"]]
+    best = [say("predict", place, root / first["image"], first["text"]) for place in (vqa, vqa / "best")]
+    assert best[0] == best[1], "a run answers with its best weights"
     page = tmp_path / "page.html"
     assert str(page) in say("report", vqa, "--out", page)
     assert page.read_text().lstrip().lower().startswith("<!doctype html")
@@ -294,7 +295,7 @@ def test_a_released_file_needs_a_tokenizer_and_its_answers(root, tmp_path, say, 
     assert "2 answers given, the file's head has 37 outputs" in refused("predict", *file, *tokenizer, "--answers", names)
     assert "no answer list at" in refused("predict", *file, *tokenizer, "--answers", tmp_path / "absent.txt")
     names.write_text("".join(f"answer {i}\n" for i in range(37)))
-    assert json.loads(say("predict", *file, *tokenizer, "--answers", names))["answer"].startswith("answer ")
+    assert json.loads(say("predict", *file, *tokenizer, "--answers", names))[0]["answer"].startswith("answer ")
     assert "num_heads" in refused("predict", *file[:3], *tokenizer, "--answers", names, "--num-heads", "5")
 
 

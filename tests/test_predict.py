@@ -78,8 +78,9 @@ def test_a_directory_or_a_run(tmp_path, tokenizer, picture, place):
     prediction = predictor(picture, "how many cubes")
     task.eval()
     batch = task.collate([task.example({"id": "0", "image": picture, "text": "how many cubes"}, False)])
-    assert prediction == task.predict(batch)[0]
-    assert prediction["answer"] in ANSWERS
+    assert prediction == task.predict(batch)[0]["candidates"]
+    assert sorted(each["answer"] for each in prediction) == sorted(ANSWERS), "as many as there are, up to five"
+    assert [each["score"] for each in prediction] == sorted((each["score"] for each in prediction), reverse=True)
     json.dumps(prediction)
 
 
@@ -92,15 +93,15 @@ def test_best_comes_before_last(tmp_path, tokenizer):
 def test_pictures_as_paths_strings_and_in_memory(tmp_path, tokenizer, picture):
     save(vqa(tokenizer), tmp_path / "w")
     predictor = load(tmp_path / "w")
-    scores = {predictor(form, "how many")["score"] for form in (picture, str(picture), Image.open(picture))}
+    scores = {predictor(form, "how many")[0]["score"] for form in (picture, str(picture), Image.open(picture))}
     assert len(scores) == 1
-    assert predictor(Image.new("LA", (8, 8)), "how many")["score"] not in scores
+    assert predictor(Image.new("LA", (8, 8)), "how many")[0]["score"] not in scores
 
 
 def test_a_released_file(released, text_model, picture):
     predictor = load(released, text_model=text_model, answers=ANSWERS)
     assert isinstance(predictor.task, VQA) and not predictor.report.fresh
-    assert predictor(picture, "how many")["answer"] in ANSWERS
+    assert predictor(picture, "how many")[0]["answer"] in ANSWERS
 
 
 @pytest.mark.parametrize("form", ["lines", "released"])
@@ -115,7 +116,7 @@ def test_answers_for_a_directory_that_names_none(tmp_path, tokenizer, picture):
     save(vqa(tokenizer, answers=()), tmp_path / "w")
     with pytest.raises(ValueError, match="answers=FILE"):
         load(tmp_path / "w")(picture, "how many")
-    assert load(tmp_path / "w", answers=ANSWERS)(picture, "how many")["answer"] in ANSWERS
+    assert load(tmp_path / "w", answers=ANSWERS)(picture, "how many")[0]["answer"] in ANSWERS
     with pytest.raises(ValueError, match="2 answer names for 3 outputs"):
         load(tmp_path / "w", answers=("a", "b"))
 
@@ -144,7 +145,7 @@ def test_an_untrained_head_does_not_answer(pretrained, text_model, picture):
 def test_features_of_a_pretrained_file(pretrained, text_model, picture):
     predictor = load(pretrained, task="backbone", text_model=text_model)
     assert isinstance(predictor.task, Backbone)
-    image, both, text = predictor(picture), predictor(picture, "how many"), predictor(None, "how many")
+    (image,), (both,), (text,) = predictor(picture), predictor(picture, "how many"), predictor(None, "how many")
     assert [sorted(features) for features in (image, both, text)] == [
         ["id", "image"],
         ["id", "image", "text"],
@@ -160,7 +161,7 @@ def test_a_file_of_the_image_side_alone_serves_images(tmp_path, text_model, pict
     state = {key: value for key, value in to_official(task).items() if ".B." not in key and "text_embed" not in key}
     torch.save(state, tmp_path / "image.pth")
     predictor = load(tmp_path / "image.pth", text_model=text_model)
-    assert len(predictor(picture)["image"]) == 64
+    assert len(predictor(picture)[0]["image"]) == 64
     with pytest.raises(ValueError, match="holds the image side alone: give images without text"):
         predictor(picture, "how many")
 
@@ -208,4 +209,4 @@ def test_answers_for_weights_without_any(tmp_path):
 
 def test_a_predictor_takes_any_task(tokenizer, picture):
     predictor = Predictor(vqa(tokenizer), Report("nowhere", (), {}, {}))
-    assert predictor(picture, "how many")["answer"] in ANSWERS
+    assert predictor(picture, "how many")[0]["answer"] in ANSWERS

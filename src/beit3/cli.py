@@ -79,9 +79,8 @@ def make_parser() -> argparse.ArgumentParser:
     sub.add_argument("--vocab-size", type=int, default=64000)
     sub.add_argument("--type", choices=("unigram", "bpe"), default="unigram")
 
-    sub = verb("train", train, "Train a task by a recipe.", epilog=TRAIN_USAGE)
+    sub = verb("train", train, "Train a task by a recipe.", usage="beit3 train TASK [RECIPE] [options]", epilog=TRAIN_USAGE)
     sub.add_argument("task")
-    sub.add_argument("recipe", nargs="?", default="demo")
     sub.add_argument("--init", default="", help="weights to start from: a directory of ours or a released file")
     sub.add_argument("--out", default="", help="run directory (default runs/TASK-RECIPE)")
 
@@ -175,30 +174,41 @@ def tokenizer(known: argparse.Namespace, rest: list[str]) -> None:
 
 def train(known: argparse.Namespace, rest: list[str]) -> None:
     from beit3.config import override, suggestion
+    from beit3.ops.collectives import rank
     from beit3.task import load
     from beit3.train.loop import train as run
 
     task = load(known.task)
-    if known.recipe not in task.recipes:
+    # An optional word before options: argparse's own rule for it changed between Python versions.
+    name, fields = (rest[0], rest[1:]) if rest and not rest[0].startswith("--") else ("demo", rest)
+    if name not in task.recipes:
         names = list(task.recipes)
-        raise ValueError(f"{known.task} has no recipe {known.recipe}{suggestion(known.recipe, names)} (known: {', '.join(names)})")
-    recipe = override(task.recipes[known.recipe], rest)
-    out = known.out or f"runs/{known.task}-{known.recipe}"
+        raise ValueError(f"{known.task} has no recipe {name}{suggestion(name, names)} (known: {', '.join(names)})")
+    recipe = override(task.recipes[name], fields)
+    out = known.out or f"runs/{known.task}-{name}"
     scores = run(recipe, task, out=out, init=known.init)
-    print(json.dumps(scores, indent=1))
-    print(f"weights at {out}/last and {out}/best")
+    if rank() == 0:
+        print(json.dumps(scores, indent=1))
+        print(f"weights at {out}/last and {out}/best")
 
 
 def evaluate(known: argparse.Namespace, rest: list[str]) -> None:
+    import torch
+
     from beit3.data.records import write_records
     from beit3.predict import load
     from beit3.train.evaluate import predict_sources, score_sources
+    from beit3.weights.fill import task_name
 
-    task = load(known.weights, task=known.task, num_heads=known.num_heads, text_model=known.text_model, answers=known.answers).task
+    predictor = load(known.weights, task=known.task, num_heads=known.num_heads, text_model=known.text_model, answers=known.answers)
+    predictor.require_trained()
+    task = predictor.task.to("cuda" if torch.cuda.is_available() else "cpu")
+    if not task.sources:
+        raise ValueError(f"task {task_name(type(task))} reads no records: there is nothing to score")
     sources = split_sources(type(task), known.root, known.split)
     found = predict_sources(task, sources, batch_size=known.batch)
     if known.predictions:
-        write_records(known.predictions, (prediction for predictions, _ in found.values() for prediction in predictions))
+        write_records(known.predictions, ({"source": name} | row for name, (rows, _) in found.items() for row in rows))
     print(json.dumps(score_sources(type(task), found), indent=1))
 
 
@@ -211,7 +221,8 @@ def score(known: argparse.Namespace, rest: list[str]) -> None:
     if known.source not in sources:
         raise ValueError(f"--source {known.source} has no {known.split} records: there are {', '.join(sources)}")
     try:
-        scores = task.score(list(Records(known.predictions)), list(sources[known.source]))
+        rows = [row for row in Records(known.predictions) if row.get("source", known.source) == known.source]
+        scores = task.score(rows, list(sources[known.source]))
     except KeyError as field:
         raise ValueError(f"{known.predictions}: a prediction has no field {field}, as beit3 eval --predictions writes it") from None
     print(json.dumps(scores, indent=1))

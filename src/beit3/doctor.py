@@ -9,7 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 from beit3.train.root import cache
 
-REQUIRED = ("torch", "torchvision", "numpy", "pillow", "sentencepiece", "safetensors", "tyro", "rich", "matplotlib", "tensorboard", "scipy")
+REQUIRED = ("torch", "torchvision", "numpy", "pillow", "sentencepiece", "safetensors", "tyro", "rich", "matplotlib", "tensorboard")
 DEVELOPMENT = ("pytest", "hypothesis", "ruff", "mypy")
 DISK = 2 * 2**30
 """Bytes below which a run may fill the disk."""

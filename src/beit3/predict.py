@@ -26,9 +26,18 @@ class Predictor:
         self.task = task.eval()
         self.report = report
 
+    def require_trained(self) -> None:
+        """ValueError where parts of the task besides the text side are at their initial values."""
+        untrained = [key for key in self.report.fresh if not is_text(key)]
+        if untrained:
+            name = task_name(type(self.task))
+            raise ValueError(f"the head of {name} is untrained ({untrained[0]}): fine-tune, or use .task.outputs(batch)")
+
     @torch.inference_mode()
-    def __call__(self, *inputs: Any) -> Prediction:
-        """The prediction for one set of raw inputs, those of the task's `record`; images as paths or PIL images.
+    def __call__(self, *inputs: Any) -> list[Prediction]:
+        """What the task says of one set of raw inputs, those of its `record`: its candidates, the best first.
+
+        A task that ranks none gives a list of its one prediction. Images as paths or PIL images; None leaves one out.
 
         Raises ValueError for inputs that the task does not take or cannot read, and for parts that nobody has trained.
         """
@@ -36,11 +45,7 @@ class Predictor:
         make = getattr(self.task, "record", None)
         if make is None:
             raise ValueError(f"{name} takes no raw inputs: give tensors to .task.outputs(batch)")
-        untrained = [key for key in self.report.fresh if not is_text(key)]
-        if untrained:
-            raise ValueError(
-                f"the head of {name} is untrained ({untrained[0]}): fine-tune, or use .task.outputs(batch)"
-            )
+        self.require_trained()
         signature = inspect.signature(make)
         try:
             signature.bind(*inputs)
@@ -51,8 +56,8 @@ class Predictor:
             raise ValueError(f"{self.report.source} holds the image side alone: give images without text")
         batch = self.task.collate([self.task.example(record, False)])
         device = next(self.task.parameters()).device
-        batch = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
-        return self.task.predict(batch)[0]
+        prediction = self.task.predict({key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()})[0]
+        return prediction.get("candidates", [prediction])
 
 
 def load(

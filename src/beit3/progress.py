@@ -10,13 +10,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 @contextmanager
 def bar(label: str) -> Iterator[Callable[[int, int], None]]:
-    """Yields `advance(done, total)`, to be called as the work goes on."""
+    """Yields `advance(done, total)`, to be called as the work goes on; total 0 = not known."""
     console = Console(highlight=False)
     if console.is_terminal:
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         with Progress(*columns, console=console, transient=True) as progress:
             task = progress.add_task(label, total=None)
-            yield lambda done, total: progress.update(task, completed=done, total=total)
+            yield lambda done, total: progress.update(task, completed=done, total=total or None)
         return
     started = spoken = time.monotonic()
 
@@ -25,6 +25,7 @@ def bar(label: str) -> Iterator[Callable[[int, int], None]]:
         now = time.monotonic()
         if now - spoken > 10:
             spoken = now
-            console.print(f"{label}  {done}/{total}  {(now - started) / max(1, done) * (total - done):.0f}s left")
+            left = f"/{total}  {(now - started) / max(1, done) * (total - done):.0f}s left" if total else ""
+            console.print(f"{label}  {done}{left}")
 
     yield advance

@@ -41,10 +41,12 @@ class Task(nn.Module):
     """The score that decides which weights are best; larger is better."""
     official_names: ClassVar[Mapping[str, str]] = {}
     """Head parameters: our name prefix -> the prefix in released checkpoints."""
+    moves_in_forward: ClassVar[bool] = False
+    """Whether a training forward changes buffers, so that a process must see its share of a step at once."""
     frozen: ClassVar[tuple[str, ...]] = ()
     """Children that never train and are not stored with the weights."""
     unused: ClassVar[Mapping[str, str]] = {}
-    """Parameter prefixes without a gradient by design -> the reason. `{last}` stands for the last layer's number."""
+    """Parameter prefixes without a gradient by design -> the reason; a property where the config decides."""
 
     backbone: nn.Module
 

@@ -176,7 +176,8 @@ def test_several_broken_ones_in_a_row(tmp_path):
 
 
 def test_nothing_but_broken_records_is_an_error(tmp_path):
-    with pytest.raises(ValueError, match=r"not one record of .*images\.jsonl can be read; the first: images record images-\d+: .*broken"):
+    message = r"7 records of .*images\.jsonl in a row cannot be read; the first: images record images-\d+: .*broken"
+    with pytest.raises(ValueError, match=message):
         run(tmp_path, range(1), bad={"images": set(range(7))})
 
 

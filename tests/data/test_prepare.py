@@ -97,10 +97,12 @@ def test_a_wider_share_can_be_asked_for(tmp_path, picture):
     assert write_splits(tmp_path / "root", "vqa", "main", given, bad_share=0.25)["records"] == {"train": 3}
 
 
-def test_progress_counts_records(tmp_path, picture):
-    seen: list[int] = []
-    write_splits(tmp_path / "root", "vqa", "main", rows(picture, 4), progress=seen.append)
-    assert seen == [1, 2, 3, 4]
+def test_a_root_behind_a_link_finds_its_images(tmp_path, picture):
+    (tmp_path / "far" / "away").mkdir(parents=True)
+    (tmp_path / "root").symlink_to(tmp_path / "far" / "away")
+    write_splits(tmp_path / "root", "vqa", "main", rows(picture, 4))
+    record = json.loads((tmp_path / "root/vqa/main/train.jsonl").read_text().splitlines()[0])
+    assert os.path.exists(tmp_path / "root" / record["image"])
 
 
 def test_images_are_judged_once(tmp_path, picture):

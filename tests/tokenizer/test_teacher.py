@@ -279,7 +279,7 @@ def test_a_backbone_as_teacher():
     class Backbone(nn.Module):
         def __init__(self):
             super().__init__()
-            self.config = SimpleNamespace(dim=48)
+            self.config = SimpleNamespace(dim=48, patch_size=4)
             self.patch = nn.Conv2d(3, 48, 4, stride=4)
 
         def forward(self, image: Tensor) -> Encoded:
@@ -287,7 +287,7 @@ def test_a_backbone_as_teacher():
             return Encoded(torch.cat((states.new_zeros(len(image), 1, 48), states), 1))
 
     backbone = Backbone()
-    teacher = BackboneTeacher(backbone)
+    teacher = BackboneTeacher(backbone, patch_size=backbone.config.patch_size)
     features = teacher.features(pixels())
     assert teacher.dim == 48 and not features.requires_grad
     close(features, backbone.patch(pixels() * 2 - 1).flatten(2).transpose(1, 2).detach())

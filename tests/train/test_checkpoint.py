@@ -1,6 +1,7 @@
 """A run that was stopped anywhere and started again equals one that was not: weights, optimizer and log, bit for bit."""
 
 import json
+import shutil
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -166,7 +167,7 @@ def test_what_a_kill_left_half_written_does_no_harm(recipes, whole, tmp_path, mo
 def test_a_finished_run_returns_its_scores_at_once(recipes, whole, monkeypatch):
     out = whole["vqa"]
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
-    monkeypatch.setattr(VQA, "__init__", lambda *_, **__: pytest.fail("nothing is built"))
+    monkeypatch.setattr(VQA, "forward", lambda *_, **__: pytest.fail("nothing is trained"))
     assert train(recipes["vqa"], VQA, out=out) == json.loads((out / "scores.json").read_text())
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
 
@@ -207,3 +208,26 @@ def test_a_checkpoint_of_another_network_is_refused(recipes, whole, tmp_path):
     torch.save(state | {"step": 4}, out / "checkpoints" / "step_00000004.pt")
     with pytest.raises(ValueError, match=r"step_00000004\.pt does not fit this run: missing \['head\.3\.bias'\].*use another --out"):
         train(recipes["vqa"], VQA, out=out)
+
+
+def test_a_resume_notices_another_answer_list(root, tmp_path):
+
+
+    shutil.copytree(root, tmp_path / "root", symlinks=True)
+    for path in (tmp_path / "root").rglob("*.jsonl"):
+        lines = (json.loads(line) for line in path.read_text().splitlines())
+        moved = [line | {"image": str((root / line["image"]).resolve())} if "image" in line else line for line in lines]
+        path.write_text("".join(json.dumps(line) + "\n" for line in moved))
+    recipe = vqa_recipe(tmp_path / "root", steps=2)
+    train(recipe, VQA, out=tmp_path / "run")
+    labels = tmp_path / "root" / "vqa" / "main" / "answer2label.txt"
+    answers = [json.loads(line)["answer"] for line in labels.read_text().splitlines()]
+    labels.write_text("".join(answer + "\n" for answer in reversed(answers)))
+    with pytest.raises(ValueError, match=r"another run \(its inputs\.config\.answers differs\)"):
+        train(recipe, VQA, out=tmp_path / "run")
+
+
+def test_a_codebook_sees_its_share_at_once(root, tmp_path):
+    recipe = vqkd_recipe(root, micro_batch=4)
+    with pytest.raises(ValueError, match=r"run\.micro_batch 4: vqkd needs its share of 8 records at once"):
+        train(recipe, VQKD, out=tmp_path / "run")

@@ -78,7 +78,8 @@ def runs(root, visual, tmp_path_factory) -> dict[str, tuple[Path, Path]]:
     (place / "cli").mkdir()
     assert main(command_line(root, place / "cli" / "one")) == 0
     said = torchrun(str(place / "script.py"), json.dumps(jobs), *command_line(root, place / "cli" / "two"))
-    assert said.count('"step": 5') == 4 and said.count('"step": 2') == 2, "every process has the scores"
+    assert said.count('"step": 5') == 4, "every process has the scores"
+    assert said.count('"step": 2') == 1, "the command line's first process prints them"
     return {name: (place / name / "one", place / name / "two") for name in (*recipes, "cli")}
 
 

@@ -19,6 +19,9 @@ from beit3.data.records import Records
 PASSED_OVER = "passed_over"
 """Batch key: one line for every unreadable record that another one replaced."""
 
+TRIES = 100
+"""Records in a row that may be unreadable before the data, not the record, is at fault."""
+
 Place = tuple[str, int]
 """(source, position in its endless sequence)."""
 
@@ -62,14 +65,14 @@ class Examples(Dataset):
         epoch, offset = divmod(position, len(source))
         order = self.order(name, epoch)
         failures: list[str] = []
-        for turn in range(len(source)):
+        for turn in range(min(TRIES, len(source))):
             record = source[int(order[(offset + turn) % len(source)])]
             try:
                 example = self.make(record, True, rng=rng(self.seed, epoch, str(record["id"])))
                 return example | {PASSED_OVER: failures}
             except ValueError as error:
                 failures.append(f"{name} record {record['id']}: {error}")
-        raise ValueError(f"not one record of {source.path} can be read; the first: {failures[0]}")
+        raise ValueError(f"{len(failures)} records of {source.path} in a row cannot be read; the first: {failures[0]}")
 
     def __getstate__(self) -> dict[str, Any]:
         return {key: value for key, value in self.__dict__.items() if key != "order"}

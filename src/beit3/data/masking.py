@@ -11,8 +11,6 @@ import numpy as np
 
 IGNORE = -100
 TRIES = 10
-# BEiT masks 14 x 14 grids in blocks of at least 16 cells, a 12th of them: smaller grids keep that share.
-CELLS_PER_MIN_BLOCK = 12
 
 
 def rng(seed: int, epoch: int, key: str | int) -> np.random.Generator:
@@ -37,11 +35,10 @@ def block_mask(
     height, width = grid
     if not 0 <= num_masked <= height * width:
         raise ValueError(f"num_masked {num_masked} does not fit a {height} x {width} grid: use 0 to {height * width}")
-    smallest = min(min_block, max(1, height * width // CELLS_PER_MIN_BLOCK))
     mask = np.zeros(grid, dtype=bool)
     missing = num_masked
     while missing:
-        added = _add_block(mask, missing, smallest, aspect, rng)
+        added = _add_block(mask, missing, min_block, aspect, rng)
         if not added:
             break
         missing -= added

@@ -5,13 +5,14 @@ beyond it nothing is written.
 """
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from PIL import Image, UnidentifiedImageError
 
 from beit3.data.records import write_records
+from beit3.progress import bar
 
 BAD_SHARE = 0.01
 """Share of the records that may be unusable before `prepare` refuses the whole."""
@@ -22,7 +23,7 @@ NAMED = 20
 
 def write_splits(
     root: Path, task: str, source: str, records: Iterable[tuple[str, dict[str, Any]]], *,
-    bad_share: float = BAD_SHARE, progress: Callable[[int], None] | None = None,
+    bad_share: float = BAD_SHARE,
 ) -> dict[str, Any]:
     """Write `root/task/source/<split>.jsonl` from (split, record) pairs; image paths become relative to `root`.
 
@@ -31,16 +32,16 @@ def write_splits(
     splits: dict[str, list[dict[str, Any]]] = {}
     bad: list[str] = []
     known: dict[str, str] = {}
-    for count, (split, record) in enumerate(records, 1):
-        fault = find_fault(record, known)
-        if fault:
-            bad.append(f"{record.get('id', count)}: {fault}")
-            continue
-        if "image" in record:
-            record = record | {"image": os.path.relpath(record["image"], root)}
-        splits.setdefault(split, []).append(record)
-        if progress:
-            progress(count)
+    with bar(f"{task} {source}: records") as advance:
+        for count, (split, record) in enumerate(records, 1):
+            advance(count, 0)
+            fault = find_fault(record, known)
+            if fault:
+                bad.append(f"{record.get('id', count)}: {fault}")
+                continue
+            if "image" in record:  # links resolved first: the system walks ".." from where a link leads
+                record = record | {"image": os.path.relpath(os.path.realpath(record["image"]), os.path.realpath(root))}
+            splits.setdefault(split, []).append(record)
     total = sum(map(len, splits.values())) + len(bad)
     if len(bad) > bad_share * total:
         raise ValueError(

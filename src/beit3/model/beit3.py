@@ -80,6 +80,10 @@ class BEiT3(nn.Module):
             text_padding = text_padding.bool()
             if cache is not None:
                 raise ValueError("text_padding cannot be combined with a cache: leave padding out")
+            if text is None:
+                raise ValueError("text_padding without text: give both or neither")
+        if attention_mask is not None:
+            attention_mask = attention_mask.bool()
         parts, spans = self.embed(image, text, image_mask, text_padding, cache)
         keys = None if text_padding is None else visible_keys(sum(n for name, n in spans if name == IMAGE), text_padding)
         mask = joint(attention_mask, keys)

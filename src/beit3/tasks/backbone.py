@@ -30,9 +30,9 @@ class Backbone(Task):
         self.backbone = BEiT3(config.model)
 
     def record(self, image: Any = None, text: str | None = None) -> Record:
-        """Raw inputs -> record: an image, a text or both."""
+        """Raw inputs -> record: an image, a text or both; None or an empty string leaves one out."""
         given = {"image": image, "text": text}
-        return {"id": "0"} | {name: value for name, value in given.items() if value is not None}
+        return {"id": "0"} | {name: value for name, value in given.items() if value not in (None, "")}
 
     def example(self, record: Record, train: bool, *, rng: np.random.Generator | None = None) -> Example:
         """`image` [3, S, S], `text` and `text_padding` [L], of whatever the record holds."""

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from beit3.data import formats
-from beit3.data.masking import block_mask, text_mask
+from beit3.data.masking import IGNORE, block_mask, text_mask
 from beit3.data.prepare import write_splits
 from beit3.data.records import open_image
 from beit3.data.transforms import Preprocessing, two_views
@@ -27,8 +27,6 @@ from beit3.task import Batch, Example, Prediction, Record, Task, joined, padded,
 from beit3.tokenizer.text import TextTokenizer
 from beit3.tokenizer.visual import VisualTokenizer
 from beit3.weights.store import FrozenFile, load_frozen
-
-IGNORE = -100
 
 
 @dataclass(frozen=True)
@@ -90,7 +88,7 @@ PRETRAIN_NO_DECAY = (
 
 DEMO = Recipe(
     task=PretrainConfig(
-        model=TINY, image=Preprocessing(32), num_codes=64, token_size=32, min_mask_block=3, text_length=20,
+        model=TINY, image=Preprocessing(32), num_codes=64, token_size=32, min_mask_block=1, text_length=20,
         monomodal_text_length=48, pair_masking="text_only", image_crop=(1.0, 1.0), pair_crop=(1.0, 1.0), image_flip=0.0,
         pair_flip=0.0, color_jitter=0.0,
     ),
@@ -135,7 +133,7 @@ class Pretrain(Task):
         self.known_codes: dict[tuple[str, str], Tensor] = {}
         if config.cache_codes and not config.fixed_views:
             raise ValueError("task.cache_codes needs fixed views: set the crops to 1.0 1.0 and flips and color_jitter to 0")
-        if config.visual_tokenizer:
+        if config.visual_tokenizer and Path(config.visual_tokenizer).exists():  # weights alone may be used elsewhere
             task, file = load_frozen(config.visual_tokenizer, "vqkd")
             assert isinstance(task.backbone, VisualTokenizer)
             self.visual_tokenizer, self.frozen_files = task.backbone, {"visual_tokenizer": file}
@@ -150,6 +148,14 @@ class Pretrain(Task):
         """`images`: a folder of images; `texts`: a folder of text files; `pairs`: Karpathy JSON or Flickr8k token files."""
         read = {"images": formats.images, "texts": formats.texts, "pairs": formats.pairs}
         return write_splits(root, "pretrain", source, read[source](raw))
+
+    @staticmethod
+    def configure(config: TaskConfig, root: Path) -> TaskConfig:
+        """Nothing to complete; a run whose visual tokenizer is missing ends here."""
+        assert isinstance(config, PretrainConfig)
+        if config.visual_tokenizer and not Path(config.visual_tokenizer).exists():
+            raise ValueError(f"task.visual_tokenizer: {config.visual_tokenizer} is not there (beit3 train vqkd writes one)")
+        return config
 
     def example(self, record: Record, train: bool, *, rng: np.random.Generator | None = None) -> Example:
         """`text` and/or `image` with what was hidden of them; `token_image` where codes will be wanted."""
@@ -237,7 +243,9 @@ class Pretrain(Task):
         if "image_codes" in batch:
             return batch["image_codes"]
         if self.visual_tokenizer is None:
-            raise ValueError("image targets need a visual tokenizer: give --task.visual_tokenizer WEIGHTS (beit3 train vqkd)")
+            where = self.config.visual_tokenizer
+            reason = f"{where} is not there" if where else "none is given"
+            raise ValueError(f"image targets need a visual tokenizer and {reason}: --task.visual_tokenizer WEIGHTS (beit3 train vqkd)")
         if not self.config.cache_codes:
             return self.visual_tokenizer.codes(batch["token_image"])
         keys = [(f"{self.prefix(batch)}{self.training}", key) for key in batch["id"]]  # ids may recur in another split
@@ -260,7 +268,7 @@ class Pretrain(Task):
         """(modality, logits [M, K or V], targets [M]) for every modality with hidden positions."""
         found = []
         if "image_mask" in batch:
-            mask = batch["image_mask"]
+            mask = batch["image_mask"].bool()
             found.append(("image", self.image_head(encoded.of("image")[:, 1:][mask]), self.codes(batch)[mask]))
         if "text_target" in batch:
             hidden = batch["text_target"] != IGNORE
@@ -283,7 +291,7 @@ class Pretrain(Task):
         """Per record and modality: summed loss, hidden positions, and how many were named correctly."""
         predictions: list[Prediction] = [{"id": key} for key in batch["id"]]
         for name, logits, targets in self.predicted(batch, self.encode(batch)):
-            hidden = batch["image_mask"] if name == "image" else batch["text_target"] != IGNORE
+            hidden = batch["image_mask"].bool() if name == "image" else batch["text_target"] != IGNORE
             rows = hidden.nonzero()[:, 0]
             losses = F.cross_entropy(logits.float(), targets, reduction="none")
             sums = torch.zeros(3, len(predictions), dtype=torch.float64, device=losses.device)

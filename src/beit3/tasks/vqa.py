@@ -21,12 +21,16 @@ from beit3.data.augment import rand_augment
 from beit3.data.prepare import write_splits
 from beit3.data.records import locate, open_image, write_text
 from beit3.data.transforms import Preprocessing, random_resized_crop
+from beit3.metrics.classification import vqa_accuracy
 from beit3.metrics.text import normalize_answer, soft_scores
 from beit3.model.beit3 import BEiT3
 from beit3.model.config import BASE, LARGE, TINY, ModelConfig
 from beit3.recipe import DataConfig, OptimConfig, Recipe, RunConfig, TaskConfig
-from beit3.task import Batch, Example, Prediction, Record, Task, batch_size, joined, padded, record_rng
+from beit3.task import Batch, Example, Prediction, Record, Task, joined, padded, record_rng
 from beit3.tokenizer.text import TextTokenizer
+
+CANDIDATES = 5
+"""Answers that a prediction ranks."""
 
 MIN_ANSWER_COUNT = 9
 """VQAv2 answers given less often are not in the list: 3129 remain (release)."""
@@ -194,30 +198,31 @@ class VQA(Task):
         best = batch["target"].gather(1, logits.argmax(1, keepdim=True))
         return {"losses": {"loss": loss}, "metrics": {"loss/accuracy": best.sum()}}
 
-    def targets(self, batch: Batch) -> dict[str, int]:
-        return {"loss": batch_size(batch)}
-
     # Inference -------------------------------------------------------------------------------------------------------
 
     def predict(self, batch: Batch) -> list[Prediction]:
-        """The likeliest answer and its probability (answers are independent: they need not sum to 1)."""
+        """The likeliest answer, its probability, and the first `CANDIDATES` of all; probabilities need not sum to 1."""
         if not self.labels:
             raise ValueError("these weights name no answers: give answers=FILE, one answer per line in the head's order")
-        scores, labels = self.outputs(batch)["logits"].float().sigmoid().max(1)
-        return [
-            {"id": key, "answer": self.config.answers[label], "score": score}
-            for key, label, score in zip(batch["id"], labels.tolist(), scores.tolist(), strict=True)
-        ]
+        count = min(CANDIDATES, self.config.num_answers)
+        scores, labels = self.outputs(batch)["logits"].float().sigmoid().topk(count, dim=1)
+        predictions = []
+        for key, chosen, probabilities in zip(batch["id"], labels.tolist(), scores.tolist(), strict=True):
+            ranked = [{"answer": self.config.answers[c], "score": p} for c, p in zip(chosen, probabilities, strict=True)]
+            predictions.append({"id": key} | ranked[0] | {"candidates": ranked})
+        return predictions
 
     @staticmethod
     def score(predictions: Sequence[Prediction], records: Sequence[Record]) -> dict[str, float]:
         """VQA accuracy: the mean soft score of the given answer; and beside it that of the commonest answer."""
         pairs = joined(predictions, records)
+        if not any(record["answers"] for _, record in pairs):
+            raise ValueError("these records hold no answers to compare with: score a split that has them")
         totals: Counter[str] = Counter()
         for record in records:
             totals.update(record["answers"])
         return {
-            "accuracy": sum(record["answers"].get(p["answer"], 0.0) for p, record in pairs) / len(pairs),
+            "accuracy": vqa_accuracy([p["answer"] for p, _ in pairs], [record["answers"] for _, record in pairs]),
             "most_frequent": max(totals.values(), default=0.0) / len(pairs),
         }
 

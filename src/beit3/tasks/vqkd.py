@@ -22,6 +22,7 @@ from beit3.task import Batch, Example, Prediction, Record, Task, joined, record_
 from beit3.tokenizer.teacher import BackboneTeacher, Teacher, load_teacher
 from beit3.tokenizer.text import TextTokenizer
 from beit3.tokenizer.visual import VisualTokenizer, VisualTokenizerConfig
+from beit3.tokenizer.vit import patch_grid
 from beit3.weights.store import load_backbone
 
 
@@ -50,6 +51,7 @@ class VQKD(Task):
     backbone: VisualTokenizer
     headline = "score"
     frozen = ("teacher",)
+    moves_in_forward = True
     recipes: ClassVar[Mapping[str, Recipe]] = {
         "demo": Recipe(
             task=VQKDConfig(
@@ -64,8 +66,10 @@ class VQKD(Task):
         "base_224_clip": Recipe(
             task=VQKDConfig(),
             data=DataConfig(batch={"main": 512}, workers=8),
-            optim=OptimConfig(lr=2e-4, min_lr=1e-5, betas=(0.9, 0.99), weight_decay=1e-4, warmup_epochs=10),
-            run=RunConfig(epochs=100, micro_batch=64, log_every=100, eval_every=5_000, save_every=2_000),
+            optim=OptimConfig(
+                lr=2e-4, min_lr=1e-5, betas=(0.9, 0.99), weight_decay=1e-4, warmup_epochs=10, no_decay=("class_token", "positions"),
+            ),
+            run=RunConfig(epochs=100, log_every=100, eval_every=5_000, save_every=2_000),
             note="BEiT v2's tokenizer: CLIP ViT-B/16 teacher, 8192 codes of 32, three decoder layers, ImageNet-1k",
         ),
     }  # fmt: skip
@@ -128,7 +132,7 @@ class VQKD(Task):
         if self.teacher is None:
             config = self.config
             if config.teacher == "beit3":
-                teacher: Teacher = BackboneTeacher(load_backbone(config.teacher_weights))
+                teacher: Teacher = BackboneTeacher(load_backbone(config.teacher_weights), patch_size=config.model.patch_size)
             else:
                 teacher = load_teacher(config.teacher, path=config.teacher_weights or None, patch_size=config.model.patch_size)
             if teacher.dim != config.model.teacher_dim:
@@ -151,14 +155,15 @@ class VQKD(Task):
         ]
         if self.teacher is not None or self.config.teacher == "gradients":
             features = self.ask_teacher(self.pixels(batch))
-            distance = 1 - F.cosine_similarity(self.backbone.decode(codes).float(), features, dim=-1).mean(1)
+            grid = patch_grid(self.pixels(batch), self.config.model.patch_size)
+            distance = 1 - F.cosine_similarity(self.backbone.decode(codes, grid).float(), features, dim=-1).mean(1)
             for prediction, value in zip(predictions, distance.tolist(), strict=True):
                 prediction["distance"] = value
         return predictions
 
     @staticmethod
     def score(predictions: Sequence[Prediction], records: Sequence[Record]) -> dict[str, float]:
-        """Share of the codebook in use and perplexity of the codes over the split; `score` = 1 - distance to the teacher."""
+        """Share of the codebook in use and perplexity of the codes; where a teacher was at hand, `score` = 1 - distance to it."""
         pairs = [prediction for prediction, _ in joined(predictions, records)]
         num_codes = pairs[0]["num_codes"]
         counts = np.bincount(np.concatenate([p["codes"] for p in pairs]), minlength=num_codes)
@@ -170,4 +175,5 @@ class VQKD(Task):
         }
         if "distance" in pairs[0]:
             scores["distance"] = float(np.mean([p["distance"] for p in pairs]))
-        return scores | {"score": 1 - scores.get("distance", 1.0)}
+            scores["score"] = 1 - scores["distance"]
+        return scores

@@ -100,6 +100,14 @@ class Gradients(Teacher):
         return F.unfold(means, 2, stride=2).transpose(1, 2)
 
 
+def resized(pixels: Tensor, patch_size: int, own: int) -> Tensor:
+    """Images whose patches of `own` pixels make the grid that patches of `patch_size` make of the given ones."""
+    if own == patch_size:
+        return pixels
+    rows, columns = patch_grid(pixels, patch_size)
+    return F.interpolate(pixels, size=(rows * own, columns * own), mode="bicubic", antialias=True).clamp(0, 1)
+
+
 class ViTTeacher(Teacher):
     """Normed patch tokens of a Vision Transformer, projected if it has a projection.
 
@@ -120,12 +128,7 @@ class ViTTeacher(Teacher):
 
     @torch.no_grad()
     def features(self, images: Tensor) -> Tensor:
-        pixels = unit_pixels(images)
-        grid = patch_grid(pixels, self.patch_size)
-        own = self.vit.config.patch_size
-        if own != self.patch_size:
-            size = (grid[0] * own, grid[1] * own)
-            pixels = F.interpolate(pixels, size=size, mode="bicubic", antialias=True).clamp(0, 1)
+        pixels = resized(unit_pixels(images), self.patch_size, self.vit.config.patch_size)
         states = self.vit((pixels - self.mean) / self.deviation)[:, 1:]
         return (states if self.projection is None else states @ self.projection).float()
 
@@ -160,18 +163,21 @@ class DINOTeacher(ViTTeacher):
 class BackboneTeacher(Teacher):
     """A trained BEiT-3: called as `backbone(image=...)`, its `.of("image")` [B, 1 + P, D] without the class token.
 
-    The backbone itself is frozen, not a copy; its width is `backbone.config.dim`. It sees pixels in [-1, 1].
+    The backbone itself is frozen, not a copy; its width is `backbone.config.dim`. It sees pixels in [-1, 1], resized
+    where its patches are not the tokenizer's.
     """
 
-    def __init__(self, backbone: nn.Module):
+    def __init__(self, backbone: nn.Module, *, patch_size: int):
         super().__init__()
-        self.backbone = backbone.requires_grad_(False)
+        self.backbone, self.patch_size = backbone.requires_grad_(False), patch_size
+        self.own_patch = int(backbone.config.patch_size)  # type: ignore[union-attr, arg-type]
         self.dim = int(backbone.config.dim)  # type: ignore[union-attr, arg-type]
         self.eval()
 
     @torch.no_grad()
     def features(self, images: Tensor) -> Tensor:
-        return self.backbone(image=unit_pixels(images) * 2 - 1).of("image")[:, 1:].float()
+        pixels = resized(unit_pixels(images), self.patch_size, self.own_patch)
+        return self.backbone(image=pixels * 2 - 1).of("image")[:, 1:].float()
 
 
 Renames = tuple[tuple[str, str], ...]

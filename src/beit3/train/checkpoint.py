@@ -7,11 +7,7 @@ from typing import Any
 import torch
 
 from beit3.task import Task
-
-
-def state_of(task: Task) -> dict[str, torch.Tensor]:
-    """Parameters and buffers that belong to the run: all but the frozen parts."""
-    return {name: value for name, value in task.state_dict().items() if name.split(".")[0] not in task.frozen}
+from beit3.weights.fill import stored
 
 
 def save(run: Path, step: int, task: Task, optimizer: torch.optim.Optimizer, best: float | None, *, keep: int) -> Path:
@@ -21,7 +17,7 @@ def save(run: Path, step: int, task: Task, optimizer: torch.optim.Optimizer, bes
     path = folder / f"step_{step:08d}.pt"
     temporary = path.with_suffix(".tmp")
     with temporary.open("wb") as file:
-        torch.save({"step": step, "task": state_of(task), "optimizer": optimizer.state_dict(), "best": best}, file)
+        torch.save({"step": step, "task": stored(task), "optimizer": optimizer.state_dict(), "best": best}, file)
         file.flush()
         os.fsync(file.fileno())
     temporary.rename(path)

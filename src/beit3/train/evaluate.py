@@ -56,6 +56,8 @@ def predict_sources(
     for name, source in sources.items():
         broken: list[str] = []
         records = list(islice(source, limit or None))
+        if "text" in records[0]:
+            task.tokenizer  # noqa: B018  # its absence is the caller's fault, not each record's
         predictions = predict(task, records, batch_size=batch_size, broken=broken)
         if len(broken) > bad_share * len(records):
             raise ValueError(f"{len(broken)} of {len(records)} records of {source.path} cannot be read: {'; '.join(broken[:20])}")

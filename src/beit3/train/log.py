@@ -1,7 +1,6 @@
 """What a run says of itself: `metrics.jsonl`, TensorBoard, and a console line with the time that is left."""
 
 import json
-import resource
 import sys
 import time
 from collections.abc import Mapping
@@ -32,6 +31,10 @@ def memory() -> float:
     """Peak memory in GB: the accelerator's where there is one, else this process's."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
+    if sys.platform == "win32":
+        return 0.0
+    import resource  # Unix only
+
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 2**30 if sys.platform == "darwin" else peak / 2**20
 

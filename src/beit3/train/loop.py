@@ -16,9 +16,11 @@ from typing import Any
 import torch
 from torch.utils.checkpoint import checkpoint as recomputed
 
+from beit3.config import to_dict
 from beit3.data.loader import PASSED_OVER, Examples, Source, step_batches, step_places
 from beit3.data.records import locate
 from beit3.ops.collectives import all_reduce, barrier, leader_first, rank, world_size
+from beit3.progress import bar
 from beit3.recipe import Recipe
 from beit3.task import Batch, Task, fit_vocabulary
 from beit3.tokenizer.text import TextTokenizer
@@ -45,20 +47,23 @@ def train(recipe: Recipe, task_class: type[Task], *, out: str | Path, init: str 
     """
     run, out = recipe.run, Path(out)
     device = start(run)
-    with leader_first():
-        root = Path(recipe.data.root) if recipe.data.root else embedded_root(task_class)
+    with leader_first(), bar("writing the world") as advance:
+        root = Path(recipe.data.root) if recipe.data.root else embedded_root(task_class, progress=advance)
     sources = {name: open_source(root, task_class, name, recipe) for name in task_class.sources if recipe.data.batch.get(name)}
+    if not sources:
+        raise ValueError(f"data.batch names none of the sources {', '.join(task_class.sources)}: give each a number of records")
+    refuse_accumulation(task_class, recipe)
     held_out = {name: open_source(root, task_class, name, recipe, "val") for name in sources}
     tokenizer = open_tokenizer(recipe, root, init)
     if tokenizer is None and any("text" in source[0] for source in sources.values()):
         raise ValueError(f"no text tokenizer: give --data.text_model FILE, or write {root / store.TEXT} with beit3 tokenizer train")
     steps, warmup = count_steps(recipe, {name: len(source) for name, source in sources.items()})
-    mine = {"task": task_name(task_class), "init": str(init), "recipe": recipe.to_dict()}
+    task = task_class(task_class.configure(fit_vocabulary(recipe.task, tokenizer), root), tokenizer=tokenizer)
+    mine = {"task": task_name(task_class), "init": str(init), "recipe": recipe.to_dict(), "inputs": inputs_of(task)}
     refuse_other_run(out, mine)
     if finished(out, steps):
         return json.loads((out / "scores.json").read_text())
 
-    task = task_class(task_class.configure(fit_vocabulary(recipe.task, tokenizer), root), tokenizer=tokenizer)
     task.init_weights(run.seed)
     if init:
         report = store.initialise_from(task, init)
@@ -147,6 +152,20 @@ def count_steps(recipe: Recipe, sizes: Mapping[str, int]) -> tuple[int, int]:
     if steps < 1:
         raise ValueError("run.steps and run.epochs are both 0: give one of them")
     return steps, optim.warmup_steps or round(optim.warmup_epochs * per_epoch)
+
+
+def refuse_accumulation(task_class: type[Task], recipe: Recipe) -> None:
+    """ValueError for several micro-batches a step where the task's forward changes state (a codebook's moving average)."""
+    share = max(recipe.data.batch.values()) // world_size()
+    if task_class.moves_in_forward and 0 < recipe.run.micro_batch < share:
+        raise ValueError(f"run.micro_batch {recipe.run.micro_batch}: {task_name(task_class)} needs its share of {share} records at once")
+
+
+def inputs_of(task: Task) -> dict[str, Any]:
+    """What a run reads beside its recipe: the config that the records completed, tokenizer and frozen parts by digest."""
+    frozen = {name: file.sha256 for name, file in getattr(task, "frozen_files", {}).items()}
+    digest = task.tokenizer.digest if task.has_tokenizer else None
+    return {"config": to_dict(task.config), "tokenizer": digest, "frozen": frozen}
 
 
 def refuse_other_run(out: Path, mine: dict[str, Any]) -> None:

@@ -61,6 +61,9 @@ HEADS: Mapping[str, tuple[str, ...]] = {
 }
 """What the released heads of each task are called; a file is of the first task of which it holds every part."""
 
+RELEASED_ROWS, RELEASED_IDS = 64010, 64002
+"""Rows of the released text tables, and ids of the released tokenizer."""
+
 HEAD_SIZES = {"num_answers": "head.3.bias", "num_codes": "mim_head.bias", "num_classes": "head.bias"}
 """Config fields that a head's rows tell."""
 
@@ -193,6 +196,8 @@ def load_official(
     """
     kind = task if isinstance(task, type) else load_task(task or recognise(state))
     built = kind(_config(state, kind, num_heads, answers), tokenizer=tokenizer)
+    if any(key.endswith("text_embed.weight") for key in state):
+        refuse_other_tokenizer(tokenizer, built)
     tensors, ignored, label = translate(state, built)
     values, fresh = match(built, tensors, exact=True, label=label)
     for name, parameter in built.named_parameters():
@@ -200,6 +205,15 @@ def load_official(
             built.init_parameter(name, parameter, seeded(0, name))
     built.load_state_dict(values, strict=False)
     return built, Report(f"a released {family(state)} file", tuple(values), ignored, fresh)
+
+
+def refuse_other_tokenizer(tokenizer: TextTokenizer | None, task: Task) -> None:
+    """ValueError where the text table is the released one and the tokenizer is not: its <mask> would be another row."""
+    if tokenizer is None or task.config.model.vocab_size != RELEASED_ROWS or tokenizer.vocab_size == RELEASED_IDS:
+        return
+    raise ValueError(
+        f"the text tokenizer has {tokenizer.vocab_size} ids, the released one {RELEASED_IDS}: give the beit3.spm of the release"
+    )
 
 
 def to_official(task: Task) -> dict[str, Tensor]:
@@ -316,5 +330,7 @@ def _config(state: Mapping[str, Tensor], kind: type[Task], num_heads: int | None
         if outputs != len(answers):
             raise ValueError(f"{len(answers)} answers given, the file's head has {outputs} outputs: give its own list")
         heads |= {"answers": tuple(answers), "num_answers": len(answers)}
-    model = replace(model, final_norm=model.final_norm and config.model.final_norm)
-    return replace(config, model=model, image=replace(config.image, image_size=model.image_size), **heads)
+    # A backbone is built as its file is; a task as it must be, and what the file then lacks starts fresh.
+    model = replace(model, final_norm=model.final_norm if task == "backbone" else config.model.final_norm)
+    lengths = {name: min(getattr(config, name), model.max_text_length) for name in known if name.endswith("text_length")}
+    return replace(config, model=model, image=replace(config.image, image_size=model.image_size), **heads, **lengths)
