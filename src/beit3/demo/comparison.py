@@ -23,7 +23,7 @@ from rich.console import Console
 from beit3.data.loader import Source
 from beit3.data.records import locate, write_text
 from beit3.demo.probes import pretraining_figures
-from beit3.demo.tour import USUAL, with_tokenizer
+from beit3.demo.tour import with_tokenizer
 from beit3.recipe import Recipe
 from beit3.report.page import write_report
 from beit3.task import load
@@ -43,7 +43,7 @@ RATES = ((1e-4, 20.0), (3e-4, 20.0), (3e-4, 1.0), (1e-3, 1.0))
 TUNING_SEED = 100
 TUNING_QUESTIONS = (8000, 9000)
 """Training questions on which learning rates are compared: beyond the largest label count."""
-STEPS = USUAL.vqa
+STEPS = VQA.recipes["demo"].run.steps
 
 
 def run(out: Path) -> Path:

@@ -39,7 +39,7 @@ class Length:
     """Which embedded world: `default` or `small`."""
 
 
-USUAL = Length(tokenizer=400, grounding=1000, pretraining=300, vqa=200, world="default")
+USUAL = Length(tokenizer=400, grounding=1400, pretraining=450, vqa=300, world="default")
 FAST = Length(tokenizer=60, grounding=50, pretraining=20, vqa=30, world="small")
 
 
