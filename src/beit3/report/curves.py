@@ -135,7 +135,7 @@ def curve(runs: Sequence[Run], key: str) -> str:
         axes.plot(steps[::stride], smoothed[::stride], color=color, linewidth=1.8)
         axes.plot(steps[-1:], smoothed[-1:], color=color, marker="o", markersize=3.5)
         drawn[run.label] = smoothed
-    if key.endswith("/accuracy"):
+    if key.rpartition("/")[2] == "accuracy":
         axes.set_ylim(0, max(0.01, min(1.0, 1.15 * max((values.max() for values in drawn.values()), default=1.0))))
         axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     elif spans_decades(drawn.values()):
