@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from beit3.task import Prediction, Task
 from beit3.tokenizer.text import TextTokenizer
+from beit3.train.evaluate import to_device
 from beit3.weights import official, store
 from beit3.weights.fill import Report, is_text, stored, task_name
 
@@ -55,8 +55,7 @@ class Predictor:
         if "text" in record and any(map(is_text, self.report.fresh)):
             raise ValueError(f"{self.report.source} holds the image side alone: give images without text")
         batch = self.task.collate([self.task.example(record, False)])
-        device = next(self.task.parameters()).device
-        prediction = self.task.predict({key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()})[0]
+        prediction = self.task.predict(to_device(batch, next(self.task.parameters()).device))[0]
         return prediction.get("candidates", [prediction])
 
 

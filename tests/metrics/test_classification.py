@@ -1,9 +1,8 @@
 """VQA accuracy and top-k, by hand-worked cases."""
 
-import numpy as np
 import pytest
 
-from beit3.metrics.classification import top_k, vqa_accuracy
+from beit3.metrics.classification import vqa_accuracy
 
 
 def test_vqa_accuracy():
@@ -13,13 +12,3 @@ def test_vqa_accuracy():
     for predictions, truths in (([], []), (["net"], scores)):
         with pytest.raises(AssertionError):
             vqa_accuracy(predictions, truths)
-
-
-def test_top_k():
-    scores = np.array([[0.1, 0.7, 0.2], [0.5, 0.3, 0.2], [0.2, 0.3, 0.5], [0.4, 0.4, 0.2]])
-    labels = np.array([1, 1, 0, 0])
-    # The last row ties with another class: second place.
-    assert top_k(scores, labels) == 0.25
-    assert top_k(scores, labels, 2) == 0.75
-    assert top_k(scores, labels, 3) == 1.0
-    assert top_k(np.zeros((8, 10)), np.zeros(8, dtype=int), 5) == 0.0

@@ -129,12 +129,6 @@ def test_saving_never_replaces_what_is_not_weights(tmp_path):
     assert (tmp_path / "photos" / "a.jpg").exists()
 
 
-def test_gathered_tensors_can_be_saved_instead(tmp_path):
-    task = vqa()
-    save(task, tmp_path / "w", state={name: tensor * 2 for name, tensor in task.state_dict().items()})
-    assert torch.equal(load(tmp_path / "w").state_dict()["head.0.weight"], task.head[0].weight * 2)
-
-
 def test_visual_tokenizers_keep_their_codebook(tmp_path):
     task = filled(VQKD(VQKDConfig(model=VISUAL, image=replace(VQKDConfig().image, image_size=16))))
     task.backbone.quantizer.codebook.add_(0.5)

@@ -5,10 +5,10 @@ one table and report.html. Every stage is a run of its own below the demo's dire
 goes on where it was, and finished stages are not run again.
 """
 
-import json
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -21,7 +21,7 @@ from beit3.task import load
 from beit3.train.log import duration
 from beit3.train.loop import train
 from beit3.train.root import embedded_root
-from beit3.weights.fill import task_name
+from beit3.weights import store
 
 LABELS = 1000
 """Labelled questions that fine-tuning sees: few, so that what pretraining brought can show."""
@@ -49,11 +49,12 @@ def run(out: Path, *, fast: bool = False) -> Path:
     console = Console(highlight=False)
     vqkd, pretrain, vqa = load("vqkd"), load("pretrain"), load("vqa")
     with bar("writing the world") as advance:
-        roots = {task_name(task): str(embedded_root(task, length.world, progress=advance)) for task in (pretrain, vqkd, vqa)}
+        for task in (vqkd, pretrain, vqa):
+            root = embedded_root(task, length.world, progress=advance)
 
     def stage(title: str, task, recipe: Recipe, steps: int, folder: str, init: str = "") -> dict:
         console.print(f"[bold]{title}[/bold]")
-        recipe = replace(recipe, data=replace(recipe.data, root=roots[task_name(task)]), run=replace(recipe.run, steps=steps))
+        recipe = replace(recipe, data=replace(recipe.data, root=str(root)), run=replace(recipe.run, steps=steps))
         return train(recipe, task, out=out / folder, init=init, label=folder)
 
     codes = stage("visual tokenizer: images -> codes (VQ-KD)", vqkd, vqkd.recipes["demo"], length.tokenizer, "vqkd")
@@ -75,8 +76,9 @@ def run(out: Path, *, fast: bool = False) -> Path:
 
 def with_tokenizer(recipe: Recipe, weights: Path) -> Recipe:
     """A pretraining recipe with its visual tokenizer's weights and its number of codes."""
-    num_codes = json.loads((weights / "config.json").read_text())["config"]["model"]["num_codes"]
-    return replace(recipe, task=replace(recipe.task, visual_tokenizer=str(weights), num_codes=num_codes))  # type: ignore[call-arg]
+    task: Any = recipe.task
+    num_codes = store.read_config(weights).config.model.num_codes
+    return replace(recipe, task=replace(task, visual_tokenizer=str(weights), num_codes=num_codes))
 
 
 def table(codes: dict, learnt: dict, tuned: dict, scratch: dict) -> list[dict[str, str]]:

@@ -62,11 +62,10 @@ def find(path: str | Path) -> Path:
     raise ValueError(f"{path} holds neither weights nor a run's best or last: give one that beit3 train wrote")
 
 
-def save(task: Task, directory: str | Path, *, state: Mapping[str, Tensor] | None = None) -> None:
+def save(task: Task, directory: str | Path) -> None:
     """Write the weights of `task` to `directory`, in place of older ones, by renaming: never a mix of both.
 
-    `state`: full tensors by name to write instead of the task's own (gathered from shards, or averaged). Raises
-    ValueError where `directory` is something else than weights.
+    Raises ValueError where `directory` is something else than weights.
     """
     directory = Path(directory)
     if directory.exists() and not is_weights(directory) and (directory.is_file() or any(directory.iterdir())):
@@ -77,10 +76,7 @@ def save(task: Task, directory: str | Path, *, state: Mapping[str, Tensor] | Non
     for path in (new, old):
         shutil.rmtree(path, ignore_errors=True)
     new.mkdir(parents=True)
-    tensors = stored(task)
-    if state is not None:
-        tensors = {name: state[name] for name in tensors}
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, new / MODEL)
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in stored(task).items()}, new / MODEL)
     (new / CONFIG).write_text(json.dumps(_description(task), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     if task.has_tokenizer:
         task.tokenizer.save(new / TEXT)
