@@ -1,4 +1,4 @@
-"""VQA accuracy and top-k, by hand-worked cases."""
+"""VQA accuracy, by hand-worked cases."""
 
 import pytest
 

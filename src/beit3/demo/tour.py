@@ -8,7 +8,6 @@ goes on where it was, and finished stages are not run again.
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -18,6 +17,8 @@ from beit3.progress import bar
 from beit3.recipe import Recipe
 from beit3.report.page import write_report
 from beit3.task import load
+from beit3.tasks.pretrain import PretrainConfig
+from beit3.tokenizer.visual import VisualTokenizerConfig
 from beit3.train.log import duration
 from beit3.train.loop import train
 from beit3.train.root import embedded_root
@@ -76,9 +77,9 @@ def run(out: Path, *, fast: bool = False) -> Path:
 
 def with_tokenizer(recipe: Recipe, weights: Path) -> Recipe:
     """A pretraining recipe with its visual tokenizer's weights and its number of codes."""
-    task: Any = recipe.task
-    num_codes = store.read_config(weights).config.model.num_codes
-    return replace(recipe, task=replace(task, visual_tokenizer=str(weights), num_codes=num_codes))
+    task, codebook = recipe.task, store.read_config(weights).config.model
+    assert isinstance(task, PretrainConfig) and isinstance(codebook, VisualTokenizerConfig)
+    return replace(recipe, task=replace(task, visual_tokenizer=str(weights), num_codes=codebook.num_codes))
 
 
 def table(codes: dict, learnt: dict, tuned: dict, scratch: dict) -> list[dict[str, str]]:
