@@ -1,6 +1,9 @@
 """Run directories as `beit3 train` leaves them, with tiny untrained networks: what a report is made of."""
 
+import base64
+import io
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,6 +26,12 @@ from beit3.weights.fill import task_name
 
 MODEL = replace(TINY, dim=32, depth=2, num_heads=2, ffn_dim=32, image_size=16, patch_size=4, vocab_size=64)
 CAPTION = "a red cube & <b>one</b> blue ball"
+
+
+def images_of(html: str) -> list[np.ndarray]:
+    """The pixels of every `<img>` of a fragment."""
+    found = re.findall(r'src="data:image/png;base64,([^"]*)"', html)
+    return [np.array(Image.open(io.BytesIO(base64.b64decode(data)))) for data in found]
 
 
 def write_run(path: Path, task: Task, data: DataConfig, *, init: str = "") -> Path:

@@ -1,6 +1,5 @@
-"""Runs are read as they lie, and their numbers drawn as SVG that a page can hold as it is."""
+"""Numbers are drawn as SVG that a page can hold as it is, each run and part with its own look."""
 
-import json
 import math
 import re
 from pathlib import Path
@@ -12,19 +11,24 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from beit3.report.curves import (
+    DASHES,
     INK,
     PALETTE,
-    Run,
+    Chart,
+    chart_title,
+    charts,
     curve,
-    curve_keys,
-    curve_title,
-    loss_curves,
-    read_runs,
+    held_out_names,
+    moved_apart,
+    part_curve,
+    part_looks,
+    run_class,
     smooth,
     spans_decades,
     usage_bars,
     usage_figures,
 )
+from beit3.report.runs import Run
 
 
 def run(lines: list[dict[str, float]], *, label: str = "a", task: str = "vqa") -> Run:
@@ -54,21 +58,36 @@ def test_usage_is_two_to_the_entropy_in_bits():
     assert usage_figures(counts) == pytest.approx((sum(map(bool, shares)) / 50, 2**bits))
 
 
-def test_values_that_are_not_finite_or_not_logged_are_left_out():
-    lines = [{"step": 1, "loss": math.nan}, {"step": 2, "loss": 3.0}, {"step": 3, "lr": 1.0}]
-    steps, values = run(lines).series("loss")
-    assert steps.tolist() == [2] and values.tolist() == [3]
+def test_a_chart_per_quantity_then_the_scores_that_moved():
+    logged = {"loss": 1.0, "loss/loss": 1.0, "accuracy": 0.5, "lr": 1.0, "gradient_norm": 1.0, "gradient_norm/head": 1.0}
+    once = [{"step": 1} | logged, {"step": 1, "val/accuracy": 0.1, "val/most_frequent": 0.1, "val/negative_loss": 1.0}]
+    expected = [Chart("loss (nats)", "loss/loss", ("val/loss",)), Chart("accuracy", "accuracy", ("val/accuracy",))]
+    assert charts([run(once)]) == expected
+    twice = [*once, {"step": 2, "val/accuracy": 0.2, "val/most_frequent": 0.1, "val/negative_loss": 2.0}]
+    assert charts([run(once), run(twice)]) == [*expected, Chart("held-out negative loss (nats)", held_out=("val/negative_loss",))]
+    assert charts([run([{"step": 1, "loss": 1.0}], task="not_installed")]) == [Chart("loss", "loss", ("val/loss",))]
+    assert charts([run([])]) == []
 
 
-def test_a_picture_per_objective_then_accuracies_then_the_headline_taken_twice():
-    logged = {"loss": 1.0, "loss/loss": 1.0, "accuracy": 0.5, "lr": 1.0}
-    once = [{"step": 1} | logged, {"step": 1, "val/accuracy": 0.1, "val/most_frequent": 0.1}]
-    assert curve_keys([run(once)]) == ["loss/loss", "accuracy"]
-    twice = [*once, {"step": 2, "val/accuracy": 0.2, "val/most_frequent": 0.1}]
-    assert curve_keys([run(once), run(twice)]) == ["loss/loss", "accuracy", "val/accuracy"]
-    assert [curve_title(key) for key in curve_keys([run(twice)])] == ["loss", "accuracy", "held-out accuracy"]
-    assert curve_keys([run([{"step": 1, "loss": 1.0}], task="not_installed")]) == ["loss"]
-    assert curve_keys([run([])]) == []
+@pytest.mark.parametrize(
+    ("key", "names"),
+    [
+        ("loss", ("val/loss",)),
+        ("loss/loss", ("val/loss",)),
+        ("accuracy", ("val/accuracy",)),
+        ("loss/image", ("val/images/image_loss", "val/image_loss")),
+        ("loss/pair_text", ("val/pairs/text_loss", "val/text_loss")),
+        ("pair_image/accuracy", ("val/pairs/image_accuracy", "val/image_accuracy")),
+    ],
+)
+def test_a_quantity_is_found_on_held_out_records(key, names):
+    assert held_out_names(key) == names
+
+
+def test_titles_say_units_where_there_are_any():
+    assert chart_title("loss/pair_text", "pretrain") == "pair text: loss (nats)"
+    assert chart_title("loss/commitment", "vqkd") == "commitment: loss"
+    assert chart_title("val/perplexity", "vqkd") == "held-out perplexity (codes)"
 
 
 @pytest.mark.parametrize("values, expected", [([1, 9], False), ([1, 11], True), ([-1, 11], False), ([], False)])
@@ -77,7 +96,7 @@ def test_only_positive_lines_over_more_than_a_decade_are_logarithmic(values, exp
 
 
 def test_a_curve_is_one_self_contained_element_with_its_text_as_text():
-    svg = curve([run(series("loss/pair_text", [5.0, 4.0, 3.0]))], "loss/pair_text")
+    svg = curve([run(series("loss/pair_text", [5.0, 4.0, 3.0]))], Chart("pair text: loss", "loss/pair_text"))
     root = ElementTree.fromstring(svg)
     assert root.tag.endswith("svg") and root.get("viewBox") and root.get("width") is None
     assert "pair text: loss" in "".join(root.itertext())
@@ -88,17 +107,78 @@ def test_a_curve_is_one_self_contained_element_with_its_text_as_text():
     assert "<script" not in svg and "@import" not in svg
 
 
+LOSS = Chart("loss", "loss", ("val/loss",))
+
+
 def test_two_runs_share_one_picture_in_two_colors():
     runs = [run(series("loss", [3.0, 2.0, 1.0])), run(series("loss", [2.0, 1.0]), label="<b>")]
-    (svg,) = loss_curves(runs)
-    assert PALETTE[0] in svg and PALETTE[1] in svg
+    svg = curve(runs, LOSS)
+    assert PALETTE[0] in svg and PALETTE[1] in svg and "stroke-dasharray" in svg
     assert "&lt;b&gt; ends at 1" in svg
-    alone = loss_curves(runs[:1])[0]
-    assert PALETTE[1] not in alone
+    alone = curve(runs[:1], LOSS)
+    assert PALETTE[1] not in alone and strokes(alone, PALETTE[0]) == ["", ""]
+
+
+def strokes(svg: str, color: str) -> list[str]:
+    """The dashes of the lines of one colour; "" where a line is whole."""
+    found = re.findall(rf'<path [^>]*style="([^"]*stroke: {color}[^"]*)"', svg)
+    return [(re.findall(r"stroke-dasharray: ([\d., ]+)", style) or [""])[0] for style in found if "fill: none" in style]
+
+
+def test_twenty_runs_look_different_without_color_groups_of_four():
+    runs = [run(series("loss", [3.0, 2.0]), label=str(index)) for index in range(20)]
+    svg = curve(runs, LOSS)
+    looks = [(color, dash) for color in PALETTE for dash in strokes(svg, color)]
+    assert len(looks) == len(set(looks)) == 20
+    assert len({dash for _, dash in looks[:4]}) == len(DASHES) == 4
+    assert len({run_class(index) for index in range(20)}) == 20 and run_class(20) == run_class(0)
+
+
+def test_held_out_scores_are_rings_of_runs_that_trained_on_the_quantity():
+    chart = Chart("text: loss", "loss/text", ("val/texts/text_loss", "val/text_loss"))
+    scored = [{"step": 2, "val/texts/text_loss": 4.0, "val/text_loss": 7.0}]
+    both = run(series("loss/text", [3.0, 2.0]) + scored)
+    assert "a ends at 4 on held-out records" in curve([both], chart)
+    other = run(series("loss/pair_text", [3.0, 2.0]) + [{"step": 2, "val/text_loss": 7.0}], label="b")
+    assert "b ends" not in curve([both, other], chart)
+    assert "b ends at 7 on held-out records" in curve([other], Chart("x", held_out=("val/text_loss",)))
+
+
+def parts(count: int) -> Run:
+    lines = [{"step": step, "gradient_norm": 1.0, "gradient_norm/image_embedding": 0.0} for step in (1, 2)]
+    for line in lines:
+        line |= {f"gradient_norm/blocks.{index}": 10.0 ** -index for index in range(count)} | {"gradient_norm/head": 2.0}
+    return run(lines)
+
+
+def test_parts_are_named_at_their_ends_and_of_a_row_the_first_and_last():
+    svg = part_curve(parts(5), "gradient_norm", "norms")
+    shown = re.findall(r"<text[^>]*>([^<]+)</text>", svg)
+    assert {"image_embedding", "head", "blocks.0", "blocks.4"} <= set(shown)
+    assert not {"blocks.1", "blocks.2", "blocks.3"} & set(shown)
+    assert "image_embedding ends at 0," in svg and "blocks.4 ends at 0.0001" in svg
+    ElementTree.fromstring(svg)
+
+
+def test_parts_of_a_row_shade_and_the_others_are_told_apart():
+    looks = part_looks(["image_embedding", "blocks.0", "blocks.1", "blocks.2", "norm1", "norm2", "head"])
+    assert looks["blocks.0"][0] == PALETTE[0] and looks["blocks.2"][0] == PALETTE[4] and not looks["blocks.1"][2]
+    alone = [looks[part] for part in ("image_embedding", "norm1", "norm2", "head")]
+    assert len(set(alone)) == 4 and all(named for *_, named in alone)
+
+
+@given(st.lists(st.floats(0, 1), max_size=8), st.floats(0.01, 0.1))
+def test_labels_are_moved_apart_in_their_order(places, gap):
+    moved = moved_apart(places, gap)
+    order = sorted(range(len(places)), key=lambda index: places[index])
+    steps = [moved[after] - moved[before] for before, after in zip(order, order[1:], strict=False)]
+    assert all(step >= gap - 1e-9 for step in steps) and max(moved, default=0) <= 1
+    far = all(places[after] - places[before] >= gap for before, after in zip(order, order[1:], strict=False))
+    assert moved == pytest.approx(places) or not far
 
 
 def test_long_runs_are_thinned():
-    long = curve([run(series("loss", np.random.default_rng(0).random(20_000).tolist()))], "loss")
+    long = curve([run(series("loss", np.random.default_rng(0).random(20_000).tolist()))], LOSS)
     assert len(long) < 60_000
 
 
@@ -106,26 +186,3 @@ def test_usage_bars_say_their_figures():
     svg = usage_bars(np.array([3, 1, 0, 4]))
     assert "75% of 4 codes are used" in (ElementTree.fromstring(svg).get("aria-label") or "")
     assert usage_bars(np.array([0, 4, 3, 1])) == svg
-
-
-def test_reading_a_run(vqa):
-    first, second = read_runs(list(vqa))
-    assert (first.label, second.label) == ("pretrained/vqa", "scratch/vqa")
-    assert read_runs([vqa[0]])[0].label == "vqa"
-    assert first.task == "vqa" and first.scores["accuracy"] == 1.0 and len(first.metrics) == 12
-    assert second.init == "there/last"
-
-
-def test_a_run_that_is_still_going(tmp_path):
-    (tmp_path / "recipe.json").write_text(json.dumps({"task": "vqa", "init": "", "recipe": {}}))
-    assert read_runs([tmp_path])[0].metrics == []
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "lo')
-    assert read_runs([tmp_path])[0].metrics == [{"step": 1, "loss": 2.0}]
-
-
-def test_what_is_no_run_is_named(tmp_path):
-    with pytest.raises(ValueError, match="holds no run"):
-        read_runs([tmp_path])
-    (tmp_path / "recipe.json").write_text("{")
-    with pytest.raises(ValueError, match="recipe.json is not JSON"):
-        read_runs([tmp_path])

@@ -1,8 +1,5 @@
 """What panels show is what the networks do: codes, mean patches, fillings and answers, against slow second readings."""
 
-import base64
-import io
-import re
 from dataclasses import replace
 
 import numpy as np
@@ -10,19 +7,13 @@ import pytest
 import torch
 from PIL import Image
 
-from beit3.report.curves import read_runs
 from beit3.report.panels import (
     CodeBook,
     answer_card,
-    assemble,
     code_book,
-    cut,
-    denormalized,
     fill_words,
-    hatch,
     panels,
     patch_row,
-    picture,
     records,
     sentence,
     spread,
@@ -30,47 +21,13 @@ from beit3.report.panels import (
     weights,
     word_batch,
 )
+from beit3.report.pictures import cut, hatch
+from beit3.report.runs import read_runs
 from beit3.tasks.pretrain import IGNORE, Pretrain
-from beit3.tasks.vqa import VQA
 from beit3.tasks.vqkd import VQKD
+from tests.report.conftest import images_of
 
 RNG = np.random.default_rng(0)
-
-
-def images_of(html: str) -> list[np.ndarray]:
-    found = re.findall(r'src="data:image/png;base64,([^"]*)"', html)
-    return [np.array(Image.open(io.BytesIO(base64.b64decode(data)))) for data in found]
-
-
-def test_patches_are_cut_row_by_row_and_put_together_again():
-    image = RNG.integers(0, 256, (8, 12, 3), dtype=np.uint8)
-    patches = cut(image, 4)
-    expected = [image[top : top + 4, left : left + 4] for top in (0, 4) for left in (0, 4, 8)]
-    np.testing.assert_array_equal(patches, expected)
-    np.testing.assert_array_equal(assemble(patches, (2, 3)), image)
-
-
-def test_a_gap_is_clear_and_so_is_what_no_patch_fills():
-    patches = np.full((3, 2, 2, 3), 9, dtype=np.uint8)
-    canvas = assemble(patches, (2, 2), gap=1)
-    opaque = np.array([[1, 1, 0, 1, 1], [1, 1, 0, 1, 1], [0, 0, 0, 0, 0], [1, 1, 0, 0, 0], [1, 1, 0, 0, 0]])
-    np.testing.assert_array_equal(canvas[..., 3], 255 * opaque)
-
-
-def test_a_picture_carries_its_pixels_and_its_words():
-    image = RNG.integers(0, 256, (8, 12, 3), dtype=np.uint8)
-    html = picture(image, 'a "red" <cube>')
-    np.testing.assert_array_equal(images_of(html)[0], image)
-    assert 'alt="a &quot;red&quot; &lt;cube&gt;"' in html and 'class="sharp"' in html
-    large = picture(np.zeros((400, 800, 3), dtype=np.uint8), "large")
-    assert images_of(large)[0].shape == (160, 320, 3) and 'class="smooth"' in large
-
-
-def test_a_networks_input_is_shown_as_the_picture_it_was(vqa):
-    run = read_runs(vqa)[0]
-    task, record = weights(run, VQA), records(run, "main", "val")[0]
-    shown = denormalized(task.example(record, False)["image"][None], task)[0]
-    np.testing.assert_array_equal(shown, np.array(Image.open(record["image"])))
 
 
 def test_mean_patches_are_the_means_of_their_codes(vqkd):

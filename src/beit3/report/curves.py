@@ -1,29 +1,31 @@
-"""Runs as they lie on disk, and pictures of their numbers: loss curves and codebook usage as inline SVG.
+"""Pictures of a run's numbers: curves of one or several runs, of the parts of one network, and codebook usage, as inline SVG.
 
-Across the border: run directory -> Run; numbers -> str, one `<svg>` element without ids of ours, scripts or links. Text
-and axes take the page's own colour, so that one picture serves light and dark pages.
+Across the border: runs and numbers -> str, one `<svg>` element without ids of ours, scripts or links. Text and axes take
+the page's own colour, so that one picture serves light and dark pages. Runs differ in colour and in dash.
 """
 
 import io
-import json
 import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
-from pathlib import Path
-from typing import Any
 
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator, PercentFormatter
 
 from beit3 import task as tasks
+from beit3.report.runs import Run
 
 PALETTE = ("#2f7fd0", "#e06c1f", "#7a5cd6", "#149a7a", "#c9417f")
-"""One per run of a task; each has a contrast of at least 3 on the light and on the dark page."""
+"""Each has a contrast of at least 3 on the light and on the dark page."""
+
+DASHES: tuple[tuple[float, ...], ...] = ((), (4, 1.5), (1, 1.2), (6, 1.5, 1, 1.5))
+"""On and off in line widths; four beside five colours: twenty runs look different."""
 
 INK = "#010203"
 """Stands for the page's text colour until the SVG is written."""
@@ -31,75 +33,71 @@ INK = "#010203"
 INCHES = (3.5, 2.2)
 """Small on purpose: on a phone 350 pixels wide the 8-point text comes out at 11 pixels."""
 
+LABEL = 0.085
+"""Height of a label of 8 points, as a share of the axes."""
+
 MAX_POINTS = 600
 """Points drawn per line; more cannot be told apart at this size."""
+
+MAX_RAW = 2
+"""Runs up to which logged values are drawn behind their mean; of more they hide each other."""
 
 LOG_FROM = 10.0
 """Largest over smallest smoothed value from which an axis is logarithmic."""
 
+POWERS_FROM = 300.0
+"""The same, from which it is marked at powers of ten alone."""
+
+NATS = ("pretrain", "vqa")
+"""Tasks whose losses are cross-entropies."""
+
+SHARES = ("accuracy", "codebook_use", "most_frequent")
+"""Ends of names whose values are shares, shown in per cent."""
+
 
 @dataclass(frozen=True)
-class Run:
-    """A run directory, read. `metrics`: the lines of metrics.jsonl; `scores` is empty before the first evaluation."""
+class Chart:
+    """What one picture shows: a logged name of training batches, names of the same quantity on held-out records, or both.
 
-    path: Path
-    label: str
-    task: str
-    init: str
-    recipe: dict[str, Any]
-    metrics: list[dict[str, float]]
-    scores: dict[str, float]
+    A run is drawn with the first of `held_out` that it has logged, and only if it trained on the quantity.
+    """
 
-    def series(self, key: str) -> tuple[np.ndarray, np.ndarray]:
-        """(steps [T], values [T]) of one logged name; values that are not finite are left out."""
-        found = [(line["step"], line[key]) for line in self.metrics if math.isfinite(line.get(key, math.nan))]
-        steps, values = zip(*found, strict=True) if found else ((), ())
-        return np.array(steps, dtype=float), np.array(values, dtype=float)
+    title: str
+    training: str = ""
+    held_out: tuple[str, ...] = ()
 
 
-def read_runs(paths: Sequence[Path]) -> list[Run]:
-    """Runs labelled by their directory's name, and by its parent's too where names repeat; ValueError for no run."""
-    paths = [Path(path).resolve() for path in paths]
-    names = [path.name for path in paths]
-    labels = [path.name if names.count(path.name) == 1 else f"{path.parent.name}/{path.name}" for path in paths]
-    return [_read_run(path, label) for path, label in zip(paths, labels, strict=True)]
+def run_class(index: int) -> str:
+    """The class of everything on the page that names run `index`: its colour and dash."""
+    return f"run{index % (len(PALETTE) * len(DASHES))}"
 
 
-def _read_run(path: Path, label: str) -> Run:
-    recipe = _json(path / "recipe.json")
-    if not isinstance(recipe, dict) or not {"task", "recipe"} <= recipe.keys():
-        raise ValueError(f"{path} holds no run (recipe.json with task and recipe): give one that beit3 train wrote")
-    scores = _json(path / "scores.json") or {}
-    metrics = path / "metrics.jsonl"
-    lines = metrics.read_text(encoding="utf-8").splitlines(keepends=True) if metrics.is_file() else []
-    # The last line of a run that is still going may be half written.
-    whole = [json.loads(line) for line in lines if line.endswith("\n")]
-    return Run(path, label, recipe["task"], recipe.get("init", ""), recipe["recipe"], whole, scores)
-
-
-def _json(path: Path) -> Any:
-    """What a JSON file holds; None where there is none."""
-    if not path.is_file():
-        return None
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error}): delete it and run the training again") from None
-
-
-def loss_curves(runs: Sequence[Run]) -> list[str]:
-    """One SVG per objective, accuracy and headline score that any of these runs of one task has logged."""
-    return [curve(runs, key) for key in curve_keys(runs)]
-
-
-def curve_keys(runs: Sequence[Run]) -> list[str]:
-    """Logged names worth a picture: losses, then accuracies, then the held-out headline where it was taken twice."""
-    logged = list(dict.fromkeys(key for run in runs for line in run.metrics for key in line))
+def charts(runs: Sequence[Run]) -> list[Chart]:
+    """Quantities of these runs of one task worth a picture: losses, accuracies, then scores that were taken twice and moved."""
+    logged = list(dict.fromkeys(key for run in runs for key in run.names()))
+    losses = [key for key in logged if key.startswith("loss/")] or [key for key in logged if key == "loss"]
     accuracies = [key for key in logged if key.rpartition("/")[2] == "accuracy" and not key.startswith("val/")]
-    losses = [key for key in logged if key.startswith("loss/")]
-    held_out = [f"val/{headline(runs[0].task)}"] if runs else []
-    held_out = [key for key in held_out if any(len(run.series(key)[0]) > 1 for run in runs)]
-    return (losses or [key for key in logged if key == "loss"]) + accuracies + held_out
+    found = [Chart(chart_title(key, runs[0].task), key, held_out_names(key)) for key in losses + accuracies]
+    paired = {name for chart in found for name in chart.held_out}
+    scores = [key for key in logged if key.startswith("val/") and key.count("/") == 1 and key not in paired]
+    scores.sort(key=lambda key: key != f"val/{headline(runs[0].task)}")
+    moved = [key for key in scores if any(len(set(run.series(key)[1].tolist())) > 1 for run in runs)]
+    return found + [Chart(chart_title(key, runs[0].task), held_out=(key,)) for key in moved]
+
+
+def held_out_names(key: str) -> tuple[str, ...]:
+    """Names under which the quantity of a logged name is scored on held-out records, the closest first.
+
+    'accuracy' -> 'val/accuracy'; 'loss/pair_text' -> 'val/pairs/text_loss' where there are several sources, else 'val/text_loss'.
+    """
+    kind, _, name = key.partition("/")
+    what = "accuracy" if "accuracy" in (kind, name) else "loss"
+    part = {"accuracy": kind, "loss": ""}.get(name, name) if name else ""
+    if not part:
+        return (f"val/{what}",)
+    modality = part.removeprefix("pair_")
+    source = f"{part}s" if modality == part else "pairs"
+    return f"val/{source}/{modality}_{what}", f"val/{modality}_{what}"
 
 
 def headline(task: str) -> str:
@@ -110,48 +108,102 @@ def headline(task: str) -> str:
         return ""
 
 
-def curve_title(key: str) -> str:
-    """'loss/pair_text' -> 'pair text: loss'."""
+def chart_title(key: str, task: str = "") -> str:
+    """'loss/pair_text' -> 'pair text: loss (nats)'."""
     kind, _, name = key.partition("/")
     if kind == "val":
-        return f"held-out {name.replace('_', ' ')}"
+        return f"held-out {name.replace('_', ' ')}{unit(name, task)}"
     if name == "accuracy" or kind == "accuracy":
         return f"{kind.replace('_', ' ')}: accuracy" if name else "accuracy"
-    return "loss" if name in ("", "loss") else f"{name.replace('_', ' ')}: loss"
+    return ("loss" if name in ("", "loss") else f"{name.replace('_', ' ')}: loss") + unit("loss", task)
 
 
-def curve(runs: Sequence[Run], key: str) -> str:
-    """The smoothed course of one logged name over faint raw values, one colour per run, overlaid."""
-    figure, axes = _axes(curve_title(key))
-    drawn: dict[str, np.ndarray] = {}
-    for color, run in zip(_cycle(len(runs)), runs, strict=True):
-        steps, values = run.series(key)
-        if not len(steps):
-            continue
-        # Scores of a whole split need no smoothing; logged batches are averaged over a tenth of the run.
-        smoothed = values if key.startswith("val/") else smooth(values, len(values) // 20)
-        stride = math.ceil(len(steps) / MAX_POINTS)
-        axes.plot(steps[::stride], values[::stride], color=color, alpha=0.4, linewidth=0.8)
-        axes.plot(steps[::stride], smoothed[::stride], color=color, linewidth=1.8)
-        axes.plot(steps[-1:], smoothed[-1:], color=color, marker="o", markersize=3.5)
-        drawn[run.label] = smoothed
-    if key.rpartition("/")[2] == "accuracy":
-        axes.set_ylim(0, max(0.01, min(1.0, 1.15 * max((values.max() for values in drawn.values()), default=1.0))))
-        axes.yaxis.set_major_formatter(PercentFormatter(1.0))
-    elif spans_decades(drawn.values()):
-        axes.set_yscale("log")
-        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=8))
-        axes.yaxis.set_minor_locator(NullLocator())
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.set_xlabel("step")
-    ends = ", ".join(f"{label} ends at {values[-1]:.3g}" for label, values in drawn.items())
-    return _svg(figure, f"{curve_title(key)} over steps: {ends}")
+def unit(name: str, task: str) -> str:
+    """' (nats)' behind the name of a cross-entropy, ' (codes)' behind a perplexity of codes, else nothing."""
+    last = name.rpartition("/")[2]
+    if last == "perplexity":
+        return " (codes)"
+    return " (nats)" if last.endswith("loss") and task in NATS else ""
 
 
-def spans_decades(lines: Iterable[np.ndarray]) -> bool:
-    """Whether positive lines differ by more than `LOG_FROM` between their lowest and highest point."""
+def curve(runs: Sequence[Run], chart: Chart) -> str:
+    """One quantity of all runs, overlaid: the smoothed course of training, rings where held-out records were scored."""
+    figure, axes = _axes(chart.title)
+    drawn: list[np.ndarray] = []
+    ends: list[str] = []
+    for index, run in enumerate(runs):
+        color, dash = _look(index)
+        steps, values = run.series(chart.training)
+        if len(steps):
+            # Logged batches are averaged over a tenth of the run; scores of a whole split need no smoothing.
+            smoothed, stride = smooth(values, len(values) // 20), math.ceil(len(steps) / MAX_POINTS)
+            if len(runs) <= MAX_RAW:
+                axes.plot(steps[::stride], values[::stride], color=color, alpha=0.4, linewidth=0.8)
+            axes.plot(steps[::stride], smoothed[::stride], color=color, linestyle=dash, linewidth=1.8)
+            drawn.append(smoothed)
+            ends.append(f"{run.label} ends at {smoothed[-1]:.3g}")
+        trained = not chart.training or len(steps) > 0
+        steps, values = run.series(next((name for name in chart.held_out if trained and len(run.series(name)[0])), ""))
+        if len(steps):
+            width = 0.9 if chart.training else 1.8
+            axes.plot(steps, values, color=color, linestyle=dash, linewidth=width, marker="o", markersize=4, markerfacecolor="none")
+            drawn.append(values)
+            ends.append(f"{run.label} ends at {values[-1]:.3g} on held-out records")
+    _scale(axes, drawn, share=any(name.endswith(SHARES) for name in (chart.training, *chart.held_out)))
+    return _svg(figure, f"{chart.title} over steps: {', '.join(ends)}")
+
+
+def part_curve(run: Run, prefix: str, title: str) -> str:
+    """Every `prefix/<part>` of one run, named at its end; of a numbered row (`blocks.0`, ...) the first and the last are named."""
+    figure, axes = _axes(title)
+    lines = {name.removeprefix(f"{prefix}/"): run.series(name) for name in run.names(f"{prefix}/")}
+    lines = {part: series for part, series in lines.items() if len(series[0])}
+    looks, ends = part_looks(list(lines)), []
+    for part, (steps, values) in lines.items():
+        color, dash, is_named = looks[part]
+        smoothed, stride = smooth(values, len(values) // 20), math.ceil(len(steps) / MAX_POINTS)
+        axes.plot(steps[::stride], smoothed[::stride], color=color, linestyle=dash, linewidth=1.3)
+        if is_named:
+            ends.append((part, color, steps[-1], smoothed[-1]))
+    _scale(axes, [smoothed[smoothed > 0] for smoothed in (values for _, values in lines.values())])
+    _name_ends(axes, ends)
+    last = ", ".join(f"{part} ends at {value:.3g}" for part, _, _, value in ends)
+    return _svg(figure, f"{title} over steps: {last}")
+
+
+def part_looks(parts: Sequence[str]) -> dict[str, tuple[str, tuple, bool]]:
+    """(colour, line style, whether it is named) of each part: rows of three or more shade from blue to pink with their number."""
+    rows: dict[str, list[str]] = {}
+    for part in parts:
+        rows.setdefault(re.sub(r"\d+", "#", part), []).append(part)
+    looks: dict[str, tuple[str, tuple, bool]] = {}
+    for index, part in enumerate(part for row in rows.values() if len(row) < 3 for part in row):
+        looks[part] = ((PALETTE[1], PALETTE[3], INK)[index % 3], _dash((index + 1) % len(DASHES)), True)
+    for index, row in enumerate(row for row in rows.values() if len(row) > 2):
+        first, last = (np.array(to_rgb(color)) for color in (PALETTE[0], PALETTE[4]))
+        for place, part in enumerate(row):
+            color = to_hex(first + (last - first) * place / (len(row) - 1))
+            looks[part] = (color, _dash(index % len(DASHES)), place in (0, len(row) - 1))
+    return looks
+
+
+def moved_apart(places: Sequence[float], gap: float) -> list[float]:
+    """Places in [0, 1] with at least `gap` between them, in their order and near where they were, as far as there is room."""
+    order = np.argsort(places, kind="stable")
+    moved = np.clip(np.asarray(places, dtype=float), 0, 1)
+    for before, after in zip(order, order[1:], strict=False):
+        moved[after] = max(moved[after], moved[before] + gap)
+    limit = 1.0
+    for place in order[::-1]:
+        moved[place] = min(moved[place], limit)
+        limit = moved[place] - gap
+    return moved.tolist()
+
+
+def spans_decades(lines: Iterable[np.ndarray], ratio: float = LOG_FROM) -> bool:
+    """Whether positive lines differ by more than `ratio` between their lowest and highest point."""
     values = np.concatenate([np.empty(0), *lines])
-    return bool(len(values) and values.min() > 0 and values.max() > LOG_FROM * values.min())
+    return bool(len(values) and values.min() > 0 and values.max() > ratio * values.min())
 
 
 def smooth(values: np.ndarray, reach: int) -> np.ndarray:
@@ -182,8 +234,40 @@ def usage_bars(counts: np.ndarray) -> str:
     return _svg(figure, f"patches per code; {share:.0%} of {len(counts)} codes are used, perplexity {perplexity:.1f}")
 
 
-def _cycle(count: int) -> list[str]:
-    return [PALETTE[index % len(PALETTE)] for index in range(count)]
+def _look(index: int) -> tuple[str, tuple]:
+    return PALETTE[index % len(PALETTE)], _dash(index % len(DASHES))
+
+
+def _dash(index: int) -> tuple[float, tuple[float, ...] | None]:
+    return (0, DASHES[index] or None)
+
+
+def _scale(axes: Axes, lines: Sequence[np.ndarray], *, share: bool = False) -> None:
+    """The vertical axis: per cent of shares, logarithmic over more than a decade, else plain."""
+    if share:
+        axes.set_ylim(0, max(0.01, min(1.0, 1.15 * max((values.max() for values in lines), default=1.0))))
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+    elif spans_decades(lines):
+        axes.set_yscale("log", nonpositive="mask")
+        subs = (1.0,) if spans_decades(lines, POWERS_FROM) else (1.0, 2.0, 5.0)
+        axes.yaxis.set_major_locator(LogLocator(subs=subs, numticks=8))
+        axes.yaxis.set_minor_locator(NullLocator())
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.set_xlabel("step")
+
+
+def _name_ends(axes: Axes, ends: Sequence[tuple[str, str, float, float]]) -> None:
+    """(name, colour, step, value) of each line's end, written to the right of the axes and joined to the line."""
+    axes.autoscale_view()
+    bottom, inside = axes.get_ylim()[0], axes.transScale + axes.transLimits
+    ends = [(name, color, step, max(value, bottom)) for name, color, step, value in ends]  # a logarithmic axis has no zero
+    heights = [float(inside.transform((step, value))[1]) for _, _, step, value in ends]
+    for (name, color, step, value), height in zip(ends, moved_apart(heights, LABEL), strict=True):
+        line = {"arrowstyle": "-", "relpos": (0, 0.5), "color": color, "linewidth": 0.9, "shrinkA": 1, "shrinkB": 0}
+        axes.annotate(
+            name, xy=(step, value), xytext=(1.06, height), textcoords="axes fraction", arrowprops=line, annotation_clip=False,
+            fontsize=7, color=INK, va="center",
+        )  # fmt: skip
 
 
 def _axes(title: str) -> tuple[Figure, Axes]:

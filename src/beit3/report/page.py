@@ -1,17 +1,19 @@
 """One run or several as one HTML file: figures, curves and pictures, with nothing fetched from anywhere.
 
 Everything is inline (style, SVG, PNG as data URIs), there is no script, and all text is escaped. Runs of one task share
-a section and its pictures, one colour each.
+a section and its pictures, one colour and dash each.
 """
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
 
 from beit3.data.records import write_text
-from beit3.report.curves import PALETTE, Run, headline, loss_curves, read_runs
+from beit3.report.compare import aligned, command, differences, fields, figure, score_table, scored_apart, state, texts
+from beit3.report.curves import DASHES, MAX_RAW, PALETTE, Chart, charts, curve, headline, part_curve, run_class, unit
 from beit3.report.panels import Panel, panels
+from beit3.report.runs import Run, read_runs, tails
+from beit3.train.log import duration
 
 HEADINGS: Mapping[str, tuple[str, str]] = {
     "vqkd": ("Visual tokenizer", "A codebook of patches learnt from a teacher: what its codes mean."),
@@ -19,30 +21,31 @@ HEADINGS: Mapping[str, tuple[str, str]] = {
     "vqa": ("Visual question answering", "Questions about pictures the network has not seen, and what it answers."),
 }
 
-PERCENT = ("accuracy", "codebook_use", "most_frequent")
-"""Scores that are shares."""
-
-
 SOURCES = {"main": "records"}
 """What to call a source whose name says nothing."""
+
+NAMED = 3
+"""Runs up to which the title of a page names each."""
 
 
 def write_report(
     runs: Sequence[Path],
     out: Path,
     *,
-    title: str,
+    title: str = "",
     table: Sequence[Mapping[str, str]] | None = None,
     notes: Sequence[str] = (),
 ) -> Path:
     """Write the page of these run directories to `out` and return it; a reader never sees half a page.
 
-    table: rows by column name, shown first. notes: lines under the title. ValueError for a directory that holds no run;
-    records or weights that are gone leave one line in their place.
+    title: by default the runs' names. table: rows by column name, shown first. notes: lines under the title. ValueError
+    for a directory that holds no run; records or weights that are gone leave one line in their place.
     """
     groups: dict[str, list[Run]] = {}
     for run in read_runs(runs):
         groups.setdefault(run.task, []).append(run)
+    labels = [run.label for group in groups.values() for run in group]
+    title = title or (" and ".join(labels) if len(labels) <= NAMED else f"{len(labels)} runs of {' and '.join(groups)}")
     parts = [f"<h1>{escape(title)}</h1>", *(f"<p>{escape(note)}</p>" for note in notes)]
     if table:
         parts.append(section("At a glance", "The figures of these runs side by side.", [data_table(table)]))
@@ -57,7 +60,7 @@ def document(title: str, body: str) -> str:
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{escape(title)}</title>\n<style>{STYLE}{run_colors()}</style>\n</head>\n<body>\n<main>\n{body}\n</main>\n</body>\n</html>\n"
+        f"<title>{escape(title)}</title>\n<style>{STYLE}{run_styles()}</style>\n</head>\n<body>\n<main>\n{body}\n</main>\n</body>\n</html>\n"
     )
 
 
@@ -69,8 +72,9 @@ def section(title: str, lead: str, parts: Iterable[str]) -> str:
 def task_section(runs: Sequence[Run]) -> str:
     """Everything of the runs of one task."""
     title, lead = HEADINGS.get(runs[0].task, (runs[0].task, f"Figures and curves of the task {runs[0].task}."))
-    parts = [run_line(run, index, color=len(runs) > 1) for index, run in enumerate(runs)]
-    parts += [score_tiles(runs), curve_panel(runs), *map(panel_html, panels(ends(runs)))]
+    parts = [run_line(run, index, several=len(runs) > 1) for index, run in enumerate(runs)]
+    parts += [score_panel(runs), source_scores(runs), difference_panel(runs), curve_panel(runs), part_panel(runs)]
+    parts += [*map(panel_html, panels(ends(runs))), place_panel(runs)]
     return section(title, lead, parts)
 
 
@@ -84,62 +88,122 @@ def panel_html(panel: Panel) -> str:
     return f'<h3>{escape(panel.title)}</h3><p class="lead">{escape(panel.lead)}</p>{panel.body}'
 
 
-def run_line(run: Run, index: int, *, color: bool) -> str:
-    """One line on a run: its name, length, batch and start."""
-    steps = max((int(line["step"]) for line in run.metrics), default=0)
+def run_line(run: Run, index: int, *, several: bool) -> str:
+    """One line on a run: its name, length, batch, start and, where they were logged, time, pace and memory."""
     batch = run.recipe.get("data", {}).get("batch", {})
-    facts = [f"{steps} steps"] + [f"{count} {SOURCES.get(name, name)} a step" for name, count in batch.items() if count]
+    facts = [f"{run.steps} steps"] + [f"{count} {SOURCES.get(name, name)} a step" for name, count in batch.items() if count]
     # Weights lie at RUN/best: the last two parts name them without the machine's folders.
-    facts.append(f"from {'/'.join(Path(run.init).parts[-2:])}" if run.init else "from scratch")
-    name = f'<span class="run {f"run{index % len(PALETTE)}" if color else ""}">{escape(run.label)}</span>'
+    facts.append(f"from {tails([run.init], least=2)[0]}" if run.init else "from scratch")
+    costs = (
+        (run.seconds(), duration), (run.waiting(), "{:.0%} of it waiting for records".format),
+        (run.rate(), "{:.0f} records/s".format), (run.memory(), "{:.1f} GB at its peak".format),
+    )  # fmt: skip
+    facts += [form(value) for value, form in costs if value]
+    name = f'<span class="run {run_class(index) if several else ""}">{escape(run.label)}</span>'
     return f'<p class="facts">{name} {escape(" · ".join(facts))}</p>'
 
 
-def score_tiles(runs: Sequence[Run]) -> str:
-    """The latest held-out scores, the headline first; scores of single sources (`images/...`) folded away below."""
+def score_panel(runs: Sequence[Run]) -> str:
+    """The latest held-out scores: tiles of one run, of several a table with the best marked."""
     if not any(run.scores for run in runs):
         return '<p class="none">No held-out scores yet.</p>'
-    names = list(dict.fromkeys(name for run in runs for name in run.scores if name != "step"))
-    names.sort(key=lambda name: name != headline(runs[0].task))
-    tiles = "".join(tile(runs, name) for name in names if "/" not in name)
-    rows = [
-        {"score": name} | {run.label: figure(name, run.scores[name]) if name in run.scores else "" for run in runs}
-        for name in names if "/" in name
-    ]  # fmt: skip
-    more = f"<details><summary>Scores of each source</summary>{data_table(rows)}</details>" if rows else ""
-    return f'<div class="tiles">{tiles}</div>{more}'
+    if len(runs) == 1:
+        return f'<div class="tiles">{"".join(tile(runs[0], name) for name in score_names(runs) if "/" not in name)}</div>'
+    apart = scored_apart(runs)
+    lead = f"No best is marked: {' and '.join(apart)} are not the same in all runs." if apart else "★ marks the best of a column."
+    return f'<h3>Scores</h3><p class="lead">On held-out records. {escape(lead)}</p>{score_table(runs)}'
 
 
-def tile(runs: Sequence[Run], name: str) -> str:
-    """One score, a figure per run."""
-    values = [
-        f'<b class="run{index % len(PALETTE)} {"run" if len(runs) > 1 else ""}">{figure(name, run.scores[name])}</b>'
-        for index, run in enumerate(runs) if name in run.scores
-    ]  # fmt: skip
-    return f'<div class="tile"><span>{escape(name.replace("_", " "))}</span>{"".join(values)}</div>'
+def score_names(runs: Sequence[Run]) -> list[str]:
+    """Names of the scores that any of these runs has, the headline first."""
+    names = dict.fromkeys(name for run in runs for name in run.scores if name != "step")
+    return sorted(names, key=lambda name: name != headline(runs[0].task))
 
 
-def figure(name: str, value: float) -> str:
-    """A score to read: shares in percent, the rest to four digits."""
-    if not isinstance(value, int | float):
-        return escape(json.dumps(value))
-    return f"{value:.1%}" if name.rpartition("/")[2].endswith(PERCENT) else f"{value:.4g}"
+def tile(run: Run, name: str) -> str:
+    """One score of one run."""
+    label = escape(name.replace("_", " ") + unit(name, run.task))
+    return f'<div class="tile"><span>{label}</span><b>{escape(figure(name, run.scores[name]))}</b></div>'
+
+
+def source_scores(runs: Sequence[Run]) -> str:
+    """Scores of single sources (`images/...`), folded away."""
+    labels, rows = [run.label for run in runs], []
+    for name in score_names(runs):
+        if "/" in name:
+            values = aligned(name, [run.scores.get(name) for run in runs])
+            rows.append({"score": name + unit(name, runs[0].task)} | dict(zip(labels, values, strict=True)))
+    return f"<details><summary>Scores of each source</summary>{data_table(rows)}</details>" if rows else ""
+
+
+def difference_panel(runs: Sequence[Run]) -> str:
+    """The fields, and the facts of place and code, in which several runs differ."""
+    if len(runs) < 2:
+        return ""
+    found = [difference_table(runs, [kind(run) for run in runs]) for kind in (fields, state)]
+    lead = "Fields of the recipe and what the runs read; what is not listed is the same in all."
+    body = found[0] or '<p class="none">Nothing: the recipes and what the runs read are the same.</p>'
+    where = f"<h3>Machine and code</h3>{found[1]}" if found[1] else ""
+    return f'<h3>What differs</h3><p class="lead">{lead}</p>{body}{where}'
+
+
+def difference_table(runs: Sequence[Run], values: Sequence[Mapping]) -> str:
+    """A row per name whose values differ, a column per run; empty where none does."""
+    labels = [run.label for run in runs]
+    return data_table([{"field": name} | dict(zip(labels, row, strict=True)) for name, row in differences(values).items()])
 
 
 def curve_panel(runs: Sequence[Run]) -> str:
     """All curves of these runs under one legend."""
-    curves = loss_curves(runs)
-    if not curves:
+    found = [curve(runs, chart) for chart in charts(runs)]
+    if not found:
         return '<p class="none">No steps logged yet.</p>'
-    names = (f'<span class="run run{i % len(PALETTE)}">{escape(run.label)}</span>' for i, run in enumerate(runs))
-    legend = f'<p class="legend">{" ".join(names)}</p>' if len(runs) > 1 else ""
-    figures = "".join(f"<figure>{svg}</figure>" for svg in curves)
-    lead = "Training step by step: the thick line is a running mean, the faint one the logged values."
-    return f'<h3>Curves</h3><p class="lead">{lead}</p>{legend}<div class="curves">{figures}</div>'
+    raw = ", the faint one the logged values" if len(runs) <= MAX_RAW else ""
+    lead = f"Training step by step: the line is a running mean{raw}; rings are scores on held-out records."
+    return f'<h3>Curves</h3><p class="lead">{lead}</p>{legend(runs)}{figure_grid(found)}'
+
+
+def part_panel(runs: Sequence[Run]) -> str:
+    """Gradient norms, whole and by part of the network, and the learning rates of groups; empty where none was logged."""
+    whole = [curve(runs, Chart("gradient norm", "gradient_norm"))] if any(len(run.series("gradient_norm")[0]) for run in runs) else []
+    parts = [
+        part_curve(run, prefix, f"{title}: {run.label}" if len(runs) > 1 else title)
+        for prefix, title in (("gradient_norm", "gradient norm by part"), ("lr", "learning rate by group"))
+        for run in runs if len(run.names(f"{prefix}/")) > 1
+    ]  # fmt: skip
+    if not whole and not parts:
+        return ""
+    lead = "Gradient norms before clipping, of the network and, where they were logged, of its parts; learning rates of its groups."
+    folded = f"<details><summary>Parts of each network</summary>{figure_grid(parts)}</details>" if parts and len(runs) > MAX_RAW else ""
+    shown = figure_grid(whole) + folded if folded else figure_grid(whole + parts)
+    return f'<h3>Gradients and rates</h3><p class="lead">{lead}</p>{legend(runs)}{shown}'
+
+
+def place_panel(runs: Sequence[Run]) -> str:
+    """Where the runs ran, by which code and command, folded away; empty where they did not keep it."""
+    rows = [{"run": run.label} | {name: texts([value])[0] for name, value in state(run).items()} for run in runs if run.environment]
+    lines = [
+        f"<dt>{escape(run.label)}, started {escape(run.environment.get('started', 'at an unknown time'))}</dt>"
+        f"<dd><code>{escape(command(run))}</code></dd>" for run in runs if command(run)
+    ]  # fmt: skip
+    said = f"<dl>{''.join(lines)}</dl>" if lines else ""
+    return f"<details><summary>Machine, code and command</summary>{data_table(rows)}{said}</details>" if rows or lines else ""
+
+
+def legend(runs: Sequence[Run]) -> str:
+    """Each run's name beside its colour and dash; empty for one run."""
+    names = (f'<span class="run {run_class(index)}">{escape(run.label)}</span>' for index, run in enumerate(runs))
+    return f'<p class="legend">{" ".join(names)}</p>' if len(runs) > 1 else ""
+
+
+def figure_grid(found: Sequence[str]) -> str:
+    return f'<div class="curves">{"".join(f"<figure>{svg}</figure>" for svg in found)}</div>'
 
 
 def data_table(rows: Sequence[Mapping[str, str]]) -> str:
-    """Rows as a table that scrolls sideways in its own box; columns in the order in which rows first name them."""
+    """Rows as a table that scrolls sideways in its own box; columns in the order in which rows first name them; "" for no rows."""
+    if not rows:
+        return ""
     columns = list(dict.fromkeys(name for row in rows for name in row))
     head = "".join(f'<th scope="col">{escape(str(name))}</th>' for name in columns)
     cells = ("".join(f"<td>{escape(str(row.get(name, '')))}</td>" for name in columns) for row in rows)
@@ -147,9 +211,19 @@ def data_table(rows: Sequence[Mapping[str, str]]) -> str:
     return f'<div class="scroll" tabindex="0"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
-def run_colors() -> str:
-    """The curves' colours for everything that names a run."""
-    return "".join(f".run{index}{{--run:{color}}}" for index, color in enumerate(PALETTE))
+def run_styles() -> str:
+    """A stroke in the curves' colour and dash before everything that names a run."""
+    looks = ((PALETTE[index % len(PALETTE)], DASHES[index % len(DASHES)]) for index in range(len(PALETTE) * len(DASHES)))
+    return "".join(f".run{index}{{--run:{stroke(color, dash)}}}" for index, (color, dash) in enumerate(looks))
+
+
+def stroke(color: str, dash: Sequence[float]) -> str:
+    """A dash as CSS, the line 3 pixels wide."""
+    stops, at = [], 0.0
+    for index, length in enumerate(dash or (1, 0)):
+        stops.append(f"{'transparent' if index % 2 else color} {3 * at:g}px {3 * (at + length):g}px")
+        at += length
+    return f"repeating-linear-gradient(90deg,{','.join(stops)})"
 
 
 STYLE = """
@@ -171,13 +245,14 @@ img{display:block;width:100%;height:auto;border-radius:2px}img.sharp{image-rende
 .scroll{overflow-x:auto;border:1px solid var(--line);border-radius:.5rem;background:var(--card);margin:1rem 0}
 table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums}
 th,td{padding:.5rem .8rem;text-align:left;vertical-align:top;border-bottom:1px solid var(--line);min-width:6rem}
-th{font-size:.875rem;color:var(--soft);white-space:nowrap}tbody tr:last-child td{border-bottom:0}
+th{font-size:.875rem;color:var(--soft);white-space:nowrap}tbody tr:last-child>*{border-bottom:0}
+tbody th{color:var(--ink)}.number{text-align:right;white-space:nowrap;min-width:0}.best{font-weight:700}
 .tiles{display:grid;grid-template-columns:repeat(auto-fill,minmax(9.5rem,1fr));gap:.75rem;margin:1rem 0}
 .tile{background:var(--card);border:1px solid var(--line);border-radius:.5rem;padding:.6rem .8rem}
 .tile span{display:block;font-size:.875rem;color:var(--soft)}
 .tile b{display:block;font-size:1.35rem;font-weight:600;font-variant-numeric:tabular-nums}
-.run::before{content:"";display:inline-block;width:.7em;height:.7em;border-radius:50%;margin-right:.4em;
-background:var(--run,var(--soft))}
+.run::before{content:"";display:inline-block;width:30px;height:3px;margin-right:.5em;vertical-align:middle;
+background:var(--run,var(--soft));print-color-adjust:exact}
 .facts .run{font-weight:600;color:var(--ink);margin-right:.5rem}.legend .run{margin-right:1.2rem}
 .curves{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(20rem,100%),1fr));gap:1rem;margin-top:.8rem}
 .wide{display:flex;flex-wrap:wrap;gap:1.5rem;align-items:center;margin-top:.8rem}

@@ -4,8 +4,6 @@
 held-out ones of the run's own root. Pixels cross inner borders as uint8 [H, W, 3]; a patch of s x s as [s, s, 3].
 """
 
-import base64
-import io
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -16,13 +14,14 @@ from typing import TypeVar
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from beit3 import task as tasks
 from beit3.data.loader import Source
 from beit3.data.records import locate
-from beit3.report.curves import PALETTE, Run, usage_bars, usage_figures
+from beit3.report.curves import run_class, usage_bars, usage_figures
+from beit3.report.pictures import assemble, cut, denormalized, hatch, picture, pixels
+from beit3.report.runs import Run
 from beit3.task import Batch, Record, Task
 from beit3.tasks.pretrain import IGNORE, Pretrain, PretrainConfig
 from beit3.tasks.vqa import VQA
@@ -38,9 +37,6 @@ MAX_PATCHES = 20_000
 
 MAX_TILES, COUNTED_PAIRS = 256, 128
 """Codes in the mosaic, the commonest; held-out pairs behind the shares of rightly named words."""
-
-SMALL, LARGEST = 96, 320
-"""Pixels: pictures up to the first wide are shown with sharp pixels, those beyond the second are shrunk to it."""
 
 T = TypeVar("T", bound=Task)
 
@@ -132,6 +128,12 @@ def records(run: Run, source: str, split: str) -> Source:
 def spread(source: Source, count: int) -> list[Record]:
     """At most `count` records, evenly spaced over the source: no picking of what looks good."""
     return [source[int(index)] for index in np.unique(np.linspace(0, len(source) - 1, count).round())]
+
+
+def figures(*pairs: tuple[str, str]) -> str:
+    """Large figures, each with the words that follow it."""
+    spans = (f"<span><b>{value}</b> {escape(words)}</span>" for value, words in pairs)
+    return f'<p class="figures">{" ".join(spans)}</p>'
 
 
 # Visual tokenizer ----------------------------------------------------------------------------------------------------
@@ -335,66 +337,10 @@ def answer_card(image: np.ndarray, record: Record, given: Sequence[tuple[str, st
     lines = []
     for index, (label, answer, score) in enumerate(given):
         kind, sign = ("right", "✓") if answers.get(answer, 0) > 0 else ("wrong", "✗")
-        name = f'<span class="run run{index % len(PALETTE)}">{escape(label)}</span>' if len(given) > 1 else "answer"
+        name = f'<span class="run {run_class(index)}">{escape(label)}</span>' if len(given) > 1 else "answer"
         lines.append(f'<dt>{name}</dt><dd><mark class="{kind}">{sign} {escape(answer)}</mark> {score:.0%}</dd>')
     truth = max(answers, key=answers.__getitem__) if answers else "(not in the answer list)"
     lines.append(f"<dt>true</dt><dd>{escape(truth)}</dd>")
     question = record["text"]
     shown = picture(image, f"picture asked about: {question}")
     return f'<div class="card">{shown}<div><b>{escape(question)}</b><dl>{"".join(lines)}</dl></div></div>'
-
-
-# Pixels --------------------------------------------------------------------------------------------------------------
-
-
-def pixels(images: Tensor) -> np.ndarray:
-    """Float [B, 3, H, W] in [0, 1] -> uint8 [B, H, W, 3]."""
-    return (images.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).numpy()
-
-
-def denormalized(images: Tensor, task: Task) -> np.ndarray:
-    """A network's input [B, 3, S, S] -> uint8 [B, S, S, 3]."""
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (task.config.image.mean, task.config.image.std))
-    return pixels(images * std + mean)
-
-
-def cut(image: np.ndarray, side: int) -> np.ndarray:
-    """[H, W, 3] -> patches [P, side, side, 3], row by row."""
-    height, width, channels = image.shape
-    tiles = image.reshape(height // side, side, width // side, side, channels)
-    return tiles.swapaxes(1, 2).reshape(-1, side, side, channels)
-
-
-def assemble(patches: np.ndarray, grid: tuple[int, int], *, gap: int = 0) -> np.ndarray:
-    """Patches [P, s, s, 3] -> [H, W, 3], row by row; with a gap [H, W, 4], clear between patches and past the last."""
-    (rows, columns), side = grid, patches.shape[1] + gap
-    canvas = np.zeros((rows * side, columns * side, 4), dtype=np.uint8)
-    for place, patch in enumerate(patches):
-        top, left = place // columns * side, place % columns * side
-        window = canvas[top : top + side - gap, left : left + side - gap]
-        window[..., :3], window[..., 3] = patch, 255
-    return canvas[: canvas.shape[0] - gap, : canvas.shape[1] - gap] if gap else canvas[..., :3]
-
-
-def hatch(height: int, width: int) -> np.ndarray:
-    """[H, W, 3] of grey diagonal stripes: what is hidden or was never seen, unlike any plain grey in a picture."""
-    rows, columns = np.indices((height, width))
-    stripes = np.where((rows + columns) // 2 % 2, 112, 148).astype(np.uint8)
-    return np.repeat(stripes[..., None], 3, axis=-1)
-
-
-def picture(image: np.ndarray, alt: str, *, mosaic: bool = False) -> str:
-    """An `<img>` that carries its pixels [H, W, 3 or 4] itself."""
-    written = io.BytesIO()
-    drawn = Image.fromarray(np.ascontiguousarray(image))
-    drawn.thumbnail((LARGEST, LARGEST))
-    drawn.save(written, format="PNG", optimize=True)
-    data = base64.b64encode(written.getvalue()).decode("ascii")
-    kind = "sharp" if mosaic or drawn.width <= SMALL else "smooth"
-    return f'<img class="{kind}" src="data:image/png;base64,{data}" alt="{escape(alt)}">'
-
-
-def figures(*pairs: tuple[str, str]) -> str:
-    """Large figures, each with the words that follow it."""
-    spans = (f"<span><b>{value}</b> {escape(words)}</span>" for value, words in pairs)
-    return f'<p class="figures">{" ".join(spans)}</p>'
