@@ -312,7 +312,8 @@ def test_a_task_that_norms_starts_from_one_that_does_not(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"dim": 64}, r"has shape \[.*\], this vqa needs \[.*\]"),
+        ({"dim": 64}, r"another network \(dim is 32, here 64\): .* --task.model.dim 32; .* has shape \[.*\], this vqa needs \[.*\]"),
+        ({"num_heads": 2}, r"another network \(num_heads is 4, here 2\): .* --task.model.num_heads 4; their tensors have the same shapes"),
         ({"vocab_size": 70}, r"backbone.text_embedding.tokens.weight has shape \[64, 32\], this vqa needs \[70, 32\]"),
         ({"depth": 3, "fusion_layers": 2}, "tensors are missing: backbone.blocks.2."),
         ({"fusion_layers": 0}, "this vqa has no place for 6 tensors: backbone.blocks.1.ffn.fusion"),
@@ -326,6 +327,24 @@ def test_a_backbone_that_does_not_fit(tmp_path, change, message):
     with pytest.raises(ValueError, match=message):
         initialise_from(task, tmp_path / "w")
     assert all(torch.equal(tensor, before[name]) for name, tensor in task.state_dict().items()), "nothing was changed"
+
+
+def test_a_network_of_another_kind(tmp_path):
+    codes = filled(VQKD(VQKDConfig(model=VISUAL, image=replace(VQKDConfig().image, image_size=16))))
+    save(codes, tmp_path / "codes")
+    save(vqa(), tmp_path / "w")
+    with pytest.raises(ValueError, match="it holds a vqkd, whose network is of another kind than that of vqa"):
+        initialise_from(vqa(), tmp_path / "codes")
+    with pytest.raises(ValueError, match="it holds a vqa, whose network is of another kind than that of vqkd"):
+        initialise_from(codes, tmp_path / "w")
+
+
+def test_a_released_text_table_needs_the_released_tokenizer(tmp_path, tokenizer):
+    source = filled(Backbone(TaskConfig(model=replace(RELEASE, vocab_size=64010, depth=1))))
+    torch.save({"model": to_official(source)}, tmp_path / "a.pth")
+    task = vqa(replace(RELEASE, vocab_size=64010, depth=1), tokenizer=tokenizer)
+    with pytest.raises(ValueError, match="cannot start from .*a.pth: the text tokenizer has .* ids, the released one 64002"):
+        initialise_from(task, tmp_path / "a.pth")
 
 
 def test_another_text_tokenizer_is_an_error(tmp_path, tokenizer, other_tokenizer):

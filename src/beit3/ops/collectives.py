@@ -6,10 +6,12 @@ of the same shape.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 
 def rank() -> int:
@@ -49,6 +51,30 @@ def all_gather(tensor: Tensor) -> Tensor:
     parts = [torch.empty_like(own) for _ in range(dist.get_world_size())]
     dist.all_gather(parts, own)
     return torch.cat(parts)
+
+
+def all_gather_objects(value: Any) -> list[Any]:
+    """One small picklable value of each rank, in rank order, on every rank."""
+    if not _joined():
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+@torch.no_grad()
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor of which ranks hold shards; every rank must ask. Others come back as they are."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+@torch.no_grad()
+def keep_shard(parameter: Tensor, values: Tensor) -> None:
+    """Copy into `parameter` what this rank holds of `values`, which is whole and the same on every rank; no communication."""
+    if isinstance(parameter, DTensor):
+        mesh, placements = parameter.device_mesh, parameter.placements
+        values = distribute_tensor(values.to(parameter.device, parameter.dtype), mesh, placements, src_data_rank=None)
+    parameter.copy_(values)
 
 
 def barrier() -> None:

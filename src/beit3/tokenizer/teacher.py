@@ -1,21 +1,25 @@
 """The frozen teachers whose patch features the visual tokenizer learns to predict (BEiT v2, section 3.1).
 
 Shapes: images [B, 3, H, W], pixels in [0, 1] or uint8 -> features [B, P, F], float32, on the tokenizer's grid of
-patches, row-major. CLIP and DINO are read from a local file; `Gradients` needs none and is the embedded default.
+patches, row-major. CLIP and DINO are read from a local file, CLIP also from a directory of `save_clip`; `Gradients`
+needs none and is the embedded default.
 """
 
+import json
 import math
 import pickle
 import re
 import zipfile
 from collections.abc import Iterable, Mapping
+from hashlib import file_digest
 from math import isqrt
 from pathlib import Path
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from beit3.tokenizer.vit import ViT, ViTConfig, patch_grid, unit_pixels
@@ -27,7 +31,7 @@ TeacherName = Literal["gradients", "clip", "dino"]
 
 
 def load_teacher(name: TeacherName, *, path: Path | str | None = None, patch_size: int) -> "Teacher":
-    """The teacher of this name for a tokenizer of `patch_size`; `path`: the weight file of CLIP and DINO.
+    """The teacher of this name for a tokenizer of `patch_size`; `path`: the weights of CLIP and DINO, a file or directory.
 
     ValueError for an unknown name, or a file that is missing, unreadable or of another network.
     """
@@ -37,7 +41,7 @@ def load_teacher(name: TeacherName, *, path: Path | str | None = None, patch_siz
         raise ValueError(f"unknown teacher {name!r}: choose gradients, clip or dino")
     if path is None:
         raise ValueError(f"teacher {name!r} has no weights: give the path of its .pt, .pth or .safetensors file")
-    state = _read(Path(path))
+    state = _read_directory(Path(path), name) if Path(path).is_dir() else _read(Path(path))
     return CLIPTeacher(state, patch_size=patch_size) if name == "clip" else DINOTeacher(state, patch_size=patch_size)
 
 
@@ -134,20 +138,22 @@ class ViTTeacher(Teacher):
 
 
 class CLIPTeacher(ViTTeacher):
-    """CLIP's image tower, in OpenAI's names (`visual.*`) or Hugging Face's (`vision_model.*`): ln_post, projection."""
+    """CLIP's image tower, in OpenAI's names (`visual.*`), Hugging Face's (`vision_model.*`) or ours: ln_post, projection."""
 
     def __init__(self, state: Mapping[str, Tensor], *, patch_size: int):
-        if any(name.startswith("vision_model.") for name in state):
+        if "class_token" in state:
+            tensors = dict(state)
+        elif any(name.startswith("vision_model.") for name in state):
             tensors = _merged_qkv(_renamed(state, HF_CLIP, keep=("vision_model.", "visual_projection.")))
             if "projection" in tensors:
                 tensors["projection"] = tensors["projection"].T.contiguous()
         else:
             tensors = _renamed(state, OPENAI_CLIP, keep=("visual.",))
-        for name, leading in (("class_token", 2), ("positions", 1)):
+        for name in ("class_token", "positions"):
             if name in tensors:
-                tensors[name] = tensors[name].view(*(1,) * leading, *tensors[name].shape)
+                tensors[name] = tensors[name][(None,) * (3 - tensors[name].ndim)]
         if "projection" not in tensors:
-            raise ValueError("not a CLIP image tower: no tensor visual.proj or visual_projection.weight")
+            raise ValueError("not a CLIP image tower: no tensor visual.proj or visual_projection.weight; give CLIP's own file")
         projection = tensors.pop("projection")
         super().__init__(_build(tensors, "clip", 1e-5), projection, pixels=CLIP_PIXELS, patch_size=patch_size)
 
@@ -223,14 +229,49 @@ DINO: Renames = (
 )
 
 
+def save_clip(teacher: CLIPTeacher, directory: Path) -> None:
+    """Fill an empty `directory` with what `load_teacher` reads: the tensors under our names, and their digest."""
+    assert teacher.projection is not None
+    tensors = teacher.vit.state_dict() | {"projection": teacher.projection.detach()}
+    save_file({name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}, directory / MODEL)
+    about = {"format": FORMAT, "teacher": "clip", "sha256": _digest(directory / MODEL)}
+    (directory / CONFIG).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+
+
+FORMAT = 1
+MODEL, CONFIG = "model.safetensors", "config.json"
+
+
+def _read_directory(directory: Path, name: str) -> dict[str, Tensor]:
+    """The tensors of a directory that `save_clip` filled, under our names; ValueError for anything else."""
+    path = directory / CONFIG
+    try:
+        about = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        about = None
+    if not isinstance(about, dict) or (about.get("format"), about.get("teacher")) != (FORMAT, name):
+        raise ValueError(f"{directory} holds no {name} teacher: give its weight file, or a directory of beit3 convert clip")
+    if not (directory / MODEL).is_file() or _digest(directory / MODEL) != about.get("sha256"):
+        raise ValueError(f"{directory / MODEL} is not the file that {CONFIG} describes: convert it again with beit3 convert clip")
+    return load_file(directory / MODEL)
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return file_digest(file, "sha256").hexdigest()
+
+
 def _read(path: Path) -> dict[str, Tensor]:
     """The state dict in a weight file, without the usual wrappings."""
     if not path.is_file():
         raise ValueError(f"no teacher weights at {path}: give a .pt, .pth or .safetensors file")
     state: object
     if path.suffix == ".safetensors":
-        state = load_file(path)
-    elif _is_torchscript(path):
+        try:
+            state = load_file(path)
+        except SafetensorError:
+            raise ValueError(f"{path} is not a whole safetensors file: download it again") from None
+    elif is_torchscript(path):
         raise ValueError(
             f"{path} is a TorchScript archive: convert it, torch.save(torch.jit.load(path).state_dict(), 'clip.pth')"
         )
@@ -248,7 +289,8 @@ def _read(path: Path) -> dict[str, Tensor]:
     return {re.sub(r"^(module\.)?(backbone\.)?", "", name): value for name, value in tensors.items()}
 
 
-def _is_torchscript(path: Path) -> bool:
+def is_torchscript(path: Path) -> bool:
+    """Whether a file is a TorchScript archive, which only running it would open; OpenAI's CLIP files are."""
     if not zipfile.is_zipfile(path):
         return False
     with zipfile.ZipFile(path) as archive:

@@ -1,1 +1,1 @@
-"""Weights on disk: our own directories (store), the released BEiT-3 files (official), BEiT v2's tokenizers (vqkd)."""
+"""Weights on disk: our directories (store), released files (official, released, vqkd), from one to the other (convert)."""

@@ -10,6 +10,7 @@ from math import isqrt
 from torch import Tensor
 
 from beit3.model.config import POSITION_OFFSET
+from beit3.ops.collectives import keep_shard, rank, whole
 from beit3.ops.positions import resample_positions
 from beit3.task import Task
 
@@ -47,6 +48,23 @@ def stored(task: Task) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in task.state_dict().items() if name.split(".")[0] not in task.frozen}
 
 
+def gathered(task: Task) -> dict[str, Tensor]:
+    """`stored`, whole and on the CPU of rank 0, empty elsewhere; every rank must ask where weights are sharded."""
+    values = {}
+    for name, tensor in stored(task).items():
+        complete = whole(tensor)
+        if rank() == 0:
+            values[name] = complete.cpu()
+    return values
+
+
+def assign(task: Task, values: Mapping[str, Tensor]) -> None:
+    """Copy whole tensors into the task's by name; a rank keeps its shard."""
+    here = stored(task)
+    for name, value in values.items():
+        keep_shard(here[name], value)
+
+
 def match(
     task: Task, tensors: Mapping[str, Tensor], *, exact: bool, label: Callable[[str], str] = str
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -63,7 +81,7 @@ def match(
     missing = []
     for name, here in wanted.items():
         if name not in tensors:
-            reason = _absent(name, no_text=no_text)
+            reason = may_lack(name, no_text=no_text)
             if reason:
                 fresh[name] = reason
             else:
@@ -89,22 +107,23 @@ def is_text(name: str) -> bool:
 
 def task_name(kind: type[Task]) -> str:
     """The name under which `beit3.task.load` finds a task: its module's, whole for modules of others."""
-    return kind.__module__.removeprefix("beit3.tasks.")
+    own = next(each for each in kind.__mro__ if not each.__module__.startswith("torch."))  # sharding puts a class in front
+    return own.__module__.removeprefix("beit3.tasks.")
+
+
+def may_lack(name: str, *, no_text: bool) -> str:
+    """Why a file may lack this parameter, one without texts with `no_text`; empty where it may not."""
+    if not name.startswith("backbone."):
+        return "a head that the file does not hold"
+    if no_text and is_text(name):
+        return "the file holds the image side alone"
+    return "the file's task has no final norm" if name.startswith(FINAL_NORM) else ""
 
 
 def first_few(names: Iterable[str], count: int = 4) -> str:
     """The first names and how many more there are."""
     names = list(names)
     return ", ".join(names[:count]) + (f" and {len(names) - count} more" if len(names) > count else "")
-
-
-def _absent(name: str, *, no_text: bool) -> str:
-    """Why a file may lack this parameter; empty where it may not."""
-    if not name.startswith("backbone."):
-        return "a head that the file does not hold"
-    if no_text and is_text(name):
-        return "the file holds the image side alone"
-    return "the file's task has no final norm" if name.startswith(FINAL_NORM) else ""
 
 
 def _positions(task: Task, table: Tensor, label: Callable[[str], str]) -> Tensor:

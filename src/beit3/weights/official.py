@@ -1,7 +1,8 @@
-"""Released BEiT-3 files: read safely, recognise by their keys, load into a task, and write back.
+"""Released BEiT-3 files: read safely, recognise by their keys, load into a task, and give back under their names.
 
 The release names everything twice, `.A` for images and `.B` for texts, keeps query, key and value apart and mislabels
-two norms; TABLE is the whole correspondence. Across the border: dict[str, Tensor] under the released names, in float32.
+two norms; TABLE is the whole correspondence. Across the border: dict[str, Tensor] under the released names, in float32
+unless asked otherwise.
 """
 
 import argparse
@@ -23,8 +24,10 @@ from beit3.ops.init import seeded
 from beit3.task import Task
 from beit3.task import load as load_task
 from beit3.task import names as task_names
+from beit3.tokenizer.teacher import is_torchscript
 from beit3.tokenizer.text import TextTokenizer
 from beit3.weights.fill import KEEP, Report, first_few, match, stored, task_name
+from beit3.weights.released import about
 from beit3.weights.vqkd import DROPPED, read_vqkd
 
 PREFIX = "beit3."
@@ -71,15 +74,18 @@ HEAD_SIZES = {"num_answers": "head.3.bias", "num_codes": "mim_head.bias", "num_c
 # Reading -------------------------------------------------------------------------------------------------------------
 
 
-def read_file(path: str | Path) -> dict[str, Tensor]:
-    """The tensors of a released file under its own names, floating ones in float32.
+def read_file(path: str | Path, *, as_stored: bool = False) -> dict[str, Tensor]:
+    """The tensors of a released file under its own names, floating ones in float32 or, `as_stored`, as they are.
 
     The content decides, not the ending: safetensors, or what torch.save wrote, nested under `model`, `module` or
-    `state_dict` or bare. Nothing in the file is executed. Raises ValueError, in one line, for everything else.
+    `state_dict` or bare. Nothing in the file is executed. Raises ValueError, in one line, for everything else; for a
+    file that is not there it says what the release calls so.
     """
     path = Path(path)
+    if path.is_dir():
+        raise ValueError(f"{path} is a directory, a released file is needed here: give a .pth file")
     if not path.is_file():
-        raise ValueError(f"no weights at {path}: give a released .pth file or a directory of weights")
+        raise ValueError(f"no weights at {path}: {about(path.name) or 'give a released .pth file or a directory of weights'}")
     with path.open("rb") as file:
         start = file.read(9)
     if start[:4] == b"PK\x03\x04" or start[:1] == b"\x80":
@@ -97,10 +103,17 @@ def read_file(path: str | Path) -> dict[str, Tensor]:
     for key, value in content.items():
         if not isinstance(value, Tensor):
             raise ValueError(f"{path}: {key!r} is of type {type(value).__name__}: a state dict of tensors is expected")
-    return {str(key): value.float() if value.is_floating_point() else value for key, value in content.items()}
+    return {str(key): value if as_stored else in_float32(value) for key, value in content.items()}
+
+
+def in_float32(tensor: Tensor) -> Tensor:
+    """Floating tensors in float32, others as they are."""
+    return tensor.float() if tensor.is_floating_point() else tensor
 
 
 def _read_pickle(path: Path) -> Any:
+    if is_torchscript(path):
+        raise ValueError(f"{path} is a TorchScript archive, as OpenAI's CLIP files are: a file of tensors is needed here")
     try:
         # Checkpoints of the official trainer carry their command line.
         # An open file, because torch.load goes by the ending where it is given a path.
@@ -131,8 +144,10 @@ def family(keys: Iterable[str]) -> str:
         return "vqkd"
     if any(key.startswith("backbone.") for key in keys):
         raise ValueError("these are this package's own tensors: give the directory that holds them")
+    if any(key.startswith(("visual.", "vision_model.")) for key in keys):
+        raise ValueError("these are CLIP's tensors, not BEiT-3's: they can teach a vqkd (beit3 convert clip)")
     if not any(key.removeprefix(PREFIX).startswith(("vision_embed.", "text_embed.")) for key in keys):
-        raise ValueError(f"not BEiT-3 weights: the keys begin with {first_few(keys)}")
+        raise ValueError(f"not BEiT-3 weights: the keys begin with {first_few(keys)}; give a released BEiT-3 file or weights of ours")
     for task, heads in HEADS.items():
         if all(any(key.startswith(head) for key in keys) for head in heads):
             return task
@@ -216,10 +231,13 @@ def refuse_other_tokenizer(tokenizer: TextTokenizer | None, task: Task) -> None:
     )
 
 
-def to_official(task: Task) -> dict[str, Tensor]:
-    """The weights of a task under the released names; ValueError for a parameter that the release has no name for."""
+def to_official(task: Task, tensors: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """The weights of a task, or `tensors` under its names, under the released ones, in memory of their own.
+
+    Raises ValueError for a parameter that the release has no name for.
+    """
     state = {}
-    for name, tensor in stored(task).items():
+    for name, tensor in (stored(task) if tensors is None else tensors).items():
         keys = keys_of(name, task.official_names)
         if not keys:
             raise ValueError(f"{name} has no counterpart in the released files: keep these weights as they are")

@@ -6,12 +6,14 @@ digests) and, where the task has one, the text tokenizer `text.model`. Loading i
 
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from hashlib import sha256
+from hashlib import file_digest
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -21,12 +23,12 @@ from beit3.model.beit3 import BEiT3
 from beit3.recipe import TaskConfig
 from beit3.task import Task
 from beit3.task import load as load_task
-from beit3.tokenizer.text import TextTokenizer
-from beit3.weights.fill import FINAL_NORM, Report, first_few, match, stored, task_name
-from beit3.weights.official import family, load_official, read_file, translate
+from beit3.tokenizer.text import FILE, TextTokenizer
+from beit3.weights.fill import FINAL_NORM, Report, assign, first_few, match, may_lack, stored, task_name
+from beit3.weights.official import family, in_float32, load_official, read_file, refuse_other_tokenizer, sizes, translate
 
 FORMAT = 1
-MODEL, CONFIG, TEXT = "model.safetensors", "config.json", "text.model"
+MODEL, CONFIG, TEXT = "model.safetensors", "config.json", FILE
 
 
 @dataclass(frozen=True)
@@ -62,24 +64,37 @@ def find(path: str | Path) -> Path:
     raise ValueError(f"{path} holds neither weights nor a run's best or last: give one that beit3 train wrote")
 
 
-def save(task: Task, directory: str | Path) -> None:
+def save(task: Task, directory: str | Path, *, tensors: Mapping[str, Tensor] | None = None) -> None:
     """Write the weights of `task` to `directory`, in place of older ones, by renaming: never a mix of both.
 
-    Raises ValueError where `directory` is something else than weights.
+    tensors: written for the task's own, in their own precision. Raises ValueError where `directory` is something else
+    than weights.
     """
     directory = Path(directory)
     if directory.exists() and not is_weights(directory) and (directory.is_file() or any(directory.iterdir())):
         raise ValueError(f"{directory} exists and does not hold weights: give another directory")
+    values = stored(task) if tensors is None else tensors
+    with in_place_of(directory) as new:
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in values.items()}, new / MODEL)
+        (new / CONFIG).write_text(json.dumps(_description(task), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        if task.has_tokenizer:
+            task.tokenizer.save(new / TEXT)
+
+
+@contextmanager
+def in_place_of(directory: Path) -> Iterator[Path]:
+    """An empty directory to fill, which then takes the place of `directory`; an error leaves the older one alone."""
     new, old = (directory.with_name(f".{directory.name}.{age}") for age in ("new", "old"))
     if old.exists() and not directory.exists():
         old.rename(directory)  # the last save died between its two renames: keep what it had set aside
     for path in (new, old):
         shutil.rmtree(path, ignore_errors=True)
     new.mkdir(parents=True)
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in stored(task).items()}, new / MODEL)
-    (new / CONFIG).write_text(json.dumps(_description(task), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    if task.has_tokenizer:
-        task.tokenizer.save(new / TEXT)
+    try:
+        yield new
+    except BaseException:
+        shutil.rmtree(new, ignore_errors=True)
+        raise
     if directory.exists():
         directory.rename(old)
     new.rename(directory)
@@ -103,7 +118,10 @@ def load(directory: str | Path, *, text_model: str | Path | None = None, config:
     missing = [name for name in here if name not in tensors]
     if unknown or missing:
         verb, names = ("unknown", unknown) if unknown else ("missing", missing)
-        raise ValueError(f"{directory / MODEL}: {len(names)} tensors are {verb}: {first_few(names)}")
+        # `beit3 convert` leaves out what its file did not hold; fine-tuning fills it in.
+        start = not unknown and all(may_lack(name, no_text=True) for name in missing)
+        remedy = f"; train them with beit3 train {description.task} --init {directory}" if start else ""
+        raise ValueError(f"{directory / MODEL}: {len(names)} tensors are {verb}: {first_few(names)}{remedy}")
     for name, tensor in tensors.items():
         shape, needed = list(tensor.shape), list(here[name].shape)
         if shape != needed:
@@ -129,6 +147,8 @@ def read_config(directory: str | Path) -> Stored:
         data = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}") from None
+    if isinstance(data, dict) and "teacher" in data:
+        raise ValueError(f"{directory} holds a {data['teacher']} teacher, no BEiT-3: it is for --task.teacher_weights of vqkd")
     fields = ("format", "task", "config", "tokenizer", "frozen")
     missing = [field for field in fields if not isinstance(data, dict) or field not in data]
     if missing:
@@ -142,11 +162,11 @@ def read_config(directory: str | Path) -> Stored:
     return Stored(data["task"], config, data["tokenizer"], frozen)
 
 
-def read_tensors(directory: str | Path) -> dict[str, Tensor]:
-    """The tensors of a weights directory by our names."""
+def read_tensors(directory: str | Path, *, as_stored: bool = False) -> dict[str, Tensor]:
+    """The tensors of a weights directory by our names, floating ones in float32 or, `as_stored`, as they are."""
     path = Path(directory) / MODEL
     try:
-        return load_file(path)
+        return {name: tensor if as_stored else in_float32(tensor) for name, tensor in load_file(path).items()}
     except FileNotFoundError:
         raise ValueError(f"no weights at {directory}: {MODEL} is missing") from None
     except (SafetensorError, OSError):
@@ -155,10 +175,11 @@ def read_tensors(directory: str | Path) -> dict[str, Tensor]:
 
 def load_frozen(path: str, kind: str) -> tuple[Task, FrozenFile]:
     """A part that never trains: the task `kind` from our directory or a released file, and the file's digest."""
-    if Path(path).is_dir():
-        file, task = find(path) / MODEL, load(find(path))
-    else:
-        file, (task, _) = Path(path), load_official(read_file(path), kind)
+    with torch.device("cpu"):  # real, also where the task around it is built on meta
+        if Path(path).is_dir():
+            file, task = find(path) / MODEL, load(find(path))
+        else:
+            file, (task, _) = Path(path), load_official(read_file(path), kind)
     if task_name(type(task)) != kind:
         raise ValueError(f"{path} holds weights of {task_name(type(task))}, {kind} is needed here")
     return task.eval().requires_grad_(False), FrozenFile(str(Path(path).resolve()), digest(file))
@@ -176,43 +197,77 @@ def load_backbone(path: str) -> BEiT3:
 
 def digest(path: str | Path) -> str:
     """SHA-256 of a file, in hex."""
-    found = sha256()
     with Path(path).open("rb") as file:
-        while block := file.read(1 << 20):
-            found.update(block)
-    return found.hexdigest()
+        return file_digest(file, "sha256").hexdigest()
 
 
 def initialise_from(task: Task, path: str | Path) -> Report:
     """Copy into `task` what fits from our directory or a released file: the start of fine-tuning.
 
     The backbone must fit, with image positions resampled to the task's image size; heads are taken where name and shape
-    agree; what the file lacks keeps its present values. Raises ValueError naming backbone tensors that do not fit, and
-    where the text tokenizers differ.
+    agree; what the file lacks keeps its present values. Raises ValueError naming how the networks differ and which
+    tensors do not fit, and where the text tokenizers differ.
     """
     path = Path(path)
     try:
-        return _initialise(task, path)
+        return _from_directory(task, find(path)) if path.is_dir() else _from_file(task, path)
     except ValueError as error:
         raise ValueError(f"cannot start from {path}: {error}") from None
 
 
-def _initialise(task: Task, path: Path) -> Report:
-    label: Callable[[str], str] = str
-    if path.is_dir():
-        path = find(path)
-        description = read_config(path)
-        if task.has_tokenizer and description.tokenizer not in (None, task.tokenizer.digest):
-            raise ValueError(f"the text tokenizer is not the one that these weights know: use {path / TEXT}")
-        tensors, source = read_tensors(path), f"{path} ({description.task})"
+def _from_directory(task: Task, path: Path) -> Report:
+    description, name = read_config(path), task_name(type(task))
+    there, here = description.config.model, task.config.model
+    if type(there) is not type(here):
+        raise ValueError(f"it holds a {description.task}, whose network is of another kind than that of {name}: give other weights")
+    if task.has_tokenizer and description.tokenizer not in (None, task.tokenizer.digest):
+        raise ValueError(f"the text tokenizer is not the one that these weights know: use {path / TEXT}")
+    tensors = read_tensors(path)
+    try:
         ignored = _unused(task, tensors)
-    else:
-        state = read_file(path)
-        source = f"{path} (a released {family(state)} file)"
+        values, fresh = match(task, tensors, exact=False)
+    except ValueError as error:
+        raise ValueError(_differences(there, here, str(error))) from None
+    if there.num_heads != here.num_heads:  # no shape tells it
+        raise ValueError(_differences(there, here, "their tensors have the same shapes"))
+    assign(task, values)
+    return Report(f"{path} ({description.task})", tuple(values), ignored, fresh)
+
+
+def _from_file(task: Task, path: Path) -> Report:
+    state = read_file(path)
+    found = family(state)
+    if task.has_tokenizer and any(key.endswith("text_embed.weight") for key in state):
+        refuse_other_tokenizer(task.tokenizer, task)
+    try:
         tensors, ignored, label = translate(state, task)
-    values, fresh = match(task, tensors, exact=False, label=label)
-    task.load_state_dict(values, strict=False)
-    return Report(source, tuple(values), ignored, fresh)
+        values, fresh = match(task, tensors, exact=False, label=label)
+    except ValueError as error:
+        reason = str(error)
+        with suppress(ValueError):  # tensors that imply no network: the first error says enough
+            there, here = sizes(state), task.config.model
+            # At one width the heads are this network's to say: no shape tells them.
+            reason = _differences(replace(there, num_heads=here.num_heads) if there.dim == here.dim else there, here, reason)
+        raise ValueError(reason) from None
+    assign(task, values)
+    return Report(f"{path} (a released {found} file)", tuple(values), ignored, fresh)
+
+
+NETWORK = (
+    "dim", "depth", "num_heads", "ffn_dim", "patch_size", "vocab_size", "text_positions", "shared_attention", "shared_norms", "sub_ln",
+    "fusion_layers", "decoder_depth", "code_dim", "num_codes", "teacher_dim",
+)  # fmt: skip
+"""Fields of a network's config that its weights cannot do without: BEiT-3's, and the visual tokenizer's."""
+
+
+def _differences(there: Any, here: Any, reason: str) -> str:
+    """`reason`, led by the fields in which the file's network differs from this one, and how to give them."""
+    names = [name for name in NETWORK if getattr(there, name, None) != getattr(here, name, None)]
+    if not names:
+        return reason
+    listed = "; ".join(f"{name} is {getattr(there, name)}, here {getattr(here, name)}" for name in names)
+    flags = " ".join(f"--task.model.{name} {getattr(there, name)}" for name in names)
+    return f"another network ({listed}): take a recipe of its size, or give {flags}; {reason}"
 
 
 def _unused(task: Task, tensors: Mapping[str, Tensor]) -> dict[str, str]:
