@@ -23,13 +23,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             parser.print_help()
             return 2
         debug = known.debug
-        if rest and known.verb is not train:
+        if rest and known.verb not in (train, prepare):
             raise ValueError(f"unknown argument {rest[0]}: see beit3 {known.name} --help")
         known.verb(known, rest)
         return 0
     except KeyboardInterrupt as stop:
         print(f"\n{stop if str(stop) else 'interrupted; the same command goes on from the last checkpoint'}", file=sys.stderr)
-        return 130
+        return getattr(stop, "status", 130)
     except (ValueError, FloatingPointError, OSError) as error:
         if debug:
             raise
@@ -66,7 +66,8 @@ def make_parser() -> argparse.ArgumentParser:
     sub.add_argument("--image-size", type=int, default=32)
     sub.add_argument("--seed", type=int, default=0)
 
-    sub = verb("prepare", prepare, "Public annotation files -> records.")
+    options = "--pack N: tokens of a packed text record of pretrain (default 512; 0 = one record a paragraph)"
+    sub = verb("prepare", prepare, "Public annotation files -> records.", epilog=options)
     sub.add_argument("task")
     sub.add_argument("--raw", required=True, help="directory of the downloaded files")
     sub.add_argument("--root", required=True, help="directory that receives the records")
@@ -104,15 +105,24 @@ def make_parser() -> argparse.ArgumentParser:
     sub.add_argument("inputs", nargs="+")
     released(sub)
 
+    sub = verb("convert", convert, "Released files to directories of weights, and back.")
+    sub.add_argument("kind", choices=("official", "vqkd", "clip"), help="BEiT-3, BEiT v2's visual tokenizer, CLIP as a teacher")
+    sub.add_argument("weights", help="the file; for official also a directory of ours or a run, which goes back into a file")
+    sub.add_argument("--out", required=True, help="a directory; a .pth file where weights go back")
+    released(sub)
+
     sub = verb("recipes", recipes, "What can be trained, and what each recipe reproduces.")
     sub.add_argument("task", nargs="?")
+    sub.add_argument("--released", action="store_true", help="the files released with BEiT-3 instead, and what they start")
     sub.add_argument("--show", default="", help="print this recipe whole, as JSON")
 
     sub = verb("report", report, "One self-contained HTML page of a run, or of several side by side.")
     sub.add_argument("runs", nargs="+")
     sub.add_argument("--out", default="", help="the page (default report.html in the first run)")
 
-    verb("doctor", doctor, "Check this machine: packages, text tokenizer, cores, accelerator, disk.")
+    sub = verb("doctor", doctor, "Check this machine: packages, text tokenizer, cores, accelerator, disk.")
+    sub.add_argument("--text-model", default="", help="a SentencePiece file to look at")
+    sub.add_argument("--weights", default="", help="weights or a run to check whole")
     return parser
 
 
@@ -147,6 +157,7 @@ def world(known: argparse.Namespace, rest: list[str]) -> None:
 
 
 def prepare(known: argparse.Namespace, rest: list[str]) -> None:
+    from beit3.data.survey import describe
     from beit3.task import load
 
     task = load(known.task)
@@ -157,7 +168,25 @@ def prepare(known: argparse.Namespace, rest: list[str]) -> None:
         raise ValueError(f"--source {source} is none of {', '.join(task.sources)} of task {known.task}")
     if len(task.sources) > 1 and not known.source:
         raise ValueError(f"task {known.task} has several sources: give --source {' or '.join(task.sources)}")
-    print(json.dumps(task.prepare(Path(known.raw), Path(known.root), source), indent=1, ensure_ascii=False))
+    options = prepare_options(task, rest)
+    report = task.prepare(Path(known.raw), Path(known.root), source, **options)
+    print(describe(report), file=sys.stderr)
+    print(json.dumps(report, indent=1, ensure_ascii=False))
+
+
+def prepare_options(task: Any, rest: list[str]) -> dict[str, Any]:
+    """`--name NUMBER` for the keyword arguments that the task's own `prepare` takes; ValueError for any other."""
+    import inspect
+
+    from beit3.config import suggestion
+
+    known = [f"--{name}" for name, p in inspect.signature(task.prepare).parameters.items() if p.kind is p.KEYWORD_ONLY]
+    for flag in rest[::2]:
+        if flag not in known:
+            raise ValueError(f"unknown argument {flag}{suggestion(flag, known)}; see beit3 prepare --help")
+    if len(rest) % 2 or not all(value.isdecimal() for value in rest[1::2]):
+        raise ValueError(f"{' '.join(rest)}: each of these takes a whole number")
+    return {flag.removeprefix("--"): int(value) for flag, value in zip(rest[::2], rest[1::2], strict=True)}
 
 
 def tokenizer(known: argparse.Namespace, rest: list[str]) -> None:
@@ -248,10 +277,35 @@ def predict(known: argparse.Namespace, rest: list[str]) -> None:
     print(json.dumps(predictor(*known.inputs), ensure_ascii=False))
 
 
+def convert(known: argparse.Namespace, rest: list[str]) -> None:
+    from beit3.tasks.vqa import read_answers
+    from beit3.tokenizer.text import TextTokenizer
+    from beit3.weights.convert import from_clip, from_official, to_file
+
+    back = known.kind == "official" and Path(known.weights).is_dir()
+    takes = {"official": ("task", "num_heads", "text_model", "answers"), "vqkd": ("num_heads",), "clip": ()}
+    for name in takes["official"]:
+        if getattr(known, name) is not None and (back or name not in takes[known.kind]):
+            raise ValueError(f"--{name.replace('_', '-')} is not for {'directories' if back else f'{known.kind} files'}: leave it out")
+    if back or known.kind == "clip":
+        lines = (to_file if back else from_clip)(known.weights, known.out)
+    else:
+        lines = from_official(
+            known.weights, known.out, task="vqkd" if known.kind == "vqkd" else known.task, num_heads=known.num_heads,
+            answers=read_answers(Path(known.answers)) if known.answers else (),
+            tokenizer=TextTokenizer(known.text_model) if known.text_model else None,
+        )  # fmt: skip
+    print(*lines, sep="\n")
+
+
 def recipes(known: argparse.Namespace, rest: list[str]) -> None:
     from beit3.config import suggestion
     from beit3.task import load, names
+    from beit3.weights.released import table
 
+    if known.released:
+        print(*table(names(), known.task), sep="\n")
+        return
     tasks = {name: load(name).recipes for name in ([known.task] if known.task else names())}
     labels = {label for recipes in tasks.values() for label in recipes}
     if known.show and known.show not in labels:
@@ -271,14 +325,18 @@ def report(known: argparse.Namespace, rest: list[str]) -> None:
     missing = [run for run in runs if not (run / "recipe.json").exists()]
     if missing:
         raise ValueError(f"{missing[0]} is not a run: it has no recipe.json")
-    print(write_report(runs, Path(known.out or runs[0] / "report.html"), title=" and ".join(run.name for run in runs)))
+    print(write_report(runs, Path(known.out or runs[0] / "report.html")))
 
 
 def doctor(known: argparse.Namespace, rest: list[str]) -> None:
     from beit3.doctor import examine
 
-    for line in examine():
-        print(line)
+    faults = 0
+    for line in examine(text_model=known.text_model, weights=known.weights):
+        print(line, flush=True)  # what follows may break the interpreter itself
+        faults += line.startswith("FAULT")
+    if faults:
+        raise ValueError(f"{faults} of these lines name a fault and its remedy")
 
 
 if __name__ == "__main__":

@@ -308,9 +308,9 @@ def test_detect_lists_what_is_understood(tmp_path):
     files(tmp_path, {"readme.md": "nothing"})
     with pytest.raises(ValueError) as error:
         formats.detect(tmp_path)
-    assert all(f"({name})" in str(error.value) for name in formats.UNDERSTOOD)
+    assert all(f"({name})" in str(error.value) for name in formats.FORMATS)
     files(tmp_path, {"a.png": None})
     assert formats.detect(tmp_path) == "image_folder"
     for reader in (formats.pairs, formats.questions, formats.vqav2, formats.easy_vqa, formats.daquar):
         refused(reader, tmp_path, str(tmp_path))
-    assert all(callable(getattr(formats, name)) for name in formats.UNDERSTOOD)
+    assert all(callable(getattr(formats, name)) for name in formats.FORMATS)

@@ -3,11 +3,13 @@
 import json
 import os
 import shutil
+import tracemalloc
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
+from beit3.cli import main
 from beit3.data.prepare import NAMED, find_fault, image_fault, write_splits
 from beit3.data.records import Records
 from beit3.tasks.pretrain import Pretrain
@@ -33,7 +35,7 @@ def test_records_are_written_by_split_with_paths_relative_to_the_root(tmp_path, 
     root = tmp_path / "some" / "root"
     given = [*rows(picture, 3), ("val", {"id": "v", "text": "only text"})]
     report = write_splits(root, "vqa", "main", given)
-    assert report == {"records": {"train": 3, "val": 1}, "passed_over": []}
+    assert report["records"] == {"train": 3, "val": 1} and report["passed_over"] == []
     train = list(Records(root / "vqa" / "main" / "train.jsonl"))
     assert [record["id"] for record in train] == ["0", "1", "2"]
     assert all(not os.path.isabs(record["image"]) for record in train)
@@ -89,7 +91,40 @@ def test_a_long_list_of_faults_is_cut(tmp_path, picture):
 def test_no_records_at_all(tmp_path):
     with pytest.raises(ValueError, match="no main records found for vqa: check --raw"):
         write_splits(tmp_path / "root", "vqa", "main", [])
+    with pytest.raises(ValueError, match="no main records found for vqa in train or val, only in test: check --raw"):
+        write_splits(tmp_path / "root", "vqa", "main", [("test", {"id": "1", "text": "a"})])
     assert not (tmp_path / "root").exists()
+
+
+def test_a_reader_that_stops_halfway_leaves_nothing_and_older_records_alone(tmp_path, picture):
+    def broken(count: int):
+        yield from rows(picture, count)
+        yield "val", {"id": "v", "text": "a text"}
+        raise ValueError("file x is cut")
+
+    for root in (tmp_path / "new/root", tmp_path / "root"):
+        if root == tmp_path / "root":
+            write_splits(root, "vqa", "main", rows(picture, 3))
+        before = {path: path.read_bytes() for path in root.rglob("*.*")}
+        with pytest.raises(ValueError, match="file x is cut"):
+            write_splits(root, "vqa", "main", broken(5000))  # more than a write buffer holds
+        assert {path: path.read_bytes() for path in root.rglob("*.*")} == before
+    assert not (tmp_path / "new").exists()
+
+
+def test_records_are_not_kept_in_memory(tmp_path):
+    """500 texts of 40,000 characters are 20 MB; at no time are they here together."""
+    tracemalloc.start()
+    report = write_splits(tmp_path, "t", "main", (("train", {"id": str(i), "text": f"{i:04d}" * 10_000}) for i in range(500)))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert report["records"] == {"train": 500} and peak < 2_000_000
+
+
+def test_what_a_reader_could_not_read_is_named_in_one_line(tmp_path):
+    given = [("train", {"id": str(i), "text": "a"}) for i in range(200)]
+    report = write_splits(tmp_path, "t", "main", [*given, ("val", {"id": "x\n\x1b[2J", "fault": "row 3 has no text"})])
+    assert report["records"] == {"train": 200} and report["passed_over"] == ["x\\n\\x1b[2J: row 3 has no text"]
 
 
 def test_a_wider_share_can_be_asked_for(tmp_path, picture):
@@ -153,6 +188,15 @@ def test_a_missing_image_costs_its_captions_and_may_be_too_many(broken, tmp_path
     with pytest.raises(ValueError, match=rf"3 of 210 pairs records are unusable, 1% are allowed.*{names[0]}#0"):
         Pretrain.prepare(broken, tmp_path / "root", "pairs")
     assert not (tmp_path / "root").exists()
+
+
+def test_people_and_programs_are_both_told(raw, tmp_path, capsys):
+    """The table goes where messages go, so that what a program reads is JSON alone."""
+    arguments = ["prepare", "pretrain", "--source", "pairs", "--raw", str(raw / "pairs"), "--root", str(tmp_path / "root")]
+    assert main(arguments) == 0
+    said = capsys.readouterr()
+    assert json.loads(said.out)["records"]["train"] == 180
+    assert "train        180\n" in said.err and "texts by length in " in said.err and "{" not in said.err
 
 
 def test_a_refused_vqa_leaves_no_answer_list(raw, tmp_path):

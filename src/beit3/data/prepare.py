@@ -1,65 +1,76 @@
-"""Records into a root: checked one by one, written aside, moved in place when a split is whole.
+"""Records into a root: checked one by one, written aside, moved in place when all splits are whole.
 
 A missing or unreadable image, or an empty text, is counted, named and passed over up to a stated share of the records;
-beyond it nothing is written.
+beyond it nothing is written. Records are not kept in memory.
 """
 
+import json
 import os
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from PIL import Image, UnidentifiedImageError
 
-from beit3.data.records import write_records
+from beit3.data.survey import NAMED, Lengths, Survey, describe
 from beit3.progress import bar
+
+__all__ = ["BAD_SHARE", "Lengths", "describe", "find_fault", "image_fault", "write_splits"]
 
 BAD_SHARE = 0.01
 """Share of the records that may be unusable before `prepare` refuses the whole."""
 
-NAMED = 20
-"""Unusable records that a report lists by name."""
-
 
 def write_splits(
     root: Path, task: str, source: str, records: Iterable[tuple[str, dict[str, Any]]], *,
-    bad_share: float = BAD_SHARE,
+    lengths: Lengths | None = None, bad_share: float = BAD_SHARE,
 ) -> dict[str, Any]:
     """Write `root/task/source/<split>.jsonl` from (split, record) pairs; image paths become relative to `root`.
 
-    Returns the report: records per split, and the lines of those passed over. ValueError beyond `bad_share`.
+    Returns the report: records per split, the lines of those passed over, and what `Survey` counts: images and their
+    uses, lengths of texts (in words without `lengths`). ValueError beyond `bad_share`; what was there then stays.
     """
-    splits: dict[str, list[dict[str, Any]]] = {}
+    written: Counter[str] = Counter()
     bad: list[str] = []
     known: dict[str, str] = {}
-    with bar(f"{task} {source}: records") as advance:
+    survey = Survey(lengths)
+    place = os.path.realpath(root)
+    with _split_files(root / task / source) as file_of, bar(f"{task} {source}: records") as advance:
         for count, (split, record) in enumerate(records, 1):
             advance(count, 0)
             fault = find_fault(record, known)
             if fault:
-                bad.append(f"{record.get('id', count)}: {fault}")
+                bad.append(_printable(f"{record.get('id', count)}: {fault}"))
                 continue
+            survey.add(record)
             if "image" in record:  # links resolved first: the system walks ".." from where a link leads
-                record = record | {"image": os.path.relpath(os.path.realpath(record["image"]), os.path.realpath(root))}
-            splits.setdefault(split, []).append(record)
-    total = sum(map(len, splits.values())) + len(bad)
-    if len(bad) > bad_share * total:
-        raise ValueError(
-            f"{len(bad)} of {total} {source} records are unusable, {bad_share:.0%} are allowed, nothing was written: "
-            + "; ".join(bad[:NAMED]) + (" ..." if len(bad) > NAMED else "")
-        )  # fmt: skip
-    if not splits.get("train") and not splits.get("val"):
-        raise ValueError(f"no {source} records found for {task}: check --raw")
-    for split, items in splits.items():
-        write_records(root / task / source / f"{split}.jsonl", items)
-    return {"records": {split: len(items) for split, items in splits.items()}, "passed_over": bad}
+                record = record | {"image": os.path.relpath(os.path.realpath(record["image"]), place)}
+            file_of(split).write(json.dumps(record, ensure_ascii=False) + "\n")
+            written[split] += 1
+        _judge(written, bad, bad_share, f"{source} records", f"for {task}")
+    report = {"records": dict(written), "passed_over": bad} | survey.report()
+    if "lengths" in report and lengths is None:
+        train = root / task / source / "train.jsonl"
+        report["lengths"]["hint"] = f"for tokens: beit3 tokenizer train {train} --model {root / 'text.model'}, then prepare again"
+    return report
 
 
 def find_fault(record: dict[str, Any], known: dict[str, str]) -> str:
-    """What makes a record unusable, or ''. `known` remembers the verdict on images seen before."""
+    """What makes a record unusable, or ''. `known` remembers the verdict on images seen before.
+
+    A reader that could not make a record out of a part of its file gives {id, fault}.
+    """
+    if "fault" in record:
+        return record["fault"]
     if "text" in record and not record["text"].strip():
         return "its text is empty"
     path = record.get("image")
+    try:
+        f"{record.get('id')}{record.get('text')}{path}".encode()
+    except UnicodeEncodeError as error:
+        return f"it holds {error.object[error.start]!r}, which is no character: write names and texts in UTF-8"
     if path is None:
         return ""
     if path not in known:
@@ -76,3 +87,50 @@ def image_fault(path: str) -> str:
             return "" if min(image.size) > 0 else f"image {path} is empty"
     except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
         return f"image {path} cannot be read ({type(error).__name__})"
+
+
+def _printable(line: str) -> str:
+    """`line` with control characters, line ends and what is no character spelled out: names come from outside."""
+    return "".join(each if each.isprintable() else repr(each)[1:-1] for each in line)
+
+
+def _judge(written: Counter[str], bad: list[str], bad_share: float, what: str, goal: str) -> None:
+    """ValueError where too many records are unusable or none can be trained or scored on."""
+    total = written.total() + len(bad)
+    if len(bad) > bad_share * total:
+        raise ValueError(
+            f"{len(bad)} of {total} {what} are unusable, {bad_share:.0%} are allowed, nothing was written: "
+            + "; ".join(bad[:NAMED]) + (" ..." if len(bad) > NAMED else "")
+        )  # fmt: skip
+    if not written["train"] and not written["val"]:
+        others = f" in train or val, only in {', '.join(written)}" if written.total() else ""
+        raise ValueError(f"no {what} found {goal}{others}: check --raw")
+
+
+@contextmanager
+def _split_files(folder: Path) -> Iterator[Callable[[str], TextIO]]:
+    """Gives `file_of(split)`: files aside that take their places at the end. After an error they vanish, and so do new folders."""
+    new = [path for path in (folder, *folder.parents) if not path.exists()]  # the deepest first
+    files: dict[str, TextIO] = {}
+
+    def file_of(split: str) -> TextIO:
+        if split not in files:
+            folder.mkdir(parents=True, exist_ok=True)
+            files[split] = (folder / f"{split}.jsonl.{os.getpid()}.partial").open("w", encoding="utf-8", newline="\n")
+        return files[split]
+
+    try:
+        yield file_of
+        for file in files.values():
+            file.close()
+        for split, file in files.items():
+            Path(file.name).replace(folder / f"{split}.jsonl")
+    except BaseException:
+        for file in files.values():
+            with suppress(OSError):  # a full disk fails a second time when the rest is flushed
+                file.close()
+            Path(file.name).unlink(missing_ok=True)
+        with suppress(OSError):  # not empty: images unpacked from tars stay
+            for path in new:
+                path.rmdir()
+        raise

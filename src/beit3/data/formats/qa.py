@@ -1,0 +1,170 @@
+"""Questions about images in the files of their owners: VQA v1 and v2, easy-VQA, DAQUAR.
+
+All give (split, {id, image, text, answers [str per annotator], multiple_choice_answer}).
+"""
+
+import csv
+import re
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+from beit3.data.formats.files import (
+    SPLITS,
+    Listing,
+    Pair,
+    Record,
+    field,
+    folder,
+    found,
+    holdout,
+    lines,
+    nothing_known,
+    read_json,
+    split_name,
+)
+
+DAQUAR_IMAGE = re.compile(r"image ?(\d+)")
+DAQUAR_ENDING = re.compile(r"\s+in (the )?image ?\d+\s*\??$")
+
+
+def vqav2(raw: str | Path) -> Iterator[Pair]:
+    """VQA v1/v2 questions and annotations by split: {id: question_id, image, text, answers, multiple_choice_answer}.
+
+    Official file names or plain questions.json / annotations.json. Questions without an annotations file (the test
+    splits) have no answers and None.
+    """
+    raw = folder(raw)
+    if not is_vqav2(raw):
+        raise nothing_known(raw, "*_questions.json (vqav2)")
+    for file in _question_files(raw):
+        content = read_json(file)
+        subtype = str(content.get("data_subtype") or _subtype(file))
+        answers = _annotations(raw, file)
+        others = [name for name in ("train2014", "val2014", "test2015") if name != subtype]
+        listing = Listing(raw, subtype, "images", f"images/{subtype}", "", *others)
+        prefixes = [subtype.replace("test-dev", "test"), *others]
+        for number, question in enumerate(field(content, "questions", list, file)):
+            where = f"{file} questions[{number}]"
+            id = field(question, "question_id", int, where)
+            image = field(question, "image_id", int, where)
+            names = [f"COCO_{prefix}_{image:012d}{end}" for prefix in prefixes for end in (".jpg", ".png")]
+            path = listing.find(*names, f"{image:012d}.jpg", f"{image:012d}.png")
+            if answers is not None and id not in answers:
+                raise ValueError(f"{where} has question_id {id}, which its annotations file does not answer")
+            given, chosen = answers[id] if answers is not None else ([], None)
+            text = field(question, "question", str, where)
+            record = {"id": id, "image": path, "text": text, "answers": given, "multiple_choice_answer": chosen}
+            yield split_name(subtype, str(file)), record
+
+
+def easy_vqa(raw: str | Path) -> Iterator[Pair]:
+    """easy-VQA: {train,test}/questions.json of [question, answer, image]; its test is our val."""
+    raw = folder(raw)
+    if not is_easy_vqa(raw):
+        raise nothing_known(raw, "{train,test}/questions.json (easy_vqa)")
+    for place, name in (("train", "train"), ("test", "val")):
+        file = raw / place / "questions.json"
+        for number, row in enumerate(read_json(file) if file.is_file() else ()):
+            if not (isinstance(row, list) and len(row) == 3):
+                raise ValueError(f"{file} [{number}] is not [question, answer, image]: {str(row)[:60]}")
+            text, answer, image = row
+            yield name, _answered(f"{place}-{number}", raw / place / "images" / f"{image}.png", text, answer)
+
+
+def daquar(raw: str | Path, *, held_out: float = 0.1) -> Iterator[Pair]:
+    """DAQUAR: `qa.*.txt` (question line, answer line) or `data_*.csv`; one person's answer, perhaps "book, cup".
+
+    The image's name leaves the question. Where there is no test or val file, the questions on a share `held_out` of the
+    training images are val.
+    """
+    raw = folder(raw)
+    files = _daquar_files(raw)
+    if not files:
+        raise nothing_known(raw, "qa.*.txt or data_*.csv (daquar)")
+    listing = Listing(raw, "images", "")
+    for name, file in files.items():
+        rows = _daquar_csv(file) if file.suffix == ".csv" else _daquar_txt(file)
+        for number, (question, answer, image) in enumerate(rows):
+            text = DAQUAR_IMAGE.sub("image", DAQUAR_ENDING.sub("", question)).rstrip("? ") + "?"
+            path = listing.find(f"{image}.jpg", f"{image}.png")
+            # The original writes table_lamp where people and the table's makers write two words.
+            answer = ", ".join(" ".join(part.replace("_", " ").split()) for part in answer.split(",") if part.strip())
+            side = "val" if len(files) == 1 and name == "train" and holdout(image, held_out) else name
+            yield side, _answered(f"{name}-{number}", path, text, answer)
+
+
+def is_vqav2(raw: Path) -> bool:
+    """Whether `raw` holds files of open-ended questions."""
+    return bool(_question_files(raw))
+
+
+def is_easy_vqa(raw: Path) -> bool:
+    """Whether a folder right below `raw` holds questions as lists."""
+    return any(isinstance(read_json(file), list) for file in raw.glob("*/questions.json"))
+
+
+def is_daquar(raw: Path) -> bool:
+    """Whether `raw` holds DAQUAR's text files or the tables made from them."""
+    return bool(_daquar_files(raw))
+
+
+def _question_files(raw: Path) -> list[Path]:
+    """Open-ended question files; VQA v1 asks the same ones again as MultipleChoice_*."""
+    return [file for file in found(raw, "*questions.json") if "MultipleChoice" not in file.name]
+
+
+def _annotations(raw: Path, questions: Path) -> dict[int, tuple[list[str], str]] | None:
+    """question_id -> (the annotators' answers as given, the chosen one) of the file that belongs to `questions`."""
+    name = questions.name.replace("OpenEnded_", "").replace("questions", "annotations")
+    beside = questions.with_name(name)
+    files = [beside] if beside.is_file() else [file for file in found(raw, name) if name != "annotations.json"]
+    if not files:
+        return None
+    answers = {}
+    for number, row in enumerate(field(read_json(files[0]), "annotations", list, files[0])):
+        where = f"{files[0]} annotations[{number}]"
+        given = [field(entry, "answer", str, where) for entry in field(row, "answers", list, where)]
+        chosen = row.get("multiple_choice_answer") or Counter(given).most_common(1)[0][0]
+        answers[field(row, "question_id", int, where)] = given, chosen
+    return answers
+
+
+def _subtype(file: Path) -> str:
+    """`val2014` of v2_OpenEnded_mscoco_val2014_questions.json; train where the name says nothing."""
+    return next((part for part in reversed(file.stem.split("_")) if part.lower() in SPLITS), "train")
+
+
+def _daquar_files(raw: Path) -> dict[str, Path]:
+    files: dict[str, Path] = {}
+    for file in [*sorted(raw.glob("qa.*.txt")), *sorted(raw.glob("data_*.csv"))]:
+        name = SPLITS.get(re.split(r"[._]", file.stem)[-1], "")
+        if file.suffix == ".txt" and name in files:
+            raise ValueError(f"{files[name].name} and {file.name} in {raw} are both {name}: keep one of them")
+        # The original text files win over the tables made from them.
+        if name:
+            files.setdefault(name, file)
+    return files
+
+
+def _daquar_txt(file: Path) -> Iterator[tuple[str, str, str]]:
+    rows = [line.strip() for line in lines(file) if line.strip()]
+    for number in range(0, len(rows), 2):
+        names = DAQUAR_IMAGE.findall(rows[number])
+        if not names or number + 1 == len(rows):
+            wrong = "names no imageN" if not names else "has no answer below it"
+            raise ValueError(f"{file} line {number + 1} {wrong}: {rows[number][:60]!r}")
+        yield rows[number], rows[number + 1], f"image{names[-1]}"
+
+
+def _daquar_csv(file: Path) -> Iterator[tuple[str, str, str]]:
+    for number, row in enumerate(csv.DictReader(lines(file)), 2):
+        question, answer, image = (row.get(name) for name in ("question", "answer", "image_id"))
+        if not (question and answer and image):
+            raise ValueError(f"{file} line {number} lacks question, answer or image_id")
+        yield question, answer, image
+
+
+def _answered(id: str, image: Path | str, text: str, answer: str) -> Record:
+    """A question that one person answered."""
+    return {"id": id, "image": str(image), "text": text, "answers": [answer], "multiple_choice_answer": answer}
