@@ -71,8 +71,8 @@ class RunConfig:
     micro_batch: int = 0
     """Records per process and forward pass; 0 = the process's whole share. Accumulation is derived from it."""
     seed: int = 0
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """auto = bfloat16 autocast on an accelerator, float32 on a CPU."""
+    precision: Literal["auto", "float32", "bfloat16", "float64"] = "auto"
+    """auto = bfloat16 autocast on an accelerator, float32 on a CPU. float64 keeps weights so too: for checks."""
     device: str = "auto"
     checkpointing: bool = False
     """Recompute each block's activations in the backward pass instead of keeping them."""
@@ -86,6 +86,8 @@ class RunConfig:
     """Steps between checkpoints; 0 = at the end only."""
     keep: int = 2
     """Checkpoints kept besides the best weights."""
+    async_save: bool = False
+    """Go on training while a checkpoint is being written; it takes memory for a copy of weights and optimizer."""
 
 
 @dataclass(frozen=True)

@@ -17,11 +17,13 @@ from torch import Tensor, nn
 
 from beit3.config import suggestion
 from beit3.data.masking import rng as seeded_rng
+from beit3.data.survey import Lengths
 from beit3.model.beit3 import BEiT3
 from beit3.model.config import ModelConfig
+from beit3.ops.collectives import keep_shard
 from beit3.ops.init import seeded, trunc_normal
 from beit3.recipe import Recipe, TaskConfig
-from beit3.tokenizer.text import TextTokenizer
+from beit3.tokenizer.text import FILE, TextTokenizer
 
 Record = dict[str, Any]
 Example = dict[str, Any]
@@ -131,11 +133,16 @@ class Task(nn.Module):
     def init_weights(self, seed: int = 0) -> None:
         """Every trainable parameter from a generator of its own, so that nothing depends on order or processes."""
         for name, parameter in self.trainable():
-            self.init_parameter(name, parameter, seeded(seed, name))
+            values = torch.empty(parameter.shape, dtype=parameter.dtype)
+            self.init_parameter(name, values, seeded(seed, name))
+            keep_shard(parameter, values)
 
     @torch.no_grad()
     def init_parameter(self, name: str, parameter: Tensor, generator: torch.Generator) -> None:
-        """Backbone by its own table, heads as BEiT does: normal .02 cut at one deviation, biases 0, norms 1 and 0."""
+        """Values for the whole parameter of this name: the backbone's by its own table, heads as BEiT does.
+
+        That is normal .02 cut at one deviation, biases 0, norms 1 and 0.
+        """
         if isinstance(self.backbone, BEiT3) and name.startswith("backbone."):
             self.backbone.init_parameter(name.removeprefix("backbone."), parameter, generator)
         elif parameter.ndim > 1:
@@ -170,6 +177,14 @@ def fit_vocabulary(config: TaskConfig, tokenizer: TextTokenizer | None) -> TaskC
     if tokenizer.vocab_size <= config.model.vocab_size:
         return config
     return replace(config, model=replace(config.model, vocab_size=tokenizer.vocab_size))
+
+
+def text_lengths(root: Path, limit: int) -> Lengths | None:
+    """How `prepare` measures texts: in tokens of the root's tokenizer, cut at `limit`; None where there is none."""
+    if not (root / FILE).exists():
+        return None
+    tokenizer = TextTokenizer(root / FILE)
+    return Lengths(tokenizer.pieces, limit, tokenizer.unk, tokenizer.mask - tokenizer.first_piece)
 
 
 def batch_size(batch: Batch) -> int:

@@ -1,24 +1,26 @@
 """A run that was stopped anywhere and started again equals one that was not: weights, optimizer and log, bit for bit."""
 
+import errno
 import json
 import shutil
 import signal
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from safetensors.torch import load_file
+from safetensors.torch import save_file
 
 from beit3.recipe import Recipe
 from beit3.task import Task
 from beit3.tasks.pretrain import Pretrain
 from beit3.tasks.vqa import VQA
 from beit3.tasks.vqkd import VQKD
-from beit3.train import loop
-from beit3.train.checkpoint import newest
+from beit3.train import checkpoint, loop
 from beit3.train.loop import Interrupted, train
+from beit3.weights.store import digest
+from tests.train.runs import newest, same, same_run, tensors
 from tests.world_root import SMALL, pretrain_recipe, vqa_recipe, vqkd_recipe
 
 STEPS, SAVE = 6, 2
@@ -69,33 +71,6 @@ def resumed(recipe: Recipe, task: type[Task], out: Path, monkeypatch: pytest.Mon
     train(recipe, task, out=out)
 
 
-def same(one: Any, two: Any) -> None:
-    """Equality to the bit, through nested containers."""
-    assert type(one) is type(two)
-    if isinstance(one, dict):
-        assert list(one) == list(two)
-        for key in one:
-            same(one[key], two[key])
-    elif isinstance(one, list | tuple):
-        assert len(one) == len(two)
-        for left, right in zip(one, two, strict=True):
-            same(left, right)
-    elif isinstance(one, torch.Tensor):
-        assert torch.equal(one, two)
-    else:
-        assert one == two
-
-
-def same_run(one: Path, two: Path) -> None:
-    for folder in ("last", "best"):
-        same(load_file(one / folder / "model.safetensors"), load_file(two / folder / "model.safetensors"))
-    assert (one / "metrics.jsonl").read_text() == (two / "metrics.jsonl").read_text()
-    assert (one / "scores.json").read_text() == (two / "scores.json").read_text()
-    checkpoints = [torch.load(newest(run), weights_only=True) for run in (one, two)]
-    assert checkpoints[0]["optimizer"]["state"], "there is an optimizer state to compare"
-    same(*checkpoints)
-
-
 @pytest.mark.parametrize(
     ("name", "kill"), [("vqkd", 3), ("vqkd", 5), ("pretrain", 1), ("pretrain", 4), ("vqa", 2), ("vqa", 5)]
 )
@@ -117,7 +92,7 @@ def test_a_run_asked_to_stop_saves_and_goes_on(recipes, whole, tmp_path, monkeyp
     with monkeypatch.context() as patch, pytest.raises(Interrupted, match=r"stopped after step 3 of 6; the same command goes on"):
         patch.setattr(loop, "learning_rate", asking)
         train(recipes[name], TASKS[name], out=tmp_path / "run")
-    assert newest(tmp_path / "run").stem == "step_00000003"
+    assert newest(tmp_path / "run").name == "step_00000003"
     assert not (tmp_path / "run" / "last").exists()
     assert signal.getsignal(number) is before, "the handlers are put back"
     train(recipes[name], TASKS[name], out=tmp_path / "run")
@@ -146,7 +121,7 @@ def test_a_second_ctrl_c_acts_at_once(recipes, tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "learning_rate", asking)
     with pytest.raises(KeyboardInterrupt):
         train(recipes["vqa"], VQA, out=tmp_path / "run")
-    assert newest(tmp_path / "run") is None
+    assert not list((tmp_path / "run").glob("checkpoints/*"))
 
 
 def test_what_a_kill_left_half_written_does_no_harm(recipes, whole, tmp_path, monkeypatch):
@@ -154,14 +129,14 @@ def test_what_a_kill_left_half_written_does_no_harm(recipes, whole, tmp_path, mo
     with monkeypatch.context() as patch, pytest.raises(Killed):
         kill_at(patch, 3)
         train(recipes["vqa"], VQA, out=out)
-    for name in ("checkpoints/step_00000004.tmp", "metrics.tmp", "scores.tmp", "recipe.tmp", ".best.new/model.safetensors"):
-        (out / name).parent.mkdir(exist_ok=True)
+    for name in ("checkpoints/step_00000004.part/x.safetensors", "metrics.tmp", "scores.json.1.partial", ".best.new/model.safetensors"):
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
         (out / name).write_bytes(b"half")
     with (out / "metrics.jsonl").open("a") as file:
         file.write('{"step": 4, "lo')
     train(recipes["vqa"], VQA, out=out)
     same_run(out, whole["vqa"])
-    assert not [path for path in out.rglob("*") if path.suffix == ".tmp" and path.parent.name == "checkpoints"]
+    assert not list((out / "checkpoints").glob("*.part"))
 
 
 def test_a_finished_run_returns_its_scores_at_once(recipes, whole, monkeypatch):
@@ -176,10 +151,10 @@ def test_a_run_killed_before_its_last_weights_writes_them(recipes, whole, tmp_pa
     out = tmp_path / "run"
     save = loop.store.save
 
-    def killing(task: Task, directory: Path) -> None:
+    def killing(task: Task, directory: Path, **named: Any) -> None:
         if directory.name == "last":
             raise Killed
-        save(task, directory)
+        save(task, directory, **named)
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(loop.store, "save", killing)
@@ -190,29 +165,132 @@ def test_a_run_killed_before_its_last_weights_writes_them(recipes, whole, tmp_pa
 
 def test_only_the_newest_checkpoints_are_kept(root, tmp_path):
     train(vqa_recipe(root, steps=5, save_every=1, keep=2), VQA, out=tmp_path / "run")
-    assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == ["step_00000004.pt", "step_00000005.pt"]
+    assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == ["step_00000004", "step_00000005"]
 
 
 def test_checkpoints_leave_frozen_parts_out(whole):
-    names = torch.load(newest(whole["pretrain"]), weights_only=True)["task"]
-    assert names and not [name for name in names if name.startswith("visual_tokenizer")]
+    names = tensors(newest(whole["pretrain"]))
+    assert names and not [name for name in names if "visual_tokenizer" in name]
+
+
+def restored(whole: Path, out: Path, change: Callable[[Path], None]) -> Path:
+    """A copy of a finished run that looks as if it had been killed after its last checkpoint, with one thing changed."""
+    shutil.copytree(whole, out)
+    shutil.rmtree(out / "last")
+    change(out)
+    return out
 
 
 def test_a_checkpoint_of_another_network_is_refused(recipes, whole, tmp_path):
     """As after an update of the package: the recipe is the same, the parameters are not."""
-    out = tmp_path / "run"
-    (out / "checkpoints").mkdir(parents=True)
-    (out / "recipe.json").write_text((whole["vqa"] / "recipe.json").read_text())
-    state = torch.load(newest(whole["vqa"]), weights_only=True)
-    state["task"]["head.9.bias"] = state["task"].pop("head.3.bias")
-    torch.save(state | {"step": 4}, out / "checkpoints" / "step_00000004.pt")
-    with pytest.raises(ValueError, match=r"step_00000004\.pt does not fit this run: missing \['head\.3\.bias'\].*use another --out"):
+
+    def rename(out: Path) -> None:
+        path = newest(out)
+        state = tensors(path)
+        state["task.head.9.bias"] = state.pop("task.head.3.bias")
+        (file,) = path.glob("*.safetensors")
+        save_file(state, file)
+        description = json.loads((path / "checkpoint.json").read_text())
+        description["files"] = {file.name: digest(file)}
+        (path / "checkpoint.json").write_text(json.dumps(description))
+
+    out = restored(whole["vqa"], tmp_path / "run", rename)
+    with pytest.raises(ValueError, match=r"step_00000006 does not fit this run: it lacks task\.head\.3\.bias; use another --out"):
         train(recipes["vqa"], VQA, out=out)
 
 
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(recipes, whole, tmp_path, capsys):
+    def damage(out: Path) -> None:
+        (file,) = newest(out).glob("*.safetensors")
+        content = bytearray(file.read_bytes())
+        content[len(content) // 2] ^= 1
+        file.write_bytes(content)
+
+    out = restored(whole["vqa"], tmp_path / "run", damage)
+    train(recipes["vqa"], VQA, out=out)
+    said = " ".join(capsys.readouterr().out.split())
+    assert "step_00000006 is damaged" in said and "going on from step_00000004" in said, said
+    same_run(out, whole["vqa"])
+
+
+@pytest.mark.parametrize("file", ["checkpoint.json", "shard"])
+def test_a_checkpoint_without_one_of_its_files_gives_way_too(recipes, whole, tmp_path, capsys, file):
+    out = restored(whole["vqkd"], tmp_path / "run", lambda out: next(newest(out).glob(f"{file}*")).unlink())
+    train(recipes["vqkd"], VQKD, out=out)
+    assert "is damaged" in capsys.readouterr().out
+    same_run(out, whole["vqkd"])
+
+
+def test_when_every_checkpoint_is_damaged_nothing_is_thrown_away(recipes, whole, tmp_path):
+    def damage(out: Path) -> None:
+        for file in out.glob("checkpoints/*/*.safetensors"):
+            file.write_bytes(file.read_bytes()[:-1])
+
+    out = restored(whole["vqa"], tmp_path / "run", damage)
+    kept = sorted(out.glob("checkpoints/*/*"))
+    with pytest.raises(ValueError, match=r"step_00000004 is damaged \(.*is not what was written\) and there is no other"):
+        train(recipes["vqa"], VQA, out=out)
+    assert sorted(out.glob("checkpoints/*/*")) == kept
+
+
+@pytest.mark.parametrize("where", ["data", "description"])
+def test_a_full_disk_leaves_the_last_good_checkpoint_and_says_so(recipes, whole, tmp_path, monkeypatch, where):
+    """The disk fills while the second checkpoint is written."""
+    writes = 0
+    name = {"data": (checkpoint.dcp, "save"), "description": (checkpoint, "flush")}[where]
+    real = getattr(*name)
+
+    def filling(*given: Any, **named: Any) -> Any:
+        nonlocal writes
+        writes += 1
+        if writes == {"data": 2, "description": 5}[where]:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(*given, **named)
+
+    out = tmp_path / "run"
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="is full; step_00000002 is the last good checkpoint: free some"):
+        patch.setattr(*name, filling)
+        train(recipes["vqa"], VQA, out=out)
+    assert [path.name for path in (out / "checkpoints").iterdir()] == ["step_00000002"]
+    train(recipes["vqa"], VQA, out=out)
+    same_run(out, whole["vqa"])
+
+
+def test_an_asynchronous_checkpoint_is_the_same(recipes, whole, tmp_path):
+    recipe = recipes["vqa"]
+    train(replace(recipe, run=replace(recipe.run, async_save=True)), VQA, out=tmp_path / "run")
+    assert not list((tmp_path / "run/checkpoints").glob("*.part"))
+    for folder in ("step_00000004", "step_00000006"):
+        same(tensors(tmp_path / "run/checkpoints" / folder), tensors(whole["vqa"] / "checkpoints" / folder))
+
+
+def test_an_asynchronous_checkpoint_that_fails_ends_the_run(recipes, tmp_path, monkeypatch):
+    def failing(*given: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "flush", failing)
+    recipe = recipes["vqa"]
+    with pytest.raises(OSError, match="is full; there is no checkpoint yet"):
+        train(replace(recipe, run=replace(recipe.run, async_save=True)), VQA, out=tmp_path / "run")
+
+
+def test_one_directory_serves_one_run_at_a_time(recipes, tmp_path, monkeypatch):
+    """The second of two runs started at once is turned away while the first goes on."""
+    learning_rate, refusals = loop.learning_rate, []
+
+    def starting_another(step: int, *rest: Any) -> float:
+        if step == 2 and not refusals:
+            refusals.append(step)
+            with pytest.raises(ValueError, match=r"run is in use by process \d+ on .*: wait for it, stop it, or give another --out"):
+                train(recipes["vqa"], VQA, out=tmp_path / "run")
+        return learning_rate(step, *rest)
+
+    monkeypatch.setattr(loop, "learning_rate", starting_another)
+    train(recipes["vqa"], VQA, out=tmp_path / "run")
+    assert refusals and (tmp_path / "run" / "last").exists()
+
+
 def test_a_resume_notices_another_answer_list(root, tmp_path):
-
-
     shutil.copytree(root, tmp_path / "root", symlinks=True)
     for path in (tmp_path / "root").rglob("*.jsonl"):
         lines = (json.loads(line) for line in path.read_text().splitlines())

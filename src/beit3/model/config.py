@@ -5,7 +5,7 @@ modality, with sub-LN and no vision-language expert; the paper's giant shares se
 experts in its top three layers (section 2.1, table 2).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 IMAGE, TEXT, FUSION = "image", "text", "fusion"
@@ -81,6 +81,15 @@ TINY_RELEASE = ModelConfig(
     dim=128, depth=4, num_heads=4, ffn_dim=512, image_size=32, patch_size=8, vocab_size=512, text_positions=130,
 )  # fmt: skip
 """The released form at the same size."""
+
+SMALL = replace(TINY, dim=192, depth=6, num_heads=3, ffn_dim=768, image_size=112, patch_size=16, vocab_size=8010, text_positions=514)
+"""The paper's form for real photographs on a laptop; texts of up to 512 tokens."""
+
+MEDIUM = ModelConfig(
+    dim=512, depth=12, num_heads=8, ffn_dim=2048, vocab_size=16010, text_positions=514,
+    shared_attention=True, shared_norms=True, sub_ln=False, fusion_layers=2, init="beit",
+)  # fmt: skip
+"""The paper's form at 224 pixels for an hour of one large GPU."""
 
 BASE = ModelConfig()
 """Released base: 276.511M parameters with both pretraining heads."""

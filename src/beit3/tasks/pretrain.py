@@ -17,14 +17,16 @@ from torch import Tensor, nn
 
 from beit3.data import formats
 from beit3.data.masking import IGNORE, block_mask, text_mask
+from beit3.data.packing import packed_files
 from beit3.data.prepare import write_splits
 from beit3.data.records import open_image
 from beit3.data.transforms import Preprocessing, two_views
 from beit3.model.beit3 import BEiT3
-from beit3.model.config import BASE, GIANT, LARGE, TINY
+from beit3.model.config import BASE, GIANT, LARGE, MEDIUM, SMALL, TINY
+from beit3.ops.precision import at_least_float32
 from beit3.recipe import DataConfig, OptimConfig, Recipe, RunConfig, TaskConfig
-from beit3.task import Batch, Example, Prediction, Record, Task, joined, padded, record_rng
-from beit3.tokenizer.text import TextTokenizer
+from beit3.task import Batch, Example, Prediction, Record, Task, joined, padded, record_rng, text_lengths
+from beit3.tokenizer.text import FILE, TextTokenizer
 from beit3.tokenizer.visual import VisualTokenizer
 from beit3.weights.store import FrozenFile, load_frozen
 
@@ -102,6 +104,25 @@ DEMO = Recipe(
 """No random views: the world's language names colors, places and sizes, and codes stay the same over epochs."""
 
 
+PHOTOGRAPHS = PretrainConfig(
+    model=SMALL, image=Preprocessing(112), num_codes=256, token_size=112, min_mask_block=4, text_length=32,
+    pair_masking="text_only", image_crop=(0.4, 1.0), pair_crop=(0.6, 1.0), color_jitter=0.0,
+)  # fmt: skip
+"""Small sets of real photographs. No color jitter: captions name colors."""
+
+
+LAPTOP = Recipe(
+    task=PHOTOGRAPHS,
+    data=DataConfig(batch={"images": 32, "texts": 4, "pairs": 32}),
+    optim=OptimConfig(
+        lr=1e-3, min_lr=1e-5, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.05, warmup_steps=200, clip=3.0, no_decay=PRETRAIN_NO_DECAY,
+    ),
+    run=RunConfig(steps=2000, log_every=20, eval_every=500, save_every=200),
+    note="photographs, books and captions on two CPU cores in about 40 minutes; in pairs only the text is hidden",
+)  # fmt: skip
+"""Four texts of 512 tokens cost as much as 32 pictures."""
+
+
 class Pretrain(Task):
     """BEiT-3 with its two pretraining heads, untied, on the final norm's states."""
 
@@ -115,6 +136,17 @@ class Pretrain(Task):
         "demo_pairs": replace(
             DEMO, data=DataConfig(batch={"pairs": 64}), optim=replace(DEMO.optim, lr=1.5e-3), run=replace(DEMO.run, steps=2500),
             note="the first part of the demo's pretraining: pairs alone, until words follow the picture",
+        ),
+        "laptop": LAPTOP,
+        "gpu_hour": replace(
+            LAPTOP,
+            task=replace(
+                PHOTOGRAPHS, model=replace(MEDIUM, drop_path_rate=0.1), image=Preprocessing(224), num_codes=1024, token_size=224,
+                min_mask_block=16, text_length=64,
+            ),
+            data=DataConfig(batch={"images": 512, "texts": 128, "pairs": 512}, workers=14),
+            run=RunConfig(steps=8000, compile=True, log_every=50, eval_every=2000, save_every=1000),
+            note="the same records at 224 px on one large GPU, bfloat16 and compiled",
         ),
         "base_224": _paper(BASE, note="paper's numbers on the released base network"),
         "base_224_indomain": _paper(BASE, note="the same with COCO and Visual Genome among the pairs (released `indomain`)"),
@@ -144,10 +176,20 @@ class Pretrain(Task):
     # Data ------------------------------------------------------------------------------------------------------------
 
     @staticmethod
-    def prepare(raw: Path, root: Path, source: str) -> Mapping[str, Any]:
-        """`images`: a folder of images; `texts`: a folder of text files; `pairs`: Karpathy JSON or Flickr8k token files."""
-        read = {"images": formats.images, "texts": formats.texts, "pairs": formats.pairs}
-        return write_splits(root, "pretrain", source, read[source](raw))
+    def prepare(raw: Path, root: Path, source: str, *, pack: int = 512) -> Mapping[str, Any]:
+        """`images`: a folder of images; `texts`: a folder of text files; `pairs`: images with captions.
+
+        pack: tokens of a text record under the root's `text.model`; 0 = one record a paragraph.
+        """
+        if source == "texts":
+            lengths = text_lengths(root, pack or PretrainConfig.monomodal_text_length)
+            if pack and lengths is None:
+                raise ValueError(f"packing counts tokens: write {root / FILE} first (beit3 tokenizer train), or give --pack 0")
+            texts = formats.split(packed_files(raw, lengths.pieces, pack), raw) if pack and lengths else formats.texts(raw)
+            return write_splits(root, "pretrain", source, texts, lengths=lengths)
+        unpack = root / "pretrain" / source / "images"
+        records = formats.images(raw, unpack=unpack) if source == "images" else formats.pairs(raw, unpack=unpack)
+        return write_splits(root, "pretrain", source, records, lengths=text_lengths(root, PretrainConfig.text_length))
 
     @staticmethod
     def configure(config: TaskConfig, root: Path) -> TaskConfig:
@@ -260,7 +302,7 @@ class Pretrain(Task):
         encoded, prefix = self.encode(batch), self.prefix(batch)
         losses, metrics = {}, {}
         for name, logits, targets in self.predicted(batch, encoded):
-            losses[prefix + name] = F.cross_entropy(logits.float(), targets, reduction="sum")
+            losses[prefix + name] = F.cross_entropy(at_least_float32(logits), targets, reduction="sum")
             metrics[f"{prefix}{name}/accuracy"] = (logits.argmax(-1) == targets).sum()
         return {"losses": losses, "metrics": metrics}
 
@@ -293,7 +335,7 @@ class Pretrain(Task):
         for name, logits, targets in self.predicted(batch, self.encode(batch)):
             hidden = batch["image_mask"].bool() if name == "image" else batch["text_target"] != IGNORE
             rows = hidden.nonzero()[:, 0]
-            losses = F.cross_entropy(logits.float(), targets, reduction="none")
+            losses = F.cross_entropy(at_least_float32(logits), targets, reduction="none")
             sums = torch.zeros(3, len(predictions), dtype=torch.float64, device=losses.device)
             values = torch.stack((losses, torch.ones_like(losses), (logits.argmax(-1) == targets).to(losses.dtype)))
             sums.index_add_(1, rows, values.double())

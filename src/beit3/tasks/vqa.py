@@ -24,9 +24,10 @@ from beit3.data.transforms import Preprocessing, random_resized_crop
 from beit3.metrics.classification import vqa_accuracy
 from beit3.metrics.text import normalize_answer, soft_scores
 from beit3.model.beit3 import BEiT3
-from beit3.model.config import BASE, LARGE, TINY, ModelConfig
+from beit3.model.config import BASE, LARGE, SMALL, TINY, ModelConfig
+from beit3.ops.precision import at_least_float32
 from beit3.recipe import DataConfig, OptimConfig, Recipe, RunConfig, TaskConfig
-from beit3.task import Batch, Example, Prediction, Record, Task, joined, padded, record_rng
+from beit3.task import Batch, Example, Prediction, Record, Task, joined, padded, record_rng, text_lengths
 from beit3.tokenizer.text import TextTokenizer
 
 CANDIDATES = 5
@@ -94,6 +95,16 @@ class VQA(Task):
             run=RunConfig(steps=200, log_every=10, save_every=100),
             note="the embedded world's questions",
         ),
+        "laptop": Recipe(
+            task=VQAConfig(
+                model=replace(SMALL, final_norm=False), image=Preprocessing(112), text_length=24, num_answers=1, crop=(0.8, 1.0),
+                flip=0.0,
+            ),
+            data=DataConfig(batch={"main": 32}),
+            optim=OptimConfig(lr=3e-4, betas=(0.9, 0.98), weight_decay=0.01, warmup_steps=100, head_lr_scale=20, clip=3.0),
+            run=RunConfig(steps=3000, log_every=20, eval_every=1000, save_every=500),
+            note="questions about photographs on two CPU cores, from the weights of pretrain laptop",
+        ),
         "base_480": _released(BASE, 480, 3e-5, 0.1, "release: test-dev 77.65 (in-domain 78.46)"),
         "large_480": _released(LARGE, 480, 2e-5, 0.15, "release: test-dev 81.85 (in-domain 82.53)"),
     }  # fmt: skip
@@ -137,7 +148,7 @@ class VQA(Task):
         known = set(answers)
         records = [(split, to_record(question, known)) for split, question in questions]
         records = [(split, record) for split, record in records if split != "train" or record["answers"]]
-        report = write_splits(root, "vqa", source, records)
+        report = write_splits(root, "vqa", source, records, lengths=text_lengths(root, VQAConfig.text_length))
         lines = (json.dumps({"answer": answer, "label": label}, ensure_ascii=False) for label, answer in enumerate(answers))
         write_text(root / "vqa" / source / "answer2label.txt", "".join(line + "\n" for line in lines))
         covered = sum(bool(record["answers"]) for split, record in records if split == "val")
@@ -193,8 +204,8 @@ class VQA(Task):
 
     def forward(self, batch: Batch) -> dict[str, dict[str, Tensor]]:
         """Binary cross-entropy summed over answers and examples (release: mean over both, times their number)."""
-        logits = self.outputs(batch)["logits"].float()
-        loss = F.binary_cross_entropy_with_logits(logits, batch["target"], reduction="sum")
+        logits = at_least_float32(self.outputs(batch)["logits"])
+        loss = F.binary_cross_entropy_with_logits(logits, batch["target"].to(logits.dtype), reduction="sum")
         best = batch["target"].gather(1, logits.argmax(1, keepdim=True))
         return {"losses": {"loss": loss}, "metrics": {"loss/accuracy": best.sum()}}
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import numpy as np
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -17,6 +18,8 @@ from beit3.data import formats
 from beit3.data.prepare import write_splits
 from beit3.data.records import open_image
 from beit3.data.transforms import Preprocessing, two_views
+from beit3.ops.init import seeded
+from beit3.ops.precision import at_least_float32
 from beit3.recipe import DataConfig, OptimConfig, Recipe, RunConfig, TaskConfig
 from beit3.task import Batch, Example, Prediction, Record, Task, joined, record_rng
 from beit3.tokenizer.teacher import BackboneTeacher, Teacher, load_teacher
@@ -63,6 +66,26 @@ class VQKD(Task):
             run=RunConfig(steps=400, log_every=10, save_every=100),
             note="the embedded world; teacher: colour and gradient statistics, no weights needed",
         ),
+        "laptop": Recipe(
+            task=VQKDConfig(
+                teacher="gradients", model=VisualTokenizerConfig(112, 16, 128, 3, 4, 512, 1, 16, 256, 45, revive_after=20),
+                image=unit(112), crop=(0.4, 1.0),
+            ),
+            data=DataConfig(batch={"main": 64}),
+            optim=OptimConfig(lr=1e-3, min_lr=1e-5, betas=(0.9, 0.99), weight_decay=1e-4, warmup_steps=50),
+            run=RunConfig(steps=800, log_every=20, save_every=200),
+            note="photographs on two CPU cores in about 5 minutes; teacher: colour and gradient statistics",
+        ),
+        "gpu_hour": Recipe(
+            task=VQKDConfig(
+                teacher="gradients", model=VisualTokenizerConfig(224, 16, 384, 6, 6, 1536, 1, 32, 1024, 45, revive_after=100),
+                image=unit(224), crop=(0.2, 1.0),
+            ),
+            data=DataConfig(batch={"main": 512}, workers=14),
+            optim=OptimConfig(lr=1e-3, min_lr=1e-5, betas=(0.9, 0.99), weight_decay=1e-4, warmup_steps=200),
+            run=RunConfig(steps=3000, log_every=50, save_every=1000),
+            note="the visual tokenizer for pretrain gpu_hour",
+        ),
         "base_224_clip": Recipe(
             task=VQKDConfig(),
             data=DataConfig(batch={"main": 512}, workers=8),
@@ -82,14 +105,18 @@ class VQKD(Task):
 
     def init_weights(self, seed: int = 0) -> None:
         """BEiT's initial values; the codebook's directions are drawn too, until k-means replaces them."""
-        self.backbone.init_weights(seed)
+        super().init_weights(seed)
+        self.backbone.quantizer.init_weights(seeded(seed, "quantizer.codebook"))
+
+    def init_parameter(self, name: str, parameter: Tensor, generator: torch.Generator) -> None:
+        self.backbone.init_parameter(name.removeprefix("backbone."), parameter, generator)
 
     # Data ------------------------------------------------------------------------------------------------------------
 
     @staticmethod
     def prepare(raw: Path, root: Path, source: str) -> Mapping[str, Any]:
         """A folder of images, with `train` and `val` below it or split by name."""
-        return write_splits(root, "vqkd", source, formats.split(formats.image_folder(raw), raw))
+        return write_splits(root, "vqkd", source, formats.images(raw, unpack=root / "vqkd" / source / "images"))
 
     def record(self, image: str) -> Record:
         return {"id": str(image), "image": image}
@@ -119,7 +146,7 @@ class VQKD(Task):
         """Cosine distance to the teacher, and the commitment of the encoder to its codes."""
         images = self.pixels(batch)
         features, commitment, codes = self.backbone(images)
-        distance = 1 - F.cosine_similarity(features.float(), self.ask_teacher(images), dim=-1)
+        distance = 1 - F.cosine_similarity(at_least_float32(features), self.ask_teacher(images), dim=-1)
         count = codes.numel()
         statistics = {"codebook_use": self.backbone.quantizer.usage(), "perplexity": self.backbone.quantizer.perplexity()}
         return {
@@ -156,7 +183,7 @@ class VQKD(Task):
         if self.teacher is not None or self.config.teacher == "gradients":
             features = self.ask_teacher(self.pixels(batch))
             grid = patch_grid(self.pixels(batch), self.config.model.patch_size)
-            distance = 1 - F.cosine_similarity(self.backbone.decode(codes, grid).float(), features, dim=-1).mean(1)
+            distance = 1 - F.cosine_similarity(at_least_float32(self.backbone.decode(codes, grid)), features, dim=-1).mean(1)
             for prediction, value in zip(predictions, distance.tolist(), strict=True):
                 prediction["distance"] = value
         return predictions

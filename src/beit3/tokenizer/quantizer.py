@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from beit3.ops import collectives
+from beit3.ops.precision import at_least_float32
 
 CHUNK = 16384
 """Vectors compared with the codebook at once: 512 MiB of distances with 8192 codes."""
@@ -51,7 +52,7 @@ class Quantizer(nn.Module):
         The commitment is the mean over all elements, channels included, so 1/C of the squared distance.
         """
         with torch.autocast(vectors.device.type, enabled=False):
-            unit = F.normalize(vectors.float(), dim=-1)
+            unit = F.normalize(at_least_float32(vectors), dim=-1)
             flat = unit.detach().flatten(0, -2)  # [B * P, C]
             if self.training and not self.started:
                 self._start(flat)
@@ -66,7 +67,7 @@ class Quantizer(nn.Module):
     def codes(self, vectors: Tensor) -> Tensor:
         """[B, P, C] -> [B, P] int64; changes nothing, in train mode too."""
         with torch.autocast(vectors.device.type, enabled=False):
-            unit = F.normalize(vectors.float(), dim=-1)
+            unit = F.normalize(at_least_float32(vectors), dim=-1)
             return nearest(unit.flatten(0, -2), self.codebook).view(unit.shape[:-1])
 
     def usage(self) -> Tensor:

@@ -17,6 +17,8 @@ Model = str | Path | bytes
 
 # SentencePiece's fields of a whole model: pieces 1, trainer_spec 2, normalizer_spec 3.
 WHOLE = {1, 2, 3}
+FILE = "text.model"
+"""What its model is called in a root of records and beside weights."""
 SPECIALS = ("<s>", "<pad>", "</s>", "<unk>")
 # The trainer drops longer texts in silence, in bytes; its default of 4192 is a long paragraph.
 LONGEST_LINE = 1 << 20

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from beit3.ops.init import seeded, trunc_normal
+from beit3.ops.precision import at_least_float32
 from beit3.tokenizer.quantizer import Quantizer
 from beit3.tokenizer.vit import Grid, ViT, ViTConfig, patch_grid, unit_pixels
 
@@ -89,7 +90,7 @@ class VisualTokenizer(nn.Module):
         """Images -> vectors [B, P, C] before quantisation, float32. ValueError for pixels outside [0, 1]."""
         states = self.encoder(unit_pixels(images) * 2 - 1)[:, 1:]
         with torch.autocast(images.device.type, enabled=False):
-            return self.to_code(states.float())
+            return self.to_code(at_least_float32(states))
 
     def decode(self, codes: Tensor, grid: Grid | None = None) -> Tensor:
         """Codes [B, P] int64, or quantised vectors [B, P, C], -> features [B, P, F].

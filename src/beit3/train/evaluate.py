@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
+from typing import Any
 
 import torch
 
@@ -9,9 +10,13 @@ from beit3.data.loader import Source
 from beit3.task import Batch, Example, Prediction, Record, Task
 
 
-def to_device(batch: Batch, device: torch.device) -> Batch:
-    """The batch with its tensors on `device`."""
-    return {key: value.to(device) if isinstance(value, torch.Tensor) else value for key, value in batch.items()}
+def to_device(batch: Batch, device: torch.device, dtype: torch.dtype = torch.float32) -> Batch:
+    """The batch with its tensors on `device`, those of floats in `dtype`."""
+
+    def move(value: Any) -> Any:
+        return value.to(device, dtype if value.is_floating_point() else value.dtype) if isinstance(value, torch.Tensor) else value
+
+    return {key: move(value) for key, value in batch.items()}
 
 
 Predicted = dict[str, tuple[list[Prediction], list[Record]]]
@@ -38,9 +43,13 @@ def batches(task: Task, records: Iterable[Record], size: int, broken: list[str] 
 @torch.no_grad()
 def predict(task: Task, records: Iterable[Record], *, batch_size: int, broken: list[str] | None = None) -> list[Prediction]:
     """One prediction per record, in their order, in evaluation mode."""
-    was_training, device = task.training, next(task.parameters()).device
+    was_training, weights = task.training, next(task.parameters())
     task.eval()
-    predictions = [p for batch in batches(task, records, batch_size, broken) for p in task.predict(to_device(batch, device))]
+    predictions = [
+        prediction
+        for batch in batches(task, records, batch_size, broken)
+        for prediction in task.predict(to_device(batch, weights.device, weights.dtype))
+    ]
     task.train(was_training)
     return predictions
 

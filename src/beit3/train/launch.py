@@ -4,6 +4,7 @@ import os
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
 from beit3.ops.collectives import rank
 from beit3.ops.init import seeded
@@ -13,7 +14,7 @@ from beit3.recipe import RunConfig
 def start(run: RunConfig) -> torch.device:
     """Join the process group when launched by torchrun; the device of this process."""
     if "RANK" in os.environ and not dist.is_initialized() and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")  # counts are reduced on the CPU
+        join()
     name = run.device if run.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name, int(os.environ.get("LOCAL_RANK", "0"))) if name == "cuda" else torch.device(name)
@@ -26,12 +27,18 @@ def start(run: RunConfig) -> torch.device:
     return device
 
 
+def join() -> None:
+    """The process group of torchrun's environment.
+
+    After a restart torchrun's store may still hold the addresses of the processes that died, and gloo would wait for
+    them, so every attempt has keys of its own.
+    """
+    store, rank, world_size = next(rendezvous("env://"))
+    store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"  # counts are reduced on the CPU
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
+
+
 def seed_step(seed: int, step: int) -> None:
     """Everything random in a step that is not seeded by record: a function of (seed, step, rank), so nothing is saved."""
     torch.manual_seed(seeded(seed, f"step {step} rank {rank()}").initial_seed())
-
-
-def autocast(run: RunConfig, device: torch.device) -> torch.autocast:
-    """bfloat16 on accelerators unless the run says otherwise."""
-    enabled = run.precision == "bfloat16" or (run.precision == "auto" and device.type != "cpu")
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled)

@@ -61,6 +61,10 @@ class Log:
         for name, value in values.items():
             self.board.add_scalar(name, value, step)
 
+    def surroundings(self, optimizer: torch.optim.Optimizer) -> dict[str, float]:
+        """`lr/<group>` of every named group, and the peak `memory` so far in GB."""
+        return {f"lr/{group['label']}": group["lr"] for group in optimizer.param_groups} | {"memory": memory()}
+
     def show(self, step: int, values: Mapping[str, float]) -> None:
         """The console line: every second on a terminal (rewritten in place), every ten elsewhere."""
         now = time.monotonic()

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from beit3.ops.collectives import whole
 from beit3.recipe import OptimConfig
 from beit3.task import Task
 
@@ -60,4 +61,4 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
 
 def clip_gradients(parameters: Iterable[nn.Parameter], limit: float) -> float:
     """The gradient norm before clipping; `limit` 0 only measures."""
-    return float(nn.utils.clip_grad_norm_(parameters, limit or math.inf, foreach=True))
+    return float(whole(nn.utils.clip_grad_norm_(parameters, limit or math.inf, foreach=True)))

@@ -54,7 +54,8 @@ def prepare_world(raw: Path, root: Path, task: type[Task]) -> None:
     root.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=root.parent) as scratch:
         for source in task.sources:
-            task.prepare(raw / RAW.get(source, RAW.get(name, name)), Path(scratch), source)
+            options = {"pack": 0} if source == "texts" else {}  # its texts are single sentences
+            task.prepare(raw / RAW.get(source, RAW.get(name, name)), Path(scratch), source, **options)
         shutil.move(str(Path(scratch) / name), root / name)
 
 

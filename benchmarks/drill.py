@@ -1,0 +1,382 @@
+"""Kills a pretraining at random moments, or fills its disk, and shows that the same command ends as if nothing had been.
+
+    python benchmarks/drill.py --kills 20 --out DIR
+    python benchmarks/drill.py --full-disk --out DIR        as root: it mounts a small tmpfs
+
+A trial starts `beit3 train pretrain demo` on the small embedded world, waits for a moment, kills the process (SIGKILL)
+and starts the same command again to its end. Then weights, checkpoint with optimizer, metrics without timings and scores
+are compared, bit for bit, with a run that was left alone. What a process was doing is read from the files it left.
+"""
+
+import argparse
+import json
+import os
+import platform
+import random
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for a call by path
+
+from tests.train.runs import lines, newest, tensors
+
+HOME = Path(__file__).resolve().parents[1]
+AIMS = ("checkpoint", "step", "checkpoint", "evaluation", "checkpoint", "start-up", "checkpoint", "best", "checkpoint", "last",
+        "checkpoint", "resume")  # fmt: skip
+"""What kills aim at, by turns; `resume` kills in a step, then again while the second process starts."""
+FILLS = ("small", "step", "checkpoint", "evaluation", "best", "last")
+"""When a disk fills: by itself, being too small, or at once at one of these moments."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A pretraining that can be started again and again. given: options beside those below."""
+
+    given: tuple[str, ...]
+    steps: int = 24
+    save_every: int = 2
+    eval_every: int = 8
+    eval_records: int = 20
+    asynchronous: bool = False
+
+    def start(self, out: Path, said: Path) -> subprocess.Popen:
+        """A process of its own, one thread; it prints to `said` and complains to `said`.err."""
+        said.parent.mkdir(parents=True, exist_ok=True)
+        command = [sys.executable, "-m", "beit3", "train", "pretrain", "demo", "--out", str(out), *self.given]
+        for name in ("steps", "save_every", "eval_every", "eval_records"):
+            command += [f"--run.{name}", str(getattr(self, name))]
+        command += ["--run.log_every", "1", "--run.async_save", str(self.asynchronous)]
+        with said.open("w") as output, said.with_suffix(".err").open("w") as errors:
+            return subprocess.Popen(command, stdout=output, stderr=errors, env=environment())
+
+    def finish(self, out: Path, said: Path) -> int:
+        """The same, to its end; its status."""
+        return self.start(out, said).wait()
+
+
+@dataclass
+class Trial:
+    """One row of the table. doing: what the kill fell into; writing: whether that was the writing of a checkpoint."""
+
+    aim: str
+    seconds: float = 0.0
+    doing: str = ""
+    writing: bool = False
+    step: int = 0
+    resumed_from: int = 0
+    wrong: str = ""
+    left: tuple[str, ...] = ()
+
+
+def environment() -> dict[str, str]:
+    return os.environ | {"PYTHONPATH": str(HOME / "src"), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+
+# What a run is doing -------------------------------------------------------------------------------------------------
+
+
+def going_on(job: Job, out: Path, said: Path) -> str:
+    """What the process that prints to `said` is doing, or did when it was killed, by the traces of each activity.
+
+    Every process shows its first step, so one that has shown none is starting.
+    """
+    if not re.search(r"step \d+/", said.read_text()):
+        return "start-up"
+    if list(out.glob("checkpoints/*.part")):
+        return "checkpoint"
+    for name in ("best", "last"):
+        if (out / f".{name}.new").exists():
+            return name
+    row = reached(out)
+    due = row["step"] % job.eval_every == 0 or row["step"] == job.steps
+    return "evaluation" if due and "loss" in row else "end" if (out / "last").exists() else "step"
+
+
+def reached(out: Path) -> dict[str, float]:
+    """The last whole line of the metrics."""
+    path = out / "metrics.jsonl"
+    rows = path.read_text().split("\n")[:-1] if path.exists() else []
+    return json.loads(rows[-1]) if rows else {"step": 0}
+
+
+def episodes(job: Job, process: subprocess.Popen, out: Path, said: Path) -> Iterator[tuple[str, int, float]]:
+    """While `process` runs, a thousand times a second: activity, how many times it has begun that, seconds in it."""
+    counts: Counter[str] = Counter()
+    before, since = "", 0.0
+    while process.poll() is None:
+        now = going_on(job, out, said)
+        if now != before:
+            counts[now] += 1
+            before, since = now, time.monotonic()
+        yield now, counts[now], time.monotonic() - since
+        time.sleep(0.001)
+
+
+Usual = dict[str, list[float]]
+"""Seconds of each episode of each activity."""
+
+
+def rehearse(job: Job, out: Path) -> Usual:
+    """The run that is left alone: how long each of its activities took."""
+    shutil.rmtree(out, ignore_errors=True)
+    said = out.with_name(f"{out.name}.txt")
+    process = job.start(out, said)
+    lasted = {(activity, index): seconds for activity, index, seconds in episodes(job, process, out, said)}
+    if process.returncode:
+        raise RuntimeError(f"the run to compare with ended with {process.returncode}: {said.with_suffix('.err').read_text()[-2000:]}")
+    usual: Usual = {}
+    for (activity, _), seconds in sorted(lasted.items()):
+        usual.setdefault(activity, []).append(seconds)
+    return usual
+
+
+def await_moment(job: Job, process: subprocess.Popen, out: Path, said: Path, aim: str, usual: Usual, rng: random.Random) -> bool:
+    """Wait until `process` is at a random point of an activity; whether it came."""
+    index = rng.randrange(len(usual[aim]))
+    delay = rng.uniform(0, usual[aim][index])
+    for activity, begun, _ in episodes(job, process, out, said):
+        if (activity, begun) == (aim, index + 1):
+            time.sleep(delay)
+            return process.poll() is None
+    return False
+
+
+# Comparing -----------------------------------------------------------------------------------------------------------
+
+
+def contents(out: Path) -> dict[str, Any]:
+    """What two equal runs have in common, by name; tensors as their bytes."""
+    groups = {folder: load_file(out / folder / "model.safetensors") for folder in ("last", "best")}
+    groups[newest(out).name] = tensors(newest(out))
+    found: dict[str, Any] = {
+        f"{group}/{name}": (tensor.dtype, tensor.shape, tensor.numpy().tobytes())
+        for group, state in groups.items() for name, tensor in state.items()
+    }  # fmt: skip
+    found |= {f"metrics.jsonl line {number}": row for number, row in enumerate(lines(out), start=1)}
+    return found | {"scores.json": (out / "scores.json").read_text()}
+
+
+def differences(one: Path, two: Path) -> list[str]:
+    """Names of what differs between two finished runs."""
+    mine, theirs = contents(one), contents(two)
+    assert any(name.endswith(".exp_avg") for name in mine), "a checkpoint without an optimizer proves nothing"
+    return sorted(name for name in mine.keys() | theirs.keys() if mine.get(name) != theirs.get(name))
+
+
+def files(out: Path) -> set[str]:
+    """Relative paths of a run's files; TensorBoard's bear the time."""
+    return {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file() and path.parent.name != "tensorboard"}
+
+
+def go_on(job: Job, whole: Path, out: Path, said: Path, trial: Trial) -> Trial:
+    """Start the same command again to its end, and note where it went on, what differs and what was left behind."""
+    good = [int(path.name[5:]) for path in out.glob("checkpoints/step_*") if path.suffix != ".part"]
+    status = job.finish(out, said)
+    shown = re.search(r"step (\d+)/", said.read_text())  # the first step it took, if there was one left
+    trial.resumed_from = int(shown[1]) - 1 if shown else job.steps
+    if status:
+        trial.wrong = f"status {status}: {said.with_suffix('.err').read_text()[-300:]}"
+    elif trial.resumed_from != max(good, default=0):
+        trial.wrong = f"the newest checkpoint was {max(good, default=0)}"
+    else:
+        trial.wrong = ", ".join(differences(whole, out)[:5])
+        trial.left = tuple(sorted(files(out) - files(whole)))
+    return trial
+
+
+# Killing -------------------------------------------------------------------------------------------------------------
+
+
+def kill_and_go_on(job: Job, whole: Path, usual: Usual, place: Path, aim: str, seed: str) -> Trial:
+    """One trial in the new folder `place`, which stays where something was wrong."""
+    rng, out = random.Random(seed), place / "run"
+    while True:  # a moment that did not come, because this run took another course, is drawn again
+        shutil.rmtree(place, ignore_errors=True)
+        trial = killed(job, out, place / "1.txt", "step" if aim == "resume" else aim, usual, rng)
+        if trial and aim == "resume":
+            trial = killed(job, out, place / "2.txt", "start-up", usual, rng)
+        if trial:
+            break
+    trial.aim = aim
+    go_on(job, whole, out, place / "3.txt", trial)
+    if not trial.wrong:
+        shutil.rmtree(place)
+    return trial
+
+
+def killed(job: Job, out: Path, said: Path, aim: str, usual: Usual, rng: random.Random) -> Trial | None:
+    """Start the job and kill it at a random point of `aim`; None where it ended before."""
+    began = time.monotonic()
+    process = job.start(out, said)
+    try:
+        await_moment(job, process, out, said, aim, usual, rng)
+    finally:
+        process.kill()
+    if process.wait() >= 0:
+        return None
+    found = going_on(job, out, said)
+    return Trial(aim, time.monotonic() - began, told(found, out), found == "checkpoint", int(reached(out)["step"]))
+
+
+def told(activity: str, out: Path) -> str:
+    """The activity in words, with how far it was."""
+    step = int(reached(out)["step"])
+    if activity != "checkpoint":
+        plain = {"step": f"between step {step} and the next", "evaluation": f"evaluation after step {step}", "start-up": "start-up"}
+        return plain.get(activity, f"writing {activity}/")
+    (part,) = out.glob("checkpoints/*.part")
+    size = sum(path.stat().st_size for path in part.rglob("*"))
+    state = "described, not renamed" if (part / "checkpoint.json").exists() else f"{size / 2**20:.1f} MB written"
+    return f"checkpoint {int(part.stem[5:])}: {state}"
+
+
+# A full disk ---------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def small_disk(place: Path, size: int) -> Iterator[Callable[[int], bool]]:
+    """A tmpfs of `size` bytes at `place`, and a function that resizes it (0 = to what it holds) and says whether that went.
+
+    OSError where mounting is not allowed.
+    """
+
+    def resize(wanted: int) -> bool:
+        status = os.statvfs(place)
+        used = max(4096, (status.f_blocks - status.f_bfree) * status.f_frsize)
+        return mount("-o", f"remount,size={wanted or used}", str(place))
+
+    place.mkdir(parents=True, exist_ok=True)
+    if not mount("-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(place)):
+        raise OSError(f"{place}: mounting is not allowed here")
+    try:
+        yield resize
+    finally:
+        subprocess.run(["umount", str(place)], check=True)
+
+
+def mount(*arguments: str) -> bool:
+    """Whether mount(8) is there and did it."""
+    return shutil.which("mount") is not None and subprocess.run(["mount", *arguments], capture_output=True).returncode == 0
+
+
+def fill_and_go_on(job: Job, whole: Path, usual: Usual, place: Path, aim: str, seed: str) -> Trial:
+    """One trial on a disk that fills while the run does `aim`, then has room again."""
+    rng, out, roomy = random.Random(seed), place / "disk" / "run", 2**30
+    size = sum(path.stat().st_size for path in newest(whole).iterdir())
+    shutil.rmtree(place, ignore_errors=True)
+    with small_disk(place / "disk", size * 5 // 2 if aim == "small" else roomy) as resize:
+        process = job.start(out, place / "1.txt")
+        try:
+            if aim != "small" and await_moment(job, process, out, place / "1.txt", aim, usual, rng):
+                while not resize(0):  # it has grown meanwhile
+                    pass
+            status = process.wait(timeout=300)
+        finally:
+            process.kill()
+        trial = Trial(aim, doing=told(going_on(job, out, place / "1.txt"), out), step=int(reached(out)["step"]))
+        wrong = what_it_said(status, out, (place / "1.txt").read_text(), (place / "1.err").read_text())
+        resize(roomy)
+        go_on(job, whole, out, place / "2.txt", trial)
+        trial.wrong = "; ".join(text for text in (wrong, trial.wrong) if text)
+    if not trial.wrong:
+        shutil.rmtree(place)
+    return trial
+
+
+def what_it_said(status: int, out: Path, output: str, errors: str) -> str:
+    """What was wrong with how a run ended on a full disk; '' where it named its last good checkpoint in one line."""
+    from beit3.train.checkpoint import damage
+
+    last = errors.splitlines()[-1] if errors else ""
+    named = re.fullmatch(r"beit3: .*disk of .* is full; (?:(step_\d+) is the last good checkpoint|there is no checkpoint yet): .*", last)
+    good = max((path.name for path in out.glob("checkpoints/step_*") if path.suffix != ".part"), default=None)
+    faults = {
+        f"status {status}": status != 2,
+        "a traceback": "Traceback" in output + errors,
+        f"last line: {last}": named is None,
+        f"{good} is the newest": named is not None and named[1] != good,
+        f"{good} is damaged": good is not None and damage(out / "checkpoints" / good) != "",
+    }
+    return "; ".join(text for text, found in faults.items() if found)
+
+
+# The command ---------------------------------------------------------------------------------------------------------
+
+
+def demo_job(out: Path, *, asynchronous: bool) -> Job:
+    """The demo's pretraining, small: its world and a visual tokenizer of ten steps, made once."""
+    from beit3.task import load
+    from beit3.train.root import embedded_root
+
+    os.environ["BEIT3_CACHE"] = str(out / "cache")
+    root = [embedded_root(load(name), "small") for name in ("vqkd", "pretrain")][0]
+    command = [sys.executable, "-m", "beit3", "train", "vqkd", "--out", str(out / "vqkd"), "--data.root", str(root)]
+    subprocess.run([*command, "--run.steps", "10", "--run.eval_records", "20"], check=True, stdout=subprocess.DEVNULL, env=environment())
+    batch = ("--data.batch.images", "4", "--data.batch.texts", "4", "--data.batch.pairs", "8")
+    tokens = ("--task.visual_tokenizer", str(out / "vqkd" / "last"))
+    return Job(("--data.root", str(root), *tokens, *batch), asynchronous=asynchronous)
+
+
+def run_trials(one: Callable[[str, int], Trial], aims: list[str], jobs: int) -> list[Trial]:
+    """Run a trial per aim, `jobs` at a time, and print each as a line of the table."""
+    head = ("trial", "aim", "after", "what was going on", "step", "resumed from", "equal")
+    line = "{:>5}  {:10}  {:>7}  {:38}  {:>4}  {:>12}  {}"
+    print(line.format(*head), flush=True)
+    trials = []
+    with ThreadPoolExecutor(jobs) as pool:
+        for number, trial in enumerate(pool.map(one, aims, range(len(aims))), start=1):
+            equal = f"no: {trial.wrong}" if trial.wrong else "yes"
+            print(line.format(number, trial.aim, f"{trial.seconds:.2f} s", trial.doing, trial.step, trial.resumed_from, equal), flush=True)
+            trials.append(trial)
+    return trials
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--out", type=Path, required=True, help="a folder for the world, the runs and the table as JSON")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--jobs", type=int, default=2, help="trials at a time")
+    parser.add_argument("--asynchronous", action="store_true", help="write checkpoints while training goes on")
+    parser.add_argument("--full-disk", action="store_true", help="fill the disk instead of killing")
+    known = parser.parse_args()
+    out, name = known.out.resolve(), ("full-disk" if known.full_disk else "kills") + ("-asynchronous" if known.asynchronous else "")
+    job = demo_job(out, asynchronous=known.asynchronous)
+    whole = out / f"whole-{name}"
+    usual = rehearse(job, whole)
+    one = fill_and_go_on if known.full_disk else kill_and_go_on
+    aims = list(FILLS) if known.full_disk else [AIMS[number % len(AIMS)] for number in range(known.kills)]
+
+    def run(aim: str, number: int) -> Trial:
+        return one(job, whole, usual, out / name / f"{number + 1:03d}", aim, f"{known.seed} {number}")
+
+    try:
+        trials = run_trials(run, aims, known.jobs)
+    except OSError as error:
+        if "mounting" not in str(error):
+            raise
+        print(f"skipped: {error}")
+        return 0
+    wrong = sum(bool(trial.wrong) for trial in trials)
+    writing = sum(trial.writing for trial in trials)
+    print(f"{len(trials) - wrong} of {len(trials)} equal; {writing} kills fell into the writing of a checkpoint")
+    table = {"machine": platform.platform(), "cores": os.cpu_count(), "torch": torch.__version__, "seed": known.seed, "usual": usual}
+    (out / f"{name}.json").write_text(json.dumps(table | {"trials": [asdict(trial) for trial in trials]}, indent=1) + "\n")
+    return int(wrong > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,114 @@
+"""From a task's class to its network on this process: built on meta, wrapped from outside, sharded, then filled.
+
+The order is activation checkpointing, compilation, sharding (FSDP2). Initial values are drawn per parameter from
+(seed, name) and each rank keeps its shard, so weights do not depend on the number of processes. Frozen parts are
+replicated. A process alone has nothing to shard: it holds plain tensors and skips FSDP (docs/decisions.md says what
+that saves).
+"""
+
+from functools import partial
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.utils.checkpoint import checkpoint as recomputed
+
+from beit3.ops.collectives import world_size
+from beit3.recipe import RunConfig, TaskConfig
+from beit3.task import Task
+from beit3.tokenizer.text import TextTokenizer
+from beit3.weights.fill import task_name
+
+
+def build(
+    task_class: type[Task], config: TaskConfig, tokenizer: TextTokenizer | None, run: RunConfig, device: torch.device
+) -> Task:
+    """The task in training mode on `device`, as `run` wants it, its weights drawn from `run.seed`."""
+    with torch.device("meta"):
+        task = task_class(config, tokenizer=tokenizer)
+    task.to(dtype(run))
+    wrap_blocks(task, recompute=run.checkpointing, compiled=run.compile)
+    if world_size() > 1:
+        shard(task, run, device)
+    materialise(task, device)
+    task.init_weights(run.seed)
+    return task.train()
+
+
+def dtype(run: RunConfig) -> torch.dtype:
+    """What weights, optimizer and gradients are kept in: float32, or float64 where a check asks for it."""
+    return torch.float64 if run.precision == "float64" else torch.float32
+
+
+def bfloat16(run: RunConfig, device: torch.device) -> bool:
+    """Whether matrix products are in bfloat16: on accelerators unless the run says otherwise."""
+    return run.precision == "bfloat16" or (run.precision == "auto" and device.type != "cpu")
+
+
+def autocast(run: RunConfig, device: torch.device) -> torch.autocast:
+    """Decides the precision of each operation, alone and sharded alike: norms, softmax and losses stay in float32."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=bfloat16(run, device))
+
+
+def blocks_of(task: Task) -> list[nn.Module]:
+    """The Transformer blocks that train, of backbone, encoder, decoder: every list called `blocks`."""
+    lists = [(name, module) for name, module in task.named_modules() if name.endswith("blocks") and isinstance(module, nn.ModuleList)]
+    return [block for name, blocks in lists if name.split(".")[0] not in task.frozen for block in blocks]
+
+
+def wrap_blocks(task: Task, *, recompute: bool, compiled: bool) -> None:
+    """Activation checkpointing, then compilation, of each block, from outside; names do not change."""
+    blocks = blocks_of(task)
+    if (recompute or compiled) and not blocks:
+        raise ValueError(f"{task_name(type(task))} has no blocks to recompute or compile: leave run.checkpointing and run.compile off")
+    for block in blocks:
+        if recompute:
+            block.forward = partial(recomputed, block.forward, use_reentrant=False)  # type: ignore[method-assign]
+        if compiled:
+            block.compile()
+
+
+def shard(task: Task, run: RunConfig, device: torch.device) -> None:
+    """One FSDP group per block, one for the rest; gradients are summed, because losses are parts of the step's means.
+
+    Blocks are gathered in bfloat16 where autocast would cast them anyway; inputs keep their precision, so that the
+    residual stream is float32 as on one process. The rest is gathered as it is kept: a codebook's projections and norms
+    are computed in float32.
+    """
+    mesh = init_device_mesh(device.type, (world_size(),))
+    half = torch.bfloat16 if bfloat16(run, device) else None
+    policy = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=dtype(run), cast_forward_inputs=False)
+    for block in blocks_of(task):
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    frozen = {parameter for name, parameter in task.named_parameters() if name.split(".")[0] in task.frozen}
+    fully_shard(task, mesh=mesh, ignored_params=frozen)
+    for module in task.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
+    for name in ("outputs", "predict"):
+        register_fsdp_forward_method(task, name)
+
+
+def materialise(task: Task, device: torch.device) -> None:
+    """Memory for everything built on meta, its values not set; what is real already (frozen parts) moves."""
+
+    def real(tensor: Tensor) -> Tensor:
+        return torch.empty_like(tensor, device=device) if tensor.is_meta else tensor.to(device)
+
+    task._apply(real)
+
+
+def sync_gradients(task: Task, wanted: bool) -> None:
+    """Whether the next backward pass sums gradients over processes; before the last micro-batch they only add up."""
+    if isinstance(task, FSDPModule):
+        task.set_requires_gradient_sync(wanted)
+        task.set_is_last_backward(wanted)
+
+
+def reshard(task: Task) -> None:
+    """Give back what an evaluation left gathered."""
+    if isinstance(task, FSDPModule):
+        cast(FSDPModule, task).reshard()
