@@ -19,10 +19,10 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +34,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for a call by pa
 from tests.train.runs import lines, newest, tensors
 
 HOME = Path(__file__).resolve().parents[1]
-AIMS = ("checkpoint", "step", "checkpoint", "evaluation", "checkpoint", "start-up", "checkpoint", "best", "checkpoint", "last",
-        "checkpoint", "resume")  # fmt: skip
-"""What kills aim at, by turns; `resume` kills in a step, then again while the second process starts."""
-FILLS = ("small", "step", "checkpoint", "evaluation", "best", "last")
+AIMS = ("file", "step", "file", "evaluation", "checkpoint", "start-up", "file", "best", "checkpoint", "last", "file", "resume")
+"""What kills aim at, by turns. `checkpoint`: one is begun and not yet on the disk; `file`: its bytes are being written, digested
+or flushed. `resume` kills in a step, then again while the second process starts."""
+FILLS = ("small", "start-up", "step", "checkpoint", "file", "evaluation", "best", "last")
 """When a disk fills: by itself, being too small, or at once at one of these moments."""
 
 
@@ -95,8 +95,8 @@ def going_on(job: Job, out: Path, said: Path) -> str:
     """
     if not re.search(r"step \d+/", said.read_text()):
         return "start-up"
-    if list(out.glob("checkpoints/*.part")):
-        return "checkpoint"
+    if parts := list(out.glob("checkpoints/*.part")):
+        return "file" if written(parts[0]) else "checkpoint"
     for name in ("best", "last"):
         if (out / f".{name}.new").exists():
             return name
@@ -110,6 +110,13 @@ def reached(out: Path) -> dict[str, float]:
     path = out / "metrics.jsonl"
     rows = path.read_text().split("\n")[:-1] if path.exists() else []
     return json.loads(rows[-1]) if rows else {"step": 0}
+
+
+def written(part: Path) -> int:
+    """Bytes of a checkpoint so far; its folder and files may go at any time."""
+    with suppress(OSError):
+        return sum(path.stat().st_size for path in part.iterdir())
+    return 0
 
 
 def episodes(job: Job, process: subprocess.Popen, out: Path, said: Path) -> Iterator[tuple[str, int, float]]:
@@ -219,8 +226,7 @@ def kill_and_go_on(job: Job, whole: Path, usual: Usual, place: Path, aim: str, s
 
 def killed(job: Job, out: Path, said: Path, aim: str, usual: Usual, rng: random.Random) -> Trial | None:
     """Start the job and kill it at a random point of `aim`; None where it ended before."""
-    began = time.monotonic()
-    process = job.start(out, said)
+    began, process = time.monotonic(), job.start(out, said)
     try:
         await_moment(job, process, out, said, aim, usual, rng)
     finally:
@@ -228,18 +234,17 @@ def killed(job: Job, out: Path, said: Path, aim: str, usual: Usual, rng: random.
     if process.wait() >= 0:
         return None
     found = going_on(job, out, said)
-    return Trial(aim, time.monotonic() - began, told(found, out), found == "checkpoint", int(reached(out)["step"]))
+    return Trial(aim, time.monotonic() - began, told(found, out), found in ("checkpoint", "file"), int(reached(out)["step"]))
 
 
 def told(activity: str, out: Path) -> str:
     """The activity in words, with how far it was."""
     step = int(reached(out)["step"])
-    if activity != "checkpoint":
-        plain = {"step": f"between step {step} and the next", "evaluation": f"evaluation after step {step}", "start-up": "start-up"}
+    if activity not in ("checkpoint", "file"):
+        plain = {"step": f"after step {step}", "evaluation": f"evaluation after step {step}", "start-up": "start-up"}
         return plain.get(activity, f"writing {activity}/")
     (part,) = out.glob("checkpoints/*.part")
-    size = sum(path.stat().st_size for path in part.rglob("*"))
-    state = "described, not renamed" if (part / "checkpoint.json").exists() else f"{size / 2**20:.1f} MB written"
+    state = "described, not renamed" if (part / "checkpoint.json").exists() else f"{written(part) / 2**20:.1f} MB written"
     return f"checkpoint {int(part.stem[5:])}: {state}"
 
 
@@ -248,10 +253,7 @@ def told(activity: str, out: Path) -> str:
 
 @contextmanager
 def small_disk(place: Path, size: int) -> Iterator[Callable[[int], bool]]:
-    """A tmpfs of `size` bytes at `place`, and a function that resizes it (0 = to what it holds) and says whether that went.
-
-    OSError where mounting is not allowed.
-    """
+    """A tmpfs of `size` bytes at `place`, and a function that resizes it (0 = to what it holds) and says whether that went."""
 
     def resize(wanted: int) -> bool:
         status = os.statvfs(place)
@@ -260,11 +262,20 @@ def small_disk(place: Path, size: int) -> Iterator[Callable[[int], bool]]:
 
     place.mkdir(parents=True, exist_ok=True)
     if not mount("-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(place)):
-        raise OSError(f"{place}: mounting is not allowed here")
+        raise OSError(f"no tmpfs could be mounted at {place}")
     try:
         yield resize
     finally:
         subprocess.run(["umount", str(place)], check=True)
+
+
+def may_mount(out: Path) -> bool:
+    """Whether a tmpfs can be mounted below `out`."""
+    try:
+        with small_disk(out / "disk", 4096):
+            return True
+    except OSError:
+        return False
 
 
 def mount(*arguments: str) -> bool:
@@ -278,7 +289,7 @@ def fill_and_go_on(job: Job, whole: Path, usual: Usual, place: Path, aim: str, s
     size = sum(path.stat().st_size for path in newest(whole).iterdir())
     shutil.rmtree(place, ignore_errors=True)
     with small_disk(place / "disk", size * 5 // 2 if aim == "small" else roomy) as resize:
-        process = job.start(out, place / "1.txt")
+        began, process = time.monotonic(), job.start(out, place / "1.txt")
         try:
             if aim != "small" and await_moment(job, process, out, place / "1.txt", aim, usual, rng):
                 while not resize(0):  # it has grown meanwhile
@@ -286,8 +297,8 @@ def fill_and_go_on(job: Job, whole: Path, usual: Usual, place: Path, aim: str, s
             status = process.wait(timeout=300)
         finally:
             process.kill()
-        trial = Trial(aim, doing=told(going_on(job, out, place / "1.txt"), out), step=int(reached(out)["step"]))
-        wrong = what_it_said(status, out, (place / "1.txt").read_text(), (place / "1.err").read_text())
+        said, wrong = how_it_ended(status, out, (place / "1.txt").read_text(), (place / "1.err").read_text())
+        trial = Trial(aim, time.monotonic() - began, said, step=int(reached(out)["step"]))
         resize(roomy)
         go_on(job, whole, out, place / "2.txt", trial)
         trial.wrong = "; ".join(text for text in (wrong, trial.wrong) if text)
@@ -296,27 +307,27 @@ def fill_and_go_on(job: Job, whole: Path, usual: Usual, place: Path, aim: str, s
     return trial
 
 
-def what_it_said(status: int, out: Path, output: str, errors: str) -> str:
-    """What was wrong with how a run ended on a full disk; '' where it named its last good checkpoint in one line."""
+def how_it_ended(status: int, out: Path, output: str, errors: str) -> tuple[str, str]:
+    """What a run on a full disk called its last good checkpoint, and what was wrong with its end ('' = nothing)."""
     from beit3.train.checkpoint import damage
 
     last = errors.splitlines()[-1] if errors else ""
-    named = re.fullmatch(r"beit3: .*disk of .* is full; (?:(step_\d+) is the last good checkpoint|there is no checkpoint yet): .*", last)
+    named = re.fullmatch(r"beit3: .*disk of .* is full; ((step_\d+) is the last good checkpoint|there is no checkpoint yet): .*", last)
     good = max((path.name for path in out.glob("checkpoints/step_*") if path.suffix != ".part"), default=None)
     faults = {
         f"status {status}": status != 2,
         "a traceback": "Traceback" in output + errors,
         f"last line: {last}": named is None,
-        f"{good} is the newest": named is not None and named[1] != good,
+        f"{good} is the newest": named is not None and named[2] != good,
         f"{good} is damaged": good is not None and damage(out / "checkpoints" / good) != "",
     }
-    return "; ".join(text for text, found in faults.items() if found)
+    return named[1] if named else "", "; ".join(text for text, found in faults.items() if found)
 
 
 # The command ---------------------------------------------------------------------------------------------------------
 
 
-def demo_job(out: Path, *, asynchronous: bool) -> Job:
+def demo_job(out: Path) -> Job:
     """The demo's pretraining, small: its world and a visual tokenizer of ten steps, made once."""
     from beit3.task import load
     from beit3.train.root import embedded_root
@@ -327,21 +338,26 @@ def demo_job(out: Path, *, asynchronous: bool) -> Job:
     subprocess.run([*command, "--run.steps", "10", "--run.eval_records", "20"], check=True, stdout=subprocess.DEVNULL, env=environment())
     batch = ("--data.batch.images", "4", "--data.batch.texts", "4", "--data.batch.pairs", "8")
     tokens = ("--task.visual_tokenizer", str(out / "vqkd" / "last"))
-    return Job(("--data.root", str(root), *tokens, *batch), asynchronous=asynchronous)
+    return Job(("--data.root", str(root), *tokens, *batch))
 
 
-def run_trials(one: Callable[[str, int], Trial], aims: list[str], jobs: int) -> list[Trial]:
-    """Run a trial per aim, `jobs` at a time, and print each as a line of the table."""
-    head = ("trial", "aim", "after", "what was going on", "step", "resumed from", "equal")
-    line = "{:>5}  {:10}  {:>7}  {:38}  {:>4}  {:>12}  {}"
-    print(line.format(*head), flush=True)
+def drill(job: Job, place: Path, one: Callable[..., Trial], aims: Sequence[str], *, seed: int, jobs: int) -> tuple[Usual, list[Trial]]:
+    """The run left alone, then a trial per aim, `jobs` at a time; prints each as a line of the table."""
+    whole, line = place / "whole", "{:>5}  {:10}  {:>7}  {:40}  {:>4}  {:>12}  {}"
+    usual = rehearse(job, whole)
+    print(line.format("trial", "aim", "after", "what was going on", "step", "resumed from", "equal"), flush=True)
+
+    def run(number: int) -> Trial:
+        return one(job, whole, usual, place / f"{number + 1:03d}", aims[number], f"{seed} {number}")
+
     trials = []
     with ThreadPoolExecutor(jobs) as pool:
-        for number, trial in enumerate(pool.map(one, aims, range(len(aims))), start=1):
-            equal = f"no: {trial.wrong}" if trial.wrong else "yes"
-            print(line.format(number, trial.aim, f"{trial.seconds:.2f} s", trial.doing, trial.step, trial.resumed_from, equal), flush=True)
+        for trial in pool.map(run, range(len(aims))):
             trials.append(trial)
-    return trials
+            equal = f"no: {trial.wrong}" if trial.wrong else "yes"
+            after = f"{trial.seconds:.1f} s"
+            print(line.format(len(trials), trial.aim, after, trial.doing, trial.step, trial.resumed_from, equal), flush=True)
+    return usual, trials
 
 
 def main() -> int:
@@ -354,25 +370,16 @@ def main() -> int:
     parser.add_argument("--full-disk", action="store_true", help="fill the disk instead of killing")
     known = parser.parse_args()
     out, name = known.out.resolve(), ("full-disk" if known.full_disk else "kills") + ("-asynchronous" if known.asynchronous else "")
-    job = demo_job(out, asynchronous=known.asynchronous)
-    whole = out / f"whole-{name}"
-    usual = rehearse(job, whole)
     one = fill_and_go_on if known.full_disk else kill_and_go_on
-    aims = list(FILLS) if known.full_disk else [AIMS[number % len(AIMS)] for number in range(known.kills)]
-
-    def run(aim: str, number: int) -> Trial:
-        return one(job, whole, usual, out / name / f"{number + 1:03d}", aim, f"{known.seed} {number}")
-
-    try:
-        trials = run_trials(run, aims, known.jobs)
-    except OSError as error:
-        if "mounting" not in str(error):
-            raise
-        print(f"skipped: {error}")
+    aims = FILLS if known.full_disk else [AIMS[number % len(AIMS)] for number in range(known.kills)]
+    if known.full_disk and not may_mount(out):
+        print("skipped: a disk that fills needs mount, which only root may use")
         return 0
-    wrong = sum(bool(trial.wrong) for trial in trials)
-    writing = sum(trial.writing for trial in trials)
-    print(f"{len(trials) - wrong} of {len(trials)} equal; {writing} kills fell into the writing of a checkpoint")
+    job = replace(demo_job(out), asynchronous=known.asynchronous)
+    usual, trials = drill(job, out / name, one, aims, seed=known.seed, jobs=known.jobs)
+    wrong, writing = sum(bool(trial.wrong) for trial in trials), sum(trial.writing for trial in trials)
+    fell = "" if known.full_disk else f"; {writing} kills fell into the writing of a checkpoint"
+    print(f"{len(trials) - wrong} of {len(trials)} equal{fell}")
     table = {"machine": platform.platform(), "cores": os.cpu_count(), "torch": torch.__version__, "seed": known.seed, "usual": usual}
     (out / f"{name}.json").write_text(json.dumps(table | {"trials": [asdict(trial) for trial in trials]}, indent=1) + "\n")
     return int(wrong > 0)

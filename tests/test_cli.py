@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
@@ -13,8 +14,10 @@ from beit3.cli import main
 from beit3.data.records import Records, write_records
 from beit3.recipe import Recipe
 from beit3.task import names
+from beit3.tasks.pretrain import Pretrain
 from beit3.tasks.vqa import VQA
 from beit3.tokenizer.text import TextTokenizer
+from beit3.train import loop
 from tests.golden import golden
 from tests.world_root import NUM_CODES
 
@@ -77,11 +80,12 @@ def picture(tmp_path) -> Path:
 
 
 def test_from_the_world_to_records_and_a_tokenizer(tmp_path, say):
-    """As a newcomer would: world, prepare, tokenizer."""
+    """As a newcomer would: world, prepare, tokenizer, and with it texts packed to full records."""
     assert "the world is at" in say("world", "--out", tmp_path / "world", "--scenes", 12, "--image-size", 16, "--seed", 3)
     root = tmp_path / "root"
     for source in ("images", "texts", "pairs"):
-        report = json.loads(say("prepare", "pretrain", "--raw", tmp_path / "world" / source, "--root", root, "--source", source))
+        options = ["--source", source, *(["--pack", 0] if source == "texts" else [])]
+        report = json.loads(say("prepare", "pretrain", "--raw", tmp_path / "world" / source, "--root", root, *options))
         assert report["records"]["train"] >= 12 and report["passed_over"] == []
     report = json.loads(say("prepare", "vqa", "--raw", tmp_path / "world" / "vqa", "--root", root))
     assert report["records"]["train"] == 18 and report["answers"] > 2
@@ -93,6 +97,11 @@ def test_from_the_world_to_records_and_a_tokenizer(tmp_path, say):
     ids = say("tokenizer", "encode", text, "--model", model).split()
     assert [int(i) for i in ids] == TextTokenizer(model).encode(text)
     assert say("tokenizer", "decode", *ids, "--model", model).strip() == text
+    paragraphs = list(Records(files[0]))
+    say("prepare", "pretrain", "--raw", tmp_path / "world" / "texts", "--root", root, "--source", "texts", "--pack", 64)
+    packed = list(Records(files[0]))
+    assert 1 < len(packed) < len(paragraphs) and max(len(TextTokenizer(model).encode(record["text"])) for record in packed) <= 64
+    assert " ".join(record["text"] for record in packed) == " ".join(record["text"] for record in paragraphs)
 
 
 def test_a_run_can_be_evaluated_scored_asked_and_reported(vqa, root, tmp_path, say, picture):
@@ -140,6 +149,8 @@ def test_recipes_are_listed_and_shown_whole(say):
     shown = json.loads(say("recipes", "vqa", "--show", "base_480"))
     assert Recipe.from_dict(shown, VQA.Config) == VQA.recipes["base_480"]
     assert "giant_224" in say("recipes", "pretrain") and "base_480" not in say("recipes", "pretrain")
+    for name in ("laptop", "gpu_hour"):
+        assert Recipe.from_dict(json.loads(say("recipes", "pretrain", "--show", name)), Pretrain.Config) == Pretrain.recipes[name]
 
 
 def test_doctor_finds_nothing_wrong_here(say):
@@ -153,7 +164,7 @@ def test_without_a_verb_there_is_help(capsys):
 
 
 @pytest.mark.parametrize(
-    "verb", ["demo", "world", "prepare", "tokenizer", "train", "eval", "score", "predict", "recipes", "report", "doctor"]
+    "verb", ["demo", "world", "prepare", "tokenizer", "train", "eval", "score", "predict", "convert", "recipes", "report", "doctor"]
 )
 def test_every_verb_explains_itself(verb, capsys):
     with pytest.raises(SystemExit) as left:
@@ -236,7 +247,7 @@ def test_text_tokenizers_that_do_not_fit(vqa, root, tmp_path, refused, picture):
     [
         (["train", "vqa", "demo", "--optim.lrr", "1"], "unknown field --optim.lrr; did you mean --optim.lr?"),
         (["train", "vqa", "demo", "--optim.lr", "fast"], "cannot read --optim.lr fast"),
-        (["train", "vqa", "dmeo"], "vqa has no recipe dmeo; did you mean demo? (known: demo, base_480, large_480)"),
+        (["train", "vqa", "dmeo"], "vqa has no recipe dmeo; did you mean demo? (known: demo, laptop, base_480, large_480)"),
         (["train", "vqaa"], "unknown task 'vqaa'; did you mean vqa? (known: "),
         (["train", "json.decoder"], "module json.decoder defines 0 Task classes"),
         (["train", "no.such.module"], "unknown task 'no.such.module': there is no module no"),
@@ -247,6 +258,11 @@ def test_text_tokenizers_that_do_not_fit(vqa, root, tmp_path, refused, picture):
         (["prepare", "pretrain", "--raw", ".", "--root", "r", "--source", "pair"], "--source pair is none of images, texts, pairs"),
         (["prepare", "backbone", "--raw", ".", "--root", "r"], "task backbone reads no records"),
         (["prepare", "vqa", "--raw", "absent", "--root", "r"], "raw folder"),
+        (["prepare", "vqa", "--raw", ".", "--root", "r", "--pack", "512"], "unknown argument --pack; see beit3 prepare --help"),
+        (["prepare", "pretrain", "--raw", ".", "--root", "r", "--source", "texts", "--pack"], "--pack: each of these takes a whole number"),
+        (["prepare", "pretrain", "--raw", ".", "--root", "r", "--source", "texts", "--pakc", "8"], "--pakc; did you mean --pack?"),
+        (["convert", "vqkdd", "a.pth", "--out", "o"], "invalid choice: 'vqkdd'"),
+        (["convert", "clip", "absent.pt", "--out", "o"], "absent.pt"),
         (["predict", "absent", "a.png", "what ?"], "no weights at absent"),
         (["eval", "absent"], "no weights at absent"),
         (["report", "absent"], "absent is not a run: it has no recipe.json"),
@@ -323,18 +339,38 @@ def test_debug_shows_where_an_error_came_from(tmp_path):
         main(["train", "vqa", "demo", "--optim.lrr", "1", "--debug"])
 
 
-def test_ctrl_c_says_how_to_go_on(root, tmp_path, capsys, monkeypatch):
-    import signal
-
-    from beit3.train import loop
-
-    rate = loop.learning_rate
-    monkeypatch.setattr(loop, "learning_rate", lambda *given: (signal.raise_signal(signal.SIGINT), rate(*given))[1])
+@pytest.mark.parametrize(("number", "status"), [("SIGINT", 130), ("SIGTERM", 143), ("SIGUSR1", 138)])
+def test_a_signal_says_how_to_go_on(root, tmp_path, capsys, monkeypatch, number, status):
+    """Ctrl-C, and what schedulers send; tests/train/test_directory.py sends one to another process."""
     arguments = ["train", "vqa", "--out", str(tmp_path / "run"), *NETWORK, *overrides(root, 3, "--data.batch.main", "4")]
-    assert main(arguments) == 130
+    handler = signal.getsignal(getattr(signal, number))
+    raised_in_steps(monkeypatch, number, times=1)
+    assert main(arguments) == status
     assert "stopped after step 1 of 3; the same command goes on from there" in capsys.readouterr().err
+    assert signal.getsignal(getattr(signal, number)) == handler
     monkeypatch.undo()
     assert main(arguments) == 0
+
+
+def test_a_second_ctrl_c_does_not_wait_for_the_step(root, tmp_path, capsys, monkeypatch):
+    arguments = ["train", "vqa", "--out", str(tmp_path / "run"), *NETWORK, *overrides(root, 3, "--data.batch.main", "4")]
+    raised_in_steps(monkeypatch, "SIGINT", times=2)
+    assert main(arguments) == 130
+    assert "interrupted; the same command goes on from the last checkpoint" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "checkpoints").exists()
+    monkeypatch.undo()
+    assert main(arguments) == 0
+
+
+def raised_in_steps(monkeypatch: pytest.MonkeyPatch, number: str, *, times: int) -> None:
+    rate = loop.learning_rate
+
+    def signalled(*given) -> float:
+        for _ in range(times):
+            signal.raise_signal(getattr(signal, number))
+        return rate(*given)
+
+    monkeypatch.setattr(loop, "learning_rate", signalled)
 
 
 def test_recipe_on_the_command_line_is_the_recipe_of_the_run(vqa, root):

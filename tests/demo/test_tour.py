@@ -5,15 +5,22 @@ import re
 import signal
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
 from beit3 import cli
+from tests.train.runs import newest
 
 
 @pytest.fixture(scope="module")
 def out(tmp_path_factory):
     return tmp_path_factory.mktemp("demo") / "run"
+
+
+def stored(out: Path) -> dict[Path, int]:
+    """When the tensors of each checkpoint and of all weights were written."""
+    return {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")}
 
 
 def interrupt_when(path, stop: threading.Event) -> None:
@@ -35,7 +42,7 @@ def test_ctrl_c_leaves_a_run_that_goes_on(out, capsys):
         watch.join()
     captured = capsys.readouterr()
     assert status == 130 and "goes on" in captured.err
-    assert not (out / "pairs").exists() and list((out / "vqkd" / "checkpoints").glob("step_*.pt"))
+    assert not (out / "pairs").exists() and (newest(out / "vqkd") / "checkpoint.json").is_file()
 
 
 def test_the_same_command_finishes_it(out, capsys):
@@ -50,9 +57,10 @@ def test_the_same_command_finishes_it(out, capsys):
 
 
 def test_finished_stages_are_not_run_again(out, capsys):
-    before = {path: path.stat().st_mtime_ns for path in out.rglob("*.pt")}
+    before = stored(out)
+    assert {path.parts[len(out.parts) + 1] for path in before} == {"checkpoints", "last", "best"}
     started = time.monotonic()
     assert cli.main(["demo", "--fast", "--out", str(out)]) == 0
-    assert {path: path.stat().st_mtime_ns for path in out.rglob("*.pt")} == before
+    assert stored(out) == before
     assert "step 1/" not in capsys.readouterr().out
     assert time.monotonic() - started < 60  # a bound on hanging, not a timing

@@ -21,6 +21,7 @@ from beit3.tokenizer.text import TextTokenizer
 from beit3.tokenizer.visual import VisualTokenizer, VisualTokenizerConfig
 from beit3.train.loop import train
 from beit3.weights.store import save
+from tests.train.runs import lines
 from tests.world_root import NUM_CODES, SMALL, pretrain_recipe
 
 VOCABULARY = replace(SMALL, vocab_size=512, text_positions=50)
@@ -279,6 +280,19 @@ def test_the_giant_is_the_papers_form():
     assert (model.shared_attention, model.sub_ln, model.fusion_layers, model.init, model.final_norm) == (True, False, 3, "beit", True)
 
 
+@pytest.mark.parametrize("name", ["demo", "laptop", "gpu_hour"])
+def test_small_recipes_fit_the_visual_tokenizer_of_their_name(name):
+    """The paper's run takes a released one."""
+    recipe = Pretrain.recipes[name]
+    task, visual = recipe.task, VQKD.recipes[name].task
+    assert isinstance(task, PretrainConfig) and isinstance(visual, VQKDConfig)
+    model = visual.model
+    assert (task.token_size, task.num_codes) == (model.image_size, model.num_codes) == (visual.image.image_size, model.num_codes)
+    assert task.model.grid == (task.token_size // model.patch_size,) * 2 and task.image.image_size == task.model.image_size
+    assert task.min_mask_block <= task.image_mask_rate * task.model.grid[0] ** 2, "a block fits into what is hidden"
+    assert recipe.data.batch.keys() == set(Pretrain.sources) and recipe.run.steps > recipe.optim.warmup_steps
+
+
 def test_heads_are_untied_and_have_biases(task):
     assert task.text_head.weight is not task.backbone.text_embedding.tokens.weight
     assert task.text_head.bias is not None and task.image_head.bias.shape == (NUM_CODES,)
@@ -300,7 +314,7 @@ def test_kept_codes_change_nothing(root, visual, tmp_path, monkeypatch):
         seen.clear()
         recipe = replace(given, task=replace(given.task, cache_codes=keep, **fixed), data=data)
         train(recipe, Pretrain, out=tmp_path / str(keep))
-        logs.append((tmp_path / str(keep) / "metrics.jsonl").read_text())
+        logs.append(lines(tmp_path / str(keep)))
         counts.append(sum(seen))
     assert logs[0] == logs[1]
     assert counts == [6 * 8 + 4, 2 * 8 + 4], "and the four of the evaluation"

@@ -29,7 +29,8 @@ def test_memory_is_this_processes():
 
 
 def test_a_step_is_one_line_in_the_file_and_on_the_console(tmp_path, capsys):
-    log = Log(tmp_path, "name", 20, first_step=0)
+    log = Log(tmp_path, "name", 20)
+    log.begin(0)
     log.samples = 8
     log.write(1, VALUES)
     for step in (1, 2, 20):
@@ -44,7 +45,8 @@ def test_a_step_is_one_line_in_the_file_and_on_the_console(tmp_path, capsys):
 
 
 def test_only_one_process_speaks(tmp_path, capsys):
-    log = Log(tmp_path, "name", 20, first_step=0, speak=False)
+    log = Log(tmp_path, "name", 20, speak=False)
+    log.begin(0)
     log.write(1, VALUES)
     log.show(20, VALUES)
     log.say("a remark")

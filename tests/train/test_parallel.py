@@ -24,7 +24,7 @@ from beit3.tasks.pretrain import Pretrain
 from beit3.tasks.vqa import VQA
 from beit3.tasks.vqkd import VQKD
 from beit3.train import loop
-from beit3.train.parallel import autocast, blocks_of, build
+from beit3.train.parallel import autocast, blocks_of, build, materialise
 from tests.train.runs import lines, newest
 from tests.world_root import pretrain_recipe, vqa_recipe, vqkd_recipe
 
@@ -209,6 +209,7 @@ def test_precision_on_a_processor(precision, wanted):
 def test_a_task_is_built_without_its_frozen_part_being_emptied(root, visual):
     recipe = pretrain_recipe(root, visual)
     task = build(Pretrain, recipe.task, None, recipe.run, torch.device("cpu"))
+    materialise(task, torch.device("cpu"), 0)
     theirs = load_file(visual / "model.safetensors")
     assert task.visual_tokenizer is not None and not any(tensor.is_meta for tensor in task.state_dict().values())
     for name, tensor in task.visual_tokenizer.state_dict().items():
@@ -220,6 +221,7 @@ def test_a_task_built_on_meta_is_the_task(root, visual):
     for name, recipe in recipes(root, visual, "float32").items():
         config = load(name).configure(recipe.task, root)
         built = build(TASKS[name], config, None, recipe.run, torch.device("cpu"))
+        materialise(built, torch.device("cpu"), recipe.run.seed)
         plain = TASKS[name](config)
         plain.init_weights(recipe.run.seed)
         theirs = dict(plain.state_dict())

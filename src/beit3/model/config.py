@@ -82,7 +82,10 @@ TINY_RELEASE = ModelConfig(
 )  # fmt: skip
 """The released form at the same size."""
 
-SMALL = replace(TINY, dim=192, depth=6, num_heads=3, ffn_dim=768, image_size=112, patch_size=16, vocab_size=8010, text_positions=514)
+SMALL = replace(
+    TINY, dim=192, depth=6, num_heads=3, ffn_dim=768, image_size=112, patch_size=16, vocab_size=8010, text_positions=514,
+    init="magneto",
+)  # fmt: skip
 """The paper's form for real photographs on a laptop; texts of up to 512 tokens."""
 
 MEDIUM = ModelConfig(

@@ -117,6 +117,7 @@ class Block(nn.Module):
         if not self.training or self.drop_path_rate == 0:
             return tuple(part + change for part, change in zip(parts, branch, strict=True))
         kept = 1 - self.drop_path_rate
-        scale = torch.empty(parts[0].shape[0], 1, 1, dtype=parts[0].dtype, device=parts[0].device)
-        scale.bernoulli_(kept).div_(kept)
+        # A comparison, not bernoulli_: torch.compile would make a constant of its rate, and a program for every layer.
+        draws = torch.rand(parts[0].shape[0], 1, 1, device=parts[0].device)
+        scale = (draws < kept).to(parts[0].dtype) / kept
         return tuple(part + change * scale for part, change in zip(parts, branch, strict=True))

@@ -113,7 +113,7 @@ PHOTOGRAPHS = PretrainConfig(
 
 LAPTOP = Recipe(
     task=PHOTOGRAPHS,
-    data=DataConfig(batch={"images": 32, "texts": 4, "pairs": 32}),
+    data=DataConfig(batch={"images": 16, "texts": 2, "pairs": 32}),
     optim=OptimConfig(
         lr=1e-3, min_lr=1e-5, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.05, warmup_steps=200, clip=3.0, no_decay=PRETRAIN_NO_DECAY,
     ),

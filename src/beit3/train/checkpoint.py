@@ -108,7 +108,7 @@ class Checkpoints:
         """Remove what was begun and say what is still good."""
         if rank() == 0:
             shutil.rmtree(path.with_suffix(PART), ignore_errors=True)
-        raise full_disk(error, self.folder) from error
+        raise full_disk(error, self.folder.parent) from error
 
     # Reading ---------------------------------------------------------------------------------------------------------
 
@@ -187,15 +187,15 @@ def damage(path: Path) -> str:
     return ""
 
 
-def full_disk(error: BaseException, folder: Path) -> BaseException:
+def full_disk(error: BaseException, run: Path) -> BaseException:
     """The same error; for a disk that filled, one that says which checkpoint is still good and what to do."""
-    causes = [error, *(getattr(error, "failures", {}) or {}).values()]
-    found = [cause[0] if isinstance(cause, tuple) else cause for cause in causes]
-    if not any(isinstance(cause, OSError) and cause.errno == errno.ENOSPC or "No space left" in str(cause) for cause in found):
+    failures = getattr(error, "failures", {}).values()  # DCP's, by process: (error, traceback)
+    causes = [error, *(each[0] if isinstance(each, tuple) else each for each in failures)]
+    if not any(isinstance(cause, OSError) and cause.errno == errno.ENOSPC or "No space left" in str(cause) for cause in causes):
         return error
-    good = sorted(path.name for path in folder.glob("step_*") if path.suffix != PART)
+    good = sorted(path.name for path in (run / "checkpoints").glob("step_*") if path.suffix != PART)
     last = f"{good[-1]} is the last good checkpoint" if good else "there is no checkpoint yet"
-    return OSError(errno.ENOSPC, f"the disk of {folder.parent} is full; {last}: free some space, then the same command goes on from it")
+    return OSError(errno.ENOSPC, f"the disk of {run} is full; {last}: free some space, then the same command goes on from it")
 
 
 def flush(path: Path) -> None:

@@ -17,6 +17,7 @@ import torch
 from filelock import FileLock, Timeout
 
 from beit3.config import to_dict
+from beit3.data.formats.files import read_json
 from beit3.data.records import write_text
 from beit3.ops.collectives import all_gather_objects, rank, world_size
 from beit3.task import Task
@@ -35,7 +36,7 @@ def refuse_other_run(out: Path, mine: dict[str, Any]) -> None:
     """ValueError where `out` holds anything else than this run."""
     path = out / RECIPE
     if path.exists():
-        theirs = json.loads(path.read_text())
+        theirs = read_json(path)
         theirs.pop("environment", None)
         if theirs != mine:
             field = first_difference(theirs, mine)
@@ -105,14 +106,14 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 
 def git() -> dict[str, Any] | None:
-    """Commit of the code that runs and whether files differ from it; None outside a repository."""
-    here = Path(__file__).parent
+    """Commit of the code that runs and whether files of the package differ from it; None outside a repository."""
+    here = Path(__file__).parents[1]
 
     def ask(*arguments: str) -> str:
         return subprocess.run(["git", "-C", str(here), *arguments], capture_output=True, text=True, timeout=10, check=True).stdout.strip()
 
     try:
-        ask("ls-files", "--error-unmatch", Path(__file__).name)  # an environment inside somebody else's repository is not ours
+        ask("ls-files", "--error-unmatch", __file__)  # an environment inside somebody else's repository is not ours
         return {"commit": ask("rev-parse", "HEAD"), "changed": bool(ask("status", "--porcelain", "--", str(here)))}
     except (OSError, subprocess.SubprocessError):
         return None

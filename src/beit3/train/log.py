@@ -5,6 +5,7 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TextIO
 
 import torch
 from rich.console import Console
@@ -42,20 +43,25 @@ def memory() -> float:
 class Log:
     """Writes every step that is due; only the first process has one that speaks."""
 
-    def __init__(self, run: Path, name: str, steps: int, *, first_step: int, speak: bool = True):
-        self.name, self.steps, self.first_step, self.speak = name, steps, first_step, speak
+    def __init__(self, run: Path, name: str, steps: int, *, speak: bool = True):
+        self.run, self.name, self.steps, self.speak = run, name, steps, speak
+        self.first_step, self.spoken, self.samples = 0, 0.0, 0
         self.started = time.monotonic()
-        self.spoken = 0.0
-        self.samples = 0
         self.console = Console(highlight=False, markup=False)  # names of records may hold brackets
-        if speak:
-            truncate(run / "metrics.jsonl", first_step)
-            self.file = (run / "metrics.jsonl").open("a", buffering=1)
-            self.board = SummaryWriter(str(run / "tensorboard"), purge_step=first_step)
+        self.file: TextIO | None = None
+        self.board: SummaryWriter | None = None
+
+    def begin(self, step: int) -> None:
+        """Go on after `step` steps: what a killed run wrote beyond them goes."""
+        self.first_step, self.started = step, time.monotonic()
+        if self.speak:
+            truncate(self.run / "metrics.jsonl", step)
+            self.file = (self.run / "metrics.jsonl").open("a", buffering=1)
+            self.board = SummaryWriter(str(self.run / "tensorboard"), purge_step=step)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """One line of metrics.jsonl and the same scalars in TensorBoard."""
-        if not self.speak:
+        if self.file is None or self.board is None:
             return
         self.file.write(json.dumps({"step": step, **values}) + "\n")
         for name, value in values.items():
@@ -93,6 +99,6 @@ class Log:
             self.console.print(text, soft_wrap=True)
 
     def close(self) -> None:
-        if self.speak:
-            self.file.close()
-            self.board.close()
+        for each in (self.file, self.board):
+            if each is not None:
+                each.close()

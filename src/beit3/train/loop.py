@@ -2,11 +2,12 @@
 
 import json
 import signal
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from beit3.data.loader import Examples, Source, step_batches, step_places
@@ -22,12 +23,12 @@ from beit3.train.evaluate import evaluate, to_device
 from beit3.train.launch import seed_step, start
 from beit3.train.log import Log
 from beit3.train.optim import clip_gradients, learning_rate, make_optimizer, set_learning_rate
-from beit3.train.parallel import autocast, build, dtype, reshard
+from beit3.train.parallel import autocast, build, dtype, materialise, reshard
 from beit3.train.root import embedded_root
 from beit3.train.step import backward, check_finite, gradient_norms, note_broken, sum_targets
 from beit3.train.watch import Watch
 from beit3.weights import store
-from beit3.weights.fill import gathered, task_name
+from beit3.weights.fill import Report, gathered, task_name
 
 
 class Interrupted(KeyboardInterrupt):
@@ -53,79 +54,93 @@ def train(recipe: Recipe, task_class: type[Task], *, out: str | Path, init: str 
     sources = {name: open_source(root, task_class, name, recipe) for name in task_class.sources if recipe.data.batch.get(name)}
     if not sources:
         raise ValueError(f"data.batch names none of the sources {', '.join(task_class.sources)}: give each a number of records")
-    refuse_accumulation(task_class, recipe)
     held_out = {name: open_source(root, task_class, name, recipe, "val") for name in sources}
+    refuse_accumulation(task_class, recipe)
     tokenizer = open_tokenizer(recipe, root, init)
     if tokenizer is None and any("text" in source[0] for source in sources.values()):
         raise ValueError(f"no text tokenizer: give --data.text_model FILE, or write {root / store.TEXT} with beit3 tokenizer train")
-    steps, warmup = count_steps(recipe, {name: len(source) for name, source in sources.items()})
     config = task_class.configure(fit_vocabulary(recipe.task, tokenizer), root)
     task = build(task_class, config, tokenizer, run, device)
     mine = {"task": task_name(task_class), "init": str(init), "recipe": recipe.to_dict(), "inputs": inputs_of(task)}
     refuse_other_run(out, mine)
-    if finished(out, steps):
-        return json.loads((out / "scores.json").read_text())
-    report = store.initialise_from(task, init) if init else None
-    optimizer = make_optimizer(task, recipe.optim)
-    examples = Examples(sources, task.example, seed=run.seed)
-    places = partial(
-        step_places, batch=recipe.data.batch, sources=list(sources), micro_batch=run.micro_batch, rank=rank(), world=world_size()
-    )
-    places(0)  # batches that do not divide over the processes end here
-
-    with claimed(out, mine, device):
-        checkpoints = Checkpoints(out, keep=run.keep, asynchronous=run.async_save)
-        done, best = checkpoints.restore(task, optimizer)
-        log = Log(out, label or out.name, steps, first_step=done, speak=rank() == 0)
-        if report and not done:
-            for line in report.lines():
-                log.say(f"{log.name}  {line}")
-        batches = step_batches(examples, task.collate, places, range(done, steps), workers=recipe.data.workers)
-        broken: dict[str, set[str]] = {}
-        try:
-            with Stop() as stop, Watch(log) as watch:
-                for step in range(done, steps):
-                    watch.begin(step)
-                    micro_batches = next(batches)
-                    watch.loaded()
-                    seed_step(run.seed, step)  # after the loader, which draws from the same generator when it starts
-                    note_broken(broken, micro_batches, sources, recipe.data.bad_share, log)
-                    lr = learning_rate(step, steps, warmup, recipe.optim)
-                    set_learning_rate(optimizer, lr)
-                    micro_batches = [to_device(batch, device, dtype(run)) | {"step": step, "steps": steps} for batch in micro_batches]
-                    totals = sum_targets(task, micro_batches)
-                    values, losses = backward(task, micro_batches, totals, autocast(run, device))
-                    after = step + 1
-                    due = after % run.log_every == 0 or after == steps
-                    norms = gradient_norms(task) if due else {}
-                    norm = clip_gradients((parameter for _, parameter in task.trainable()), recipe.optim.clip)
-                    check_finite(step, values["loss"], norm, micro_batches, losses)
-                    optimizer.step()
-                    optimizer.zero_grad(set_to_none=True)
-                    watch.done()
-
-                    values |= {"lr": lr, "gradient_norm": norm, "samples": sum(recipe.data.batch[name] for name in sources)}
-                    log.samples += int(values["samples"])
-                    if due:
-                        log.write(after, values | norms | log.surroundings(optimizer) | watch.lap())
-                    log.show(after, values)
-                    if after == steps or (run.eval_every and after % run.eval_every == 0):
-                        best = evaluate_and_keep(task, recipe, held_out, out, after, best, log)
-                    asked = stop.agreed()
-                    if asked or after == steps or (run.save_every and after % run.save_every == 0):
-                        checkpoints.save(after, task, optimizer, best)
-                    if asked and after < steps:
-                        checkpoints.wait()
-                        raise Interrupted(f"{out} stopped after step {after} of {steps}; the same command goes on from there", asked)
-            checkpoints.wait()
-            keep_weights(task, out / "last")
-        except OSError as error:
-            raise full_disk(error, checkpoints.folder) from error
-        except RuntimeError as error:
-            raise lost_process(error) from error
-        finally:
-            log.close()
+    steps, warmup = count_steps(recipe, {name: len(source) for name, source in sources.items()})
+    step_places(0, **shares(recipe, sources))  # batches that do not divide over the processes end here
+    if not finished(out, steps):
+        materialise(task, device, run.seed)
+        report = store.initialise_from(task, init) if init else None
+        with claimed(out, mine, device):
+            log = Log(out, label or out.name, steps, speak=rank() == 0)
+            try:
+                fit(task, recipe, sources, held_out, out, log, device=device, warmup=warmup, report=report)
+            except OSError as error:
+                raise full_disk(error, out) from error
+            except RuntimeError as error:
+                raise lost_process(error) from error
+            finally:
+                log.close()
     return json.loads((out / "scores.json").read_text())
+
+
+def fit(
+    task: Task, recipe: Recipe, sources: Mapping[str, Source], held_out: Mapping[str, Source], out: Path, log: Log, *,
+    device: torch.device, warmup: int, report: Report | None,
+) -> None:  # fmt: skip
+    """From the newest checkpoint, or the start, to the last step; everything the run leaves is then in `out`."""
+    run, steps = recipe.run, log.steps
+    optimizer = make_optimizer(task, recipe.optim)
+    checkpoints = Checkpoints(out, keep=run.keep, asynchronous=run.async_save, say=log.say)
+    done, best = checkpoints.restore(task, optimizer)
+    log.begin(done)
+    if report and not done:
+        for line in report.lines():
+            log.say(f"{log.name}  {line}")
+    examples = Examples(sources, task.example, seed=run.seed)
+    places = partial(step_places, **shares(recipe, sources))
+    batches = step_batches(examples, task.collate, places, range(done, steps), workers=recipe.data.workers)
+    broken: dict[str, set[str]] = {}
+    with Stop() as stop, Watch(log) as watch:
+        for step in range(done, steps):
+            watch.begin(step)
+            micro_batches = next(batches)
+            watch.loaded()
+            seed_step(run.seed, step)  # after the loader, which draws from the same generator when it starts
+            note_broken(broken, micro_batches, sources, recipe.data.bad_share, log)
+            lr = learning_rate(step, steps, warmup, recipe.optim)
+            set_learning_rate(optimizer, lr)
+            micro_batches = [to_device(batch, device, dtype(run)) | {"step": step, "steps": steps} for batch in micro_batches]
+            totals = sum_targets(task, micro_batches)
+            values, losses = backward(task, micro_batches, totals, autocast(run, device))
+            after = step + 1
+            due = after % run.log_every == 0 or after == steps
+            norms = gradient_norms(task) if due else {}
+            norm = clip_gradients((parameter for _, parameter in task.trainable()), recipe.optim.clip)
+            check_finite(step, values["loss"], norm, micro_batches, losses)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            watch.done()
+
+            values |= {"lr": lr, "gradient_norm": norm, "samples": sum(recipe.data.batch[name] for name in sources)}
+            log.samples += int(values["samples"])
+            if due:
+                log.write(after, values | norms | log.surroundings(optimizer) | watch.lap())
+            log.show(after, values)
+            if after == steps or (run.eval_every and after % run.eval_every == 0):
+                best = evaluate_and_keep(task, recipe, held_out, out, after, best, log)
+            asked = stop.agreed()
+            if asked or after == steps or (run.save_every and after % run.save_every == 0):
+                checkpoints.save(after, task, optimizer, best)
+            if asked and after < steps:
+                checkpoints.wait()
+                raise Interrupted(f"{out} stopped after step {after} of {steps}; the same command goes on from there", asked)
+    checkpoints.wait()
+    keep_weights(task, out / "last")
+
+
+def shares(recipe: Recipe, sources: Iterable[str]) -> dict[str, Any]:
+    """What `step_places` needs to know of the recipe and of this process's place."""
+    return {
+        "batch": recipe.data.batch, "sources": list(sources), "micro_batch": recipe.run.micro_batch, "rank": rank(), "world": world_size(),
+    }  # fmt: skip
 
 
 def lost_process(error: RuntimeError) -> Exception:

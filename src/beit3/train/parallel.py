@@ -21,19 +21,21 @@ from beit3.task import Task
 from beit3.tokenizer.text import TextTokenizer
 from beit3.weights.fill import task_name
 
+RECOMPILATIONS = 64
+"""Programs of one block's code: blocks with and without stochastic depth or fusion, each for images, texts and pairs. Beyond
+torch's own limit of 8 it would go on uncompiled, with a warning that is easily missed."""
+
 
 def build(
     task_class: type[Task], config: TaskConfig, tokenizer: TextTokenizer | None, run: RunConfig, device: torch.device
 ) -> Task:
-    """The task in training mode on `device`, as `run` wants it, its weights drawn from `run.seed`."""
+    """The task in training mode as `run` wants it, without memory for its weights yet: `materialise` gives that."""
     with torch.device("meta"):
         task = task_class(config, tokenizer=tokenizer)
     task.to(dtype(run))
     wrap_blocks(task, recompute=run.checkpointing, compiled=run.compile)
     if world_size() > 1:
         shard(task, run, device)
-    materialise(task, device)
-    task.init_weights(run.seed)
     return task.train()
 
 
@@ -63,6 +65,8 @@ def wrap_blocks(task: Task, *, recompute: bool, compiled: bool) -> None:
     blocks = blocks_of(task)
     if (recompute or compiled) and not blocks:
         raise ValueError(f"{task_name(type(task))} has no blocks to recompute or compile: leave run.checkpointing and run.compile off")
+    if compiled:
+        torch._dynamo.config.recompile_limit = max(RECOMPILATIONS, torch._dynamo.config.recompile_limit)
     for block in blocks:
         if recompute:
             block.forward = partial(recomputed, block.forward, use_reentrant=False)  # type: ignore[method-assign]
@@ -92,13 +96,14 @@ def shard(task: Task, run: RunConfig, device: torch.device) -> None:
         register_fsdp_forward_method(task, name)
 
 
-def materialise(task: Task, device: torch.device) -> None:
-    """Memory for everything built on meta, its values not set; what is real already (frozen parts) moves."""
+def materialise(task: Task, device: torch.device, seed: int) -> None:
+    """Memory on `device` and initial values for everything built on meta; what is real already (frozen parts) moves."""
 
     def real(tensor: Tensor) -> Tensor:
         return torch.empty_like(tensor, device=device) if tensor.is_meta else tensor.to(device)
 
     task._apply(real)
+    task.init_weights(seed)
 
 
 def sync_gradients(task: Task, wanted: bool) -> None:
