@@ -294,7 +294,7 @@ def fill_and_go_on(job: Job, whole: Path, usual: Usual, place: Path, aim: str, s
             if aim != "small" and await_moment(job, process, out, place / "1.txt", aim, usual, rng):
                 while not resize(0):  # it has grown meanwhile
                     pass
-            status = process.wait(timeout=300)
+            status = process.wait(timeout=900)
         finally:
             process.kill()
         said, wrong = how_it_ended(status, out, (place / "1.txt").read_text(), (place / "1.err").read_text())

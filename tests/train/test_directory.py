@@ -53,7 +53,7 @@ sys.exit(cli.main(sys.argv[1:]))
 
 
 def until(there: Callable[[], bool], process: subprocess.Popen) -> None:
-    end = time.monotonic() + 120
+    end = time.monotonic() + 300
     while not there():
         assert process.poll() is None and time.monotonic() < end, process.communicate(timeout=1)
         time.sleep(0.02)
@@ -252,7 +252,7 @@ def test_a_second_run_is_refused_and_a_stopped_one_goes_on(root, tmp_path, capsy
         )
         first.send_signal(signal.SIGTERM)
         hold.unlink()
-        _, errors = first.communicate(timeout=60)
+        _, errors = first.communicate(timeout=300)
     finally:
         first.kill()
         first.communicate()
