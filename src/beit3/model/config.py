@@ -90,7 +90,7 @@ SMALL = replace(
 
 MEDIUM = ModelConfig(
     dim=512, depth=12, num_heads=8, ffn_dim=2048, vocab_size=16010, text_positions=514,
-    shared_attention=True, shared_norms=True, sub_ln=False, fusion_layers=2, init="beit",
+    shared_attention=True, shared_norms=True, sub_ln=False, fusion_layers=2, init="magneto",
 )  # fmt: skip
 """The paper's form at 224 pixels for an hour of one large GPU."""
 
