@@ -13,12 +13,14 @@ import pytest
 from safetensors.torch import save_file
 
 from beit3.recipe import Recipe
-from beit3.task import Task
+from beit3.task import Task, fit_vocabulary
 from beit3.tasks.pretrain import Pretrain
 from beit3.tasks.vqa import VQA
 from beit3.tasks.vqkd import VQKD
+from beit3.tokenizer.text import TextTokenizer
 from beit3.train import checkpoint, loop
 from beit3.train.loop import Interrupted, train
+from beit3.train.optim import make_optimizer
 from beit3.weights.store import digest
 from tests.train.runs import newest, same, same_run, tensors
 from tests.world_root import SMALL, pretrain_recipe, vqa_recipe, vqkd_recipe
@@ -219,6 +221,21 @@ def test_a_checkpoint_without_one_of_its_files_gives_way_too(recipes, whole, tmp
     train(recipes["vqkd"], VQKD, out=out)
     assert "is damaged" in capsys.readouterr().out
     same_run(out, whole["vqkd"])
+
+
+def test_damaged_checkpoints_do_not_crowd_out_whole_ones(root, tmp_path):
+    """Two are kept; after two damaged ones that are newer the next whole one stays, and they go."""
+    recipe = vqa_recipe(root, steps=8, save_every=1, keep=4)
+    train(recipe, VQA, out=tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "last")
+    for step in (7, 8):
+        next((tmp_path / f"run/checkpoints/step_0000000{step}").glob("*.safetensors")).write_bytes(b"")
+    checkpoints = checkpoint.Checkpoints(tmp_path / "run", keep=2, say=lambda text: None)
+    task = VQA(VQA.configure(fit_vocabulary(recipe.task, TextTokenizer(root / "text.model")), root))
+    optimizer = make_optimizer(task, recipe.optim)
+    assert checkpoints.restore(task, optimizer)[0] == 6
+    checkpoints.save(6, task, optimizer, None)
+    assert [path.name for path in checkpoints.paths()] == ["step_00000005", "step_00000006"]
 
 
 def test_when_every_checkpoint_is_damaged_nothing_is_thrown_away(recipes, whole, tmp_path):

@@ -154,6 +154,15 @@ def _open(path: str | Path) -> Tensor:
         raise ValueError(f"{path} is not an image that can be read: {error}") from error
 
 
+def flush(path: str | Path) -> None:
+    """Make what was written to a file or folder durable."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 @contextmanager
 def _aside(path: Path) -> Iterator[TextIO]:
     """A file beside `path` that takes its place when it is written whole, and vanishes otherwise."""

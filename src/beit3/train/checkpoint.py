@@ -7,9 +7,9 @@ is written under a temporary name, flushed to disk and renamed when it is whole.
 
 import errno
 import json
-import os
 import shutil
 import threading
+import warnings
 from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
@@ -21,10 +21,13 @@ from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.api import CheckpointException
 
+from beit3.data.records import flush
 from beit3.ops.collectives import all_gather_objects, barrier, rank, world_size
 from beit3.task import Task
 from beit3.weights.fill import first_few, stored
 from beit3.weights.store import digest
+
+warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process alone is no fault
 
 DESCRIPTION = "checkpoint.json"
 STEP, PART = "step_{:08d}", ".part"
@@ -101,8 +104,10 @@ class Checkpoints:
         shutil.rmtree(path, ignore_errors=True)
         part.rename(path)
         flush(self.folder)
-        for old in self.paths()[: -self.keep]:
-            shutil.rmtree(old)
+        kept = [each for each in self.paths() if each <= path][-self.keep :]
+        for each in self.paths():
+            if each not in kept:  # an old one, or a newer one that was damaged and passed over
+                shutil.rmtree(each)
 
     def _failed(self, path: Path, error: BaseException) -> None:
         """Remove what was begun and say what is still good."""
@@ -196,12 +201,3 @@ def full_disk(error: BaseException, run: Path) -> BaseException:
     good = sorted(path.name for path in (run / "checkpoints").glob("step_*") if path.suffix != PART)
     last = f"{good[-1]} is the last good checkpoint" if good else "there is no checkpoint yet"
     return OSError(errno.ENOSPC, f"the disk of {run} is full; {last}: free some space, then the same command goes on from it")
-
-
-def flush(path: Path) -> None:
-    """Make a file or folder durable."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -1,6 +1,7 @@
 """What a run says of itself: `metrics.jsonl`, TensorBoard, and a console line with the time that is left."""
 
 import json
+import os
 import sys
 import time
 from collections.abc import Mapping
@@ -9,7 +10,9 @@ from typing import TextIO
 
 import torch
 from rich.console import Console
-from torch.utils.tensorboard import SummaryWriter
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.summary.writer.record_writer import RecordWriter
 
 
 def truncate(path: Path, step: int) -> None:
@@ -40,6 +43,26 @@ def memory() -> float:
     return peak / 2**30 if sys.platform == "darwin" else peak / 2**20
 
 
+class Board:
+    """TensorBoard's event file, written in the caller's thread: SummaryWriter's own prints a traceback where the disk is full."""
+
+    def __init__(self, folder: Path, first_step: int):
+        """What a killed process wrote of the steps after `first_step` is no longer shown."""
+        folder.mkdir(parents=True, exist_ok=True)
+        self.file = (folder / f"events.out.tfevents.{time.time_ns()}.{os.getpid()}").open("wb")
+        self.records = RecordWriter(self.file)
+        self._add(Event(file_version="brain.Event:2"))
+        self._add(Event(step=first_step + 1, session_log=SessionLog(status=SessionLog.START)))
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        self._add(Event(step=step, summary=Summary(value=[Summary.Value(tag=name, simple_value=value) for name, value in values.items()])))
+
+    def _add(self, event: Event) -> None:
+        event.wall_time = time.time()
+        self.records.write(event.SerializeToString())
+        self.records.flush()
+
+
 class Log:
     """Writes every step that is due; only the first process has one that speaks."""
 
@@ -49,7 +72,7 @@ class Log:
         self.started = time.monotonic()
         self.console = Console(highlight=False, markup=False)  # names of records may hold brackets
         self.file: TextIO | None = None
-        self.board: SummaryWriter | None = None
+        self.board: Board | None = None
 
     def begin(self, step: int) -> None:
         """Go on after `step` steps: what a killed run wrote beyond them goes."""
@@ -57,15 +80,14 @@ class Log:
         if self.speak:
             truncate(self.run / "metrics.jsonl", step)
             self.file = (self.run / "metrics.jsonl").open("a", buffering=1)
-            self.board = SummaryWriter(str(self.run / "tensorboard"), purge_step=step)
+            self.board = Board(self.run / "tensorboard", step)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """One line of metrics.jsonl and the same scalars in TensorBoard."""
         if self.file is None or self.board is None:
             return
         self.file.write(json.dumps({"step": step, **values}) + "\n")
-        for name, value in values.items():
-            self.board.add_scalar(name, value, step)
+        self.board.write(step, values)
 
     def surroundings(self, optimizer: torch.optim.Optimizer) -> dict[str, float]:
         """`lr/<group>` of every named group, and the peak `memory` so far in GB."""
@@ -99,6 +121,6 @@ class Log:
             self.console.print(text, soft_wrap=True)
 
     def close(self) -> None:
-        for each in (self.file, self.board):
-            if each is not None:
-                each.close()
+        for file in (self.file, self.board.file if self.board else None):
+            if file is not None:
+                file.close()

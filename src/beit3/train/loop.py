@@ -2,7 +2,8 @@
 
 import json
 import signal
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -68,16 +69,8 @@ def train(recipe: Recipe, task_class: type[Task], *, out: str | Path, init: str 
     if not finished(out, steps):
         materialise(task, device, run.seed)
         report = store.initialise_from(task, init) if init else None
-        with claimed(out, mine, device):
-            log = Log(out, label or out.name, steps, speak=rank() == 0)
-            try:
-                fit(task, recipe, sources, held_out, out, log, device=device, warmup=warmup, report=report)
-            except OSError as error:
-                raise full_disk(error, out) from error
-            except RuntimeError as error:
-                raise lost_process(error) from error
-            finally:
-                log.close()
+        with explained(out), claimed(out, mine, device), closing(Log(out, label or out.name, steps, speak=rank() == 0)) as log:
+            fit(task, recipe, sources, held_out, out, log, device=device, warmup=warmup, report=report)
     return json.loads((out / "scores.json").read_text())
 
 
@@ -141,6 +134,17 @@ def shares(recipe: Recipe, sources: Iterable[str]) -> dict[str, Any]:
     return {
         "batch": recipe.data.batch, "sources": list(sources), "micro_batch": recipe.run.micro_batch, "rank": rank(), "world": world_size(),
     }  # fmt: skip
+
+
+@contextmanager
+def explained(out: Path) -> Iterator[None]:
+    """Errors of a disk that filled and of a process that ended, wherever in the run, say what is still good and what to do."""
+    try:
+        yield
+    except OSError as error:
+        raise full_disk(error, out) from error
+    except RuntimeError as error:
+        raise lost_process(error) from error
 
 
 def lost_process(error: RuntimeError) -> Exception:

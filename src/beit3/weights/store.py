@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from beit3.config import from_dict, to_dict
+from beit3.data.records import flush
 from beit3.model.beit3 import BEiT3
 from beit3.recipe import TaskConfig
 from beit3.task import Task
@@ -68,14 +69,17 @@ def save(task: Task, directory: str | Path, *, tensors: Mapping[str, Tensor] | N
     """Write the weights of `task` to `directory`, in place of older ones, by renaming: never a mix of both.
 
     tensors: written for the task's own, in their own precision. Raises ValueError where `directory` is something else
-    than weights.
+    than weights, OSError where it cannot be written.
     """
     directory = Path(directory)
     if directory.exists() and not is_weights(directory) and (directory.is_file() or any(directory.iterdir())):
         raise ValueError(f"{directory} exists and does not hold weights: give another directory")
     values = stored(task) if tensors is None else tensors
     with in_place_of(directory) as new:
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in values.items()}, new / MODEL)
+        try:
+            save_file({name: tensor.detach().cpu().contiguous() for name, tensor in values.items()}, new / MODEL)
+        except SafetensorError as error:  # its own kind of error for a disk that is full or gone
+            raise OSError(f"{new / MODEL} cannot be written: {error}") from error
         (new / CONFIG).write_text(json.dumps(_description(task), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         if task.has_tokenizer:
             task.tokenizer.save(new / TEXT)
@@ -95,9 +99,12 @@ def in_place_of(directory: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(new, ignore_errors=True)
         raise
+    for path in (*new.iterdir(), new):
+        flush(path)
     if directory.exists():
         directory.rename(old)
     new.rename(directory)
+    flush(directory.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
