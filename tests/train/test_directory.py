@@ -240,7 +240,8 @@ def test_a_second_run_is_refused_and_a_stopped_one_goes_on(root, tmp_path, capsy
     ]  # fmt: skip
     out, hold = tmp_path / "run", tmp_path / "hold"
     hold.touch()
-    environment = os.environ | {"PYTHONPATH": str(SOURCE), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    threads = str(torch.get_num_threads())  # sums in another order differ in their last bit
+    environment = os.environ | {"PYTHONPATH": str(SOURCE), "OMP_NUM_THREADS": threads, "CUDA_VISIBLE_DEVICES": ""}
     arguments = [sys.executable, "-c", HELD, str(hold), *command, str(out)]
     first = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
     try:
