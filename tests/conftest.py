@@ -44,3 +44,35 @@ def visual(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("visual") / "run"
     train(vqkd_recipe(root, steps=10), VQKD, out=out)
     return out / "last"
+
+
+@pytest.fixture
+def say(capsys):
+    """Run a verb that must succeed; what it printed."""
+
+    from beit3.cli import main
+
+    def run(*arguments: object) -> str:
+        status = main([str(argument) for argument in arguments])
+        said = capsys.readouterr()
+        assert status == 0, said.err
+        return said.out
+
+    return run
+
+
+@pytest.fixture
+def refused(capsys):
+    """Run a verb that must fail; its one line."""
+
+    from beit3.cli import main
+
+    def run(*arguments: object) -> str:
+        assert main([str(argument) for argument in arguments]) == 2
+        said = capsys.readouterr()
+        lines = said.err.splitlines()
+        assert len(lines) == 1 and lines[0].startswith("beit3: ") and len(lines[0]) < 2000, said.err
+        assert "Traceback" not in said.out
+        return lines[0]
+
+    return run

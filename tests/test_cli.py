@@ -29,34 +29,6 @@ def digest(folder: Path) -> dict[str, str]:
     return {str(path.relative_to(folder)): sha256(path.read_bytes()).hexdigest() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
-@pytest.fixture
-def say(capsys):
-    """Run a verb that must succeed; what it printed."""
-
-    def run(*arguments: object) -> str:
-        status = main([str(argument) for argument in arguments])
-        said = capsys.readouterr()
-        assert status == 0, said.err
-        return said.out
-
-    return run
-
-
-@pytest.fixture
-def refused(capsys):
-    """Run a verb that must fail; its one line."""
-
-    def run(*arguments: object) -> str:
-        assert main([str(argument) for argument in arguments]) == 2
-        said = capsys.readouterr()
-        lines = said.err.splitlines()
-        assert len(lines) == 1 and lines[0].startswith("beit3: ") and len(lines[0]) < 2000, said.err
-        assert "Traceback" not in said.out
-        return lines[0]
-
-    return run
-
-
 def overrides(root: Path, steps: int, *batch: str) -> list[str]:
     return ["--data.root", str(root), "--run.steps", str(steps), *batch]
 

@@ -20,32 +20,6 @@ from tests.golden import golden
 from tests.tokenizer.test_teacher import hugging_face_state, openai_state
 
 
-@pytest.fixture
-def say(capsys):
-    """Run a verb that must succeed; what it printed."""
-
-    def run(*arguments: object) -> str:
-        status = main([str(argument) for argument in arguments])
-        said = capsys.readouterr()
-        assert status == 0, said.err
-        return said.out
-
-    return run
-
-
-@pytest.fixture
-def refused(capsys):
-    """Run a verb that must fail; its one line."""
-
-    def run(*arguments: object) -> str:
-        assert main([str(argument) for argument in arguments]) == 2
-        lines = capsys.readouterr().err.splitlines()
-        assert len(lines) == 1 and lines[0].startswith("beit3: "), lines
-        return lines[0]
-
-    return run
-
-
 def network(**changes) -> Backbone:
     task = Backbone(TaskConfig(model=replace(TINY, **changes)))
     task.init_weights(0)
