@@ -289,6 +289,7 @@ def test_an_asynchronous_checkpoint_that_fails_ends_the_run(recipes, tmp_path, m
     recipe = recipes["vqa"]
     with pytest.raises(OSError, match="is full; there is no checkpoint yet"):
         train(replace(recipe, run=replace(recipe.run, async_save=True)), VQA, out=tmp_path / "run")
+    assert not list((tmp_path / "run/checkpoints").iterdir()), "what was half-written went"
 
 
 def test_one_directory_serves_one_run_at_a_time(recipes, tmp_path, monkeypatch):

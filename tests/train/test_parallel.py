@@ -25,7 +25,7 @@ from beit3.tasks.vqa import VQA
 from beit3.tasks.vqkd import VQKD
 from beit3.train import loop
 from beit3.train.parallel import autocast, blocks_of, build, materialise
-from tests.train.runs import lines, newest
+from tests.train.runs import lines, newest, same
 from tests.world_root import pretrain_recipe, vqa_recipe, vqkd_recipe
 
 SOURCE = Path(__file__).resolve().parents[2] / "src"
@@ -81,6 +81,8 @@ def place(root, visual, tmp_path_factory) -> Path:
     for out, (name, recipe) in given.items():
         with recorded_gradients(out):
             loop.train(recipe, TASKS[name], out=out)
+    beside = recipes(root, visual, "float32")["vqa"]
+    jobs.append(("vqa", replace(beside, run=replace(beside.run, async_save=True)).to_dict(), str(place / "asynchronous"), False))
     for name in TASKS:  # two go on with what one began
         begun(place / "float32" / name / "one", place / "float32" / name / "one_then_two")
         jobs.append((name, given[place / "float32" / name / "one"][1].to_dict(), str(place / "float32" / name / "one_then_two"), False))
@@ -166,6 +168,13 @@ def test_one_of_them_writes(place, name):
     assert len(list((two / "tensorboard").iterdir())) == 1
     assert json.loads((two / "recipe.json").read_text())["environment"]["processes"] == 2
     assert len(list(newest(two).glob("*.safetensors"))) == 2
+
+
+def test_two_write_beside_their_training_what_they_write_in_turn(place):
+    mine, theirs = newest(place / "asynchronous"), newest(place / "float32" / "vqa" / "two")
+    assert [file.name for file in sorted(mine.iterdir())] == [file.name for file in sorted(theirs.iterdir())]
+    for file in mine.glob("*.safetensors"):
+        same(load_file(file), load_file(theirs / file.name))
 
 
 @pytest.mark.parametrize("name", TASKS)

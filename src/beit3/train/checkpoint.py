@@ -13,9 +13,10 @@ import warnings
 from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
@@ -42,6 +43,8 @@ class Checkpoints:
         """keep: how many of the newest stay. asynchronous: `save` returns while files are still being written."""
         self.folder = run / "checkpoints"
         self.keep, self.asynchronous, self.say = max(1, keep), asynchronous, say
+        # Written beside the training, which uses the default group: two collectives of one group must not cross.
+        self.group = dist.new_group(backend="gloo") if asynchronous and world_size() > 1 else None
         self.pending: threading.Thread | None = None
         self.failure: BaseException | None = None
 
@@ -52,9 +55,8 @@ class Checkpoints:
         self.wait()
         path = self.folder / STEP.format(step)
         part = path.with_suffix(PART)
+        self._forget_parts()
         if rank() == 0:
-            for old in self.folder.glob(f"*{PART}"):
-                shutil.rmtree(old)
             part.mkdir(parents=True)
         barrier()
         state = tensors_of(task) | optimizer_state(task, optimizer)
@@ -63,7 +65,7 @@ class Checkpoints:
         alone = world_size() == 1
         if self.asynchronous:
             snapshot = {name: tensor.detach().clone() for name, tensor in state.items()}
-            future = dcp.async_save(snapshot, storage_writer=writer, no_dist=alone)
+            future = dcp.async_save(snapshot, storage_writer=writer, process_group=self.group, no_dist=alone)
             self.pending = threading.Thread(target=self._finish, args=(future, path, description))
             self.pending.start()
         else:
@@ -71,7 +73,7 @@ class Checkpoints:
                 dcp.save(state, storage_writer=writer, no_dist=alone)
                 self._publish(path, description)
             except (OSError, RuntimeError, CheckpointException) as error:
-                self._failed(path, error)
+                self._failed(error)
         barrier()  # a process that leaves early would have the others killed while they write
 
     def wait(self) -> None:
@@ -79,10 +81,10 @@ class Checkpoints:
         if self.pending is not None:
             self.pending.join()
             self.pending = None
-        failures = [text for text in all_gather_objects(str(self.failure) if self.failure else "") if text]
-        self.failure = None
+        failure, self.failure = self.failure, None
+        failures = [text for text in all_gather_objects(str(failure) if failure else "") if text]
         if failures:
-            raise OSError(failures[0])
+            self._failed(failure or OSError(failures[0]))
 
     def _finish(self, future: Future, path: Path, description: dict[str, Any]) -> None:
         try:
@@ -109,22 +111,20 @@ class Checkpoints:
             if each not in kept:  # an old one, or a newer one that was damaged and passed over
                 shutil.rmtree(each)
 
-    def _failed(self, path: Path, error: BaseException) -> None:
+    def _failed(self, error: BaseException) -> NoReturn:
         """Remove what was begun and say what is still good."""
-        if rank() == 0:
-            shutil.rmtree(path.with_suffix(PART), ignore_errors=True)
+        self._forget_parts()
         raise full_disk(error, self.folder.parent) from error
+
+    def _forget_parts(self) -> None:
+        for part in self.folder.glob(f"*{PART}") if rank() == 0 else ():
+            shutil.rmtree(part, ignore_errors=True)
 
     # Reading ---------------------------------------------------------------------------------------------------------
 
     def paths(self) -> list[Path]:
         """Whole checkpoints, oldest first."""
         return sorted(path for path in self.folder.glob("step_*") if path.suffix != PART and path.is_dir())
-
-    def newest(self) -> int | None:
-        """Steps of the newest checkpoint, None where there is none."""
-        paths = self.paths()
-        return int(paths[-1].name.removeprefix("step_")) if paths else None
 
     def restore(self, task: Task, optimizer: torch.optim.Optimizer) -> tuple[int, float | None]:
         """Load the newest checkpoint that is whole: (steps done, best score so far), or (0, None) where there is none.
