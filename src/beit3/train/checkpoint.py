@@ -44,7 +44,7 @@ class Checkpoints:
         self.folder = run / "checkpoints"
         self.keep, self.asynchronous, self.say = max(1, keep), asynchronous, say
         # Written beside the training, which uses the default group: two collectives of one group must not cross.
-        self.group = dist.new_group(backend="gloo") if asynchronous and world_size() > 1 else None
+        self.group: Any = dist.new_group(backend="gloo") if asynchronous and world_size() > 1 else None
         self.pending: threading.Thread | None = None
         self.failure: BaseException | None = None
 
