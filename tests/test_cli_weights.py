@@ -8,12 +8,17 @@ from zipfile import ZipFile
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 
 from beit3.cli import main
+from beit3.data.transforms import Preprocessing
 from beit3.model.config import TINY, TINY_RELEASE
 from beit3.recipe import TaskConfig
 from beit3.tasks.backbone import Backbone
+from beit3.tasks.pretrain import Pretrain, PretrainConfig
+from beit3.tasks.retrieval import Retrieval, RetrievalConfig
+from beit3.tokenizer.text import TextTokenizer
 from beit3.weights.official import to_official
 from beit3.weights.store import load, read_config, save
 from tests.golden import golden
@@ -99,6 +104,112 @@ def test_released_files_are_listed(say, refused):
     only = say("recipes", "vqa", "--released")
     assert "beit3_base_patch16_480_vqa.pth" in only and "nlvr2" not in only
     assert "no file was released for vqkdd; did you mean vqkd?" in refused("recipes", "vqkdd", "--released")
+
+
+# Every task of a released file ---------------------------------------------------------------------------------------
+
+RELEASED_FORM = "--task.model.shared_attention False --task.model.shared_norms False --task.model.sub_ln True --task.model.fusion_layers 0"
+INPUTS = {"vqa": ("what color ?",), "nlvr2": ("{picture}", "there is a circle"), "retrieval": ("a circle",)}
+
+
+@pytest.mark.parametrize("kind", ["vqa", "nlvr2", "captioning", "retrieval", "imagenet"])
+def test_a_released_file_is_tuned_written_back_and_asked(kind, root, tmp_path, say):
+    """From a pretrained file to a file of the task, which is known by its content, scored and asked."""
+    task = Pretrain(PretrainConfig(model=TINY_RELEASE, image=Preprocessing(32), num_codes=9))
+    task.init_weights(0)
+    torch.save({"model": {name: tensor.half() for name, tensor in to_official(task).items()}}, tmp_path / "pretrained.zip")
+    flags = [*RELEASED_FORM.split(), "--run.steps", 1, "--run.eval_records", 4, "--run.device", "cpu", "--data.root", root]
+    if kind == "captioning":
+        flags += ["--task.text_length", 6]
+    say("train", kind, "demo", "--init", tmp_path / "pretrained.zip", "--out", tmp_path / "run", "--data.batch.main", 4, *flags)
+    assert "tensors of" in say("convert", "official", tmp_path / "run", "--out", tmp_path / "tuned.pth")
+    names = {"vqa": ("--answers", root / "vqa/main/answer2label.txt")}.get(kind, ())
+    given = [tmp_path / "tuned.pth", "--num-heads", 4, "--text-model", root / "text.model", *names]
+    assert json.loads(say("eval", *given, "--data.root", few(root, kind, tmp_path)))
+    Image.new("RGB", (40, 30), "red").save(tmp_path / "a.png")
+    words = [word.format(picture=tmp_path / "a.png") for word in INPUTS.get(kind, ())]
+    from_file = json.loads(say("predict", given[0], tmp_path / "a.png", *words, *given[1:]))
+    if kind != "captioning":  # a file is read as the release evaluates, up to 64 tokens
+        assert from_file[0].keys() == json.loads(say("predict", tmp_path / "run", tmp_path / "a.png", *words))[0].keys()
+
+
+def few(root: Path, kind: str, folder: Path) -> Path:
+    """A root with the first records of a split."""
+    place = folder / "few" / kind / "main"
+    place.mkdir(parents=True)
+    records = []
+    for line in (root / kind / "main/val.jsonl").read_text().splitlines()[:3]:
+        record = json.loads(line)
+        records.append(record | {key: str((root / record[key]).resolve()) for key in ("image", "image2") if key in record})
+    (place / "val.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    return folder / "few"
+
+
+# Zero-shot -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def dual(root, tmp_path) -> Path:
+    """Retrieval weights that know the records' tokenizer."""
+    tokenizer = TextTokenizer(root / "text.model")
+    model = replace(TINY, dim=32, depth=1, num_heads=2, ffn_dim=48, vocab_size=tokenizer.vocab_size)
+    task = Retrieval(RetrievalConfig(model=model, image=Preprocessing(32), text_length=20), tokenizer=tokenizer)
+    task.init_weights(0)
+    save(task, tmp_path / "dual")
+    return tmp_path / "dual"
+
+
+def test_retrieval_weights_are_scored_on_classes(dual, root, say, tmp_path):
+    """Without names those of the records are taken; other names of the same number give other predictions."""
+    scores = json.loads(say("eval", dual, "--task", "imagenet", "--data.root", root))
+    assert {"accuracy", "top5"} <= scores.keys() and 0 <= scores["accuracy"] <= scores["top5"] <= 1
+    names = root / "imagenet/main/classes.txt"
+    assert json.loads(say("eval", dual, "--task", "imagenet", "--data.root", root, "--classes", names)) == scores
+    files = [tmp_path / f"{number}.jsonl" for number in range(2)]
+    say("eval", dual, "--task", "imagenet", "--data.root", root, "--predictions", files[0])
+    say("eval", dual, "--task", "imagenet", "--data.root", root, "--prompt", "there is a {}", "--predictions", files[1])
+    assert files[0].read_text() != files[1].read_text()
+
+
+def test_a_picture_by_names(dual, root, say, refused, tmp_path):
+    picture = tmp_path / "a.png"
+    Image.new("RGB", (40, 30), "red").save(picture)
+    (tmp_path / "names.txt").write_text("a red circle\na blue square\n")
+    said = json.loads(say("predict", dual, picture, "--task", "imagenet", "--classes", tmp_path / "names.txt", "--prompt", "{} there"))
+    assert {each["name"] for each in said} == {"a red circle", "a blue square"}
+    assert sum(each["score"] for each in said) == pytest.approx(1)
+    assert "needs the class names: give classes=FILE" in refused("predict", dual, picture, "--task", "imagenet")
+    assert "prompt 'a photo' has no {}" in refused("predict", dual, picture, "--task", "imagenet", "--prompt", "a photo")
+    assert "the head of vqa is untrained" in refused("predict", dual, picture, "how many ?", "--task", "vqa")
+    assert "the head of captioning is untrained" in refused("eval", dual, "--task", "captioning", "--data.root", root)
+
+
+def test_class_names_travel_in_a_directory(tmp_path, say, refused):
+    names = tmp_path / "names.txt"
+    names.write_text("".join(f"class {number}\n" for number in range(11)))
+    file = golden("imageclassification") / "model.safetensors"
+    say("convert", "official", file, "--out", tmp_path / "w", "--num-heads", 4, "--classes", names)
+    config = read_config(tmp_path / "w").config
+    assert config.classes[10] == "class 10" and config.image.resize == "crop"
+    Image.new("RGB", (40, 30), "red").save(tmp_path / "a.png")
+    said = json.loads(say("predict", tmp_path / "w", tmp_path / "a.png"))
+    assert len(said) == 5 and said[0]["name"] == f"class {said[0]['label']}"
+    assert "11 outputs" in refused("convert", "official", file, "--out", tmp_path / "b", "--num-heads", 4, "--classes", short(names))
+    assert "--classes is not for directories" in refused("convert", "official", tmp_path / "w", "--out", "a.pth", "--classes", names)
+
+
+def test_preprocessing_that_differs_is_said_at_the_start(dual, root, say, tmp_path, capsys):
+    """A network that knows other pictures than the recipe gives it trains, and the line says so."""
+    network = read_config(dual).config.model
+    names = ("dim", "depth", "num_heads", "ffn_dim", "vocab_size")
+    flags = [part for name in names for part in (f"--task.model.{name}", getattr(network, name))]
+    flags += ["--data.root", root, "--run.steps", 1, "--data.batch.main", 4, "--run.eval_records", 4, "--run.device", "cpu"]
+    assert main([str(each) for each in ["train", "imagenet", "demo_names", "--out", tmp_path / "same", "--init", dual, *flags]]) == 0
+    assert "prepared in another way" not in "".join(capsys.readouterr())
+    other = [*flags, "--task.image.mean", 0.4, 0.4, 0.4]
+    assert main([str(each) for each in ["train", "imagenet", "demo_names", "--out", tmp_path / "other", "--init", dual, *other]]) == 0
+    said = "".join(capsys.readouterr())
+    assert said.count("pictures are prepared in another way than these weights know: mean is (0.5, 0.5, 0.5), here (0.4, 0.4, 0.4)") == 1
 
 
 # Weights of another network to start from ----------------------------------------------------------------------------

@@ -150,6 +150,21 @@ def test_table_of_recipes():
             assert row(task, name, recipe) in text
 
 
+def tuning_row(task: str, name: str, recipe: Recipe) -> str:
+    """A line of the tables of the tasks."""
+    model, run, optim = recipe.task.model, recipe.run, recipe.optim
+    size = f"{model.depth} x {model.dim} | {model.image_size} | {sum(recipe.data.batch.values()):,}"
+    length = f"{run.steps:,} steps" if run.steps else f"{run.epochs:g} epochs"
+    return f"| `{task} {name}` | {size} | {length} | {optim.lr:g} | {optim.layer_decay:g} | {recipe.note} |"
+
+
+def test_tables_of_the_tasks():
+    text = (PROJECT / "docs/tasks.md").read_text(encoding="utf-8")
+    for task in ("vqa", "nlvr2", "captioning", "retrieval", "imagenet"):
+        for name, recipe in load(task).recipes.items():
+            assert tuning_row(task, name, recipe) in text
+
+
 def test_citation_is_of_this_version():
     citation, changes = ((PROJECT / name).read_text(encoding="utf-8") for name in ("CITATION.cff", "CHANGELOG.md"))
     assert re.search(rf"^version: {re.escape(beit3.__version__)}$", citation, re.MULTILINE)

@@ -13,7 +13,9 @@ from beit3.model.config import TINY, TINY_RELEASE
 from beit3.predict import Predictor, load
 from beit3.recipe import TaskConfig
 from beit3.tasks.backbone import Backbone
+from beit3.tasks.nlvr2 import NLVR2, NLVR2Config
 from beit3.tasks.pretrain import Pretrain, PretrainConfig
+from beit3.tasks.retrieval import Retrieval, RetrievalConfig
 from beit3.tasks.vqa import VQA, VQAConfig
 from beit3.tokenizer.text import TextTokenizer
 from beit3.weights.fill import Report
@@ -117,7 +119,7 @@ def test_answers_for_a_directory_that_names_none(tmp_path, tokenizer, picture):
     with pytest.raises(ValueError, match="answers=FILE"):
         load(tmp_path / "w")(picture, "how many")
     assert load(tmp_path / "w", answers=ANSWERS)(picture, "how many")[0]["answer"] in ANSWERS
-    with pytest.raises(ValueError, match="2 answer names for 3 outputs"):
+    with pytest.raises(ValueError, match="w: 2 answers given, the file's head has 3 outputs"):
         load(tmp_path / "w", answers=("a", "b"))
 
 
@@ -187,7 +189,12 @@ def test_paths_and_arguments_that_do_not_fit(tmp_path, tokenizer, released):
     (tmp_path / "empty").mkdir()
     (tmp_path / "cut.pth").write_bytes(released.read_bytes()[:3000])
     for path, arguments, message in (
-        (tmp_path / "w", {"task": "pretrain"}, "w holds weights of vqa, not of pretrain"),
+        (tmp_path / "w", {"task": "vqkd"}, "w holds weights of vqa, whose network cannot become vqkd"),
+        (tmp_path / "w", {"num_heads": 3}, "num_heads 3 given, .*w holds weights of 4 heads: leave num_heads out"),
+        (tmp_path / "w", {"classes": ("a",)}, "w: classes given, but vqa has none: leave classes out"),
+        (released, {"num_heads": 5}, "vqa.pth: dim 64 is not a multiple of num_heads 5"),
+        (released, {"classes": tmp_path / "no.txt"}, "no class names at .*no.txt"),
+        (released, {"task": "imagenet", "prompt": "a photo"}, "vqa.pth: prompt 'a photo' has no {}"),
         (tmp_path / "empty", {}, "empty holds neither weights nor a run's best or last"),
         (tmp_path / "absent", {}, "no weights at .*absent"),
         (tmp_path / "cut.pth", {}, "cut.pth is not a whole torch file"),
@@ -203,10 +210,149 @@ def test_paths_and_arguments_that_do_not_fit(tmp_path, tokenizer, released):
 def test_answers_for_weights_without_any(tmp_path):
     task = Backbone(TaskConfig(model=PAPER))
     save(task, tmp_path / "w")
-    with pytest.raises(ValueError, match="answers given, but .*w holds weights of backbone"):
+    with pytest.raises(ValueError, match="w: answers given, but backbone has none: leave answers out"):
         load(tmp_path / "w", answers=ANSWERS)
 
 
 def test_a_predictor_takes_any_task(tokenizer, picture):
     predictor = Predictor(vqa(tokenizer), Report("nowhere", (), {}, {}))
     assert predictor(picture, "how many")[0]["answer"] in ANSWERS
+
+
+# As another task -----------------------------------------------------------------------------------------------------
+
+
+def retrieval(model=RELEASE, **given) -> Retrieval:
+    task = Retrieval(RetrievalConfig(model=model, image=Preprocessing(16, interpolation="bilinear"), text_length=9), **given)
+    task.init_weights(3)
+    return task
+
+
+@pytest.fixture(params=["directory", "file"])
+def dual(request, tmp_path, tokenizer) -> dict:
+    """Retrieval weights of both kinds, as arguments of `load`."""
+    task = retrieval(tokenizer=tokenizer)
+    if request.param == "directory":
+        save(task, tmp_path / "dual")
+        return {"path": tmp_path / "dual"}
+    torch.save({"model": to_official(task)}, tmp_path / "dual.pth")
+    tokenizer.save(tmp_path / "text.spm")
+    return {"path": tmp_path / "dual.pth", "text_model": tmp_path / "text.spm"}
+
+
+CLASSES = ("red cube", "blue ball", "how many")
+
+
+def test_retrieval_weights_classify_into_any_names(dual, tmp_path, picture):
+    """Equal to the similarities of the features, and the same however the names are given."""
+    (tmp_path / "names.txt").write_text("".join(f"{name}\n" for name in CLASSES))
+    (tmp_path / "data/imagenet/main").mkdir(parents=True)
+    (tmp_path / "data/imagenet/main/classes.txt").write_text("".join(f"{name}\n" for name in CLASSES))
+    features = load(**dual).embed([picture], [f"a {name}" for name in CLASSES])
+    task = load(**dual).task
+    expected = torch.softmax(float(task.logit_scale.exp()) * torch.tensor(features["image"] @ features["text"].T)[0], 0)
+    for classes in (CLASSES, list(CLASSES), tmp_path / "names.txt", str(tmp_path / "data")):
+        predictor = load(**dual, task="imagenet", classes=classes, prompt="a {}")
+        assert not predictor.lacks_classes and not predictor.report.fresh
+        found = {each["name"]: each["score"] for each in predictor(picture)}
+        assert found == {name: pytest.approx(float(score), abs=1e-5) for name, score in zip(CLASSES, expected, strict=True)}
+    assert load(**dual, task="imagenet", classes=CLASSES)(picture)[0]["score"] not in found.values(), "the prompt counts"
+
+
+def test_names_come_later(dual, tmp_path, picture):
+    (tmp_path / "data/imagenet/main").mkdir(parents=True)
+    (tmp_path / "data/imagenet/main/classes.txt").write_text("".join(f"{name}\n" for name in CLASSES))
+    predictor = load(**dual, task="imagenet")
+    assert predictor.lacks_classes
+    with pytest.raises(ValueError, match="needs the class names: give classes=FILE"):
+        predictor(picture)
+    predictor.name_classes(tmp_path / "data")
+    assert predictor(picture) == load(**dual, task="imagenet", classes=CLASSES)(picture)
+
+
+def test_pictures_are_prepared_as_the_weights_know_them(tmp_path, tokenizer, picture):
+    """Not as the other task would have them: only a directory tells it."""
+    save(retrieval(tokenizer=tokenizer), tmp_path / "w")
+    assert load(tmp_path / "w", task="imagenet", classes=CLASSES).task.config.image == Preprocessing(16, interpolation="bilinear")
+
+
+def test_a_file_of_another_task_says_what_to_do(tmp_path, tokenizer, text_model, picture):
+    task = NLVR2(NLVR2Config(model=RELEASE, image=Preprocessing(16)), tokenizer=tokenizer)
+    task.init_weights(0)
+    torch.save({"model": to_official(task)}, tmp_path / "nlvr2.pth")
+    save(task, tmp_path / "w")
+    arguments = {"task": "vqa", "answers": ANSWERS}
+    for predictor, source in (
+        (load(tmp_path / "nlvr2.pth", text_model=text_model, **arguments), "a released nlvr2 file"),
+        (load(tmp_path / "w", **arguments), f"{tmp_path / 'w'} (nlvr2)"),
+    ):
+        with pytest.raises(ValueError) as caught:
+            predictor(picture, "how many")
+        assert str(caught.value) == (
+            f"the head of vqa is untrained (pooler.norm.weight), {source} has none: give weights of vqa, "
+            "fine-tune (beit3 train vqa --init), or use .task.outputs(batch)"
+        )
+    assert load(tmp_path / "w")(picture, picture, "how many")[0]["answer"] in ("true", "false")
+
+
+# Features ------------------------------------------------------------------------------------------------------------
+
+
+def test_features_of_retrieval(dual, picture):
+    predictor, words = load(**dual), ["how many", "red", "blue ball left of the cube and the ball"]
+    images = [picture, str(picture), Image.open(picture), Image.new("RGB", (9, 9), "red")]
+    found = predictor.embed(images, words)
+    assert {name: (array.shape, array.dtype) for name, array in found.items()} == {
+        "image": ((4, 64), np.float32), "text": ((3, 64), np.float32),
+    }  # fmt: skip
+    for array in found.values():
+        np.testing.assert_allclose(np.linalg.norm(array, axis=1), 1, atol=1e-5)
+    np.testing.assert_array_equal(found["image"][0], found["image"][2])
+    task = predictor.task
+    (alone,) = task.predict(task.collate([task.example({"id": "0", "image": picture, "captions": words}, False)]))
+    np.testing.assert_allclose(found["image"][0], alone["image"], atol=1e-6)
+    np.testing.assert_allclose(found["text"], alone["texts"], atol=1e-6)
+    json.dumps(predictor(picture, "how many"))
+    small = predictor.embed(iter(images), (word for word in words), batch_size=1)
+    for name, array in found.items():
+        np.testing.assert_allclose(small[name], array, atol=1e-5)
+
+
+def test_one_side_needs_nothing_of_the_other(dual, picture):
+    predictor = load(dual["path"])
+    assert sorted(predictor.embed(images=[picture])) == ["image"]
+    assert predictor.embed() == {}
+    if "text_model" in dual:
+        with pytest.raises(ValueError, match="text_model="):
+            predictor.embed(texts=["how many"])
+    assert sorted(load(**dual).embed(texts=["how many"])) == ["text"]
+
+
+def test_features_of_a_backbone_are_its_states(pretrained, text_model, picture):
+    predictor = load(pretrained, task="backbone", text_model=text_model)
+    found = predictor.embed([picture], ["how many"])
+    np.testing.assert_allclose(found["image"][0], predictor(picture)[0]["image"], atol=1e-6)
+    np.testing.assert_allclose(found["text"][0], predictor(None, "how many")[0]["text"], atol=1e-6)
+    assert abs(np.linalg.norm(found["image"]) - 1) > 0.1, "not normalised"
+
+
+def test_features_that_are_not_there(tmp_path, tokenizer, pretrained, text_model, picture, dual):
+    save(vqa(tokenizer), tmp_path / "w")
+    for predictor, given, message in (
+        (load(tmp_path / "w"), {"images": [picture]}, "vqa has no features of single inputs: give weights of retrieval, or load these"),
+        (load(pretrained), {"images": [picture]}, "pretrain has no features of single inputs"),
+        (load(pretrained, task="retrieval"), {"images": [picture]}, "the head of retrieval is untrained"),
+        (load(**dual), {"texts": ["red", ""]}, r"texts\[1\] is empty: leave it out"),
+        (load(**dual), {"images": [picture, tmp_path / "absent.png"]}, "absent.png"),
+    ):
+        with pytest.raises(ValueError, match=message) as caught:
+            predictor.embed(**given)
+        assert "\n" not in str(caught.value)
+    task = Backbone(TaskConfig(model=RELEASE))
+    task.init_weights(0)
+    state = {key: value for key, value in to_official(task).items() if ".B." not in key and "text_embed" not in key}
+    torch.save(state, tmp_path / "image.pth")
+    alone = load(tmp_path / "image.pth", text_model=text_model)
+    assert alone.embed([picture])["image"].shape == (1, 64)
+    with pytest.raises(ValueError, match="holds the image side alone"):
+        alone.embed(texts=["how many"])

@@ -1,7 +1,9 @@
 """A world small enough for every test: raw files, records written by the tasks' own `prepare`, and recipes that train in a second."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from beit3.data.records import Records
 from beit3.data.transforms import Preprocessing
@@ -59,6 +61,17 @@ def pretrain_recipe(root: Path, visual: Path, *, steps: int = 6, model: ModelCon
     )  # fmt: skip
     return Recipe(
         task=task, data=DataConfig(root=str(root), batch={"images": 4, "texts": 4, "pairs": 8}),
+        optim=OptimConfig(lr=2e-3, warmup_steps=2, clip=3.0), run=RunConfig(steps=steps, log_every=1, **run),
+    )  # fmt: skip
+
+
+def tuning_recipe(name: str, root: Path, *, steps: int = 6, task: Mapping[str, Any] | None = None, **run) -> Recipe:
+    """A fine-tuning task's demo recipe with a smaller network, and `task` fields changed."""
+    demo = load(name).recipes["demo"]
+    settings: Any = demo.task
+    model = replace(SMALL, final_norm=settings.model.final_norm)
+    return Recipe(
+        task=replace(settings, **{"model": model} | dict(task or {})), data=DataConfig(root=str(root), batch={"main": 8}),
         optim=OptimConfig(lr=2e-3, warmup_steps=2, clip=3.0), run=RunConfig(steps=steps, log_every=1, **run),
     )  # fmt: skip
 

@@ -91,6 +91,7 @@ def make_parser() -> argparse.ArgumentParser:
     sub.add_argument("--data.root", dest="root", default="", help="records (default: the embedded world)")
     sub.add_argument("--batch", type=int, default=32)
     sub.add_argument("--predictions", default="", help="also write the predictions to this jsonl file")
+    sub.add_argument("--submission", default="", help="instead of scores write what the evaluation server takes (vqa, captioning)")
     released(sub)
 
     sub = verb("score", score, "Score a predictions file.")
@@ -128,10 +129,12 @@ def make_parser() -> argparse.ArgumentParser:
 
 def released(sub: argparse.ArgumentParser) -> None:
     """What a released file does not say itself."""
-    sub.add_argument("--task", default=None, help="what to build from a released file (default: what its keys say)")
+    sub.add_argument("--task", default=None, help="what to build, for example imagenet of retrieval's weights (default: what they are)")
     sub.add_argument("--num-heads", type=int, default=None)
     sub.add_argument("--text-model", default=None, help="the SentencePiece file of released weights")
     sub.add_argument("--answers", default=None, help="the answer list of a released VQA file")
+    sub.add_argument("--classes", default=None, help="class names for imagenet, one per line (eval by names: default those of the records)")
+    sub.add_argument("--prompt", default=None, help='what is said of a class name, for example "a photo of a {}"')
 
 
 def demo(known: argparse.Namespace, rest: list[str]) -> None:
@@ -166,8 +169,11 @@ def prepare(known: argparse.Namespace, rest: list[str]) -> None:
     source = known.source or task.sources[0]
     if source not in task.sources:
         raise ValueError(f"--source {source} is none of {', '.join(task.sources)} of task {known.task}")
-    if len(task.sources) > 1 and not known.source:
-        raise ValueError(f"task {known.task} has several sources: give --source {' or '.join(task.sources)}")
+    own = [name for name in task.sources if name not in task.borrowed]
+    if len(own) > 1 and not known.source:
+        raise ValueError(f"task {known.task} has several sources: give --source {' or '.join(own)}")
+    if source in task.borrowed:
+        raise ValueError(f"--source {source} of {known.task} are the records of {task.borrowed[source]}: prepare those")
     options = prepare_options(task, rest)
     report = task.prepare(Path(known.raw), Path(known.root), source, **options)
     print(describe(report), file=sys.stderr)
@@ -224,25 +230,37 @@ def train(known: argparse.Namespace, rest: list[str]) -> None:
 def evaluate(known: argparse.Namespace, rest: list[str]) -> None:
     import torch
 
-    from beit3.data.records import write_records
+    from beit3.data.predictions import write_predictions
+    from beit3.data.records import write_text
     from beit3.predict import load
     from beit3.train.evaluate import predict_sources, score_sources
+    from beit3.train.root import embedded_root
     from beit3.weights.fill import task_name
 
-    predictor = load(known.weights, task=known.task, num_heads=known.num_heads, text_model=known.text_model, answers=known.answers)
+    predictor = load(
+        known.weights, task=known.task, num_heads=known.num_heads, text_model=known.text_model, answers=known.answers,
+        classes=known.classes, prompt=known.prompt or "",
+    )  # fmt: skip
     predictor.require_trained()
     task = predictor.task.to("cuda" if torch.cuda.is_available() else "cpu")
     if not task.sources:
         raise ValueError(f"task {task_name(type(task))} reads no records: there is nothing to score")
+    if predictor.lacks_classes:
+        predictor.name_classes(Path(known.root) if known.root else embedded_root(type(task)))
     sources = split_sources(type(task), known.root, known.split)
     found = predict_sources(task, sources, batch_size=known.batch)
     if known.predictions:
-        write_records(known.predictions, ({"source": name} | row for name, (rows, _) in found.items() for row in rows))
-    print(json.dumps(score_sources(type(task), found), indent=1))
+        write_predictions(known.predictions, ({"source": name} | row for name, (rows, _) in found.items() for row in rows))
+    if known.submission:
+        lines = [line for rows, records in found.values() for line in task.submission(rows, records)]
+        write_text(known.submission, json.dumps(lines, ensure_ascii=False) + "\n")
+        print(f"{len(lines)} predictions for the evaluation server at {known.submission}", file=sys.stderr)
+    else:
+        print(json.dumps(score_sources(type(task), found), indent=1))
 
 
 def score(known: argparse.Namespace, rest: list[str]) -> None:
-    from beit3.data.records import Records
+    from beit3.data.predictions import read_predictions
     from beit3.task import load
 
     task = load(known.task)
@@ -250,7 +268,7 @@ def score(known: argparse.Namespace, rest: list[str]) -> None:
     if known.source not in sources:
         raise ValueError(f"--source {known.source} has no {known.split} records: there are {', '.join(sources)}")
     try:
-        rows = [row for row in Records(known.predictions) if row.get("source", known.source) == known.source]
+        rows = [row for row in read_predictions(known.predictions) if row.get("source", known.source) == known.source]
         scores = task.score(rows, list(sources[known.source]))
     except KeyError as field:
         raise ValueError(f"{known.predictions}: a prediction has no field {field}, as beit3 eval --predictions writes it") from None
@@ -264,26 +282,31 @@ def split_sources(task: Any, root: str, split: str) -> dict[str, Any]:
     from beit3.train.root import embedded_root
     from beit3.weights.fill import task_name
 
-    name = task_name(task)
     place = Path(root) if root else embedded_root(task)
-    there = [source for source in task.sources if (place / name / source / f"{split}.jsonl").exists()] or task.sources[:1]
-    return {source: Source(locate(place, name, source, split), place) for source in there}
+    names = {source: task.borrowed.get(source, task_name(task)) for source in task.sources}
+    there = {source: name for source, name in names.items() if (place / name / source / f"{split}.jsonl").exists()}
+    own = {source: name for source, name in there.items() if source not in task.borrowed}  # they win over another task's
+    chosen = own or there or {task.sources[0]: names[task.sources[0]]}
+    return {source: Source(locate(place, name, source, split), place) for source, name in chosen.items()}
 
 
 def predict(known: argparse.Namespace, rest: list[str]) -> None:
     from beit3.predict import load
 
-    predictor = load(known.weights, task=known.task, num_heads=known.num_heads, text_model=known.text_model, answers=known.answers)
-    print(json.dumps(predictor(*known.inputs), ensure_ascii=False))
+    predictor = load(
+        known.weights, task=known.task, num_heads=known.num_heads, text_model=known.text_model, answers=known.answers,
+        classes=known.classes, prompt=known.prompt or "",
+    )  # fmt: skip
+    print(json.dumps(predictor(*known.inputs), ensure_ascii=False, default=lambda array: array.tolist()))
 
 
 def convert(known: argparse.Namespace, rest: list[str]) -> None:
-    from beit3.tasks.vqa import read_answers
+    from beit3.predict import read_answers, read_classes
     from beit3.tokenizer.text import TextTokenizer
     from beit3.weights.convert import from_clip, from_official, to_file
 
     back = known.kind == "official" and Path(known.weights).is_dir()
-    takes = {"official": ("task", "num_heads", "text_model", "answers"), "vqkd": ("num_heads",), "clip": ()}
+    takes = {"official": ("task", "num_heads", "text_model", "answers", "classes", "prompt"), "vqkd": ("num_heads",), "clip": ()}
     for name in takes["official"]:
         if getattr(known, name) is not None and (back or name not in takes[known.kind]):
             raise ValueError(f"--{name.replace('_', '-')} is not for {'directories' if back else f'{known.kind} files'}: leave it out")
@@ -292,7 +315,7 @@ def convert(known: argparse.Namespace, rest: list[str]) -> None:
     else:
         lines = from_official(
             known.weights, known.out, task="vqkd" if known.kind == "vqkd" else known.task, num_heads=known.num_heads,
-            answers=read_answers(Path(known.answers)) if known.answers else (),
+            answers=read_answers(known.answers), classes=read_classes(known.classes), prompt=known.prompt or "",
             tokenizer=TextTokenizer(known.text_model) if known.text_model else None,
         )  # fmt: skip
     print(*lines, sep="\n")

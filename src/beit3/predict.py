@@ -5,18 +5,23 @@ tokenizer and without answer names.
 """
 
 import inspect
-from collections.abc import Sequence
-from dataclasses import fields, replace
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
-from beit3.task import Prediction, Task
+from beit3.task import Prediction, Record, Task
+from beit3.task import load as load_task
 from beit3.tokenizer.text import TextTokenizer
-from beit3.train.evaluate import to_device
+from beit3.train.evaluate import batches, to_device
 from beit3.weights import official, store
+from beit3.weights.adapt import COUNTS, with_names
 from beit3.weights.fill import Report, is_text, stored, task_name
+
+Names = str | Path | Sequence[str] | None
+"""Names of a head's outputs: a file, a list, or none."""
 
 
 class Predictor:
@@ -31,7 +36,20 @@ class Predictor:
         untrained = [key for key in self.report.fresh if not is_text(key)]
         if untrained:
             name = task_name(type(self.task))
-            raise ValueError(f"the head of {name} is untrained ({untrained[0]}): fine-tune, or use .task.outputs(batch)")
+            raise ValueError(
+                f"the head of {name} is untrained ({untrained[0]}), {self.report.source} has none: give weights of {name}, "
+                f"fine-tune (beit3 train {name} --init), or use .task.outputs(batch)"
+            )
+
+    @property
+    def lacks_classes(self) -> bool:
+        """Whether the task classifies by names and was given none."""
+        config: Any = self.task.config
+        return getattr(config, "head", "") == "names" and not config.classes
+
+    def name_classes(self, root: str | Path) -> None:
+        """Classify by the names that the records under `root` have for their labels."""
+        self.task.config = with_names(self.task.config, type(self.task), classes=read_classes(root), fixed={})
 
     @torch.inference_mode()
     def __call__(self, *inputs: Any) -> list[Prediction]:
@@ -52,11 +70,50 @@ class Predictor:
         except TypeError:
             raise ValueError(f"{name} takes {', '.join(signature.parameters)}: {len(inputs)} inputs given") from None
         record = make(*inputs)
-        if "text" in record and any(map(is_text, self.report.fresh)):
-            raise ValueError(f"{self.report.source} holds the image side alone: give images without text")
+        self._require_side(record)
         batch = self.task.collate([self.task.example(record, False)])
         prediction = self.task.predict(to_device(batch, next(self.task.parameters()).device))[0]
-        return prediction.get("candidates", [prediction])
+        plain = {name: value.tolist() if isinstance(value, np.ndarray) else value for name, value in prediction.items()}
+        return plain.get("candidates", [plain])
+
+    @torch.inference_mode()
+    def embed(
+        self, images: Iterable[Any] = (), texts: Iterable[str] = (), *, batch_size: int = 32
+    ) -> dict[str, np.ndarray]:
+        """Features `image` [n, D] and `text` [m, D] in float32, of whichever was given, each input encoded by itself.
+
+        images: paths or PIL images, prepared as the weights know them. Those of retrieval are unit vectors in one space.
+        Those of backbone are the class token's and the begin mark's states as they are, neither normalised nor in one
+        space. Raises ValueError for a task without features, and for an input that cannot be read.
+        """
+        name, make = task_name(type(self.task)), getattr(self.task, "record", None)
+        if make is None or set(inspect.signature(make).parameters) != {"image", "text"}:
+            raise ValueError(f"{name} has no features of single inputs: give weights of retrieval, or load these with task='backbone'")
+        self.require_trained()
+        given = {"image": [make(image) for image in images], "text": [make(None, text) for text in texts]}
+        found = {}
+        for side, records in given.items():
+            for place, record in enumerate(records):
+                if side not in record:
+                    raise ValueError(f"{side}s[{place}] is empty: leave it out")
+                self._require_side(record)
+            if records:
+                found[side] = self._features(side, records, batch_size)
+        return found
+
+    def _features(self, side: str, records: list[Record], batch_size: int) -> np.ndarray:
+        """One feature a record: the task's own, else the first state of the side."""
+        weights, rows = next(self.task.parameters()), []
+        for batch in batches(self.task, records, batch_size):
+            outputs = self.task.outputs(to_device(batch, weights.device, weights.dtype))
+            features = outputs[f"{side}_features"] if f"{side}_features" in outputs else outputs[side][:, 0]
+            rows.append(features.float().cpu().numpy())
+        return np.concatenate(rows)
+
+    def _require_side(self, record: Record) -> None:
+        """ValueError for a text where the weights hold no text side."""
+        if "text" in record and any(map(is_text, self.report.fresh)):
+            raise ValueError(f"{self.report.source} holds the image side alone: give images without text")
 
 
 def load(
@@ -65,47 +122,67 @@ def load(
     task: str | None = None,
     num_heads: int | None = None,
     text_model: str | Path | None = None,
-    answers: str | Path | Sequence[str] | None = None,
+    answers: Names = None,
+    classes: Names = None,
+    prompt: str = "",
 ) -> Predictor:
     """Weights of any kind, ready to use on the CPU.
 
-    path: a directory of weights, a run with `best` or `last` in it, or a released file. task: what to build from a
-    released file, by default what its keys say. num_heads: where 64 units a head is wrong. text_model: the
-    SentencePiece file of released weights. answers: names of the VQA head's outputs, a list or a file. Raises
-    ValueError, in one line.
+    path: a directory of weights, a run with `best` or `last` in it, or a released file. task: what to build, by default
+    what the weights are; parts that they do not hold are at their initial values then, and the predictor refuses to
+    use them. num_heads: where 64 units a head is wrong. text_model: the SentencePiece file of released weights.
+    answers: names of the VQA head's outputs. classes: names of imagenet's, for weights of retrieval any names, which
+    `prompt` may put into a sentence in place of {}. Raises ValueError, in one line.
     """
     path = Path(path)
-    names = _answers(answers)
+    named = {"answers": read_answers(answers), "classes": read_classes(classes)}
     if path.is_dir():
-        return _load_directory(path, task, text_model, names)
+        return _load_directory(store.find(path), task, num_heads, text_model, named, prompt)
     tokenizer = None if text_model is None else TextTokenizer(text_model)
     state = official.read_file(path)
     try:
-        built, report = official.load_official(state, task, num_heads=num_heads, answers=names, tokenizer=tokenizer)
+        built, report = official.load_official(
+            state, task, num_heads=num_heads, answers=named["answers"], classes=named["classes"], prompt=prompt, tokenizer=tokenizer
+        )  # fmt: skip
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     return Predictor(built, report)
 
 
-def _load_directory(path: Path, task: str | None, text_model: str | Path | None, answers: tuple[str, ...]) -> Predictor:
-    directory = store.find(path)
+def _load_directory(
+    directory: Path, task: str | None, num_heads: int | None, text_model: str | Path | None, named: dict[str, tuple[str, ...]], prompt: str
+) -> Predictor:
+    """Weights of ours, as their own task or another; `named`: answers and classes."""
+    answers, classes = named["answers"], named["classes"]
     description = store.read_config(directory)
+    config: Any = description.config
+    if num_heads not in (None, config.model.num_heads):
+        raise ValueError(f"num_heads {num_heads} given, {directory} holds weights of {config.model.num_heads} heads: leave num_heads out")
     if task not in (None, description.task):
-        raise ValueError(f"{directory} holds weights of {description.task}, not of {task}: leave task out")
-    config = description.config
-    if answers:
-        if "answers" not in {field.name for field in fields(config)}:
-            raise ValueError(f"answers given, but {directory} holds weights of {description.task}: leave answers out")
-        changes: dict[str, Any] = {"answers": answers}
-        config = replace(config, **changes)
+        return Predictor(*store.load_as(directory, task, text_model=text_model, answers=answers, classes=classes, prompt=prompt))
+    fixed = {} if getattr(config, "head", "") == "names" else {count: getattr(config, count, 0) for count in COUNTS.values()}
+    try:
+        config = with_names(config, load_task(description.task), answers=answers, classes=classes, prompt=prompt, fixed=fixed)
+    except ValueError as error:
+        raise ValueError(f"{directory}: {error}") from None
     built = store.load(directory, text_model=text_model, config=config)
     return Predictor(built, Report(f"{directory} ({description.task})", tuple(stored(built)), {}, {}))
 
 
-def _answers(answers: str | Path | Sequence[str] | None) -> tuple[str, ...]:
-    if isinstance(answers, str | Path):
-        from beit3.tasks.vqa import read_answers
+def read_answers(names: Names) -> tuple[str, ...]:
+    """Names of the VQA head's outputs; a file as released, or one per line."""
+    if isinstance(names, str | Path):
+        from beit3.tasks import vqa
 
-        return read_answers(Path(answers))
-    return tuple(answers or ())
+        return vqa.read_answers(Path(names))
+    return tuple(names or ())
 
+
+def read_classes(names: Names) -> tuple[str, ...]:
+    """Class names; a file of one per line, or a directory of records, whose own are taken."""
+    if isinstance(names, str | Path):
+        from beit3.tasks import imagenet
+
+        place = Path(names)
+        return imagenet.read_classes(place / "imagenet/main/classes.txt" if place.is_dir() else place)
+    return tuple(names or ())

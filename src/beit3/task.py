@@ -19,7 +19,7 @@ from beit3.config import suggestion
 from beit3.data.masking import rng as seeded_rng
 from beit3.data.survey import Lengths
 from beit3.model.beit3 import BEiT3
-from beit3.model.config import ModelConfig
+from beit3.model.config import IMAGE, TEXT, ModelConfig
 from beit3.ops.collectives import keep_shard
 from beit3.ops.init import seeded, trunc_normal
 from beit3.recipe import Recipe, TaskConfig
@@ -45,6 +45,10 @@ class Task(nn.Module):
     """Head parameters: our name prefix -> the prefix in released checkpoints."""
     moves_in_forward: ClassVar[bool] = False
     """Whether a training forward changes buffers, so that a process must see its share of a step at once."""
+    borrowed: ClassVar[Mapping[str, str]] = {}
+    """Sources that are records of another task -> that task."""
+    compares_examples: ClassVar[bool] = False
+    """Whether the loss compares the examples of a step with each other: `compare` makes it of the features that `outputs` gives."""
     frozen: ClassVar[tuple[str, ...]] = ()
     """Children that never train and are not stored with the weights."""
     unused: ClassVar[Mapping[str, str]] = {}
@@ -97,6 +101,16 @@ class Task(nn.Module):
             batch[key] = torch.stack(values) if isinstance(values[0], Tensor) else values
         return batch
 
+    def read_text(self, text: str | Sequence[int], length: int) -> tuple[Tensor, Tensor]:
+        """A text, or its piece ids as upstream's index files hold them, -> (text [length] int64, text_padding [length] bool)."""
+        if isinstance(text, str):
+            ids = self.tokenizer.encode(text, length)
+        else:
+            ids = [TextTokenizer.bos, *map(int, text[: length - 2]), TextTokenizer.eos]
+            if not text or not all(0 <= id < self.config.model.vocab_size for id in ids):
+                raise ValueError(f"text {str(list(text))[:60]} holds no ids below {self.config.model.vocab_size}: give words or other ids")
+        return padded(ids, length, TextTokenizer.pad)
+
     # Training --------------------------------------------------------------------------------------------------------
 
     def targets(self, batch: Batch) -> dict[str, int]:
@@ -113,7 +127,21 @@ class Task(nn.Module):
         raise NotImplementedError
 
     def forward(self, batch: Batch) -> dict[str, dict[str, Tensor]]:
-        """`{"losses": {name: SUM over its targets}, "metrics": {name: sum}}`; a metric `x/y` is averaged over targets x."""
+        """`{"losses": {name: SUM over its targets}, "metrics": {name: sum}}`; a metric `x/y` is averaged over targets x.
+
+        A task that compares examples also takes a batch of `features` alone, and one with `feature_gradients`, for which the
+        loss is the features' product with them (train/gradient_cache.py).
+        """
+        if "features" in batch:
+            return self.compare(batch["features"])
+        features = self.outputs(batch)
+        if "feature_gradients" not in batch:
+            return self.compare(features)
+        products = [(features[name] * gradient).sum() for name, gradient in batch["feature_gradients"].items()]
+        return {"losses": {"loss": torch.stack(products).sum()}, "metrics": {}}
+
+    def compare(self, features: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+        """What `forward` returns, from the features of all examples of this process's step."""
         raise NotImplementedError
 
     # Inference -------------------------------------------------------------------------------------------------------
@@ -126,6 +154,11 @@ class Task(nn.Module):
     def score(predictions: Sequence[Prediction], records: Sequence[Record]) -> dict[str, float]:
         """Official figures from predictions joined to records by id."""
         raise NotImplementedError
+
+    @staticmethod
+    def submission(predictions: Sequence[Prediction], records: Sequence[Record]) -> list[dict[str, Any]]:
+        """What the task's evaluation server takes, a list of JSON objects; ValueError where there is none."""
+        raise ValueError("no evaluation server takes this task's predictions: leave --submission out")
 
     # Parameters ------------------------------------------------------------------------------------------------------
 
@@ -192,6 +225,44 @@ def batch_size(batch: Batch) -> int:
     return len(next(value for value in batch.values() if isinstance(value, Tensor)))
 
 
+def pairs_leave_out(model: ModelConfig, *, unread: str = "") -> dict[str, str]:
+    """`unused` of a task that sees pairs alone and does not read the last states of the modality `unread`."""
+    last, fused = model.depth - 1, model.depth - model.fusion_layers
+    reasons = {"backbone.image_embedding.mask_token": "nothing is masked"}
+    own = ["norm2", "ffn"] + ([] if model.shared_attention else ["attention.norm", "attention.out"])
+    every = own + ([] if model.shared_norms else ["norm1"]) + ([] if model.shared_attention else ["attention.qkv"])
+    for layer in range(fused, model.depth):
+        for modality in (IMAGE, TEXT):
+            reasons |= {f"backbone.blocks.{layer}.{part}.{modality}": "the vision-language expert takes both here" for part in every}
+    if unread and not model.fusion_layers:
+        reasons |= {f"backbone.blocks.{last}.{part}.{unread}": f"the {unread}'s last states are not read" for part in own}
+    if model.final_norm and not model.shared_norms:
+        left_out = (IMAGE, TEXT) if model.fusion_layers else (unread,) if unread else ()
+        reasons |= {f"backbone.norm.{modality}": "no state that is read goes through it" for modality in left_out}
+    return reasons
+
+
+def experts_left_out(backbone: BEiT3, *modalities: str) -> dict[str, str]:
+    """`unused` of a task in which no token goes through the experts of `modalities`, nor through their embeddings."""
+    reasons = {"image_embedding.mask_token": "nothing is masked"}
+    for name, _ in backbone.named_parameters():
+        for modality in modalities:
+            if f".{modality}." in name or name.startswith(f"{modality}_embedding."):
+                reasons[name] = f"no {modality} goes through here"
+    return {f"backbone.{name}": reason for name, reason in reasons.items()}
+
+
+def one_per_caption(images: Iterator[tuple[str, Record]]) -> Iterator[tuple[str, Record]]:
+    """Training images become one record per caption; others stay one per image, with all captions as references."""
+    for split, image in images:
+        if split != "train" or "captions" not in image:
+            yield split, image
+            continue
+        rest = {key: value for key, value in image.items() if key not in ("id", "captions")}
+        for number, caption in enumerate(image["captions"]):
+            yield split, {"id": f"{image['id']}#{number}", **rest, "text": caption}
+
+
 def record_rng(record: Record) -> np.random.Generator:
     """The generator of a record outside training: the same masks and views at every evaluation."""
     return seeded_rng(0, 0, str(record["id"]))
@@ -221,6 +292,13 @@ def joined(predictions: Sequence[Prediction], records: Sequence[Record]) -> list
     if missing:
         raise ValueError(f"{len(missing)} of {len(by_id)} records have no prediction, the first is {missing[0]}")
     return pairs
+
+
+def numbered(record: Record, key: str = "id") -> int:
+    """The number that an evaluation server knows a record by; ValueError where its `key` is none."""
+    if not str(record[key]).isdecimal():
+        raise ValueError(f"{key} {record[key]!r} is no number of the public data set: servers take no other")
+    return int(record[key])
 
 
 def names() -> list[str]:

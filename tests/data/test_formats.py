@@ -117,7 +117,8 @@ def test_real_daquar_is_the_same_in_both_formats(tmp_path):
 
 SAMPLES = {
     **{"flickr8k_mini": "karpathy", "vqav2_sample": "vqav2", "easy_vqa": "easy_vqa", "daquar_train": "daquar"},
-    **{"imagenet_sample_1k": "image_folder", "text_corpus": "text_files"},
+    **{"imagenet_sample_1k": "image_folder", "cifar10_mini": "image_folder", "text_corpus": "text_files"},
+    **{"coco_mini": "soft_labels", "nlvr1_dev": "nlvr1", "nlvr2_sample": "nlvr2", "cc12m_webdataset": "webdataset"},
 }
 
 
@@ -311,6 +312,9 @@ def test_detect_lists_what_is_understood(tmp_path):
     assert all(f"({name})" in str(error.value) for name in formats.FORMATS)
     files(tmp_path, {"a.png": None})
     assert formats.detect(tmp_path) == "image_folder"
-    for reader in (formats.pairs, formats.questions, formats.vqav2, formats.easy_vqa, formats.daquar):
+    for reader in (formats.pairs, formats.questions, formats.statements, formats.captioned, formats.classes):
+        refused(reader, tmp_path, str(tmp_path), "nothing known")
+    for name in ("vqav2", "easy_vqa", "daquar", "nlvr2", "nlvr1", "coco_captions", "class_folders", "tables"):
+        reader = formats.FORMATS[name].read
         refused(reader, tmp_path, str(tmp_path))
     assert all(callable(getattr(formats, name)) for name in formats.FORMATS)

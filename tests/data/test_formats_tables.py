@@ -113,8 +113,8 @@ REFUSED = [
     ("x.jsonl", "[1]\n", ["x.jsonl line 1 holds a list"]),
     ("x.jsonl", "[" * 100_000, ["x.jsonl line 1 is not JSON"]),
     ("x.jsonl", '{"image": "a.png"}\n', ["x.jsonl line 1 has the columns 'image'"]),
-    ("x.jsonl", '{"image": 3, "text": "b"}\n', ["x.jsonl line 1: image should be a file name"]),
-    ("x.jsonl", '{"image": "a.png", "text": ["b", 1]}\n', ["x.jsonl line 1: image should be"]),
+    ("x.jsonl", '{"image": 3, "text": "b"}\n', ["x.jsonl line 1 has no image (str)"]),
+    ("x.jsonl", '{"image": "a.png", "text": ["b", 1]}\n', ["x.jsonl line 1: text should be a text or a list"]),
 ]
 
 

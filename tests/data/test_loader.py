@@ -198,6 +198,9 @@ def test_a_damaged_image_file(tmp_path, root):
 def test_image_paths_become_absolute_and_limit_takes_the_first(tmp_path):
     write_records(tmp_path / "a.jsonl", ({"id": i, "image": f"x/{i}.png"} for i in range(5)))
     source = Source(tmp_path / "a.jsonl", tmp_path, limit=3)
+    write_records(tmp_path / "b.jsonl", [{"id": "1", "image": "x/1.png", "image2": "../2.png"}, {"id": "2", "text": "a"}])
+    two, none = Source(tmp_path / "b.jsonl", tmp_path)
+    assert two["image2"] == str(tmp_path / "../2.png") and two["image"] == str(tmp_path / "x/1.png") and "image" not in none
     assert [record["id"] for record in source] == [0, 1, 2] and len(source) == 3
     assert source[1]["image"] == str(tmp_path / "x/1.png")
     assert len(Source(tmp_path / "a.jsonl", tmp_path, limit=9)) == 5

@@ -132,6 +132,25 @@ def test_a_wider_share_can_be_asked_for(tmp_path, picture):
     assert write_splits(tmp_path / "root", "vqa", "main", given, bad_share=0.25)["records"] == {"train": 3}
 
 
+def test_both_images_are_checked_and_become_relative(tmp_path, picture):
+    gone = str(tmp_path / "raw" / "gone.png")
+    given = rows(picture, 200, n3={"image2": gone}, n4={"image2": picture})
+    report = write_splits(tmp_path / "root", "nlvr2", "main", given)
+    assert report["passed_over"] == [f"3: image {gone} is missing"]
+    record = next(record for record in Records(tmp_path / "root/nlvr2/main/train.jsonl") if record["id"] == "4")
+    assert record["image2"] == record["image"] and (tmp_path / "root" / record["image2"]).resolve() == Path(picture).resolve()
+
+
+def test_captions_of_an_image_are_checked(tmp_path, picture):
+    given = rows(picture, 300)
+    for number, captions in ((0, ["one", "two"]), (1, []), (2, ["one", " "]), (3, ["\ud800"])):
+        given.append(("val", {"id": f"v{number}", "image": picture, "captions": captions}))
+    report = write_splits(tmp_path / "root", "captioning", "main", given)
+    assert report["records"] == {"train": 300, "val": 2}
+    empty, character = report["passed_over"]
+    assert empty == "v2: one of its captions is empty" and character.startswith("v3: it holds '\\ud800', which is no character")
+
+
 def test_a_root_behind_a_link_finds_its_images(tmp_path, picture):
     (tmp_path / "far" / "away").mkdir(parents=True)
     (tmp_path / "root").symlink_to(tmp_path / "far" / "away")

@@ -49,6 +49,21 @@ def test_lengths_in_tokens_count_marks_and_cuts_as_the_task_does():
     assert surveyed([{"text": "a" * 99}], Lengths(letters, limit=0, unk=3, num_pieces=10))["lengths"]["cut"] == 0
 
 
+def test_captions_of_an_image_are_texts_and_two_images_are_both_used():
+    report = surveyed([{"id": "1", "image": "a", "image2": "a", "captions": ["one", "one two"]}, {"id": "2", "image": "a", "image2": "b"}])
+    assert report["images"] == {"distinct": 2, "median_uses": 1, "most_uses": 2}
+    assert report["lengths"]["histogram"] == {"1-1": 1, "2-2": 1}
+
+
+def test_balance_of_labels():
+    few = surveyed([{"id": str(i), "label": int(i < 3)} for i in range(10)] + [{"id": "t"}])
+    assert few == {"labels": {"distinct": 2, "smallest": 3, "largest": 7, "counts": {"0": 7, "1": 3}}}
+    assert "labels       2 distinct; 7 of 0, 3 of 1\n" in describe(few)
+    many = surveyed([{"id": str(i), "label": i % 1000} for i in range(1500)])
+    assert many == {"labels": {"distinct": 1000, "smallest": 1, "largest": 2}}
+    assert "labels       1,000 distinct; smallest of 1 records, largest of 2\n" in describe(many)
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_quantiles_and_bins_agree_with_sorted_lists(seed):
     draw = random.Random(seed)

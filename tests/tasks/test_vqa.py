@@ -60,9 +60,31 @@ def test_a_record_scores_the_known_answers_as_they_stand():
     given = ["red"] * 4 + ["blue"] * 3 + ["Red"] * 2 + ["green"]
     question = {"id": 7, "image": "a.png", "text": "which ?", "answers": given}
     assert to_record(question, {"red", "blue"}) == {
-        "id": "7", "image": "a.png", "text": "which ?", "answers": {"red": 1.0, "blue": pytest.approx(0.9)},
+        "id": "7", "image": "a.png", "text": "which ?", "answers": {"red": 1.0, "blue": pytest.approx(0.9)}, "annotators": given,
     }  # fmt: skip
     assert to_record(question | {"answers": ["yes"] * 2 + ["no"]}, {"yes", "no"})["answers"] == {"yes": 0.6, "no": 0.3}
+
+
+def test_the_official_score_is_by_leave_one_out():
+    """Two of ten said it: each of the two is matched by 1/3, the other eight by 2/3."""
+    given = ["red"] * 2 + ["Blue"] * 8
+    record = to_record({"id": 7, "image": "a.png", "text": "?", "answers": given}, {"red", "blue"})
+    scores = VQA.score([{"id": "7", "answer": "red"}], [record])
+    assert scores["official"] == pytest.approx((2 / 3 + 8 * 2 / 3) / 10) and scores["accuracy"] == pytest.approx(0.6)
+    assert VQA.score([{"id": "7", "answer": "the blue"}], [record])["official"] == pytest.approx(1.0), "both sides are normalised"
+
+
+def test_scored_answers_stay_as_they_are_given():
+    question = {"id": 7, "image": "a.png", "text": "?", "answers": {"Two": 1, "three": 0.333, "odd": 1.0}}
+    assert to_record(question, {"2", "3"}) == {"id": "7", "image": "a.png", "text": "?", "answers": {"2": 1.0, "3": 0.333}}
+
+
+def test_what_the_server_takes():
+    records = [{"id": "9", "answers": {}}, {"id": "4", "answers": {}}]
+    said = [{"id": "4", "answer": "two"}, {"id": "9", "answer": "red"}]
+    assert VQA.submission(said, records) == [{"question_id": 4, "answer": "two"}, {"question_id": 9, "answer": "red"}]
+    with pytest.raises(ValueError, match="id 'train-1' is no number"):
+        VQA.submission([{"id": "train-1", "answer": "a"}], [{"id": "train-1"}])
 
 
 def test_one_annotators_answer_counts_whole():
@@ -224,7 +246,9 @@ def test_the_commonest_answer_is_what_its_guesser_would_get(root):
         for answer in read_answers(root / "vqa/main/answer2label.txt")
     )
     wanted = Counter(answer for record in records for answer in record["answers"]).most_common(1)[0][1] / len(records)
-    assert VQA.score([{"id": r["id"], "answer": "?"} for r in records], records) == {"accuracy": 0, "most_frequent": best}
+    assert VQA.score([{"id": r["id"], "answer": "?"} for r in records], records) == {
+        "accuracy": 0, "most_frequent": best, "official": 0,
+    }  # fmt: skip
     assert best == pytest.approx(wanted)
 
 

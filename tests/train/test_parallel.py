@@ -20,18 +20,27 @@ from safetensors.torch import load_file
 from beit3.cli import main
 from beit3.recipe import Recipe, RunConfig
 from beit3.task import Task, load
+from beit3.tasks.captioning import Captioning
+from beit3.tasks.imagenet import ImageNet
+from beit3.tasks.nlvr2 import NLVR2
 from beit3.tasks.pretrain import Pretrain
+from beit3.tasks.retrieval import Retrieval
 from beit3.tasks.vqa import VQA
 from beit3.tasks.vqkd import VQKD
 from beit3.train import loop
 from beit3.train.parallel import autocast, blocks_of, build, materialise
 from tests.train.runs import lines, newest, same
-from tests.world_root import pretrain_recipe, vqa_recipe, vqkd_recipe
+from tests.world_root import SMALL as MODEL
+from tests.world_root import pretrain_recipe, tuning_recipe, vqa_recipe, vqkd_recipe
 
 SOURCE = Path(__file__).resolve().parents[2] / "src"
 SCRIPT = Path(__file__).with_name("two_processes.py")
-TASKS: dict[str, type[Task]] = {"vqkd": VQKD, "pretrain": Pretrain, "vqa": VQA}
+TASKS: dict[str, type[Task]] = {
+    "vqkd": VQKD, "pretrain": Pretrain, "vqa": VQA, "nlvr2": NLVR2, "captioning": Captioning, "retrieval": Retrieval, "imagenet": ImageNet,
+}  # fmt: skip
 STEPS = 5
+BY_NAMES = {"model": MODEL, "head": "names", "names_per_pass": 3}
+"""Ten names over two processes, three at a time and recomputed."""
 
 
 def torchrun(*arguments: str, options: Sequence[str] = ()) -> subprocess.CompletedProcess[str]:
@@ -65,6 +74,10 @@ def recipes(root: Path, visual: Path, precision: str) -> dict[str, Recipe]:
         "vqkd": vqkd_recipe(root, **run),
         "pretrain": pretrain_recipe(root, visual, eval_records=4, micro_batch=2, **run),
         "vqa": vqa_recipe(root, micro_batch=3, eval_every=2, **run),
+        "nlvr2": tuning_recipe("nlvr2", root, task={"crop": (0.5, 1.0)}, **run),
+        "captioning": tuning_recipe("captioning", root, task={"label_smoothing": 0.1}, micro_batch=3, **run),
+        "retrieval": tuning_recipe("retrieval", root, micro_batch=3, **run),  # features are collected first
+        "imagenet": tuning_recipe("imagenet", root, task=BY_NAMES, micro_batch=3, **run),
     }
 
 
@@ -118,6 +131,9 @@ def begun(whole: Path, out: Path) -> None:
     shutil.rmtree(out / "last")
 
 
+CANCELS = {"nlvr2 head.dense2.bias": 1 / 16}
+"""Gradients that are sums of terms of this size and opposite signs, of which a millionth is left at the start."""
+
 CASES = [(precision, name) for precision in ("float64", "float32") for name in TASKS]
 
 
@@ -145,8 +161,10 @@ def test_gradients_are_the_same(place, precision, name):
     one, two = (torch.load(place / precision / name / f"{run}.gradients.pt", weights_only=True) for run in ("one", "two"))
     assert one.keys() == two.keys() and any(gradient.any() for gradient in one.values())
     for key, gradient in one.items():
-        tolerance = {"float64": 1e-12, "float32": 1e-5}[precision]
-        torch.testing.assert_close(two[key], gradient, rtol=tolerance, atol=tolerance * float(gradient.abs().max()), msg=key)
+        # Similarities to names nearly cancel, and NLVR2's head starts a thousand times smaller than its terms: 3e-5 in float32.
+        tolerance = {"float64": 1e-12, "float32": 3e-5 if name in ("imagenet", "nlvr2") else 1e-5}[precision]
+        size = CANCELS.get(f"{name} {key}", float(gradient.abs().max()))
+        torch.testing.assert_close(two[key], gradient, rtol=tolerance, atol=tolerance * size, msg=key)
 
 
 def test_targets_differ_between_processes(place, root, visual):
@@ -242,4 +260,4 @@ def test_a_task_built_on_meta_is_the_task(root, visual):
 def test_blocks_of_all_networks_that_train(root, visual):
     all_recipes = recipes(root, visual, "float32")
     counts = {name: len(blocks_of(TASKS[name](recipe.task))) for name, recipe in all_recipes.items()}
-    assert counts == {"vqkd": 2, "pretrain": 2, "vqa": 2}, "encoder and decoder; the frozen tokenizer is none of ours"
+    assert counts == dict.fromkeys(TASKS, 2), "encoder and decoder; the frozen tokenizer is none of ours"

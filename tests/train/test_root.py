@@ -45,7 +45,7 @@ def test_records_are_made_on_first_use_and_kept(place):
         embedded_root(task, "tiny")
     after = {path: path.stat().st_mtime_ns for path in place.rglob("*") if path.is_file()}
     assert all(after[path] == time for path, time in before.items()), "later tasks add, and change nothing"
-    assert {path.name for path in root.iterdir()} == {"vqa", "pretrain", "vqkd", "text.model"}
+    assert {path.name for path in root.iterdir()} == {"vqa", "pretrain", "vqkd", "nlvr2", "text.model"}
     assert all(os.path.exists(record["image"]) for record in Source(root / "vqkd/main/train.jsonl", root))
 
 

@@ -10,9 +10,10 @@ from beit3.data.loader import Source
 from beit3.recipe import Recipe
 from beit3.task import Batch, Task, fit_vocabulary
 from beit3.tasks.pretrain import IGNORE, Pretrain
+from beit3.tasks.retrieval import Retrieval
 from beit3.tokenizer.text import TextTokenizer
 from beit3.train.step import backward, check_finite, gradient_norms, part_of, sum_targets
-from tests.world_root import pretrain_recipe
+from tests.world_root import pretrain_recipe, tuning_recipe
 
 FLOAT32 = torch.autocast("cpu", enabled=False)
 
@@ -47,6 +48,38 @@ def cut(batch: Batch, *sizes: int) -> list[Batch]:
         parts.append({key: value[start : start + size] for key, value in batch.items()})
         start += size
     return parts
+
+
+@pytest.mark.parametrize("depth_drop", [0.0, 0.3])
+def test_features_in_parts_give_the_loss_of_all_pairs(root, depth_drop):
+    """Gradient caching equals the one big batch; with stochastic depth the same random draws are needed, so parts of it."""
+    recipe = tuning_recipe("retrieval", root)
+    recipe = replace(recipe, task=replace(recipe.task, model=replace(recipe.task.model, drop_path_rate=depth_drop)))
+    task = built(recipe, Retrieval, root)
+    source = Source(root / "retrieval/main/train.jsonl", root)
+    batch = double(task.collate([task.example(source[3 * i], True) for i in range(7)]))
+    parts = cut(batch, 3, 3, 1)
+
+    def forward_in_parts() -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        """The slow way: all graphs at once."""
+        task.zero_grad()
+        outputs = [task.outputs(part) for part in parts]
+        loss = task.compare({name: torch.cat([each[name] for each in outputs]) for name in outputs[0]})["losses"]["loss"] / 7
+        loss.backward()
+        return {name: p.grad.clone() for name, p in task.trainable() if p.grad is not None}, loss.detach()
+
+    torch.manual_seed(3)
+    slow, loss = forward_in_parts()
+    torch.manual_seed(3)
+    values, found = gradients(task, parts)
+    assert values["loss"] == pytest.approx(float(loss), rel=1e-9) and values["accuracy"] <= 1
+    if not depth_drop:
+        whole_values, whole = gradients(task, [batch])
+        assert whole_values == pytest.approx(values, rel=1e-9)
+        slow = whole
+    assert found.keys() == slow.keys() and "logit_scale" in found
+    for name, gradient in slow.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-9, atol=1e-9 * float(gradient.abs().max()), msg=name)
 
 
 @pytest.fixture(scope="module")

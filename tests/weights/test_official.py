@@ -10,13 +10,16 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from beit3.data.transforms import IMAGENET, VL
 from beit3.model.beit3 import BEiT3
 from beit3.model.config import TINY, TINY_RELEASE
+from beit3.model.generation import Decoding
 from beit3.recipe import TaskConfig
 from beit3.task import Task
 from beit3.tasks.backbone import Backbone
 from beit3.tasks.pretrain import Pretrain
 from beit3.tasks.vqa import VQA
+from beit3.weights.fill import task_name
 from beit3.weights.official import family, load_official, read_file, recognise, sizes, to_official
 from tests.golden import golden, tensors
 
@@ -152,7 +155,7 @@ def test_every_released_model_is_known_by_its_keys():
     for name, shapes in wrappers().items():
         kind = name.rsplit("_", 1)[-1]
         assert family(shapes) == KINDS.get(kind, kind), name
-        assert recognise(shapes) in (family(shapes), "backbone")
+        assert recognise(shapes) == family(shapes)
     bare = [key.removeprefix("beit3.") for key in shapes if key.startswith("beit3.")]
     assert recognise(bare) == "backbone"
     assert recognise([*shapes, "mlm_head.weight", "mim_head.weight"]) == "pretrain"
@@ -169,15 +172,18 @@ def test_names_and_shapes_of_every_released_model():
         with torch.device("meta"):
             state = {key: torch.empty(shape) for key, shape in shapes.items()}
             task, report = load_official(state)
-        found = {key: list(tensor.shape) for key, tensor in to_official(task).items()}
-        head = [] if isinstance(task, VQA) else [key for key in shapes if not key.startswith("beit3.")]
-        assert found == {key: shape for key, shape in shapes.items() if key not in head}, name
-        assert len(found) + len(head) == len(shapes)
-        assert sorted(report.ignored) == sorted(head) and not report.fresh, name
-        ours = sum(parameter.numel() for parameter in task.parameters())
-        assert ours + sum(state[key].numel() for key in head) == counts[name], name
-        size = name.split("_")[3]
-        assert task.config.model.image_size == task.config.image.image_size == int(size)
+        assert task_name(type(task)) == family(shapes)
+        assert {key: list(tensor.shape) for key, tensor in to_official(task).items()} == shapes, name
+        assert not report.ignored and not report.fresh, name
+        assert sum(parameter.numel() for parameter in task.parameters()) == counts[name], name
+        pictures = task.config.image
+        assert task.config.model.image_size == pictures.image_size == int(name.split("_")[3])
+        crop = name.endswith("imageclassification")
+        assert (pictures.mean, pictures.std) == (IMAGENET if crop else VL)
+        assert (pictures.resize, pictures.interpolation, pictures.crop_pct) == ("crop" if crop else "squash", "bicubic", 1.0)
+        lengths = {"captioning": 64, "imagenet": 32}  # the release's evaluation; texts of ImageNet are names
+        assert task.config.text_length == lengths.get(family(shapes), 64)
+        assert family(shapes) != "captioning" or task.config.decoding == Decoding("beam", 3, 0.6)
 
 
 def test_number_of_tensors():
@@ -318,6 +324,54 @@ def test_vqkd_files_become_the_visual_tokenizer():
         load_official(state, "vqa")
 
 
+# Another task's file --------------------------------------------------------------------------------------------------
+
+
+def dual(bare: State) -> State:
+    """A released retrieval file."""
+    task, _ = load_official(bare, "retrieval")
+    return to_official(task)
+
+
+def test_a_retrieval_file_classifies_by_names(bare):
+    state = dual(bare)
+    task, report = load_official(state, "imagenet", classes=("cat", "dog", "house"), prompt="a photo of a {}")
+    assert not report.fresh and not report.ignored
+    assert (task.config.head, task.config.num_classes, task.config.prompt) == ("names", 3, "a photo of a {}")
+    assert task.config.classes == ("cat", "dog", "house")
+    assert task.config.image == replace(load_official(state)[0].config.image, image_size=16), "pictures as retrieval knows them"
+    same(to_official(task), state)
+
+
+def test_an_imagenet_file(bare):
+    state = to_official(load_official(without_norm(bare), "imagenet", classes=("cat", "dog"))[0])
+    task, report = load_official(state, classes=("cat", "dog"))
+    assert not report.fresh and (task.config.head, task.config.num_classes) == ("linear", 2)
+    assert (task.config.image.mean, task.config.image.resize) == (IMAGENET[0], "crop")
+    as_backbone, _ = load_official(state, "backbone")
+    assert as_backbone.config.image == task.config.image, "the pictures that these weights know"
+    with pytest.raises(ValueError, match="3 classes given, the file's head has 2 outputs: give its own list"):
+        load_official(state, classes=("a", "b", "c"))
+    with pytest.raises(ValueError, match="prompt 'a photo' has no {}"):
+        load_official(dual(bare), "imagenet", classes=("a",), prompt="a photo")
+
+
+def without_norm(bare: State) -> State:
+    return {key: tensor for key, tensor in bare.items() if "encoder.layer_norm." not in key}
+
+
+@pytest.mark.parametrize("kind", ["nlvr2", "captioning", "retrieval", "vqa", "imagenet"])
+def test_a_pretrained_file_becomes_every_task(bare, kind):
+    """What starts fresh is the head, but for captioning, which goes on with the pretrained one."""
+    state = with_pretraining_heads(bare)
+    task, report = load_official(state, kind)
+    assert task_name(type(task)) == kind
+    heads = {name for name in task.state_dict() if not name.startswith("backbone.")}
+    assert set(report.fresh) == (set() if kind == "captioning" else heads)
+    assert all(torch.isfinite(parameter).all() for parameter in task.parameters())
+    assert kind != "nlvr2" or 0 < task.head.dense1.weight.abs().max() <= 0.02 * 1e-3
+
+
 # Faults --------------------------------------------------------------------------------------------------------------
 
 LAYER = "beit3.encoder.layers.1"
@@ -368,7 +422,7 @@ def test_answers_that_do_not_fit():
 
 
 def test_answers_for_a_task_without_any(bare):
-    with pytest.raises(ValueError, match="answers given, but backbone names none"):
+    with pytest.raises(ValueError, match="answers given, but backbone has none: leave answers out"):
         load_official(bare, answers=("a", "b"))
 
 

@@ -1,15 +1,20 @@
-"""RandAugment as the release fine-tunes VQA and captioning with it: two of ten operations, each done half of the time.
+"""What the release does to fine-tuning pictures: its RandAugment for VQA and captioning, timm's and erasing for ImageNet.
 
-Across the border: uint8 [3, H, W] RGB in and out; all chance comes from the given numpy generator.
+Across the border: uint8 [3, H, W] RGB in and out, in erasing normalised float [3, S, S]; all chance comes from the given
+numpy generator.
 """
 
 import math
 from collections.abc import Callable
 
 import numpy as np
+import torch
+from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
+
+from beit3.data.transforms import IMAGENET
 
 MAGNITUDE = 0.7
 """7 of 10, the release's."""
@@ -25,6 +30,16 @@ SHIFT = round(10 * MAGNITUDE)
 TURN = 30 * MAGNITUDE
 """Degrees."""
 
+LEVEL, LEVEL_STD = 0.9, 0.05
+"""Mean and deviation of a strength between 0 and 1: m9-mstd0.5 of 10."""
+
+IMAGENET_FILL = [float(round(255 * mean)) for mean in IMAGENET[0]]
+ERASED_AREA = (0.02, 1 / 3)
+ERASED_ASPECT = 0.3
+"""Height over width at least, and at most its inverse."""
+
+ERASE_TRIES = 10
+
 
 def rand_augment(image: Tensor, rng: np.random.Generator, *, count: int = 2) -> Tensor:
     """`count` operations drawn with replacement, each applied with probability one half, signs at random."""
@@ -33,6 +48,39 @@ def rand_augment(image: Tensor, rng: np.random.Generator, *, count: int = 2) -> 
         if applied:
             image = OPERATIONS[choice](image, sign)
     return image
+
+
+def auto_augment(image: Tensor, rng: np.random.Generator) -> Tensor:
+    """timm's rand-m9-mstd0.5-inc1: two of `INCREASING` with replacement, each applied with probability one half.
+
+    Strengths are normal(0.9, 0.05) cut to 0 and 1, signs at random. Goes by Pillow, as timm does: torchvision warps
+    tensors bilinearly at best, and the recipe's interpolation is bicubic.
+    """
+    picture = F.to_pil_image(image)
+    operations = list(INCREASING.values())
+    for choice in rng.integers(len(operations), size=2).tolist():
+        applied, sign = rng.random() < 0.5, 1 if rng.random() < 0.5 else -1
+        strength = min(max(rng.normal(LEVEL, LEVEL_STD), 0.0), 1.0)
+        if applied:
+            picture = operations[choice](picture, sign * strength)
+    return F.pil_to_tensor(picture)
+
+
+def random_erasing(pixels: Tensor, rng: np.random.Generator, *, rate: float = 0.25) -> Tensor:
+    """At `rate`, one box of normalised [3, S, S] becomes standard normal noise; a box that does not fit is drawn anew."""
+    # torchvision's RandomErasing draws from torch's global generator, and aspects up to 3.3.
+    if rng.random() >= rate:
+        return pixels
+    height, width = pixels.shape[-2:]
+    limit = math.log(1 / ERASED_ASPECT)
+    for _ in range(ERASE_TRIES):
+        area, aspect = height * width * rng.uniform(*ERASED_AREA), math.exp(rng.uniform(-limit, limit))
+        tall, wide = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if tall < height and wide < width:
+            top, left = int(rng.integers(height - tall + 1)), int(rng.integers(width - wide + 1))
+            noise = torch.from_numpy(rng.standard_normal((len(pixels), tall, wide), dtype=np.float32))
+            return F.erase(pixels, top, left, tall, wide, noise)
+    return pixels
 
 
 def _affine(image: Tensor, *, shift: tuple[int, int] = (0, 0), shear: tuple[float, float] = (0.0, 0.0)) -> Tensor:
@@ -56,3 +104,46 @@ OPERATIONS: tuple[Callable[[Tensor, int], Tensor], ...] = (
     lambda image, sign: F.rotate(image, sign * TURN, interpolation=InterpolationMode.BILINEAR, fill=FILL),
 )
 """Identity, auto-contrast, equalise, brightness, sharpness, shears, shifts, rotation: no solarising, no colors."""
+
+
+def _warp(
+    picture: Image.Image, *, shift: tuple[float, float] = (0.0, 0.0), shear: tuple[float, float] = (0.0, 0.0)
+) -> Image.Image:
+    """Shift in pixels, shear as a factor of the distance to the upper left corner; the mean color comes in."""
+    degrees = [math.degrees(math.atan(factor)) for factor in shear]
+    return F.affine(
+        picture, angle=0.0, translate=list(shift), scale=1.0, shear=degrees, interpolation=InterpolationMode.BICUBIC,
+        fill=IMAGENET_FILL, center=[0.0, 0.0],
+    )  # fmt: skip
+
+
+def _lighten_dark(picture: Image.Image, amount: int) -> Image.Image:
+    return picture.point(lambda value: min(255, value + amount) if value < 128 else value)
+
+
+def _posterize(picture: Image.Image, bits: int) -> Image.Image:
+    """Full strength leaves 0 bits, a black picture, which `F.posterize` refuses with newer Pillow."""
+    return picture.point(lambda value: value & -(1 << (8 - bits)))
+
+
+INCREASING: dict[str, Callable[[Image.Image, float], Image.Image]] = {
+    "auto-contrast": lambda picture, strength: F.autocontrast(picture),
+    "equalize": lambda picture, strength: F.equalize(picture),
+    "invert": lambda picture, strength: F.invert(picture),
+    "rotate": lambda picture, strength: F.rotate(
+        picture, 30 * strength, interpolation=InterpolationMode.BICUBIC, fill=IMAGENET_FILL
+    ),
+    "posterize": lambda picture, strength: _posterize(picture, 4 - int(4 * abs(strength))),
+    "solarize": lambda picture, strength: F.solarize(picture, 256 - int(256 * abs(strength))),
+    "solarize-add": lambda picture, strength: _lighten_dark(picture, int(110 * abs(strength))),
+    "color": lambda picture, strength: F.adjust_saturation(picture, 1 + 0.9 * strength),
+    "contrast": lambda picture, strength: F.adjust_contrast(picture, 1 + 0.9 * strength),
+    "brightness": lambda picture, strength: F.adjust_brightness(picture, 1 + 0.9 * strength),
+    "sharpness": lambda picture, strength: F.adjust_sharpness(picture, 1 + 0.9 * strength),
+    "shear-x": lambda picture, strength: _warp(picture, shear=(0.3 * strength, 0.0)),
+    "shear-y": lambda picture, strength: _warp(picture, shear=(0.0, 0.3 * strength)),
+    "shift-x": lambda picture, strength: _warp(picture, shift=(0.45 * strength * picture.width, 0.0)),
+    "shift-y": lambda picture, strength: _warp(picture, shift=(0.0, 0.45 * strength * picture.height)),
+}
+"""timm's "increasing" operations of a strength between -1 and 1. Strength 0 changes nothing where it means anything, but
+posterising keeps 4 bits there."""

@@ -14,7 +14,8 @@ import numpy as np
 from torch.utils.data import DataLoader, Dataset
 
 from beit3.data.masking import rng
-from beit3.data.records import Records
+from beit3.data.records import IMAGES, Records
+from beit3.data.upstream import Index, is_index
 
 PASSED_OVER = "passed_over"
 """Batch key: one line for every unreadable record that another one replaced."""
@@ -31,7 +32,7 @@ class Source:
 
     def __init__(self, path: Path, root: Path, *, limit: int = 0):
         self.path, self.root = path, root
-        self.records = Records(path)
+        self.records: Records | Index = Index(path) if is_index(path) else Records(path)
         self.size = min(limit, len(self.records)) if limit else len(self.records)
         if not self.size:
             raise ValueError(f"{path} holds no records: run beit3 prepare again, or check the raw data")
@@ -40,10 +41,8 @@ class Source:
         return self.size
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        record = dict(self.records[index])
-        if "image" in record:
-            record["image"] = str(self.root / record["image"])
-        return record
+        record = self.records[index]
+        return record | {key: str(self.root / record[key]) for key in IMAGES if key in record}
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         return (self[index] for index in range(len(self)))

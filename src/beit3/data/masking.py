@@ -52,14 +52,15 @@ def text_mask(
     ids: np.ndarray,
     rng: np.random.Generator,
     *,
-    rate: float,
     mask_id: int,
+    rate: float = 0.0,
+    count: int = 0,
     vocab: tuple[int, int] | None = None,
     keep: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Corrupt `ids` [L]; returns (corrupted [L], targets [L], -100 at positions not chosen).
 
-    Of the n maskable positions exactly max(1, round(rate * n)) are chosen (none when n is 0): 80 % of them become
+    Of the n maskable positions exactly `count`, or max(1, round(rate * n)), are chosen (none when n is 0): 80 % of them become
     `mask_id`, 10 % a random id of `vocab` (low inclusive, high exclusive; default every real piece), 10 % stay.
     `keep` [L] bool marks positions never chosen; by default the specials, ids below 4.
     """
@@ -68,7 +69,7 @@ def text_mask(
     corrupted, targets = ids.copy(), np.full_like(ids, IGNORE)
     if not len(maskable):
         return corrupted, targets
-    count = min(len(maskable), max(1, round(rate * len(maskable))))
+    count = min(len(maskable), count or max(1, round(rate * len(maskable))))
     chosen = rng.choice(maskable, size=count, replace=False)
     targets[chosen] = ids[chosen]
     fate = rng.random(count)

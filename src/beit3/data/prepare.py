@@ -14,6 +14,7 @@ from typing import Any, TextIO
 
 from PIL import Image, UnidentifiedImageError
 
+from beit3.data.records import IMAGES
 from beit3.data.survey import NAMED, Lengths, Survey, describe
 from beit3.progress import bar
 
@@ -30,7 +31,7 @@ def write_splits(
     """Write `root/task/source/<split>.jsonl` from (split, record) pairs; image paths become relative to `root`.
 
     Returns the report: records per split, the lines of those passed over, and what `Survey` counts: images and their
-    uses, lengths of texts (in words without `lengths`). ValueError beyond `bad_share`; what was there then stays.
+    uses, lengths of texts (in words without `lengths`), balance of labels. ValueError beyond `bad_share`; what was there then stays.
     """
     written: Counter[str] = Counter()
     bad: list[str] = []
@@ -45,8 +46,8 @@ def write_splits(
                 bad.append(_printable(f"{record.get('id', count)}: {fault}"))
                 continue
             survey.add(record)
-            if "image" in record:  # links resolved first: the system walks ".." from where a link leads
-                record = record | {"image": os.path.relpath(os.path.realpath(record["image"]), place)}
+            # Links resolved first: the system walks ".." from where a link leads.
+            record = record | {key: os.path.relpath(os.path.realpath(record[key]), place) for key in IMAGES if key in record}
             file_of(split).write(json.dumps(record, ensure_ascii=False) + "\n")
             written[split] += 1
         _judge(written, bad, bad_share, f"{source} records", f"for {task}")
@@ -66,16 +67,18 @@ def find_fault(record: dict[str, Any], known: dict[str, str]) -> str:
         return record["fault"]
     if "text" in record and not record["text"].strip():
         return "its text is empty"
-    path = record.get("image")
+    if not all(caption.strip() for caption in record.get("captions", ())):
+        return "one of its captions is empty"
     try:
-        f"{record.get('id')}{record.get('text')}{path}".encode()
+        json.dumps(record, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
         return f"it holds {error.object[error.start]!r}, which is no character: write names and texts in UTF-8"
-    if path is None:
-        return ""
-    if path not in known:
-        known[path] = image_fault(path)
-    return known[path]
+    for path in (record[key] for key in IMAGES if key in record):
+        if path not in known:
+            known[path] = image_fault(path)
+        if known[path]:
+            return known[path]
+    return ""
 
 
 def image_fault(path: str) -> str:

@@ -1,6 +1,7 @@
 """Records: one JSON object per line of `root/<task>/<source>/<split>.jsonl`, read at random; and the images they name.
 
-Image paths inside a record are relative to `root` (".." allowed), so `Path(root) / record["image"]` is the file.
+Image paths inside a record are relative to `root` (".." allowed), so `Path(root) / record["image"]` is the file. In place
+of a folder of ours, a root may hold upstream's index files as they are (`beit3.data.upstream`).
 Across the border: dict; image uint8 [3, H, W] RGB.
 """
 
@@ -25,6 +26,19 @@ from torchvision.io import ImageReadMode, decode_image
 MAX_PIXELS = 178_956_970
 MAX_BYTES = 1 << 29
 TINY_BYTES = 4096
+
+IMAGES = ("image", "image2")
+"""Fields of a record that name an image."""
+
+# Upstream's index files of a task, and what they call our splits where it differs: the first that is there counts.
+INDEX_FILES = {
+    "vqa": ("vqa.{}.jsonl",),
+    "nlvr2": ("nlvr2.{}.index.jsonl",),
+    "retrieval": ("coco_retrieval.{}.jsonl", "flickr30k.{}.jsonl"),
+    "captioning": ("coco_captioning.{}.jsonl", "nocaps.{}.jsonl"),
+    "imagenet": ("imagenet.{}.index.jsonl",),
+}
+INDEX_SPLITS = {("vqa", "val"): ("rest_val", "val"), ("nlvr2", "val"): ("dev",), ("nlvr2", "test"): ("test-P",)}
 
 
 class Records:
@@ -105,12 +119,22 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 def locate(root: str | Path, task: str, source: str, split: str) -> Path:
-    """The file of one split: root/task/source/split.jsonl; ValueError with the remedy when it is absent."""
+    """The file of one split: root/task/source/split.jsonl; without such a folder, upstream's index file in the root.
+
+    ValueError with the remedy when there is none, or when two of upstream's files serve the split.
+    """
     path = Path(root) / task / source / f"{split}.jsonl"
-    if not path.is_file():
-        remedy = f"beit3 prepare {task} --raw DIR --root {root}" + (f" --source {source}" if source != "main" else "")
-        raise ValueError(f"no {task}/{source}/{split}.jsonl under {root}: write it with `{remedy}`")
-    return path
+    if path.is_file():
+        return path
+    if source == "main" and not path.parent.is_dir():
+        for name in INDEX_SPLITS.get((task, split), (split,)):
+            found = [file for file in (Path(root) / pattern.format(name) for pattern in INDEX_FILES.get(task, ())) if file.is_file()]
+            if len(found) > 1:
+                raise ValueError(f"{' and '.join(map(str, found))} are both {task} {split}: keep the one that is meant in this root")
+            if found:
+                return found[0]
+    remedy = f"beit3 prepare {task} --raw DIR --root {root}" + (f" --source {source}" if source != "main" else "")
+    raise ValueError(f"no {task}/{source}/{split}.jsonl under {root}: write it with `{remedy}`")
 
 
 def open_image(image: str | Path | Image.Image) -> Tensor:

@@ -1,4 +1,4 @@
-"""What a prepared source holds, counted while its records pass: images and their uses, lengths of texts, vocabulary.
+"""What a prepared source holds, counted while its records pass: images and their uses, texts, vocabulary, labels.
 
 `Survey.report` is the JSON that `prepare` returns, `describe` the same for people. Memory grows with the images only.
 """
@@ -8,10 +8,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from beit3.data.records import IMAGES
+
 BINS = 10
 BAR = 40
 NAMED = 20
 """Unusable records that people see by name; the report has them all."""
+FEW_LABELS = 5
+"""Labels that are counted one by one."""
 
 
 @dataclass(frozen=True)
@@ -37,29 +41,38 @@ class Survey:
         self.lengths = lengths
         self.uses: Counter[str] = Counter()
         self.sizes: Counter[int] = Counter()
+        self.labels: Counter[int] = Counter()
         self.tokens = self.unknown = 0
         self.seen: set[int] = set()
 
     def add(self, record: Mapping[str, Any]) -> None:
-        if "image" in record:
-            self.uses[record["image"]] += 1
-        if "text" not in record:
-            return
+        self.uses.update({record[key] for key in IMAGES if key in record})  # NLVR1's two are one file
+        if "label" in record:
+            self.labels[record["label"]] += 1
+        for text in [record["text"]] if "text" in record else record.get("captions", ()):
+            self._measure(text)
+
+    def _measure(self, text: str) -> None:
         if self.lengths is None:
-            self.sizes[len(record["text"].split())] += 1
+            self.sizes[len(text.split())] += 1
             return
-        pieces = self.lengths.pieces(record["text"])
+        pieces = self.lengths.pieces(text)
         self.sizes[len(pieces) + self.lengths.marks] += 1
         self.tokens += len(pieces)
         self.unknown += pieces.count(self.lengths.unk)
         self.seen.update(pieces)
 
     def report(self) -> dict[str, Any]:
-        """`images` and `lengths`, each where there are some; shares are between 0 and 1."""
+        """`images`, `labels` and `lengths`, each where there are some; shares are between 0 and 1."""
         report: dict[str, Any] = {}
         if self.uses:
             uses = Counter(self.uses.values())
             report["images"] = {"distinct": len(self.uses), "median_uses": quantile(uses, 0.5), "most_uses": max(uses)}
+        if self.labels:
+            counts = self.labels
+            report["labels"] = {"distinct": len(counts), "smallest": min(counts.values()), "largest": max(counts.values())}
+            if len(counts) <= FEW_LABELS:
+                report["labels"]["counts"] = {str(label): counts[label] for label in sorted(counts)}
         if self.sizes:
             report["lengths"] = {
                 "unit": "tokens" if self.lengths else "words", "median": quantile(self.sizes, 0.5),
@@ -108,6 +121,11 @@ def describe(report: Mapping[str, Any]) -> str:
     if "images" in report:
         images = report["images"]
         rows.append(("images", f"{images['distinct']:,} distinct; uses of one: median {images['median_uses']}, most {images['most_uses']}"))
+    if "labels" in report:
+        labels = report["labels"]
+        each = ", ".join(f"{count:,} of {label}" for label, count in labels.get("counts", {}).items())
+        few = f"smallest of {labels['smallest']:,} records, largest of {labels['largest']:,}"
+        rows.append(("labels", f"{labels['distinct']:,} distinct; {each or few}"))
     rows += _length_rows(report["lengths"]) if "lengths" in report else []
     passed = report.get("passed_over", [])
     rows.append(("passed over", f"{len(passed):,}"))

@@ -110,6 +110,15 @@ def random_resized_crop(
     return _resize(crop, image_size, image_size)
 
 
+def training_view(
+    image: Tensor, rng: np.random.Generator, *, image_size: int, crop: tuple[float, float], flip: float
+) -> Tensor:
+    """What fine-tuning sees: a random crop of that share of the area, resized, or from 1 on the whole; mirrored at rate `flip`."""
+    if crop[0] < 1:
+        return random_resized_crop(image, rng, image_size=image_size, scale=crop, hflip=flip)
+    return _flip(image, rng, flip)
+
+
 def _draw_box(
     image: Tensor, rng: np.random.Generator, scale: tuple[float, float], ratio: tuple[float, float]
 ) -> Box:

@@ -1,9 +1,9 @@
 """`beit3 demo --full`: every demo recipe at full length, with and without pretraining, over several seeds.
 
 What it trains: per seed a visual tokenizer and a pretraining; then VQA with few and with many labelled questions, from
-each seed's pretrained weights and from scratch, at 1, 2 and 4 times the usual steps. The learning rate is tuned for
-each side and label count on training questions that neither sees. Every run can be stopped and goes on; results.json
-and results.md carry the figures, one row each, with their spread over seeds.
+each seed's pretrained weights and from scratch, at 1, 2 and 4 times the usual steps; and every other task from both. The
+questions' learning rate is tuned for each side and label count on training questions that neither sees. Every run can be
+stopped and goes on; results.json and results.md carry the figures, one row each, with their spread over seeds.
 """
 
 import json
@@ -23,7 +23,7 @@ from rich.console import Console
 from beit3.data.loader import Source
 from beit3.data.records import locate, write_text
 from beit3.demo.probes import pretraining_figures
-from beit3.demo.tour import with_tokenizer
+from beit3.demo.tour import OTHERS, with_tokenizer
 from beit3.recipe import Recipe
 from beit3.report.page import write_report
 from beit3.task import load
@@ -49,20 +49,24 @@ STEPS = VQA.recipes["demo"].run.steps
 def run(out: Path) -> Path:
     """Run or go on with the comparison in `out`; returns results.md."""
     started, console = time.monotonic(), Console(highlight=False)
-    for task in ("pretrain", "vqkd", "vqa"):
+    for task in ("pretrain", "vqkd", "vqa", *OTHERS):
         embedded_root(load(task))  # once, before processes ask for it side by side
     first = [(pretrain_seed, (out, seed)) for seed in SEEDS] + [(answer_questions, (out, labels, "scratch")) for labels in LABELS]
     *figures, few, many = side_by_side(first)
     answers = few | many
     for found in side_by_side([(answer_questions, (out, labels, "pretrained")) for labels in LABELS]):
         answers |= found
+    others: dict[str, dict] = {}
+    for found in side_by_side([(other_task, (out, name, side)) for name, side in product(OTHERS, SIDES)]):
+        others |= found
     results = {
         "seeds": dict(zip(map(str, SEEDS), figures, strict=True)),
         "questions": answers,
+        "tasks": others,
         "minutes": (time.monotonic() - started) / 60,
     }
     write_text(out / "results.json", json.dumps(results, indent=1) + "\n")
-    rows = [*learning_rows(results), *question_rows(results)]
+    rows = [*learning_rows(results), *question_rows(results), *other_rows(results)]
     write_text(out / "results.md", markdown(rows))
     console.print(markdown(rows))
     shown = [out / "seed0" / folder for folder in ("vqkd", "pairs", "pretrain")]
@@ -109,6 +113,19 @@ def answer_questions(out: Path, labels: int, side: str) -> dict[str, dict]:
         recipe = question_recipe(labels, rate, steps=STEPS * length, seed=seed)
         scores = train(recipe, VQA, out=out / "vqa" / name, init=start(out, side, seed), label=name)
         found[name] = {"accuracy": scores["accuracy"], "most_frequent": scores["most_frequent"], "rate": named(rate)}
+    return found
+
+
+def other_task(out: Path, name: str, side: str) -> dict[str, dict]:
+    """One side of another task by its demo recipe, every seed; scores by name of the run."""
+    kind, found = load(name), {}
+    recipe = kind.recipes["demo"]
+    for seed in SEEDS:
+        label = f"{name}-{side}-seed{seed}"
+        seeded = replace(
+            recipe, data=replace(recipe.data, root=str(embedded_root(kind))), run=replace(recipe.run, seed=seed, save_every=0)
+        )
+        found[label] = train(seeded, kind, out=out / "tasks" / label, init=start(out, side, seed), label=label)
     return found
 
 
@@ -181,6 +198,14 @@ def question_rows(results: Mapping) -> Iterator[dict[str, str]]:
         rates = " and ".join(runs[side][0]["rate"] for side in SIDES)
         yield row(what, accuracy["pretrained"], f"{accuracy['scratch']} from scratch (rates {rates})")
     yield row("questions answered, most frequent answer", f"{next(iter(questions.values()))['most_frequent']:.1%}", "")
+
+
+def other_rows(results: Mapping) -> Iterator[dict[str, str]]:
+    """The other tasks, from pretrained weights beside from scratch, at the demo recipes' steps."""
+    for name, (what, score) in OTHERS.items():
+        form = ".2f" if score == "cider" else ".1%"
+        sides = [spread([results["tasks"][f"{name}-{side}-seed{seed}"][score] for seed in SEEDS], form) for side in SIDES]
+        yield row(f"{what}, {load(name).recipes['demo'].run.steps} steps, pretrained", sides[0], f"{sides[1]} from scratch")
 
 
 def row(what: str, measured: str, beside: str) -> dict[str, str]:

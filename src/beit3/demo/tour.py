@@ -1,11 +1,12 @@
 """`beit3 demo`: the whole way on the embedded world, in minutes on two cores.
 
-World -> text tokenizer -> visual tokenizer -> pretraining -> questions answered from those weights and from scratch ->
-one table and report.html. Every stage is a run of its own below the demo's directory: stopped anywhere, the same command
-goes on where it was, and finished stages are not run again.
+World -> text tokenizer -> visual tokenizer -> pretraining -> questions answered from those weights and from scratch -> a
+short run of every other task from those weights -> one table and report.html. Every stage is a run of its own below the
+demo's directory: stopped anywhere, the same command goes on where it was, and finished stages are not run again.
 """
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -36,12 +37,22 @@ class Length:
     grounding: int
     pretraining: int
     vqa: int
+    other: int
+    """Each of `OTHERS`."""
     world: str
     """Which embedded world: `default` or `small`."""
 
 
-USUAL = Length(tokenizer=400, grounding=1400, pretraining=450, vqa=300, world="default")
-FAST = Length(tokenizer=60, grounding=50, pretraining=20, vqa=30, world="small")
+USUAL = Length(tokenizer=400, grounding=1400, pretraining=450, vqa=300, other=120, world="default")
+FAST = Length(tokenizer=60, grounding=50, pretraining=20, vqa=30, other=8, world="small")
+
+OTHERS = {
+    "nlvr2": ("statements on two pictures judged rightly", "accuracy"),
+    "captioning": ("captions: CIDEr", "cider"),
+    "retrieval": ("captions and pictures that find each other: mean recall", "mean_recall"),
+    "imagenet": ("pictures classified", "accuracy"),
+}
+"""The other tasks: what is measured, and its name among the scores."""
 
 
 def run(out: Path, *, fast: bool = False) -> Path:
@@ -50,14 +61,13 @@ def run(out: Path, *, fast: bool = False) -> Path:
     console = Console(highlight=False)
     vqkd, pretrain, vqa = load("vqkd"), load("pretrain"), load("vqa")
     with bar("writing the world") as advance:
-        for task in (vqkd, pretrain, vqa):
+        for task in (vqkd, pretrain, vqa, *map(load, OTHERS)):
             root = embedded_root(task, length.world, progress=advance)
 
     def stage(title: str, task, recipe: Recipe, steps: int, folder: str, init: str = "") -> dict:
         console.print(f"[bold]{title}[/bold]")
         recipe = replace(recipe, data=replace(recipe.data, root=str(root)), run=replace(recipe.run, steps=steps))
         return train(recipe, task, out=out / folder, init=init, label=folder)
-
     codes = stage("visual tokenizer: images -> codes (VQ-KD)", vqkd, vqkd.recipes["demo"], length.tokenizer, "vqkd")
     grounding, full = (with_tokenizer(pretrain.recipes[name], out / "vqkd" / "last") for name in ("demo_pairs", "demo"))
     stage("pretraining, part 1: pairs, words hidden", pretrain, grounding, length.grounding, "pairs")
@@ -65,11 +75,14 @@ def run(out: Path, *, fast: bool = False) -> Path:
     recipe = replace(vqa.recipes["demo"], data=replace(vqa.recipes["demo"].data, limit=LABELS))
     tuned = stage(f"{LABELS} questions, from the pretrained weights", vqa, recipe, length.vqa, "vqa", str(out / "pretrain" / "last"))
     scratch = stage(f"{LABELS} questions, from scratch", vqa, recipe, length.vqa, "vqa-scratch")
+    others, weights = {}, str(out / "pretrain" / "last")
+    for name, kind in zip(OTHERS, map(load, OTHERS), strict=True):
+        others[name] = stage(f"{name}, from the pretrained weights", kind, kind.recipes["demo"], length.other, name, weights)
 
     console.print("[bold]looking at what was learnt[/bold]")
-    rows = table(codes, pretraining_figures(out / "pretrain", cache=out / "figures.json"), tuned, scratch)
+    rows = table(codes, pretraining_figures(out / "pretrain", cache=out / "figures.json"), tuned, scratch, others)
     show(console, rows)
-    runs = [out / folder for folder in ("vqkd", "pairs", "pretrain", "vqa", "vqa-scratch")]
+    runs = [out / folder for folder in ("vqkd", "pairs", "pretrain", "vqa", "vqa-scratch", *OTHERS)]
     report = write_report(runs, out / "report.html", title="BEiT-3 in miniature", table=rows)
     console.print(f"report: {report.resolve()}   ({duration(time.monotonic() - started)})")
     return report
@@ -82,7 +95,7 @@ def with_tokenizer(recipe: Recipe, weights: Path) -> Recipe:
     return replace(recipe, task=replace(task, visual_tokenizer=str(weights), num_codes=codebook.num_codes))
 
 
-def table(codes: dict, learnt: dict, tuned: dict, scratch: dict) -> list[dict[str, str]]:
+def table(codes: dict, learnt: dict, tuned: dict, scratch: dict, others: Mapping[str, dict]) -> list[dict[str, str]]:
     """The demo's table: what was measured, beside the guess that needs no learning."""
     percent = "{:.1%}".format
     rows = [
@@ -94,8 +107,16 @@ def table(codes: dict, learnt: dict, tuned: dict, scratch: dict) -> list[dict[st
         *(attribute_row(kind, learnt) for kind in ("color", "shape", "size")),
         ("questions answered, pretrained", percent(tuned["accuracy"]), f"{percent(tuned['most_frequent'])} for the most frequent answer"),
         ("questions answered, from scratch", percent(scratch["accuracy"]), "same network, same steps"),
+        *(other_row(name, scores) for name, scores in others.items()),
     ]
     return [{"what": what, "measured": measured, "beside": beside} for what, measured, beside in rows]
+
+
+def other_row(name: str, scores: Mapping[str, float]) -> tuple[str, str, str]:
+    """A short run of another task, beside the guess that needs no learning where there is one."""
+    what, score = OTHERS[name]
+    measured = f"{scores[score]:.2f}" if score == "cider" else f"{scores[score]:.1%}"
+    return what, measured, f"{scores['most_frequent']:.1%} for the most frequent answer" if "most_frequent" in scores else "a short run"
 
 
 def attribute_row(kind: str, learnt: dict) -> tuple[str, str, str]:

@@ -1,7 +1,7 @@
 """Collectives that also work alone: without an initialised process group each is the identity.
 
-None of them carries a gradient, and each returns a new tensor. All ranks must call them in the same order with tensors
-of the same shape.
+Only `all_gather_with_gradient` carries a gradient, and each returns a new tensor. All ranks must call them in the same
+order with tensors of the same shape.
 """
 
 from collections.abc import Iterator
@@ -51,6 +51,22 @@ def all_gather(tensor: Tensor) -> Tensor:
     parts = [torch.empty_like(own) for _ in range(dist.get_world_size())]
     dist.all_gather(parts, own)
     return torch.cat(parts)
+
+
+def all_gather_with_gradient(tensor: Tensor) -> Tensor:
+    """`all_gather`, through which every rank's loss reaches the rows of this one: their gradients are summed."""
+    return _Gather.apply(tensor) if _joined() else tensor
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(context, tensor: Tensor) -> Tensor:
+        context.rows = len(tensor)
+        return all_gather(tensor)
+
+    @staticmethod
+    def backward(context, gradient: Tensor) -> Tensor:
+        return all_reduce(gradient)[rank() * context.rows :][: context.rows]
 
 
 def all_gather_objects(value: Any) -> list[Any]:

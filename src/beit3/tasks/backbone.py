@@ -14,7 +14,7 @@ from torch import Tensor
 from beit3.data.records import open_image
 from beit3.model.beit3 import BEiT3
 from beit3.recipe import Recipe, TaskConfig
-from beit3.task import Batch, Example, Prediction, Record, Task, padded
+from beit3.task import Batch, Example, Prediction, Record, Task
 from beit3.tokenizer.text import TextTokenizer
 
 
@@ -40,8 +40,7 @@ class Backbone(Task):
         if "image" in record:
             example["image"] = self.config.image(open_image(record["image"]))
         if "text" in record:
-            ids = self.tokenizer.encode(record["text"], self.config.text_length)
-            example["text"], example["text_padding"] = padded(ids, self.config.text_length, self.tokenizer.pad)
+            example["text"], example["text_padding"] = self.read_text(record["text"], self.config.text_length)
         return example
 
     def outputs(self, batch: Batch) -> dict[str, Tensor]:

@@ -20,14 +20,14 @@ from beit3.data import formats
 from beit3.data.augment import rand_augment
 from beit3.data.prepare import write_splits
 from beit3.data.records import locate, open_image, write_text
-from beit3.data.transforms import Preprocessing, random_resized_crop
-from beit3.metrics.classification import vqa_accuracy
+from beit3.data.transforms import Preprocessing, training_view
+from beit3.metrics.classification import vqa_accuracy, vqa_official
 from beit3.metrics.text import normalize_answer, soft_scores
 from beit3.model.beit3 import BEiT3
-from beit3.model.config import BASE, LARGE, SMALL, TINY, ModelConfig
+from beit3.model.config import BASE, GIANT, LARGE, SMALL, TINY, ModelConfig
 from beit3.ops.precision import at_least_float32
 from beit3.recipe import DataConfig, OptimConfig, Recipe, RunConfig, TaskConfig
-from beit3.task import Batch, Example, Prediction, Record, Task, joined, padded, record_rng, text_lengths
+from beit3.task import Batch, Example, Prediction, Record, Task, joined, numbered, pairs_leave_out, record_rng, text_lengths
 from beit3.tokenizer.text import TextTokenizer
 
 CANDIDATES = 5
@@ -107,6 +107,8 @@ class VQA(Task):
         ),
         "base_480": _released(BASE, 480, 3e-5, 0.1, "release: test-dev 77.65 (in-domain 78.46)"),
         "large_480": _released(LARGE, 480, 2e-5, 0.15, "release: test-dev 81.85 (in-domain 82.53)"),
+        "large_768": _released(LARGE, 768, 2e-5, 0.15, "release, in-domain and with Visual Genome's questions: test-dev 82.97"),
+        "giant_756": _released(GIANT, 756, 1e-5, 0.4, "paper: test-dev 84.19, test-std 84.03"),
     }  # fmt: skip
 
     def __init__(self, config: VQAConfig, *, tokenizer: TextTokenizer | None = None):
@@ -124,34 +126,28 @@ class VQA(Task):
 
     @property
     def unused(self) -> Mapping[str, str]:  # type: ignore[override]
-        """Only the class token's last state is read, so the last layer's other paths get no gradient."""
-        last = self.config.model.depth - 1
-        never = {"backbone.image_embedding.mask_token": "nothing is masked"}
-        if self.config.model.fusion_layers:
-            return never | {
-                f"backbone.blocks.{layer}.{part}.{expert}": "the vision-language expert takes both modalities here"
-                for layer in range(last + 1 - self.config.model.fusion_layers, last + 1)
-                for part in ("ffn", "norm2") for expert in ("image", "text")
-            }  # fmt: skip
-        reason = "the text's last states are not read"
-        parts = ["norm2", "ffn"] + ([] if self.config.model.shared_attention else ["attention.norm", "attention.out"])
-        return never | {f"backbone.blocks.{last}.{part}.text": reason for part in parts}
+        """Only the class token's last state is read."""
+        return pairs_leave_out(self.config.model, unread="text")
 
     # Data ------------------------------------------------------------------------------------------------------------
 
     @staticmethod
     def prepare(raw: Path, root: Path, source: str) -> Mapping[str, Any]:
-        """VQAv2 JSON, easy-VQA or DAQUAR files -> records with soft answers, and the answer list beside them."""
+        """Files of VQA, OK-VQA, easy-VQA, DAQUAR or tables -> records with soft answers, and the answer list beside them.
+
+        Visual Genome's questions beside VQA's are more training data, as far as the list has their answers.
+        """
         questions = list(formats.questions(raw))
         at_least = MIN_ANSWER_COUNT if len(questions) >= 10_000 else 1
         answers = build_answers((q for split, q in questions if split in ("train", "val")), at_least)
         known = set(answers)
+        questions += formats.extra_questions(raw)
         records = [(split, to_record(question, known)) for split, question in questions]
-        records = [(split, record) for split, record in records if split != "train" or record["answers"]]
+        records = [(split, record) for split, record in records if split != "train" or record.get("answers") or "fault" in record]
         report = write_splits(root, "vqa", source, records, lengths=text_lengths(root, VQAConfig.text_length))
         lines = (json.dumps({"answer": answer, "label": label}, ensure_ascii=False) for label, answer in enumerate(answers))
         write_text(root / "vqa" / source / "answer2label.txt", "".join(line + "\n" for line in lines))
-        covered = sum(bool(record["answers"]) for split, record in records if split == "val")
+        covered = sum(bool(record.get("answers")) for split, record in records if split == "val")
         return dict(report) | {
             "answers": len(answers), "answer_given_at_least": at_least, "train_dropped": len(questions) - len(records),
             "val_answerable": covered / max(1, sum(split == "val" for split, _ in records)),
@@ -174,17 +170,15 @@ class VQA(Task):
         config = self.config
         image = open_image(record["image"])
         if train:
-            image = self.augment(image, rng or record_rng(record))
-        ids = self.tokenizer.encode(record["text"], config.text_length)
-        text, padding = padded(ids, config.text_length, self.tokenizer.pad)
+            image = self.view(image, rng or record_rng(record))
+        text, padding = self.read_text(record["text"], config.text_length)
         example = {"id": str(record["id"]), "image": config.image(image), "text": text, "text_padding": padding}
         return example | {"target": self.soft_target(record["answers"])} if "answers" in record else example
 
-    def augment(self, image: Tensor, rng: np.random.Generator) -> Tensor:
+    def view(self, image: Tensor, rng: np.random.Generator) -> Tensor:
         """The training view, uint8 [3, H, W]: crop, flip, RandAugment as far as the config asks for them."""
         config = self.config
-        if config.crop[0] < 1 or config.flip:
-            image = random_resized_crop(image, rng, image_size=config.image.image_size, scale=config.crop, hflip=config.flip)
+        image = training_view(image, rng, image_size=config.image.image_size, crop=config.crop, flip=config.flip)
         return rand_augment(image, rng) if config.rand_augment else image
 
     def soft_target(self, answers: Mapping[str, float]) -> Tensor:
@@ -225,24 +219,39 @@ class VQA(Task):
 
     @staticmethod
     def score(predictions: Sequence[Prediction], records: Sequence[Record]) -> dict[str, float]:
-        """VQA accuracy: the mean soft score of the given answer; and beside it that of the commonest answer."""
+        """The mean soft score of the given answer, as in the release; and beside it that of the commonest answer.
+
+        Where several annotators' answers are known also `official`: VQA accuracy by leave-one-out with the official
+        normalisation, as the test server gives it.
+        """
         pairs = joined(predictions, records)
         if not any(record["answers"] for _, record in pairs):
             raise ValueError("these records hold no answers to compare with: score a split that has them")
         totals: Counter[str] = Counter()
         for record in records:
             totals.update(record["answers"])
-        return {
+        scores = {
             "accuracy": vqa_accuracy([p["answer"] for p, _ in pairs], [record["answers"] for _, record in pairs]),
             "most_frequent": max(totals.values(), default=0.0) / len(pairs),
         }
+        if all("annotators" in record for _, record in pairs):
+            scores["official"] = sum(vqa_official(p["answer"], record["annotators"]) for p, record in pairs) / len(pairs)
+        return scores
+
+    @staticmethod
+    def submission(predictions: Sequence[Prediction], records: Sequence[Record]) -> list[dict[str, Any]]:
+        """What the VQA server takes: question_id and answer."""
+        return [{"question_id": numbered(record), "answer": prediction["answer"]} for prediction, record in joined(predictions, records)]
 
 
 def build_answers(questions: Iterable[Record], at_least: int) -> tuple[str, ...]:
     """The normalised answers given for at least so many questions, in the order of their first appearance."""
     counts: Counter[str] = Counter()
     for question in questions:
-        counts[normalize_answer(question["multiple_choice_answer"])] += 1
+        if isinstance(question.get("answers"), Mapping):  # all that are scored
+            counts.update(map(normalize_answer, question["answers"]))
+        elif "fault" not in question:
+            counts[normalize_answer(question["multiple_choice_answer"])] += 1
     answers = tuple(answer for answer, count in counts.items() if count >= at_least and answer)
     if not answers:
         raise ValueError(f"no answer is given {at_least} times in these questions: nothing to choose from")
@@ -250,11 +259,21 @@ def build_answers(questions: Iterable[Record], at_least: int) -> tuple[str, ...]
 
 
 def to_record(question: Record, known: set[str]) -> Record:
-    """A question as a record: its annotators' answers become {answer: soft score} over the known ones."""
+    """A question as a record: its annotators' answers become {answer: soft score} over the known ones.
+
+    What several annotators said is kept besides, for the official score; {answer: score} stays as it is given, and so does
+    a fault.
+    """
+    if "fault" in question:
+        return question
     given = question["answers"]
-    scores = soft_scores(given) if len(given) > 1 else {normalize_answer(given[0]): 1.0} if given else {}
+    if isinstance(given, Mapping):
+        scores = {normalize_answer(answer): float(score) for answer, score in given.items()}
+    else:
+        scores = soft_scores(given) if len(given) > 1 else {normalize_answer(given[0]): 1.0} if given else {}
     answers = {answer: score for answer, score in scores.items() if answer in known}
-    return {"id": str(question["id"]), "image": question["image"], "text": question["text"], "answers": answers}
+    record = {"id": str(question["id"]), "image": question["image"], "text": question["text"], "answers": answers}
+    return record | ({"annotators": list(given)} if len(given) > 1 and not isinstance(given, Mapping) else {})
 
 
 def read_answers(path: Path) -> tuple[str, ...]:

@@ -1,4 +1,8 @@
-"""Predictions over a split, and their score."""
+"""Predictions over a split, and their score. Processes share the records; every record counts once.
+
+Sharded weights are gathered for every forward, so all processes take the same number of batches: one that has no more of
+its own goes along with its last, and what that gives is thrown away.
+"""
 
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
@@ -7,6 +11,7 @@ from typing import Any
 import torch
 
 from beit3.data.loader import Source
+from beit3.ops.collectives import all_gather_objects, rank, world_size
 from beit3.task import Batch, Example, Prediction, Record, Task
 
 
@@ -42,16 +47,40 @@ def batches(task: Task, records: Iterable[Record], size: int, broken: list[str] 
 
 @torch.no_grad()
 def predict(task: Task, records: Iterable[Record], *, batch_size: int, broken: list[str] | None = None) -> list[Prediction]:
-    """One prediction per record, in their order, in evaluation mode."""
+    """One prediction per record, in their order and on every process, in evaluation mode. `broken` as for `batches`."""
     was_training, weights = task.training, next(task.parameters())
     task.eval()
-    predictions = [
-        prediction
-        for batch in batches(task, records, batch_size, broken)
-        for prediction in task.predict(to_device(batch, weights.device, weights.dtype))
-    ]
+    found: list[tuple[int, list[Prediction], list[str]]] = []
+    for place, batch, mine, faults in shared_batches(task, list(records), batch_size, skip=broken is not None):
+        predictions = task.predict(to_device(batch, weights.device, weights.dtype)) if batch else []
+        found.append((place, predictions if mine else [], faults))
     task.train(was_training)
-    return predictions
+    everyone = sorted((part for parts in all_gather_objects(found) for part in parts), key=lambda part: part[0])
+    if broken is not None:
+        broken += [line for *_, faults in everyone for line in faults]
+    return [prediction for _, predictions, _ in everyone for prediction in predictions]
+
+
+def shared_batches(task: Task, records: list[Record], size: int, *, skip: bool) -> Iterator[tuple[int, Batch | None, bool, list[str]]]:
+    """This process's share of the batches: (place, batch, whether it counts, records that cannot be read).
+
+    Processes take turns. One of several that has no batch in a round, or none that can be read, repeats the first that can.
+    """
+    pieces = [records[start : start + size] for start in range(0, len(records), size)]
+    world = world_size()
+    for place in range(rank(), -(-len(pieces) // world) * world, world):
+        faults: list[str] = []
+        own = list(batches(task, pieces[place], size, faults if skip else None)) if place < len(pieces) else []
+        yield place, own[0] if own else spare(task, pieces, size) if world > 1 else None, bool(own), faults
+
+
+def spare(task: Task, pieces: list[list[Record]], size: int) -> Batch:
+    """The first batch that can be read; ValueError where there is none."""
+    faults: list[str] = []
+    for piece in pieces:
+        for batch in batches(task, piece, size, faults):
+            return batch
+    raise ValueError(f"none of {len(faults)} records can be read; the first: {faults[0]}")
 
 
 def predict_sources(
@@ -65,7 +94,7 @@ def predict_sources(
     for name, source in sources.items():
         broken: list[str] = []
         records = list(islice(source, limit or None))
-        if "text" in records[0]:
+        if holds_words(records[0]):
             task.tokenizer  # noqa: B018  # its absence is the caller's fault, not each record's
         predictions = predict(task, records, batch_size=batch_size, broken=broken)
         if len(broken) > bad_share * len(records):
@@ -73,6 +102,11 @@ def predict_sources(
         there = {str(prediction["id"]) for prediction in predictions}
         found[name] = (predictions, [record for record in records if str(record["id"]) in there])
     return found
+
+
+def holds_words(record: Record) -> bool:
+    """Whether a record's texts need the text tokenizer; index files hold ids."""
+    return any(isinstance(text, str) for text in (record.get("text"), *record.get("captions", ())))
 
 
 def score_sources(task: type[Task], found: Predicted) -> dict[str, float]:

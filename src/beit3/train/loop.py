@@ -20,7 +20,7 @@ from beit3.task import Task, fit_vocabulary
 from beit3.tokenizer.text import TextTokenizer
 from beit3.train.checkpoint import Checkpoints, full_disk
 from beit3.train.directory import claimed, finished, inputs_of, refuse_other_run
-from beit3.train.evaluate import evaluate, to_device
+from beit3.train.evaluate import evaluate, holds_words, to_device
 from beit3.train.launch import seed_step, start
 from beit3.train.log import Log
 from beit3.train.optim import clip_gradients, learning_rate, make_optimizer, set_learning_rate
@@ -58,7 +58,7 @@ def train(recipe: Recipe, task_class: type[Task], *, out: str | Path, init: str 
     held_out = {name: open_source(root, task_class, name, recipe, "val") for name in sources}
     refuse_accumulation(task_class, recipe)
     tokenizer = open_tokenizer(recipe, root, init)
-    if tokenizer is None and any("text" in source[0] for source in sources.values()):
+    if tokenizer is None and any(holds_words(source[0]) for source in sources.values()):
         raise ValueError(f"no text tokenizer: give --data.text_model FILE, or write {root / store.TEXT} with beit3 tokenizer train")
     config = task_class.configure(fit_vocabulary(recipe.task, tokenizer), root)
     task = build(task_class, config, tokenizer, run, device)
@@ -161,7 +161,7 @@ def lost_process(error: RuntimeError) -> Exception:
 def open_source(root: Path, task_class: type[Task], name: str, recipe: Recipe, split: str = "train") -> Source:
     """The records of one split under `root`."""
     limit = recipe.data.limit if split == "train" else 0
-    return Source(locate(str(root), task_name(task_class), name, split), root, limit=limit)
+    return Source(locate(str(root), task_class.borrowed.get(name, task_name(task_class)), name, split), root, limit=limit)
 
 
 def open_tokenizer(recipe: Recipe, root: Path, init: str | Path) -> TextTokenizer | None:

@@ -13,7 +13,7 @@ from beit3.tokenizer.text import TextTokenizer
 from beit3.weights.fill import task_name
 from beit3.world.export import write_world
 
-VERSION = 1
+VERSION = 2
 """Of the cached worlds; a change of their pictures or language gets the next number."""
 
 WORLDS = {
@@ -25,7 +25,7 @@ WORLDS = {
 VOCABULARY = 400
 """Pieces of the worlds' text tokenizer: enough for each of their words to be one."""
 
-RAW = {"vqkd": "images", "images": "images", "texts": "texts", "pairs": "pairs"}
+RAW = {"vqkd": "images", "images": "images", "texts": "texts", "pairs": "pairs", "captioning": "pairs", "retrieval": "pairs"}
 """Folder of the raw world for a task or source; the others are called like their task."""
 
 
@@ -41,8 +41,9 @@ def embedded_root(task: type[Task], world: str = "default", *, progress: Callabl
     root = raw.with_name(raw.name + "-records")
     if not raw.exists():
         write_world(raw, **WORLDS[world], progress=progress)
-    if not (root / task_name(task)).exists():
-        prepare_world(raw, root, task)
+    for kind in [task, *map(load, task.borrowed.values())]:
+        if not (root / task_name(kind)).exists():
+            prepare_world(raw, root, kind)
     if not (root / "text.model").exists():
         train_text_tokenizer(raw, root)
     return root
@@ -53,16 +54,16 @@ def prepare_world(raw: Path, root: Path, task: type[Task]) -> None:
     name = task_name(task)
     root.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=root.parent) as scratch:
-        for source in task.sources:
+        for source in (each for each in task.sources if each not in task.borrowed):
             options = {"pack": 0} if source == "texts" else {}  # its texts are single sentences
             task.prepare(raw / RAW.get(source, RAW.get(name, name)), Path(scratch), source, **options)
         shutil.move(str(Path(scratch) / name), root / name)
 
 
 def train_text_tokenizer(raw: Path, root: Path) -> None:
-    """SentencePiece on the world's texts, captions and questions."""
+    """SentencePiece on the world's texts, captions, questions and statements."""
     texts: list[str] = []
-    for name, sources in (("pretrain", ("texts", "pairs")), ("vqa", ("main",))):
+    for name, sources in (("pretrain", ("texts", "pairs")), ("vqa", ("main",)), ("nlvr2", ("main",))):
         if not (root / name).exists():
             prepare_world(raw, root, load(name))
         paths = [locate(root, name, source, "train") for source in sources]

@@ -42,22 +42,80 @@ def backward(
     """
     sums: dict[str, Tensor] = {}
     losses: list[Tensor] = []
+    if task.compares_examples and len(micro_batches) > 1:
+        return backward_by_features(task, micro_batches, totals, precision)
     for index, batch in enumerate(micro_batches):
         sync_gradients(task, index == len(micro_batches) - 1)
         with precision:
             result = task(batch)
-        means = {name: value / max(1, totals[name]) for name, value in result["losses"].items()}
-        loss = torch.stack([task.loss_weights.get(name, 1.0) * mean for name, mean in means.items()]).sum()
+        loss, logged = weigh(task, result, totals)
         loss.backward()
         losses.append(loss.detach())
-        logged = {"loss": loss} | {f"loss/{name}": mean for name, mean in means.items()}
-        for name, value in result["metrics"].items():
-            target = name.rpartition("/")[0]
-            logged[name.removeprefix("loss/")] = value / max(1, totals[target])
         for name, value in logged.items():
-            sums[name] = sums.get(name, 0) + value.detach().double()
-    values = all_reduce(torch.stack(list(sums.values())).cpu())  # one wait for the device a step
-    return dict(zip(sums, values.tolist(), strict=True)), losses
+            sums[name] = sums.get(name, 0) + value
+    return averaged(sums), losses
+
+
+def backward_by_features(
+    task: Task, micro_batches: Sequence[Batch], totals: Mapping[str, int], precision: torch.autocast
+) -> tuple[dict[str, float], list[Tensor]]:
+    """`backward` of a loss that compares all examples of the step, in the memory of one micro-batch.
+
+    Gradient caching (Gao et al. 2021, arXiv:2101.06983): the features of every micro-batch without gradients, the loss of
+    them all and its gradients for them, then each micro-batch again with those. Stochastic depth draws the same twice.
+    """
+    states, parts = [], []
+    for batch in micro_batches:
+        states.append(chance(batch))
+        with torch.no_grad(), precision:
+            parts.append(task.outputs(batch))
+    features = {name: torch.cat([part[name] for part in parts]).requires_grad_() for name in parts[0]}
+    sync_gradients(task, False)
+    with precision:
+        result = task({"features": features})
+    loss, sums = weigh(task, result, totals)
+    loss.backward()
+    gradients = {name: value.grad.split([len(part[name]) for part in parts]) for name, value in features.items() if value.grad is not None}
+    for index, batch in enumerate(micro_batches):
+        set_chance(batch, states[index])
+        sync_gradients(task, index == len(micro_batches) - 1)
+        with precision:
+            product = task(batch | {"feature_gradients": {name: pieces[index] for name, pieces in gradients.items()}})["losses"]["loss"]
+        product.backward()
+    return averaged(sums), [loss.detach()] * len(micro_batches)
+
+
+def chance(batch: Batch) -> list[Tensor]:
+    """The random states that a forward of this batch draws from: the CPU's and its device's."""
+    device = device_of(batch)
+    return [torch.get_rng_state()] + ([torch.get_device_module(device).get_rng_state(device)] if device.type != "cpu" else [])
+
+
+def set_chance(batch: Batch, states: list[Tensor]) -> None:
+    """Back to the states that `chance` gave."""
+    torch.set_rng_state(states[0])
+    for state in states[1:]:
+        torch.get_device_module(device_of(batch)).set_rng_state(state, device_of(batch))
+
+
+def device_of(batch: Batch) -> torch.device:
+    return next(value.device for value in batch.values() if isinstance(value, Tensor))
+
+
+def weigh(task: Task, result: Mapping[str, Mapping[str, Tensor]], totals: Mapping[str, int]) -> tuple[Tensor, dict[str, Tensor]]:
+    """What `forward` returned -> (its part of the step's loss, that and every loss and metric as parts of their means)."""
+    means = {name: value / max(1, totals[name]) for name, value in result["losses"].items()}
+    loss = torch.stack([task.loss_weights.get(name, 1.0) * mean for name, mean in means.items()]).sum()
+    logged = {"loss": loss} | {f"loss/{name}": mean for name, mean in means.items()}
+    for name, value in result["metrics"].items():
+        logged[name.removeprefix("loss/")] = value / max(1, totals[name.rpartition("/")[0]])
+    return loss, {name: value.detach().double() for name, value in logged.items()}
+
+
+def averaged(sums: Mapping[str, Tensor]) -> dict[str, float]:
+    """Parts of means, summed over processes; one wait for the device a step."""
+    values = all_reduce(torch.stack(list(sums.values())).cpu())
+    return dict(zip(sums, values.tolist(), strict=True))
 
 
 def gradient_norms(task: Task) -> dict[str, float]:

@@ -24,6 +24,8 @@ def from_official(
     task: str | None = None,
     num_heads: int | None = None,
     answers: Sequence[str] = (),
+    classes: Sequence[str] = (),
+    prompt: str = "",
     tokenizer: TextTokenizer | None = None,
 ) -> list[str]:
     """A released file -> our directory `out`; what became of every tensor, as lines.
@@ -34,7 +36,9 @@ def from_official(
     refuse_existing(out)
     state = read_file(path, as_stored=True)
     try:
-        built, report = load_official(state, task, num_heads=num_heads, answers=answers, tokenizer=tokenizer)
+        built, report = load_official(
+            state, task, num_heads=num_heads, answers=answers, classes=classes, prompt=prompt, tokenizer=tokenizer
+        )  # fmt: skip
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     if report.ignored and task is None:

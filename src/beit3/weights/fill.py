@@ -7,10 +7,13 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from math import isqrt
 
+import torch
 from torch import Tensor
 
+from beit3.data.transforms import Preprocessing
 from beit3.model.config import POSITION_OFFSET
 from beit3.ops.collectives import keep_shard, rank, whole
+from beit3.ops.init import seeded
 from beit3.ops.positions import resample_positions
 from beit3.task import Task
 
@@ -32,6 +35,8 @@ class Report:
     """Names in the file that the task has no use for -> why."""
     fresh: Mapping[str, str]
     """Our names of the parameters that the file could not give -> why."""
+    notes: tuple[str, ...] = ()
+    """What else the reader should know, each a line."""
 
     def lines(self) -> list[str]:
         """The report for a person: one line per reason."""
@@ -40,7 +45,7 @@ class Report:
             for reason in dict.fromkeys(entries.values()):
                 names = [name for name, why in entries.items() if why == reason]
                 lines.append(f"{len(names)} {verb} ({reason}): {first_few(names)}")
-        return lines
+        return [*lines, *self.notes]
 
 
 def stored(task: Task) -> dict[str, Tensor]:
@@ -63,6 +68,15 @@ def assign(task: Task, values: Mapping[str, Tensor]) -> None:
     here = stored(task)
     for name, value in values.items():
         keep_shard(here[name], value)
+
+
+@torch.no_grad()
+def complete(task: Task, values: Mapping[str, Tensor], fresh: Iterable[str]) -> None:
+    """Load `values` by name into a task on one process; what is `fresh` gets the initial values of seed 0."""
+    parameters = dict(task.named_parameters())
+    for name in fresh:
+        task.init_parameter(name, parameters[name], seeded(0, name))
+    task.load_state_dict(values, strict=False)
 
 
 def match(
@@ -98,6 +112,13 @@ def match(
     if missing:
         raise ValueError(f"{len(missing)} tensors are missing: {first_few(missing)}")
     return values, fresh
+
+
+def prepared_differently(there: Preprocessing, here: Preprocessing) -> tuple[str, ...]:
+    """A line for `Report.notes` where weights know their pictures in another way than a task gives them; sizes are resampled."""
+    names = [name for name in ("mean", "std", "resize", "interpolation") if getattr(there, name) != getattr(here, name)]
+    listed = "; ".join(f"{name} is {getattr(there, name)}, here {getattr(here, name)}" for name in names)
+    return (f"pictures are prepared in another way than these weights know: {listed}",) if names else ()
 
 
 def is_text(name: str) -> bool:

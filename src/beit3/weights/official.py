@@ -9,7 +9,7 @@ import argparse
 import pickle
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from math import isqrt
 from pathlib import Path
 from typing import Any
@@ -19,14 +19,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from beit3.data.transforms import Preprocessing
 from beit3.model.config import ModelConfig
-from beit3.ops.init import seeded
 from beit3.task import Task
 from beit3.task import load as load_task
 from beit3.task import names as task_names
 from beit3.tokenizer.teacher import is_torchscript
 from beit3.tokenizer.text import TextTokenizer
-from beit3.weights.fill import KEEP, Report, first_few, match, stored, task_name
+from beit3.weights.adapt import adapted, fields_of, with_names
+from beit3.weights.fill import KEEP, Report, complete, first_few, match, stored, task_name
 from beit3.weights.released import about
 from beit3.weights.vqkd import DROPPED, read_vqkd
 
@@ -64,11 +65,17 @@ HEADS: Mapping[str, tuple[str, ...]] = {
 }
 """What the released heads of each task are called; a file is of the first task of which it holds every part."""
 
+SCALAR = "logit_scale"
+"""Without dimensions in the files, with one here: sharding cannot cut a scalar."""
+
 RELEASED_ROWS, RELEASED_IDS = 64010, 64002
 """Rows of the released text tables, and ids of the released tokenizer."""
 
 HEAD_SIZES = {"num_answers": "head.3.bias", "num_codes": "mim_head.bias", "num_classes": "head.bias"}
 """Config fields that a head's rows tell."""
+
+CAPTION_LENGTH = 64
+"""Tokens up to which the release's evaluation writes a caption; it trains on half of that."""
 
 
 # Reading -------------------------------------------------------------------------------------------------------------
@@ -202,23 +209,26 @@ def load_official(
     *,
     num_heads: int | None = None,
     answers: Sequence[str] = (),
+    classes: Sequence[str] = (),
+    prompt: str = "",
     tokenizer: TextTokenizer | None = None,
 ) -> tuple[Task, Report]:
     """A task built after a released file's shapes and filled with its tensors, and the report.
 
-    Without `task` the keys decide. What the file cannot give is initialised with seed 0 and reported. Raises ValueError
-    for missing or unknown keys, for shapes that do not agree, and for an answer list of another length than the head.
+    Without `task` the keys decide. Pictures are prepared as for the file's own task. What the file cannot give is
+    initialised with seed 0 and reported. `classes` and `prompt` are for imagenet, which takes retrieval files too and
+    then classifies by names. Raises ValueError for missing or unknown keys, for shapes that do not agree, and for names
+    of another number than the head's outputs.
     """
     kind = task if isinstance(task, type) else load_task(task or recognise(state))
-    built = kind(_config(state, kind, num_heads, answers), tokenizer=tokenizer)
+    config = _config(state, kind, num_heads)
+    fixed = {name: len(state[key]) for name, key in HEAD_SIZES.items() if key in state}
+    built = kind(with_names(config, kind, answers=answers, classes=classes, prompt=prompt, fixed=fixed), tokenizer=tokenizer)
     if any(key.endswith("text_embed.weight") for key in state):
         refuse_other_tokenizer(tokenizer, built)
     tensors, ignored, label = translate(state, built)
     values, fresh = match(built, tensors, exact=True, label=label)
-    for name, parameter in built.named_parameters():
-        if name in fresh:
-            built.init_parameter(name, parameter, seeded(0, name))
-    built.load_state_dict(values, strict=False)
+    complete(built, values, fresh)
     return built, Report(f"a released {family(state)} file", tuple(values), ignored, fresh)
 
 
@@ -242,7 +252,7 @@ def to_official(task: Task, tensors: Mapping[str, Tensor] | None = None) -> dict
         if not keys:
             raise ValueError(f"{name} has no counterpart in the released files: keep these weights as they are")
         for key, rows in zip(keys, tensor.chunk(len(keys)) if len(keys) > 1 else (tensor,), strict=True):
-            state[key] = rows.detach().clone()
+            state[key] = rows.detach().clone().squeeze() if key == SCALAR else rows.detach().clone()
     return state
 
 
@@ -300,7 +310,7 @@ def _backbone_keys(name: str) -> tuple[str, ...]:
 def _stack(state: Mapping[str, Tensor], keys: tuple[str, ...], shape: torch.Size) -> Tensor:
     """One tensor of ours from its released parts; where there are several, each must have its share of the rows."""
     if len(keys) == 1:
-        return state[keys[0]]
+        return state[keys[0]].view(1) if keys[0] == SCALAR else state[keys[0]]
     share = torch.Size((shape[0] // len(keys), *shape[1:]))
     for key in keys:
         if key not in state:
@@ -329,26 +339,24 @@ def _ignored(keys: Iterable[str], prefix: str, found: str, task: str) -> dict[st
     return ignored
 
 
-def _config(state: Mapping[str, Tensor], kind: type[Task], num_heads: int | None, answers: Sequence[str]) -> Any:
+def known_pictures(state: Iterable[str]) -> Preprocessing | None:
+    """How the pictures of a released file's own task are prepared, at that task's size; None where the keys tell no task."""
+    found = recognise(state)
+    return None if found == "backbone" else load_task(found).Config().image
+
+
+def _config(state: Mapping[str, Tensor], kind: type[Task], num_heads: int | None) -> Any:
     """The task's own config with the file's sizes."""
     found, task = _same_kind(state, kind)
-    config: Any = kind.Config()
-    known = {field.name for field in fields(config)}
-    if answers and "answers" not in known:
-        raise ValueError(f"answers given, but {task} names none: leave answers out")
+    image = known_pictures(state) or kind.Config().image
     if found == "vqkd":
         visual, _ = read_vqkd(state, num_heads=num_heads)
-        return replace(config, model=visual, image=replace(config.image, image_size=visual.image_size))
+        tokenizer: Any = kind.Config()
+        return replace(tokenizer, model=visual, image=replace(image, image_size=visual.image_size))
     model = sizes(state, num_heads)
-    heads: dict[str, Any] = {
-        name: len(state[key]) for name, key in HEAD_SIZES.items() if name in known and key in state
-    }
-    if answers:
-        outputs = heads.get("num_answers", len(answers))
-        if outputs != len(answers):
-            raise ValueError(f"{len(answers)} answers given, the file's head has {outputs} outputs: give its own list")
-        heads |= {"answers": tuple(answers), "num_answers": len(answers)}
-    # A backbone is built as its file is; a task as it must be, and what the file then lacks starts fresh.
-    model = replace(model, final_norm=model.final_norm if task == "backbone" else config.model.final_norm)
-    lengths = {name: min(getattr(config, name), model.max_text_length) for name in known if name.endswith("text_length")}
-    return replace(config, model=model, image=replace(config.image, image_size=model.image_size), **heads, **lengths)
+    config = adapted(kind, model, replace(image, image_size=model.image_size), by_names=found == "retrieval")
+    known = fields_of(config)
+    changes = {name: len(state[key]) for name, key in HEAD_SIZES.items() if name in known and key in state}
+    if found == task == "captioning":
+        changes["text_length"] = min(CAPTION_LENGTH, model.max_text_length)
+    return replace(config, **changes)

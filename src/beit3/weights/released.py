@@ -6,8 +6,12 @@ a file is the reader's to download. The giant of the paper was never released. A
 
 from collections.abc import Collection
 from dataclasses import dataclass
+from textwrap import wrap
 
 from beit3.config import suggestion
+
+WIDTH = 60
+"""Characters of the last column of the table."""
 
 LISTED = "the README of github.com/microsoft/unilm lists it"
 """For what a person should open; links have moved twice, so none is kept here."""
@@ -29,12 +33,14 @@ class ReleasedFile:
     parameters: float = 0.0
     """Millions, heads included."""
     starts: tuple[str, ...] = ()
-    """What may be trained from it, or with its codes: a task and its recipe, or a task that this version has not."""
+    """What may be trained from it, or with its codes: a task and its recipe."""
     score: str = ""
     """As the release reports it."""
 
 
-def _pretrained(size: str, kind: str, task: str, parameters: float, *starts: str) -> ReleasedFile:
+def _pretrained(size: str, kind: str, task: str, parameters: float, *uses: str) -> ReleasedFile:
+    """`uses`: "vqa 480" for the recipe `base_480` of vqa, where the size is base."""
+    starts = tuple(f"{use.split()[0]} {size}_{use.split()[1]}" for use in uses)
     return ReleasedFile(f"beit3_{size}{kind}_patch16_224.pth", task, "beit3", 224, size, parameters, starts)
 
 
@@ -48,13 +54,15 @@ def _codes(name: str, parameters: float) -> ReleasedFile:
     return ReleasedFile(f"vqkd_encoder_base_decoder_{name}.pth", "vqkd", "beit2", 224, "base", parameters, starts)
 
 
+FUSION = ("vqa 480", "captioning 480", "captioning 480_nocaps")
+DUAL = ("retrieval 384_coco", "retrieval 384_flickr30k")
 FILES = (
-    _pretrained("base", "", "pretrain", 276.5, "vqa base_480", "nlvr2", "captioning", "pretrain base_224"),
-    _pretrained("base", "_indomain", "pretrain", 276.5, "vqa base_480", "nlvr2", "captioning", "pretrain base_224_indomain"),
-    _pretrained("base", "_itc", "retrieval", 222.2, "retrieval", "imagenet"),
-    _pretrained("large", "", "pretrain", 746.7, "vqa large_480", "nlvr2", "captioning", "pretrain large_224"),
-    _pretrained("large", "_indomain", "pretrain", 746.7, "vqa large_480", "nlvr2", "captioning", "pretrain large_224"),
-    _pretrained("large", "_itc", "retrieval", 674.8, "retrieval", "imagenet"),
+    _pretrained("base", "", "pretrain", 276.5, *FUSION, "nlvr2 224", "imagenet 224", "retrieval 224_itc", "pretrain 224"),
+    _pretrained("base", "_indomain", "pretrain", 276.5, *FUSION, "nlvr2 224_indomain", "imagenet 224", "pretrain 224_indomain"),
+    _pretrained("base", "_itc", "retrieval", 222.2, *DUAL, "imagenet 224"),
+    _pretrained("large", "", "pretrain", 746.7, *FUSION, "nlvr2 224", "imagenet 224", "retrieval 224_itc", "pretrain 224"),
+    _pretrained("large", "_indomain", "pretrain", 746.7, *FUSION, "vqa 768", "nlvr2 224_indomain", "imagenet 224", "pretrain 224"),
+    _pretrained("large", "_itc", "retrieval", 674.8, *DUAL, "imagenet 224"),
     _tuned("base", 480, "vqa", "vqa", 228.1, "VQAv2 test-dev 77.65"),
     _tuned("base_indomain", 480, "vqa", "vqa", 228.1, "VQAv2 test-dev 78.46"),
     _tuned("large", 480, "vqa", "vqa", 683.0, "VQAv2 test-dev 81.85"),
@@ -117,9 +125,11 @@ def table(here: Collection[str], task: str | None = None) -> list[str]:
     for file in FILES:
         if task in (None, file.task):
             name = f"{file.task}{_later(file.task, here)}"
-            uses = ", ".join(f"{each}{_later(each, here)}" for each in file.starts)
+            uses = ", ".join(start.replace(" ", "\xa0") for start in file.starts)  # a task and its recipe stay in one line
             numbers = (str(file.image_size or ""), file.size, f"{file.parameters:.1f} M" if file.parameters else "")
-            rows.append((file.name, name, *numbers, uses or file.score))
+            first, *more = (line.replace("\xa0", " ") for line in wrap(uses or file.score, WIDTH))
+            rows.append((file.name, name, *numbers, first))
+            rows += [("", "", "", "", "", line) for line in more]
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     if any("*" in line for line in lines):

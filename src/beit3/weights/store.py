@@ -6,7 +6,7 @@ digests) and, where the task has one, the text tokenizer `text.model`. Loading i
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from hashlib import file_digest
@@ -25,8 +25,18 @@ from beit3.recipe import TaskConfig
 from beit3.task import Task
 from beit3.task import load as load_task
 from beit3.tokenizer.text import FILE, TextTokenizer
-from beit3.weights.fill import FINAL_NORM, Report, assign, first_few, match, may_lack, stored, task_name
-from beit3.weights.official import family, in_float32, load_official, read_file, refuse_other_tokenizer, sizes, translate
+from beit3.weights.adapt import adapted, with_names
+from beit3.weights.fill import FINAL_NORM, Report, assign, complete, first_few, match, may_lack, prepared_differently, stored, task_name
+from beit3.weights.official import (
+    family,
+    in_float32,
+    known_pictures,
+    load_official,
+    read_file,
+    refuse_other_tokenizer,
+    sizes,
+    translate,
+)
 
 FORMAT = 1
 MODEL, CONFIG, TEXT = "model.safetensors", "config.json", FILE
@@ -137,6 +147,35 @@ def load(directory: str | Path, *, text_model: str | Path | None = None, config:
     return task
 
 
+def load_as(
+    directory: str | Path, task: str, *, text_model: str | Path | None = None, answers: Sequence[str] = (),
+    classes: Sequence[str] = (), prompt: str = "",
+) -> tuple[Task, Report]:  # fmt: skip
+    """Weights of one task as another, with their network, pictures, texts' length and tokenizer: (the task on the CPU, the report).
+
+    Heads go by their names, so those of retrieval serve imagenet, which then classifies into any `classes`. What the
+    weights do not hold is initialised with seed 0 and reported. Raises ValueError for networks of another kind, for
+    tensors that do not fit, and for names that do not.
+    """
+    description, kind = read_config(directory), load_task(task)
+    there: Any = description.config
+    if type(there.model) is not type(kind.Config().model):
+        raise ValueError(f"{directory} holds weights of {description.task}, whose network cannot become {task}: give other weights")
+    tensors = read_tensors(directory)
+    config = replace(
+        adapted(kind, there.model, there.image, by_names="image_projection.weight" in tensors), text_length=there.text_length
+    )
+    config = with_names(config, kind, answers=answers, classes=classes, prompt=prompt, fixed={})
+    built = kind(config, tokenizer=_tokenizer(Path(directory), description, text_model))
+    try:
+        ignored = _unused(built, tensors)
+        values, fresh = match(built, tensors, exact=True)
+    except ValueError as error:
+        raise ValueError(f"{directory} holds weights of {description.task}, which cannot become {task}: {error}") from None
+    complete(built, values, fresh)
+    return built, Report(f"{directory} ({description.task})", tuple(values), ignored, fresh)
+
+
 def _with_frozen(config: TaskConfig, frozen: Mapping[str, FrozenFile]) -> TaskConfig:
     """`config` with the absolute path of a frozen part where the relative one leads nowhere from this directory."""
     moved: dict[str, Any] = {
@@ -238,7 +277,8 @@ def _from_directory(task: Task, path: Path) -> Report:
     if there.num_heads != here.num_heads:  # no shape tells it
         raise ValueError(_differences(there, here, "their tensors have the same shapes"))
     assign(task, values)
-    return Report(f"{path} ({description.task})", tuple(values), ignored, fresh)
+    notes = prepared_differently(description.config.image, task.config.image)
+    return Report(f"{path} ({description.task})", tuple(values), ignored, fresh, notes)
 
 
 def _from_file(task: Task, path: Path) -> Report:
@@ -257,7 +297,9 @@ def _from_file(task: Task, path: Path) -> Report:
             reason = _differences(replace(there, num_heads=here.num_heads) if there.dim == here.dim else there, here, reason)
         raise ValueError(reason) from None
     assign(task, values)
-    return Report(f"{path} (a released {found} file)", tuple(values), ignored, fresh)
+    pictures = known_pictures(state)
+    notes = prepared_differently(pictures, task.config.image) if pictures else ()
+    return Report(f"{path} (a released {found} file)", tuple(values), ignored, fresh, notes)
 
 
 NETWORK = (

@@ -18,7 +18,7 @@ Pair = tuple[str, Record]
 SPLITS = {
     **{name: "train" for name in ("train", "training", "restval", "train2014", "train2017")},
     **{name: "val" for name in ("val", "valid", "validation", "dev", "eval", "val2014", "val2017")},
-    **{name: "test" for name in ("test", "testing", "test2014", "test2015")},
+    **{name: "test" for name in ("test", "testing", "test2014", "test2015", "test2017")},
     "test-dev2015": "test-dev",
 }
 HELD_OUT = 0.05
@@ -77,8 +77,19 @@ def read_json(file: Path) -> Any:
     """What a JSON file holds; ValueError naming it."""
     try:
         return json.loads(file.read_text(encoding="utf-8-sig"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{file} is not JSON: {error}") from error
+
+
+def json_lines(file: Path) -> Iterator[tuple[str, Any]]:
+    """(where, value) of each line that is not blank; ValueError naming file and line."""
+    for number, line in enumerate(lines(file), 1):
+        if line.strip():
+            where = f"{file} line {number}"
+            try:
+                yield where, json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"{where} is not JSON ({error}): check that the file is whole") from None
 
 
 def field(entry: Any, name: str, kind: type, where: str | Path) -> Any:
@@ -128,6 +139,11 @@ def named_split(file: Path, raw: Path) -> str:
     """The split that the file's name holds (captions_val2017.csv, cc12m-train-0000.tar) or a folder below `raw`; else ''."""
     words = [*re.split(r"[._-]", file.stem)[::-1], *file.parent.relative_to(raw if raw.is_dir() else raw.parent).parts[::-1]]
     return next((SPLITS[word.lower()] for word in words if word.lower() in SPLITS), "")
+
+
+def subset(file: Path) -> str:
+    """`val2014` of v2_OpenEnded_mscoco_val2014_questions.json; train where the name says nothing."""
+    return next((part for part in reversed(file.stem.split("_")) if part.lower() in SPLITS), "train")
 
 
 def or_held_out(name: str, key: str, *, has_val: bool, held_out: float = HELD_OUT) -> str:

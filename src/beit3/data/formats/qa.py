@@ -1,13 +1,15 @@
-"""Questions about images in the files of their owners: VQA v1 and v2, easy-VQA, DAQUAR.
+"""Questions about images in the files of their owners: VQA v1 and v2, OK-VQA, easy-VQA, DAQUAR, Visual Genome; and tables.
 
-All give (split, {id, image, text, answers [str per annotator], multiple_choice_answer}).
+All give (split, {id, image, text, answers, multiple_choice_answer}), answers [str per annotator], or {answer: score} where
+the file scores them.
 """
 
 import csv
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from beit3.data.formats.files import (
     SPLITS,
@@ -20,26 +22,33 @@ from beit3.data.formats.files import (
     holdout,
     lines,
     nothing_known,
+    only,
     read_json,
     split_name,
+    subset,
 )
+from beit3.data.formats.tables import IMAGE_COLUMNS, Columns, table_rows
+
+QUESTION_COLUMNS: Columns = {"image": IMAGE_COLUMNS, "question": ("question", "text", "query", "sent")}
+# The second names are those of files with joined soft labels, as LXMERT made them for OK-VQA.
+ANSWER_COLUMNS: Columns = {"answers": ("answer", "answers", "label"), "id": ("id", "question_id"), "split": ("split", "okvqa_split")}
 
 DAQUAR_IMAGE = re.compile(r"image ?(\d+)")
 DAQUAR_ENDING = re.compile(r"\s+in (the )?image ?\d+\s*\??$")
 
 
 def vqav2(raw: str | Path) -> Iterator[Pair]:
-    """VQA v1/v2 questions and annotations by split: {id: question_id, image, text, answers, multiple_choice_answer}.
+    """VQA v1/v2 and OK-VQA questions and annotations by split: {id: question_id, image, text, answers, multiple_choice_answer}.
 
     Official file names or plain questions.json / annotations.json. Questions without an annotations file (the test
-    splits) have no answers and None.
+    splits) have no answers and None. Of OK-VQA's `answer` and `raw_answer` the first counts, as in its scores.
     """
     raw = folder(raw)
     if not is_vqav2(raw):
         raise nothing_known(raw, "*_questions.json (vqav2)")
     for file in _question_files(raw):
         content = read_json(file)
-        subtype = str(content.get("data_subtype") or _subtype(file))
+        subtype = str(content.get("data_subtype") or subset(file))
         answers = _annotations(raw, file)
         others = [name for name in ("train2014", "val2014", "test2015") if name != subtype]
         listing = Listing(raw, subtype, "images", f"images/{subtype}", "", *others)
@@ -94,6 +103,40 @@ def daquar(raw: str | Path, *, held_out: float = 0.1) -> Iterator[Pair]:
             yield side, _answered(f"{name}-{number}", path, text, answer)
 
 
+def soft_labels(raw: str | Path) -> Iterator[Pair]:
+    """`*soft_labels.json`, a list of objects with image, question, label {answer: score}, question_id and okvqa_split."""
+    return _asked(raw, [only(raw, "*soft_labels.json", "questions with scored answers")])
+
+
+def question_tables(raw: str | Path) -> Iterator[Pair]:
+    """Tables with image, question, answer, perhaps id and split; in JSON lines `answers` may be a list or {answer: score}.
+
+    A row without an answer is a fault, unless it is of a test split.
+    """
+    return _asked(raw)
+
+
+def visual_genome(raw: str | Path) -> Iterator[Pair]:
+    """Visual Genome's question_answers.json as training questions, images in VG_100K and VG_100K_2; nothing where it is absent.
+
+    With image_data.json, which knows which images are COCO's, those that VQA's val in the same folder asks about are left out.
+    """
+    raw = folder(raw)
+    if not found(raw, "question_answers.json"):
+        return
+    file = only(raw, "question_answers.json", "Visual Genome's questions")
+    listing, held_out = Listing(raw, "VG_100K", "VG_100K_2", "images", "images/VG_100K", "images/VG_100K_2"), _genome_of_val(raw)
+    for number, entry in enumerate(read_json(file)):
+        where = f"{file} [{number}]"
+        image = field(entry, "id", int, where)
+        if image in held_out:
+            continue
+        path = listing.find(f"{image}.jpg", f"{image}.png")
+        for row in field(entry, "qas", list, where):
+            id, text, answer = field(row, "qa_id", int, where), field(row, "question", str, where), field(row, "answer", str, where)
+            yield "train", _answered(f"vg-{id}", path, text, answer)
+
+
 def is_vqav2(raw: Path) -> bool:
     """Whether `raw` holds files of open-ended questions."""
     return bool(_question_files(raw))
@@ -107,6 +150,11 @@ def is_easy_vqa(raw: Path) -> bool:
 def is_daquar(raw: Path) -> bool:
     """Whether `raw` holds DAQUAR's text files or the tables made from them."""
     return bool(_daquar_files(raw))
+
+
+def is_soft_labels(raw: Path) -> bool:
+    """Whether `raw` is or holds a list of questions with scored answers."""
+    return raw.name.endswith("soft_labels.json") if raw.is_file() else bool(found(raw, "*soft_labels.json"))
 
 
 def _question_files(raw: Path) -> list[Path]:
@@ -130,14 +178,10 @@ def _annotations(raw: Path, questions: Path) -> dict[int, tuple[list[str], str]]
     return answers
 
 
-def _subtype(file: Path) -> str:
-    """`val2014` of v2_OpenEnded_mscoco_val2014_questions.json; train where the name says nothing."""
-    return next((part for part in reversed(file.stem.split("_")) if part.lower() in SPLITS), "train")
-
-
 def _daquar_files(raw: Path) -> dict[str, Path]:
     files: dict[str, Path] = {}
-    for file in [*sorted(raw.glob("qa.*.txt")), *sorted(raw.glob("data_*.csv"))]:
+    tables = (file for file in sorted(raw.glob("data_*.csv")) if "image_id" in next(lines(file), ""))
+    for file in [*sorted(raw.glob("qa.*.txt")), *tables]:
         name = SPLITS.get(re.split(r"[._]", file.stem)[-1], "")
         if file.suffix == ".txt" and name in files:
             raise ValueError(f"{files[name].name} and {file.name} in {raw} are both {name}: keep one of them")
@@ -163,6 +207,42 @@ def _daquar_csv(file: Path) -> Iterator[tuple[str, str, str]]:
         if not (question and answer and image):
             raise ValueError(f"{file} line {number} lacks question, answer or image_id")
         yield question, answer, image
+
+
+def _asked(raw: str | Path, files: Sequence[Path] = ()) -> Iterator[Pair]:
+    seen: Counter[str] = Counter()
+    for row in table_rows(raw, QUESTION_COLUMNS, ANSWER_COLUMNS, files=files):
+        given = row.cells.get("answers", "")
+        if row.fault or not given and row.split != "test":
+            yield row.split, {"id": row.where, "fault": row.fault or "it has no answer"}
+            continue
+        answers = _answers(given, row.where)
+        chosen = next(iter(Counter(answers).most_common(1)), (None,))[0]  # the commonest, or that of the highest score
+        id = str(row.cells["id"]) or f"{row.image}#{seen[row.image]}"
+        seen[row.image] += 1
+        text = field(row.cells, "question", str, row.where)
+        yield row.split, {"id": id, "image": row.path, "text": text, "answers": answers, "multiple_choice_answer": chosen}
+
+
+def _answers(given: Any, where: str) -> list[str] | dict[str, Any]:
+    """An answer, a list of them, or {answer: score}; ValueError for anything else."""
+    if isinstance(given, dict):
+        if all(isinstance(score, int | float) and 0 <= score <= 1 for score in given.values()):
+            return given
+        raise ValueError(f"{where} has answers {str(given)[:60]}: scores are numbers from 0 to 1")
+    answers = given if isinstance(given, list) else [given] if given != "" else []
+    if not all(isinstance(answer, str | int) for answer in answers):
+        raise ValueError(f"{where} has answers {str(given)[:60]}: give an answer, a list of answers, or {{answer: score}}")
+    return [str(answer) for answer in answers]
+
+
+def _genome_of_val(raw: Path) -> set[int]:
+    """Visual Genome's numbers of the COCO images that the val or test questions in `raw` are about."""
+    questions = [file for file in _question_files(raw) if SPLITS.get(subset(file).lower()) != "train"]
+    coco = {question.get("image_id") for file in questions for question in field(read_json(file), "questions", list, file)}
+    known = found(raw, "image_data.json")[:1]
+    rows = ((row, f"{file} [{number}]") for file in known for number, row in enumerate(read_json(file)))
+    return {field(row, "image_id", int, where) for row, where in rows if row.get("coco_id") in coco - {None}}
 
 
 def _answered(id: str, image: Path | str, text: str, answer: str) -> Record:

@@ -1,24 +1,26 @@
-"""Tables of captioned images, CSV, TSV or JSON lines, with a column of images and one of texts.
+"""Tables, CSV, TSV or JSON lines, with a column of images: read row by row for any task, and captions made of them.
 
 open_clip's training files, Hugging Face's image folders, Kaggle's Flickr8k and Flickr30k and most sets made at home look
-like this. Gives (split, {id: "image#k", image, text}), one record per caption. Nothing is ever downloaded.
+like this. A reader says which columns it wants; `table_rows` finds them, the images and the splits. Nothing is ever downloaded.
 """
 
 import csv
-import json
 import os
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from beit3.data.formats.files import SPLITS, Pair, lines, named_split, nothing_known, or_held_out, split_name
+from beit3.data.formats.files import SPLITS, Pair, field, json_lines, lines, named_split, nothing_known, or_held_out, read_json, split_name
 
-# Case is ignored; where a table has several of them, the first counts.
+Columns = Mapping[str, tuple[str, ...]]
+"""A reader's name for a column -> the names that a table may give it. Case is ignored; of several the first counts."""
+
 IMAGE_COLUMNS = (
     "image", "filepath", "filename", "file", "path", "img", "file_name", "file_path", "image_name", "image_path", "image_file", "img_path",
 )  # fmt: skip
 TEXT_COLUMNS = ("text", "caption", "title", "sentence", "description", "comment", "texts", "captions", "sentences")
+OPTIONAL: Columns = {"split": ("split",), "id": ("id",)}
 # Folders beside a table where its images may be; the last is how Flickr30k unpacks.
 PLACES = ("", "images", "Images", "flickr30k_images")
 ENDINGS = frozenset({".csv", ".tsv", ".jsonl"})
@@ -26,42 +28,61 @@ DELIMITERS = ",\t|;"
 
 
 class Row(NamedTuple):
-    """One image with its texts as a table gives them; `fault` says why a row is none."""
+    """A row: its image as the table names it and where that is; the columns asked for. `fault` says why a row is none."""
 
+    file: Path
     where: str
-    image: str
-    texts: list[str]
-    split: str = ""
-    id: str = ""
+    split: str
+    cells: dict[str, Any]
+    image: str = ""
+    path: str = ""
     fault: str = ""
 
 
 def tables(raw: str | Path) -> Iterator[Pair]:
     """The captions of a table, or of all tables in a folder: {id: "image#k", image, text}, k counting an image's captions.
 
+    An `id` in JSON lines takes the place of the image's name. A row with too few or too many cells is a record {id, fault}.
+    """
+    captions: Counter[str] = Counter()
+    for row in table_rows(raw, {"image": IMAGE_COLUMNS, "text": TEXT_COLUMNS}):
+        given = row.cells.get("text", "")
+        texts = given if isinstance(given, list) else [given]
+        if row.fault or not texts:
+            yield row.split, {"id": row.where, "fault": row.fault or "it has no text"}
+            continue
+        if not all(isinstance(text, str) for text in texts):
+            raise ValueError(f"{row.where}: text should be a text or a list of texts, not {str(given)[:60]}")
+        # In a CSV an `id` counts its rows or captions.
+        key = str(row.cells["id"] if row.file.suffix.lower() == ".jsonl" else "") or row.image
+        for text in texts:
+            yield row.split, {"id": f"{key}#{captions[key]}", "image": row.path, "text": text.strip()}
+            captions[key] += 1
+
+
+def table_rows(raw: str | Path, needed: Columns, also: Columns = OPTIONAL, *, files: Sequence[Path] = ()) -> Iterator[Row]:
+    """The rows of a table, of all tables in a folder, or of `files`; `needed` columns must be there, `also` may ("" if not).
+
     Splits come from a column `split`, else from the file's name or folder. Without a val, 5 % of the images are held out
-    with all their captions. A row with too few or too many cells is a record {id, fault}.
+    with all their rows. A row without an image, or with too few or too many cells, has a fault.
     """
     raw = Path(raw).absolute()
-    files = table_files(raw)
+    files = files or table_files(raw)
     if not files:
         raise nothing_known(raw, ".csv, .tsv, .jsonl or captions.txt (tables)")
     named = {file: named_split(file, raw) for file in files}
-    captions: Counter[str] = Counter()
     for file, name in named.items():
-        for row in _json_rows(file) if file.suffix.lower() == ".jsonl" else _rows(file):
-            if row.fault or not row.image or not row.texts:
-                yield name or "train", {"id": row.where, "fault": row.fault or f"it has no {'text' if row.image else 'image'}"}
+        for where, cells, fault in _cells(file, needed, also):
+            if fault or not cells["image"]:
+                yield Row(file, where, name or "train", {}, fault=fault or "it has no image")
                 continue
-            if "://" in row.image:
-                raise _urls(file)
+            image = field(cells, "image", str, where)
+            path = find_image(file, image)
             # From the table's folder, so that "./a.jpg", "a.jpg" and the absolute path are one image, wherever the folder is.
-            image = os.path.relpath(os.path.join(file.parent, row.image), file.parent)
-            side = split_name(row.split, row.where) if row.split else or_held_out(name or "train", image, has_val="val" in named.values())
-            path, key = _find(file.parent, row.image), row.id or image
-            for text in row.texts:
-                yield side, {"id": f"{key}#{captions[key]}", "image": path, "text": text}
-                captions[key] += 1
+            image = os.path.relpath(os.path.join(file.parent, image), file.parent)
+            given = str(cells.get("split", ""))
+            side = split_name(given, where) if given else or_held_out(name or "train", image, has_val="val" in named.values())
+            yield Row(file, where, side, cells, image, path)
 
 
 def table_files(raw: Path) -> list[Path]:
@@ -78,63 +99,70 @@ def is_tables(raw: Path) -> bool:
     return bool(table_files(raw))
 
 
-def _rows(file: Path) -> Iterator[Row]:
+def find_image(table: Path, image: str) -> str:
+    """Absolute path of an image beside the table or in the folder above, or where it was expected; an absolute name stays."""
+    if "://" in image:
+        raise _urls(table)
+    base = table.parent
+    paths = [os.path.join(place, image) for place in (*(base / name for name in PLACES), base.parent)]
+    return next((path for path in paths if os.path.isfile(path)), paths[0])
+
+
+Cells = tuple[str, dict[str, Any], str]
+"""(where, column -> value, fault)."""
+
+
+def _cells(file: Path, needed: Columns, also: Columns) -> Iterator[Cells]:
+    kind = file.suffix.lower()
+    if kind not in (".json", ".jsonl"):
+        yield from _csv_cells(file, needed, also)
+        return
+    for where, entry in json_lines(file) if kind == ".jsonl" else _json_list(file):
+        if not isinstance(entry, dict):
+            raise ValueError(f"{where} holds a {type(entry).__name__}: it should be an object with an {', a '.join(needed)}")
+        entry = {name.lower(): value for name, value in entry.items()}
+        names = _columns(entry, needed, also, where)
+        values = {column: entry.get(name) for column, name in names.items()}
+        yield where, {key: value.strip() if isinstance(value, str) else "" if value is None else value for key, value in values.items()}, ""
+
+
+def _json_list(file: Path) -> Iterator[tuple[str, Any]]:
+    content = read_json(file)
+    if not isinstance(content, list):
+        raise ValueError(f"{file} holds a {type(content).__name__}: it should be a list of objects")
+    yield from ((f"{file} [{number}]", entry) for number, entry in enumerate(content))
+
+
+def _csv_cells(file: Path, needed: Columns, also: Columns) -> Iterator[Cells]:
     given = lines(file)
     header = next(given, "")
     delimiter = "\t" if file.suffix.lower() == ".tsv" else max(DELIMITERS, key=header.count)
-    names = [name.strip().lower() for name in next(csv.reader([header], delimiter=delimiter), [])]
-    image, text, split, _ = _columns(names, file)
+    heads = [name.strip().lower() for name in next(csv.reader([header], delimiter=delimiter), [])]
+    names = _columns(heads, needed, also, file)
     reader = csv.reader(given, delimiter=delimiter)
     try:
         for cells in reader:
             where = f"{file} line {reader.line_num + 1}"
-            row = dict(zip(names, map(str.strip, cells), strict=False))
-            if len(cells) == len(names):
-                yield Row(where, row[image], [row[text]], row[split] if split else "")
+            row = dict(zip(heads, map(str.strip, cells), strict=False))
+            if len(cells) == len(heads):
+                yield where, {column: row.get(name, "") for column, name in names.items()}, ""
             elif any(row.values()):  # Flickr30k's results.csv has one such line
-                yield Row(where, "", [], fault=f"{len(cells)} cells for {len(names)} columns: put quotes around cells with {delimiter!r}")
+                yield where, {}, f"{len(cells)} cells for {len(heads)} columns: put quotes around cells with {delimiter!r}"
     except csv.Error as error:
         raise ValueError(f"{file} line {reader.line_num + 1} cannot be read ({error}): check its quotes") from None
 
 
-def _json_rows(file: Path) -> Iterator[Row]:
-    for number, line in enumerate(lines(file), 1):
-        if not line.strip():
-            continue
-        where = f"{file} line {number}"
-        try:
-            entry = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{where} is not JSON ({error}): check that the file is whole") from None
-        if not isinstance(entry, dict):
-            raise ValueError(f"{where} holds a {type(entry).__name__}: each line should be an object with an image and a text")
-        entry = {name.lower(): value for name, value in entry.items()}
-        image, text, split, id = _columns(entry, where)
-        texts = entry[text] if isinstance(entry[text], list) else [entry[text]]
-        if not (isinstance(entry[image], str) and all(isinstance(each, str) for each in texts)):
-            raise ValueError(f"{where}: {image} should be a file name and {text} a text or a list of texts")
-        others = ("" if entry.get(name) is None else str(entry[name]) for name in (split, id))
-        yield Row(where, entry[image].strip(), [each.strip() for each in texts], *others)
-
-
-def _columns(names: Collection[str], where: str | Path) -> tuple[str, str, str, str]:
-    """The columns of images, texts, splits and ids; the last two may be ''. ValueError where one of the first two is missing."""
-    image = next((name for name in IMAGE_COLUMNS if name in names), "")
-    text = next((name for name in TEXT_COLUMNS if name in names), "")
-    if not image and any(name.endswith("url") or "://" in name for name in names):
+def _columns(names: Collection[str], needed: Columns, also: Columns, where: str | Path) -> dict[str, str]:
+    """The table's name of each column, "" for those of `also` that are not there. ValueError where a needed one is missing."""
+    found = {column: next((name for name in known if name in names), "") for column, known in {**also, **needed}.items()}
+    if not found["image"] and any(name.endswith("url") or "://" in name for name in names):
         raise _urls(where)
-    if not (image and text):
-        raise ValueError(
-            f"{where} has the columns {', '.join(map(_short, [*names][:8])) or 'none'}: name one {IMAGE_COLUMNS[0]} "
-            f"(or {', '.join(IMAGE_COLUMNS[1:6])}) and one {TEXT_COLUMNS[0]} (or {', '.join(TEXT_COLUMNS[1:5])})"
+    if not all(found[column] for column in needed):
+        wanted = " and ".join(
+            f"one {known[0]}" + (f" (or {', '.join(known[1:6])})" if len(known) > 1 else "") for known in needed.values()
         )
-    return image, text, "split" if "split" in names else "", "id" if "id" in names else ""
-
-
-def _find(base: Path, image: str) -> str:
-    """Absolute path of an image beside the table, or where it was expected; an absolute name stays as it is."""
-    paths = [os.path.join(base, place, image) for place in PLACES]
-    return next((path for path in paths if os.path.isfile(path)), paths[0])
+        raise ValueError(f"{where} has the columns {', '.join(map(_short, [*names][:8])) or 'none'}: name {wanted}")
+    return found
 
 
 def _urls(where: Any) -> ValueError:

@@ -1,0 +1,240 @@
+"""The release's classes and factories over our network: code that vendored unilm/beit3 switches by changing an import.
+
+Names, arguments, results and `state_dict` keys are upstream's; parameters and attributes inside the network are ours (a
+table is in docs/migrating.md). Nothing is stored between calls, so one model serves several threads. Padding is 1 where
+a token is padding, `attn_mask` 1 where attention is blocked. Upstream's own signatures end in **kwargs that it passes on
+and ignores, and its users rely on that: so do these. What cannot be honoured is a ValueError that names the argument.
+"""
+
+import math
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from beit3.compat.network import BEiT3, BEiT3Wrapper, EncoderConfig, State, _get_base_config, _get_large_config
+from beit3.config import suggestion
+from beit3.model.attention_mask import image_to_text
+from beit3.model.config import POSITION_OFFSET
+from beit3.ops.losses import contrastive
+from beit3.ops.positions import resample_positions
+from beit3.tasks import imagenet, nlvr2, vqa
+from beit3.weights.fill import first_few
+from beit3.weights.official import read_file
+
+Norm = Callable[[int], nn.Module]
+
+# The tasks -----------------------------------------------------------------------------------------------------------
+
+
+class Pooler(vqa.Pooler):
+    """Takes all states [B, N, D] and reads the first."""
+
+    def forward(self, states: Tensor) -> Tensor:
+        return super().forward(states[:, 0])
+
+
+class BEiT3ForVisualQuestionAnswering(BEiT3Wrapper):
+    def __init__(self, args: Any, num_classes: int = 3129, norm_layer: Norm = nn.LayerNorm, **kwargs: Any):
+        super().__init__(args)
+        dim = args.encoder_embed_dim
+        self.pooler = Pooler(dim, 1e-5)
+        self.pooler.norm = norm_layer(dim)  # type: ignore[assignment]
+        self.head = nn.Sequential(nn.Linear(dim, 2 * dim), norm_layer(2 * dim), nn.GELU(), nn.Linear(2 * dim, num_classes))
+        for part in (self.pooler, self.head):
+            part.apply(self._init_weights)
+
+    def forward(self, image: Tensor, question: Tensor, padding_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
+        """Logits [B, num_classes]."""
+        return self.head(self.pooler(self.beit3(question, image, padding_mask)["encoder_out"]))
+
+
+class BEiT3ForVisualReasoning(BEiT3Wrapper):
+    def __init__(self, args: Any, num_classes: int = 2, norm_layer: Norm = nn.LayerNorm, **kwargs: Any):
+        super().__init__(args)
+        dim = args.encoder_embed_dim
+        self.head = nlvr2.Head(dim, 1e-5)
+        self.head.norm1, self.head.norm2 = norm_layer(4 * dim), norm_layer(2 * dim)  # type: ignore[assignment]
+        self.head.dense2 = nn.Linear(2 * dim, num_classes)
+        self.head.apply(self._init_weights)
+        for layer in (self.head.dense1, self.head.dense2):
+            layer.weight.data.mul_(nlvr2.SMALL_START)
+
+    def forward(
+        self, image_a: Tensor, image_b: Tensor, text_description: Tensor, padding_mask: Tensor | None = None, **kwargs: Any
+    ) -> Tensor:
+        """Logits [B, num_classes], false before true."""
+        padding = None if padding_mask is None else padding_mask.repeat(2, 1)
+        found = self.beit3(text_description.repeat(2, 1), torch.cat((image_a, image_b)), padding)
+        states = found["encoder_out"][:, [0, found["multiway_split_position"]]].flatten(1)  # [2B, 2D]
+        return self.head(torch.cat(states.chunk(2), 1))
+
+
+class BEiT3ForImageClassification(BEiT3Wrapper):
+    def __init__(self, args: Any, num_classes: int = 1000, norm_layer: Norm = nn.LayerNorm, **kwargs: Any):
+        super().__init__(args)
+        self.fc_norm = norm_layer(args.encoder_embed_dim)
+        self.head = nn.Linear(args.encoder_embed_dim, num_classes) if num_classes > 0 else nn.Identity()
+        self.head.apply(self._init_weights)
+        for parameter in self.head.parameters():
+            parameter.data.mul_(imagenet.SMALL_START)
+
+    def forward(self, image: Tensor, **kwargs: Any) -> Tensor:
+        """Logits [B, num_classes] of the patches' mean."""
+        return self.head(self.fc_norm(self.beit3(visual_tokens=image)["encoder_out"][:, 1:].mean(1)))
+
+
+class BEiT3ForCaptioning(BEiT3Wrapper):
+    def __init__(self, args: Any, **kwargs: Any):
+        super().__init__(args)
+        self.mlm_head = nn.Linear(args.encoder_embed_dim, args.vocab_size)
+        self.mlm_head.apply(self._init_weights)
+
+    def forward(
+        self, image: Tensor | None, text_ids: Tensor, padding_mask: Tensor | None, language_masked_pos: Tensor | None,
+        text_len: int | None = None, incremental_state: State | None = None, **kwargs: Any,
+    ) -> tuple[Tensor, State | None]:  # fmt: skip
+        """(logits of the text's places [B, L, V], or of the masked ones [n, V]; the state).
+
+        A step without an image goes on from `incremental_state`, where the last `text_ids` are those of a text of `text_len`.
+        """
+        count = text_ids.shape[1]
+        total, positions = count if text_len is None else text_len, None
+        if image is not None:
+            if total != count:
+                raise ValueError(f"text_len {total} with {count} text_ids beside an image: give all of them, or leave text_len out")
+            patch = self.beit3.config.patch_size
+            mask = image_to_text(1 + (image.shape[2] // patch) * (image.shape[3] // patch), count, device=text_ids.device)
+        else:
+            if not incremental_state or "prev_key" not in incremental_state.get(0, {}):
+                raise ValueError("no image and no incremental_state of one: the first step needs the image")
+            seen = incremental_state[0]["prev_key"].shape[2]
+            mask, padding_mask = image_to_text(seen + count - total, total, device=text_ids.device)[-count:], None
+            positions = torch.arange(total - count, total, device=text_ids.device)[None] + POSITION_OFFSET
+        states = self.beit3(text_ids, image, padding_mask, ~mask, incremental_state=incremental_state, positions=positions)["encoder_out"]
+        states = states[:, -count:]
+        return self.mlm_head(states if language_masked_pos is None else states[language_masked_pos.bool()]), incremental_state
+
+
+class BEiT3ForRetrieval(BEiT3Wrapper):
+    def __init__(self, args: Any, **kwargs: Any):
+        super().__init__(args)
+        self.language_head = nn.Linear(args.encoder_embed_dim, args.encoder_embed_dim, bias=False)
+        self.vision_head = nn.Linear(args.encoder_embed_dim, args.encoder_embed_dim, bias=False)
+        for head in (self.language_head, self.vision_head):
+            head.apply(self._init_weights)
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+
+    def forward(
+        self, image: Tensor | None = None, text_description: Tensor | None = None, padding_mask: Tensor | None = None,
+        only_infer: bool = False, **kwargs: Any,
+    ) -> tuple[Tensor | None, ...]:  # fmt: skip
+        """Unit features [B, D] of images and texts, None of what was not given; without `only_infer` the loss before them.
+
+        The loss compares the pairs of all processes, each of which has the mean over its own.
+        """
+        vision = language = None
+        if image is not None:
+            vision = F.normalize(self.vision_head(self.beit3(visual_tokens=image)["encoder_out"][:, 0]), dim=-1)
+        if text_description is not None:
+            states = self.beit3(text_description, text_padding_position=padding_mask)["encoder_out"]
+            language = F.normalize(self.language_head(states[:, 0]), dim=-1)
+        if only_infer:
+            return vision, language
+        if vision is None or language is None:
+            raise ValueError("a loss needs image and text_description: give both, or only_infer=True")
+        return contrastive(vision, language, self.logit_scale.exp())[0] / len(vision), vision, language
+
+
+# Files and names ----------------------------------------------------------------------------------------------------
+
+IMAGE_TABLE = "beit3.encoder.embed_positions.A.weight"
+
+
+def load_model_and_may_interpolate(ckpt_path: str | Path, model: BEiT3Wrapper, model_key: str = "", model_prefix: str = "") -> list[str]:
+    """Load what fits of a released file, the image positions resampled; returns what did not come from it, as lines.
+
+    `model_key` plays no part: the tensors are found in whatever they are nested. Heads of another shape keep their initial
+    values, with a warning, as all do that the file lacks. Raises ValueError for a file that cannot be read and for a
+    prefix, RuntimeError for another network's tensors.
+    """
+    if model_prefix:
+        raise ValueError(f"model_prefix {model_prefix!r}: a released file's names have none, give ''")
+    state, own = read_file(ckpt_path), model.state_dict()
+    if IMAGE_TABLE in state:
+        keep = POSITION_OFFSET + 1
+        side = math.isqrt(len(state[IMAGE_TABLE]) - keep)
+        state[IMAGE_TABLE] = resample_positions(state[IMAGE_TABLE], (side, side), model.beit3.config.grid, keep=keep)
+    for name in [name for name in state if name in own and state[name].shape != own[name].shape and not name.startswith("beit3.")]:
+        del state[name]
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    if missing:
+        warnings.warn(f"{len(missing)} tensors are not in {ckpt_path} in this shape and stay untrained: {first_few(missing)}", stacklevel=2)
+    return [f"untrained: {name}" for name in missing] + [f"left out: {name}" for name in unexpected]
+
+
+KINDS: dict[str, tuple[type[BEiT3Wrapper], dict[str, Any]]] = {
+    "imageclassification": (BEiT3ForImageClassification, {"num_classes": 1000}),
+    "vqav2": (BEiT3ForVisualQuestionAnswering, {"num_classes": 3129}),
+    "nlvr2": (BEiT3ForVisualReasoning, {"num_classes": 2}),
+    "captioning": (BEiT3ForCaptioning, {}),
+    "retrieval": (BEiT3ForRetrieval, {}),
+}
+ARGUMENTS = ("img_size", "patch_size", "drop_path_rate", "checkpoint_activations", "mlp_ratio", "vocab_size")
+SIZES = {
+    "base": {"imageclassification": (224,), "nlvr2": (224,), "captioning": (224, 480), "retrieval": (224, 384), "vqav2": (384, 480)},
+    "large": {"imageclassification": (224,), "nlvr2": (224,), "captioning": (480,), "retrieval": (384,), "vqav2": (384, 480, 768)},
+}
+
+
+def _factory(size: str, pixels: int, kind: str) -> Callable[..., BEiT3Wrapper]:
+    """The function that upstream registers under this name."""
+
+    model, outputs = KINDS[kind]
+    known = (*ARGUMENTS, "norm_layer", *outputs) if outputs else ARGUMENTS
+
+    def make(pretrained: bool = False, **kwargs: Any) -> BEiT3Wrapper:
+        if pretrained:
+            raise ValueError("pretrained=True: nothing is downloaded; give the file to load_model_and_may_interpolate")
+        for name in kwargs:
+            if name not in known:
+                raise ValueError(f"{name}={kwargs[name]!r} means nothing to {kind}{suggestion(name, known)} (known: {', '.join(known)})")
+        args = (_get_base_config if size == "base" else _get_large_config)(**{"img_size": pixels} | kwargs)
+        args.normalize_output = kind not in ("imageclassification", "vqav2")
+        return model(args, **outputs | kwargs)
+
+    make.__name__ = make.__qualname__ = f"beit3_{size}_patch16_{pixels}_{kind}"
+    return make
+
+
+MODELS = {
+    f"beit3_{size}_patch16_{pixels}_{kind}": _factory(size, pixels, kind)
+    for size, kinds in SIZES.items()
+    for kind, sizes in kinds.items()
+    for pixels in sizes
+}
+"""Every name that upstream registers -> its factory; each is also an attribute of this module."""
+
+
+def create_model(model_name: str, pretrained: bool = False, **kwargs: Any) -> BEiT3Wrapper:
+    """timm's way to a model by its name. Upstream's arguments: drop_path_rate, vocab_size, checkpoint_activations and the like."""
+    if model_name not in MODELS:
+        raise ValueError(f"no model {model_name}{suggestion(model_name, list(MODELS))} (known: {', '.join(MODELS)})")
+    return MODELS[model_name](pretrained=pretrained, **{name: value for name, value in kwargs.items() if value is not None})
+
+
+__all__ = [
+    "BEiT3", "BEiT3ForCaptioning", "BEiT3ForImageClassification", "BEiT3ForRetrieval", "BEiT3ForVisualQuestionAnswering",
+    "BEiT3ForVisualReasoning", "BEiT3Wrapper", "EncoderConfig", "MODELS", "Pooler", "_get_base_config", "_get_large_config",
+    "create_model", "load_model_and_may_interpolate", *MODELS,
+]  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    if name in MODELS:
+        return MODELS[name]
+    raise AttributeError(f"module 'beit3.compat' has no attribute {name!r}")

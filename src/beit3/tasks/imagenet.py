@@ -1,0 +1,309 @@
+"""Image classification (paper section 3.2), in two forms.
+
+`head="linear"`, the release's: the mean of the patches' states, without a final norm, through a norm and a linear layer.
+`head="names"`, the paper's: image-to-text retrieval, in which the class names are the texts; it needs no head of its own,
+so the same weights classify into any list of names.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from beit3.data import formats
+from beit3.data.augment import auto_augment, random_erasing
+from beit3.data.mixing import mix
+from beit3.data.prepare import write_splits
+from beit3.data.records import locate, open_image, write_text
+from beit3.data.transforms import IMAGENET, Preprocessing, training_view
+from beit3.metrics.classification import top_k_accuracy
+from beit3.model.beit3 import BEiT3
+from beit3.model.config import BASE, GIANT, LARGE, SMALL, TINY, ModelConfig
+from beit3.ops.collectives import all_gather_with_gradient, rank, world_size
+from beit3.ops.precision import at_least_float32
+from beit3.recipe import DataConfig, OptimConfig, Recipe, RunConfig, TaskConfig
+from beit3.task import Batch, Example, Prediction, Record, Task, experts_left_out, joined, record_rng
+from beit3.tokenizer.text import TextTokenizer
+
+CANDIDATES = 5
+SMALL_START = 1e-3
+"""Factor of the initial values of the linear head (release)."""
+
+TEMPERATURE = 0.07
+PIXELS = Preprocessing(224, *IMAGENET, resize="crop")
+
+
+@dataclass(frozen=True)
+class ImageNetConfig(TaskConfig):
+    """`model.final_norm` is off with the linear head, on with names."""
+
+    model: ModelConfig = replace(BASE, final_norm=False)
+    image: Preprocessing = PIXELS
+    text_length: int = 32
+    """Tokens of a class name with its prompt."""
+    head: Literal["linear", "names"] = "linear"
+    num_classes: int = 1000
+    classes: tuple[str, ...] = ()
+    """Class names in the order of the labels; empty = unknown, which a linear head can do without."""
+    prompt: str = "{}"
+    """What is said of a name, which takes the place of {}."""
+    names_per_pass: int = 512
+    """Names that are encoded at once; beyond it a pass is recomputed for its gradient instead of kept."""
+    crop: tuple[float, float] = (0.08, 1.0)
+    flip: float = 0.5
+    auto_augment: bool = True
+    erasing: float = 0.25
+    """Chance that a box of a training picture is filled with noise."""
+    mixup: float = 0.8
+    cutmix: float = 1.0
+    """Parameters of the Beta distributions that blend pictures or boxes of them; both 0 = no mixing."""
+    label_smoothing: float = 0.1
+
+
+def _finetuning(model: ModelConfig, lr: float, layer_decay: float, drop: float, note: str) -> Recipe:
+    """The release's commands: batch 1024, 50 epochs, 5 of warmup."""
+    return Recipe(
+        task=ImageNetConfig(model=replace(model, final_norm=False, drop_path_rate=drop)),
+        data=DataConfig(batch={"main": 1024}, workers=8),
+        optim=OptimConfig(lr=lr, weight_decay=0.05, warmup_epochs=5, layer_decay=layer_decay),
+        run=RunConfig(epochs=50, micro_batch=64, log_every=50, eval_every=2_000, save_every=1_000),
+        note=note,
+    )
+
+
+def _by_names(size: int, batch: int, optim: OptimConfig, epochs: float, note: str) -> Recipe:
+    """The paper's giant (appendix): stochastic depth .4, label smoothing .1."""
+    model = replace(GIANT, image_size=size, drop_path_rate=0.4)
+    return Recipe(
+        task=ImageNetConfig(model=model, image=replace(PIXELS, image_size=size), head="names", mixup=0.0, cutmix=0.0),
+        data=DataConfig(batch={"main": batch}, workers=8),
+        optim=optim,
+        run=RunConfig(epochs=epochs, micro_batch=16, checkpointing=True, log_every=50, eval_every=2_000, save_every=1_000),
+        note=note,
+    )
+
+
+def _small(model: ModelConfig, size: int, head: Literal["linear", "names"], steps: int, note: str, *, crop: float) -> Recipe:
+    return Recipe(
+        task=ImageNetConfig(
+            model=replace(model, image_size=size, final_norm=head == "names"), image=Preprocessing(size), text_length=12, head=head,
+            num_classes=1, crop=(crop, 1.0), flip=0.5 if crop < 1 else 0.0, auto_augment=False, erasing=0.0, mixup=0.0, cutmix=0.0,
+        ),
+        data=DataConfig(batch={"main": 64}),
+        optim=OptimConfig(lr=5e-4, betas=(0.9, 0.98), weight_decay=0.05, warmup_steps=20, clip=3.0),
+        run=RunConfig(steps=steps, log_every=10, save_every=100),
+        note=note,
+    )  # fmt: skip
+
+
+class ImageNet(Task):
+    """Backbone on images, and a linear head or the encoder of class names."""
+
+    Config = ImageNetConfig
+    headline = "accuracy"
+    official_names: ClassVar[Mapping[str, str]] = {
+        "fc_norm": "fc_norm", "head": "head",
+        "image_projection": "vision_head", "text_projection": "language_head", "logit_scale": "logit_scale",
+    }  # fmt: skip
+    recipes: ClassVar[Mapping[str, Recipe]] = {
+        "demo": _small(TINY, 32, "linear", 200, "the embedded world's ten kinds of objects", crop=1.0),
+        "demo_names": _small(TINY, 32, "names", 200, "the same by their names", crop=1.0),
+        "laptop": _small(SMALL, 112, "linear", 400, "folders of photographs on two CPU cores", crop=0.6),
+        "laptop_names": _small(SMALL, 112, "names", 400, "the same by the folders' names", crop=0.6),
+        "base_224": _finetuning(BASE, 7e-4, 0.65, 0.15, "release: ImageNet-1k top-1 85.4"),
+        "large_224": _finetuning(LARGE, 2e-4, 0.8, 0.25, "release: ImageNet-1k top-1 87.6"),
+        "giant_224_in21k": _by_names(
+            224, 16_384, OptimConfig(lr=5e-5, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.05, warmup_epochs=5, layer_decay=0.85), 50,
+            "paper: the ImageNet-21k stage, by names",
+        ),
+        "giant_336": _by_names(
+            336, 2_048, OptimConfig(lr=3e-5, weight_decay=0.05, warmup_epochs=3, layer_decay=0.95), 15,
+            "paper, from giant_224_in21k: ImageNet-1k top-1 89.6, by names",
+        ),
+    }  # fmt: skip
+
+    backbone: BEiT3
+
+    def __init__(self, config: ImageNetConfig, *, tokenizer: TextTokenizer | None = None):
+        super().__init__(config, tokenizer=tokenizer)
+        self.config: ImageNetConfig = config
+        if config.classes and len(config.classes) != config.num_classes:
+            raise ValueError(f"{len(config.classes)} class names for {config.num_classes} classes: give the list of these weights")
+        if config.model.final_norm != (config.head == "names"):
+            raise ValueError(f"task.model.final_norm must be {config.head == 'names'} with task.head {config.head}")
+        self.backbone = BEiT3(config.model)
+        dim = config.model.dim
+        if config.head == "linear":
+            self.fc_norm = nn.LayerNorm(dim, eps=config.model.norm_eps)
+            self.head = nn.Linear(dim, config.num_classes)
+        else:
+            self.image_projection = nn.Linear(dim, dim, bias=False)
+            self.text_projection = nn.Linear(dim, dim, bias=False)
+            self.logit_scale = nn.Parameter(torch.empty(1))
+        self._name_features: Tensor | None = None
+
+    @property
+    def unused(self) -> Mapping[str, str]:  # type: ignore[override]
+        """With a linear head no text is read; nothing is ever fused."""
+        return experts_left_out(self.backbone, "fusion", *(("text",) if self.config.head == "linear" else ()))
+
+    def init_parameter(self, name: str, parameter: Tensor, generator: torch.Generator) -> None:
+        """The linear head starts a thousand times smaller, the temperature at TEMPERATURE."""
+        super().init_parameter(name, parameter, generator)
+        if name.startswith("head."):
+            parameter.mul_(SMALL_START)
+        if name == "logit_scale":
+            parameter.fill_(math.log(1 / TEMPERATURE))
+
+    def train(self, mode: bool = True) -> "ImageNet":
+        """The names' features are kept as long as the weights stand still."""
+        self._name_features = None
+        return super().train(mode)
+
+    # Data ------------------------------------------------------------------------------------------------------------
+
+    @staticmethod
+    def prepare(raw: Path, root: Path, source: str) -> Mapping[str, Any]:
+        """Folders of one class each, or a table of images and class names -> records with labels, and the names beside them."""
+        names, rows = formats.classes(raw)
+        report = write_splits(root, "imagenet", source, rows)
+        write_text(root / "imagenet" / source / "classes.txt", "".join(f"{name}\n" for name in names))
+        return dict(report) | {"classes": len(names)}
+
+    @staticmethod
+    def configure(config: TaskConfig, root: Path) -> TaskConfig:
+        """Take the class names from the records."""
+        assert isinstance(config, ImageNetConfig)
+        classes = read_classes(locate(root, "imagenet", "main", "train").with_name("classes.txt"))
+        return replace(config, classes=classes, num_classes=len(classes))
+
+    def record(self, image: Any) -> Record:
+        """Raw inputs -> record."""
+        return {"id": "0", "image": image}
+
+    def example(self, record: Record, train: bool, *, rng: np.random.Generator | None = None) -> Example:
+        """`image` [3, S, S], and `target`, the label, where the record holds one."""
+        rng = rng or record_rng(record)
+        image = open_image(record["image"])
+        pixels = self.view(image, rng) if train else self.config.image(image)
+        example = {"id": str(record["id"]), "image": pixels}
+        if "label" not in record:
+            return example
+        label = int(record["label"])
+        if not 0 <= label < self.config.num_classes:
+            raise ValueError(f"label {label} is none of the {self.config.num_classes} classes: give records of the same classes")
+        return example | {"target": torch.tensor(label)}
+
+    def view(self, image: Tensor, rng: np.random.Generator) -> Tensor:
+        """The training pixels [3, S, S]: crop, flip, RandAugment and erasing as far as the config asks for them."""
+        config = self.config
+        image = training_view(image, rng, image_size=config.image.image_size, crop=config.crop, flip=config.flip)
+        if config.auto_augment:
+            image = auto_augment(image, rng)
+        pixels = config.image(image)
+        return random_erasing(pixels, rng, rate=config.erasing) if config.erasing else pixels
+
+    # Training --------------------------------------------------------------------------------------------------------
+
+    def outputs(self, batch: Batch) -> dict[str, Tensor]:
+        """`logits` [B, C]."""
+        encoded = self.backbone(image=batch["image"])
+        if self.config.head == "linear":
+            return {"logits": self.head(self.fc_norm(encoded.of("image")[:, 1:].mean(1)))}
+        image = F.normalize(at_least_float32(self.image_projection(encoded.first("image"))), dim=-1)
+        return {"logits": self.logit_scale.to(image.dtype).exp() * image @ self.name_features().T}
+
+    def forward(self, batch: Batch) -> dict[str, dict[str, Tensor]]:
+        """Cross-entropy of the label, in training smoothed, and mixed where the config says so."""
+        config, label = self.config, batch["target"]
+        images, smoothing = batch["image"], config.label_smoothing if self.training else 0.0
+        target = F.one_hot(label, config.num_classes).to(at_least_float32(images).dtype)
+        if self.training and (config.mixup or config.cutmix):
+            images, target = mix(images, target, None, mixup=config.mixup, cutmix=config.cutmix, smoothing=smoothing)
+            smoothing = 0.0
+        logits = at_least_float32(self.outputs({"image": images})["logits"])
+        loss = F.cross_entropy(logits, target.to(logits.dtype), reduction="sum", label_smoothing=smoothing)
+        return {"losses": {"loss": loss}, "metrics": {"loss/accuracy": (logits.argmax(1) == target.argmax(1)).sum()}}
+
+    # Names -----------------------------------------------------------------------------------------------------------
+
+    def name_features(self) -> Tensor:
+        """Unit features [C, D] of the class names. Processes share the work; without gradients they are kept."""
+        if self._name_features is not None:
+            return self._name_features
+        text, padding = (part.to(self.logit_scale.device) for part in self.name_tensors())
+        count, world = len(text), world_size()
+        share = -(-count // world)
+        mine = [min(rank() * share + place, count - 1) for place in range(share)]  # the last name fills up uneven shares
+        features = [self.encode_names(text[rows], padding[rows], share > self.config.names_per_pass) for rows in self.passes(mine)]
+        everyone = all_gather_with_gradient(torch.cat(features))[:count]
+        if not torch.is_grad_enabled():
+            self._name_features = everyone
+        return everyone
+
+    def passes(self, rows: list[int]) -> list[list[int]]:
+        """Rows in pieces of `names_per_pass`."""
+        size = self.config.names_per_pass
+        return [rows[start : start + size] for start in range(0, len(rows), size)]
+
+    def name_tensors(self) -> tuple[Tensor, Tensor]:
+        """`text` and `text_padding` [C, L] of the prompts, as long as the longest."""
+        if not self.config.classes:
+            raise ValueError("classification by names needs the class names: give classes=FILE, one name per line")
+        texts = [self.read_text(self.config.prompt.replace("{}", name), self.config.text_length) for name in self.config.classes]
+        text, padding = (torch.stack(part) for part in zip(*texts, strict=True))
+        longest = int((~padding).sum(1).max())
+        return text[:, :longest], padding[:, :longest]
+
+    def encode_names(self, text: Tensor, padding: Tensor, recompute: bool) -> Tensor:
+        """Unit features of one pass."""
+
+        def encode(text: Tensor, padding: Tensor) -> Tensor:
+            states = self.backbone(text=text, text_padding=padding).first("text")
+            return F.normalize(at_least_float32(self.text_projection(states)), dim=-1)
+
+        return checkpoint(encode, text, padding, use_reentrant=False) if recompute and torch.is_grad_enabled() else encode(text, padding)
+
+    # Inference -------------------------------------------------------------------------------------------------------
+
+    def predict(self, batch: Batch) -> list[Prediction]:
+        """The likeliest `label`, its `name` where names are known, its probability, and the first `CANDIDATES` of all."""
+        config = self.config
+        scores, labels = self.outputs(batch)["logits"].float().softmax(1).topk(min(CANDIDATES, config.num_classes), dim=1)
+        predictions = []
+        for key, chosen, probabilities in zip(batch["id"], labels.tolist(), scores.tolist(), strict=True):
+            ranked = [
+                {"label": label} | ({"name": config.classes[label]} if config.classes else {}) | {"score": p}
+                for label, p in zip(chosen, probabilities, strict=True)
+            ]
+            predictions.append({"id": key} | ranked[0] | {"candidates": ranked})
+        return predictions
+
+    @staticmethod
+    def score(predictions: Sequence[Prediction], records: Sequence[Record]) -> dict[str, float]:
+        """Top-1 and top-5 accuracy, and beside them the share of the commonest class."""
+        pairs = joined(predictions, records)
+        if any("label" not in record for _, record in pairs):
+            raise ValueError("some of these records hold no label to compare with: score a split that has them")
+        truth = [int(record["label"]) for _, record in pairs]
+        ranked = [[candidate["label"] for candidate in prediction["candidates"]] for prediction, _ in pairs]
+        return {
+            "accuracy": top_k_accuracy(ranked, truth, 1),
+            "top5": top_k_accuracy(ranked, truth, 5),
+            "most_frequent": max(Counter(truth).values()) / len(truth),
+        }
+
+
+def read_classes(path: Path) -> tuple[str, ...]:
+    """Class names, one per line in the order of the labels."""
+    if not path.exists():
+        raise ValueError(f"no class names at {path}: run beit3 prepare imagenet, or give one name per line")
+    return tuple(line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip())

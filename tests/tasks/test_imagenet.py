@@ -1,0 +1,120 @@
+"""Classes by a linear head and by their names, in passes of any size."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from beit3.data.loader import Source
+from beit3.model.config import TINY
+from beit3.task import fit_vocabulary
+from beit3.tasks.imagenet import ImageNet, ImageNetConfig, read_classes
+from beit3.tokenizer.text import TextTokenizer
+from tests.world_root import SMALL, tuning_recipe
+
+
+def built(root, **fields) -> ImageNet:
+    tokenizer = TextTokenizer(root / "text.model")
+    config = replace(tuning_recipe("imagenet", root).task, **fields)
+    task = ImageNet(ImageNet.configure(fit_vocabulary(config, tokenizer), root), tokenizer=tokenizer)
+    task.init_weights(0)
+    return task.eval()
+
+
+def by_names(root, **fields) -> ImageNet:
+    return built(root, model=SMALL, head="names", **fields)
+
+
+@pytest.fixture
+def batch(root):
+    task = built(root)
+    return task.collate([task.example(row, False) for row in list(Source(root / "imagenet/main/train.jsonl", root))[:6]])
+
+
+def test_names_one_by_one_give_the_same_logits(root, batch):
+    """Against each name encoded alone, without padding."""
+    task = by_names(root, prompt="a {}")
+    with torch.no_grad():
+        image = F.normalize(task.image_projection(task.backbone(image=batch["image"]).first("image")), dim=-1)
+        names = []
+        for name in task.config.classes:
+            text = torch.tensor([task.tokenizer.encode(f"a {name}")])
+            names.append(F.normalize(task.text_projection(task.backbone(text=text).first("text")), dim=-1)[0])
+        expected = image @ torch.stack(names).T / 0.07
+        torch.testing.assert_close(task.outputs(batch)["logits"], expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("size", [1, 3, 10])
+def test_passes_change_neither_logits_nor_gradients(root, batch, size):
+    """Recomputed passes of a few names against one pass of all."""
+    found = []
+    for passes in (512, size):
+        task = by_names(root, names_per_pass=passes).double().train()
+        loss = task(batch | {"image": batch["image"].double()})["losses"]["loss"]
+        loss.backward()
+        found.append((loss.detach(), {name: p.grad for name, p in task.named_parameters() if p.grad is not None}))
+    torch.testing.assert_close(found[0][0], found[1][0], rtol=1e-12, atol=0)
+    assert found[0][1].keys() == found[1][1].keys()
+    for name, gradient in found[0][1].items():
+        torch.testing.assert_close(found[1][1][name], gradient, rtol=1e-9, atol=1e-12, msg=name)
+
+
+def test_names_are_encoded_once_for_an_evaluation_and_anew_after_training(root, batch):
+    task = by_names(root)
+    with torch.no_grad():
+        task.predict(batch | {"id": list("abcdef")})
+        first = task.name_features()
+        assert task.name_features() is first
+        task.train().eval()
+        task.text_projection.weight.mul_(-1)
+        assert not torch.allclose(task.name_features(), first)
+
+
+def test_the_linear_head_reads_the_mean_of_the_patches(root, batch):
+    task = built(root)
+    with torch.no_grad():
+        states = task.backbone(image=batch["image"]).of("image")
+        expected = task.head(task.fc_norm(states[:, 1:].mean(1)))
+        torch.testing.assert_close(task.outputs(batch)["logits"], expected)
+
+
+def test_mixed_and_smoothed_targets(root, batch):
+    """In training the loss is that of soft targets; in evaluation the plain one."""
+    task = built(root, mixup=0.8, cutmix=1.0, label_smoothing=0.1)
+    with torch.no_grad():
+        plain = task(batch)["losses"]["loss"]
+        torch.testing.assert_close(plain, F.cross_entropy(task.outputs(batch)["logits"], batch["target"], reduction="sum"))
+        task.train()
+        torch.manual_seed(0)
+        one = task(batch)["losses"]["loss"]
+        torch.manual_seed(0)
+        assert torch.equal(task(batch)["losses"]["loss"], one) and not torch.equal(one, plain)
+
+
+def test_wrong_labels_lists_and_heads(root, tmp_path):
+    task = built(root)
+    row = Source(root / "imagenet/main/train.jsonl", root)[0]
+    with pytest.raises(ValueError, match="label 10 is none of the 10 classes"):
+        task.example(row | {"label": 10}, False)
+    with pytest.raises(ValueError, match="2 class names for 10 classes"):
+        ImageNet(replace(task.config, classes=("a", "b")))
+    with pytest.raises(ValueError, match="final_norm must be True with task.head names"):
+        ImageNet(replace(task.config, head="names"))
+    with pytest.raises(ValueError, match="no class names at"):
+        read_classes(tmp_path / "classes.txt")
+    nameless = ImageNet(ImageNetConfig(model=replace(TINY, final_norm=True), head="names", num_classes=3))
+    with pytest.raises(ValueError, match="needs the class names"):
+        nameless.name_features()
+
+
+def test_scores_and_names_of_predictions(root, batch):
+    task = built(root)
+    records = list(Source(root / "imagenet/main/train.jsonl", root))[:6]
+    predictions = task.predict(batch)
+    assert predictions[0]["name"] == task.config.classes[predictions[0]["label"]] and len(predictions[0]["candidates"]) == 5
+    perfect = [p | {"candidates": [{"label": r["label"]}]} for p, r in zip(predictions, records, strict=True)]
+    assert ImageNet.score(perfect, records)["accuracy"] == 1.0
+    second = [p | {"candidates": [{"label": -1}, {"label": r["label"]}]} for p, r in zip(predictions, records, strict=True)]
+    scores = ImageNet.score(second, records)
+    assert scores["accuracy"] == 0 and scores["top5"] == 1

@@ -1,0 +1,72 @@
+"""Visual reasoning: two images of one statement, boxes, and the two scores."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from beit3.data.loader import Source
+from beit3.task import fit_vocabulary
+from beit3.tasks.nlvr2 import NLVR2, cut
+from beit3.tokenizer.text import TextTokenizer
+from tests.world_root import tuning_recipe
+
+
+@pytest.fixture(scope="module")
+def task(root) -> NLVR2:
+    tokenizer = TextTokenizer(root / "text.model")
+    task = NLVR2(fit_vocabulary(tuning_recipe("nlvr2", root).task, tokenizer), tokenizer=tokenizer)
+    task.init_weights(0)
+    return task.eval()
+
+
+def test_the_head_reads_both_pairs_in_order(task, root):
+    """Against the pairs encoded one by one."""
+    rows = [Source(root / "nlvr2/main/train.jsonl", root)[i] for i in range(3)]
+    batch = task.collate([task.example(row, False) for row in rows])
+    assert batch["image"].shape == (3, 2, 3, 32, 32)
+    with torch.no_grad():
+        logits = task.outputs(batch)["logits"]
+        for row in range(3):
+            states = []
+            for side in range(2):
+                text, padding = batch["text"][row : row + 1], batch["text_padding"][row : row + 1]
+                encoded = task.backbone(batch["image"][row : row + 1, side], text, text_padding=padding)
+                states += [encoded.first("image"), encoded.first("text")]
+            torch.testing.assert_close(task.head(torch.cat(states, 1))[0], logits[row], rtol=1e-5, atol=1e-6)
+
+
+def test_boxes_cut_one_canvas_in_two(task, tmp_path):
+    pixels = np.zeros((10, 40, 3), np.uint8)
+    pixels[:, 25:] = 255
+    Image.fromarray(pixels).save(tmp_path / "canvas.png")
+    row = {"id": "1", "image": str(tmp_path / "canvas.png"), "image2": str(tmp_path / "canvas.png"), "text": "a red circle", "label": 1}
+    first, second = task.example(row | {"boxes": [[0, 0, 25, 10], [25, 0, 40, 10]]}, False)["image"]
+    assert first.max() == -1 and second.min() == 1
+    with pytest.raises(ValueError, match=r"box \[0, 0, 41, 10\] does not lie in an image of 40 x 10"):
+        task.example(row | {"boxes": [[0, 0, 41, 10], [25, 0, 40, 10]]}, False)
+
+
+def test_cut_is_left_top_right_bottom():
+    image = torch.arange(3 * 4 * 6, dtype=torch.uint8).view(3, 4, 6)
+    assert torch.equal(cut(image, [1, 2, 5, 4]), image[:, 2:4, 1:5]) and cut(image, None) is image
+
+
+def test_each_image_has_a_view_of_its_own(task, root):
+    row = Source(root / "nlvr2/main/train.jsonl", root)[0]
+    other = NLVR2(replace(task.config, crop=(0.3, 0.6), flip=0.5), tokenizer=task.tokenizer)
+    same = row | {"image2": row["image"]}
+    one, two = other.example(same, True, rng=np.random.default_rng(0))["image"]
+    assert not torch.equal(one, two)
+
+
+def test_scores():
+    """Two of three statements' images right everywhere; a statement counts only whole."""
+    records = [{"id": str(i), "label": label, "group": group} for i, (label, group) in enumerate(zip([1, 0, 1, 1], "aabc", strict=True))]
+    said = [{"id": str(i), "answer": answer} for i, answer in enumerate(["true", "true", "true", "false"])]
+    scores = NLVR2.score(said, records)
+    assert scores == {"accuracy": 0.5, "consistency": pytest.approx(1 / 3), "most_frequent": 0.75}
+    with pytest.raises(ValueError, match="no label"):
+        NLVR2.score(said[:1], [{"id": "0"}])

@@ -1,0 +1,76 @@
+"""Retrieval: features of either side alone, several captions a record, and images that count once."""
+
+import numpy as np
+import pytest
+import torch
+
+from beit3.data.loader import Source
+from beit3.ops.losses import contrastive
+from beit3.task import fit_vocabulary
+from beit3.tasks.retrieval import Retrieval
+from beit3.tokenizer.text import TextTokenizer
+from tests.world_root import tuning_recipe
+
+
+@pytest.fixture(scope="module")
+def task(root) -> Retrieval:
+    tokenizer = TextTokenizer(root / "text.model")
+    task = Retrieval(fit_vocabulary(tuning_recipe("retrieval", root).task, tokenizer), tokenizer=tokenizer)
+    task.init_weights(0)
+    return task.eval()
+
+
+def test_contrastive_loss_by_hand():
+    """Cross-entropy of each row and each column, spelled out."""
+    generator = np.random.default_rng(0)
+    image, text = (generator.normal(size=(5, 8)) for _ in range(2))
+    image, text = (each / np.linalg.norm(each, axis=1, keepdims=True) for each in (image, text))
+    similarities = 7.0 * image @ text.T
+    total = 0.0
+    for i in range(5):
+        total -= 0.5 * (similarities[i, i] - np.log(np.exp(similarities[i]).sum()))
+        total -= 0.5 * (similarities[i, i] - np.log(np.exp(similarities[:, i]).sum()))
+    loss, right = contrastive(torch.tensor(image), torch.tensor(text), torch.tensor([7.0], dtype=torch.float64))
+    assert float(loss) == pytest.approx(total, rel=1e-12)
+    assert int(right) == sum(similarities[i].argmax() == i == similarities[:, i].argmax() for i in range(5))
+
+
+def test_either_side_alone_has_the_same_features(task, root):
+    rows = list(Source(root / "retrieval/main/val.jsonl", root))[:3]
+    assert [len(row["captions"]) for row in rows] == [3, 3, 3]
+    both = task.predict(task.collate([task.example(row, False) for row in rows]))
+    for row, prediction in zip(rows, both, strict=True):
+        assert prediction["image"].shape == (32,) and prediction["texts"].shape == (3, 32)
+        np.testing.assert_allclose(np.linalg.norm(prediction["texts"], axis=1), 1, rtol=1e-5)
+        (alone,) = task.predict(task.collate([task.example({"id": "0", "image": row["image"]}, False)]))
+        np.testing.assert_allclose(alone["image"], prediction["image"], atol=1e-5)
+        (alone,) = task.predict(task.collate([task.example({"id": "0", "text": row["captions"][1]}, False)]))
+        np.testing.assert_allclose(alone["texts"][0], prediction["texts"][1], atol=1e-5)
+
+
+def test_captions_of_one_image_are_its_own_wherever_they_stand():
+    """One record per caption scores as one record per image."""
+    draw = np.random.default_rng(1)
+    images, texts = draw.normal(size=(4, 6)).astype(np.float32), draw.normal(size=(4, 3, 6)).astype(np.float32)
+    whole = Retrieval.score(
+        [{"id": str(i), "image": images[i], "texts": texts[i]} for i in range(4)], [{"id": str(i), "image_id": i} for i in range(4)]
+    )
+    places = [(i, k) for k in range(3) for i in range(4)]
+    apart = Retrieval.score(
+        [{"id": f"{i}#{k}", "image": images[i], "texts": texts[i, k : k + 1]} for i, k in places],
+        [{"id": f"{i}#{k}", "image_id": i} for i, k in places],
+    )
+    assert whole == pytest.approx(apart) and 0 < whole["mean_recall"] < 1
+
+
+def test_training_needs_one_caption_a_record(task, root):
+    rows = list(Source(root / "retrieval/main/val.jsonl", root))[:2]
+    batch = task.collate([task.example(row, False) for row in rows])
+    with pytest.raises(ValueError, match="2 images and 6 texts"):
+        task(batch)
+    with pytest.raises(ValueError, match="lacks an image or captions"):
+        Retrieval.score([{"id": "1", "image": np.ones(3)}], [{"id": "1", "image_id": 1}])
+
+
+def test_the_temperature_starts_at_the_releases(task):
+    assert float(task.logit_scale.exp()) == pytest.approx(1 / 0.07)
