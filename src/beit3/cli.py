@@ -212,10 +212,12 @@ def train(known: argparse.Namespace, rest: list[str]) -> None:
     from beit3.ops.collectives import rank
     from beit3.task import load
     from beit3.train.loop import train as run
+    from beit3.weights.store import recipe_for
 
     task = load(known.task)
     # An optional word before options: argparse's own rule for it changed between Python versions.
-    name, fields = (rest[0], rest[1:]) if rest and not rest[0].startswith("--") else ("demo", rest)
+    name, fields = (rest[0], rest[1:]) if rest and not rest[0].startswith("--") else ("", rest)
+    name = name or recipe_for(task, known.init)
     if name not in task.recipes:
         names = list(task.recipes)
         raise ValueError(f"{known.task} has no recipe {name}{suggestion(name, names)} (known: {', '.join(names)})")
@@ -279,10 +281,10 @@ def split_sources(task: Any, root: str, split: str) -> dict[str, Any]:
     """The sources of a task that have this split, under `root` or in the embedded world."""
     from beit3.data.loader import Source
     from beit3.data.records import locate
-    from beit3.train.root import embedded_root
+    from beit3.train.root import records_root
     from beit3.weights.fill import task_name
 
-    place = Path(root) if root else embedded_root(task)
+    place = records_root(task, root, task.sources, split)
     names = {source: task.borrowed.get(source, task_name(task)) for source in task.sources}
     there = {source: name for source, name in names.items() if (place / name / source / f"{split}.jsonl").exists()}
     own = {source: name for source, name in there.items() if source not in task.borrowed}  # they win over another task's

@@ -25,7 +25,7 @@ from beit3.train.launch import seed_step, start
 from beit3.train.log import Log
 from beit3.train.optim import clip_gradients, learning_rate, make_optimizer, set_learning_rate
 from beit3.train.parallel import autocast, build, dtype, materialise, reshard
-from beit3.train.root import embedded_root
+from beit3.train.root import records_root
 from beit3.train.step import backward, check_finite, gradient_norms, note_broken, sum_targets
 from beit3.train.watch import Watch
 from beit3.weights import store
@@ -51,7 +51,7 @@ def train(recipe: Recipe, task_class: type[Task], *, out: str | Path, init: str 
     run, out = recipe.run, Path(out)
     device = start(run)
     with leader_first(), bar("writing the world") as advance:
-        root = Path(recipe.data.root) if recipe.data.root else embedded_root(task_class, progress=advance)
+        root = records_root(task_class, recipe.data.root, recipe.data.batch, progress=advance)
     sources = {name: open_source(root, task_class, name, recipe) for name in task_class.sources if recipe.data.batch.get(name)}
     if not sources:
         raise ValueError(f"data.batch names none of the sources {', '.join(task_class.sources)}: give each a number of records")
@@ -165,9 +165,13 @@ def open_source(root: Path, task_class: type[Task], name: str, recipe: Recipe, s
 
 
 def open_tokenizer(recipe: Recipe, root: Path, init: str | Path) -> TextTokenizer | None:
-    """The text tokenizer a run reads with: the recipe's, the initial weights', or the root's; None where there is none."""
+    """The text tokenizer a run reads with: the recipe's, the initial weights', or the root's; None where there is none.
+
+    Weights of ours hold theirs; beside a released file it is called as it was released.
+    """
     candidates = [Path(recipe.data.text_model)] if recipe.data.text_model else []
-    candidates += [store.find(init) / store.TEXT] if init and Path(init).is_dir() else []
+    if init:
+        candidates += [store.find(init) / store.TEXT if Path(init).is_dir() else Path(init).with_name("beit3.spm")]
     for path in [*candidates, root / store.TEXT]:
         if path.exists() or str(path) == recipe.data.text_model:
             return TextTokenizer(path)

@@ -1,9 +1,13 @@
-"""The embedded default: the world, written once to the cache in public formats, then prepared like any raw data."""
+"""Where records are: a given folder, whose public files or tables are prepared on first use, or the embedded world.
+
+The world is written once to the cache in public formats, then prepared like any raw data.
+"""
 
 import os
 import shutil
+import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from beit3.data.loader import Source
@@ -33,6 +37,30 @@ def cache() -> Path:
     """`$BEIT3_CACHE`, else the user's cache directory."""
     default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "beit3"
     return Path(os.environ.get("BEIT3_CACHE") or default)
+
+
+def records_root(
+    task: type[Task], root: str, sources: Iterable[str], split: str = "train", *, progress: Callable[[int, int], None] | None = None
+) -> Path:
+    """The folder that holds a split of the records of `sources`: `root`, or the embedded world's where it is empty.
+
+    A folder of public files, or of a table of one's own, gets its records beside them on first use, so that own data needs
+    one command. ValueError where there are neither records nor files that the task reads.
+    """
+    if not root:
+        return embedded_root(task, progress=progress)
+    place, own = Path(root), [source for source in task.sources if source not in task.borrowed]
+    if len(own) > 1 or own[0] not in sources or (place / task_name(task) / own[0]).exists():
+        return place
+    try:
+        locate(place, task_name(task), own[0], split)
+    except ValueError as missing:
+        try:
+            report = task.prepare(place, place, own[0])
+        except ValueError as unreadable:
+            raise ValueError(f"{missing}; nor can {place} be read as it is: {unreadable}") from None
+        print(f"prepared {place}: {report['records']}", file=sys.stderr)
+    return place
 
 
 def embedded_root(task: type[Task], world: str = "default", *, progress: Callable[[int, int], None] | None = None) -> Path:

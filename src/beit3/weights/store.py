@@ -302,6 +302,21 @@ def _from_file(task: Task, path: Path) -> Report:
     return Report(f"{path} (a released {found} file)", tuple(values), ignored, fresh, notes)
 
 
+def recipe_for(kind: type[Task], init: str | Path) -> str:
+    """The recipe of a task where none is named: `demo`, or the first one for a network of the size of the weights `init`."""
+    if not init:
+        return "demo"
+    try:
+        model = read_config(find(init)).config.model if Path(init).is_dir() else sizes(read_file(init))
+    except ValueError:  # the run that starts from them says what is wrong
+        return "demo"
+    same = ("dim", "depth", "patch_size", "shared_attention", "fusion_layers")
+    for name, recipe in kind.recipes.items():
+        if type(recipe.task.model) is type(model) and all(getattr(recipe.task.model, f, None) == getattr(model, f, None) for f in same):
+            return name
+    return "demo"
+
+
 NETWORK = (
     "dim", "depth", "num_heads", "ffn_dim", "patch_size", "vocab_size", "text_positions", "shared_attention", "shared_norms", "sub_ln",
     "fusion_layers", "decoder_depth", "code_dim", "num_codes", "teacher_dim",
