@@ -43,8 +43,9 @@ def test_a_table_and_weights_are_enough(task, weights, tmp_path, say):
     say("train", task, "--data.root", table.parent, "--init", weights, "--out", out, *small)
     assert (table.parent / task / "main" / "train.jsonl").is_file()
     say("eval", out, "--data.root", table.parent)
-    pictures = [table.parent / "photos" / "door.jpg", *(table.parent / "photos" / w if w.endswith("jpg") else w for w in ASKED.get(task, ()))]
-    assert say("predict", out, *pictures).startswith("[{")
+    photos = table.parent / "photos"
+    asked = [photos / word if word.endswith("jpg") else word for word in ("door.jpg", *ASKED.get(task, ()))]
+    assert say("predict", out, *asked).startswith("[{")
 
 
 def test_a_folder_without_records_or_data_is_refused(weights, tmp_path, refused):
