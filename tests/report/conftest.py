@@ -14,9 +14,14 @@ from PIL import Image
 from beit3.data.records import write_records
 from beit3.data.transforms import Preprocessing
 from beit3.model.config import TINY
-from beit3.recipe import DataConfig, Recipe
+from beit3.model.generation import Decoding
+from beit3.recipe import DataConfig, Recipe, TaskConfig
 from beit3.task import Task
+from beit3.tasks.captioning import Captioning, CaptioningConfig
+from beit3.tasks.imagenet import ImageNet, ImageNetConfig
+from beit3.tasks.nlvr2 import NLVR2, NLVR2Config
 from beit3.tasks.pretrain import Pretrain, PretrainConfig
+from beit3.tasks.retrieval import Retrieval, RetrievalConfig
 from beit3.tasks.vqa import VQA, VQAConfig
 from beit3.tasks.vqkd import VQKD, VQKDConfig
 from beit3.tokenizer.text import TextTokenizer
@@ -25,7 +30,9 @@ from beit3.weights import store
 from beit3.weights.fill import task_name
 
 MODEL = replace(TINY, dim=32, depth=2, num_heads=2, ffn_dim=32, image_size=16, patch_size=4, vocab_size=64)
+UNNORMED = replace(MODEL, final_norm=False)
 CAPTION = "a red cube & <b>one</b> blue ball"
+CLASSES = ("red <i>cube</i>", "blue ball", "yellow one", "hat")
 
 
 def images_of(html: str) -> list[np.ndarray]:
@@ -54,7 +61,7 @@ def tokenizer() -> TextTokenizer:
 
 @pytest.fixture(scope="session")
 def root(tmp_path_factory) -> Path:
-    """Records of all three tasks over eight random pictures."""
+    """Records of every task over eight random pictures; statements are on canvases of two pictures each."""
     root = tmp_path_factory.mktemp("root")
     rng = np.random.default_rng(0)
     images = [f"{index}.png" for index in range(8)]
@@ -63,7 +70,19 @@ def root(tmp_path_factory) -> Path:
     pictures = [{"id": name, "image": name} for name in images]
     pairs = [record | {"text": CAPTION} for record in pictures]
     questions = [record | {"text": "what is <i>", "answers": {"red & blue": 1.0}} for record in pictures]
+    statements, captioned = [], []
+    for index, record in enumerate(pictures):
+        canvas = np.concatenate([np.array(Image.open(root / images[place])) for place in (index, index - 1)], axis=1)
+        Image.fromarray(canvas).save(root / f"canvas{index}.png")
+        halves = {"image": f"canvas{index}.png", "image2": f"canvas{index}.png", "boxes": [[0, 0, 16, 16], [16, 0, 32, 16]]}
+        statements.append({"id": record["id"]} | halves | {"text": "one is <i>", "label": index % 2, "group": str(index)})
+        captioned.append(record | {"image_id": index, "captions": [f"{CAPTION} {index}", "what is <i>"]})
     for split in ("train", "val"):
+        write_records(root / "nlvr2" / "main" / f"{split}.jsonl", statements)
+        write_records(root / "captioning" / "main" / f"{split}.jsonl", captioned)
+        write_records(root / "retrieval" / "main" / f"{split}.jsonl", captioned)
+        labelled = [record | {"label": index % len(CLASSES)} for index, record in enumerate(pictures)]
+        write_records(root / "imagenet" / "main" / f"{split}.jsonl", labelled)
         write_records(root / "vqkd" / "main" / f"{split}.jsonl", pictures)
         write_records(root / "pretrain" / "images" / f"{split}.jsonl", pictures)
         write_records(root / "pretrain" / "pairs" / f"{split}.jsonl", pairs)
@@ -91,17 +110,47 @@ def pretrain(tmp_path_factory, root, vqkd, tokenizer) -> Path:
     return write_run(tmp_path_factory.mktemp("runs") / "pretrain", task, data)
 
 
-def write_vqa(path: Path, root: Path, tokenizer: TextTokenizer, seed: int) -> Path:
-    model, answers = replace(MODEL, final_norm=False), ("red & blue", "no")
-    config = VQAConfig(model=model, image=Preprocessing(16), text_length=16, num_answers=2, answers=answers)
-    task = VQA(config, tokenizer=tokenizer)
+def fresh(kind: type[Task], config: TaskConfig, tokenizer: TextTokenizer, seed: int = 0) -> Task:
+    task = kind(config, tokenizer=tokenizer)
     task.init_weights(seed)
-    return write_run(path, task, DataConfig(root=str(root), batch={"main": 4}), init="there/last" if seed else "")
+    return task
+
+
+def write_two(tmp_path_factory, root: Path, tokenizer: TextTokenizer, kind: type[Task], config: TaskConfig) -> tuple[Path, Path]:
+    """Two runs of one name in two folders."""
+    base, data, name = tmp_path_factory.mktemp("two"), DataConfig(root=str(root), batch={"main": 4}), task_name(kind)
+    first, second = (
+        write_run(base / folder / name, fresh(kind, config, tokenizer, seed), data, init="there/last" if seed else "")
+        for seed, folder in enumerate(("pretrained", "scratch"))
+    )
+    return first, second
 
 
 @pytest.fixture(scope="session")
 def vqa(tmp_path_factory, root, tokenizer) -> tuple[Path, Path]:
-    """Two runs of one name in two folders."""
-    folders = [tmp_path_factory.mktemp(name, numbered=False) for name in ("pretrained", "scratch")]
-    first, second = (write_vqa(folder / "vqa", root, tokenizer, seed) for seed, folder in enumerate(folders))
-    return first, second
+    answers = ("red & blue", "no")
+    config = VQAConfig(model=UNNORMED, image=Preprocessing(16), text_length=16, num_answers=2, answers=answers)
+    return write_two(tmp_path_factory, root, tokenizer, VQA, config)
+
+
+@pytest.fixture(scope="session")
+def nlvr2(tmp_path_factory, root, tokenizer) -> tuple[Path, Path]:
+    return write_two(tmp_path_factory, root, tokenizer, NLVR2, NLVR2Config(model=MODEL, image=Preprocessing(16), text_length=16))
+
+
+@pytest.fixture(scope="session")
+def captioning(tmp_path_factory, root, tokenizer) -> tuple[Path, Path]:
+    config = CaptioningConfig(model=MODEL, image=Preprocessing(16), text_length=8, decoding=Decoding("greedy"))
+    return write_two(tmp_path_factory, root, tokenizer, Captioning, config)
+
+
+@pytest.fixture(scope="session")
+def retrieval(tmp_path_factory, root, tokenizer) -> tuple[Path, Path]:
+    config = RetrievalConfig(model=MODEL, image=Preprocessing(16), text_length=24)
+    return write_two(tmp_path_factory, root, tokenizer, Retrieval, config)
+
+
+@pytest.fixture(scope="session")
+def imagenet(tmp_path_factory, root, tokenizer) -> tuple[Path, Path]:
+    config = ImageNetConfig(model=UNNORMED, image=Preprocessing(16), num_classes=len(CLASSES), classes=CLASSES)
+    return write_two(tmp_path_factory, root, tokenizer, ImageNet, config)

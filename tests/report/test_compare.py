@@ -86,13 +86,21 @@ def test_a_run_without_scores_leaves_its_cells_empty():
     ],
 )  # fmt: skip
 def test_the_best_of_a_column(values, better, expected):
-    assert leaders(Column("x", values, [], better)) == expected
+    assert leaders(Column("x", values, ["" if value is None else f"{value}" for value in values], better)) == expected
+
+
+def test_what_is_written_alike_is_equally_good():
+    assert leaders(Column("x", [1e-9, 2e-9], ["0.000", "0.000"], 1)) == set()
+    assert leaders(Column("x", [0.5, 0.4999, 0.4], ["0.500", "0.500", "0.400"], 1)) == {0, 1}
 
 
 def test_which_way_is_better():
     names = {"accuracy": 1, "texts/text_accuracy": 1, "text_loss": -1, "negative_loss": 1, "distance": -1, "perplexity": 0, "num_codes": 0}
     assert {name: direction(name, "pretrain") for name in names} == names
     assert direction("score", "vqkd") == 1 and direction("score", "vqa") == 0
+    for name in ("image_recall@10", "mean_recall", "top5", "consistency", "official", "bleu4", "rouge_l", "cider_d", "spice"):
+        assert direction(name, "vqa") == 1
+    assert direction("most_frequent", "vqa") == direction("codebook_use", "vqkd") == 0
 
 
 def test_scores_have_units_and_as_many_decimals():
@@ -101,11 +109,16 @@ def test_scores_have_units_and_as_many_decimals():
     assert aligned("codebook_use", [1.0, 0.125]) == ["100.0%", "12.5%"] and aligned("x", [0.0, None]) == ["0", ""]
     titles = [column.title for column in score_columns([run("a", task="pretrain", image_loss=3.0, perplexity=2.0)])]
     assert titles == ["image loss (nats)", "perplexity (codes)"]
+    titles = [column.title for column in score_columns([run("a", task="captioning", bleu4=0.4, rouge_l=0.5, cider=1.2)])]
+    assert titles == ["CIDEr", "BLEU-4", "ROUGE-L"]
+    assert aligned("bleu4", [0.375, 3e-10]) == ["0.375", "0.000"] and aligned("cider/in-domain", [1.35]) == ["1.350"]
 
 
 def test_shares_are_percentages_and_the_rest_four_digits():
     assert figure("accuracy", 0.5) == "50.0%"
     assert figure("pairs/text_accuracy", 1) == "100.0%"
+    assert figure("image_recall@10", 0.25) == figure("mean_recall", 0.25) == figure("top5", 0.25) == "25.0%"
+    assert figure("cider", 1.336) == "1.336" and figure("bleu4", 3e-10) == "0.000"
     assert figure("text_loss", 1.23456) == "1.235"
     assert figure("note", "<x>") == '"<x>"'
 

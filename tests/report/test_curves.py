@@ -64,6 +64,8 @@ def test_a_chart_per_quantity_then_the_scores_that_moved():
     expected = [Chart("loss (nats)", "loss/loss", ("val/loss",)), Chart("accuracy", "accuracy", ("val/accuracy",))]
     assert charts([run(once)]) == expected
     twice = [*once, {"step": 2, "val/accuracy": 0.2, "val/most_frequent": 0.1, "val/negative_loss": 2.0}]
+    still = [{"step": step, "val/bleu4": value} for step, value in ((1, 2e-10), (2, 3e-10))]
+    assert charts([run(once + still)]) == expected
     assert charts([run(once), run(twice)]) == [*expected, Chart("held-out negative loss (nats)", held_out=("val/negative_loss",))]
     assert charts([run([{"step": 1, "loss": 1.0}], task="not_installed")]) == [Chart("loss", "loss", ("val/loss",))]
     assert charts([run([])]) == []
@@ -88,6 +90,8 @@ def test_titles_say_units_where_there_are_any():
     assert chart_title("loss/pair_text", "pretrain") == "pair text: loss (nats)"
     assert chart_title("loss/commitment", "vqkd") == "commitment: loss"
     assert chart_title("val/perplexity", "vqkd") == "held-out perplexity (codes)"
+    assert chart_title("val/cider", "captioning") == "held-out CIDEr"
+    assert chart_title("val/text_recall@1", "retrieval") == "held-out text recall@1"
 
 
 @pytest.mark.parametrize("values, expected", [([1, 9], False), ([1, 11], True), ([-1, 11], False), ([], False)])

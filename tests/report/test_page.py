@@ -10,6 +10,7 @@ import pytest
 
 from beit3.report.curves import PALETTE
 from beit3.report.page import (
+    curve_panel,
     data_table,
     difference_panel,
     ends,
@@ -61,10 +62,11 @@ class Page(HTMLParser):
 
 
 @pytest.fixture(scope="module")
-def text(tmp_path_factory, vqkd, pretrain, vqa) -> str:
+def text(tmp_path_factory, vqkd, pretrain, nlvr2, captioning, retrieval, imagenet, vqa) -> str:
     out = tmp_path_factory.mktemp("page") / "deep" / "report.html"
     table = [{"stage": "vqkd", "value": "<1>"}, {"stage": "vqa", "chance": "5 %"}]
-    assert write_report([vqkd, pretrain, *vqa], out, title="A <b> & c", table=table, notes=["on a <laptop>"]) == out
+    runs = [vqkd, pretrain, *nlvr2, *captioning, *retrieval, *imagenet, *vqa]
+    assert write_report(runs, out, title="A <b> & c", table=table, notes=["on a <laptop>"]) == out
     assert [path.name for path in out.parent.iterdir()] == ["report.html"]
     return out.read_text()
 
@@ -80,9 +82,10 @@ def test_the_page_is_well_formed_and_fetches_nothing(text):
 def test_everything_has_its_place_in_order(text):
     headings = Page(text).headings
     assert headings[0] == "A <b> & c"
-    expected = ["At a glance", "Visual tokenizer", "Pretraining", "Visual question answering"]
+    tuned = ["Visual reasoning", "Image captioning", "Image-text retrieval", "Image classification", "Visual question answering"]
+    expected = ["At a glance", "Visual tokenizer", "Pretraining", *tuned]
     assert [heading for heading in headings if heading in expected] == expected
-    assert headings.count("Curves") == 3 and "Hidden words" in headings
+    assert headings.count("Curves") == 7 and "Hidden words" in headings
 
 
 def test_text_is_escaped(text):
@@ -105,6 +108,16 @@ def test_the_headline_leads_and_single_sources_are_folded(pretrain):
     assert "<td>pairs/text_loss (nats)</td><td>2.000</td>" in source_scores([run])
     run.scores.clear()
     assert "No held-out scores yet" in score_panel([run]) and source_scores([run]) == ""
+
+
+def test_many_scores_beside_the_headline_are_folded(retrieval):
+    run = read_runs([retrieval[0]])[0]
+    others = [f"text_recall@{k}" for k in (1, 5, 10)]
+    lines = [{"step": step} | {f"val/{name}": step / 10 for name in ("mean_recall", *others)} for step in (1, 2)]
+    before, _, after = curve_panel([replace(run, metrics=lines)]).partition("<summary>3 other scores</summary>")
+    assert "held-out mean recall" in before and "held-out text recall@1" not in before and after.count("<svg") == 3
+    few = [{name: value for name, value in line.items() if name != "val/text_recall@1"} for line in lines]
+    assert "other scores" not in curve_panel([replace(run, metrics=few)])
 
 
 def test_several_runs_get_a_table_and_what_differs(vqa):

@@ -7,20 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from beit3.report.panels import (
-    CodeBook,
-    answer_card,
-    code_book,
-    fill_words,
-    panels,
-    patch_row,
-    records,
-    sentence,
-    spread,
-    trained_on,
-    weights,
-    word_batch,
-)
+from beit3.report.material import records, spread, weights
+from beit3.report.panels import CodeBook, code_book, fill_words, panels, patch_row, sentence, trained_on, word_batch
 from beit3.report.pictures import cut, hatch
 from beit3.report.runs import read_runs
 from beit3.tasks.pretrain import IGNORE, Pretrain
@@ -91,14 +79,6 @@ def test_words_are_filled_from_everything_hidden_with_and_without_the_picture(pr
         assert len(blind) == len(batch["id"])
 
 
-def test_an_answer_counts_as_right_where_an_annotator_gave_it():
-    image, record = np.zeros((4, 4, 3), np.uint8), {"text": "why <b>?", "answers": {"no": 0.3, "red & blue": 1.0}}
-    html = answer_card(image, record, [("a", "no", 0.25), ("b", "yes", 0.5)])
-    assert '<mark class="right">✓ no</mark> 25%' in html and '<mark class="wrong">✗ yes</mark> 50%' in html
-    assert "<dd>red &amp; blue</dd>" in html and "why &lt;b&gt;?" in html
-    assert "run0" in html and "run1" in html and "run0" not in answer_card(image, record, [("a", "no", 0.25)])
-
-
 def test_which_sources_hide_what(pretrain):
     run = read_runs([pretrain])[0]
     assert trained_on(run, "image") == ["images", "pairs"] and trained_on(run, "text") == ["pairs"]
@@ -107,26 +87,24 @@ def test_which_sources_hide_what(pretrain):
     assert trained_on(run, "image") == [] and trained_on(run, "text") == ["texts", "pairs"]
 
 
-def test_records_are_taken_evenly_and_once(root, vqkd):
-    source = records(read_runs([vqkd])[0], "main", "val")
-    assert [record["id"] for record in spread(source, 3)] == ["0.png", "4.png", "7.png"]
-    assert len(spread(source, 100)) == 8
-
-
-def test_panels_of_every_task(vqkd, pretrain, vqa):
-    found = {panel.title: panel.body for path in (vqkd, pretrain, vqa[0]) for panel in panels(read_runs([path]))}
+def test_panels_of_every_task(vqkd, pretrain, vqa, nlvr2, captioning, retrieval, imagenet):
+    tuned = [runs[0] for runs in (vqa, nlvr2, captioning, retrieval, imagenet)]
+    found = {panel.title: panel.body for path in (vqkd, pretrain, *tuned) for panel in panels(read_runs([path]))}
     assert [body for body in found.values() if "Nothing to show" in body] == []
     counts = {title: len(images_of(body)) for title, body in found.items()}
     assert counts == {
         "The codebook": 1, "Pictures in codes": 8 * 2, "Hidden patches": 6 * 4, "Hidden words": 8,
-        "Questions and answers": 8,
+        "Questions and answers": 8, "Statements and judgements": 8 * 2, "Captions": 8,
+        "Pictures found by a caption": 6 * 3, "Captions found by a picture": 6, "Pictures and classes": 8,
     }  # fmt: skip
 
 
-def test_what_is_gone_leaves_one_line(pretrain, vqa, tmp_path):
-    run = read_runs([pretrain])[0]
-    run.recipe["data"]["root"] = str(tmp_path)
-    assert [panel.body for panel in panels([run]) if "Nothing to show: no pretrain/" not in panel.body] == []
+def test_what_is_gone_leaves_one_line(pretrain, vqa, retrieval, tmp_path):
+    for path in (pretrain, retrieval[0]):
+        run = read_runs([path])[0]
+        run.recipe["data"]["root"] = str(tmp_path)
+        found = panels([run])
+        assert found and [panel.body for panel in found if f"Nothing to show: no {run.task}/" not in panel.body] == []
     empty = replace(read_runs([vqa[0]])[0], path=tmp_path)
     assert "has no weights yet" in panels([empty])[0].body
-    assert panels([replace(run, task="unheard_of")]) == []
+    assert panels([replace(empty, task="unheard_of")]) == []

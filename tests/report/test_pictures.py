@@ -1,9 +1,10 @@
 """Pixels come out on the page as they went in, patch by patch."""
 
 import numpy as np
+import torch
 from PIL import Image
 
-from beit3.report.panels import records, weights
+from beit3.report.material import records, weights
 from beit3.report.pictures import assemble, cut, denormalized, picture
 from beit3.report.runs import read_runs
 from beit3.tasks.vqa import VQA
@@ -34,6 +35,7 @@ def test_a_picture_carries_its_pixels_and_its_words():
     assert 'alt="a &quot;red&quot; &lt;cube&gt;"' in html and 'class="sharp"' in html
     large = picture(np.zeros((400, 800, 3), dtype=np.uint8), "large")
     assert images_of(large)[0].shape == (160, 320, 3) and 'class="smooth"' in large
+    assert images_of(picture(np.zeros((400, 800, 3), dtype=np.uint8), "small", largest=40))[0].shape == (20, 40, 3)
 
 
 def test_a_networks_input_is_shown_as_the_picture_it_was(vqa):
@@ -41,3 +43,5 @@ def test_a_networks_input_is_shown_as_the_picture_it_was(vqa):
     task, record = weights(run, VQA), records(run, "main", "val")[0]
     shown = denormalized(task.example(record, False)["image"][None], task)[0]
     np.testing.assert_array_equal(shown, np.array(Image.open(record["image"])))
+    batch = torch.rand(2, 3, 3, 4, 4)
+    np.testing.assert_array_equal(denormalized(batch, task)[1], denormalized(batch[1], task))

@@ -13,7 +13,7 @@ from hashlib import sha256
 from html import escape
 from typing import Any
 
-from beit3.report.curves import SHARES, headline, run_class, unit
+from beit3.report.curves import CAPTION_SCORES, RATES, SHARES, headline, run_class, spelled, unit
 from beit3.report.runs import Run, tails
 from beit3.train.log import duration
 
@@ -69,18 +69,18 @@ def score_columns(runs: Sequence[Run]) -> list[Column]:
     again = any(len(steps) > 1 for steps, _ in taken)
     if again:
         best = [(float(values.max()), float(steps[values.argmax()])) if len(steps) else (None, None) for steps, values in taken]
-        found.append(score_column(f"{first}, best", first, [value for value, _ in best], runs[0].task))
+        found.append(score_column(f"{spelled(first)}, best", first, [value for value, _ in best], runs[0].task))
         steps = [step for _, step in best]
         found.append(Column("at step", steps, ["" if step is None else f"{step:.0f}" for step in steps]))
     names = list(dict.fromkeys(name for run in runs for name in run.scores if name != "step" and "/" not in name))
     for name in sorted(names, key=lambda name: name != first):
-        title = f"{name}, last" if again and name == first else name
+        title = f"{spelled(name)}, last" if again and name == first else spelled(name)
         found.append(score_column(title, name, [_number(run.scores.get(name)) for run in runs], runs[0].task))
     return found
 
 
 def score_column(title: str, name: str, values: Sequence[float | None], task: str) -> Column:
-    return Column(title.replace("_", " ") + unit(name, task), values, aligned(name, values), direction(name, task))
+    return Column(title + unit(name, task), values, aligned(name, values), direction(name, task))
 
 
 def cost_columns(runs: Sequence[Run]) -> list[Column]:
@@ -98,30 +98,36 @@ def cost_columns(runs: Sequence[Run]) -> list[Column]:
 def direction(name: str, task: str) -> int:
     """Whether larger (1) or smaller (-1) scores of a name are better; 0 where the name does not say."""
     last = name.rpartition("/")[2]
-    if last == headline(task) or last.endswith("accuracy") or last.startswith("negative_"):
+    if last == headline(task) or last.endswith(RATES) or last in CAPTION_SCORES or last.startswith("negative_"):
         return 1
     return -1 if last.endswith(("loss", "error", "distance")) else 0
 
 
 def leaders(column: Column) -> set[int]:
-    """The runs with the best value of a column, several where they share it; none where all have the same, or one alone has any."""
+    """The runs with the best value of a column, all that are written alike; none where all are, or one alone has any."""
     values = {index: column.better * value for index, value in enumerate(column.values) if value is not None and column.better}
-    best = max(values.values(), default=0.0)
-    return {index for index, value in values.items() if value == best} if len(set(values.values())) > 1 else set()
+    if len({column.texts[index] for index in values}) < 2:
+        return set()
+    best = max(values, key=values.__getitem__)
+    return {index for index in values if column.texts[index] == column.texts[best]}
 
 
 def figure(name: str, value: Any) -> str:
-    """A score to read: shares in percent, the rest to four digits."""
-    if _number(value) is None:
-        return json.dumps(value)
-    return f"{value:.1%}" if name.rpartition("/")[2].endswith(SHARES) else f"{value:.4g}"
+    """A score to read; numbers without a way of their own to four digits."""
+    return json.dumps(value) if _number(value) is None else f"{value:{score_format(name, '.4g')}}"
+
+
+def score_format(name: str, other: str) -> str:
+    """How scores of a name are written: shares in percent, captions' scores as precisely as papers print them, else `other`."""
+    parts = name.split("/")
+    return ".3f" if CAPTION_SCORES.keys() & set(parts) else ".1%" if parts[-1].endswith(SHARES) else other
 
 
 def aligned(name: str, values: Sequence[float | None]) -> list[str]:
     """Scores of one name with as many decimals each, so that they can be read one below the other; "" for None."""
     there = [abs(value) for value in values if value is not None]
     decimals = max(0, 3 - math.floor(math.log10(max(there)))) if there and max(there) > 0 else 0
-    form = ".1%" if name.rpartition("/")[2].endswith(SHARES) else f".{min(decimals, 8)}f"
+    form = score_format(name, f".{min(decimals, 8)}f")
     return ["" if value is None else f"{value:{form}}" for value in values]
 
 

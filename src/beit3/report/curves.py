@@ -48,11 +48,26 @@ LOG_FROM = 10.0
 POWERS_FROM = 300.0
 """The same, from which it is marked at powers of ten alone."""
 
-NATS = ("pretrain", "vqa")
+MOVED = 1e-6
+"""By how much a score must have changed to be drawn: BLEU-4 is some 1e-10 while no phrase is right."""
+
+NATS = ("pretrain", "vqa", "nlvr2", "captioning", "retrieval", "imagenet")
 """Tasks whose losses are cross-entropies."""
 
-SHARES = ("accuracy", "codebook_use", "most_frequent")
+RATES = ("accuracy", "consistency", "official", "top5", "recall", "@1", "@5", "@10")
+"""Ends of names whose values are shares of what is right."""
+
+SHARES = (*RATES, "codebook_use", "most_frequent")
 """Ends of names whose values are shares, shown in per cent."""
+
+CAPTION_SCORES = {
+    **{f"bleu{order}": f"BLEU-{order}" for order in range(1, 5)},
+    "rouge_l": "ROUGE-L", "cider": "CIDEr", "cider_d": "CIDEr-D", "cider_unclipped": "CIDEr unclipped", "meteor": "METEOR",
+    "spice": "SPICE",
+}  # fmt: skip
+"""How captions' scores are written; plain numbers, of which papers print the hundredfold."""
+
+SPELLED = {**CAPTION_SCORES, "top5": "top-5 accuracy", "official": "official accuracy"}
 
 
 @dataclass(frozen=True)
@@ -81,7 +96,7 @@ def charts(runs: Sequence[Run]) -> list[Chart]:
     paired = {name for chart in found for name in chart.held_out}
     scores = [key for key in logged if key.startswith("val/") and key.count("/") == 1 and key not in paired]
     scores.sort(key=lambda key: key != f"val/{headline(runs[0].task)}")
-    moved = [key for key in scores if any(len(set(run.series(key)[1].tolist())) > 1 for run in runs)]
+    moved = [key for key in scores if any(values.size and np.ptp(values) > MOVED for _, values in (run.series(key) for run in runs))]
     return found + [Chart(chart_title(key, runs[0].task), held_out=(key,)) for key in moved]
 
 
@@ -112,10 +127,15 @@ def chart_title(key: str, task: str = "") -> str:
     """'loss/pair_text' -> 'pair text: loss (nats)'."""
     kind, _, name = key.partition("/")
     if kind == "val":
-        return f"held-out {name.replace('_', ' ')}{unit(name, task)}"
+        return f"held-out {spelled(name)}{unit(name, task)}"
     if name == "accuracy" or kind == "accuracy":
         return f"{kind.replace('_', ' ')}: accuracy" if name else "accuracy"
     return ("loss" if name in ("", "loss") else f"{name.replace('_', ' ')}: loss") + unit("loss", task)
+
+
+def spelled(name: str) -> str:
+    """A score's name to read: 'text_loss' -> 'text loss', 'cider' -> 'CIDEr'."""
+    return SPELLED.get(name, name.replace("_", " "))
 
 
 def unit(name: str, task: str) -> str:
@@ -245,7 +265,8 @@ def _dash(index: int) -> tuple[float, tuple[float, ...] | None]:
 def _scale(axes: Axes, lines: Sequence[np.ndarray], *, share: bool = False) -> None:
     """The vertical axis: per cent of shares, logarithmic over more than a decade, else plain."""
     if share:
-        axes.set_ylim(0, max(0.01, min(1.0, 1.15 * max((values.max() for values in lines), default=1.0))))
+        # Above 1 there is room for a ring at 100 %.
+        axes.set_ylim(0, max(0.01, min(1.04, 1.15 * max((values.max() for values in lines), default=1.0))))
         axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     elif spans_decades(lines):
         axes.set_yscale("log", nonpositive="mask")

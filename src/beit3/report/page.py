@@ -10,7 +10,7 @@ from pathlib import Path
 
 from beit3.data.records import write_text
 from beit3.report.compare import aligned, command, differences, fields, figure, score_table, scored_apart, state, texts
-from beit3.report.curves import DASHES, MAX_RAW, PALETTE, Chart, charts, curve, headline, part_curve, run_class, unit
+from beit3.report.curves import DASHES, MAX_RAW, PALETTE, Chart, charts, curve, headline, part_curve, run_class, spelled, unit
 from beit3.report.panels import Panel, panels
 from beit3.report.runs import Run, read_runs, tails
 from beit3.train.log import duration
@@ -19,10 +19,17 @@ HEADINGS: Mapping[str, tuple[str, str]] = {
     "vqkd": ("Visual tokenizer", "A codebook of patches learnt from a teacher: what its codes mean."),
     "pretrain": ("Pretraining", "Hidden words and patches: how well they are guessed, and what the guesses look like."),
     "vqa": ("Visual question answering", "Questions about pictures the network has not seen, and what it answers."),
+    "nlvr2": ("Visual reasoning", "Statements on two pictures: whether the network finds them true."),
+    "captioning": ("Image captioning", "Pictures the network has not seen, and what it writes of them."),
+    "retrieval": ("Image-text retrieval", "Captions and pictures as points: which of the one lie nearest to the other."),
+    "imagenet": ("Image classification", "Pictures the network has not seen, and what it takes them for."),
 }
 
 SOURCES = {"main": "records"}
 """What to call a source whose name says nothing."""
+
+UNFOLDED = 2
+"""Scores beside the headline up to which their curves are not folded away."""
 
 NAMED = 3
 """Runs up to which the title of a page names each."""
@@ -122,7 +129,7 @@ def score_names(runs: Sequence[Run]) -> list[str]:
 
 def tile(run: Run, name: str) -> str:
     """One score of one run."""
-    label = escape(name.replace("_", " ") + unit(name, run.task))
+    label = escape(spelled(name) + unit(name, run.task))
     return f'<div class="tile"><span>{label}</span><b>{escape(figure(name, run.scores[name]))}</b></div>'
 
 
@@ -155,12 +162,17 @@ def difference_table(runs: Sequence[Run], values: Sequence[Mapping]) -> str:
 
 def curve_panel(runs: Sequence[Run]) -> str:
     """All curves of these runs under one legend."""
-    found = [curve(runs, chart) for chart in charts(runs)]
+    found = charts(runs)
     if not found:
         return '<p class="none">No steps logged yet.</p>'
+    others = [chart for chart in found if not chart.training and chart.held_out != (f"val/{headline(runs[0].task)}",)]
+    folded = others if len(others) > UNFOLDED else []
+    shown = figure_grid([curve(runs, chart) for chart in found if chart not in folded])
+    if folded:
+        shown += f"<details><summary>{len(folded)} other scores</summary>{figure_grid([curve(runs, each) for each in folded])}</details>"
     raw = ", the faint one the logged values" if len(runs) <= MAX_RAW else ""
     lead = f"Training step by step: the line is a running mean{raw}; rings are scores on held-out records."
-    return f'<h3>Curves</h3><p class="lead">{lead}</p>{legend(runs)}{figure_grid(found)}'
+    return f'<h3>Curves</h3><p class="lead">{lead}</p>{legend(runs)}{shown}'
 
 
 def part_panel(runs: Sequence[Run]) -> str:
@@ -253,7 +265,7 @@ tbody th{color:var(--ink)}.number{text-align:right;white-space:nowrap;min-width:
 .tile b{display:block;font-size:1.35rem;font-weight:600;font-variant-numeric:tabular-nums}
 .run::before{content:"";display:inline-block;width:30px;height:3px;margin-right:.5em;vertical-align:middle;
 background:var(--run,var(--soft));print-color-adjust:exact}
-.facts .run{font-weight:600;color:var(--ink);margin-right:.5rem}.legend .run{margin-right:1.2rem}
+.facts .run{font-weight:600;color:var(--ink);margin-right:.5rem}.legend .run{display:inline-block;margin-right:1.2rem}
 .curves{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(20rem,100%),1fr));gap:1rem;margin-top:.8rem}
 .wide{display:flex;flex-wrap:wrap;gap:1.5rem;align-items:center;margin-top:.8rem}
 .wide figure{flex:2 1 20rem}.wide figure+figure{flex:3 1 20rem}
@@ -267,7 +279,12 @@ background:var(--run,var(--soft));print-color-adjust:exact}
 .answers{grid-template-columns:repeat(auto-fill,minmax(min(20rem,100%),1fr))}
 .card{display:grid;grid-template-columns:6.5rem 1fr;gap:.9rem;align-items:start;background:var(--card);
 border:1px solid var(--line);border-radius:.5rem;padding:.7rem}
-.card dl{margin:0;overflow-wrap:anywhere}.card dt{font-size:.8125rem;line-height:1.3}.card dd{margin:0 0 .35rem}
+.tall{grid-template-columns:1fr;align-content:start}
+.row{padding:.25rem 0;display:grid;grid-auto-flow:column;grid-auto-columns:minmax(0,1fr);gap:.5rem}
+.hit{outline:3px solid var(--right);outline-offset:1px;border-radius:2px}
+.answers mark{white-space:normal;-webkit-box-decoration-break:clone;box-decoration-break:clone}
+.card dl{margin:0;overflow-wrap:anywhere}.card b+dl{margin-top:.25rem}
+.card dt{font-size:.8125rem;line-height:1.3}.card dd{margin:0 0 .35rem}
 mark{color:inherit;background:none;border-radius:.25rem;padding:0 .25rem;white-space:nowrap}
 .right{color:var(--right);background:var(--right-bg)}.wrong{color:var(--wrong);background:var(--wrong-bg)}
 .wrong i{color:var(--soft);font-size:.85em}

@@ -1,53 +1,37 @@
 """What a trained network sees and says, as HTML: panels per task, each with pictures and a sentence on what they show.
 
-`PANELS`: task name -> function(runs of that task) -> panels. Weights are read from best/, else last/; records are the
-held-out ones of the run's own root. Pixels cross inner borders as uint8 [H, W, 3]; a patch of s x s as [s, s, 3].
+`PANELS`: task name -> function(runs of that task) -> panels; here are those of tokenizers and pretraining. Weights are
+read from best/, else last/; records are the held-out ones of the run's own root. Pixels cross inner borders as uint8
+[H, W, 3]; a patch of s x s as [s, s, 3].
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from html import escape
 from itertools import islice, repeat
-from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from beit3 import task as tasks
-from beit3.data.loader import Source
-from beit3.data.records import locate
-from beit3.report.curves import run_class, usage_bars, usage_figures
+from beit3.report.answers import captioning_panels, imagenet_panels, nlvr2_panels, retrieval_panels, vqa_panels
+from beit3.report.curves import usage_bars, usage_figures
+from beit3.report.material import Panel, panel, records, spread, weights
 from beit3.report.pictures import assemble, cut, denormalized, hatch, picture, pixels
 from beit3.report.runs import Run
 from beit3.task import Batch, Record, Task
-from beit3.tasks.pretrain import IGNORE, Pretrain, PretrainConfig
-from beit3.tasks.vqa import VQA
+from beit3.tasks.pretrain import IGNORE, Pretrain
 from beit3.tasks.vqkd import VQKD
 from beit3.tokenizer.text import TextTokenizer
 from beit3.tokenizer.visual import VisualTokenizer
 from beit3.train.evaluate import batches
-from beit3.train.root import embedded_root
-from beit3.weights import store
 
 MAX_PATCHES = 20_000
 """Patches behind the mean patches: 1250 pictures of the embedded world or 102 of 224 pixels, both in seconds."""
 
 MAX_TILES, COUNTED_PAIRS = 256, 128
 """Codes in the mosaic, the commonest; held-out pairs behind the shares of rightly named words."""
-
-T = TypeVar("T", bound=Task)
-
-
-@dataclass(frozen=True)
-class Panel:
-    """A titled fragment of the page. `lead`, plain text, says what is to be seen; `body` is HTML."""
-
-    title: str
-    lead: str
-    body: str
 
 
 def panels(runs: Sequence[Run]) -> list[Panel]:
@@ -73,61 +57,20 @@ def pretrain_panels(runs: Sequence[Run]) -> Iterator[Panel]:
         yield panel(f"Hidden words{name}", lead, partial(_hidden_words, run))
 
 
-def vqa_panels(runs: Sequence[Run]) -> Iterator[Panel]:
-    """Questions with the answers of all runs side by side."""
-    beside = ", run beside run" if runs[1:] else ""
-    lead = f"Held-out pictures and questions with the likeliest answer and its probability{beside}."
-    yield panel("Questions and answers", lead, partial(_answers, runs))
-
-
 PANELS: Mapping[str, Callable[[Sequence[Run]], Iterable[Panel]]] = {
     "vqkd": vqkd_panels,
     "pretrain": pretrain_panels,
     "vqa": vqa_panels,
+    "nlvr2": nlvr2_panels,
+    "captioning": captioning_panels,
+    "retrieval": retrieval_panels,
+    "imagenet": imagenet_panels,
 }
 
 
 def named(runs: Sequence[Run]) -> list[tuple[Run, str]]:
     """Runs with what a title adds to tell them apart."""
     return [(run, f": {run.label}" if len(runs) > 1 else "") for run in runs]
-
-
-def panel(title: str, lead: str, body: Callable[[], str]) -> Panel:
-    """A panel; where its weights or records are gone, it says so in one line."""
-    try:
-        return Panel(title, lead, body())
-    except ValueError as error:
-        return Panel(title, lead, f'<p class="none">Nothing to show: {escape(str(error))}</p>')
-
-
-# Weights and records -------------------------------------------------------------------------------------------------
-
-
-def weights(run: Run, kind: type[T], *, frozen: bool = True) -> T:
-    """The run's best weights, else its last ones, in evaluation mode; ValueError where there are none yet.
-
-    frozen=False leaves a pretraining's visual tokenizer out, whose file may have moved.
-    """
-    found = [run.path / name for name in ("best", "last") if store.is_weights(run.path / name)]
-    if not found:
-        raise ValueError(f"run {run.label} has no weights yet")
-    config = store.read_config(found[0]).config
-    if isinstance(config, PretrainConfig) and not frozen:
-        config = replace(config, visual_tokenizer="")
-    task = store.load(found[0], config=config).eval()
-    assert isinstance(task, kind)
-    return task
-
-
-def records(run: Run, source: str, split: str) -> Source:
-    """The run's records of one split; ValueError where they are no longer there."""
-    root = Path(run.recipe["data"]["root"] or embedded_root(tasks.load(run.task)))
-    return Source(locate(root, run.task, source, split), root)
-
-
-def spread(source: Source, count: int) -> list[Record]:
-    """At most `count` records, evenly spaced over the source: no picking of what looks good."""
-    return [source[int(index)] for index in np.unique(np.linspace(0, len(source) - 1, count).round())]
 
 
 def figures(*pairs: tuple[str, str]) -> str:
@@ -313,34 +256,3 @@ def sentence(tokenizer: TextTokenizer, ids: Sequence[int], hidden: Sequence[bool
             shown = f'<mark class="right">✓ {said}</mark>' if guess[place] == true else wrong
         parts.append(space + shown)
     return "".join(parts).strip()
-
-
-# Visual question answering -------------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def _answers(runs: Sequence[Run]) -> str:
-    found = spread(records(runs[0], "main", "val"), 12)
-    given: list[list[tuple[str, str, float]]] = []
-    for run in runs:
-        task = weights(run, VQA)
-        batch = task.collate([task.example(record, False) for record in found])
-        images = denormalized(batch["image"], task)
-        given.append([(run.label, said["answer"], said["score"]) for said in task.predict(batch)])
-    cards = "".join(map(answer_card, images, found, zip(*given, strict=True)))
-    return f'<div class="cards answers">{cards}</div>'
-
-
-def answer_card(image: np.ndarray, record: Record, given: Sequence[tuple[str, str, float]]) -> str:
-    """A picture, its question, and each run's (label, answer, probability); right is what an annotator gave."""
-    answers = record.get("answers", {})
-    lines = []
-    for index, (label, answer, score) in enumerate(given):
-        kind, sign = ("right", "✓") if answers.get(answer, 0) > 0 else ("wrong", "✗")
-        name = f'<span class="run {run_class(index)}">{escape(label)}</span>' if len(given) > 1 else "answer"
-        lines.append(f'<dt>{name}</dt><dd><mark class="{kind}">{sign} {escape(answer)}</mark> {score:.0%}</dd>')
-    truth = max(answers, key=answers.__getitem__) if answers else "(not in the answer list)"
-    lines.append(f"<dt>true</dt><dd>{escape(truth)}</dd>")
-    question = record["text"]
-    shown = picture(image, f"picture asked about: {question}")
-    return f'<div class="card">{shown}<div><b>{escape(question)}</b><dl>{"".join(lines)}</dl></div></div>'

@@ -19,12 +19,12 @@ SMALL, LARGEST = 96, 320
 
 
 def pixels(images: Tensor) -> np.ndarray:
-    """Float [B, 3, H, W] in [0, 1] -> uint8 [B, H, W, 3]."""
-    return (images.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).numpy()
+    """Float [..., 3, H, W] in [0, 1] -> uint8 [..., H, W, 3]."""
+    return (images.clamp(0, 1) * 255).round().byte().movedim(-3, -1).numpy()
 
 
 def denormalized(images: Tensor, task: Task) -> np.ndarray:
-    """A network's input [B, 3, S, S] -> uint8 [B, S, S, 3]."""
+    """A network's input [..., 3, S, S] -> uint8 [..., S, S, 3]."""
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (task.config.image.mean, task.config.image.std))
     return pixels(images * std + mean)
 
@@ -54,11 +54,11 @@ def hatch(height: int, width: int) -> np.ndarray:
     return np.repeat(stripes[..., None], 3, axis=-1)
 
 
-def picture(image: np.ndarray, alt: str, *, mosaic: bool = False) -> str:
-    """An `<img>` that carries its pixels [H, W, 3 or 4] itself."""
+def picture(image: np.ndarray, alt: str, *, mosaic: bool = False, largest: int = LARGEST) -> str:
+    """An `<img>` that carries its pixels [H, W, 3 or 4] itself, shrunk to at most `largest` on a side."""
     written = io.BytesIO()
     drawn = Image.fromarray(np.ascontiguousarray(image))
-    drawn.thumbnail((LARGEST, LARGEST))
+    drawn.thumbnail((largest, largest))
     drawn.save(written, format="PNG", optimize=True)
     data = base64.b64encode(written.getvalue()).decode("ascii")
     kind = "sharp" if mosaic or drawn.width <= SMALL else "smooth"
