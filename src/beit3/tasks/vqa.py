@@ -101,7 +101,7 @@ class VQA(Task):
                 flip=0.0,
             ),
             data=DataConfig(batch={"main": 32}),
-            optim=OptimConfig(lr=5e-4, betas=(0.9, 0.98), weight_decay=0.01, warmup_steps=100, head_lr_scale=4, clip=3.0),
+            optim=OptimConfig(lr=3e-4, betas=(0.9, 0.98), weight_decay=0.01, warmup_steps=100, head_lr_scale=4, clip=3.0),
             run=RunConfig(steps=3000, log_every=20, eval_every=1000, save_every=500),
             note="questions about photographs on two CPU cores, from the weights of pretrain laptop",
         ),
