@@ -297,6 +297,18 @@ def test_a_head_of_ones_own_trains():
     assert model.beit3.blocks[0].attention.qkv.image.weight.grad.any()
 
 
+def test_initial_values():
+    """Words and heads: a normal of .02 cut at one deviation, whose own deviation is then .0108; nothing is left unset."""
+    model = Extractor(small(vocab_size=5000))
+    words = model.beit3.text_embedding.tokens.weight
+    assert words.abs().max() <= 0.02 + 1e-8 and float(words.std()) == pytest.approx(0.0108, rel=0.01) and abs(words.mean()) < 1e-4
+    assert model.projection.weight.abs().max() <= 0.02 + 1e-8 and not model.projection.bias.any()
+    untouched = ("bias", "class_token", "mask_token")
+    assert all(value.any() for name, value in model.named_parameters() if not name.endswith(untouched))
+    other = Extractor(small(vocab_size=5000))
+    assert torch.equal(model.beit3.blocks[1].ffn.image.fc2.weight, other.beit3.blocks[1].ffn.image.fc2.weight)
+
+
 def test_two_threads_share_a_model():
     model, given = built("retrieval"), inputs("retrieval")
     text = {"text_description": given["text_description"], "padding_mask": given["padding_mask"], "only_infer": True}

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from beit3.model import beit3 as network
 from beit3.model.config import POSITION_OFFSET, ModelConfig
 from beit3.model.layers import Cache, LayerCache
+from beit3.ops.init import trunc_normal
 from beit3.weights.official import keys_of
 
 State = dict[int, dict[str, Tensor]]
@@ -157,7 +158,7 @@ class BEiT3Wrapper(nn.Module):
     def _init_weights(self, module: nn.Module) -> None:
         """For `apply` on a head: linear layers normal .02 cut at one deviation, biases 0, norms 1 and 0."""
         if isinstance(module, nn.Linear):
-            nn.init.trunc_normal_(module.weight, std=0.02, a=-0.02, b=0.02)
+            trunc_normal(module.weight, None)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
         elif isinstance(module, nn.LayerNorm):

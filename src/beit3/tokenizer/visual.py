@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from beit3.ops.init import seeded, trunc_normal
+from beit3.ops.init import seeded
 from beit3.ops.precision import at_least_float32
 from beit3.tokenizer.quantizer import Quantizer
 from beit3.tokenizer.vit import Grid, ViT, ViTConfig, patch_grid, unit_pixels
@@ -121,7 +121,7 @@ class VisualTokenizer(nn.Module):
         if "norm" in name or name.endswith("bias"):
             nn.init.constant_(parameter, float("norm" in name and name.endswith("weight")))
             return
-        trunc_normal(parameter, generator, cut=100.0)
+        parameter.copy_(torch.empty(parameter.shape, dtype=parameter.dtype).normal_(std=0.02, generator=generator))
         if name.endswith((".attention.out.weight", ".ffn.fc2.weight")):
             parameter.div_(math.sqrt(2 * (int(name.split(".")[2]) + 1)))
 
