@@ -329,7 +329,7 @@ def recipes(known: argparse.Namespace, rest: list[str]) -> None:
     from beit3.weights.released import table
 
     if known.released:
-        print(*table(names(), known.task), sep="\n")
+        print(*table(known.task), sep="\n")
         return
     tasks = {name: load(name).recipes for name in ([known.task] if known.task else names())}
     labels = {label for recipes in tasks.values() for label in recipes}

@@ -20,7 +20,7 @@ from beit3.tasks.backbone import Backbone
 from beit3.tasks.pretrain import Pretrain
 from beit3.tasks.vqa import VQA
 from beit3.weights.fill import task_name
-from beit3.weights.official import family, load_official, read_file, recognise, sizes, to_official
+from beit3.weights.official import family, load_official, read_file, sizes, to_official
 from tests.golden import golden, tensors
 
 State = dict[str, Tensor]
@@ -155,15 +155,14 @@ def test_every_released_model_is_known_by_its_keys():
     for name, shapes in wrappers().items():
         kind = name.rsplit("_", 1)[-1]
         assert family(shapes) == KINDS.get(kind, kind), name
-        assert recognise(shapes) == family(shapes)
     bare = [key.removeprefix("beit3.") for key in shapes if key.startswith("beit3.")]
-    assert recognise(bare) == "backbone"
-    assert recognise([*shapes, "mlm_head.weight", "mim_head.weight"]) == "pretrain"
-    assert recognise(tensors("vqkd", "model")) == "vqkd"
+    assert family(bare) == "backbone"
+    assert family([*shapes, "mlm_head.weight", "mim_head.weight"]) == "pretrain"
+    assert family(tensors("vqkd", "model")) == "vqkd"
     with pytest.raises(ValueError, match="not BEiT-3 weights: the keys begin with conv1.weight"):
-        recognise(["conv1.weight"])
+        family(["conv1.weight"])
     with pytest.raises(ValueError, match="this package's own tensors: give the directory"):
-        recognise(["backbone.text_embedding.positions"])
+        family(["backbone.text_embedding.positions"])
 
 
 def test_names_and_shapes_of_every_released_model():
@@ -314,7 +313,7 @@ def test_vqkd_files_become_the_visual_tokenizer():
     task, report = load_official(
         state, num_heads=json.loads((golden("vqkd") / "config.json").read_text()).get("num_heads", 4)
     )
-    assert recognise(state) == "vqkd" and not report.fresh
+    assert family(state) == "vqkd" and not report.fresh
     assert set(report.ignored) == {
         key for key in state if key not in ("quantize.embedding.weight",) and key.startswith("quantize.")
     }

@@ -23,7 +23,6 @@ from beit3.data.transforms import Preprocessing
 from beit3.model.config import ModelConfig
 from beit3.task import Task
 from beit3.task import load as load_task
-from beit3.task import names as task_names
 from beit3.tokenizer.teacher import is_torchscript
 from beit3.tokenizer.text import TextTokenizer
 from beit3.weights.adapt import adapted, fields_of, with_names
@@ -161,12 +160,6 @@ def family(keys: Iterable[str]) -> str:
     return "backbone"
 
 
-def recognise(keys: Iterable[str]) -> str:
-    """The task of this version that holds most of a file with these keys: its own task, else "backbone"."""
-    found = family(keys)
-    return found if found in task_names() else "backbone"
-
-
 def sizes(state: Mapping[str, Tensor], num_heads: int | None = None) -> ModelConfig:
     """The network that these shapes imply. The shapes do not tell the heads: 64 units each, as released, unless given.
 
@@ -220,7 +213,7 @@ def load_official(
     then classifies by names. Raises ValueError for missing or unknown keys, for shapes that do not agree, and for names
     of another number than the head's outputs.
     """
-    kind = task if isinstance(task, type) else load_task(task or recognise(state))
+    kind = task if isinstance(task, type) else load_task(task or family(state))
     config = _config(state, kind, num_heads)
     fixed = {name: len(state[key]) for name, key in HEAD_SIZES.items() if key in state}
     built = kind(with_names(config, kind, answers=answers, classes=classes, prompt=prompt, fixed=fixed), tokenizer=tokenizer)
@@ -329,9 +322,7 @@ def _ignored(keys: Iterable[str], prefix: str, found: str, task: str) -> dict[st
             ignored[key] = f"the final norm: {task} reads the states before it"
         elif owners:
             owner = found if found in owners else owners[0]
-            ignored[key] = (
-                f"head of {owner}: {f'no part of {task}' if owner in task_names() else 'not in this version'}"
-            )
+            ignored[key] = f"head of {owner}: no part of {task}"
         else:
             unknown.append(key)
     if unknown:
@@ -341,7 +332,7 @@ def _ignored(keys: Iterable[str], prefix: str, found: str, task: str) -> dict[st
 
 def known_pictures(state: Iterable[str]) -> Preprocessing | None:
     """How the pictures of a released file's own task are prepared, at that task's size; None where the keys tell no task."""
-    found = recognise(state)
+    found = family(state)
     return None if found == "backbone" else load_task(found).Config().image
 
 

@@ -4,7 +4,6 @@ Names, sizes and scores are those of the release's README; parameters are counte
 a file is the reader's to download. The giant of the paper was never released. Across the border: names and text.
 """
 
-from collections.abc import Collection
 from dataclasses import dataclass
 from textwrap import wrap
 
@@ -113,27 +112,21 @@ def about(name: str) -> str:
     return f"that is the release's {what}; download it yourself, {LISTED} in its folder {file.folder}"
 
 
-def table(here: Collection[str], task: str | None = None) -> list[str]:
-    """The list as lines for a person, all of it or the files of one task; `here`: the tasks of this version.
-
-    Raises ValueError for a task of which no file was released.
-    """
+def table(task: str | None = None) -> list[str]:
+    """The list as lines for a person, all of it or the files of one task. ValueError for a task of which no file was released."""
     tasks = list(dict.fromkeys(file.task for file in FILES))
     if task is not None and task not in tasks:
         raise ValueError(f"no file was released for {task}{suggestion(task, tasks)} (known: {', '.join(tasks)})")
     rows = [("file", "task", "px", "size", "params", "what it starts, or its score")]
     for file in FILES:
         if task in (None, file.task):
-            name = f"{file.task}{_later(file.task, here)}"
             uses = ", ".join(start.replace(" ", "\xa0") for start in file.starts)  # a task and its recipe stay in one line
             numbers = (str(file.image_size or ""), file.size, f"{file.parameters:.1f} M" if file.parameters else "")
             first, *more = (line.replace("\xa0", " ") for line in wrap(uses or file.score, WIDTH))
-            rows.append((file.name, name, *numbers, first))
+            rows.append((file.name, file.task, *numbers, first))
             rows += [("", "", "", "", "", line) for line in more]
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    if any("*" in line for line in lines):
-        lines.append("* no task of this version: its network alone loads, as backbone")
     return [
         *lines,
         "BEiT-3 files start a task with --init, vqkd files give pretrain its codes with --task.visual_tokenizer.",
@@ -144,7 +137,3 @@ def table(here: Collection[str], task: str | None = None) -> list[str]:
 def _stem(name: str) -> str:
     """`vqkd_encoder_base_decoder_3x768x12_clip` of vqkd_encoder_base_decoder_3x768x12_clip-d5036aa7.pth."""
     return name.lower().partition(".")[0].partition("-")[0]
-
-
-def _later(start: str, here: Collection[str]) -> str:
-    return "" if start.split()[0] in (*here, "text") else "*"
