@@ -253,7 +253,7 @@ def test_retrieval_weights_classify_into_any_names(dual, tmp_path, picture):
     expected = torch.softmax(float(task.logit_scale.exp()) * torch.tensor(features["image"] @ features["text"].T)[0], 0)
     for classes in (CLASSES, list(CLASSES), tmp_path / "names.txt", str(tmp_path / "data")):
         predictor = load(**dual, task="imagenet", classes=classes, prompt="a {}")
-        assert not predictor.lacks_classes and not predictor.report.fresh
+        assert not predictor.report.fresh
         found = {each["name"]: each["score"] for each in predictor(picture)}
         assert found == {name: pytest.approx(float(score), abs=1e-5) for name, score in zip(CLASSES, expected, strict=True)}
     assert load(**dual, task="imagenet", classes=CLASSES)(picture)[0]["score"] not in found.values(), "the prompt counts"
@@ -263,11 +263,15 @@ def test_names_come_later(dual, tmp_path, picture):
     (tmp_path / "data/imagenet/main").mkdir(parents=True)
     (tmp_path / "data/imagenet/main/classes.txt").write_text("".join(f"{name}\n" for name in CLASSES))
     predictor = load(**dual, task="imagenet")
-    assert predictor.lacks_classes
     with pytest.raises(ValueError, match="needs the class names: give classes=FILE"):
         predictor(picture)
-    predictor.name_classes(tmp_path / "data")
+    names = tmp_path / "data/imagenet/main/classes.txt"
+    predictor.agree_on_classes(names)
     assert predictor(picture) == load(**dual, task="imagenet", classes=CLASSES)(picture)
+    names.write_text("".join(f"{name}\n" for name in reversed(CLASSES)))
+    with pytest.raises(ValueError, match=f"class 0 is {CLASSES[0]!r} to the weights and {CLASSES[-1]!r} in .*classes.txt"):
+        predictor.agree_on_classes(names)
+    predictor.agree_on_classes(tmp_path / "absent.txt")
 
 
 def test_pictures_are_prepared_as_the_weights_know_them(tmp_path, tokenizer, picture):

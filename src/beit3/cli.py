@@ -23,7 +23,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             parser.print_help()
             return 2
         debug = known.debug
-        if rest and known.verb not in (train, prepare):
+        used_with = known.verb in (evaluate, predict) and all(name.startswith("--task.") for name in rest[::2])
+        if rest and known.verb not in (train, prepare) and not used_with:
             raise ValueError(f"unknown argument {rest[0]}: see beit3 {known.name} --help")
         known.verb(known, rest)
         return 0
@@ -234,23 +235,20 @@ def evaluate(known: argparse.Namespace, rest: list[str]) -> None:
 
     from beit3.data.predictions import write_predictions
     from beit3.data.records import write_text
-    from beit3.predict import load
+    from beit3.recipe import RunConfig
     from beit3.train.evaluate import predict_sources, score_sources
-    from beit3.train.root import embedded_root
+    from beit3.train.parallel import autocast
     from beit3.weights.fill import task_name
 
-    predictor = load(
-        known.weights, task=known.task, num_heads=known.num_heads, text_model=known.text_model, answers=known.answers,
-        classes=known.classes, prompt=known.prompt or "",
-    )  # fmt: skip
+    predictor = load_predictor(known, rest)
     predictor.require_trained()
-    task = predictor.task.to("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    task = predictor.task.to(device)
     if not task.sources:
         raise ValueError(f"task {task_name(type(task))} reads no records: there is nothing to score")
-    if predictor.lacks_classes:
-        predictor.name_classes(Path(known.root) if known.root else embedded_root(type(task)))
     sources = split_sources(type(task), known.root, known.split)
-    found = predict_sources(task, sources, batch_size=known.batch)
+    predictor.agree_on_classes(next(iter(sources.values())).path.with_name("classes.txt"))
+    found = predict_sources(task, sources, batch_size=known.batch, precision=autocast(RunConfig(), device))
     if known.predictions:
         write_predictions(known.predictions, ({"source": name} | row for name, (rows, _) in found.items() for row in rows))
     if known.submission:
@@ -292,13 +290,25 @@ def split_sources(task: Any, root: str, split: str) -> dict[str, Any]:
     return {source: Source(locate(place, name, source, split), place) for source, name in chosen.items()}
 
 
-def predict(known: argparse.Namespace, rest: list[str]) -> None:
+def load_predictor(known: argparse.Namespace, rest: list[str]) -> Any:
+    """Weights as the flags say; `rest`: `--task.field value` for how they are used, such as the decoding of captions."""
+    from beit3.config import override
     from beit3.predict import load
+    from beit3.recipe import Recipe
 
     predictor = load(
         known.weights, task=known.task, num_heads=known.num_heads, text_model=known.text_model, answers=known.answers,
         classes=known.classes, prompt=known.prompt or "",
     )  # fmt: skip
+    config = override(Recipe(task=predictor.task.config), rest).task
+    if config.model != predictor.task.config.model:
+        raise ValueError(f"{' '.join(rest)}: the network of weights that exist cannot be another")
+    predictor.task.config = config
+    return predictor
+
+
+def predict(known: argparse.Namespace, rest: list[str]) -> None:
+    predictor = load_predictor(known, rest)
     print(json.dumps(predictor(*known.inputs), ensure_ascii=False, default=lambda array: array.tolist()))
 
 

@@ -6,6 +6,7 @@ tokenizer and without answer names.
 
 import inspect
 from collections.abc import Iterable, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,9 @@ from beit3.train.evaluate import batches, to_device
 from beit3.weights import official, store
 from beit3.weights.adapt import COUNTS, with_names
 from beit3.weights.fill import Report, is_text, stored, task_name
+
+CLASSES = "imagenet/main/classes.txt"
+"""Class names below a root of records."""
 
 Names = str | Path | Sequence[str] | None
 """Names of a head's outputs: a file, a list, or none."""
@@ -41,15 +45,21 @@ class Predictor:
                 f"fine-tune (beit3 train {name} --init), or use .task.outputs(batch)"
             )
 
-    @property
-    def lacks_classes(self) -> bool:
-        """Whether the task classifies by names and was given none."""
-        config: Any = self.task.config
-        return getattr(config, "head", "") == "names" and not config.classes
+    def agree_on_classes(self, file: Path) -> None:
+        """Before scoring records whose class names are in `file`: a task that classifies by names and has none takes them.
 
-    def name_classes(self, root: str | Path) -> None:
-        """Classify by the names that the records under `root` have for their labels."""
-        self.task.config = with_names(self.task.config, type(self.task), classes=read_classes(root), fixed={})
+        ValueError where the weights' classes are others, or in another order: labels would mean something else.
+        """
+        config: Any = self.task.config
+        if not hasattr(config, "classes") or not file.exists():
+            return
+        theirs = read_classes(file)
+        if config.head == "names" and not config.classes:
+            self.task.config = with_names(config, type(self.task), classes=theirs, fixed={})
+        elif config.classes and config.classes != theirs:
+            pairs = enumerate(zip_longest(config.classes, theirs))
+            place, (ours, there) = next((place, pair) for place, pair in pairs if pair[0] != pair[1])
+            raise ValueError(f"class {place} is {ours!r} to the weights and {there!r} in {file}: score records of the same classes")
 
     @torch.inference_mode()
     def __call__(self, *inputs: Any) -> list[Prediction]:
@@ -184,5 +194,5 @@ def read_classes(names: Names) -> tuple[str, ...]:
         from beit3.tasks import imagenet
 
         place = Path(names)
-        return imagenet.read_classes(place / "imagenet/main/classes.txt" if place.is_dir() else place)
+        return imagenet.read_classes(place / CLASSES if place.is_dir() else place)
     return tuple(names or ())

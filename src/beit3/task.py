@@ -95,6 +95,7 @@ class Task(nn.Module):
 
     def collate(self, examples: Sequence[Example]) -> Batch:
         """Stack tensors by key; everything else becomes a list."""
+        same_fields(examples)
         batch: Batch = {}
         for key in examples[0]:
             values = [example[key] for example in examples]
@@ -218,6 +219,15 @@ def text_lengths(root: Path, limit: int) -> Lengths | None:
         return None
     tokenizer = TextTokenizer(root / FILE)
     return Lengths(tokenizer.pieces, limit, tokenizer.unk, tokenizer.mask - tokenizer.first_piece)
+
+
+def same_fields(examples: Sequence[Example]) -> None:
+    """ValueError where one example of a batch has what another lacks, naming both."""
+    first = examples[0]
+    for example in examples[1:]:
+        for key in first.keys() ^ example.keys():
+            has, lacks = (first, example) if key in first else (example, first)
+            raise ValueError(f"record {lacks.get('id')} gives no {key}, record {has.get('id')} does: give it to all records or to none")
 
 
 def batch_size(batch: Batch) -> int:

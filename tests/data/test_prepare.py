@@ -225,3 +225,12 @@ def test_a_refused_vqa_leaves_no_answer_list(raw, tmp_path):
     with pytest.raises(ValueError, match="main records are unusable"):
         VQA.prepare(tmp_path / "vqa", tmp_path / "root", "main")
     assert not (tmp_path / "root").exists()
+
+
+def test_an_id_counts_once_in_a_held_out_split(tmp_path):
+    """Predictions are joined to records by id; training records may share one."""
+    rows = [("train", {"id": "a", "text": "x"}), ("train", {"id": "a", "text": "y"})]
+    rows += [("val", {"id": str(i % 150), "text": "z"}) for i in range(151)] + [("test", {"id": "0", "text": "w"})]
+    report = write_splits(tmp_path, "vqa", "main", rows)
+    assert report["records"] == {"train": 2, "val": 150, "test": 1}
+    assert report["passed_over"] == ["0: another record of val has the same id"]

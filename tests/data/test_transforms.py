@@ -169,3 +169,11 @@ def test_transforms_leave_the_image_alone(photo):
         Preprocessing(60)(image)
         random_resized_crop(image, rng(0, 0, 1), image_size=60)
     assert torch.equal(photo, before) and torch.equal(square, before[:, :, :60])
+
+
+def test_squares_of_every_size_stay_square():
+    """In floating point some sides came out a pixel short: 107 x 107 as 224 x 223."""
+    prepare = Preprocessing(28, resize="crop")
+    for side in (*range(1, 60), 71, 107, 110, 222, 1999):
+        assert prepare(torch.zeros(3, side, side, dtype=torch.uint8)).shape == (3, 28, 28), side
+    assert Preprocessing(224, resize="crop")(torch.zeros(3, 111, 222, dtype=torch.uint8)).shape == (3, 224, 224)

@@ -118,3 +118,21 @@ def test_scores_and_names_of_predictions(root, batch):
     second = [p | {"candidates": [{"label": -1}, {"label": r["label"]}]} for p, r in zip(predictions, records, strict=True)]
     scores = ImageNet.score(second, records)
     assert scores["accuracy"] == 0 and scores["top5"] == 1
+
+
+def test_kept_names_follow_weights_lists_and_gradients(root, batch):
+    """Loading, another list, or a forward with gradients never sees what an earlier evaluation kept."""
+    task = by_names(root)
+    with torch.no_grad():
+        first = task.name_features()
+        state = {name: -value if name == "text_projection.weight" else value for name, value in task.state_dict().items()}
+        task.load_state_dict(state)
+        torch.testing.assert_close(task.name_features(), -first)
+        task.config = replace(task.config, classes=task.config.classes[:2], num_classes=2)
+        assert len(task.name_features()) == 2
+    assert task.name_features().requires_grad
+    task.train()
+    with torch.no_grad():
+        task.name_features()
+    task(batch | {"target": batch["target"] % 2})["losses"]["loss"].backward()
+    assert task.text_projection.weight.grad.any()

@@ -70,3 +70,12 @@ def test_scores():
     assert scores == {"accuracy": 0.5, "consistency": pytest.approx(1 / 3), "most_frequent": 0.75}
     with pytest.raises(ValueError, match="no label"):
         NLVR2.score(said[:1], [{"id": "0"}])
+
+
+def test_labels_are_two(task, root):
+    row = Source(root / "nlvr2/main/train.jsonl", root)[0]
+    with pytest.raises(ValueError, match="label 2 is neither"):
+        task.example(row | {"label": 2}, False)
+    unlabelled = {key: value for key, value in row.items() if key != "label"} | {"id": "7"}
+    with pytest.raises(ValueError, match="record 7 gives no target"):
+        task.collate([task.example(row, False), task.example(unlabelled, False)])

@@ -74,3 +74,20 @@ def test_training_needs_one_caption_a_record(task, root):
 
 def test_the_temperature_starts_at_the_releases(task):
     assert float(task.logit_scale.exp()) == pytest.approx(1 / 0.07)
+
+
+def test_similarities_stay_precise_under_autocast():
+    """Features and temperature are float32; a product in bfloat16 would move logits of 100 by half a nat."""
+    torch.manual_seed(0)
+    image, text = (torch.nn.functional.normalize(torch.randn(6, 32), dim=-1) for _ in range(2))
+    plain, _ = contrastive(image, text, torch.tensor([100.0]))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        cast, _ = contrastive(image, text, torch.tensor([100.0]))
+    assert torch.equal(plain, cast)
+
+
+def test_records_of_one_batch_have_the_same_fields(task, root):
+    rows = list(Source(root / "retrieval/main/val.jsonl", root))[:2]
+    wrong = [task.example(rows[0], False), task.example({"id": "7", "image": rows[1]["image"]}, False)]
+    with pytest.raises(ValueError, match=r"record 7 gives no text(_padding)?, record .* does"):
+        task.collate(wrong)

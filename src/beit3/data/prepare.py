@@ -37,11 +37,12 @@ def write_splits(
     bad: list[str] = []
     known: dict[str, str] = {}
     survey = Survey(lengths)
+    held_out: set[tuple[str, str]] = set()
     place = os.path.realpath(root)
     with _split_files(root / task / source) as file_of, bar(f"{task} {source}: records") as advance:
         for count, (split, record) in enumerate(records, 1):
             advance(count, 0)
-            fault = find_fault(record, known)
+            fault = find_fault(record, known) or doubled(split, record, held_out)
             if fault:
                 bad.append(_printable(f"{record.get('id', count)}: {fault}"))
                 continue
@@ -79,6 +80,15 @@ def find_fault(record: dict[str, Any], known: dict[str, str]) -> str:
         if known[path]:
             return known[path]
     return ""
+
+
+def doubled(split: str, record: dict[str, Any], seen: set[tuple[str, str]]) -> str:
+    """'' for a record whose id is new in its held-out split, where predictions are joined to records by it; else why not."""
+    key = split, str(record.get("id"))
+    if split == "train" or key not in seen:
+        seen.update([key] if split != "train" else [])
+        return ""
+    return f"another record of {split} has the same id"
 
 
 def image_fault(path: str) -> str:

@@ -60,8 +60,7 @@ class Preprocessing:
             return self.normalize(_resize(image, size, size, self.interpolation))
         height, width = image.shape[-2:]
         shorter = math.floor(size / self.crop_pct)
-        scale = shorter / min(height, width)
-        tall, wide = (shorter, int(width * scale)) if height <= width else (int(height * scale), shorter)
+        tall, wide = (shorter, shorter * width // height) if height <= width else (shorter * height // width, shorter)
         image = _resize(image, tall, wide, self.interpolation)
         top, left = round((tall - size) / 2), round((wide - size) / 2)
         return self.normalize(image[..., top : top + size, left : left + size])

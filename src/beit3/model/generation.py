@@ -87,15 +87,15 @@ class Slots:
 
 
 def generate(slots: Slots, max_length: int, decoding: Decoding, draws: Sequence[Callable[[], float]] = ()) -> list[Caption]:
-    """One caption per image, of at most `max_length` tokens, marks included.
+    """One caption per image, of at most `max_length` tokens, marks included; beams, as released, hold one word fewer.
 
     `draws`: for sampling, what gives each image its next number in [0, 1).
 
     ValueError for a `max_length` without room for a word or beyond the text table.
     """
-    longest = slots.backbone.config.max_text_length
-    if not 3 <= max_length <= longest:
-        raise ValueError(f"captions of {max_length} tokens: at least 3 (two marks, a word), at most {longest}, the rows of the text table")
+    longest, least = slots.backbone.config.max_text_length, 4 if decoding.method == "beam" else 3
+    if not least <= max_length <= longest:
+        raise ValueError(f"captions of {max_length} tokens: at least {least} (marks, a word), at most {longest}, rows of the text table")
     if decoding.method == "beam":
         return beam_search(slots, max_length, decoding.num_beams, decoding.length_penalty)
     return one_by_one(slots, max_length, decoding, draws)

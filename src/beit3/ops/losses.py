@@ -30,6 +30,12 @@ def without_worst(losses: Tensor, share: float) -> Tensor:
     return kept.mean() * len(losses) if len(kept) else losses.sum()
 
 
+def similarities(one: Tensor, other: Tensor, scale: Tensor) -> Tensor:
+    """Scaled products [n, m] of unit features [n, D] and [m, D], as precise as they are: under autocast too."""
+    with torch.autocast(one.device.type, enabled=False):
+        return scale.to(one.dtype) * one @ other.T
+
+
 def contrastive(image: Tensor, text: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     """InfoNCE over the images and texts of all processes: unit features [B, D] each, row i of both a pair.
 
@@ -37,7 +43,7 @@ def contrastive(image: Tensor, text: Tensor, scale: Tensor) -> tuple[Tensor, Ten
     both directions. Rows here are compared with the columns of everyone, gathered with their gradient.
     """
     images, texts = all_gather_with_gradient(image), all_gather_with_gradient(text)
-    to_text, to_image = scale * image @ texts.T, scale * text @ images.T  # [B, world * B]
+    to_text, to_image = similarities(image, texts, scale), similarities(text, images, scale)  # [B, world * B]
     labels = torch.arange(len(image), device=image.device) + rank() * len(image)
     loss = (F.cross_entropy(to_text, labels, reduction="sum") + F.cross_entropy(to_image, labels, reduction="sum")) / 2
     right = (to_text.argmax(1) == labels) & (to_image.argmax(1) == labels)

@@ -186,7 +186,7 @@ class Captioning(Task):
         logits = at_least_float32(self.text_head(self.states(batch)[hidden]))  # [hidden, V]
         target = batch["text_target"][hidden]
         losses = smoothed_divergence(logits, target, config.label_smoothing)
-        late = config.drop_worst and batch["step"] > config.drop_worst_after
+        late = config.drop_worst and batch.get("step", 0) > config.drop_worst_after
         loss = without_worst(losses, config.drop_worst) if late else losses.sum()
         return {"losses": {"loss": loss}, "metrics": {"loss/accuracy": (logits.argmax(-1) == target).sum()}}
 

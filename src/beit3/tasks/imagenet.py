@@ -28,6 +28,7 @@ from beit3.metrics.classification import top_k_accuracy
 from beit3.model.beit3 import BEiT3
 from beit3.model.config import BASE, GIANT, LARGE, SMALL, TINY, ModelConfig
 from beit3.ops.collectives import all_gather_with_gradient, rank, world_size
+from beit3.ops.losses import similarities
 from beit3.ops.precision import at_least_float32
 from beit3.recipe import DataConfig, OptimConfig, Recipe, RunConfig, TaskConfig
 from beit3.task import Batch, Example, Prediction, Record, Task, experts_left_out, joined, record_rng
@@ -149,6 +150,8 @@ class ImageNet(Task):
             self.text_projection = nn.Linear(dim, dim, bias=False)
             self.logit_scale = nn.Parameter(torch.empty(1))
         self._name_features: Tensor | None = None
+        self._names: tuple[tuple[str, ...], str] = ((), "")
+        self._texts: dict[tuple[tuple[str, ...], str], tuple[Tensor, Tensor]] = {}
 
     @property
     def unused(self) -> Mapping[str, str]:  # type: ignore[override]
@@ -164,9 +167,17 @@ class ImageNet(Task):
             parameter.fill_(math.log(1 / TEMPERATURE))
 
     def train(self, mode: bool = True) -> "ImageNet":
-        """The names' features are kept as long as the weights stand still."""
+        """The names' features are kept as long as the weights stand still: until training, loading, or a move."""
         self._name_features = None
         return super().train(mode)
+
+    def _apply(self, *arguments: Any, **options: Any) -> "ImageNet":
+        self._name_features = None
+        return super()._apply(*arguments, **options)
+
+    def load_state_dict(self, *arguments: Any, **options: Any) -> Any:
+        self._name_features = None
+        return super().load_state_dict(*arguments, **options)
 
     # Data ------------------------------------------------------------------------------------------------------------
 
@@ -219,7 +230,7 @@ class ImageNet(Task):
         if self.config.head == "linear":
             return {"logits": self.head(self.fc_norm(encoded.of("image")[:, 1:].mean(1)))}
         image = F.normalize(at_least_float32(self.image_projection(encoded.first("image"))), dim=-1)
-        return {"logits": self.logit_scale.to(image.dtype).exp() * image @ self.name_features().T}
+        return {"logits": similarities(image, self.name_features(), at_least_float32(self.logit_scale).exp())}
 
     def forward(self, batch: Batch) -> dict[str, dict[str, Tensor]]:
         """Cross-entropy of the label, in training smoothed, and mixed where the config says so."""
@@ -236,8 +247,9 @@ class ImageNet(Task):
     # Names -----------------------------------------------------------------------------------------------------------
 
     def name_features(self) -> Tensor:
-        """Unit features [C, D] of the class names. Processes share the work; without gradients they are kept."""
-        if self._name_features is not None:
+        """Unit features [C, D] of the class names. Processes share the work; an evaluation keeps them."""
+        kept = not self.training and not torch.is_grad_enabled()
+        if kept and self._name_features is not None and self._names == (self.config.classes, self.config.prompt):
             return self._name_features
         text, padding = (part.to(self.logit_scale.device) for part in self.name_tensors())
         count, world = len(text), world_size()
@@ -245,8 +257,8 @@ class ImageNet(Task):
         mine = [min(rank() * share + place, count - 1) for place in range(share)]  # the last name fills up uneven shares
         features = [self.encode_names(text[rows], padding[rows], share > self.config.names_per_pass) for rows in self.passes(mine)]
         everyone = all_gather_with_gradient(torch.cat(features))[:count]
-        if not torch.is_grad_enabled():
-            self._name_features = everyone
+        if kept:
+            self._name_features, self._names = everyone, (self.config.classes, self.config.prompt)
         return everyone
 
     def passes(self, rows: list[int]) -> list[list[int]]:
@@ -258,10 +270,13 @@ class ImageNet(Task):
         """`text` and `text_padding` [C, L] of the prompts, as long as the longest."""
         if not self.config.classes:
             raise ValueError("classification by names needs the class names: give classes=FILE, one name per line")
-        texts = [self.read_text(self.config.prompt.replace("{}", name), self.config.text_length) for name in self.config.classes]
-        text, padding = (torch.stack(part) for part in zip(*texts, strict=True))
-        longest = int((~padding).sum(1).max())
-        return text[:, :longest], padding[:, :longest]
+        key = self.config.classes, self.config.prompt
+        if key not in self._texts:  # seconds for ImageNet-21k's
+            texts = [self.read_text(self.config.prompt.replace("{}", name), self.config.text_length) for name in self.config.classes]
+            text, padding = (torch.stack(part) for part in zip(*texts, strict=True))
+            longest = int((~padding).sum(1).max())
+            self._texts = {key: (text[:, :longest], padding[:, :longest])}
+        return self._texts[key]
 
     def encode_names(self, text: Tensor, padding: Tensor, recompute: bool) -> Tensor:
         """Unit features of one pass."""

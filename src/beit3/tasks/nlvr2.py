@@ -133,6 +133,8 @@ class NLVR2(Task):
         text, padding = self.read_text(record["text"], self.config.text_length)
         pixels = torch.stack([self.config.image(image) for image in images])
         example = {"id": str(record["id"]), "image": pixels, "text": text, "text_padding": padding}
+        if "label" in record and record["label"] not in (0, 1):
+            raise ValueError(f"label {record['label']!r} is neither 0 (false) nor 1 (true)")
         return example | {"target": torch.tensor(int(record["label"]))} if "label" in record else example
 
     # Training --------------------------------------------------------------------------------------------------------

@@ -26,7 +26,19 @@ from beit3.model.config import BASE, GIANT, LARGE, SMALL, TINY, ModelConfig
 from beit3.ops.losses import contrastive
 from beit3.ops.precision import at_least_float32
 from beit3.recipe import DataConfig, OptimConfig, Recipe, RunConfig, TaskConfig
-from beit3.task import Batch, Example, Prediction, Record, Task, experts_left_out, joined, one_per_caption, record_rng, text_lengths
+from beit3.task import (
+    Batch,
+    Example,
+    Prediction,
+    Record,
+    Task,
+    experts_left_out,
+    joined,
+    one_per_caption,
+    record_rng,
+    same_fields,
+    text_lengths,
+)
 from beit3.tokenizer.text import TextTokenizer
 
 TEMPERATURE = 0.07
@@ -165,6 +177,7 @@ class Retrieval(Task):
 
     def collate(self, examples: Sequence[Example]) -> Batch:
         """Images stacked [B, 3, S, S]; all captions one after the other [T, L], `num_texts` of each record."""
+        same_fields(examples)
         batch: Batch = {"id": [example["id"] for example in examples]}
         if "image" in examples[0]:
             batch["image"] = torch.stack([example["image"] for example in examples])
@@ -191,7 +204,7 @@ class Retrieval(Task):
         images, texts = features["image_features"], features["text_features"]
         if len(images) != len(texts):
             raise ValueError(f"{len(images)} images and {len(texts)} texts: training needs one caption a record")
-        loss, right = contrastive(images, texts, self.logit_scale.to(images.dtype).exp())
+        loss, right = contrastive(images, texts, at_least_float32(self.logit_scale).exp())
         return {"losses": {"loss": loss}, "metrics": {"loss/accuracy": right}}
 
     # Inference -------------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ its own goes along with its last, and what that gives is thrown away.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import nullcontext
 from itertools import islice
 from typing import Any
 
@@ -46,13 +47,19 @@ def batches(task: Task, records: Iterable[Record], size: int, broken: list[str] 
 
 
 @torch.no_grad()
-def predict(task: Task, records: Iterable[Record], *, batch_size: int, broken: list[str] | None = None) -> list[Prediction]:
-    """One prediction per record, in their order and on every process, in evaluation mode. `broken` as for `batches`."""
+def predict(
+    task: Task, records: Iterable[Record], *, batch_size: int, broken: list[str] | None = None, precision: torch.autocast | None = None
+) -> list[Prediction]:
+    """One prediction per record, in their order and on every process, in evaluation mode. `broken` as for `batches`.
+
+    `precision`: the training's, which sharded weights need, because they are gathered for it; else that of the weights.
+    """
     was_training, weights = task.training, next(task.parameters())
     task.eval()
     found: list[tuple[int, list[Prediction], list[str]]] = []
     for place, batch, mine, faults in shared_batches(task, list(records), batch_size, skip=broken is not None):
-        predictions = task.predict(to_device(batch, weights.device, weights.dtype)) if batch else []
+        with precision or nullcontext():
+            predictions = task.predict(to_device(batch, weights.device, weights.dtype)) if batch else []
         found.append((place, predictions if mine else [], faults))
     task.train(was_training)
     everyone = sorted((part for parts in all_gather_objects(found) for part in parts), key=lambda part: part[0])
@@ -84,8 +91,9 @@ def spare(task: Task, pieces: list[list[Record]], size: int) -> Batch:
 
 
 def predict_sources(
-    task: Task, sources: Mapping[str, Source], *, batch_size: int, limit: int = 0, bad_share: float = 0.0
-) -> Predicted:
+    task: Task, sources: Mapping[str, Source], *, batch_size: int, limit: int = 0, bad_share: float = 0.0,
+    precision: torch.autocast | None = None,
+) -> Predicted:  # fmt: skip
     """Predictions for every source of a split, at most `limit` (0 = all) of each.
 
     Unreadable records are passed over up to `bad_share` of a source; beyond it, ValueError with the list.
@@ -96,7 +104,7 @@ def predict_sources(
         records = list(islice(source, limit or None))
         if holds_words(records[0]):
             task.tokenizer  # noqa: B018  # its absence is the caller's fault, not each record's
-        predictions = predict(task, records, batch_size=batch_size, broken=broken)
+        predictions = predict(task, records, batch_size=batch_size, broken=broken, precision=precision)
         if len(broken) > bad_share * len(records):
             raise ValueError(f"{len(broken)} of {len(records)} records of {source.path} cannot be read: {'; '.join(broken[:20])}")
         there = {str(prediction["id"]) for prediction in predictions}
@@ -122,7 +130,9 @@ def score_sources(task: type[Task], found: Predicted) -> dict[str, float]:
 
 
 def evaluate(
-    task: Task, sources: Mapping[str, Source], *, batch_size: int, limit: int = 0, bad_share: float = 0.0
-) -> dict[str, float]:
+    task: Task, sources: Mapping[str, Source], *, batch_size: int, limit: int = 0, bad_share: float = 0.0,
+    precision: torch.autocast | None = None,
+) -> dict[str, float]:  # fmt: skip
     """Predict and score a split."""
-    return score_sources(type(task), predict_sources(task, sources, batch_size=batch_size, limit=limit, bad_share=bad_share))
+    found = predict_sources(task, sources, batch_size=batch_size, limit=limit, bad_share=bad_share, precision=precision)
+    return score_sources(type(task), found)

@@ -91,6 +91,7 @@ def fit(
     places = partial(step_places, **shares(recipe, sources))
     batches = step_batches(examples, task.collate, places, range(done, steps), workers=recipe.data.workers)
     broken: dict[str, set[str]] = {}
+    precision = autocast(run, device)
     with Stop() as stop, Watch(log) as watch:
         for step in range(done, steps):
             watch.begin(step)
@@ -100,9 +101,9 @@ def fit(
             note_broken(broken, micro_batches, sources, recipe.data.bad_share, log)
             lr = learning_rate(step, steps, warmup, recipe.optim)
             set_learning_rate(optimizer, lr)
-            micro_batches = [to_device(batch, device, dtype(run)) | {"step": step, "steps": steps} for batch in micro_batches]
+            micro_batches = [batch | {"step": step, "steps": steps} for batch in micro_batches]
             totals = sum_targets(task, micro_batches)
-            values, losses = backward(task, micro_batches, totals, autocast(run, device))
+            values, losses = backward(task, micro_batches, totals, precision, partial(to_device, device=device, dtype=dtype(run)))
             after = step + 1
             due = after % run.log_every == 0 or after == steps
             norms = gradient_norms(task) if due else {}
@@ -118,7 +119,7 @@ def fit(
                 log.write(after, values | norms | log.surroundings(optimizer) | watch.lap())
             log.show(after, values)
             if after == steps or (run.eval_every and after % run.eval_every == 0):
-                best = evaluate_and_keep(task, recipe, held_out, out, after, best, log)
+                best = evaluate_and_keep(task, recipe, held_out, out, after, best, log, precision)
             asked = stop.agreed()
             if asked or after == steps or (run.save_every and after % run.save_every == 0):
                 checkpoints.save(after, task, optimizer, best)
@@ -196,11 +197,14 @@ def refuse_accumulation(task_class: type[Task], recipe: Recipe) -> None:
 
 
 def evaluate_and_keep(
-    task: Task, recipe: Recipe, held_out: Mapping[str, Source], out: Path, step: int, best: float | None, log: Log
-) -> float | None:
+    task: Task, recipe: Recipe, held_out: Mapping[str, Source], out: Path, step: int, best: float | None, log: Log,
+    precision: torch.autocast,
+) -> float | None:  # fmt: skip
     """Score the val split, write scores.json, and keep the weights as `best/` if their headline leads; rank 0 writes."""
-    size = recipe.run.micro_batch or max(recipe.data.batch.values())
-    scores = evaluate(task, held_out, batch_size=size, limit=recipe.run.eval_records, bad_share=recipe.data.bad_share)
+    size = recipe.run.micro_batch or max(1, max(recipe.data.batch.values()) // world_size())
+    scores = evaluate(
+        task, held_out, batch_size=size, limit=recipe.run.eval_records, bad_share=recipe.data.bad_share, precision=precision
+    )
     log.write(step, {f"val/{name}": value for name, value in scores.items()})
     reshard(task)
     if rank() == 0:

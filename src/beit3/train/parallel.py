@@ -77,12 +77,12 @@ def wrap_blocks(task: Task, *, recompute: bool, compiled: bool) -> None:
 def shard(task: Task, run: RunConfig, device: torch.device) -> None:
     """One FSDP group per block, one for the rest; gradients are summed, because losses are parts of the step's means.
 
-    Blocks are gathered in bfloat16 where autocast would cast them anyway; inputs keep their precision, so that the
-    residual stream is float32 as on one process. The rest is gathered as it is kept: a codebook's projections and norms
-    are computed in float32.
+    Blocks are gathered in bfloat16 where autocast would cast them anyway (not on a processor, where it leaves norms alone);
+    inputs keep their precision, so that the residual stream is float32 as on one process. The rest is gathered as it is
+    kept: a codebook's projections and norms are computed in float32.
     """
     mesh = init_device_mesh(device.type, (world_size(),))
-    half = torch.bfloat16 if bfloat16(run, device) else None
+    half = torch.bfloat16 if bfloat16(run, device) and device.type != "cpu" else None
     policy = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=dtype(run), cast_forward_inputs=False)
     for block in blocks_of(task):
         fully_shard(block, mesh=mesh, mp_policy=policy)

@@ -5,7 +5,7 @@ and processes), so that accumulation, three objectives and any number of process
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -15,6 +15,9 @@ from beit3.ops.collectives import all_gather_objects, all_reduce, whole, world_s
 from beit3.task import Batch, Task
 from beit3.train.log import Log
 from beit3.train.parallel import sync_gradients
+
+Place = Callable[[Batch], Batch]
+"""Moves a micro-batch to the device that computes it."""
 
 NAMED = 8
 """Records that an error lists."""
@@ -33,9 +36,9 @@ def sum_targets(task: Task, micro_batches: Sequence[Batch]) -> dict[str, int]:
 
 
 def backward(
-    task: Task, micro_batches: Sequence[Batch], totals: Mapping[str, int], precision: torch.autocast
+    task: Task, micro_batches: Sequence[Batch], totals: Mapping[str, int], precision: torch.autocast, place: Place = lambda batch: batch
 ) -> tuple[dict[str, float], list[Tensor]]:
-    """Gradients of the step's loss, summed over processes with the last micro-batch.
+    """Gradients of the step's loss, summed over processes with the last micro-batch; `place` moves one to its device.
 
     Returns `loss`, `loss/<name>` and the metrics, each averaged over its targets everywhere, and this process's loss of
     each micro-batch.
@@ -43,11 +46,11 @@ def backward(
     sums: dict[str, Tensor] = {}
     losses: list[Tensor] = []
     if task.compares_examples and len(micro_batches) > 1:
-        return backward_by_features(task, micro_batches, totals, precision)
+        return backward_by_features(task, micro_batches, totals, precision, place)
     for index, batch in enumerate(micro_batches):
         sync_gradients(task, index == len(micro_batches) - 1)
         with precision:
-            result = task(batch)
+            result = task(place(batch))
         loss, logged = weigh(task, result, totals)
         loss.backward()
         losses.append(loss.detach())
@@ -57,7 +60,7 @@ def backward(
 
 
 def backward_by_features(
-    task: Task, micro_batches: Sequence[Batch], totals: Mapping[str, int], precision: torch.autocast
+    task: Task, micro_batches: Sequence[Batch], totals: Mapping[str, int], precision: torch.autocast, place: Place
 ) -> tuple[dict[str, float], list[Tensor]]:
     """`backward` of a loss that compares all examples of the step, in the memory of one micro-batch.
 
@@ -65,10 +68,11 @@ def backward_by_features(
     them all and its gradients for them, then each micro-batch again with those. Stochastic depth draws the same twice.
     """
     states, parts = [], []
+    device = next(task.parameters()).device
     for batch in micro_batches:
-        states.append(chance(batch))
+        states.append(chance(device))
         with torch.no_grad(), precision:
-            parts.append(task.outputs(batch))
+            parts.append(task.outputs(place(batch)))
     features = {name: torch.cat([part[name] for part in parts]).requires_grad_() for name in parts[0]}
     sync_gradients(task, False)
     with precision:
@@ -77,29 +81,25 @@ def backward_by_features(
     loss.backward()
     gradients = {name: value.grad.split([len(part[name]) for part in parts]) for name, value in features.items() if value.grad is not None}
     for index, batch in enumerate(micro_batches):
-        set_chance(batch, states[index])
+        set_chance(device, states[index])
         sync_gradients(task, index == len(micro_batches) - 1)
         with precision:
-            product = task(batch | {"feature_gradients": {name: pieces[index] for name, pieces in gradients.items()}})["losses"]["loss"]
+            theirs = {name: pieces[index] for name, pieces in gradients.items()}
+            product = task(place(batch) | {"feature_gradients": theirs})["losses"]["loss"]
         product.backward()
     return averaged(sums), [loss.detach()] * len(micro_batches)
 
 
-def chance(batch: Batch) -> list[Tensor]:
-    """The random states that a forward of this batch draws from: the CPU's and its device's."""
-    device = device_of(batch)
+def chance(device: torch.device) -> list[Tensor]:
+    """The random states that a forward draws from: the processor's and the device's."""
     return [torch.get_rng_state()] + ([torch.get_device_module(device).get_rng_state(device)] if device.type != "cpu" else [])
 
 
-def set_chance(batch: Batch, states: list[Tensor]) -> None:
+def set_chance(device: torch.device, states: list[Tensor]) -> None:
     """Back to the states that `chance` gave."""
     torch.set_rng_state(states[0])
     for state in states[1:]:
-        torch.get_device_module(device_of(batch)).set_rng_state(state, device_of(batch))
-
-
-def device_of(batch: Batch) -> torch.device:
-    return next(value.device for value in batch.values() if isinstance(value, Tensor))
+        torch.get_device_module(device).set_rng_state(state, device)
 
 
 def weigh(task: Task, result: Mapping[str, Mapping[str, Tensor]], totals: Mapping[str, int]) -> tuple[Tensor, dict[str, Tensor]]:
