@@ -231,24 +231,29 @@ def train(known: argparse.Namespace, rest: list[str]) -> None:
 
 
 def evaluate(known: argparse.Namespace, rest: list[str]) -> None:
-    import torch
-
     from beit3.data.predictions import write_predictions
     from beit3.data.records import write_text
+    from beit3.ops.collectives import leader_first, rank
+    from beit3.progress import bar
     from beit3.recipe import RunConfig
     from beit3.train.evaluate import predict_sources, score_sources
+    from beit3.train.launch import start
     from beit3.train.parallel import autocast
     from beit3.weights.fill import task_name
 
+    device = start(RunConfig())  # under torchrun the processes share the records
     predictor = load_predictor(known, rest)
     predictor.require_trained()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     task = predictor.task.to(device)
     if not task.sources:
         raise ValueError(f"task {task_name(type(task))} reads no records: there is nothing to score")
-    sources = split_sources(type(task), known.root, known.split)
+    with leader_first():
+        sources = split_sources(type(task), known.root, known.split)
     predictor.agree_on_classes(next(iter(sources.values())).path.with_name("classes.txt"))
-    found = predict_sources(task, sources, batch_size=known.batch, precision=autocast(RunConfig(), device))
+    with bar("records") as advance:
+        found = predict_sources(task, sources, batch_size=known.batch, precision=autocast(RunConfig(), device), progress=advance)
+    if rank():
+        return
     if known.predictions:
         write_predictions(known.predictions, ({"source": name} | row for name, (rows, _) in found.items() for row in rows))
     if known.submission:

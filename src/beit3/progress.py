@@ -10,8 +10,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 @contextmanager
 def bar(label: str) -> Iterator[Callable[[int, int], None]]:
-    """Yields `advance(done, total)`, to be called as the work goes on; total 0 = not known."""
-    console = Console(highlight=False)
+    """Yields `advance(done, total)`, to be called as the work goes on; total 0 = not known. What it says goes to stderr."""
+    console = Console(highlight=False, stderr=True)
     if console.is_terminal:
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         with Progress(*columns, console=console, transient=True) as progress:

@@ -4,7 +4,7 @@ Sharded weights are gathered for every forward, so all processes take the same n
 its own goes along with its last, and what that gives is thrown away.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from itertools import islice
 from typing import Any
@@ -23,6 +23,14 @@ def to_device(batch: Batch, device: torch.device, dtype: torch.dtype = torch.flo
         return value.to(device, dtype if value.is_floating_point() else value.dtype) if isinstance(value, torch.Tensor) else value
 
     return {key: move(value) for key, value in batch.items()}
+
+
+Progress = Callable[[int, int], None]
+"""Told how many records of how many are done."""
+
+
+def silent(done: int, total: int) -> None:
+    """Tells nobody: a training run shows its own progress."""
 
 
 Predicted = dict[str, tuple[list[Prediction], list[Record]]]
@@ -48,8 +56,9 @@ def batches(task: Task, records: Iterable[Record], size: int, broken: list[str] 
 
 @torch.no_grad()
 def predict(
-    task: Task, records: Iterable[Record], *, batch_size: int, broken: list[str] | None = None, precision: torch.autocast | None = None
-) -> list[Prediction]:
+    task: Task, records: Iterable[Record], *, batch_size: int, broken: list[str] | None = None, precision: torch.autocast | None = None,
+    progress: Progress = silent,
+) -> list[Prediction]:  # fmt: skip
     """One prediction per record, in their order and on every process, in evaluation mode. `broken` as for `batches`.
 
     `precision`: the training's, which sharded weights need, because they are gathered for it; else that of the weights.
@@ -57,10 +66,12 @@ def predict(
     was_training, weights = task.training, next(task.parameters())
     task.eval()
     found: list[tuple[int, list[Prediction], list[str]]] = []
-    for place, batch, mine, faults in shared_batches(task, list(records), batch_size, skip=broken is not None):
+    records = list(records)
+    for place, batch, mine, faults in shared_batches(task, records, batch_size, skip=broken is not None):
         with precision or nullcontext():
             predictions = task.predict(to_device(batch, weights.device, weights.dtype)) if batch else []
         found.append((place, predictions if mine else [], faults))
+        progress(min(len(records), (place + 1) * batch_size), len(records))
     task.train(was_training)
     everyone = sorted((part for parts in all_gather_objects(found) for part in parts), key=lambda part: part[0])
     if broken is not None:
@@ -92,7 +103,7 @@ def spare(task: Task, pieces: list[list[Record]], size: int) -> Batch:
 
 def predict_sources(
     task: Task, sources: Mapping[str, Source], *, batch_size: int, limit: int = 0, bad_share: float = 0.0,
-    precision: torch.autocast | None = None,
+    precision: torch.autocast | None = None, progress: Progress = silent,
 ) -> Predicted:  # fmt: skip
     """Predictions for every source of a split, at most `limit` (0 = all) of each.
 
@@ -104,7 +115,7 @@ def predict_sources(
         records = list(islice(source, limit or None))
         if holds_words(records[0]):
             task.tokenizer  # noqa: B018  # its absence is the caller's fault, not each record's
-        predictions = predict(task, records, batch_size=batch_size, broken=broken, precision=precision)
+        predictions = predict(task, records, batch_size=batch_size, broken=broken, precision=precision, progress=progress)
         if len(broken) > bad_share * len(records):
             raise ValueError(f"{len(broken)} of {len(records)} records of {source.path} cannot be read: {'; '.join(broken[:20])}")
         there = {str(prediction["id"]) for prediction in predictions}
