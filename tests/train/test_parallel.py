@@ -233,6 +233,17 @@ def test_a_killed_process_ends_the_other_and_torchrun_goes_on(root, tmp_path, pl
     close(lines(tmp_path / "run"), lines(place / "float32" / "vqa" / "two"), 1e-5)
 
 
+def test_two_processes_share_an_evaluation(place, root, capsys, tmp_path):
+    """Scores and predictions are those of one process; only the first speaks."""
+    verb = ["eval", str(place / "float32" / "nlvr2" / "one"), "--data.root", str(root), "--batch", "3", "--predictions"]
+    assert main([*verb, str(tmp_path / "one.jsonl")]) == 0
+    done = torchrun("-m", "beit3", *verb, str(tmp_path / "two.jsonl"))
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert json.loads(done.stdout) == pytest.approx(json.loads(capsys.readouterr().out))
+    one, two = ([json.loads(line) for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()] for name in ("one", "two"))
+    assert [(row["id"], row["answer"]) for row in one] == [(row["id"], row["answer"]) for row in two]
+
+
 # One process ---------------------------------------------------------------------------------------------------------
 
 
