@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
+from types import SimpleNamespace
 from zipfile import ZipFile
 
 import pytest
@@ -13,9 +14,11 @@ from safetensors.torch import save_file
 
 from beit3.cli import main
 from beit3.data.transforms import Preprocessing
+from beit3.metrics import caption_java
 from beit3.model.config import TINY, TINY_RELEASE
 from beit3.recipe import TaskConfig
 from beit3.tasks.backbone import Backbone
+from beit3.tasks.captioning import Captioning, CaptioningConfig
 from beit3.tasks.pretrain import Pretrain, PretrainConfig
 from beit3.tasks.retrieval import Retrieval, RetrievalConfig
 from beit3.tokenizer.text import TextTokenizer
@@ -210,6 +213,64 @@ def test_preprocessing_that_differs_is_said_at_the_start(dual, root, say, tmp_pa
     assert main([str(each) for each in ["train", "imagenet", "demo_names", "--out", tmp_path / "other", "--init", dual, *other]]) == 0
     said = "".join(capsys.readouterr())
     assert said.count("pictures are prepared in another way than these weights know: mean is (0.5, 0.5, 0.5), here (0.4, 0.4, 0.4)") == 1
+
+
+# Captions ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def captioner(root, tmp_path) -> Path:
+    """Captioning weights, beams by default."""
+    tokenizer = TextTokenizer(root / "text.model")
+    model = replace(TINY, dim=32, depth=1, num_heads=2, ffn_dim=48, vocab_size=tokenizer.vocab_size)
+    task = Captioning(CaptioningConfig(model=model, image=Preprocessing(32), text_length=6), tokenizer=tokenizer)
+    task.init_weights(0)
+    save(task, tmp_path / "captioner")
+    return tmp_path / "captioner"
+
+
+def test_how_captions_are_written_is_said_to_weights_that_exist(captioner, root, say, refused, tmp_path):
+    Image.new("RGB", (40, 30), "red").save(tmp_path / "a.png")
+    ask = ("predict", captioner, tmp_path / "a.png")
+    beams, greedy = (json.loads(say(*ask, *flags))[0] for flags in ((), ("--task.decoding.method", "greedy")))
+    task = load(captioner)
+    task.config = replace(task.config, decoding=replace(task.config.decoding, method="greedy"))
+    batch = task.collate([task.example(task.record(str(tmp_path / "a.png")), False)])
+    (expected,) = task.predict(batch)
+    assert greedy["caption"] == expected["caption"] and greedy["score"] == pytest.approx(expected["score"], abs=1e-4)
+    assert greedy["score"] < beams["score"] < 0, "the sum of log-probabilities, and beams' mean"
+    assert "cider" in say("eval", captioner, "--data.root", few(root, "captioning", tmp_path), "--task.decoding.num_beams", 1)
+    assert "--task.model.depth 2: the network of weights that exist cannot be another" in refused(*ask, "--task.model.depth", 2)
+    assert "--task.decoding.methd" in refused(*ask, "--task.decoding.methd", "greedy")
+    assert "unknown argument --optim.lr" in refused(*ask, "--optim.lr", 1)
+
+
+def test_meteor_and_spice_are_asked_for(captioner, dual, root, say, refused, tmp_path, monkeypatch):
+    """In place of pycocoevalcap a module with its interface."""
+
+    class Module:
+        class Meteor:
+            def compute_score(self, truths, results):
+                assert truths.keys() == results.keys() and len(truths) == 2
+                return 0.25, [0.5, 0.0]
+
+        Spice = Meteor
+
+    records = few(root, "captioning", tmp_path)
+    evaluated = ("eval", captioner, "--data.root", records, "--predictions", tmp_path / "p.jsonl")
+    scored = ("score", "captioning", tmp_path / "p.jsonl", "--data.root", records)
+    monkeypatch.setattr(caption_java.shutil, "which", lambda name: None)
+    for call in (evaluated, scored):
+        assert "--java: METEOR and SPICE need Java: put a runtime" in refused(*call, "--java")
+    assert not (tmp_path / "p.jsonl").exists(), "said before anything is predicted"
+    monkeypatch.setattr(caption_java.shutil, "which", lambda name: "/usr/bin/java")
+    monkeypatch.setattr(caption_java, "find_spec", lambda name: Module)
+    monkeypatch.setattr(caption_java, "importlib", SimpleNamespace(import_module=lambda name: Module))
+    plain = json.loads(say(*evaluated))
+    assert "cider" in plain and "meteor" not in plain, "never without being asked for"
+    for call in (evaluated, scored):
+        assert json.loads(say(*call, "--java")) == plain | {"meteor": 0.25, "spice": 0.25}
+    assert "are scores of captions, retrieval writes none" in refused("eval", dual, "--data.root", root, "--java")
 
 
 # Weights of another network to start from ----------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from beit3 import compat
 from beit3.compat import BEiT3, BEiT3Wrapper, EncoderConfig, _get_base_config, _get_large_config, create_model
 from beit3.compat import beit3_base_patch16_480_vqav2 as vqav2
 from beit3.weights.fill import task_name
-from beit3.weights.official import RELEASED_ROWS, load_official
+from beit3.weights.official import RELEASED_ROWS, keys_of, load_official
 from tests.golden import config, golden, tensors
 
 CLASSES = {
@@ -371,9 +371,10 @@ def test_configurations():
         (lambda: create_model("beit3_base_patch16_480_vqa"), "no model .*_480_vqa; did you mean beit3_base_patch16_480_vqav2"),
         (lambda: create_model("beit3_base_patch16_224_nlvr2", pretrained=True), "pretrained=True: nothing is downloaded"),
         (lambda: create_model("beit3_base_patch16_224_nlvr2", drop_path=0.1), "drop_path=0.1 means nothing to nlvr2"),
-        (lambda: create_model("beit3_base_patch16_224_retrieval", num_classes=3), "num_classes=3 means nothing to retrieval"),
+        (lambda: create_model("beit3_base_patch16_224_nlvr2", drop_rate=0.1), "drop_rate=0.1 means nothing .*did you mean drop_path_rate"),
         (lambda: BEiT3(small(dropout=0.1)), "dropout=0.1 cannot be honoured: BEiT-3 has dropout=0.0"),
         (lambda: BEiT3(small(multiway=False)), "multiway=False cannot be honoured"),
+        (lambda: BEiT3(small(moe_freq=2, moe_expert_count=4)), "moe_freq=2 cannot be honoured"),
         (lambda: BEiT3(small(encoder_attention_heads=5)), "dim 64 is not a multiple of num_heads 5"),
     ],
 )
@@ -381,6 +382,73 @@ def test_arguments_that_cannot_be_honoured(call, message):
     with pytest.raises(ValueError, match=message) as caught:
         call()
     assert "\n" not in str(caught.value)
+
+
+def test_arguments_of_trainers_pass():
+    """Upstream's trainer, timm's `create_model`, and torchscale's configuration, whose other fields are ignored there too."""
+    with torch.device("meta"):
+        model = create_model(
+            "beit3_base_patch16_224_retrieval", pretrained=False, num_classes=3, drop_rate=0.0, drop_path_rate=0.1, drop_block_rate=None,
+            vocab_size=90, checkpoint_activations=None, scriptable=None, pretrained_cfg=None, cache_dir=None,
+        )  # fmt: skip
+        assert model.args.vocab_size == 90 and model.args.drop_path_rate == 0.1
+        factory = compat.beit3_base_patch16_224_nlvr2(pretrained_cfg=None, pretrained_cfg_overlay=None, norm_layer=nn.LayerNorm)
+    assert factory.head.dense2.out_features == 2
+    args = EncoderConfig(encoder_embed_dim=64, flash_attention=False, ddp_rank=0, use_xmoe=False, bert_init=True)
+    assert args.encoder_embed_dim == 64 and args.encoder_layers == 12 and not hasattr(args, "ddp_rank")
+
+
+def test_parts_for_heads_of_ones_own():
+    """Upstream's `Pooler` and `TwoLayerMLP`: the recorded heads, and the same by hand."""
+    model = built("nlvr2")
+    head = compat.TwoLayerMLP(in_features=256, hidden_features=128, out_features=2, norm_layer=nn.LayerNorm)
+    head.load_state_dict(model.head.state_dict())
+    states = torch.rand(3, 256)
+    assert torch.equal(head(states), model.head(states))
+    bare = compat.TwoLayerMLP(256, 128, 2, nn.LayerNorm, norm_input=False)
+    assert isinstance(bare.norm1, nn.Identity) and "norm1.weight" not in bare.state_dict()
+    bare.load_state_dict({name: value for name, value in head.state_dict().items() if not name.startswith("norm1")})
+    torch.testing.assert_close(bare(head.norm1(states)), head(states))
+    pooler = compat.Pooler(input_features=64, output_features=5, norm_layer=nn.LayerNorm)
+    states = torch.rand(2, 7, 64)
+    found = torch.tanh(nn.functional.layer_norm(states[:, 0], (64,)) @ pooler.dense.weight.T + pooler.dense.bias)
+    torch.testing.assert_close(pooler(states), found)
+
+
+class Count(nn.Module):
+    """How many pairs there are, in place of a loss."""
+
+    def forward(self, image: Tensor, text: Tensor, scale: Tensor) -> tuple[Tensor, None, None]:
+        return torch.tensor(len(image)), None, None
+
+
+def test_a_criterion_of_ones_own():
+    """`criterion` gives upstream's three results, and another takes its place."""
+    model, given, expected = built("retrieval"), inputs("retrieval"), tensors("retrieval", "outputs")
+    with torch.inference_mode():
+        image, text = expected["vision_cls"], expected["language_cls"]
+        loss, to_text, to_image = model.criterion(image, text, model.logit_scale.exp())
+        close(loss, expected["loss"])
+        close(to_text, model.logit_scale.exp() * image @ text.T)
+        close(to_image, to_text.T)
+        assert not any(name.startswith("criterion") for name in model.state_dict())
+        model.criterion = Count()
+        assert model(**given)[0] == len(image)
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_layers_of_parameters_are_upstreams(name):
+    """Its rule reads the released names."""
+
+    def upstream(key: str) -> int:
+        if "embed" in key:
+            return 0
+        return int(key.split("layers.")[1].split(".")[0]) + 1 if "layers." in key else model.get_num_layers() + 1
+
+    model = built(name)
+    for ours, _ in model.named_parameters():
+        keys = keys_of(ours.replace("beit3.", "backbone.", 1), {}) or (ours,)
+        assert {upstream(key) for key in keys} == {model.get_num_layer(ours)}, ours
 
 
 def test_calls_that_cannot_be_honoured():

@@ -93,6 +93,7 @@ def make_parser() -> argparse.ArgumentParser:
     sub.add_argument("--batch", type=int, default=32)
     sub.add_argument("--predictions", default="", help="also write the predictions to this jsonl file")
     sub.add_argument("--submission", default="", help="instead of scores write what the evaluation server takes (vqa, captioning)")
+    sub.add_argument("--java", action="store_true", help="METEOR and SPICE too, by pycocoevalcap's Java programs (captioning; minutes)")
     released(sub)
 
     sub = verb("score", score, "Score a predictions file.")
@@ -101,6 +102,7 @@ def make_parser() -> argparse.ArgumentParser:
     sub.add_argument("--split", default="val")
     sub.add_argument("--data.root", dest="root", default="")
     sub.add_argument("--source", default="main")
+    sub.add_argument("--java", action="store_true", help="METEOR and SPICE too, as for eval")
 
     sub = verb("predict", predict, "Ask weights: for vqa, an image and a question.")
     sub.add_argument("weights")
@@ -236,6 +238,7 @@ def evaluate(known: argparse.Namespace, rest: list[str]) -> None:
     from beit3.ops.collectives import leader_first, rank
     from beit3.progress import bar
     from beit3.recipe import RunConfig
+    from beit3.tasks.captioning import java_scorer
     from beit3.train.evaluate import predict_sources, score_sources
     from beit3.train.launch import start
     from beit3.train.parallel import autocast
@@ -247,6 +250,7 @@ def evaluate(known: argparse.Namespace, rest: list[str]) -> None:
     task = predictor.task.to(device)
     if not task.sources:
         raise ValueError(f"task {task_name(type(task))} reads no records: there is nothing to score")
+    java = java_scorer(type(task)) if known.java else None
     with leader_first():
         sources = split_sources(type(task), known.root, known.split)
     predictor.agree_on_classes(next(iter(sources.values())).path.with_name("classes.txt"))
@@ -261,20 +265,26 @@ def evaluate(known: argparse.Namespace, rest: list[str]) -> None:
         write_text(known.submission, json.dumps(lines, ensure_ascii=False) + "\n")
         print(f"{len(lines)} predictions for the evaluation server at {known.submission}", file=sys.stderr)
     else:
-        print(json.dumps(score_sources(type(task), found), indent=1))
+        scores = score_sources(type(task), found)
+        for rows, records in found.values():
+            scores |= java(rows, records) if java else {}
+        print(json.dumps(scores, indent=1))
 
 
 def score(known: argparse.Namespace, rest: list[str]) -> None:
     from beit3.data.predictions import read_predictions
     from beit3.task import load
+    from beit3.tasks.captioning import java_scorer
 
     task = load(known.task)
+    java = java_scorer(task) if known.java else None
     sources = split_sources(task, known.root, known.split)
     if known.source not in sources:
         raise ValueError(f"--source {known.source} has no {known.split} records: there are {', '.join(sources)}")
     try:
         rows = [row for row in read_predictions(known.predictions) if row.get("source", known.source) == known.source]
-        scores = task.score(rows, list(sources[known.source]))
+        records = list(sources[known.source])
+        scores = task.score(rows, records) | (java(rows, records) if java else {})
     except KeyError as field:
         raise ValueError(f"{known.predictions}: a prediction has no field {field}, as beit3 eval --predictions writes it") from None
     print(json.dumps(scores, indent=1))

@@ -262,4 +262,5 @@ def test_prepare_packs_or_leaves_paragraphs(raw, tokenizer, tmp_path, capsys, pa
         assert texts == ["Eight.", "One two three. Four five. Six seven."]
     else:
         assert len(texts) > 3 and max(len(tokenizer.encode(text)) for text in texts) <= 8
-        assert " ".join(texts) == "Eight. One two three. Four five. Six seven."
+        # A sentence beyond the limit is cut between pieces, which depend on the documents.
+        assert "".join(texts).replace(" ", "") == "Eight.Onetwothree.Fourfive.Sixseven."

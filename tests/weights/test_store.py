@@ -20,7 +20,7 @@ from beit3.tasks.vqkd import VQKD, VQKDConfig
 from beit3.tokenizer.text import TextTokenizer
 from beit3.tokenizer.visual import VisualTokenizerConfig
 from beit3.weights.official import to_official
-from beit3.weights.store import initialise_from, load, load_frozen, read_config, save
+from beit3.weights.store import initialise_from, load, load_as, load_frozen, read_config, save
 
 PAPER = replace(TINY, dim=32, depth=2, ffn_dim=48, image_size=16, vocab_size=64, text_positions=20)
 RELEASE = replace(
@@ -345,6 +345,22 @@ def test_a_released_text_table_needs_the_released_tokenizer(tmp_path, tokenizer)
     task = vqa(replace(RELEASE, vocab_size=64010, depth=1), tokenizer=tokenizer)
     with pytest.raises(ValueError, match="cannot start from .*a.pth: the text tokenizer has .* ids, the released one 64002"):
         initialise_from(task, tmp_path / "a.pth")
+
+
+def test_a_converted_release_knows_its_tokenizer_without_a_digest(tmp_path, tokenizer):
+    """A directory converted without a tokenizer has no digest to compare with; its table of 64010 rows tells."""
+    released = vqa(replace(RELEASE, vocab_size=64010, depth=1))
+    save(released, tmp_path / "w")
+    tokenizer.save(tmp_path / "mine.spm")
+    message = r"w: the text tokenizer has \d+ ids, the released one 64002: give the beit3.spm of the release"
+    with pytest.raises(ValueError, match=message):
+        load(tmp_path / "w", text_model=tmp_path / "mine.spm")
+    with pytest.raises(ValueError, match=message):
+        load_as(tmp_path / "w", "backbone", text_model=tmp_path / "mine.spm")
+    with pytest.raises(ValueError, match=f"cannot start from .*{message}"):
+        initialise_from(vqa(replace(RELEASE, vocab_size=64010, depth=1), tokenizer=tokenizer), tmp_path / "w")
+    save(vqa(replace(RELEASE, vocab_size=64010, depth=1), tokenizer=tokenizer), tmp_path / "own")
+    assert load(tmp_path / "own").tokenizer.digest == tokenizer.digest, "a large table trained with a tokenizer of one's own"
 
 
 def test_another_text_tokenizer_is_an_error(tmp_path, tokenizer, other_tokenizer):

@@ -3,7 +3,8 @@
 Names, arguments, results and `state_dict` keys are upstream's; parameters and attributes inside the network are ours (a
 table is in docs/migrating.md). Nothing is stored between calls, so one model serves several threads. Padding is 1 where
 a token is padding, `attn_mask` 1 where attention is blocked. Upstream's own signatures end in **kwargs that it passes on
-and ignores, and its users rely on that: so do these. What cannot be honoured is a ValueError that names the argument.
+and ignores, and its users rely on that: so do those of the classes here. A factory (`MODELS`, `create_model`) refuses an
+argument that it does not know and that asks for something. What cannot be honoured is a ValueError that names it.
 """
 
 import math
@@ -20,9 +21,10 @@ from beit3.compat.network import BEiT3, BEiT3Wrapper, EncoderConfig, State, _get
 from beit3.config import suggestion
 from beit3.model.attention_mask import image_to_text
 from beit3.model.config import POSITION_OFFSET
-from beit3.ops.losses import contrastive
+from beit3.ops.collectives import all_gather_with_gradient, rank
+from beit3.ops.losses import similarities
 from beit3.ops.positions import resample_positions
-from beit3.tasks import imagenet, nlvr2, vqa
+from beit3.tasks import imagenet, nlvr2
 from beit3.weights.fill import first_few
 from beit3.weights.official import read_file
 
@@ -31,19 +33,51 @@ Norm = Callable[[int], nn.Module]
 # The tasks -----------------------------------------------------------------------------------------------------------
 
 
-class Pooler(vqa.Pooler):
-    """Takes all states [B, N, D] and reads the first."""
+class Pooler(nn.Module):
+    """Norm, linear and tanh on the first of the states [B, N, D]."""
+
+    def __init__(self, input_features: int, output_features: int, norm_layer: Norm = nn.LayerNorm):
+        super().__init__()
+        self.norm = norm_layer(input_features)
+        self.dense = nn.Linear(input_features, output_features)
 
     def forward(self, states: Tensor) -> Tensor:
-        return super().forward(states[:, 0])
+        return torch.tanh(self.dense(self.norm(states[:, 0])))
+
+
+class TwoLayerMLP(nn.Module):
+    """Linear, norm, GELU, linear, and a norm before them unless `norm_input` is False."""
+
+    def __init__(
+        self, in_features: int, hidden_features: int, out_features: int, norm_layer: Norm = nn.LayerNorm, norm_input: bool = True
+    ):
+        super().__init__()
+        self.norm1 = norm_layer(in_features) if norm_input else nn.Identity()
+        self.dense1 = nn.Linear(in_features, hidden_features)
+        self.norm2 = norm_layer(hidden_features)
+        self.act = nn.GELU()
+        self.dense2 = nn.Linear(hidden_features, out_features)
+
+    def forward(self, states: Tensor) -> Tensor:
+        return self.dense2(self.act(self.norm2(self.dense1(self.norm1(states)))))
+
+
+class ClipLoss(nn.Module):
+    """Each image against the texts of all processes and the other way round: a retrieval model's `criterion`."""
+
+    def forward(self, image_features: Tensor, text_features: Tensor, logit_scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(mean over this process's pairs, logits of its images, of its texts [B, world * B]), of unit features [B, D]."""
+        to_text = similarities(image_features, all_gather_with_gradient(text_features), logit_scale)
+        to_image = similarities(text_features, all_gather_with_gradient(image_features), logit_scale)
+        own = torch.arange(len(image_features), device=image_features.device) + rank() * len(image_features)
+        return (F.cross_entropy(to_text, own) + F.cross_entropy(to_image, own)) / 2, to_text, to_image
 
 
 class BEiT3ForVisualQuestionAnswering(BEiT3Wrapper):
     def __init__(self, args: Any, num_classes: int = 3129, norm_layer: Norm = nn.LayerNorm, **kwargs: Any):
         super().__init__(args)
         dim = args.encoder_embed_dim
-        self.pooler = Pooler(dim, 1e-5)
-        self.pooler.norm = norm_layer(dim)  # type: ignore[assignment]
+        self.pooler = Pooler(dim, dim, norm_layer)
         self.head = nn.Sequential(nn.Linear(dim, 2 * dim), norm_layer(2 * dim), nn.GELU(), nn.Linear(2 * dim, num_classes))
         for part in (self.pooler, self.head):
             part.apply(self._init_weights)
@@ -57,9 +91,7 @@ class BEiT3ForVisualReasoning(BEiT3Wrapper):
     def __init__(self, args: Any, num_classes: int = 2, norm_layer: Norm = nn.LayerNorm, **kwargs: Any):
         super().__init__(args)
         dim = args.encoder_embed_dim
-        self.head = nlvr2.Head(dim, 1e-5)
-        self.head.norm1, self.head.norm2 = norm_layer(4 * dim), norm_layer(2 * dim)  # type: ignore[assignment]
-        self.head.dense2 = nn.Linear(2 * dim, num_classes)
+        self.head = TwoLayerMLP(4 * dim, 2 * dim, num_classes, norm_layer)
         self.head.apply(self._init_weights)
         for layer in (self.head.dense1, self.head.dense2):
             layer.weight.data.mul_(nlvr2.SMALL_START)
@@ -127,6 +159,7 @@ class BEiT3ForRetrieval(BEiT3Wrapper):
         self.vision_head = nn.Linear(args.encoder_embed_dim, args.encoder_embed_dim, bias=False)
         for head in (self.language_head, self.vision_head):
             head.apply(self._init_weights)
+        self.criterion = ClipLoss()
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
 
     def forward(
@@ -147,7 +180,7 @@ class BEiT3ForRetrieval(BEiT3Wrapper):
             return vision, language
         if vision is None or language is None:
             raise ValueError("a loss needs image and text_description: give both, or only_infer=True")
-        return contrastive(vision, language, self.logit_scale.exp())[0] / len(vision), vision, language
+        return self.criterion(vision, language, self.logit_scale.exp())[0], vision, language
 
 
 # Files and names ----------------------------------------------------------------------------------------------------
@@ -184,7 +217,10 @@ KINDS: dict[str, tuple[type[BEiT3Wrapper], dict[str, Any]]] = {
     "captioning": (BEiT3ForCaptioning, {}),
     "retrieval": (BEiT3ForRetrieval, {}),
 }
-ARGUMENTS = ("img_size", "patch_size", "drop_path_rate", "checkpoint_activations", "mlp_ratio", "vocab_size")
+ARGUMENTS = (
+    "img_size", "patch_size", "drop_path_rate", "checkpoint_activations", "mlp_ratio", "vocab_size", "num_classes", "norm_layer",
+)  # fmt: skip
+"""What a factory passes on; as upstream's, captioning and retrieval have no use for the last two."""
 SIZES = {
     "base": {"imageclassification": (224,), "nlvr2": (224,), "captioning": (224, 480), "retrieval": (224, 384), "vqav2": (384, 480)},
     "large": {"imageclassification": (224,), "nlvr2": (224,), "captioning": (480,), "retrieval": (384,), "vqav2": (384, 480, 768)},
@@ -192,17 +228,18 @@ SIZES = {
 
 
 def _factory(size: str, pixels: int, kind: str) -> Callable[..., BEiT3Wrapper]:
-    """The function that upstream registers under this name."""
+    """The function that upstream registers under this name.
 
+    It takes `ARGUMENTS`, and of others (timm's trainers pass a good many) those that ask for nothing: None, False, 0.
+    """
     model, outputs = KINDS[kind]
-    known = (*ARGUMENTS, "norm_layer", *outputs) if outputs else ARGUMENTS
 
     def make(pretrained: bool = False, **kwargs: Any) -> BEiT3Wrapper:
         if pretrained:
             raise ValueError("pretrained=True: nothing is downloaded; give the file to load_model_and_may_interpolate")
-        for name in kwargs:
-            if name not in known:
-                raise ValueError(f"{name}={kwargs[name]!r} means nothing to {kind}{suggestion(name, known)} (known: {', '.join(known)})")
+        for name, value in kwargs.items():
+            if value and name not in ARGUMENTS:
+                raise ValueError(f"{name}={value!r} means nothing to {kind}{suggestion(name, ARGUMENTS)} (known: {', '.join(ARGUMENTS)})")
         args = (_get_base_config if size == "base" else _get_large_config)(**{"img_size": pixels} | kwargs)
         args.normalize_output = kind not in ("imageclassification", "vqav2")
         return model(args, **outputs | kwargs)
@@ -221,7 +258,10 @@ MODELS = {
 
 
 def create_model(model_name: str, pretrained: bool = False, **kwargs: Any) -> BEiT3Wrapper:
-    """timm's way to a model by its name. Upstream's arguments: drop_path_rate, vocab_size, checkpoint_activations and the like."""
+    """timm's way to a model by its name. kwargs: `ARGUMENTS`; what is None counts as not given.
+
+    Raises ValueError for a name that upstream does not register, and for another argument unless it asks for nothing.
+    """
     if model_name not in MODELS:
         raise ValueError(f"no model {model_name}{suggestion(model_name, list(MODELS))} (known: {', '.join(MODELS)})")
     return MODELS[model_name](pretrained=pretrained, **{name: value for name, value in kwargs.items() if value is not None})
@@ -229,8 +269,8 @@ def create_model(model_name: str, pretrained: bool = False, **kwargs: Any) -> BE
 
 __all__ = [
     "BEiT3", "BEiT3ForCaptioning", "BEiT3ForImageClassification", "BEiT3ForRetrieval", "BEiT3ForVisualQuestionAnswering",
-    "BEiT3ForVisualReasoning", "BEiT3Wrapper", "EncoderConfig", "MODELS", "Pooler", "_get_base_config", "_get_large_config",
-    "create_model", "load_model_and_may_interpolate", *MODELS,
+    "BEiT3ForVisualReasoning", "BEiT3Wrapper", "ClipLoss", "EncoderConfig", "MODELS", "Pooler", "TwoLayerMLP", "_get_base_config",
+    "_get_large_config", "create_model", "load_model_and_may_interpolate", *MODELS,
 ]  # fmt: skip
 
 

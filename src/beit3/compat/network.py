@@ -3,7 +3,7 @@
 B images or texts, L tokens of a text, P patches, N = 1 + P + L tokens of a pair, D wide, K tokens seen so far.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any
 
@@ -21,9 +21,9 @@ State = dict[int, dict[str, Tensor]]
 """Per layer `prev_key` and `prev_value` [B, H, K, D/H]: the caller reorders and cuts them between the steps."""
 
 
-@dataclass
+@dataclass(init=False)
 class EncoderConfig:
-    """The fields of torchscale's configuration that BEiT-3 reads."""
+    """The fields of torchscale's configuration that BEiT-3 reads, by keyword; others are ignored, as torchscale does."""
 
     encoder_embed_dim: int = 768
     encoder_attention_heads: int = 12
@@ -54,6 +54,10 @@ class EncoderConfig:
     deepnorm: bool = False
     xpos_rel_pos: bool = False
 
+    def __init__(self, **kwargs: Any):
+        for field in fields(self):
+            setattr(self, field.name, kwargs.get(field.name, field.default))
+
 
 FIXED = (
     "multiway", "encoder_normalize_before", "activation_fn", "in_chans", "dropout", "attention_dropout", "activation_dropout",
@@ -68,8 +72,11 @@ def _get_base_config(
     mlp_ratio: float = 4, vocab_size: int = 64010, **kwargs: Any,
 ) -> EncoderConfig:  # fmt: skip
     """The released base network; what else is given is ignored, as upstream does."""
-    return EncoderConfig(768, 12, int(768 * mlp_ratio), 12, img_size, patch_size, vocab_size,
-        drop_path_rate=drop_path_rate, checkpoint_activations=checkpoint_activations)  # fmt: skip
+    return EncoderConfig(
+        encoder_embed_dim=768, encoder_attention_heads=12, encoder_ffn_embed_dim=int(768 * mlp_ratio), encoder_layers=12,
+        img_size=img_size, patch_size=patch_size, vocab_size=vocab_size, drop_path_rate=drop_path_rate,
+        checkpoint_activations=checkpoint_activations,
+    )  # fmt: skip
 
 
 def _get_large_config(
@@ -77,8 +84,11 @@ def _get_large_config(
     mlp_ratio: float = 4, vocab_size: int = 64010, **kwargs: Any,
 ) -> EncoderConfig:  # fmt: skip
     """The released large network; what else is given is ignored, as upstream does."""
-    return EncoderConfig(1024, 16, int(1024 * mlp_ratio), 24, img_size, patch_size, vocab_size,
-        drop_path_rate=drop_path_rate, checkpoint_activations=checkpoint_activations)  # fmt: skip
+    return EncoderConfig(
+        encoder_embed_dim=1024, encoder_attention_heads=16, encoder_ffn_embed_dim=int(1024 * mlp_ratio), encoder_layers=24,
+        img_size=img_size, patch_size=patch_size, vocab_size=vocab_size, drop_path_rate=drop_path_rate,
+        checkpoint_activations=checkpoint_activations,
+    )  # fmt: skip
 
 
 class BEiT3(network.BEiT3):
@@ -151,6 +161,11 @@ class BEiT3Wrapper(nn.Module):
     def get_num_layers(self) -> int:
         return len(self.beit3.blocks)
 
+    def get_num_layer(self, name: str) -> int:
+        """For layer-wise decay, by the names of `named_parameters`: 0 an embedding, i + 1 of block i, the last what follows them."""
+        inside = name.removeprefix("beit3.")
+        return self.beit3.layer_of(inside) if inside != name else self.get_num_layers() + 1
+
     def no_weight_decay(self) -> set[str]:
         """Names of parameters that no optimizer should pull to zero."""
         return {"beit3.image_embedding.positions", "beit3.image_embedding.class_token", "logit_scale"}
@@ -201,7 +216,11 @@ def _released_names(module: BEiT3, prefix: str) -> list[tuple[str, Tensor, list[
 
 
 def _to_released(module: BEiT3, state: dict[str, Tensor], prefix: str, metadata: Any) -> None:
-    """After `state_dict`: released keys, whose tensors are views of our parameters."""
+    """After `state_dict`: released keys, whose tensors are views of our parameters.
+
+    Copies would suit safetensors' `save_model`, but a moving average of weights (timm's ModelEma, in upstream's trainer)
+    writes into what `state_dict` returned, and would change nothing without a sign.
+    """
     for name, _, keys in _released_names(module, prefix):
         tensor = state.pop(name)
         state.update(zip(keys, tensor.chunk(len(keys)) if len(keys) > 1 else (tensor,), strict=True))

@@ -4,7 +4,7 @@ Training hides some of the caption, its end mark included, and predicts what is 
 shifted. A caption is written by asking a [MASK] slot for the next word (model/generation.py).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -21,6 +21,7 @@ from beit3.data.prepare import write_splits
 from beit3.data.records import open_image
 from beit3.data.transforms import Preprocessing, training_view
 from beit3.metrics.caption import caption_scores
+from beit3.metrics.caption_java import java_missing, java_scores
 from beit3.model.attention_mask import image_to_text
 from beit3.model.beit3 import BEiT3
 from beit3.model.config import BASE, GIANT, LARGE, SMALL, TINY, ModelConfig
@@ -42,6 +43,7 @@ from beit3.task import (
     text_lengths,
 )
 from beit3.tokenizer.text import TextTokenizer
+from beit3.weights.fill import task_name
 
 
 @dataclass(frozen=True)
@@ -206,13 +208,10 @@ class Captioning(Task):
     @staticmethod
     def score(predictions: Sequence[Prediction], records: Sequence[Record]) -> dict[str, float]:
         """BLEU, ROUGE-L, CIDEr and CIDEr-D as the official scorer gives them; on NoCaps also CIDEr of each `domain`."""
-        pairs = joined(predictions, records)
-        candidates = {str(record["id"]): prediction["caption"] for prediction, record in pairs}
-        references = {str(record["id"]): references_of(record) for _, record in pairs}
+        candidates, references = compared(predictions, records)
         scores = caption_scores(candidates, references)
-        domains = sorted({record["domain"] for _, record in pairs if "domain" in record})
-        for domain in domains:
-            ids = [str(record["id"]) for _, record in pairs if record.get("domain") == domain]
+        for domain in sorted({record["domain"] for record in records if "domain" in record}):
+            ids = [str(record["id"]) for record in records if record.get("domain") == domain]
             part = caption_scores({id: candidates[id] for id in ids}, {id: references[id] for id in ids})
             scores[f"cider/{domain}"] = part["cider"]
         return scores
@@ -222,6 +221,25 @@ class Captioning(Task):
         """What the COCO and NoCaps servers take: image_id and caption."""
         pairs = joined(predictions, records)
         return [{"image_id": numbered(record, "image_id"), "caption": prediction["caption"]} for prediction, record in pairs]
+
+
+def java_scorer(task: type[Task]) -> Callable[[Sequence[Prediction], Sequence[Record]], dict[str, float]]:
+    """What gives METEOR and SPICE beside `score`: minutes of Java, for those who ask, never for an evaluation in training.
+
+    Raises ValueError where `task` is none of captions, and where Java or pycocoevalcap is missing.
+    """
+    if not issubclass(task, Captioning):
+        raise ValueError(f"--java: METEOR and SPICE are scores of captions, {task_name(task)} writes none: leave it out")
+    if missing := java_missing():
+        raise ValueError(f"--java: {missing}")
+    return lambda predictions, records: java_scores(*compared(predictions, records))
+
+
+def compared(predictions: Sequence[Prediction], records: Sequence[Record]) -> tuple[dict[str, str], dict[str, list[str]]]:
+    """Captions written, and those that people gave, by the record's id."""
+    pairs = joined(predictions, records)
+    candidates = {str(record["id"]): prediction["caption"] for prediction, record in pairs}
+    return candidates, {str(record["id"]): references_of(record) for _, record in pairs}
 
 
 def references_of(record: Record) -> list[str]:

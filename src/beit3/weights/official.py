@@ -21,6 +21,7 @@ from torch import Tensor
 
 from beit3.data.transforms import Preprocessing
 from beit3.model.config import ModelConfig
+from beit3.recipe import TaskConfig
 from beit3.task import Task
 from beit3.task import load as load_task
 from beit3.tokenizer.teacher import is_torchscript
@@ -218,16 +219,16 @@ def load_official(
     fixed = {name: len(state[key]) for name, key in HEAD_SIZES.items() if key in state}
     built = kind(with_names(config, kind, answers=answers, classes=classes, prompt=prompt, fixed=fixed), tokenizer=tokenizer)
     if any(key.endswith("text_embed.weight") for key in state):
-        refuse_other_tokenizer(tokenizer, built)
+        refuse_other_tokenizer(tokenizer, built.config)
     tensors, ignored, label = translate(state, built)
     values, fresh = match(built, tensors, exact=True, label=label)
     complete(built, values, fresh)
     return built, Report(f"a released {family(state)} file", tuple(values), ignored, fresh)
 
 
-def refuse_other_tokenizer(tokenizer: TextTokenizer | None, task: Task) -> None:
+def refuse_other_tokenizer(tokenizer: TextTokenizer | None, config: TaskConfig) -> None:
     """ValueError where the text table is the released one and the tokenizer is not: its <mask> would be another row."""
-    if tokenizer is None or task.config.model.vocab_size != RELEASED_ROWS or tokenizer.vocab_size == RELEASED_IDS:
+    if tokenizer is None or config.model.vocab_size != RELEASED_ROWS or tokenizer.vocab_size == RELEASED_IDS:
         return
     raise ValueError(
         f"the text tokenizer has {tokenizer.vocab_size} ids, the released one {RELEASED_IDS}: give the beit3.spm of the release"

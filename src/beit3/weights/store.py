@@ -268,6 +268,8 @@ def _from_directory(task: Task, path: Path) -> Report:
         raise ValueError(f"it holds a {description.task}, whose network is of another kind than that of {name}: give other weights")
     if task.has_tokenizer and description.tokenizer not in (None, task.tokenizer.digest):
         raise ValueError(f"the text tokenizer is not the one that these weights know: use {path / TEXT}")
+    if task.has_tokenizer and description.tokenizer is None:
+        refuse_other_tokenizer(task.tokenizer, description.config)
     tensors = read_tensors(path)
     try:
         ignored = _unused(task, tensors)
@@ -285,7 +287,7 @@ def _from_file(task: Task, path: Path) -> Report:
     state = read_file(path)
     found = family(state)
     if task.has_tokenizer and any(key.endswith("text_embed.weight") for key in state):
-        refuse_other_tokenizer(task.tokenizer, task)
+        refuse_other_tokenizer(task.tokenizer, task.config)
     try:
         tensors, ignored, label = translate(state, task)
         values, fresh = match(task, tensors, exact=False, label=label)
@@ -362,4 +364,9 @@ def _tokenizer(directory: Path, description: Stored, text_model: str | Path | No
     tokenizer = TextTokenizer(file)
     if description.tokenizer not in (None, tokenizer.digest):
         raise ValueError(f"{file} is a tokenizer that does not fit the weights: give the one they were trained with")
+    if description.tokenizer is None:  # a released file that was converted without one
+        try:
+            refuse_other_tokenizer(tokenizer, description.config)
+        except ValueError as error:
+            raise ValueError(f"{directory}: {error}") from None
     return tokenizer
