@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from beit3.data import formats
+from beit3.data.prepare import find_fault
 
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 
@@ -177,7 +178,10 @@ def test_split_by_hash(tmp_path):
 IMAGE = {"filename": "a.jpg", "split": "train", "sentences": [{"raw": "one"}, {"raw": "two"}]}
 
 
-@pytest.mark.parametrize("place", ["a.jpg", "images/a.jpg", "Images/a.jpg", "val2014/a.jpg", "images/val2014/a.jpg"])
+FOLDERS = ["", "images/", "Images/", "val2014/", "images/val2014/", "flickr30k-images/", "flickr30k_images/"]
+
+
+@pytest.mark.parametrize("place", [f"{folder}a.jpg" for folder in FOLDERS])
 def test_karpathy_finds_images(tmp_path, place):
     entry = {**IMAGE, "filepath": "val2014", "split": "restval"}
     files(tmp_path, {"dataset_coco.json": {"images": [entry]}, place: None})
@@ -186,6 +190,21 @@ def test_karpathy_finds_images(tmp_path, place):
             ("train", {"id": f"a.jpg#{k}", "image": str(tmp_path / place), "text": text})
             for k, text in enumerate(("one", "two"))
         ]
+
+
+def test_karpathys_file_in_a_folder_of_its_own(tmp_path):
+    entry = {**IMAGE, "filepath": "train2014"}
+    files(tmp_path, {"annotations/dataset_coco.json": {"images": [entry]}, "train2014/a.jpg": None})
+    for raw in (tmp_path, tmp_path / "annotations/dataset_coco.json"):
+        assert next(formats.pairs(raw))[1]["image"] == str(tmp_path / "train2014/a.jpg")
+
+
+def test_missing_images_name_the_folders_searched(tmp_path):
+    entry = {**IMAGE, "filepath": "train2014"}
+    files(tmp_path, {"annotations/dataset_coco.json": {"images": [entry]}})
+    fault = find_fault(next(formats.pairs(tmp_path))[1], {})
+    assert fault.startswith(f"image {tmp_path / 'annotations/train2014/a.jpg'} is missing, looked for in train2014, ., images, Images")
+    assert str(tmp_path / "images/train2014") in fault
 
 
 def test_karpathy_leaves_missing_images_to_prepare(tmp_path):
@@ -200,6 +219,8 @@ MALFORMED = [
     ({"images": [IMAGE, {"filename": "b.jpg"}]}, ["images[1]", "split"]),
     ({"images": [{**IMAGE, "split": "odd"}]}, ["images[0]", "odd"]),
     ({"images": [{**IMAGE, "sentences": ["x"]}]}, ["images[0]", "raw"]),
+    ({"images": [{**IMAGE, "filepath": 3}]}, ["images[0]", "filepath"]),
+    ({"images": ["a.jpg"]}, ["images[0]", "filename"]),
 ]
 
 
@@ -270,6 +291,20 @@ def test_vqav2_malformed(tmp_path):
     refused(formats.vqav2, tmp_path, "questions[0]", "question_id")
     files(tmp_path, {"questions.json": "nonsense"})
     refused(formats.vqav2, tmp_path, "questions.json is not JSON")
+    files(tmp_path, {"questions.json": ASKED})
+    refused(formats.vqav2, tmp_path, "questions.json has no questions (list)")
+    files(tmp_path, {"questions.json": {"questions": ASKED}})
+    for key, value, word in (("answers", [], "answers"), ("answers", ["yes"], "answer (str)"), ("multiple_choice_answer", 5, "(str)")):
+        files(tmp_path, {"annotations.json": {"annotations": [{**ANSWERED[0], key: value}]}})
+        refused(formats.vqav2, tmp_path, "annotations.json annotations[0]", word)
+
+
+def test_one_file_a_split_and_one_set_a_folder(tmp_path):
+    name = "OpenEnded_mscoco_test2015_questions.json"
+    files(tmp_path / "a", {f"v2_{name}": {"questions": ASKED}, f"v2_Questions_Test/v2_{name}": {"questions": ASKED}})
+    refused(formats.questions, tmp_path / "a", f"a/v2_{name} and", f"v2_Questions_Test/v2_{name} are both test")
+    files(tmp_path / "b", {f"v2_{name}": {"questions": ASKED}, name.replace("test2015", "val2014"): {"questions": ASKED}})
+    refused(formats.questions, tmp_path / "b", f"v2_{name} of VQAv2", "OpenEnded_mscoco_val2014_questions.json of VQA v1 or OK-VQA")
 
 
 def test_easy_vqa(tmp_path):
@@ -278,6 +313,8 @@ def test_easy_vqa(tmp_path):
         ("train", "a?", ["yes"], "train-0"), ("val", "b?", ["no"], "test-0")]  # fmt: skip
     files(tmp_path, {"test/questions.json": [["b?", "no", 0], ["c?", "no"]]})
     refused(formats.easy_vqa, tmp_path, "questions.json [1]")
+    files(tmp_path, {"test/questions.json": [["b?", 1, 0]]})
+    refused(formats.easy_vqa, tmp_path, "test/questions.json [0]")
 
 
 def test_daquar(tmp_path):

@@ -95,6 +95,37 @@ def test_broken_folders(tmp_path):
     refused(tmp_path / "e", "nothing known")
 
 
+TRAIN = dict.fromkeys(["n01440764/1.JPEG", "n01443537/1.JPEG"])
+KAGGLE = "ILSVRC/Data/CLS-LOC"
+SOLUTION = "ImageId,PredictionString\nval_1,n01443537 1 2 3 4 n01443537 5 6 7 8\nval_2,n01440764 1 2 3 4\n"
+MAPPING = "n01440764 tench, Tinca tinca\nn01443537 goldfish, Carassius auratus\n"
+
+
+@pytest.mark.parametrize(("place", "raw"), [("", ""), (f"{KAGGLE}/", ""), (f"{KAGGLE}/", f"{KAGGLE}/")])
+def test_kaggles_imagenet(tmp_path, place, raw):
+    """val/ without folders, its classes in a list; named from the folder that Kaggle unpacks or from that of the images."""
+    files(tmp_path, {f"{place}train/{name}": None for name in TRAIN})
+    files(tmp_path, {f"{place}{name}.JPEG": None for name in ("val/val_1", "val/val_2", "val/val_3", "test/t")})
+    files(tmp_path, {"LOC_val_solution.csv": SOLUTION, "LOC_synset_mapping.txt": MAPPING})
+    names, pairs = read(tmp_path / raw)
+    assert names == ("tench", "goldfish")
+    found = {record["id"]: (split, record.get("label", record.get("fault"))) for split, record in pairs}
+    assert found == {
+        "train/n01440764/1.JPEG": ("train", 0), "train/n01443537/1.JPEG": ("train", 1), "val/val_1.JPEG": ("val", 1),
+        "val/val_2.JPEG": ("val", 0), "val/val_3.JPEG": ("val", "LOC_val_solution.csv has no line about it"), "test/t.JPEG": ("test", None),
+    }  # fmt: skip
+
+
+def test_places_are_checked_before_the_first_record(tmp_path):
+    files(tmp_path, {f"train/{name}": None for name in TRAIN} | {"val/val_1.JPEG": None})
+    with pytest.raises(ValueError, match="val holds no class folders.*LOC_val_solution.csv"):
+        formats.classes(tmp_path)
+    for content, word in (("a,b\nval_1,n9 1\n", "'n9', which is no class"), ("a,b\nval_1,\n", "has lines that are not")):
+        files(tmp_path, {"LOC_val_solution.csv": content})
+        with pytest.raises(ValueError, match=word):
+            formats.classes(tmp_path)
+
+
 # Names ---------------------------------------------------------------------------------------------------------------
 
 
@@ -161,6 +192,32 @@ def test_numbers_in_a_table_are_labels(tmp_path):
     names, pairs = read(tmp_path)
     assert names == tuple(f"name {n}" for n in range(11))
     assert all(record["id"] == f"{record['label']}.png" for _, record in pairs)
+
+
+@pytest.mark.parametrize(("listed", "count"), [("", 6), ("zero\none\ntwo\nthree\nfour\nfive\nsix\n", 7)])
+def test_numbers_stay_what_they_are_where_some_are_missing(tmp_path, listed, count):
+    files(tmp_path, {"x.csv": "image,label,split\na.png,0,train\nb.png,2,train\nc.png,05,val\n"})
+    files(tmp_path, {"classes.txt": listed} if listed else {})
+    names, pairs = read(tmp_path)
+    assert len(names) == count and names[5] == ("five" if listed else "5")
+    assert [record["label"] for _, record in pairs] == [0, 2, 5]
+
+
+@pytest.mark.parametrize(("listed", "label"), [("zero\none\n", 2), ("", 10**9)])
+def test_numbers_beyond_the_classes(tmp_path, listed, label):
+    files(tmp_path, {"x.csv": f"image,label\na.png,0\nb.png,{label}\n", **({"classes.txt": listed} if listed else {})})
+    refused(tmp_path, f"x.csv line 3 has label {label}", "classes.txt names 2 classes" if listed else "labels go up to")
+
+
+def test_hugging_faces_folders(tmp_path):
+    """A table a folder, which names its own images: the same names mean others elsewhere."""
+    rows = "file_name,label\n" + "".join(f"{n}.png,{'cat' if n % 2 else 'dog'}\n" for n in range(100))
+    files(tmp_path, {"train/metadata.csv": rows, "test/metadata.csv": rows, "train/3.png": None, "test/3.png": None})
+    names, pairs = read(tmp_path)
+    assert names == ("cat", "dog") and not [record for _, record in pairs if "fault" in record]
+    assert counts(pairs)["test"] == 100 and counts(pairs)["train"] + counts(pairs)["val"] == 100
+    found = {split: record["image"] for split, record in pairs if record["id"] == "3.png"}
+    assert found.pop("test") == str(tmp_path / "test/3.png") and [*found.values()] == [str(tmp_path / "train/3.png")]
 
 
 def test_rows_that_are_no_records_are_faults(tmp_path):

@@ -66,7 +66,9 @@ def test_an_nlvr2_image_that_is_listed_but_absent_is_counted_and_named(tmp_path)
     files(tmp_path / "raw", {"dev.json": jsonl(*rows), **pictures})
     report = write_splits(tmp_path / "root", "nlvr2", "main", formats.statements(tmp_path / "raw"))
     assert report["records"] == {"val": 199}
-    assert report["passed_over"] == [f"dev-7-0-0: image {tmp_path / 'raw/dev/dev-7-0-img1.png'} is missing"]
+    (line,) = report["passed_over"]
+    searched = f"looked for in dev, images, ., images/dev of {tmp_path / 'raw'}"
+    assert line == f"dev-7-0-0: image {tmp_path / 'raw/dev/dev-7-0-img1.png'} is missing, {searched}"
 
 
 BROKEN = [
@@ -87,6 +89,12 @@ def test_two_files_of_one_name(tmp_path):
     files(tmp_path, {"train.json": jsonl(OFFICIAL), "data/train.json": jsonl(OFFICIAL)})
     refused(formats.statements, tmp_path, "both train", "data/train.json")
     refused(formats.statements, files(tmp_path / "x", {"train.json": "[\n]"}), "x/train.json line 1 is not JSON")
+
+
+def test_test_and_test1_are_different_splits(tmp_path):
+    files(tmp_path, {"test.json": jsonl(OFFICIAL)})
+    assert counts(formats.statements(tmp_path)) == {"test": 1}
+    refused(formats.statements, files(tmp_path, {"test1.json": jsonl(OFFICIAL)}), "test1.json and", "test.json would both be test")
 
 
 # NLVR1 ---------------------------------------------------------------------------------------------------------------

@@ -127,6 +127,7 @@ def genome(tmp_path) -> Path:
 
 
 def test_visual_genome(genome):
+    files(genome, {"genome/image_data.json": [{"image_id": 9, "coco_id": 42}]})
     found = list(formats.extra_questions(genome))
     assert counts(found) == {"train": 6}
     assert found[0][1] == {"id": "vg-10", "image": str(genome / "VG_100K/1.jpg"), "text": "What 0?", "answers": ["Thing 0."],
@@ -142,7 +143,15 @@ def test_visual_genome_leaves_out_what_val_asks_about(genome):
     assert [record["id"] for _, record in formats.extra_questions(genome)] == ["vg-10", "vg-11", "vg-30", "vg-31"]
 
 
+def test_visual_genome_beside_val_needs_to_know_its_images(genome):
+    """Else val's images would be trained on."""
+    refused(formats.extra_questions, genome, "needs its image_data.json", "v2_OpenEnded_mscoco_val2014_questions.json")
+    for content in (["x"], [{"coco_id": 42}], {"image_id": 1}):
+        refused(formats.extra_questions, files(genome, {"genome/image_data.json": content}), "image_data.json")
+
+
 def test_no_or_broken_visual_genome(genome, tmp_path):
+    files(genome, {"genome/image_data.json": []})
     assert list(formats.extra_questions(files(tmp_path / "none", {"a.txt": ""}))) == []
     files(genome, {"genome/question_answers.json": [{"id": 1, "qas": [{"qa_id": 1, "question": "x"}]}]})
     refused(formats.extra_questions, genome, "question_answers.json [0] has no answer")

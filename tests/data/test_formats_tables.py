@@ -70,6 +70,21 @@ def test_splits_by_column_by_name_and_by_folder(tmp_path):
     assert found["test"] == 1 and 5 < found["val"] < 40 and found["train"] + found["val"] == 400
 
 
+def test_a_column_without_val_is_held_out_too(tmp_path):
+    rows = "".join(f"{i}.png,t,{'test' if i < 100 else 'train'}\n" for i in range(500))
+    files(tmp_path, {"x.csv": "image,text,split\n" + rows})
+    found = counts(formats.pairs(tmp_path))
+    assert found["test"] == 100 and 5 < found["val"] < 40 and found["train"] + found["val"] == 400
+    files(tmp_path, {"y.jsonl": '{"image": "a.png", "text": "x", "split": "dev"}\n'})
+    assert counts(formats.pairs(tmp_path)) == {"train": 400, "test": 100, "val": 1}
+
+
+def test_a_column_without_a_name_is_no_other(tmp_path):
+    """pandas writes its index so."""
+    files(tmp_path, {"train.csv": ",image,text\n0,a.png,one\n1,b.png,two\n", "val.csv": ",image,text\n0,a.png,three\n", **PICTURES})
+    assert counts(formats.pairs(tmp_path)) == {"train": 2, "val": 1}
+
+
 def test_captions_of_one_image_are_held_out_together(tmp_path):
     rows = [(f"{i}.png", f"text {k}") for k in range(3) for i in range(300)]
     files(tmp_path, {"x.csv": "image,text\n" + "".join(f"{image},{text}\n" for image, text in rows)})

@@ -3,7 +3,9 @@
 import json
 import os
 import shutil
+import struct
 import tracemalloc
+import zlib
 from pathlib import Path
 
 import pytest
@@ -174,6 +176,24 @@ def test_an_image_cut_in_its_header_is_a_fault(tmp_path, picture):
     (tmp_path / "folder.png").mkdir()
     for name in ("cut.png", "none.png", "folder.png"):
         assert name in image_fault(str(tmp_path / name))
+
+
+@pytest.mark.parametrize("kind", [ValueError, SyntaxError, OverflowError, struct.error, OSError])
+def test_whatever_pillow_raises_is_a_fault_of_the_image(picture, monkeypatch, kind):
+    def broken(path: str) -> None:
+        raise kind("damaged")
+
+    monkeypatch.setattr(Image, "open", broken)
+    assert image_fault(picture) == f"image {picture} cannot be read ({kind.__name__})"
+
+
+def test_a_png_whose_text_unpacks_to_megabytes_is_a_fault(picture):
+    """Pillow's guard against bombs is a ValueError."""
+    text = b"zTXta\0\0" + zlib.compress(b"x" * (3 << 20))
+    whole = Path(picture).read_bytes()
+    chunk = struct.pack(">I", len(text) - 4) + text + struct.pack(">I", zlib.crc32(text))
+    Path(picture).write_bytes(whole[:33] + chunk + whole[33:])
+    assert image_fault(picture) == f"image {picture} cannot be read (ValueError)"
 
 
 # Through a task, on a world of which something is broken --------------------------------------------------------------

@@ -1,6 +1,8 @@
 """Classes by a linear head and by their names, in passes of any size."""
 
+import json
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -9,7 +11,7 @@ import torch.nn.functional as F
 from beit3.data.loader import Source
 from beit3.model.config import TINY
 from beit3.task import fit_vocabulary
-from beit3.tasks.imagenet import ImageNet, ImageNetConfig, read_classes
+from beit3.tasks.imagenet import ImageNet, ImageNetConfig, doubtful, read_classes
 from beit3.tokenizer.text import TextTokenizer
 from tests.world_root import SMALL, tuning_recipe
 
@@ -136,3 +138,23 @@ def test_kept_names_follow_weights_lists_and_gradients(root, batch):
         task.name_features()
     task(batch | {"target": batch["target"] % 2})["losses"]["loss"].backward()
     assert task.text_projection.weight.grad.any()
+
+
+def test_a_linear_head_without_names_counts_the_labels(tmp_path):
+    """Upstream's index folders have no classes.txt; where there is one it counts, and heads by name need it."""
+    rows = [{"image_path": f"train/{label}.JPEG", "label": label} for label in (0, 6, 3)]
+    (tmp_path / "imagenet.train.index.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = ImageNetConfig(classes=("of", "other", "weights"), num_classes=3)
+    found: Any = ImageNet.configure(config, tmp_path)
+    assert (found.num_classes, found.classes) == (7, ())
+    with pytest.raises(ValueError, match="no class names at"):
+        ImageNet.configure(replace(config, head="names"), tmp_path)
+    (tmp_path / "classes.txt").write_text("a\nb\n")
+    found = ImageNet.configure(config, tmp_path)
+    assert (found.num_classes, found.classes) == (2, ("a", "b"))
+
+
+def test_names_that_say_little_are_reported():
+    assert doubtful(("tench", "crane bird")) == {}
+    said = doubtful(("n01440764", "crane", "crane"))["names"]
+    assert said.startswith("1 are WordNet's numbers, such as n01440764") and said.endswith("1 stand for several classes, such as crane")

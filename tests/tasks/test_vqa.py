@@ -44,8 +44,9 @@ def batch(task: VQA, root: Path, count: int = 6, split: str = "train") -> Batch:
 
 def test_answers_keep_the_order_of_their_first_appearance():
     given = asked("red", "The two", "blue", "2", "Blue!", "", "red", "a", "green")
-    assert build_answers(given, 1) == ("red", "2", "blue", "green"), "normalised, and what normalises to nothing is left out"
-    assert build_answers(given, 2) == ("red", "2", "blue")
+    assert build_answers(given, 1) == ("red", "2", "blue", "", "green"), "normalised; articles become the empty answer, as in the release"
+    assert build_answers(given, 2) == ("red", "2", "blue", "")
+    assert build_answers(given, 1, official=False) == ("red", "2", "blue", "a", "green")
     with pytest.raises(ValueError, match="no answer is given 3 times"):
         build_answers(given, 3)
 
@@ -105,23 +106,81 @@ def test_preparing_writes_the_list_and_soft_answers(raw, root):
     assert {str(row["question_id"]): {row["multiple_choice_answer"]: 1.0} for row in rows} == {k: r["answers"] for k, r in records.items()}
 
 
-def test_large_sets_use_the_threshold_and_drop_what_cannot_be_learnt(tmp_path):
-    """Counted over train and val. Below 10,000 questions every answer counts; VQAv2's rule is for VQAv2's size."""
-    questions = [["q", "often", 0]] * 9_993 + [["q", "seldom", 0]] * 7 + [["q", "nine", 0]] * 8
-    for folder, rows in (("train", questions), ("test", [["q", "seldom", 0], ["q", "nine", 0]])):
-        (tmp_path / "raw" / folder / "images").mkdir(parents=True)
-        (tmp_path / "raw" / folder / "questions.json").write_text(json.dumps(rows))
-        Image.new("RGB", (8, 8)).save(tmp_path / "raw" / folder / "images" / "0.png")
-    report = VQA.prepare(tmp_path / "raw", tmp_path / "root", "main")
+def easy(raw: Path, train: list[str], val: list[str]) -> Path:
+    """easy-VQA's files, about one picture."""
+    for folder, answers in (("train", train), ("test", val)):
+        (raw / folder / "images").mkdir(parents=True)
+        (raw / folder / "questions.json").write_text(json.dumps([["q", answer, 0] for answer in answers]))
+        Image.new("RGB", (8, 8)).save(raw / folder / "images" / "0.png")
+    return raw
+
+
+def test_a_threshold_drops_what_cannot_be_learnt(tmp_path):
+    """Counted over train and val. Only VQA's own sets have one by themselves, whatever the size of another."""
+    raw = easy(tmp_path / "raw", ["often"] * 9_993 + ["seldom"] * 7 + ["nine"] * 8, ["seldom", "nine"])
+    report = VQA.prepare(raw, tmp_path / "root", "main")
+    assert (report["answers"], report["answer_given_at_least"], report["train_dropped"], report["val_answerable"]) == (3, 1, 0, 1.0)
+    report = VQA.prepare(raw, tmp_path / "root", "main", at_least=9)
     assert read_answers(tmp_path / "root/vqa/main/answer2label.txt") == ("often", "9")
-    assert report["records"] == {"train": 9_993 + 8, "val": 2}
+    assert report["records"] == {"train": 9_993 + 8, "val": 2} and "attention" not in report
     assert (report["answers"], report["answer_given_at_least"], report["train_dropped"], report["val_answerable"]) == (2, 9, 7, 0.5)
+
+
+def test_the_report_speaks_of_many_dropped_questions(tmp_path):
+    raw = easy(tmp_path / "raw", ["often"] * 8 + ["seldom"] * 2, ["often"])
+    report = VQA.prepare(raw, tmp_path / "root", "main", at_least=3)
+    assert report["attention"].startswith("20% of the training questions") and "--at_least" in report["attention"]
+    with pytest.raises(ValueError, match="no answer is given 10 times .* smaller --at_least"):
+        VQA.prepare(raw, tmp_path / "root", "main", at_least=10)
+
+
+def official(raw: Path, answers: list[str], name: str = "v2_", chosen: bool = True, description: str = "") -> Path:
+    """VQA's files of train, about one picture; ten annotators agree."""
+    asked = [{"question_id": k, "image_id": 1, "question": "which letter?"} for k in range(len(answers))]
+    told: list[dict] = [{"question_id": k, "answers": [{"answer": answer}] * 10} for k, answer in enumerate(answers)]
+    if chosen:
+        told = [row | {"multiple_choice_answer": row["answers"][0]["answer"]} for row in told]
+    info = {"info": {"description": description}} if description else {}
+    (raw / "train2014").mkdir(parents=True)
+    (raw / f"{name}OpenEnded_mscoco_train2014_questions.json").write_text(json.dumps({**info, "questions": asked}))
+    (raw / f"{name}mscoco_train2014_annotations.json").write_text(json.dumps({**info, "annotations": told}))
+    Image.new("RGB", (8, 8)).save(raw / "train2014/COCO_train2014_000000000001.jpg")
+    return raw
+
+
+@pytest.mark.parametrize("given", [{}, {"name": ""}, {"description": "This is v2.0 of the VQA dataset."}])
+def test_vqas_own_sets_have_the_releases_list(tmp_path, given):
+    """Nine times or more, and the empty answer among them: each answer behind it keeps the label of the released head."""
+    raw = official(tmp_path / "raw", ["a"] * 10 + ["yes"] * 9 + ["no"] * 8, **given)
+    report = VQA.prepare(raw, tmp_path / "root", "main")
+    assert read_answers(tmp_path / "root/vqa/main/answer2label.txt") == ("", "yes")
+    assert report["answer_given_at_least"] == 9 and report["records"]["train"] == 9, "upstream scores answers as they stand"
+
+
+@pytest.mark.parametrize("given", [{"name": "", "chosen": False}, {"name": "", "description": "OK-VQA dataset"}, {"description": "mine"}])
+def test_other_sets_in_vqas_format_list_every_answer(tmp_path, given):
+    raw = official(tmp_path / "raw", ["A", "B", "yes"], **given)
+    report = VQA.prepare(raw, tmp_path / "root", "main")
+    assert read_answers(tmp_path / "root/vqa/main/answer2label.txt") == ("a", "b", "yes")
+    assert report["answer_given_at_least"] == 1 and report["records"] == {"train": 3}
+
+
+def test_letters_of_a_table_are_answers(tmp_path):
+    (tmp_path / "raw").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "raw/0.png")
+    rows = [{"image": "0.png", "question": "which?", "answer": answer, "split": "train"} for answer in ("A", "B", 0, ["A", "a", "B"])]
+    (tmp_path / "raw/x.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*rows, rows[0] | {"split": "val"}]))
+    VQA.prepare(tmp_path / "raw", tmp_path / "root", "main")
+    assert read_answers(tmp_path / "root/vqa/main/answer2label.txt") == ("a", "b", "0")
+    found = [record["answers"] for record in Source(tmp_path / "root/vqa/main/train.jsonl", tmp_path)]
+    assert found == [{"a": 1.0}, {"b": 1.0}, {"0": 1.0}, {"a": 0.6, "b": 0.3}]
 
 
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("yes\n no \n\ntwo words\n", ("yes", "no", "two words")),
+        ("yes\n no \n\ntwo words\n\n", ("yes", "no", "", "two words")),
+        ('\n{"answer": "", "label": 1}\n\n{"answer": "yes", "label": 0}\n', ("yes", "")),
         ('{"answer": "no", "label": 1}\n{"answer": "yes", "label": 0}\n', ("yes", "no")),
     ],
 )

@@ -12,9 +12,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
-from beit3.data.records import IMAGES
+from beit3.data.formats.files import Expected
+from beit3.data.records import IMAGES, UNREADABLE
 from beit3.data.survey import NAMED, Lengths, Survey, describe
 from beit3.progress import bar
 
@@ -94,11 +95,11 @@ def doubled(split: str, record: dict[str, Any], seen: set[tuple[str, str]]) -> s
 def image_fault(path: str) -> str:
     """'' for an image whose header can be read; else one line with its name."""
     if not os.path.exists(path):
-        return f"image {path} is missing"
+        return f"image {path} is missing" + (f", looked for in {path.searched}" if isinstance(path, Expected) else "")
     try:
         with Image.open(path) as image:
             return "" if min(image.size) > 0 else f"image {path} is empty"
-    except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
+    except (*UNREADABLE, Image.DecompressionBombError) as error:
         return f"image {path} cannot be read ({type(error).__name__})"
 
 

@@ -10,6 +10,7 @@ import json
 import mmap
 import operator
 import os
+import struct
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
@@ -26,6 +27,9 @@ from torchvision.io import ImageReadMode, decode_image
 MAX_PIXELS = 178_956_970
 MAX_BYTES = 1 << 29
 TINY_BYTES = 4096
+
+UNREADABLE = (OSError, RuntimeError, SyntaxError, ValueError, OverflowError, struct.error)
+"""What Pillow raises on files that are damaged or none."""
 
 IMAGES = ("image", "image2")
 """Fields of a record that name an image."""
@@ -174,7 +178,7 @@ def _open(path: str | Path) -> Tensor:
             return _convert(header)
     except Image.DecompressionBombError:
         raise ValueError(f"image {path} has more than {MAX_PIXELS} pixels: make it smaller") from None
-    except (OSError, RuntimeError, SyntaxError, ValueError) as error:
+    except UNREADABLE as error:
         raise ValueError(f"{path} is not an image that can be read: {error}") from error
 
 

@@ -77,7 +77,7 @@ def _question(index: Index, row: Record, where: str) -> Record:
     if "labels" not in row:
         return record | {"answers": {}}
     labels, scores = field(row, "labels", list, where), field(row, "scores", list, where)
-    unknown = [label for label in labels if label not in index.answers]
+    unknown = [label for label in labels if not isinstance(label, int) or label not in index.answers]
     if unknown or len(labels) != len(scores):
         wrong = f"label {unknown[0]}, which {ANSWERS} beside it does not name" if unknown else f"{len(labels)} labels, {len(scores)} scores"
         raise ValueError(f"{where} has {wrong}: put the {ANSWERS} that was written with it there")

@@ -6,6 +6,7 @@ so the same weights classify into any list of names.
 """
 
 import math
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -20,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from beit3.data import formats
 from beit3.data.augment import auto_augment, random_erasing
+from beit3.data.loader import Source
 from beit3.data.mixing import mix
 from beit3.data.prepare import write_splits
 from beit3.data.records import locate, open_image, write_text
@@ -187,13 +189,20 @@ class ImageNet(Task):
         names, rows = formats.classes(raw)
         report = write_splits(root, "imagenet", source, rows)
         write_text(root / "imagenet" / source / "classes.txt", "".join(f"{name}\n" for name in names))
-        return dict(report) | {"classes": len(names)}
+        return dict(report) | {"classes": len(names)} | doubtful(names)
 
     @staticmethod
     def configure(config: TaskConfig, root: Path) -> TaskConfig:
-        """Take the class names from the records."""
+        """Take the class names from the records; a linear head without them counts the labels, as upstream's index files need."""
         assert isinstance(config, ImageNetConfig)
-        classes = read_classes(locate(root, "imagenet", "main", "train").with_name("classes.txt"))
+        records = locate(root, "imagenet", "main", "train")
+        file = records.with_name("classes.txt")
+        if config.head == "linear" and not file.exists():
+            largest = max((int(record["label"]) for record in Source(records, root) if "label" in record), default=None)
+            if largest is None:
+                raise ValueError(f"{records} holds no labels: run beit3 prepare imagenet again")
+            return replace(config, classes=(), num_classes=largest + 1)
+        classes = read_classes(file)
         return replace(config, classes=classes, num_classes=len(classes))
 
     def record(self, image: Any) -> Record:
@@ -315,6 +324,15 @@ class ImageNet(Task):
             "top5": top_k_accuracy(ranked, truth, 5),
             "most_frequent": max(Counter(truth).values()) / len(truth),
         }
+
+
+def doubtful(names: Sequence[str]) -> dict[str, str]:
+    """A line for the report where names say little, or are of several classes."""
+    bare = [name for name in names if re.fullmatch(r"n\d{8}", name)]
+    doubled = [name for name, count in Counter(names).items() if count > 1]
+    said = [f"{len(bare)} are WordNet's numbers, such as {bare[0]}: put LOC_synset_mapping.txt beside the folders"] if bare else []
+    said += [f"{len(doubled)} stand for several classes, such as {doubled[0]}"] if doubled else []
+    return {"names": "; ".join(said)} if said else {}
 
 
 def read_classes(path: Path) -> tuple[str, ...]:

@@ -36,6 +36,9 @@ CANDIDATES = 5
 MIN_ANSWER_COUNT = 9
 """VQAv2 answers given less often are not in the list: 3129 remain (release)."""
 
+MANY_DROPPED = 0.1
+"""Share of the training questions beyond which the report speaks of those left out."""
+
 
 @dataclass(frozen=True)
 class VQAConfig(TaskConfig):
@@ -132,26 +135,32 @@ class VQA(Task):
     # Data ------------------------------------------------------------------------------------------------------------
 
     @staticmethod
-    def prepare(raw: Path, root: Path, source: str) -> Mapping[str, Any]:
+    def prepare(raw: Path, root: Path, source: str, *, at_least: int = 0) -> Mapping[str, Any]:
         """Files of VQA, OK-VQA, easy-VQA, DAQUAR or tables -> records with soft answers, and the answer list beside them.
 
-        Visual Genome's questions beside VQA's are more training data, as far as the list has their answers.
+        Visual Genome's questions beside VQA's are more training data, as far as the list has their answers. at_least: how
+        often an answer of the list is given; 0 = `MIN_ANSWER_COUNT` times in VQA v1 and v2, once in other sets.
         """
+        official = formats.asks_as_vqa(raw)
+        at_least = at_least or (MIN_ANSWER_COUNT if official else 1)
         questions = list(formats.questions(raw))
-        at_least = MIN_ANSWER_COUNT if len(questions) >= 10_000 else 1
-        answers = build_answers((q for split, q in questions if split in ("train", "val")), at_least)
+        answers = build_answers((q for split, q in questions if split in ("train", "val")), at_least, official=official)
         known = set(answers)
         questions += formats.extra_questions(raw)
-        records = [(split, to_record(question, known)) for split, question in questions]
+        records = [(split, to_record(question, known, official=official)) for split, question in questions]
         records = [(split, record) for split, record in records if split != "train" or record.get("answers") or "fault" in record]
         report = write_splits(root, "vqa", source, records, lengths=text_lengths(root, VQAConfig.text_length))
         lines = (json.dumps({"answer": answer, "label": label}, ensure_ascii=False) for label, answer in enumerate(answers))
         write_text(root / "vqa" / source / "answer2label.txt", "".join(line + "\n" for line in lines))
         covered = sum(bool(record.get("answers")) for split, record in records if split == "val")
+        dropped = len(questions) - len(records)
+        share = dropped / max(1, sum(split == "train" for split, _ in questions))
+        hint = f"{share:.0%} of the training questions have no answer from the list and are left out"
+        hint += ": a smaller --at_least makes it longer" if at_least > 1 else ""
         return dict(report) | {
-            "answers": len(answers), "answer_given_at_least": at_least, "train_dropped": len(questions) - len(records),
+            "answers": len(answers), "answer_given_at_least": at_least, "train_dropped": dropped,
             "val_answerable": covered / max(1, sum(split == "val" for split, _ in records)),
-        }  # fmt: skip
+        } | ({"attention": hint} if share > MANY_DROPPED else {})  # fmt: skip
 
     @staticmethod
     def configure(config: TaskConfig, root: Path) -> TaskConfig:
@@ -244,47 +253,58 @@ class VQA(Task):
         return [{"question_id": numbered(record), "answer": prediction["answer"]} for prediction, record in joined(predictions, records)]
 
 
-def build_answers(questions: Iterable[Record], at_least: int) -> tuple[str, ...]:
+def listed(answer: str, official: bool) -> str:
+    """An answer as the list has it: normalised. In VQA's own the articles become "", which counts; in others they stay letters."""
+    return normalize_answer(answer) or ("" if official else answer.strip().lower())
+
+
+def build_answers(questions: Iterable[Record], at_least: int, *, official: bool = True) -> tuple[str, ...]:
     """The normalised answers given for at least so many questions, in the order of their first appearance."""
     counts: Counter[str] = Counter()
     for question in questions:
         if isinstance(question.get("answers"), Mapping):  # all that are scored
-            counts.update(map(normalize_answer, question["answers"]))
+            counts.update(listed(answer, official) for answer in question["answers"])
         elif "fault" not in question:
-            counts[normalize_answer(question["multiple_choice_answer"])] += 1
-    answers = tuple(answer for answer, count in counts.items() if count >= at_least and answer)
+            counts[listed(question["multiple_choice_answer"], official)] += 1
+    answers = tuple(answer for answer, count in counts.items() if count >= at_least and (answer or official))
     if not answers:
-        raise ValueError(f"no answer is given {at_least} times in these questions: nothing to choose from")
+        remedy = "give a smaller --at_least" if at_least > 1 else "give training questions with answers"
+        raise ValueError(f"no answer is given {at_least} times in these questions, so none can be learnt: {remedy}")
     return answers
 
 
-def to_record(question: Record, known: set[str]) -> Record:
+def to_record(question: Record, known: set[str], *, official: bool = True) -> Record:
     """A question as a record: its annotators' answers become {answer: soft score} over the known ones.
 
-    What several annotators said is kept besides, for the official score; {answer: score} stays as it is given, and so does
-    a fault.
+    Several annotators' answers count as they stand in VQA's own sets, as in the release, else normalised; they are kept
+    besides, for the official score. {answer: score} stays as it is given, and so does a fault.
     """
     if "fault" in question:
         return question
     given = question["answers"]
     if isinstance(given, Mapping):
-        scores = {normalize_answer(answer): float(score) for answer, score in given.items()}
+        scores = {listed(answer, official): float(score) for answer, score in given.items()}
+    elif len(given) > 1:
+        scores = soft_scores(given if official else [listed(answer, official) for answer in given])
     else:
-        scores = soft_scores(given) if len(given) > 1 else {normalize_answer(given[0]): 1.0} if given else {}
+        scores = {listed(answer, official): 1.0 for answer in given}
     answers = {answer: score for answer, score in scores.items() if answer in known}
     record = {"id": str(question["id"]), "image": question["image"], "text": question["text"], "answers": answers}
     return record | ({"annotators": list(given)} if len(given) > 1 and not isinstance(given, Mapping) else {})
 
 
 def read_answers(path: Path) -> tuple[str, ...]:
-    """An answer list: JSON lines {"answer", "label"} as released, in any order, or one answer per line in the head's."""
+    """An answer list: JSON lines {"answer", "label"} as released, in any order, or one answer per line in the head's.
+
+    In the second form a blank line is the answer "", which VQAv2's list has; at the end of the file it is none.
+    """
     if not path.exists():
         raise ValueError(f"no answer list at {path}: run beit3 prepare vqa, or give one")
-    lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    if not lines or not lines[0].startswith("{"):
-        return tuple(lines)
+    text = path.read_text(encoding="utf-8").rstrip()
+    if not text.lstrip().startswith("{"):
+        return tuple(line.strip() for line in text.splitlines())
     try:
-        labelled = sorted((int(entry["label"]), str(entry["answer"])) for entry in map(json.loads, lines))
+        labelled = sorted((int(entry["label"]), str(entry["answer"])) for entry in map(json.loads, filter(str.strip, text.splitlines())))
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f'{path} is no answer list of {{"answer", "label"}} lines: {error}') from None
     if [label for label, _ in labelled] != list(range(len(labelled))):

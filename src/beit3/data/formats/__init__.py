@@ -30,6 +30,7 @@ from beit3.data.formats.qa import (
     is_daquar,
     is_easy_vqa,
     is_soft_labels,
+    is_vqa,
     is_vqav2,
     question_tables,
     soft_labels,
@@ -40,10 +41,10 @@ from beit3.data.formats.tables import is_tables, tables
 from beit3.data.formats.tars import is_webdataset, webdataset
 
 __all__ = [
-    "FORMATS", "HELD_OUT", "IMAGES", "LONGEST_TEXT", "SPLITS", "Classes", "Format", "Pair", "Record", "captioned", "class_folders",
-    "class_list", "class_tables", "classes", "coco_captions", "daquar", "detect", "easy_vqa", "extra_questions", "flickr8k", "holdout",
-    "image_folder", "images", "karpathy", "nlvr1", "nlvr2", "pairs", "question_tables", "questions", "soft_labels", "split",
-    "statement_tables", "statements", "tables", "text_files", "texts", "vqav2", "webdataset",
+    "FORMATS", "HELD_OUT", "IMAGES", "LONGEST_TEXT", "SPLITS", "Classes", "Format", "Pair", "Record", "asks_as_vqa", "captioned",
+    "class_folders", "class_list", "class_tables", "classes", "coco_captions", "daquar", "detect", "easy_vqa", "extra_questions",
+    "flickr8k", "holdout", "image_folder", "images", "karpathy", "nlvr1", "nlvr2", "pairs", "question_tables", "questions",
+    "soft_labels", "split", "statement_tables", "statements", "tables", "text_files", "texts", "vqav2", "webdataset",
 ]  # fmt: skip
 
 
@@ -78,6 +79,9 @@ FORMATS = {
 """In the order in which they are looked for. Tables come last: a folder of images may well have a list of its classes."""
 
 
+QUESTIONS = ("easy_vqa", "vqav2", "daquar", "soft_labels", "question_tables")
+
+
 def images(raw: str | Path, *, unpack: str | Path | None = None) -> Iterator[Pair]:
     """The images below `raw`, split by its folders or by hash; or those of its tar files, unpacked into `unpack`."""
     if not holds_images(Path(raw)) and is_webdataset(Path(raw)):
@@ -101,7 +105,12 @@ def questions(raw: str | Path) -> Iterator[Pair]:
 
     answers: [str per annotator], or {answer: score} where the file scores them; [] and None in a test without answers.
     """
-    return FORMATS[detect(raw, "easy_vqa", "vqav2", "daquar", "soft_labels", "question_tables")].read(raw)
+    return FORMATS[detect(raw, *QUESTIONS)].read(raw)
+
+
+def asks_as_vqa(raw: str | Path) -> bool:
+    """Whether `questions` reads VQA v1's or v2's own files here, not another set's or one's own in their format."""
+    return detect(raw, *QUESTIONS) == "vqav2" and is_vqa(Path(raw).absolute())
 
 
 def extra_questions(raw: str | Path) -> Iterator[Pair]:

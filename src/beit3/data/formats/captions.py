@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from beit3.data.formats.files import (
+    FLICKR30K,
     SPLITS,
     Listing,
     Pair,
@@ -145,11 +146,13 @@ def is_coco_captions(raw: Path) -> bool:
 
 def _karpathy(raw: str | Path) -> Iterator[Entry]:
     file = only(raw, "dataset_*.json", "a Karpathy file")
-    listing = Listing(file.parent, "", "images", "Images")
+    # The file may lie in annotations/, the images beside that folder.
+    above = Path(raw).absolute() if Path(raw).is_dir() else file.parent.parent
+    listing = Listing(file.parent, "", "images", "Images", *FLICKR30K, also=[above] if above != file.parent else ())
     for number, image in enumerate(field(read_json(file), "images", list, file)):
         where = f"{file} images[{number}]"
         name, split = field(image, "filename", str, where), field(image, "split", str, where)
-        path = listing.find(name, folder=image.get("filepath", ""))
+        path = listing.find(name, folder=field({"filepath": "", **image}, "filepath", str, where))
         captions = [field(sentence, "raw", str, where) for sentence in field(image, "sentences", list, where)]
         id = next((image[key] for key in ("cocoid", "imgid") if isinstance(image.get(key), int)), name)
         yield Entry(split_name(split, where), name, id, path, captions)

@@ -6,7 +6,7 @@ What is wrong with a file is a ValueError of one line that names the file, the p
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,8 @@ SPLITS = {
     "test-dev2015": "test-dev",
 }
 HELD_OUT = 0.05
+FLICKR30K = ("flickr30k-images", "flickr30k_images")
+"""Folders as which Flickr30k's images unpack."""
 
 
 def folder(raw: str | Path) -> Path:
@@ -92,6 +94,14 @@ def json_lines(file: Path) -> Iterator[tuple[str, Any]]:
                 raise ValueError(f"{where} is not JSON ({error}): check that the file is whole") from None
 
 
+def json_list(file: Path) -> Iterator[tuple[str, Any]]:
+    """(where, value) of each entry of a JSON list; ValueError for anything else."""
+    content = read_json(file)
+    if not isinstance(content, list):
+        raise ValueError(f"{file} holds a {type(content).__name__}: it should be a list")
+    yield from ((f"{file} [{number}]", entry) for number, entry in enumerate(content))
+
+
 def field(entry: Any, name: str, kind: type, where: str | Path) -> Any:
     """`entry[name]`, which must be there and of this kind; `where` says in the ValueError which entry it was."""
     if not isinstance(entry, dict) or not isinstance(entry.get(name), kind):
@@ -99,26 +109,45 @@ def field(entry: Any, name: str, kind: type, where: str | Path) -> Any:
     return entry[name]
 
 
-class Listing:
-    """Image files of some folders below `base`, each listed once; the folders named first win."""
+class Expected(str):
+    """Where a missing image was expected; `searched`: the folders in which it is not."""
 
-    def __init__(self, base: Path, *folders: str) -> None:
-        self.base, self.folders = base.absolute(), folders
-        self.listed: dict[str, dict[str, str]] = {}
+    searched: str
+
+    def __new__(cls, path: str, searched: str) -> "Expected":
+        made = super().__new__(cls, path)
+        made.searched = searched
+        return made
+
+
+class Listing:
+    """Image files of some folders below `base`, or below those in `also`, each listed once; what is named first wins."""
+
+    def __init__(self, base: Path, *folders: str, also: Sequence[Path] = ()) -> None:
+        self.bases, self.folders = [each.absolute() for each in (base, *also)], folders
+        self.listed: dict[Path, dict[str, str]] = {}
+        self.places: dict[str, list[Path]] = {}
 
     def find(self, *names: str, folder: str = "") -> str:
-        """Absolute path of the first of `names` that exists; else where the first name was expected."""
-        folders = [*([folder] if folder else []), *self.folders]
-        # "images" and the folder an entry names may be nested either way.
-        folders += [f"{outer}/{folder}" for outer in self.folders if outer and folder]
-        for place in folders:
+        """Absolute path of the first of `names` that exists; else where the first name was expected, as `Expected`."""
+        if folder not in self.places:
+            # "images" and the folder an entry names may be nested either way.
+            nested = [f"{outer}/{folder}" for outer in self.folders if outer and folder]
+            folders = [*([folder] if folder else []), *self.folders, *nested]
+            self.places[folder] = [base / name for base in self.bases for name in folders]
+        for place in self.places[folder]:
             if place not in self.listed:
-                path = self.base / place
-                self.listed[place] = {entry.name: entry.path for entry in os.scandir(path)} if path.is_dir() else {}
+                self.listed[place] = {entry.name: entry.path for entry in os.scandir(place)} if place.is_dir() else {}
             for name in names:
                 if name in self.listed[place]:
                     return self.listed[place][name]
-        return str(self.base / folders[0] / names[0])
+        return expected(self.places[folder], names[0], self.bases[0])
+
+
+def expected(places: Sequence[Path], name: str, base: Path) -> Expected:
+    """The path of a missing image in the first of `places`; those below `base` are named from there."""
+    shown = [os.path.relpath(place, base) if place.is_relative_to(base) else str(place) for place in places]
+    return Expected(str(places[0] / name), f"{', '.join(dict.fromkeys(shown))} of {base}")
 
 
 # Splits --------------------------------------------------------------------------------------------------------------

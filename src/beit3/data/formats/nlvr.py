@@ -13,7 +13,8 @@ from typing import Any
 from beit3.data.formats.files import Listing, Pair, Record, field, folder, found, json_lines, nothing_known
 from beit3.data.formats.tables import IMAGE_COLUMNS, OPTIONAL, TEXT_COLUMNS, find_image, table_rows
 
-# Their files -> our splits. test1 is the public test of NLVR2 (test-P), test2 the one that was held back first (test-U).
+# Their files -> our splits. test1 is the public test of NLVR2 (test-P), test2 the one that was held back first (test-U);
+# test is NLVR1's, and in NLVR2's folder somebody's own: both are one split here, so that they cannot stand side by side.
 FILES = {"train": "train", "dev": "val", "test1": "test", "test": "test", "test2": "test2"}
 
 PERMUTATIONS = 6
@@ -123,6 +124,8 @@ def _files(raw: Path) -> dict[str, Path]:
             raise ValueError(f"{' and '.join(map(str, places))} are both {name}: keep one of them")
         if places:
             files[name] = places[0]
+    if {"test", "test1"} <= files.keys():
+        raise ValueError(f"{files['test1']} and {files['test']} would both be test, and are different splits: keep the one that is meant")
     return files
 
 

@@ -20,6 +20,7 @@ from beit3.data.formats.files import (
     folder,
     found,
     holdout,
+    json_list,
     lines,
     nothing_known,
     only,
@@ -32,6 +33,8 @@ from beit3.data.formats.tables import IMAGE_COLUMNS, Columns, table_rows
 QUESTION_COLUMNS: Columns = {"image": IMAGE_COLUMNS, "question": ("question", "text", "query", "sent")}
 # The second names are those of files with joined soft labels, as LXMERT made them for OK-VQA.
 ANSWER_COLUMNS: Columns = {"answers": ("answer", "answers", "label"), "id": ("id", "question_id"), "split": ("split", "okvqa_split")}
+
+CHOSEN = "multiple_choice_answer"
 
 DAQUAR_IMAGE = re.compile(r"image ?(\d+)")
 DAQUAR_ENDING = re.compile(r"\s+in (the )?image ?\d+\s*\??$")
@@ -46,14 +49,19 @@ def vqav2(raw: str | Path) -> Iterator[Pair]:
     raw = folder(raw)
     if not is_vqav2(raw):
         raise nothing_known(raw, "*_questions.json (vqav2)")
+    _one_set(raw)
+    splits: dict[str, Path] = {}
     for file in _question_files(raw):
-        content = read_json(file)
+        content = _whole(file)
         subtype = str(content.get("data_subtype") or subset(file))
+        split = split_name(subtype, str(file))
+        if splits.setdefault(split, file) != file:
+            raise ValueError(f"{splits[split]} and {file} are both {split}: keep one of them")
         answers = _annotations(raw, file)
         others = [name for name in ("train2014", "val2014", "test2015") if name != subtype]
         listing = Listing(raw, subtype, "images", f"images/{subtype}", "", *others)
         prefixes = [subtype.replace("test-dev", "test"), *others]
-        for number, question in enumerate(field(content, "questions", list, file)):
+        for number, question in enumerate(content["questions"]):
             where = f"{file} questions[{number}]"
             id = field(question, "question_id", int, where)
             image = field(question, "image_id", int, where)
@@ -64,7 +72,7 @@ def vqav2(raw: str | Path) -> Iterator[Pair]:
             given, chosen = answers[id] if answers is not None else ([], None)
             text = field(question, "question", str, where)
             record = {"id": id, "image": path, "text": text, "answers": given, "multiple_choice_answer": chosen}
-            yield split_name(subtype, str(file)), record
+            yield split, record
 
 
 def easy_vqa(raw: str | Path) -> Iterator[Pair]:
@@ -74,11 +82,11 @@ def easy_vqa(raw: str | Path) -> Iterator[Pair]:
         raise nothing_known(raw, "{train,test}/questions.json (easy_vqa)")
     for place, name in (("train", "train"), ("test", "val")):
         file = raw / place / "questions.json"
-        for number, row in enumerate(read_json(file) if file.is_file() else ()):
-            if not (isinstance(row, list) and len(row) == 3):
-                raise ValueError(f"{file} [{number}] is not [question, answer, image]: {str(row)[:60]}")
+        for number, (where, row) in enumerate(json_list(file) if file.is_file() else ()):
+            if not (isinstance(row, list) and len(row) == 3 and isinstance(row[0], str) and isinstance(row[1], str)):
+                raise ValueError(f"{where} is not [question, answer, image], the first two texts: {str(row)[:60]}")
             text, answer, image = row
-            yield name, _answered(f"{place}-{number}", raw / place / "images" / f"{image}.png", text, answer)
+            yield name, _answered(f"{place}-{number}", str(raw / place / "images" / f"{image}.png"), text, answer)
 
 
 def daquar(raw: str | Path, *, held_out: float = 0.1) -> Iterator[Pair]:
@@ -119,15 +127,15 @@ def question_tables(raw: str | Path) -> Iterator[Pair]:
 def visual_genome(raw: str | Path) -> Iterator[Pair]:
     """Visual Genome's question_answers.json as training questions, images in VG_100K and VG_100K_2; nothing where it is absent.
 
-    With image_data.json, which knows which images are COCO's, those that VQA's val in the same folder asks about are left out.
+    Images that VQA's val or test in the same folder asks about are left out; image_data.json, which knows which are COCO's, must
+    then be there.
     """
     raw = folder(raw)
     if not found(raw, "question_answers.json"):
         return
     file = only(raw, "question_answers.json", "Visual Genome's questions")
     listing, held_out = Listing(raw, "VG_100K", "VG_100K_2", "images", "images/VG_100K", "images/VG_100K_2"), _genome_of_val(raw)
-    for number, entry in enumerate(read_json(file)):
-        where = f"{file} [{number}]"
+    for where, entry in json_list(file):
         image = field(entry, "id", int, where)
         if image in held_out:
             continue
@@ -140,6 +148,21 @@ def visual_genome(raw: str | Path) -> Iterator[Pair]:
 def is_vqav2(raw: Path) -> bool:
     """Whether `raw` holds files of open-ended questions."""
     return bool(_question_files(raw))
+
+
+def is_vqa(raw: Path) -> bool:
+    """Whether the questions in `raw` are VQA's own, v1 or v2: files of its names that are not said to be of another set."""
+    files = _question_files(raw)
+    for file in files:
+        info = _whole(file).get("info")
+        said = str(info.get("description") or "") if isinstance(info, dict) else ""
+        if "OpenEnded_" not in file.name or said and "the VQA dataset" not in said:
+            return False
+        # OK-VQA has the names of v1, and chooses no answer.
+        beside = None if file.name.startswith("v2_") else _annotations_file(raw, file)
+        if beside and not all(CHOSEN in row for row in field(read_json(beside), "annotations", list, beside)[:1]):
+            return False
+    return bool(files)
 
 
 def is_easy_vqa(raw: Path) -> bool:
@@ -162,20 +185,42 @@ def _question_files(raw: Path) -> list[Path]:
     return [file for file in found(raw, "*questions.json") if "MultipleChoice" not in file.name]
 
 
+def _one_set(raw: Path) -> None:
+    """ValueError where questions of VQAv2 stand beside those of v1 or OK-VQA."""
+    names: dict[bool, str] = {file.name.startswith("v2_"): file.name for file in _question_files(raw) if "OpenEnded_" in file.name}
+    if len(names) > 1:
+        raise ValueError(f"{raw} holds {names[True]} of VQAv2 and {names[False]} of VQA v1 or OK-VQA: keep each set in its own folder")
+
+
 def _annotations(raw: Path, questions: Path) -> dict[int, tuple[list[str], str]] | None:
     """question_id -> (the annotators' answers as given, the chosen one) of the file that belongs to `questions`."""
+    file = _annotations_file(raw, questions)
+    if not file:
+        return None
+    answers = {}
+    for number, row in enumerate(field(read_json(file), "annotations", list, file)):
+        where = f"{file} annotations[{number}]"
+        given = [field(entry, "answer", str, where) for entry in field(row, "answers", list, where)]
+        if not given:
+            raise ValueError(f"{where} has no entry in answers: leave out the file's questions that nobody answered")
+        # OK-VQA chooses none.
+        chosen = field(row, CHOSEN, str, where) if CHOSEN in row else Counter(given).most_common(1)[0][0]
+        answers[field(row, "question_id", int, where)] = given, chosen
+    return answers
+
+
+def _annotations_file(raw: Path, questions: Path) -> Path | None:
     name = questions.name.replace("OpenEnded_", "").replace("questions", "annotations")
     beside = questions.with_name(name)
     files = [beside] if beside.is_file() else [file for file in found(raw, name) if name != "annotations.json"]
-    if not files:
-        return None
-    answers = {}
-    for number, row in enumerate(field(read_json(files[0]), "annotations", list, files[0])):
-        where = f"{files[0]} annotations[{number}]"
-        given = [field(entry, "answer", str, where) for entry in field(row, "answers", list, where)]
-        chosen = row.get("multiple_choice_answer") or Counter(given).most_common(1)[0][0]
-        answers[field(row, "question_id", int, where)] = given, chosen
-    return answers
+    return files[0] if files else None
+
+
+def _whole(file: Path) -> Record:
+    """A file of questions."""
+    content = read_json(file)
+    field(content, "questions", list, file)
+    return content
 
 
 def _daquar_files(raw: Path) -> dict[str, Path]:
@@ -202,18 +247,22 @@ def _daquar_txt(file: Path) -> Iterator[tuple[str, str, str]]:
 
 
 def _daquar_csv(file: Path) -> Iterator[tuple[str, str, str]]:
-    for number, row in enumerate(csv.DictReader(lines(file)), 2):
-        question, answer, image = (row.get(name) for name in ("question", "answer", "image_id"))
-        if not (question and answer and image):
-            raise ValueError(f"{file} line {number} lacks question, answer or image_id")
-        yield question, answer, image
+    rows = enumerate(csv.DictReader(lines(file)), 2)
+    try:
+        for number, row in rows:
+            question, answer, image = (row.get(name) for name in ("question", "answer", "image_id"))
+            if not (question and answer and image):
+                raise ValueError(f"{file} line {number} lacks question, answer or image_id")
+            yield question, answer, image
+    except csv.Error as error:
+        raise ValueError(f"{file} cannot be read ({error}): check its quotes") from None
 
 
 def _asked(raw: str | Path, files: Sequence[Path] = ()) -> Iterator[Pair]:
     seen: Counter[str] = Counter()
     for row in table_rows(raw, QUESTION_COLUMNS, ANSWER_COLUMNS, files=files):
         given = row.cells.get("answers", "")
-        if row.fault or not given and row.split != "test":
+        if row.fault or given in NOT_GIVEN and row.split != "test":
             yield row.split, {"id": row.where, "fault": row.fault or "it has no answer"}
             continue
         answers = _answers(given, row.where)
@@ -222,6 +271,10 @@ def _asked(raw: str | Path, files: Sequence[Path] = ()) -> Iterator[Pair]:
         seen[row.image] += 1
         text = field(row.cells, "question", str, row.where)
         yield row.split, {"id": id, "image": row.path, "text": text, "answers": answers, "multiple_choice_answer": chosen}
+
+
+NOT_GIVEN: tuple[Any, ...] = ("", [], {}, None)
+"""Answers that are none; 0 is one."""
 
 
 def _answers(given: Any, where: str) -> list[str] | dict[str, Any]:
@@ -239,12 +292,19 @@ def _answers(given: Any, where: str) -> list[str] | dict[str, Any]:
 def _genome_of_val(raw: Path) -> set[int]:
     """Visual Genome's numbers of the COCO images that the val or test questions in `raw` are about."""
     questions = [file for file in _question_files(raw) if SPLITS.get(subset(file).lower()) != "train"]
-    coco = {question.get("image_id") for file in questions for question in field(read_json(file), "questions", list, file)}
-    known = found(raw, "image_data.json")[:1]
-    rows = ((row, f"{file} [{number}]") for file in known for number, row in enumerate(read_json(file)))
-    return {field(row, "image_id", int, where) for row, where in rows if row.get("coco_id") in coco - {None}}
+    coco = {field(row, "image_id", int, file) for file in questions for row in _whole(file)["questions"]}
+    if not coco:
+        return set()
+    file = next(iter(found(raw, "image_data.json")), None)
+    if file is None:
+        raise ValueError(
+            f"Visual Genome's question_answers.json in {raw} needs its image_data.json beside it, which tells the images of "
+            f"{questions[0].name} from those to train on: download it, or move question_answers.json away"
+        )
+    rows = ((field(row, "image_id", int, where), row.get("coco_id")) for where, row in json_list(file))
+    return {image for image, number in rows if isinstance(number, int) and number in coco}
 
 
-def _answered(id: str, image: Path | str, text: str, answer: str) -> Record:
+def _answered(id: str, image: str, text: str, answer: str) -> Record:
     """A question that one person answered."""
-    return {"id": id, "image": str(image), "text": text, "answers": [answer], "multiple_choice_answer": answer}
+    return {"id": id, "image": image, "text": text, "answers": [answer], "multiple_choice_answer": answer}

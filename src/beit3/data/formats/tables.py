@@ -11,7 +11,20 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from beit3.data.formats.files import SPLITS, Pair, field, json_lines, lines, named_split, nothing_known, or_held_out, read_json, split_name
+from beit3.data.formats.files import (
+    FLICKR30K,
+    SPLITS,
+    Pair,
+    expected,
+    field,
+    json_lines,
+    json_list,
+    lines,
+    named_split,
+    nothing_known,
+    or_held_out,
+    split_name,
+)
 
 Columns = Mapping[str, tuple[str, ...]]
 """A reader's name for a column -> the names that a table may give it. Case is ignored; of several the first counts."""
@@ -21,8 +34,8 @@ IMAGE_COLUMNS = (
 )  # fmt: skip
 TEXT_COLUMNS = ("text", "caption", "title", "sentence", "description", "comment", "texts", "captions", "sentences")
 OPTIONAL: Columns = {"split": ("split",), "id": ("id",)}
-# Folders beside a table where its images may be; the last is how Flickr30k unpacks.
-PLACES = ("", "images", "Images", "flickr30k_images")
+# Folders beside a table where its images may be.
+PLACES = ("", "images", "Images", *FLICKR30K)
 ENDINGS = frozenset({".csv", ".tsv", ".jsonl"})
 DELIMITERS = ",\t|;"
 
@@ -71,6 +84,7 @@ def table_rows(raw: str | Path, needed: Columns, also: Columns = OPTIONAL, *, fi
     if not files:
         raise nothing_known(raw, ".csv, .tsv, .jsonl or captions.txt (tables)")
     named = {file: named_split(file, raw) for file in files}
+    has_val = "val" in named.values() or any(side == "val" for file in files for side in _given_splits(file, needed, also))
     for file, name in named.items():
         for where, cells, fault in _cells(file, needed, also):
             if fault or not cells["image"]:
@@ -81,7 +95,7 @@ def table_rows(raw: str | Path, needed: Columns, also: Columns = OPTIONAL, *, fi
             # From the table's folder, so that "./a.jpg", "a.jpg" and the absolute path are one image, wherever the folder is.
             image = os.path.relpath(os.path.join(file.parent, image), file.parent)
             given = str(cells.get("split", ""))
-            side = split_name(given, where) if given else or_held_out(name or "train", image, has_val="val" in named.values())
+            side = or_held_out(split_name(given, where) if given else name or "train", image, has_val=has_val)
             yield Row(file, where, side, cells, image, path)
 
 
@@ -104,8 +118,18 @@ def find_image(table: Path, image: str) -> str:
     if "://" in image:
         raise _urls(table)
     base = table.parent
-    paths = [os.path.join(place, image) for place in (*(base / name for name in PLACES), base.parent)]
-    return next((path for path in paths if os.path.isfile(path)), paths[0])
+    places = [*(base / name for name in PLACES), base.parent]
+    paths = (os.path.join(place, image) for place in places)
+    found = next((path for path in paths if os.path.isfile(path)), "")
+    return found or (image if os.path.isabs(image) else expected(places, image, base))
+
+
+def _given_splits(file: Path, needed: Columns, also: Columns) -> Iterator[str]:
+    """The splits that the rows of a table name; a CSV without such a column is not read for it."""
+    if file.suffix.lower() in (".json", ".jsonl") or _columns(_heads(next(lines(file), ""), file)[0], needed, also, file)["split"]:
+        for where, cells, _ in _cells(file, needed, also):
+            if cells.get("split"):
+                yield split_name(str(cells["split"]), where)
 
 
 Cells = tuple[str, dict[str, Any], str]
@@ -117,27 +141,18 @@ def _cells(file: Path, needed: Columns, also: Columns) -> Iterator[Cells]:
     if kind not in (".json", ".jsonl"):
         yield from _csv_cells(file, needed, also)
         return
-    for where, entry in json_lines(file) if kind == ".jsonl" else _json_list(file):
+    for where, entry in json_lines(file) if kind == ".jsonl" else json_list(file):
         if not isinstance(entry, dict):
             raise ValueError(f"{where} holds a {type(entry).__name__}: it should be an object with an {', a '.join(needed)}")
         entry = {name.lower(): value for name, value in entry.items()}
         names = _columns(entry, needed, also, where)
-        values = {column: entry.get(name) for column, name in names.items()}
+        values = {column: entry[name] if name else None for column, name in names.items()}
         yield where, {key: value.strip() if isinstance(value, str) else "" if value is None else value for key, value in values.items()}, ""
-
-
-def _json_list(file: Path) -> Iterator[tuple[str, Any]]:
-    content = read_json(file)
-    if not isinstance(content, list):
-        raise ValueError(f"{file} holds a {type(content).__name__}: it should be a list of objects")
-    yield from ((f"{file} [{number}]", entry) for number, entry in enumerate(content))
 
 
 def _csv_cells(file: Path, needed: Columns, also: Columns) -> Iterator[Cells]:
     given = lines(file)
-    header = next(given, "")
-    delimiter = "\t" if file.suffix.lower() == ".tsv" else max(DELIMITERS, key=header.count)
-    heads = [name.strip().lower() for name in next(csv.reader([header], delimiter=delimiter), [])]
+    heads, delimiter = _heads(next(given, ""), file)
     names = _columns(heads, needed, also, file)
     reader = csv.reader(given, delimiter=delimiter)
     try:
@@ -145,11 +160,18 @@ def _csv_cells(file: Path, needed: Columns, also: Columns) -> Iterator[Cells]:
             where = f"{file} line {reader.line_num + 1}"
             row = dict(zip(heads, map(str.strip, cells), strict=False))
             if len(cells) == len(heads):
-                yield where, {column: row.get(name, "") for column, name in names.items()}, ""
+                # A column without a name, as pandas writes its index, is none of those that are not there.
+                yield where, {column: row[name] if name else "" for column, name in names.items()}, ""
             elif any(row.values()):  # Flickr30k's results.csv has one such line
                 yield where, {}, f"{len(cells)} cells for {len(heads)} columns: put quotes around cells with {delimiter!r}"
     except csv.Error as error:
         raise ValueError(f"{file} line {reader.line_num + 1} cannot be read ({error}): check its quotes") from None
+
+
+def _heads(header: str, file: Path) -> tuple[list[str], str]:
+    """Lower-cased names of the columns, and the delimiter."""
+    delimiter = "\t" if file.suffix.lower() == ".tsv" else max(DELIMITERS, key=header.count)
+    return [name.strip().lower() for name in next(csv.reader([header], delimiter=delimiter), [])], delimiter
 
 
 def _columns(names: Collection[str], needed: Columns, also: Columns, where: str | Path) -> dict[str, str]:
