@@ -149,9 +149,14 @@ def official(raw: Path, answers: list[str], name: str = "v2_", chosen: bool = Tr
 
 
 @pytest.mark.parametrize("given", [{}, {"name": ""}, {"description": "This is v2.0 of the VQA dataset."}])
-def test_vqas_own_sets_have_the_releases_list(tmp_path, given):
-    """Nine times or more, and the empty answer among them: each answer behind it keeps the label of the released head."""
+def test_vqas_own_sets_have_the_releases_list(tmp_path, given, monkeypatch):
+    """Nine times or more, and the empty answer among them: each answer behind it keeps the label of the released head.
+
+    A sample of them lists every answer.
+    """
     raw = official(tmp_path / "raw", ["a"] * 10 + ["yes"] * 9 + ["no"] * 8, **given)
+    assert VQA.prepare(raw, tmp_path / "sample", "main")["answer_given_at_least"] == 1
+    monkeypatch.setattr("beit3.tasks.vqa.SAMPLE", 27)
     report = VQA.prepare(raw, tmp_path / "root", "main")
     assert read_answers(tmp_path / "root/vqa/main/answer2label.txt") == ("", "yes")
     assert report["answer_given_at_least"] == 9 and report["records"]["train"] == 9, "upstream scores answers as they stand"

@@ -33,6 +33,9 @@ from beit3.tokenizer.text import TextTokenizer
 CANDIDATES = 5
 """Answers that a prediction ranks."""
 
+SAMPLE = 10_000
+"""Fewer questions than this are a sample of VQA, from which no list of the release can come."""
+
 MIN_ANSWER_COUNT = 9
 """VQAv2 answers given less often are not in the list: 3129 remain (release)."""
 
@@ -139,11 +142,11 @@ class VQA(Task):
         """Files of VQA, OK-VQA, easy-VQA, DAQUAR or tables -> records with soft answers, and the answer list beside them.
 
         Visual Genome's questions beside VQA's are more training data, as far as the list has their answers. at_least: how
-        often an answer of the list is given; 0 = `MIN_ANSWER_COUNT` times in VQA v1 and v2, once in other sets.
+        often an answer of the list is given; 0 = `MIN_ANSWER_COUNT` times in VQA v1 and v2, once in other sets and in samples.
         """
         official = formats.asks_as_vqa(raw)
-        at_least = at_least or (MIN_ANSWER_COUNT if official else 1)
         questions = list(formats.questions(raw))
+        at_least = at_least or (MIN_ANSWER_COUNT if official and len(questions) >= SAMPLE else 1)
         answers = build_answers((q for split, q in questions if split in ("train", "val")), at_least, official=official)
         known = set(answers)
         questions += formats.extra_questions(raw)
