@@ -1,6 +1,5 @@
 """Teachers: CLIP and DINO against a second implementation of the networks, hand-made gradients by their meaning."""
 
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -255,16 +254,10 @@ def test_flat_patches_have_a_defined_direction():
     assert torch.cosine_similarity(Gradients(8).features(noisy), features, dim=-1).min() > 0.95
 
 
-def test_gradients_take_an_even_patch_and_are_quick():
+def test_gradients_take_an_even_patch():
     with pytest.raises(ValueError, match="patch_size 7"):
         load_teacher("gradients", patch_size=7)
-    teacher, images = load_teacher("gradients", patch_size=8), pixels(32, 64)
-    times = []
-    for _ in range(5):
-        start = time.perf_counter()
-        teacher.features(images)
-        times.append(time.perf_counter() - start)
-    assert min(times) < 0.05  # some 6 milliseconds on an idle machine
+    assert load_teacher("gradients", patch_size=8).features(pixels(32, 64)).isfinite().all()
 
 
 def test_a_backbone_as_teacher():
