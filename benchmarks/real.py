@@ -1,10 +1,10 @@
-"""Every vision-language task on small real data sets: from `pretrain laptop`'s weights and from scratch, at equal steps.
+"""Every vision-language task on small real data sets: from `pretrain laptop`'s weights and from scratch, fine-tuned alike.
 
     python benchmarks/real.py --data ../shared/data --out runs/real --json benchmarks/real.json
 
 Remakes the pretrained weights if `runs/real/laptop` (or --init) does not hold them, about 45 minutes on two cores; then
 each run takes minutes, as many at a time as there are cores. Stopped anywhere, the same command goes on; `--only` names
-rows. Retrieval also starts from the contrastive stage on the pretraining pairs.
+rows. Retrieval also starts from the contrastive stage, whose steps on the pretraining pairs come on top.
 """
 
 import argparse

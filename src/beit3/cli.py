@@ -55,7 +55,7 @@ def make_parser() -> argparse.ArgumentParser:
         sub.set_defaults(verb=call, name=name)
         return sub
 
-    sub = verb("demo", demo, "The tour on the embedded world: tokenizers, pretraining, a task, report.html.")
+    sub = verb("demo", demo, "The tour on the embedded world: tokenizers, pretraining, every task, report.html.")
     length = sub.add_mutually_exclusive_group()
     length.add_argument("--fast", action="store_true", help="a shorter tour, under two minutes")
     length.add_argument("--full", action="store_true", help="every demo recipe at full length, several seeds, with and without pretraining")
@@ -104,7 +104,7 @@ def make_parser() -> argparse.ArgumentParser:
     sub.add_argument("--source", default="main")
     sub.add_argument("--java", action="store_true", help="METEOR and SPICE too, as for eval")
 
-    sub = verb("predict", predict, "Ask weights: for vqa, an image and a question.")
+    sub = verb("predict", predict, "Ask weights, with what their task takes: an image and a question, two images and a statement.")
     sub.add_argument("weights")
     sub.add_argument("inputs", nargs="+")
     released(sub)
@@ -324,7 +324,7 @@ def load_predictor(known: argparse.Namespace, rest: list[str]) -> Any:
 
 def predict(known: argparse.Namespace, rest: list[str]) -> None:
     predictor = load_predictor(known, rest)
-    print(json.dumps(predictor(*known.inputs), ensure_ascii=False, default=lambda array: array.tolist()))
+    print(json.dumps(predictor(*known.inputs), ensure_ascii=False))
 
 
 def convert(known: argparse.Namespace, rest: list[str]) -> None:

@@ -262,17 +262,6 @@ def experts_left_out(backbone: BEiT3, *modalities: str) -> dict[str, str]:
     return {f"backbone.{name}": reason for name, reason in reasons.items()}
 
 
-def one_per_caption(images: Iterator[tuple[str, Record]]) -> Iterator[tuple[str, Record]]:
-    """Training images become one record per caption; others stay one per image, with all captions as references."""
-    for split, image in images:
-        if split != "train" or "captions" not in image:
-            yield split, image
-            continue
-        rest = {key: value for key, value in image.items() if key not in ("id", "captions")}
-        for number, caption in enumerate(image["captions"]):
-            yield split, {"id": f"{image['id']}#{number}", **rest, "text": caption}
-
-
 def record_rng(record: Record) -> np.random.Generator:
     """The generator of a record outside training: the same masks and views at every evaluation."""
     return seeded_rng(0, 0, str(record["id"]))
@@ -301,6 +290,14 @@ def joined(predictions: Sequence[Prediction], records: Sequence[Record]) -> list
     missing = [key for key in by_id if key not in seen]
     if missing:
         raise ValueError(f"{len(missing)} of {len(by_id)} records have no prediction, the first is {missing[0]}")
+    return pairs
+
+
+def labelled(predictions: Sequence[Prediction], records: Sequence[Record]) -> list[tuple[Prediction, Record]]:
+    """`joined`, for records that all hold a `label`; ValueError where one does not."""
+    pairs = joined(predictions, records)
+    if any("label" not in record for _, record in pairs):
+        raise ValueError("some of these records hold no label to compare with: score a split that has them")
     return pairs
 
 

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import torch
 
+from beit3.data.formats import one_per_caption
 from beit3.data.loader import Source
-from beit3.task import fit_vocabulary, one_per_caption
+from beit3.task import fit_vocabulary
 from beit3.tasks.captioning import Captioning
 from beit3.tokenizer.text import TextTokenizer
 from tests.world_root import tuning_recipe

@@ -7,7 +7,6 @@ and ignores, and its users rely on that: so do those of the classes here. A fact
 argument that it does not know and that asks for something. What cannot be honoured is a ValueError that names it.
 """
 
-import math
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -22,10 +21,9 @@ from beit3.config import suggestion
 from beit3.model.attention_mask import image_to_text
 from beit3.model.config import POSITION_OFFSET
 from beit3.ops.collectives import all_gather_with_gradient, rank
-from beit3.ops.losses import similarities
-from beit3.ops.positions import resample_positions
+from beit3.ops.losses import LOGIT_SCALE, similarities
 from beit3.tasks import imagenet, nlvr2
-from beit3.weights.fill import first_few
+from beit3.weights.fill import first_few, fit_positions
 from beit3.weights.official import read_file
 
 Norm = Callable[[int], nn.Module]
@@ -160,7 +158,7 @@ class BEiT3ForRetrieval(BEiT3Wrapper):
         for head in (self.language_head, self.vision_head):
             head.apply(self._init_weights)
         self.criterion = ClipLoss()
-        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+        self.logit_scale = nn.Parameter(torch.tensor(LOGIT_SCALE))
 
     def forward(
         self, image: Tensor | None = None, text_description: Tensor | None = None, padding_mask: Tensor | None = None,
@@ -199,9 +197,7 @@ def load_model_and_may_interpolate(ckpt_path: str | Path, model: BEiT3Wrapper, m
         raise ValueError(f"model_prefix {model_prefix!r}: a released file's names have none, give ''")
     state, own = read_file(ckpt_path), model.state_dict()
     if IMAGE_TABLE in state:
-        keep = POSITION_OFFSET + 1
-        side = math.isqrt(len(state[IMAGE_TABLE]) - keep)
-        state[IMAGE_TABLE] = resample_positions(state[IMAGE_TABLE], (side, side), model.beit3.config.grid, keep=keep)
+        state[IMAGE_TABLE] = fit_positions(state[IMAGE_TABLE], model.beit3.config.grid, IMAGE_TABLE)
     for name in [name for name in state if name in own and state[name].shape != own[name].shape and not name.startswith("beit3.")]:
         del state[name]
     missing, unexpected = model.load_state_dict(state, strict=False)

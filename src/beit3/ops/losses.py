@@ -8,6 +8,9 @@ from torch import Tensor
 
 from beit3.ops.collectives import all_gather_with_gradient, rank
 
+LOGIT_SCALE = math.log(1 / 0.07)
+"""Where the learnt logarithm of the scale of similarities starts (release): a temperature of 0.07."""
+
 
 def smoothed_divergence(logits: Tensor, target: Tensor, smoothing: float) -> Tensor:
     """KL divergence of each prediction from its smoothed target: logits [n, V], target [n] int64 -> [n].

@@ -37,7 +37,6 @@ from beit3.task import (
     Task,
     joined,
     numbered,
-    one_per_caption,
     pairs_leave_out,
     record_rng,
     text_lengths,
@@ -134,7 +133,7 @@ class Captioning(Task):
     @staticmethod
     def prepare(raw: Path, root: Path, source: str) -> Mapping[str, Any]:
         """Karpathy's, COCO's, NoCaps' or Flickr8k's files, or a table of one's own -> a record per training caption, else per image."""
-        rows = one_per_caption(formats.captioned(raw))
+        rows = formats.one_per_caption(formats.captioned(raw))
         return write_splits(root, "captioning", source, rows, lengths=text_lengths(root, CaptioningConfig.text_length))
 
     def record(self, image: Any) -> Record:

@@ -5,7 +5,6 @@
 so the same weights classify into any list of names.
 """
 
-import math
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -30,17 +29,19 @@ from beit3.metrics.classification import top_k_accuracy
 from beit3.model.beit3 import BEiT3
 from beit3.model.config import BASE, GIANT, LARGE, SMALL, TINY, ModelConfig
 from beit3.ops.collectives import all_gather_with_gradient, rank, world_size
-from beit3.ops.losses import similarities
+from beit3.ops.losses import LOGIT_SCALE, similarities
 from beit3.ops.precision import at_least_float32
 from beit3.recipe import DataConfig, OptimConfig, Recipe, RunConfig, TaskConfig
-from beit3.task import Batch, Example, Prediction, Record, Task, experts_left_out, joined, record_rng
+from beit3.task import Batch, Example, Prediction, Record, Task, experts_left_out, labelled, record_rng
 from beit3.tokenizer.text import TextTokenizer
+
+Names = tuple[tuple[str, ...], str]
+"""Class names and the prompt around them."""
 
 CANDIDATES = 5
 SMALL_START = 1e-3
 """Factor of the initial values of the linear head (release)."""
 
-TEMPERATURE = 0.07
 PIXELS = Preprocessing(224, *IMAGENET, resize="crop")
 
 
@@ -151,9 +152,8 @@ class ImageNet(Task):
             self.image_projection = nn.Linear(dim, dim, bias=False)
             self.text_projection = nn.Linear(dim, dim, bias=False)
             self.logit_scale = nn.Parameter(torch.empty(1))
-        self._name_features: Tensor | None = None
-        self._names: tuple[tuple[str, ...], str] = ((), "")
-        self._texts: dict[tuple[tuple[str, ...], str], tuple[Tensor, Tensor]] = {}
+        self._features: dict[Names, Tensor] = {}
+        self._texts: dict[Names, tuple[Tensor, Tensor]] = {}
 
     @property
     def unused(self) -> Mapping[str, str]:  # type: ignore[override]
@@ -161,24 +161,24 @@ class ImageNet(Task):
         return experts_left_out(self.backbone, "fusion", *(("text",) if self.config.head == "linear" else ()))
 
     def init_parameter(self, name: str, parameter: Tensor, generator: torch.Generator) -> None:
-        """The linear head starts a thousand times smaller, the temperature at TEMPERATURE."""
+        """The linear head starts a thousand times smaller, the temperature at the release's."""
         super().init_parameter(name, parameter, generator)
         if name.startswith("head."):
             parameter.mul_(SMALL_START)
         if name == "logit_scale":
-            parameter.fill_(math.log(1 / TEMPERATURE))
+            parameter.fill_(LOGIT_SCALE)
 
     def train(self, mode: bool = True) -> "ImageNet":
         """The names' features are kept as long as the weights stand still: until training, loading, or a move."""
-        self._name_features = None
+        self._features = {}
         return super().train(mode)
 
     def _apply(self, *arguments: Any, **options: Any) -> "ImageNet":
-        self._name_features = None
+        self._features = {}
         return super()._apply(*arguments, **options)
 
     def load_state_dict(self, *arguments: Any, **options: Any) -> Any:
-        self._name_features = None
+        self._features = {}
         return super().load_state_dict(*arguments, **options)
 
     # Data ------------------------------------------------------------------------------------------------------------
@@ -255,11 +255,16 @@ class ImageNet(Task):
 
     # Names -----------------------------------------------------------------------------------------------------------
 
+    @property
+    def names(self) -> Names:
+        """What the class names are encoded from."""
+        return self.config.classes, self.config.prompt
+
     def name_features(self) -> Tensor:
         """Unit features [C, D] of the class names. Processes share the work; an evaluation keeps them."""
         kept = not self.training and not torch.is_grad_enabled()
-        if kept and self._name_features is not None and self._names == (self.config.classes, self.config.prompt):
-            return self._name_features
+        if kept and self.names in self._features:
+            return self._features[self.names]
         text, padding = (part.to(self.logit_scale.device) for part in self.name_tensors())
         count, world = len(text), world_size()
         share = -(-count // world)
@@ -267,7 +272,7 @@ class ImageNet(Task):
         features = [self.encode_names(text[rows], padding[rows], share > self.config.names_per_pass) for rows in self.passes(mine)]
         everyone = all_gather_with_gradient(torch.cat(features))[:count]
         if kept:
-            self._name_features, self._names = everyone, (self.config.classes, self.config.prompt)
+            self._features = {self.names: everyone}
         return everyone
 
     def passes(self, rows: list[int]) -> list[list[int]]:
@@ -279,13 +284,12 @@ class ImageNet(Task):
         """`text` and `text_padding` [C, L] of the prompts, as long as the longest."""
         if not self.config.classes:
             raise ValueError("classification by names needs the class names: give classes=FILE, one name per line")
-        key = self.config.classes, self.config.prompt
-        if key not in self._texts:  # seconds for ImageNet-21k's
+        if self.names not in self._texts:  # seconds for ImageNet-21k's
             texts = [self.read_text(self.config.prompt.replace("{}", name), self.config.text_length) for name in self.config.classes]
             text, padding = (torch.stack(part) for part in zip(*texts, strict=True))
             longest = int((~padding).sum(1).max())
-            self._texts = {key: (text[:, :longest], padding[:, :longest])}
-        return self._texts[key]
+            self._texts = {self.names: (text[:, :longest], padding[:, :longest])}
+        return self._texts[self.names]
 
     def encode_names(self, text: Tensor, padding: Tensor, recompute: bool) -> Tensor:
         """Unit features of one pass."""
@@ -314,9 +318,7 @@ class ImageNet(Task):
     @staticmethod
     def score(predictions: Sequence[Prediction], records: Sequence[Record]) -> dict[str, float]:
         """Top-1 and top-5 accuracy, and beside them the share of the commonest class."""
-        pairs = joined(predictions, records)
-        if any("label" not in record for _, record in pairs):
-            raise ValueError("some of these records hold no label to compare with: score a split that has them")
+        pairs = labelled(predictions, records)
         truth = [int(record["label"]) for _, record in pairs]
         ranked = [[candidate["label"] for candidate in prediction["candidates"]] for prediction, _ in pairs]
         return {

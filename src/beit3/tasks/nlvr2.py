@@ -19,12 +19,12 @@ from beit3.data import formats
 from beit3.data.prepare import write_splits
 from beit3.data.records import open_image
 from beit3.data.transforms import Preprocessing, training_view
-from beit3.metrics.classification import consistency
+from beit3.metrics.classification import accuracy, consistency
 from beit3.model.beit3 import BEiT3
 from beit3.model.config import BASE, GIANT, LARGE, SMALL, TINY, ModelConfig
 from beit3.ops.precision import at_least_float32
 from beit3.recipe import DataConfig, OptimConfig, Recipe, RunConfig, TaskConfig
-from beit3.task import Batch, Example, Prediction, Record, Task, joined, pairs_leave_out, record_rng, text_lengths
+from beit3.task import Batch, Example, Prediction, Record, Task, labelled, pairs_leave_out, record_rng, text_lengths
 from beit3.tokenizer.text import TextTokenizer
 
 ANSWERS = ("false", "true")
@@ -166,12 +166,10 @@ class NLVR2(Task):
     @staticmethod
     def score(predictions: Sequence[Prediction], records: Sequence[Record]) -> dict[str, float]:
         """Accuracy; consistency, the share of statements that are judged right on all their images; the commonest answer's share."""
-        pairs = joined(predictions, records)
-        if any("label" not in record for _, record in pairs):
-            raise ValueError("some of these records hold no label to compare with: score a split that has them")
+        pairs = labelled(predictions, records)
         right = [prediction["answer"] == ANSWERS[int(record["label"])] for prediction, record in pairs]
         return {
-            "accuracy": sum(right) / len(right),
+            "accuracy": accuracy(right),
             "consistency": consistency(right, [str(record.get("group", record["id"])) for _, record in pairs]),
             "most_frequent": max(Counter(int(record["label"]) for _, record in pairs).values()) / len(right),
         }

@@ -5,7 +5,6 @@ begin mark's states are projected to unit features. Training compares every imag
 Contrastive intermediate tuning (appendix) is the same on pretraining's pairs: recipes `*_itc`.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,7 +22,7 @@ from beit3.data.transforms import Preprocessing, training_view
 from beit3.metrics.retrieval import recall
 from beit3.model.beit3 import BEiT3
 from beit3.model.config import BASE, GIANT, LARGE, SMALL, TINY, ModelConfig
-from beit3.ops.losses import contrastive
+from beit3.ops.losses import LOGIT_SCALE, contrastive
 from beit3.ops.precision import at_least_float32
 from beit3.recipe import DataConfig, OptimConfig, Recipe, RunConfig, TaskConfig
 from beit3.task import (
@@ -34,15 +33,11 @@ from beit3.task import (
     Task,
     experts_left_out,
     joined,
-    one_per_caption,
     record_rng,
     same_fields,
     text_lengths,
 )
 from beit3.tokenizer.text import TextTokenizer
-
-TEMPERATURE = 0.07
-"""Of the similarities at the start (release); learnt as the logarithm of its inverse, without a limit."""
 
 
 @dataclass(frozen=True)
@@ -142,17 +137,17 @@ class Retrieval(Task):
         return experts_left_out(self.backbone, "fusion")
 
     def init_parameter(self, name: str, parameter: Tensor, generator: torch.Generator) -> None:
-        """The temperature starts at TEMPERATURE."""
+        """The temperature starts at the release's, and has no limit."""
         super().init_parameter(name, parameter, generator)
         if name == "logit_scale":
-            parameter.fill_(math.log(1 / TEMPERATURE))
+            parameter.fill_(LOGIT_SCALE)
 
     # Data ------------------------------------------------------------------------------------------------------------
 
     @staticmethod
     def prepare(raw: Path, root: Path, source: str) -> Mapping[str, Any]:
         """Karpathy's, COCO's or Flickr8k's files, or a table of one's own -> a record per training caption, else per image."""
-        rows = one_per_caption(formats.captioned(raw))
+        rows = formats.one_per_caption(formats.captioned(raw))
         return write_splits(root, "retrieval", source, rows, lengths=text_lengths(root, RetrievalConfig.text_length))
 
     def record(self, image: Any = None, text: str | None = None) -> Record:

@@ -101,7 +101,7 @@ def match(
             else:
                 missing.append(label(name))
             continue
-        value = _positions(task, tensors[name], label) if name == IMAGE_POSITIONS else tensors[name]
+        value = fit_positions(tensors[name], task.config.model.grid, label(name)) if name == IMAGE_POSITIONS else tensors[name]
         if value.shape == here.shape:
             values[name] = value
         elif exact or name.startswith("backbone."):
@@ -147,8 +147,9 @@ def first_few(names: Iterable[str], count: int = 4) -> str:
     return ", ".join(names[:count]) + (f" and {len(names) - count} more" if len(names) > count else "")
 
 
-def _positions(task: Task, table: Tensor, label: Callable[[str], str]) -> Tensor:
+def fit_positions(table: Tensor, grid: tuple[int, int], name: str) -> Tensor:
+    """An image position table [3 + P, D] of a square grid for another grid; ValueError, with its `name`, for other tables."""
     side = isqrt(max(0, len(table) - KEEP))
     if side * side != len(table) - KEEP:
-        raise ValueError(f"{label(IMAGE_POSITIONS)} has {len(table)} rows: {KEEP} and a square grid are expected")
-    return resample_positions(table, (side, side), task.config.model.grid, keep=KEEP)
+        raise ValueError(f"{name} has {len(table)} rows: {KEEP} and a square grid are expected")
+    return resample_positions(table, (side, side), grid, keep=KEEP)

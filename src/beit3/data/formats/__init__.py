@@ -19,6 +19,7 @@ from beit3.data.formats.captions import (
     is_karpathy,
     karpathy,
     karpathy_images,
+    one_per_caption,
 )
 from beit3.data.formats.files import HELD_OUT, SPLITS, Pair, Record, folder, holdout, nothing_known, split
 from beit3.data.formats.folders import IMAGES, LONGEST_TEXT, holds_images, holds_texts, image_folder, text_files
@@ -44,7 +45,7 @@ __all__ = [
     "FORMATS", "HELD_OUT", "IMAGES", "LONGEST_TEXT", "SPLITS", "Classes", "Format", "Pair", "Record", "asks_as_vqa", "captioned",
     "class_folders", "class_list", "class_tables", "classes", "coco_captions", "daquar", "detect", "easy_vqa", "extra_questions",
     "flickr8k", "holdout", "image_folder", "images", "karpathy", "nlvr1", "nlvr2", "pairs", "question_tables", "questions",
-    "soft_labels", "split", "statement_tables", "statements", "tables", "text_files", "texts", "vqav2", "webdataset",
+    "one_per_caption", "soft_labels", "split", "statement_tables", "statements", "tables", "text_files", "texts", "vqav2", "webdataset",
 ]  # fmt: skip
 
 

@@ -129,6 +129,17 @@ def by_image(pairs: Iterable[Pair]) -> Iterator[Pair]:
         yield split, image
 
 
+def one_per_caption(images: Iterable[Pair]) -> Iterator[Pair]:
+    """Training images become one record per caption; others stay one per image, with all captions as references."""
+    for split, image in images:
+        if split != "train" or "captions" not in image:
+            yield split, image
+            continue
+        rest = {key: value for key, value in image.items() if key not in ("id", "captions")}
+        for number, caption in enumerate(image["captions"]):
+            yield split, {"id": f"{image['id']}#{number}", **rest, "text": caption}
+
+
 def is_karpathy(raw: Path) -> bool:
     """Whether `raw` is a JSON file or holds a `dataset_*.json`."""
     return raw.suffix == ".json" if raw.is_file() else bool(found(raw, "dataset_*.json"))
