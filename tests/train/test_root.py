@@ -1,6 +1,7 @@
 """The embedded world in the cache: written once, whole or not at all, for each task when it first asks."""
 
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -49,6 +50,13 @@ def test_records_are_made_on_first_use_and_kept(place):
     assert all(os.path.exists(record["image"]) for record in Source(root / "vqkd/main/train.jsonl", root))
 
 
+def test_two_that_ask_at_once_share_what_one_writes(place):
+    with ThreadPoolExecutor(2) as pool:
+        roots = list(pool.map(lambda task: embedded_root(task, "tiny"), (VQA, VQA)))
+    assert roots[0] == roots[1] and len(Records(roots[0] / "vqa/main/train.jsonl")) == 9
+    assert sorted(path.name for path in (roots[0] / "vqa").iterdir()) == ["main"], "the second does not land inside the first"
+
+
 def test_every_word_is_one_piece(place):
     root = embedded_root(Pretrain, "tiny")
     tokenizer = TextTokenizer(root / "text.model")
@@ -66,6 +74,6 @@ def test_a_preparation_that_fails_leaves_nothing_of_it(place, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(VQKD, "prepare", staticmethod(failing))
         embedded_root(VQKD, "tiny")
-    raw, root = sorted(place.iterdir())
+    raw, root = sorted(path for path in place.iterdir() if path.is_dir())
     assert not (root / "vqkd").exists() and raw.name == f"world-{module.VERSION}-tiny"
     assert len(Records(embedded_root(VQKD, "tiny") / "vqkd/main/train.jsonl")) == 12

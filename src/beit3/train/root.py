@@ -10,6 +10,8 @@ import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from filelock import FileLock
+
 from beit3.data.loader import Source
 from beit3.data.records import locate
 from beit3.task import Task, load
@@ -64,16 +66,18 @@ def records_root(
 
 
 def embedded_root(task: type[Task], world: str = "default", *, progress: Callable[[int, int], None] | None = None) -> Path:
-    """Records of an embedded world for this task, with a text tokenizer; made on first use."""
+    """Records of an embedded world for this task, with a text tokenizer; made on first use, by one process at a time."""
     raw = cache() / f"world-{VERSION}-{world}"
     root = raw.with_name(raw.name + "-records")
-    if not raw.exists():
-        write_world(raw, **WORLDS[world], progress=progress)
-    for kind in [task, *map(load, task.borrowed.values())]:
-        if not (root / task_name(kind)).exists():
-            prepare_world(raw, root, kind)
-    if not (root / "text.model").exists():
-        train_text_tokenizer(raw, root)
+    raw.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(raw.with_name(raw.name + ".lock")):
+        if not raw.exists():
+            write_world(raw, **WORLDS[world], progress=progress)
+        for kind in [task, *map(load, task.borrowed.values())]:
+            if not (root / task_name(kind)).exists():
+                prepare_world(raw, root, kind)
+        if not (root / "text.model").exists():
+            train_text_tokenizer(raw, root)
     return root
 
 
