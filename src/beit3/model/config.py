@@ -73,7 +73,7 @@ class ModelConfig:
 
 TINY = ModelConfig(
     dim=128, depth=4, num_heads=4, ffn_dim=512, image_size=32, patch_size=8, vocab_size=512, text_positions=130,
-    shared_attention=True, shared_norms=True, sub_ln=False, fusion_layers=1, init="beit",
+    shared_attention=True, shared_norms=True, sub_ln=False, fusion_layers=1, init="magneto",
 )  # fmt: skip
 """The paper's form at the size of a laptop's minute."""
 
