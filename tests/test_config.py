@@ -104,7 +104,7 @@ def test_overrides_reach_every_section():
     changed = override(
         DEMO,
         [
-            "--optim.lr", "3e-4", "--optim.betas", "0.8", "0.9", "--run.steps=7", "--run.checkpointing", "True", "--run.precision",
+            "--optim.lr", "3e-4", "--optim.betas", "0.8", "0.9", "--run.steps=7", "--run.checkpointing", "selective", "--run.precision",
             "bfloat16", "--data.batch.main", "16", "--data.root", "somewhere", "--task.model.dim", "64", "--task.crop", "0.2", "0.9",
             "--task.image.image_size", "48",
         ],
@@ -112,7 +112,7 @@ def test_overrides_reach_every_section():
     assert changed == replace(
         DEMO,
         optim=replace(DEMO.optim, lr=3e-4, betas=(0.8, 0.9)),
-        run=replace(DEMO.run, steps=7, checkpointing=True, precision="bfloat16"),
+        run=replace(DEMO.run, steps=7, checkpointing="selective", precision="bfloat16"),
         data=replace(DEMO.data, batch={"main": 16}, root="somewhere"),
         task=replace(
             DEMO.task, model=replace(DEMO.task.model, dim=64), crop=(0.2, 0.9), image=replace(DEMO.task.image, image_size=48)

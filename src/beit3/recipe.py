@@ -37,6 +37,10 @@ class DataConfig:
     """Share of a source's records that may be unreadable; they are counted, named and passed over up to it."""
     limit: int = 0
     """Use only the first `limit` training records of each source; 0 = all."""
+    weights: Mapping[str, float] = field(default_factory=dict)
+    """Share of each set in a source of several, by source/set: pairs/coco 1 pairs/cc12m 3; a source not named goes by the sets' sizes."""
+    shuffle_window: int = 100_000
+    """Records of tars, and of tokenised texts, that are shuffled among each other; tars as such always come in random order."""
 
 
 @dataclass(frozen=True)
@@ -74,8 +78,9 @@ class RunConfig:
     precision: Literal["auto", "float32", "bfloat16", "float64"] = "auto"
     """auto = bfloat16 autocast on an accelerator, float32 on a CPU. float64 keeps weights so too: for checks."""
     device: str = "auto"
-    checkpointing: bool = False
-    """Recompute each block's activations in the backward pass instead of keeping them."""
+    checkpointing: Literal["none", "selective", "full"] = "none"
+    """What of each block the backward pass computes again instead of keeping it: nothing; what is cheap (norms, GELU, sums),
+    about half of the memory; everything but the block's input."""
     compile: bool = False
     log_every: int = 10
     eval_every: int = 0

@@ -94,23 +94,26 @@ class Task(nn.Module):
         raise NotImplementedError
 
     def collate(self, examples: Sequence[Example]) -> Batch:
-        """Stack tensors by key; everything else becomes a list."""
+        """Stack tensors by key; everything else becomes a list. Texts are as long as the longest of them."""
         same_fields(examples)
         batch: Batch = {}
         for key in examples[0]:
             values = [example[key] for example in examples]
             batch[key] = torch.stack(values) if isinstance(values[0], Tensor) else values
-        return batch
+        return trimmed(batch)
 
     def read_text(self, text: str | Sequence[int], length: int) -> tuple[Tensor, Tensor]:
-        """A text, or its piece ids as upstream's index files hold them, -> (text [length] int64, text_padding [length] bool)."""
+        """A text, in words or ids, -> (text [length] int64, text_padding [length] bool)."""
+        return padded(self.text_ids(text, length), length, TextTokenizer.pad)
+
+    def text_ids(self, text: str | Sequence[int], length: int) -> list[int]:
+        """At most `length` ids with marks, of a text or of its piece ids as index files and `.tokens` hold them."""
         if isinstance(text, str):
-            ids = self.tokenizer.encode(text, length)
-        else:
-            ids = [TextTokenizer.bos, *map(int, text[: length - 2]), TextTokenizer.eos]
-            if not text or not all(0 <= id < self.config.model.vocab_size for id in ids):
-                raise ValueError(f"text {str(list(text))[:60]} holds no ids below {self.config.model.vocab_size}: give words or other ids")
-        return padded(ids, length, TextTokenizer.pad)
+            return self.tokenizer.encode(text, length)
+        ids = [TextTokenizer.bos, *map(int, text[: length - 2]), TextTokenizer.eos]
+        if not text or not all(0 <= id < self.config.model.vocab_size for id in ids):
+            raise ValueError(f"text {str(list(text))[:60]} holds no ids below {self.config.model.vocab_size}: give words or other ids")
+        return ids
 
     # Training --------------------------------------------------------------------------------------------------------
 
@@ -228,6 +231,18 @@ def same_fields(examples: Sequence[Example]) -> None:
         for key in first.keys() ^ example.keys():
             has, lacks = (first, example) if key in first else (example, first)
             raise ValueError(f"record {lacks.get('id')} gives no {key}, record {has.get('id')} does: give it to all records or to none")
+
+
+def trimmed(batch: Batch) -> Batch:
+    """`batch` without the places [B, L] that are padding in all its texts, but for a length that 8 divides.
+
+    Eights suit the hardware and leave few lengths for `run.compile` to see.
+    """
+    if "text_padding" not in batch:
+        return batch
+    longest = int((~batch["text_padding"]).sum(1).max())
+    length = -(-longest // 8) * 8
+    return batch | {key: batch[key][:, :length] for key in ("text", "text_padding", "text_target") if key in batch}
 
 
 def batch_size(batch: Batch) -> int:

@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 from beit3.model.attention_mask import image_to_text
 from beit3.model.beit3 import BEiT3
 from beit3.model.config import BASE, GIANT, LARGE, TINY, TINY_RELEASE, ModelConfig
-from beit3.model.layers import Cache
+from beit3.model.layers import SPARE, Cache, LayerCache
 from tests.reference import backbone as slow
 
 PAPER = replace(TINY, dim=32, depth=3, ffn_dim=48, image_size=16, vocab_size=40, text_positions=20)
@@ -129,7 +129,7 @@ def test_cached_equals_full(config, cuts):
 
 
 @BOTH
-def test_a_cache_forgets_its_last_tokens_and_follows_its_beams(config):
+def test_a_cache_forgets_its_last_tokens(config):
     model, given = random_model(config), inputs(config)
     image, text = given["image"], given["text"]
     rows = 1 + config.num_patches
@@ -137,12 +137,61 @@ def test_a_cache_forgets_its_last_tokens_and_follows_its_beams(config):
     cache = Cache()
     model(image, text[:, :3], attention_mask=mask[: rows + 3, : rows + 3], cache=cache)
     cache.drop_last(1)
-    beams = torch.tensor([2, 0, 0])
-    cache.reorder(beams)
-    step = model(text=text[beams][:, 4:6], attention_mask=mask[rows + 2 :, :], cache=cache).of("text")
-    told = torch.cat((text[:, :2][beams], text[beams][:, 4:6]), 1)
-    full = model(image[beams], told, attention_mask=mask).of("text")[:, 2:]
+    step = model(text=text[:, 4:6], attention_mask=mask[rows + 2 :, :], cache=cache).of("text")
+    told = torch.cat((text[:, :2], text[:, 4:6]), 1)
+    full = model(image, told, attention_mask=mask).of("text")[:, 2:]
     torch.testing.assert_close(step, full, rtol=0, atol=1e-10)
+
+
+@BOTH
+@pytest.mark.parametrize("count", [SPARE - 1, SPARE, SPARE + 3])
+def test_a_cache_makes_room(config, count):
+    torch.manual_seed(0)
+    keys = torch.randn(2, 3, count + 4, 5)
+    cache = LayerCache()
+    cache.extend(keys[:, :, :2], -keys[:, :, :2])
+    for place in range(2, count + 4, 2):
+        key, value = cache.extend(keys[:, :, place : place + 2], -keys[:, :, place : place + 2])
+    assert torch.equal(key, keys[:, :, : key.shape[2]]) and torch.equal(value, -key) and key.shape[2] >= count + 3
+
+
+@BOTH
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("read", ["first", "last"])
+@pytest.mark.parametrize("modalities", [("image",), ("text",), ("image", "text")])
+def test_reading_some_states_alone_changes_neither_them_nor_their_gradients(config, modalities, read, masked):
+    model, given = random_model(config), inputs(config)
+    given = {name: given[name] for name in modalities}
+    if masked and len(modalities) == 2:
+        given["attention_mask"] = image_to_text(1 + config.num_patches, given["text"].shape[1])
+    elif masked and "text" in given:
+        given["text_padding"] = torch.arange(given["text"].shape[1]) >= torch.tensor([3, 5, 2])[: len(given["text"]), None]
+    found = []
+    for alone in (False, True):
+        model.zero_grad()
+        encoded = model(**given, read=read if alone else "all")
+        states = [encoded.of(name)[:, 0 if read == "first" else -1] for name in modalities]
+        sum((state**2).sum() for state in states).backward()
+        found.append((states, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}))
+    (full, gradients), (some, theirs) = found
+    torch.testing.assert_close(some, full, rtol=0, atol=1e-10)
+    assert all(len(encoded.of(name)[0]) == 1 for name in modalities)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(theirs.get(name, torch.zeros_like(gradient)), gradient, rtol=0, atol=1e-9)
+
+
+@BOTH
+def test_tokens_may_stand_side_by_side_in_their_text(config):
+    """Two continuations in one sequence, each seeing the words before it and itself, equal two sequences."""
+    model, given = random_model(config), inputs(config)
+    image, text, rows = given["image"][:1], given["text"][:1], 1 + config.num_patches
+    mask = torch.ones(rows + 4, rows + 4, dtype=torch.bool).tril()
+    mask[:rows, :rows] = True
+    mask[rows + 3, rows + 2] = False
+    both = model(image, text[:, :4], attention_mask=mask, text_places=torch.tensor([0, 1, 2, 2])).of("text")
+    for end in (2, 3):
+        alone = model(image, text[:, [0, 1, end]], attention_mask=image_to_text(rows, 3)).of("text")
+        torch.testing.assert_close(both[:, [0, 1, end]], alone, rtol=0, atol=1e-10)
 
 
 @BOTH

@@ -59,15 +59,21 @@ def test_greedy_equals_encoding_everything_anew(network, max_length):
 
 @torch.inference_mode()
 def test_steps_equal_the_full_pass(network):
-    """The slot's log-probabilities after any words, batched and reordered."""
+    """The slot's log-probabilities after any words of any beams: of two an image, later of three, some gone on with twice."""
     backbone, head, images, marks = network
-    slots, rows, words = Slots(backbone, head, images, marks), torch.tensor([2, 0, 2, 1]), [[5, 9, 3], [7, 4, 4], [6, 9, 8], [5, 5, 5]]
-    slots.advance(rows, torch.tensor([each[0] for each in words]))
-    for place in (1, 2):
-        slots.advance(torch.arange(4), torch.tensor([each[place] for each in words]))
-    for row, image, said in zip(slots.log_probs, rows.tolist(), words, strict=True):
-        expected = slow.next_word(backbone, head, images[image : image + 1], said, BOS, marks.mask)
-        torch.testing.assert_close(row.double(), expected, rtol=1e-5, atol=1e-5)
+    slots = Slots(backbone, head, images, marks)
+    said: list[list[int]] = [[], [], []]
+    for rows, words in (
+        ([0, 0, 1, 1, 2, 2], [5, 9, 7, 4, 6, 9]),
+        ([1, 0, 0, 3, 3, 2, 4, 4, 4], [3, 5, 8, 9, 9, 4, 7, 6, 5]),
+        ([2, 0, 0, 3, 4, 5, 8, 7, 7], [4, 4, 5, 6, 8, 8, 9, 3, 3]),
+    ):
+        slots.advance(torch.tensor(rows), torch.tensor(words))
+        said = [[*said[row], word] for row, word in zip(rows, words, strict=True)]
+    for row, (found, words) in enumerate(zip(slots.log_probs, said, strict=True)):
+        image = images[row // 3 : row // 3 + 1]
+        expected = slow.next_word(backbone, head, image, words, BOS, marks.mask)
+        torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
 
 
 @torch.inference_mode()

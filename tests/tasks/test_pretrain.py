@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 from beit3.data.loader import Source
 from beit3.data.masking import rng
@@ -156,15 +157,14 @@ def test_logits_at_hidden_positions_are_those_of_the_full_output(task, root, nam
     rows = batch(task, records(root, name))
     outputs = task.outputs(rows)
     masks = {"image": rows.get("image_mask"), "text": rows["text_target"] != IGNORE if "text_target" in rows else None}
-    predicted = task.predicted(rows, task.encode(rows))
-    assert [part for part, _, _ in predicted] == [part for part, mask in masks.items() if mask is not None]
-    for part, logits, targets in predicted:
-        assert logits.shape[0] == targets.shape[0] == int(masks[part].sum())
-        torch.testing.assert_close(logits, outputs[f"{part}_logits"][masks[part]], atol=1e-5, rtol=1e-5)
-    if "image" in rows:
-        assert outputs["image_logits"].shape == (6, 16, NUM_CODES)
-    if "text" in rows:
-        assert outputs["text_logits"].shape == (6, rows["text"].shape[1], 512)
+    predicted = list(task.predicted(rows, task.encode(rows)))
+    assert [part for part, *_ in predicted] == [part for part, mask in masks.items() if mask is not None]
+    for part, losses, right, hidden in predicted:
+        assert torch.equal(hidden, masks[part])
+        target = rows["text_target"] if part == "text" else task.codes(rows)
+        logits = outputs[f"{part}_logits"][hidden]
+        torch.testing.assert_close(losses, F.cross_entropy(logits, target[hidden], reduction="none"), rtol=1e-4, atol=1e-5)
+        assert torch.equal(right, logits.argmax(-1) == target[hidden])
 
 
 @pytest.mark.parametrize(

@@ -40,7 +40,7 @@ def test_micro_batches_end_to_end(root, tmp_path):
 
 def test_recomputed_activations_change_nothing(root, tmp_path, monkeypatch):
     """Drop path is drawn alike in the second pass, which only the training steps make."""
-    forward, calls = Block.forward, {"kept": 0, "recomputed": 0}
+    forward, calls = Block.forward, {"none": 0, "selective": 0, "full": 0}
     for name in calls:
 
         def counting(self, *given, name=name):
@@ -48,13 +48,13 @@ def test_recomputed_activations_change_nothing(root, tmp_path, monkeypatch):
             return forward(self, *given)
 
         monkeypatch.setattr(Block, "forward", counting)
-        recipe = vqa_recipe(root, steps=3, checkpointing=name == "recomputed", model=replace(SMALL, drop_path_rate=0.5))
+        recipe = vqa_recipe(root, steps=3, checkpointing=name, model=replace(SMALL, drop_path_rate=0.5))
         train(recipe, VQA, out=tmp_path / name)
-    assert calls == {"kept": 3 * 2, "recomputed": 2 * 3 * 2}
-    for one, two in zip(lines(tmp_path / "kept")[:3], lines(tmp_path / "recomputed")[:3], strict=True):
-        assert one == pytest.approx(two)
-    kept, recomputed = (load_file(tmp_path / name / "last" / "model.safetensors") for name in ("kept", "recomputed"))
-    assert kept.keys() == recomputed.keys()
+    assert calls == {"none": 3 * 2, "selective": 2 * 3 * 2, "full": 2 * 3 * 2}
+    for one, *others in zip(*(lines(tmp_path / name)[:3] for name in calls), strict=True):
+        assert all(one == pytest.approx(other) for other in others)
+    kept, *others = (load_file(tmp_path / name / "last" / "model.safetensors") for name in calls)
+    assert all(kept.keys() == other.keys() for other in others)
 
 
 # What a run leaves ---------------------------------------------------------------------------------------------------

@@ -140,7 +140,8 @@ class BEiT3(network.BEiT3):
         if incremental_state is not None and cache is not None:
             for index, layer in enumerate(cache.layers):
                 assert layer.key is not None and layer.value is not None
-                incremental_state.setdefault(index, {}).update(prev_key=layer.key, prev_value=layer.value)
+                states = {"prev_key": layer.key, "prev_value": layer.value}
+                incremental_state.setdefault(index, {}).update({name: state[:, :, : layer.length] for name, state in states.items()})
         split = -1 if textual_tokens is None else 0 if visual_tokens is None else encoded.spans[0][1]
         hidden = torch.zeros(encoded.tokens.shape[:2], dtype=torch.bool, device=encoded.tokens.device)
         if padding is not None:
@@ -205,8 +206,10 @@ def _cache(state: State, positions: Tensor | None, depth: int) -> Cache:
     rows = [POSITION_OFFSET] if positions is None else positions.flatten().tolist()
     if rows[0] < POSITION_OFFSET or rows != list(range(rows[0], rows[0] + len(rows))):
         raise ValueError(f"positions {rows[:4]}: rows of the text's table one after the other, from {POSITION_OFFSET} on, are taken")
-    layers = [state.get(index, {}) for index in range(depth)]
-    return Cache([LayerCache(layer.get("prev_key"), layer.get("prev_value")) for layer in layers], num_text=rows[0] - POSITION_OFFSET)
+    layers = [LayerCache(layer.get("prev_key"), layer.get("prev_value")) for layer in (state.get(index, {}) for index in range(depth))]
+    for layer in layers:
+        layer.length = 0 if layer.key is None else layer.key.shape[2]
+    return Cache(layers, num_text=rows[0] - POSITION_OFFSET)
 
 
 def _released_names(module: BEiT3, prefix: str) -> list[tuple[str, Tensor, list[str]]]:

@@ -7,6 +7,7 @@ text). Whether a sequence is fused is decided here, once per call.
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -14,14 +15,14 @@ from torch import Tensor, nn
 from beit3.model.attention_mask import joint, visible_keys
 from beit3.model.config import FUSION, IMAGE, TEXT, ModelConfig
 from beit3.model.embeddings import ImageEmbedding, TextEmbedding
-from beit3.model.layers import Block, Cache, LayerCache
+from beit3.model.layers import Block, Cache, LayerCache, Read, reading
 from beit3.model.multiway import Parts, Spans, norm
 from beit3.ops.init import seeded, trunc_normal
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """Token states of one call, part by part in the order image, text."""
+    """Token states of one call, part by part in the order image, text; where the call reads some alone, of those."""
 
     parts: Parts
     spans: Spans
@@ -67,13 +68,17 @@ class BEiT3(nn.Module):
         image_mask: Tensor | None = None,
         text_padding: Tensor | None = None,
         attention_mask: Tensor | None = None,
+        text_places: Tensor | None = None,
         cache: Cache | None = None,
+        read: Literal["all", "first", "last"] = "all",
     ) -> Encoded:
         """Encode `image` [B, 3, H, W] and/or `text` [B, L] int64.
 
         image_mask [B, P] bool, True = the patch is hidden. text_padding [B, L] bool, True = padding.
         attention_mask [N, K] or [B, 1, N, K] bool, True = may attend; K counts the cached tokens too.
+        text_places [L] int64: the tokens' places in their text; by default one after the other, behind what a cache holds.
         With a cache, this call's tokens come after those that it holds; padding is then not allowed.
+        read: whose states are wanted, of each modality; the last layer computes nothing for the other tokens.
         Raises ValueError for no input, a text beyond the position table, or an image that patches do not tile.
         """
         if text_padding is not None:
@@ -84,27 +89,30 @@ class BEiT3(nn.Module):
                 raise ValueError("text_padding without text: give both or neither")
         if attention_mask is not None:
             attention_mask = attention_mask.bool()
-        parts, spans = self.embed(image, text, image_mask, text_padding, cache)
+        parts, spans = self.embed(image, text, image_mask, text_padding, text_places, cache)
         keys = None if text_padding is None else visible_keys(sum(n for name, n in spans if name == IMAGE), text_padding)
         mask = joint(attention_mask, keys)
         layers: list[LayerCache] | list[None] = cache.layers if cache is not None else [None] * len(self.blocks)
         fused = len(spans) == 2 or (cache is not None and cache.fused)
 
-        first_fusion = self.config.depth - self.config.fusion_layers
-        route = spans
+        first_fusion, last = self.config.depth - self.config.fusion_layers, self.config.depth - 1
+        route, end = spans, spans
         for index, (block, layer_cache) in enumerate(zip(self.blocks, layers, strict=True)):
             if fused and index == first_fusion:
                 parts, route = (torch.cat(parts, 1),), ((FUSION, sum(count for _, count in spans)),)
-            parts = block(parts, route, mask, layer_cache)
+            wanted = rows_read(read, spans, route) if index == last and read != "all" else None
+            parts = block(parts, route, mask, layer_cache, wanted)
+            if wanted is not None:
+                route, end = reading(wanted, route), tuple((name, 1) for name, _ in spans)
         if self.norm is not None:
             parts = self.norm(parts, route)
-        if route != spans:
-            parts = parts[0].split([count for _, count in spans], 1)
-        return Encoded(parts, spans)
+        if len(parts) != len(end):
+            parts = parts[0].split([count for _, count in end], 1)
+        return Encoded(parts, end)
 
     def embed(
         self, image: Tensor | None, text: Tensor | None, image_mask: Tensor | None, text_padding: Tensor | None,
-        cache: Cache | None,
+        text_places: Tensor | None, cache: Cache | None,
     ) -> tuple[Parts, Spans]:  # fmt: skip
         """The input of the first block, and a cache made ready for it."""
         parts: Parts = ()
@@ -117,7 +125,7 @@ class BEiT3(nn.Module):
             spans = ((IMAGE, parts[0].shape[1]),)
         if text is not None:
             start = 0 if cache is None else cache.num_text
-            parts += (self.text_embedding(text, text_padding, start=start),)
+            parts += (self.text_embedding(text, text_padding, start=start, places=text_places),)
             spans += ((TEXT, text.shape[1]),)
             if cache is not None:
                 cache.num_text += text.shape[1]
@@ -164,3 +172,12 @@ class BEiT3(nn.Module):
         if "embedding." in name:
             return 0
         return int(name.split(".")[1]) + 1 if name.startswith("blocks.") else self.config.depth + 1
+
+
+def rows_read(read: Literal["first", "last"], spans: Spans, route: Spans) -> Read:
+    """The first or last token of each modality, by its place in the part of `route` that holds it."""
+    ends = [sum(count for _, count in spans[: index + 1]) for index in range(len(spans))]
+    rows = tuple(end - 1 if read == "last" else end - count for end, (_, count) in zip(ends, spans, strict=True))
+    if len(route) < len(spans):
+        return (rows,)
+    return tuple((row - end + count,) for row, end, (_, count) in zip(rows, ends, spans, strict=True))

@@ -44,13 +44,20 @@ class TextEmbedding(nn.Module):
         self.tokens = nn.Embedding(config.vocab_size, config.dim)
         self.positions = nn.Parameter(torch.zeros(config.text_positions, config.dim))
 
-    def forward(self, text: Tensor, padding: Tensor | None = None, *, start: int = 0) -> Tensor:
-        """`padding` [B, L] bool, True = padding. `start`: tokens that came before (incremental decoding)."""
-        stop = start + text.shape[1]
-        if stop > len(self.positions) - POSITION_OFFSET:
-            limit = len(self.positions) - POSITION_OFFSET
-            raise ValueError(f"text of {stop} tokens is beyond the {limit} that the position table holds: shorten it")
-        states = self.tokens(text) + self.positions[POSITION_OFFSET + start : POSITION_OFFSET + stop]
+    def forward(self, text: Tensor, padding: Tensor | None = None, *, start: int = 0, places: Tensor | None = None) -> Tensor:
+        """`padding` [B, L] bool, True = padding. `start`: tokens that came before; or each token's place [L] int64."""
+        if places is None:
+            stop = start + text.shape[1]
+            self.check(stop)
+            positions = self.positions[POSITION_OFFSET + start : POSITION_OFFSET + stop]
+        else:
+            self.check(int(places.max()) + 1)
+            positions = self.positions[POSITION_OFFSET + places]
+        states = self.tokens(text) + positions
         return states if padding is None else states * ~padding[..., None]
 
-
+    def check(self, stop: int) -> None:
+        """ValueError for a text beyond the table."""
+        limit = len(self.positions) - POSITION_OFFSET
+        if stop > limit:
+            raise ValueError(f"text of {stop} tokens is beyond the {limit} that the position table holds: shorten it")

@@ -63,27 +63,43 @@ class Marks:
 
 
 class Slots:
-    """The sequences being written: log-probabilities [R, V] of each one's next word, and the step to it."""
+    """The sequences being written: log-probabilities [R, V] of each one's next word, and the step to it.
+
+    R = B * beams. The beams of an image lie side by side in one sequence, whose image is encoded and kept once: a step
+    appends a word of each beam and reads a slot behind each, and the mask lets a word see its own ancestors. So nothing
+    that is kept ever moves, whatever beams go on.
+    """
 
     def __init__(self, backbone: BEiT3, head: Callable[[Tensor], Tensor], image: Tensor, marks: Marks):
         self.backbone, self.head, self.marks = backbone, head, marks
-        self.cache = Cache()
-        start = image.new_tensor([[marks.bos, marks.mask]], dtype=torch.int64).repeat(len(image), 1)
+        self.cache, self.step = Cache(), 0
         self.num_image = 1 + (image.shape[-2] // backbone.config.patch_size) * (image.shape[-1] // backbone.config.patch_size)
-        self.log_probs = self._read(start, image)
+        self.seen = torch.ones(len(image), 1, 1, dtype=torch.bool, device=image.device)  # [B, beams, text kept]: a beam's words
+        start = torch.full((len(image), 1), marks.bos, device=image.device)
+        self.log_probs = self._read(start, image, image_to_text(self.num_image, 2, device=image.device))
 
     def advance(self, rows: Tensor, words: Tensor) -> None:
-        """Go on with sequences `rows` [R'], each with one of `words` [R'] behind it."""
-        self.cache.reorder(rows)
-        self.log_probs = self._read(torch.stack((words, torch.full_like(words, self.marks.mask)), 1), None)
+        """Go on with sequences `rows`, equally many [B * beams] of each image in its order, each with one of `words` behind it."""
+        count, beams = self.seen.shape[:2]
+        rows = rows.view(count, -1)
+        before = self.seen.gather(1, (rows % beams)[..., None].expand(-1, -1, self.seen.shape[2]))
+        own = torch.eye(rows.shape[1], dtype=torch.bool, device=rows.device).expand(count, -1, -1)
+        self.seen = torch.cat((before, own), 2)
+        image = self.seen.new_ones(count, rows.shape[1], self.num_image)
+        words_see, slots_see = torch.cat((image, self.seen, own & False), 2), torch.cat((image, self.seen, own), 2)
+        self.log_probs = self._read(words.view(count, -1), None, torch.cat((words_see, slots_see), 1)[:, None])
 
-    def _read(self, text: Tensor, image: Tensor | None) -> Tensor:
-        """Encode the newest word and the slot [R, 2], and read the slot."""
-        length = self.cache.num_text + 2
-        mask = image_to_text(self.num_image, length, device=text.device)
-        encoded = self.backbone(image, text, attention_mask=mask if image is not None else mask[-2:], cache=self.cache)
-        self.cache.drop_last(1)
-        return self.head(encoded.of("text")[:, -1]).float().log_softmax(-1)
+    def _read(self, words: Tensor, image: Tensor | None, mask: Tensor) -> Tensor:
+        """Encode the newest word of each beam [B, beams] and a slot behind each, and read the slots."""
+        beams, place = words.shape[1], self.step
+        text = torch.cat((words, torch.full_like(words, self.marks.mask)), 1)
+        places = torch.tensor([place, place + 1], device=words.device).repeat_interleave(beams)
+        read: Literal["all", "last"] = "all" if image is None else "last"
+        encoded = self.backbone(image, text, attention_mask=mask, text_places=places, cache=self.cache, read=read)
+        self.cache.drop_last(beams)
+        states = encoded.of("text")[:, -beams:].flatten(0, 1)  # [R, D]
+        self.step += 1
+        return self.head(states).float().log_softmax(-1)
 
 
 def generate(slots: Slots, max_length: int, decoding: Decoding, draws: Sequence[Callable[[], float]] = ()) -> list[Caption]:

@@ -13,20 +13,36 @@ from torch import Tensor, nn
 from beit3.model.config import ModelConfig
 from beit3.model.multiway import Multiway, Parts, Spans, linear, norm
 
+SPARE = 64
+"""Tokens for which a cache makes room at a time: growing by one copies everything."""
+
+Read = tuple[tuple[int, ...], ...]
+"""For each part the tokens, by place, whose states are wanted."""
+
 
 @dataclass
 class LayerCache:
-    """Keys and values [B, H, K, D/H] of the tokens that one layer has seen."""
+    """Keys and values [B, H, K, D/H] of the tokens that one layer has seen, in buffers with room for more."""
 
     key: Tensor | None = None
     value: Tensor | None = None
+    length: int = 0
+    """K; what lies behind it in the buffers is room."""
 
     def extend(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Append this call's keys and values and return all of them."""
-        if self.key is not None and self.value is not None:
-            key, value = torch.cat((self.key, key), 2), torch.cat((self.value, value), 2)
-        self.key, self.value = key, value
-        return key, value
+        start, self.length = self.length, self.length + key.shape[2]
+        if self.key is None or self.value is None or self.length > self.key.shape[2]:
+            self.key, self.value = self._grown(self.key, key, start), self._grown(self.value, value, start)
+        self.key[:, :, start : self.length], self.value[:, :, start : self.length] = key, value
+        return self.key[:, :, : self.length], self.value[:, :, : self.length]
+
+    def _grown(self, buffer: Tensor | None, like: Tensor, start: int) -> Tensor:
+        batch, heads, _, width = like.shape
+        grown = like.new_empty(batch, heads, self.length + SPARE, width)
+        if buffer is not None:
+            grown[:, :, :start] = buffer[:, :, :start]
+        return grown
 
 
 @dataclass
@@ -42,18 +58,10 @@ class Cache:
     num_text: int = 0
 
     def drop_last(self, count: int) -> None:
-        """Forget the last `count` text tokens (the [MASK] slot after each decoding step)."""
+        """Forget the last `count` text tokens (the [MASK] slots after each decoding step)."""
         self.num_text -= count
-        self._apply(lambda states: states[:, :, : states.shape[2] - count])
-
-    def reorder(self, index: Tensor) -> None:
-        """Keep the batch rows `index` [B'] in that order (beams)."""
-        self._apply(lambda states: states.index_select(0, index))
-
-    def _apply(self, change) -> None:
         for layer in self.layers:
-            if layer.key is not None and layer.value is not None:
-                layer.key, layer.value = change(layer.key), change(layer.value)
+            layer.length -= count
 
 
 class Attention(nn.Module):
@@ -66,18 +74,41 @@ class Attention(nn.Module):
         self.norm = norm(config.dim, config.norm_eps, experts, shared=config.shared_attention) if config.sub_ln else None
         self.out = linear(config.dim, config.dim, experts, shared=config.shared_attention)
 
-    def forward(self, parts: Parts, spans: Spans, mask: Tensor | None = None, cache: LayerCache | None = None) -> Parts:
-        qkv = torch.cat(self.qkv(parts, spans), 1)  # [B, N, 3D]
+    def forward(
+        self, parts: Parts, spans: Spans, mask: Tensor | None = None, cache: LayerCache | None = None, read: Read | None = None
+    ) -> Parts:
+        """With `read`, of those tokens alone: they attend to all, and nothing more is computed for the others."""
+        qkv = joined(self.qkv(parts, spans))  # [B, N, 3D]
         batch, length, width = qkv.shape
         query, key, value = qkv.view(batch, length, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)  # [B, H, N, D/H]
+        if read is not None:
+            rows = places(read, spans)
+            query, spans = query[:, :, rows], reading(read, spans)  # [B, H, R, D/H]
+            mask = mask[..., rows, :] if mask is not None and mask.shape[-2] > 1 else mask
         if cache is not None:
             key, value = cache.extend(key, value)
         states = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
-        states = states.transpose(1, 2).reshape(batch, length, width // 3)  # [B, N, D]
+        states = states.transpose(1, 2).reshape(batch, -1, width // 3)  # [B, N, D], or [B, R, D]
         parts = states.split([count for _, count in spans], 1)
         if self.norm is not None:
             parts = self.norm(parts, spans)
         return self.out(parts, spans)
+
+
+def joined(parts: Parts) -> Tensor:
+    """One tensor [B, N, ...] of all parts; a part alone is not copied."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+
+def places(read: Read, spans: Spans) -> list[int]:
+    """Where the tokens that are read stand in the whole sequence."""
+    starts = [sum(count for _, count in spans[:index]) for index in range(len(spans))]
+    return [start + row for start, rows in zip(starts, read, strict=True) for row in rows]
+
+
+def reading(read: Read, spans: Spans) -> Spans:
+    """The spans of what is read."""
+    return tuple((name, len(rows)) for rows, (name, _) in zip(read, spans, strict=True))
 
 
 class FeedForward(nn.Module):
@@ -108,8 +139,15 @@ class Block(nn.Module):
         self.norm2 = norm(config.dim, config.norm_eps, experts, shared=False)
         self.ffn = Multiway(lambda: FeedForward(config), experts)
 
-    def forward(self, parts: Parts, spans: Spans, mask: Tensor | None = None, cache: LayerCache | None = None) -> Parts:
-        parts = self.add(parts, self.attention(self.norm1(parts, spans), spans, mask, cache))
+    def forward(
+        self, parts: Parts, spans: Spans, mask: Tensor | None = None, cache: LayerCache | None = None, read: Read | None = None
+    ) -> Parts:
+        """The next states of all tokens, or with `read` of those."""
+        attended = self.attention(self.norm1(parts, spans), spans, mask, cache, read)
+        if read is not None:
+            parts = tuple(part[:, list(rows)] for part, rows in zip(parts, read, strict=True))
+            spans = reading(read, spans)
+        parts = self.add(parts, attended)
         return self.add(parts, self.ffn(self.norm2(parts, spans), spans))
 
     def add(self, parts: Parts, branch: Parts) -> Parts:

@@ -32,7 +32,11 @@ class SharedLinear(nn.Linear):
     """One linear layer for every part, whatever its expert."""
 
     def forward(self, parts: Parts, spans: Spans) -> Parts:  # type: ignore[override]
-        return tuple(super(SharedLinear, self).forward(part) for part in parts)
+        return tuple(self.project(part) for part in parts)
+
+    def project(self, part: Tensor) -> Tensor:
+        """One part [B, n, in] -> [B, n, out]."""
+        return super().forward(part)
 
 
 class SharedNorm(nn.LayerNorm):

@@ -1,12 +1,18 @@
 """Losses that more than one line makes. Each says what it sums over; no collectives except where named."""
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from beit3.ops.collectives import all_gather_with_gradient, rank
+from beit3.ops.precision import at_least_float32
+
+LOGITS = 1 << 26
+"""Of a vocabulary at a time: 268 MB in float32, 1,048 predictions of 64,010 words."""
 
 LOGIT_SCALE = math.log(1 / 0.07)
 """Where the learnt logarithm of the scale of similarities starts (release): a temperature of 0.07."""
@@ -25,6 +31,33 @@ def smoothed_divergence(logits: Tensor, target: Tensor, smoothing: float) -> Ten
     share = smoothing / (logits.shape[-1] - 1)
     cross_entropy = -(1 - smoothing) * gold - share * (log_probs.sum(-1) - gold)
     return cross_entropy + (1 - smoothing) * math.log(1 - smoothing) + smoothing * math.log(share)
+
+
+def cross_entropies(logits: Tensor, target: Tensor) -> Tensor:
+    """Of each prediction: logits [n, V], target [n] int64 -> [n]."""
+    return F.cross_entropy(logits, target, reduction="none")
+
+
+def over_vocabulary(
+    states: Tensor, target: Tensor, head: nn.Linear, loss: Callable[[Tensor, Tensor], Tensor], *, most: int = LOGITS
+) -> tuple[Tensor, Tensor]:
+    """Losses [n] of predictions and whether each is right, [n] bool, from states [n, D] and target [n] int64.
+
+    `head` makes the logits [m, V] and `loss` their losses [m], for as many as make `most` logits, and again in the backward
+    pass: all logits never exist together. That costs a third more of the head, where there are more than one piece.
+    """
+
+    def piece(states: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        logits = at_least_float32(head(states))
+        return loss(logits, target), logits.argmax(-1) == target
+
+    size = max(1, most // head.out_features)
+    if len(states) <= size:
+        return piece(states, target)
+    pieces = zip(states.split(size), target.split(size), strict=True)
+    found = [checkpoint(piece, *each, use_reentrant=False, preserve_rng_state=False) for each in pieces]
+    losses, right = zip(*found, strict=True)
+    return torch.cat(losses), torch.cat(right)
 
 
 def without_worst(losses: Tensor, share: float) -> Tensor:

@@ -6,6 +6,7 @@ shifted. A caption is written by asking a [MASK] slot for the next word (model/g
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -26,8 +27,7 @@ from beit3.model.attention_mask import image_to_text
 from beit3.model.beit3 import BEiT3
 from beit3.model.config import BASE, GIANT, LARGE, SMALL, TINY, ModelConfig
 from beit3.model.generation import Decoding, Marks, Slots, generate
-from beit3.ops.losses import smoothed_divergence, without_worst
-from beit3.ops.precision import at_least_float32
+from beit3.ops.losses import over_vocabulary, smoothed_divergence, without_worst
 from beit3.recipe import DataConfig, OptimConfig, Recipe, RunConfig, TaskConfig
 from beit3.task import (
     Batch,
@@ -110,7 +110,7 @@ class Captioning(Task):
             ),
             data=DataConfig(batch={"main": 256}, workers=8),
             optim=OptimConfig(lr=8e-6, weight_decay=0.01, warmup_steps=1_600),
-            run=RunConfig(steps=16_000, micro_batch=4, checkpointing=True, log_every=50, eval_every=2_000, save_every=1_000),
+            run=RunConfig(steps=16_000, micro_batch=4, checkpointing="full", log_every=50, eval_every=2_000, save_every=1_000),
             note="paper: COCO CIDEr 147.6, BLEU-4 44.1",
         ),
     }  # fmt: skip
@@ -184,12 +184,11 @@ class Captioning(Task):
     def forward(self, batch: Batch) -> dict[str, dict[str, Tensor]]:
         """Divergence from the smoothed words at the hidden places; late in training without the worst of them."""
         config, hidden = self.config, batch["text_target"] != IGNORE
-        logits = at_least_float32(self.text_head(self.states(batch)[hidden]))  # [hidden, V]
-        target = batch["text_target"][hidden]
-        losses = smoothed_divergence(logits, target, config.label_smoothing)
+        divergence = partial(smoothed_divergence, smoothing=config.label_smoothing)
+        losses, right = over_vocabulary(self.states(batch)[hidden], batch["text_target"][hidden], self.text_head, divergence)
         late = config.drop_worst and batch.get("step", 0) > config.drop_worst_after
         loss = without_worst(losses, config.drop_worst) if late else losses.sum()
-        return {"losses": {"loss": loss}, "metrics": {"loss/accuracy": (logits.argmax(-1) == target).sum()}}
+        return {"losses": {"loss": loss}, "metrics": {"loss/accuracy": right.sum()}}
 
     # Inference -------------------------------------------------------------------------------------------------------
 

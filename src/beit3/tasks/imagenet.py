@@ -90,7 +90,7 @@ def _by_names(size: int, batch: int, optim: OptimConfig, epochs: float, note: st
         task=ImageNetConfig(model=model, image=replace(PIXELS, image_size=size), head="names", mixup=0.0, cutmix=0.0),
         data=DataConfig(batch={"main": batch}, workers=8),
         optim=optim,
-        run=RunConfig(epochs=epochs, micro_batch=16, checkpointing=True, log_every=50, eval_every=2_000, save_every=1_000),
+        run=RunConfig(epochs=epochs, micro_batch=16, checkpointing="full", log_every=50, eval_every=2_000, save_every=1_000),
         note=note,
     )
 
@@ -235,10 +235,10 @@ class ImageNet(Task):
 
     def outputs(self, batch: Batch) -> dict[str, Tensor]:
         """`logits` [B, C]."""
-        encoded = self.backbone(image=batch["image"])
         if self.config.head == "linear":
-            return {"logits": self.head(self.fc_norm(encoded.of("image")[:, 1:].mean(1)))}
-        image = F.normalize(at_least_float32(self.image_projection(encoded.first("image"))), dim=-1)
+            return {"logits": self.head(self.fc_norm(self.backbone(image=batch["image"]).of("image")[:, 1:].mean(1)))}
+        states = self.backbone(image=batch["image"], read="first").first("image")
+        image = F.normalize(at_least_float32(self.image_projection(states)), dim=-1)
         return {"logits": similarities(image, self.name_features(), at_least_float32(self.logit_scale).exp())}
 
     def forward(self, batch: Batch) -> dict[str, dict[str, Tensor]]:
@@ -295,7 +295,7 @@ class ImageNet(Task):
         """Unit features of one pass."""
 
         def encode(text: Tensor, padding: Tensor) -> Tensor:
-            states = self.backbone(text=text, text_padding=padding).first("text")
+            states = self.backbone(text=text, text_padding=padding, read="first").first("text")
             return F.normalize(at_least_float32(self.text_projection(states)), dim=-1)
 
         return checkpoint(encode, text, padding, use_reentrant=False) if recompute and torch.is_grad_enabled() else encode(text, padding)

@@ -143,7 +143,8 @@ class NLVR2(Task):
         """`logits` [B, 2], false and true, from `image` [B, 2, 3, H, W]."""
         pairs = batch["image"].transpose(0, 1).flatten(0, 1)  # [2B, 3, H, W]: all first images, then all second ones
         text, padding = batch["text"], batch.get("text_padding")
-        encoded = self.backbone(pairs, text.repeat(2, 1), text_padding=None if padding is None else padding.repeat(2, 1))
+        padding = None if padding is None else padding.repeat(2, 1)
+        encoded = self.backbone(pairs, text.repeat(2, 1), text_padding=padding, read="first")
         states = torch.cat((encoded.first("image"), encoded.first("text")), 1)  # [2B, 2D]
         return {"logits": self.head(torch.cat(states.chunk(2), 1))}
 

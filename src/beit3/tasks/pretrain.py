@@ -5,25 +5,25 @@ and 40 % of their patches. Patches are predicted as the codes of a frozen visual
 is a field with the choice argued in docs/pretraining.md.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from beit3.data import formats
 from beit3.data.masking import IGNORE, block_mask, text_mask
-from beit3.data.packing import packed_files
 from beit3.data.prepare import write_splits
 from beit3.data.records import open_image
+from beit3.data.shards import write_shards
+from beit3.data.tokenise import drop_unused, write_tokens
 from beit3.data.transforms import Preprocessing, two_views
-from beit3.model.beit3 import BEiT3
+from beit3.model.beit3 import BEiT3, Encoded
 from beit3.model.config import BASE, GIANT, LARGE, MEDIUM, SMALL, TINY
-from beit3.ops.precision import at_least_float32
+from beit3.ops.losses import cross_entropies, over_vocabulary
 from beit3.recipe import DataConfig, OptimConfig, Recipe, RunConfig, TaskConfig
 from beit3.task import Batch, Example, Prediction, Record, Task, joined, padded, record_rng, text_lengths
 from beit3.tokenizer.text import FILE, TextTokenizer
@@ -77,7 +77,7 @@ def _paper(model, *, token_size: int = 224, note: str) -> Recipe:
             lr=1e-3, min_lr=1e-5, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.05, warmup_steps=10_000, clip=3.0,
             no_decay=PRETRAIN_NO_DECAY,
         ),
-        run=RunConfig(steps=1_000_000, micro_batch=32, checkpointing=True, log_every=100, eval_every=20_000, save_every=2_000),
+        run=RunConfig(steps=1_000_000, micro_batch=32, checkpointing="full", log_every=100, eval_every=20_000, save_every=2_000),
         note=note,
     )  # fmt: skip
 
@@ -176,20 +176,29 @@ class Pretrain(Task):
     # Data ------------------------------------------------------------------------------------------------------------
 
     @staticmethod
-    def prepare(raw: Path, root: Path, source: str, *, pack: int = 512) -> Mapping[str, Any]:
-        """`images`: a folder of images; `texts`: a folder of text files; `pairs`: images with captions.
+    def prepare(
+        raw: Path, root: Path, source: str, *, pack: int = 512, field: str = "text", workers: int = 0
+    ) -> Mapping[str, Any]:  # fmt: skip
+        """`images`: a folder of images; `texts`: .txt, .jsonl and .parquet files; `pairs`: images with captions; or tars of images.
 
-        pack: tokens of a text record under the root's `text.model`; 0 = one record a paragraph.
+        source: with a set's own name behind it, pairs/coco, where a source is to be several sets.
+        pack: tokens of a text record under the root's `text.model`, whose ids are written; 0 = one record a paragraph, in words.
+        field: where .jsonl and .parquet have their texts. workers: processes that tokenize, 0 = one a core.
         """
-        if source == "texts":
-            lengths = text_lengths(root, pack or PretrainConfig.monomodal_text_length)
-            if pack and lengths is None:
+        kind = source.partition("/")[0]
+        if kind == "texts":
+            if pack and not (root / FILE).exists():
                 raise ValueError(f"packing counts tokens: write {root / FILE} first (beit3 tokenizer train), or give --pack 0")
-            texts = formats.split(packed_files(raw, lengths.pieces, pack), raw) if pack and lengths else formats.texts(raw)
-            return write_splits(root, "pretrain", source, texts, lengths=lengths)
-        unpack = root / "pretrain" / source / "images"
-        records = formats.images(raw, unpack=unpack) if source == "images" else formats.pairs(raw, unpack=unpack)
-        return write_splits(root, "pretrain", source, records, lengths=text_lengths(root, PretrainConfig.text_length))
+            if pack:
+                return write_tokens(raw, root / "pretrain" / source, TextTokenizer(root / FILE), pack=pack, field=field, workers=workers)
+            lengths = text_lengths(root, PretrainConfig.monomodal_text_length)
+            report = write_splits(root, "pretrain", source, formats.texts(raw, field=field), lengths=lengths)
+            drop_unused(root / "pretrain" / source)
+            return report
+        lengths, captions = text_lengths(root, PretrainConfig.text_length), kind == "pairs"
+        if formats.lies_in_tars(raw, captions=captions):
+            return write_shards(root, "pretrain", source, raw, captions=captions, lengths=lengths, workers=workers)
+        return write_splits(root, "pretrain", source, formats.pairs(raw) if captions else formats.images(raw), lengths=lengths)
 
     @staticmethod
     def configure(config: TaskConfig, root: Path) -> TaskConfig:
@@ -242,7 +251,7 @@ class Pretrain(Task):
         """`text` [L] with words hidden, `text_padding` [L], and `text_target` [L] where any may be hidden."""
         config, tokenizer = self.config, self.tokenizer
         length = config.text_length if pair else config.monomodal_text_length
-        ids = np.asarray(tokenizer.encode(record["text"], length), dtype=np.int64)
+        ids = np.asarray(self.text_ids(record["text"], length), dtype=np.int64)
         targets = np.full(length, IGNORE, dtype=np.int64)
         if hide:
             rate = config.pair_text_mask_rate if pair else config.text_mask_rate
@@ -274,7 +283,7 @@ class Pretrain(Task):
             counts[self.prefix(batch) + "text"] = int((batch["text_target"] != IGNORE).sum())
         return counts
 
-    def encode(self, batch: Batch):
+    def encode(self, batch: Batch) -> Encoded:
         """The backbone's states of whatever the batch holds."""
         return self.backbone(
             batch.get("image"), batch.get("text"), image_mask=batch.get("image_mask"), text_padding=batch.get("text_padding")
@@ -298,24 +307,23 @@ class Pretrain(Task):
         return torch.stack([self.known_codes[key] for key in keys])
 
     def forward(self, batch: Batch) -> dict[str, dict[str, Tensor]]:
-        """Logits are computed at hidden positions only."""
-        encoded, prefix = self.encode(batch), self.prefix(batch)
+        """Logits are computed at hidden positions only, and never all at once."""
+        prefix = self.prefix(batch)
         losses, metrics = {}, {}
-        for name, logits, targets in self.predicted(batch, encoded):
-            losses[prefix + name] = F.cross_entropy(at_least_float32(logits), targets, reduction="sum")
-            metrics[f"{prefix}{name}/accuracy"] = (logits.argmax(-1) == targets).sum()
+        for name, each, right, _ in self.predicted(batch, self.encode(batch)):
+            losses[prefix + name], metrics[f"{prefix}{name}/accuracy"] = each.sum(), right.sum()
         return {"losses": losses, "metrics": metrics}
 
-    def predicted(self, batch: Batch, encoded) -> list[tuple[str, Tensor, Tensor]]:
-        """(modality, logits [M, K or V], targets [M]) for every modality with hidden positions."""
-        found = []
+    def predicted(self, batch: Batch, encoded: Encoded) -> Iterator[tuple[str, Tensor, Tensor, Tensor]]:
+        """(modality, losses [M], whether right [M], hidden [B, P or L]) for every modality with hidden positions."""
         if "image_mask" in batch:
-            mask = batch["image_mask"].bool()
-            found.append(("image", self.image_head(encoded.of("image")[:, 1:][mask]), self.codes(batch)[mask]))
+            hidden = batch["image_mask"].bool()
+            states, target = encoded.of("image")[:, 1:][hidden], self.codes(batch)[hidden]
+            yield "image", *over_vocabulary(states, target, self.image_head, cross_entropies), hidden
         if "text_target" in batch:
             hidden = batch["text_target"] != IGNORE
-            found.append(("text", self.text_head(encoded.of("text")[hidden]), batch["text_target"][hidden]))
-        return found
+            states, target = encoded.of("text")[hidden], batch["text_target"][hidden]
+            yield "text", *over_vocabulary(states, target, self.text_head, cross_entropies), hidden
 
     def outputs(self, batch: Batch) -> dict[str, Tensor]:
         """`image_logits` [B, P, K] and `text_logits` [B, L, V] of whatever is present."""
@@ -332,13 +340,10 @@ class Pretrain(Task):
     def predict(self, batch: Batch) -> list[Prediction]:
         """Per record and modality: summed loss, hidden positions, and how many were named correctly."""
         predictions: list[Prediction] = [{"id": key} for key in batch["id"]]
-        for name, logits, targets in self.predicted(batch, self.encode(batch)):
-            hidden = batch["image_mask"].bool() if name == "image" else batch["text_target"] != IGNORE
-            rows = hidden.nonzero()[:, 0]
-            losses = F.cross_entropy(at_least_float32(logits), targets, reduction="none")
+        for name, losses, right, hidden in self.predicted(batch, self.encode(batch)):
             sums = torch.zeros(3, len(predictions), dtype=torch.float64, device=losses.device)
-            values = torch.stack((losses, torch.ones_like(losses), (logits.argmax(-1) == targets).to(losses.dtype)))
-            sums.index_add_(1, rows, values.double())
+            values = torch.stack((losses, torch.ones_like(losses), right.to(losses.dtype)))
+            sums.index_add_(1, hidden.nonzero()[:, 0], values.double())
             for prediction, (loss, count, correct) in zip(predictions, sums.T.tolist(), strict=True):
                 prediction |= {f"{name}_loss": loss, f"{name}_targets": int(count), f"{name}_correct": int(correct)}
         return predictions

@@ -36,6 +36,7 @@ from beit3.task import (
     record_rng,
     same_fields,
     text_lengths,
+    trimmed,
 )
 from beit3.tokenizer.text import TextTokenizer
 
@@ -57,7 +58,7 @@ def _recipe(
         task=RetrievalConfig(model=replace(model, image_size=size, drop_path_rate=drop), image=Preprocessing(size)),
         data=DataConfig(batch={source: batch}, workers=8),
         optim=OptimConfig(lr=lr, weight_decay=0.05, warmup_epochs=warmup, layer_decay=layer_decay),
-        run=RunConfig(epochs=epochs, micro_batch=32, checkpointing=True, log_every=20, eval_every=500, save_every=250),
+        run=RunConfig(epochs=epochs, micro_batch=32, checkpointing="full", log_every=20, eval_every=500, save_every=250),
         note=note,
     )
 
@@ -179,7 +180,7 @@ class Retrieval(Task):
         if "text" in examples[0]:
             batch |= {name: torch.cat([example[name] for example in examples]) for name in ("text", "text_padding")}
             batch["num_texts"] = [len(example["text"]) for example in examples]
-        return batch
+        return trimmed(batch)
 
     # Training --------------------------------------------------------------------------------------------------------
 
@@ -187,10 +188,10 @@ class Retrieval(Task):
         """Unit features `image_features` [B, D] and `text_features` [T, D] of whatever is present."""
         outputs = {}
         if "image" in batch:
-            states = self.backbone(image=batch["image"]).first("image")
+            states = self.backbone(image=batch["image"], read="first").first("image")
             outputs["image_features"] = F.normalize(at_least_float32(self.image_projection(states)), dim=-1)
         if "text" in batch:
-            states = self.backbone(text=batch["text"], text_padding=batch.get("text_padding")).first("text")
+            states = self.backbone(text=batch["text"], text_padding=batch.get("text_padding"), read="first").first("text")
             outputs["text_features"] = F.normalize(at_least_float32(self.text_projection(states)), dim=-1)
         return outputs
 

@@ -205,7 +205,7 @@ class VQA(Task):
 
     def outputs(self, batch: Batch) -> dict[str, Tensor]:
         """`logits` [B, A]."""
-        encoded = self.backbone(batch["image"], batch["text"], text_padding=batch.get("text_padding"))
+        encoded = self.backbone(batch["image"], batch["text"], text_padding=batch.get("text_padding"), read="first")
         return {"logits": self.head(self.pooler(encoded.first("image")))}
 
     def forward(self, batch: Batch) -> dict[str, dict[str, Tensor]]:

@@ -17,6 +17,7 @@ from torch import Tensor
 from beit3.data import formats
 from beit3.data.prepare import write_splits
 from beit3.data.records import open_image
+from beit3.data.shards import write_shards
 from beit3.data.transforms import Preprocessing, two_views
 from beit3.ops.init import seeded
 from beit3.ops.precision import at_least_float32
@@ -115,8 +116,10 @@ class VQKD(Task):
 
     @staticmethod
     def prepare(raw: Path, root: Path, source: str) -> Mapping[str, Any]:
-        """A folder of images, with `train` and `val` below it or split by name."""
-        return write_splits(root, "vqkd", source, formats.images(raw, unpack=root / "vqkd" / source / "images"))
+        """A folder of images, with `train` and `val` below it or split by name; or tars of images."""
+        if formats.lies_in_tars(raw, captions=False):
+            return write_shards(root, "vqkd", source, raw, captions=False)
+        return write_splits(root, "vqkd", source, formats.images(raw))
 
     def record(self, image: str) -> Record:
         return {"id": str(image), "image": image}

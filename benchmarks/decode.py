@@ -1,0 +1,89 @@
+"""Captions on a processor: what the image costs, what each word costs, beside encoding everything anew for each word.
+
+    python benchmarks/decode.py --json benchmarks/decode.json
+
+BASE at 224, 16 tokens, random weights. In one process, alternating: the cached search, plain and with packed weights, and
+the time of encoding image and caption once a word, which is what a search without a cache does.
+"""
+
+import argparse
+import statistics
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+from probe import probe, save, seconds
+from torch import Tensor
+
+from beit3.model.attention_mask import image_to_text
+from beit3.model.config import BASE
+from beit3.model.generation import Decoding, Marks, Slots, generate
+from beit3.model.packed import pack
+from beit3.tasks.captioning import Captioning, CaptioningConfig
+
+LENGTH, MARKS = 16, Marks(bos=0, eos=2, pad=1, mask=64001)
+ROWS = ((1, 1), (1, 3), (1, 5), (4, 3))
+"""(images, beams)."""
+
+
+def search(task: Captioning, image: Tensor, beams: int) -> None:
+    generate(Slots(task.backbone, task.text_head, image, MARKS), LENGTH, Decoding("beam", beams))
+
+
+def first(task: Captioning, image: Tensor) -> None:
+    """The image and the first slot."""
+    Slots(task.backbone, task.text_head, image, MARKS)
+
+
+def anew(task: Captioning, image: Tensor, beams: int) -> None:
+    """Image and caption encoded whole for every word of every beam: first for one, then for all."""
+    for length in range(2, LENGTH):
+        rows = image if length == 2 else image.repeat_interleave(beams, 0)
+        text = torch.full((len(rows), length), MARKS.mask)
+        states = task.backbone(rows, text, attention_mask=image_to_text(1 + BASE.num_patches, length), read="last").of("text")
+        task.text_head(states[:, -1]).log_softmax(-1)
+
+
+@torch.inference_mode()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--rounds", type=int, default=7)
+    options = parser.parse_args()
+    torch.manual_seed(0)
+    plain, packed = (Captioning(CaptioningConfig(model=BASE)).eval() for _ in range(2))
+    plain.init_weights()
+    packed.load_state_dict(plain.state_dict())
+    pack(packed)
+    found = []
+    lines = ["| images, beams | a search | of it the image | a word | packed | everything anew |", "|---|---|---|---|---|---|"]
+    for count, beams in ROWS:
+        image = torch.randn(count, 3, 224, 224)
+        calls: dict[str, Callable[[], None]] = {
+            "search": partial(search, plain, image, beams), "first": partial(first, plain, image),
+            "packed": partial(search, packed, image, beams),
+        }  # fmt: skip
+        times: dict[str, list[float]] = {name: [] for name in calls}
+        for call in calls.values():
+            call(), call()  # noqa: B018
+        rates = []
+        for _ in range(options.rounds):
+            rates.append(probe())
+            for name, call in calls.items():
+                times[name].append(seconds(call))
+        slow = seconds(partial(anew, plain, image, beams))
+        middle = {name: statistics.median(each) for name, each in times.items()}
+        word = (middle["search"] - middle["first"]) / (LENGTH - 3)
+        found.append({"images": count, "beams": beams, "seconds": times, "anew": slow, "probe": rates})
+        lines.append(
+            f"| {count}, {beams} | {middle['search'] * 1e3:.0f} ms | {middle['first'] * 1e3:.0f} ms | {word * 1e3:.0f} ms "
+            f"| {middle['packed'] * 1e3:.0f} ms | {slow * 1e3:.0f} ms ({slow / middle['search']:.1f}x) |"
+        )
+    print("\n".join(lines))
+    if options.json:
+        save(options.json, "\n".join(lines), found)
+
+
+if __name__ == "__main__":
+    main()

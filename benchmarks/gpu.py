@@ -1,0 +1,212 @@
+"""On an accelerator: forward and pretraining step beside torchscale, and what share of the chip's peak they use.
+
+    benchmarks/gpu.sh
+
+BASE, LARGE and GIANT in bfloat16, each with images, texts of 512 and pairs in one step of three micro-batches, codes given.
+Utilisation is the model's FLOPs (recomputation not counted) over 989 TFLOP/s, an H100's dense bfloat16 peak; beside it
+stands what the step's own matrix products alone reach. torchscale has BASE's and LARGE's form and for GIANT the same sizes
+unshared; the faster of plain and compiled counts on both sides. On a processor (--device cpu --sizes tiny) it only proves
+that the program runs.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from pretrain_step import micro_batches
+from probe import save
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+from versus_torchscale import Released, import_torchscale
+
+from beit3.data.masking import IGNORE
+from beit3.model.config import BASE, GIANT, LARGE, TINY, ModelConfig
+from beit3.tasks.pretrain import Pretrain, PretrainConfig
+from beit3.train.parallel import wrap_blocks
+
+PEAK = 989e12
+SIZES: dict[str, tuple[ModelConfig, tuple[int, int, int], str]] = {
+    "tiny": (TINY, (4, 2, 4), "none"), "base": (BASE, (128, 64, 128), "none"), "large": (LARGE, (64, 32, 64), "selective"),
+    "giant": (GIANT, (32, 32, 32), "selective"),
+}  # fmt: skip
+"""Network; images, texts, pairs of a micro-batch; what the backward pass recomputes."""
+
+
+class Clock:
+    """Seconds of a call, the accelerator waited for."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+
+    def __call__(self, call: Callable[[], object]) -> float:
+        self.wait()
+        started = time.perf_counter()
+        call()
+        self.wait()
+        return time.perf_counter() - started
+
+    def wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
+def to(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    return {name: value.to(device) for name, value in batch.items()}
+
+
+class TheirPretraining(nn.Module):
+    """The same losses on torchscale's network."""
+
+    def __init__(self, model: ModelConfig, num_codes: int):
+        super().__init__()
+        self.network = Released(model)
+        self.mim_head = nn.Linear(model.dim, num_codes)
+
+    def forward(self, batch: dict[str, Tensor]) -> Tensor:
+        states = self.network.beit3(
+            textual_tokens=batch.get("text"), visual_tokens=batch.get("image"), vision_masked_position=batch.get("image_mask"),
+        )["encoder_out"]  # fmt: skip
+        found, num_image = [], 0
+        if "image" in batch:
+            num_image, hidden = 1 + batch["image_mask"].shape[1], batch["image_mask"].bool()
+            found.append((self.mim_head(states[:, 1:num_image][hidden]), batch["image_codes"][hidden]))
+        if "text" in batch:
+            hidden = batch["text_target"] != IGNORE
+            found.append((self.network.mlm_head(states[:, num_image:][hidden]), batch["text_target"][hidden]))
+        return torch.stack([F.cross_entropy(logits, target, reduction="sum") for logits, target in found]).sum()
+
+
+def step_of(network: nn.Module, loss: Callable[[dict[str, Tensor]], Tensor], batches: Sequence[dict[str, Tensor]]) -> Callable[[], None]:
+    """A training step: forward and backward of each micro-batch in bfloat16, AdamW."""
+    optimizer = torch.optim.AdamW(network.parameters(), lr=0.0, fused=True)
+    device = next(network.parameters()).device
+
+    def step() -> None:
+        optimizer.zero_grad()
+        for batch in batches:
+            with torch.autocast(device.type, torch.bfloat16):
+                value = loss(batch)
+            value.backward()
+        optimizer.step()
+
+    return step
+
+
+def products_rate(batches_flops: dict[tuple[int, int, int], int], clock: Clock) -> float:
+    """FLOP/s of the step's matrix products alone, by shape (rows, in, out) and how often each occurs."""
+    total, spent = 0.0, 0.0
+    for (rows, inner, outer), times in batches_flops.items():
+        one = torch.randn(rows, inner, device=clock.device, dtype=torch.bfloat16)
+        other = torch.randn(inner, outer, device=clock.device, dtype=torch.bfloat16)
+        one @ other
+        spent += times * min(clock(lambda one=one, other=other: one @ other) for _ in range(5))
+        total += times * 2 * rows * inner * outer
+    return total / spent
+
+
+def shapes(task: Pretrain, batches: Sequence[dict[str, Tensor]]) -> dict[tuple[int, int, int], int]:
+    """The linear layers' products of a forward pass over `batches`, and how often each occurs."""
+    found: dict[tuple[int, int, int], int] = {}
+
+    def note(module: nn.Linear, inputs: tuple[Tensor], output: Tensor) -> None:
+        key = (inputs[0].numel() // inputs[0].shape[-1], module.in_features, module.out_features)
+        found[key] = found.get(key, 0) + 1
+
+    hooks = [module.register_forward_hook(note) for module in task.modules() if type(module) is nn.Linear]
+    with torch.no_grad():
+        for batch in batches:
+            task(batch)
+    for hook in hooks:
+        hook.remove()
+    return found
+
+
+def measure(size: str, device: torch.device, rounds: int) -> dict[str, Any]:
+    """One network: steps of both sides in interleaved rounds, forward passes, utilisation, memory."""
+    model, counts, recompute = SIZES[size]
+    clock, config = Clock(device), PretrainConfig(model=model)
+    torch.manual_seed(0)
+    with torch.device(device):
+        ours = Pretrain(config).train()
+    ours.init_weights()
+    batches = [to(batch, device) for batch in micro_batches(ours, *counts)]
+    with FlopCounterMode(display=False) as counter, torch.autocast(device.type, torch.bfloat16):
+        for batch in batches:
+            torch.stack(list(ours(batch)["losses"].values())).sum().backward()
+    flops = counter.get_total_flops()
+    rate = products_rate(shapes(ours, batches), clock)
+    wrap_blocks(ours, recompute=recompute, compiled=device.type == "cuda")  # type: ignore[arg-type]
+    steps = {"ours": step_of(ours, lambda batch: torch.stack(list(ours(batch)["losses"].values())).sum(), batches)}
+    forwards = {"ours": lambda: [ours(batch) for batch in batches]}
+    row: dict[str, Any] = {"size": size, "counts": counts, "recompute": recompute, "flops": flops, "product_rate": rate}
+    for side in ("ours", "theirs"):
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        try:
+            if side == "theirs":
+                with torch.device(device):
+                    theirs = TheirPretraining(replace(model, shared_attention=False), config.num_codes).train()
+                call = torch.compile(theirs) if device.type == "cuda" else theirs
+                steps["theirs"] = step_of(theirs, call, batches)
+                forwards["theirs"] = lambda call=call: [call(batch) for batch in batches]
+            for _ in range(3):
+                steps[side]()
+            row[f"{side}_memory_gb"] = torch.cuda.max_memory_allocated(device) / 1e9 if device.type == "cuda" else None
+        except torch.OutOfMemoryError:
+            row[f"{side}_memory_gb"], steps = "out of memory", {name: step for name, step in steps.items() if name != side}
+            forwards.pop(side, None)
+            torch.cuda.empty_cache()
+    times: dict[str, list[float]] = {side: [] for side in steps}
+    passes: dict[str, list[float]] = {side: [] for side in steps}
+    for _ in range(rounds):
+        for side in steps:
+            times[side].append(clock(steps[side]))
+            with torch.no_grad(), torch.autocast(device.type, torch.bfloat16):
+                passes[side].append(clock(forwards[side]))
+    for side in steps:
+        row[f"{side}_step_s"], row[f"{side}_forward_s"] = statistics.median(times[side]), statistics.median(passes[side])
+    row["utilisation"], row["product_utilisation"] = flops / row["ours_step_s"] / PEAK, rate / PEAK
+    with suppress(KeyError):
+        row["ratio"] = statistics.median(there / here for here, there in zip(times["ours"], times["theirs"], strict=True))
+    return row
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    lines = ["| network | step | torchscale | ratio | utilisation | products alone | memory, GB | torchscale |", "|---" * 8 + "|"]
+    for row in rows:
+        theirs, ratio = row.get("theirs_step_s"), row.get("ratio")
+        cells = [
+            row["size"], f"{row['ours_step_s'] * 1e3:.0f} ms", f"{theirs * 1e3:.0f} ms" if theirs else "", f"{ratio:.2f}" if ratio else "",
+            f"{row['utilisation']:.1%}", f"{row['product_utilisation']:.1%}", str(row["ours_memory_gb"]), str(row.get("theirs_memory_gb")),
+        ]  # fmt: skip
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--torchscale", required=True, help="folder of `pip install --target`")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=("base", "large", "giant"))
+    parser.add_argument("--rounds", type=int, default=7)
+    options = parser.parse_args()
+    import_torchscale(options.torchscale)
+    rows = []
+    for size in options.sizes:
+        rows.append(measure(size, torch.device(options.device), options.rounds))
+        print(json.dumps(rows[-1]), flush=True)
+        if options.json:
+            save(options.json, table(rows), rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,145 @@
+"""Memory and time of a pretraining step: what its largest pieces cost, and what is spared.
+
+    python benchmarks/pretrain_step.py --json benchmarks/pretrain_step.json
+
+Two tables. The head over 64,010 words: peak memory beyond states and weights of forward and backward, for growing numbers
+of predictions, all logits at once beside piece by piece; each measured in a process of its own, by the system's count of
+resident memory. And a whole step of BASE (4 images, 1 text of 512 tokens, 4 pairs; codes given) under the three settings of
+`run.checkpointing`: peak memory, and time in interleaved rounds with a matrix product beside each.
+"""
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from probe import probe, save, seconds
+from torch import Tensor, nn
+
+from beit3.data.masking import IGNORE
+from beit3.model.config import BASE, TINY, ModelConfig
+from beit3.ops.losses import LOGITS, cross_entropies, over_vocabulary
+from beit3.tasks.pretrain import Pretrain, PretrainConfig
+from beit3.train.parallel import wrap_blocks
+
+PREDICTIONS = (512, 1024, 2048, 4096, 8192)
+SETTINGS = ("none", "selective", "full")
+SIZES = {"base": BASE, "tiny": TINY}
+
+
+def peak() -> float:
+    """Most resident memory of this process so far, MB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def head_memory(predictions: int, most: int) -> dict[str, float]:
+    """MB that the head's losses and gradients take beyond states, weights and their gradients."""
+    head, states = nn.Linear(768, 64010), torch.randn(predictions, 768, requires_grad=True)
+    target = torch.randint(0, 64010, (predictions,))
+    for tensor in (*head.parameters(), states):
+        tensor.grad = torch.zeros_like(tensor) + 1
+    before = peak()
+    over_vocabulary(states, target, head, cross_entropies, most=most)[0].sum().backward()
+    return {"mb": peak() - before}
+
+
+def micro_batches(task: Pretrain, images: int, texts: int, pairs: int) -> list[dict[str, Any]]:
+    """Batches of the three sources with random content and the paper's shares hidden."""
+    config, model = task.config, task.config.model
+    side = model.image_size
+
+    def image(count: int) -> dict[str, Tensor]:
+        hidden = torch.arange(model.num_patches) < int(config.image_mask_rate * model.num_patches)
+        codes = torch.randint(0, config.num_codes, (count, model.num_patches))
+        return {"image": torch.randn(count, 3, side, side), "image_mask": hidden.expand(count, -1), "image_codes": codes}
+
+    def text(count: int, length: int, rate: float) -> dict[str, Tensor]:
+        ids = torch.randint(4, model.vocab_size, (count, length))
+        return {"text": ids, "text_target": ids.masked_fill(torch.rand(count, length) > rate, IGNORE)}
+
+    length = min(config.monomodal_text_length, model.max_text_length)
+    both = image(pairs) | text(pairs, config.text_length, config.pair_text_mask_rate)
+    batches = [image(images), text(texts, length, config.text_mask_rate), both]
+    return [batch for batch, count in zip(batches, (images, texts, pairs), strict=True) if count]
+
+
+class Step:
+    """A pretraining step of one setting."""
+
+    def __init__(self, model: ModelConfig, recompute: str, counts: tuple[int, int, int]):
+        torch.manual_seed(0)
+        self.task = Pretrain(PretrainConfig(model=model)).train()
+        self.task.init_weights()
+        wrap_blocks(self.task, recompute=recompute)  # type: ignore[arg-type]
+        self.batches = micro_batches(self.task, *counts)
+        self.optimizer = torch.optim.AdamW(self.task.parameters(), lr=0.0, fused=True)
+
+    def __call__(self) -> None:
+        self.optimizer.zero_grad()
+        for batch in self.batches:
+            torch.stack(list(self.task(batch)["losses"].values())).sum().backward()
+        self.optimizer.step()
+
+
+def step_memory(size: str, setting: str, counts: tuple[int, int, int]) -> dict[str, float]:
+    step = Step(SIZES[size], setting, counts)
+    step(), step()  # noqa: B018
+    return {"mb": peak()}
+
+
+def step_times(size: str, counts: tuple[int, int, int], rounds: int) -> dict[str, Any]:
+    """Seconds of a step under each setting, and the rate of a matrix product beside each."""
+    steps = {setting: Step(SIZES[size], setting, counts) for setting in SETTINGS}
+    times: dict[str, list[float]] = {setting: [] for setting in SETTINGS}
+    rates = []
+    for step in steps.values():
+        step()
+    for _ in range(rounds):
+        for setting, step in steps.items():
+            rates.append(probe())
+            times[setting].append(seconds(step))
+    ratios = {setting: statistics.median(t / n for t, n in zip(times[setting], times["none"], strict=True)) for setting in SETTINGS}
+    return {"seconds": times, "ratio": ratios, "probe": rates}
+
+
+def alone(*arguments: object) -> float:
+    """A measurement of memory in a process of its own."""
+    command = [sys.executable, __file__, "--one", *map(str, arguments)]
+    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)["mb"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--size", choices=SIZES, default="base")
+    parser.add_argument("--counts", type=int, nargs=3, default=(4, 1, 4), help="images, texts, pairs")
+    parser.add_argument("--one", nargs="+", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    counts = tuple(options.counts)
+    if options.one:
+        kind, first, second = options.one[:3]
+        found = head_memory(int(first), int(second)) if kind == "head" else step_memory(first, second, tuple(map(int, options.one[3:])))
+        print(json.dumps(found))
+        return
+    head = {count: {"at once": alone("head", count, 1 << 40), "in pieces": alone("head", count, LOGITS)} for count in PREDICTIONS}
+    lines = ["| predictions of 64,010 words | all logits at once | in pieces |", "|---|---|---|"]
+    lines += [f"| {count} | {found['at once']:.0f} MB | {found['in pieces']:.0f} MB |" for count, found in head.items()]
+    memory = {setting: alone("step", options.size, setting, *counts) for setting in SETTINGS}
+    times = step_times(options.size, counts, options.rounds)
+    lines += ["", "| run.checkpointing | peak memory | time beside none |", "|---|---|---|"]
+    for setting in SETTINGS:
+        median = statistics.median(times["seconds"][setting])
+        lines.append(f"| {setting} | {memory[setting]:.0f} MB | {times['ratio'][setting]:.2f} ({median:.2f} s) |")
+    print("\n".join(lines))
+    if options.json:
+        save(options.json, "\n".join(lines), {"head": head, "memory": memory, **times})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,47 @@
+"""What every benchmark needs: the rate of a plain matrix product beside a measurement, and a file of what was found."""
+
+import json
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Callable
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from beit3.data.records import write_text
+
+
+def probe(size: int = 1536) -> float:
+    """FLOP/s of a square matrix product in float32 at this moment: the best of three."""
+    one, other = torch.randn(size, size), torch.randn(size, size)
+    return 2 * size**3 / min(seconds(lambda: one @ other) for _ in range(3))
+
+
+def seconds(call: Callable[[], object]) -> float:
+    """Wall time of one call."""
+    started = time.perf_counter()
+    call()
+    return time.perf_counter() - started
+
+
+def save(path: Path, table: str, figures: Any) -> None:
+    """A JSON file of the printed table, all figures behind it, and where, when and from which commit they are.
+
+    `benchmarks/results.py` puts the tables into RESULTS.md.
+    """
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    found = {"table": table.strip(), "machine": machine(), "date": f"{date.today()}", "commit": commit, "figures": figures}
+    write_text(path, json.dumps(found, indent=1) + "\n")
+
+
+def machine() -> str:
+    """Cores, the widest instructions of their kind, and torch."""
+    able = torch.cpu.get_capabilities()
+    kinds = [name for name in ("avx2", "avx512_f", "avx512_vnni", "amx_int8") if able.get(name)]
+    chip = f"{torch.cuda.get_device_name()}, " if torch.cuda.is_available() else ""
+    return f"{chip}{len(os.sched_getaffinity(0))} {platform.machine()} cores ({', '.join(kinds)}), torch {torch.__version__}"

@@ -1,0 +1,46 @@
+"""Packed weights: equal products, whatever rows come in which order; names, gradients and refusals."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from beit3.model.beit3 import BEiT3
+from beit3.model.config import TINY, TINY_RELEASE
+from beit3.model.packed import MOST_ROWS, Product, pack
+
+pytestmark = pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="this torch has no MKL")
+
+
+@torch.no_grad()
+def test_products_equal_plain_ones_whatever_rows_come():
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(24, 40)
+    product = Product(layer)
+    packed = []
+    for shape in ((3, 5), (15,), (5, 3), (1,), (1,), (15,), (2, 15), (30,), (0, 3), (MOST_ROWS + 1,), (MOST_ROWS + 1,)):
+        states = torch.randn(*shape, 24)
+        torch.testing.assert_close(product(states), F.linear(states, layer.weight, layer.bias), rtol=1e-5, atol=1e-6)
+        packed.append(product.rows)
+    assert packed == [0, 15, 15, 15, 1, 1, 1, 30, 30, 30, 30]
+
+
+@pytest.mark.parametrize("config", [TINY, TINY_RELEASE], ids=["paper", "release"])
+def test_a_packed_network_gives_the_same_states_under_the_same_names(config):
+    torch.manual_seed(0)
+    network = BEiT3(config).eval()
+    network.init_weights()
+    names = set(network.state_dict())
+    image, text = torch.randn(2, 3, 32, 32), torch.randint(4, 90, (2, 7))
+    with torch.no_grad():
+        plain = network(image, text).tokens
+        pack(network)
+        for _ in range(3):
+            torch.testing.assert_close(network(image, text).tokens, plain, rtol=1e-4, atol=1e-5)
+    assert set(network.state_dict()) == names
+    network(image, text).tokens.sum().backward()
+    assert network.blocks[0].ffn.image.fc1.weight.grad is not None
+
+
+def test_only_float32_on_a_processor_is_packed():
+    with pytest.raises(ValueError, match="float64"):
+        pack(torch.nn.Sequential(torch.nn.Linear(2, 2, dtype=torch.float64)))
