@@ -55,7 +55,7 @@ def test_real_images():
 
 
 def test_real_texts():
-    records = list(formats.text_files(sample("text_corpus")))
+    records = [record for _, record in formats.text_files(sample("text_corpus"))]
     assert len({record["id"] for record in records}) == len(records) > 8000
     assert max(len(record["text"]) for record in records) <= formats.LONGEST_TEXT
     speech = next(record for record in records if record["id"] == "tinyshakespeare/input.txt:1")
@@ -145,7 +145,7 @@ def test_text_files(tmp_path):
     long = "\n".join(["nine chars"] * 1000)
     files(tmp_path, {"a/x.txt": "\ufeffOne line\nof two.\r\n\r\n \n Second.\n", "b.TXT": long})
     files(tmp_path, {"c.md": "no", "d.txt": " \n", "e.txt": long.replace("\n", " ")})
-    records = list(formats.text_files(tmp_path))
+    records = [record for _, record in formats.text_files(tmp_path)]
     assert [record["text"] for record in records[-2:]] == ["One line of two.", "Second."]
     assert [record["id"] for record in records[-2:]] == ["a/x.txt:1", "a/x.txt:2"]
     for name in ("b.TXT", "e.txt"):
@@ -153,7 +153,12 @@ def test_text_files(tmp_path):
         assert [record["id"] for record in cut] == [f"{name}:{number}" for number in range(1, 7)]
         assert " ".join(record["text"] for record in cut) == " ".join(long.split())
     files(tmp_path, {"e.txt": b"fine\n\ncaf\xe9\n"})
-    refused(formats.text_files, tmp_path, "e.txt", "not UTF-8", "0xe9")
+    (faulty,) = (record for _, record in formats.text_files(tmp_path) if "fault" in record)
+    assert faulty["id"] == "e.txt" and "not UTF-8" in faulty["fault"] and "0xe9" in faulty["fault"]
+    files(tmp_path / "more", {"a.jsonl": '{"body": "One.\\n\\nTwo."}\n{"body": ["three"]}\n'})
+    found = [record for _, record in formats.texts(tmp_path / "more", field="body")]
+    assert found[:2] == [{"id": "a.jsonl:1", "text": "One."}, {"id": "a.jsonl:2", "text": "Two."}]
+    assert found[2]["id"] == "a.jsonl line 2" and "no text 'body'" in found[2]["fault"]
 
 
 @pytest.mark.parametrize("train, val", [("train", "val"), ("training", "validation"), ("train2017", "val2017")])

@@ -1,20 +1,25 @@
 """Records -> batches, as a pure function of (seed, step, process): nothing to save, so a resume is exact.
 
 Step s of a source with global batch B reads positions s*B .. (s+1)*B - 1 of an endless sequence of epochs, each a
-permutation seeded by (seed, epoch, source). A process takes its contiguous share, cut into micro-batches.
+permutation seeded by (seed, epoch, source); of tars and arrays of ids one that stays within windows, so that it is cheap to
+enter and reads lie near each other. A source of several sets deals its positions out to them by weight, and each set has its own epochs.
+A process takes its contiguous share, cut into micro-batches.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from torch.utils.data import DataLoader, Dataset
 
 from beit3.data.masking import rng
-from beit3.data.records import IMAGES, Records
+from beit3.data.order import Mix, Windows
+from beit3.data.records import IMAGES, Records, split_files
+from beit3.data.shards import Shards
+from beit3.data.tokens import ENDING, Tokens
 from beit3.data.upstream import Index, is_index
 
 PASSED_OVER = "passed_over"
@@ -23,29 +28,78 @@ PASSED_OVER = "passed_over"
 TRIES = 100
 """Records in a row that may be unreadable before the data, not the record, is at fault."""
 
+ORDERS = 16
+"""Epochs of sets whose order is kept."""
+
 Place = tuple[str, int]
 """(source, position in its endless sequence)."""
 
+WINDOW = 100_000
+"""Records that are shuffled among each other where an epoch goes by windows: of about ten of img2dataset's tars."""
+
+Store: TypeAlias = Records | Index | Shards | Tokens
+
 
 class Source:
-    """The records of one split of one source, with image paths made absolute; `limit` > 0 keeps the first so many."""
+    """The records of one split of one source, with image paths made absolute.
 
-    def __init__(self, path: Path, root: Path, *, limit: int = 0):
-        self.path, self.root = path, root
-        self.records: Records | Index = Index(path) if is_index(path) else Records(path)
-        self.size = min(limit, len(self.records)) if limit else len(self.records)
-        if not self.size:
-            raise ValueError(f"{path} holds no records: run beit3 prepare again, or check the raw data")
+    path: as `locate` gives it. Several sets are one sequence, in proportion to their sizes, and their names begin the ids.
+    limit: > 0 keeps the first so many. window: of tars and ids. weights: set -> share of what training reads; {} = its size.
+    """
+
+    def __init__(self, path: Path, root: Path, *, limit: int = 0, window: int = WINDOW, weights: Mapping[str, float] | None = None):
+        self.path, self.root, self.window = path, root, window
+        files = [path] if path.suffix else split_files(path.parent, path.name)
+        self.stores: list[Store] = [_open_store(file, root) for file in files]
+        self.names = [file.parent.name if len(files) > 1 or not path.suffix else "" for file in files]
+        for file, store in zip(files, self.stores, strict=True):
+            if not len(store):
+                raise ValueError(f"{file} holds no records: run beit3 prepare again, or check the raw data")
+        whole = [len(store) for store in self.stores]
+        self.size = min(limit, sum(whole)) if limit else sum(whole)
+        self.even = Mix(whole)
+        self.sizes = [max(1, count) for count in self.even.counts(self.size)]
+        self.mix = Mix(self._weights(weights or {}))
 
     def __len__(self) -> int:
         return self.size
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        record = self.records[index]
-        return record | {key: str(self.root / record[key]) for key in IMAGES if key in record}
+        return self.record(*self.even(index))
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         return (self[index] for index in range(len(self)))
+
+    def record(self, number: int, index: int) -> dict[str, Any]:
+        """Record `index` of set `number`."""
+        record = self.stores[number][index]
+        if self.names[number]:
+            record = record | {"id": f"{self.names[number]}/{record['id']}"}
+        return record | {key: str(self.root / record[key]) for key in IMAGES if key in record}
+
+    def order(self, number: int, draw: Callable[[str], np.random.Generator]) -> np.ndarray | Windows:
+        """An epoch of set `number`: offset -> index. `draw`: the generator of a name."""
+        store, size = self.stores[number], self.sizes[number]
+        if not isinstance(store, Shards | Tokens):
+            return draw("").permutation(size)
+        return Windows(np.diff(np.minimum(np.cumsum(store.runs), size), prepend=0), self.window, draw)
+
+    def _weights(self, weights: Mapping[str, float]) -> list[float]:
+        """One per set; ValueError where they do not name the sets."""
+        if not weights:
+            return list(self.sizes)
+        if weights.keys() != set(self.names) or min(weights.values()) <= 0:
+            known = ", ".join(filter(None, self.names)) or "none"
+            raise ValueError(f"data.weights gives {dict(weights)} for {self.path}, its sets are {known}: give each a weight above 0")
+        return [weights[name] for name in self.names]
+
+
+def _open_store(path: Path, root: Path) -> Store:
+    if path.suffix == ".shards":
+        return Shards(path, root)
+    if path.suffix == ENDING:
+        return Tokens(path)
+    return Index(path) if is_index(path) else Records(path)
 
 
 class Examples(Dataset):
@@ -53,19 +107,22 @@ class Examples(Dataset):
 
     def __init__(self, sources: Mapping[str, Source], make: Callable[..., dict[str, Any]], *, seed: int):
         self.sources, self.make, self.seed = sources, make, seed
-        self.order: Callable[[str, int], np.ndarray] = lru_cache(maxsize=8)(self._order)
+        self.order = lru_cache(maxsize=ORDERS)(self._order)
 
-    def _order(self, name: str, epoch: int) -> np.ndarray:
-        return rng(self.seed, epoch, name).permutation(len(self.sources[name]))
+    def _order(self, name: str, number: int, epoch: int) -> np.ndarray | Windows:
+        source = self.sources[name]
+        return source.order(number, lambda what: rng(self.seed, epoch, "/".join(filter(None, (name, source.names[number], what)))))
 
     def __getitem__(self, place: Place) -> dict[str, Any]:
         name, position = place
         source = self.sources[name]
-        epoch, offset = divmod(position, len(source))
-        order = self.order(name, epoch)
+        number, position = source.mix(position)
+        size = source.sizes[number]
+        epoch, offset = divmod(position, size)
+        order = self.order(name, number, epoch)
         failures: list[str] = []
-        for turn in range(min(TRIES, len(source))):
-            record = source[int(order[(offset + turn) % len(source)])]
+        for turn in range(min(TRIES, size)):
+            record = source.record(number, int(order[(offset + turn) % size]))
             try:
                 example = self.make(record, True, rng=rng(self.seed, epoch, str(record["id"])))
                 return example | {PASSED_OVER: failures}
@@ -78,7 +135,7 @@ class Examples(Dataset):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self.order = lru_cache(maxsize=8)(self._order)
+        self.order = lru_cache(maxsize=ORDERS)(self._order)
 
 
 def step_places(

@@ -4,18 +4,17 @@ A missing or unreadable image, or an empty text, is counted, named and passed ov
 beyond it nothing is written. Records are not kept in memory.
 """
 
+import io
 import json
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, TextIO
-
-from PIL import Image
+from typing import Any, BinaryIO
 
 from beit3.data.formats.files import Expected
-from beit3.data.records import IMAGES, UNREADABLE
+from beit3.data.records import IMAGES, STORES, header_fault, in_tar, read_member
 from beit3.data.survey import NAMED, Lengths, Survey, describe
 from beit3.progress import bar
 
@@ -40,19 +39,19 @@ def write_splits(
     survey = Survey(lengths)
     held_out: set[tuple[str, str]] = set()
     place = os.path.realpath(root)
-    with _split_files(root / task / source) as file_of, bar(f"{task} {source}: records") as advance:
+    with split_writers(root / task / source, ".jsonl") as file_of, bar(f"{task} {source}: records") as advance:
         for count, (split, record) in enumerate(records, 1):
             advance(count, 0)
             fault = find_fault(record, known) or doubled(split, record, held_out)
             if fault:
-                bad.append(_printable(f"{record.get('id', count)}: {fault}"))
+                bad.append(printable(f"{record.get('id', count)}: {fault}"))
                 continue
             survey.add(record)
             # Links resolved first: the system walks ".." from where a link leads.
             record = record | {key: os.path.relpath(os.path.realpath(record[key]), place) for key in IMAGES if key in record}
-            file_of(split).write(json.dumps(record, ensure_ascii=False) + "\n")
+            file_of(split).write(f"{json.dumps(record, ensure_ascii=False)}\n".encode())
             written[split] += 1
-        _judge(written, bad, bad_share, f"{source} records", f"for {task}")
+        judge(written, bad, bad_share, f"{source} records", f"for {task}")
     report = {"records": dict(written), "passed_over": bad} | survey.report()
     if "lengths" in report and lengths is None:
         train = root / task / source / "train.jsonl"
@@ -94,21 +93,14 @@ def doubled(split: str, record: dict[str, Any], seen: set[tuple[str, str]]) -> s
 
 def image_fault(path: str) -> str:
     """'' for an image whose header can be read; else one line with its name."""
-    if not os.path.exists(path):
+    tar, start, size = in_tar(path)
+    if not os.path.exists(tar or path):
         return f"image {path} is missing" + (f", looked for in {path.searched}" if isinstance(path, Expected) else "")
-    try:
-        with Image.open(path) as image:
-            return "" if min(image.size) > 0 else f"image {path} is empty"
-    except (*UNREADABLE, Image.DecompressionBombError) as error:
-        return f"image {path} cannot be read ({type(error).__name__})"
+    fault = header_fault(io.BytesIO(read_member(tar, start, size)) if tar else path)
+    return f"image {path} {fault}" if fault else ""
 
 
-def _printable(line: str) -> str:
-    """`line` with control characters, line ends and what is no character spelled out: names come from outside."""
-    return "".join(each if each.isprintable() else repr(each)[1:-1] for each in line)
-
-
-def _judge(written: Counter[str], bad: list[str], bad_share: float, what: str, goal: str) -> None:
+def judge(written: Counter[str], bad: list[str], bad_share: float, what: str, goal: str) -> None:
     """ValueError where too many records are unusable or none can be trained or scored on."""
     total = written.total() + len(bad)
     if len(bad) > bad_share * total:
@@ -122,15 +114,18 @@ def _judge(written: Counter[str], bad: list[str], bad_share: float, what: str, g
 
 
 @contextmanager
-def _split_files(folder: Path) -> Iterator[Callable[[str], TextIO]]:
-    """Gives `file_of(split)`: files aside that take their places at the end. After an error they vanish, and so do new folders."""
-    new = [path for path in (folder, *folder.parents) if not path.exists()]  # the deepest first
-    files: dict[str, TextIO] = {}
+def split_writers(folder: Path, ending: str) -> Iterator[Callable[[str], BinaryIO]]:
+    """Gives `file_of(split)`: files aside that take their places at the end, also those of records kept in another way.
 
-    def file_of(split: str) -> TextIO:
+    After an error they vanish, and so do new folders.
+    """
+    new = [path for path in (folder, *folder.parents) if not path.exists()]  # the deepest first
+    files: dict[str, BinaryIO] = {}
+
+    def file_of(split: str) -> BinaryIO:
         if split not in files:
             folder.mkdir(parents=True, exist_ok=True)
-            files[split] = (folder / f"{split}.jsonl.{os.getpid()}.partial").open("w", encoding="utf-8", newline="\n")
+            files[split] = (folder / f"{split}{ending}.{os.getpid()}.partial").open("wb")
         return files[split]
 
     try:
@@ -138,13 +133,21 @@ def _split_files(folder: Path) -> Iterator[Callable[[str], TextIO]]:
         for file in files.values():
             file.close()
         for split, file in files.items():
-            Path(file.name).replace(folder / f"{split}.jsonl")
+            Path(file.name).replace(folder / f"{split}{ending}")
+            for other in STORES:
+                if other != ending:
+                    (folder / f"{split}{other}").unlink(missing_ok=True)
     except BaseException:
         for file in files.values():
             with suppress(OSError):  # a full disk fails a second time when the rest is flushed
                 file.close()
             Path(file.name).unlink(missing_ok=True)
-        with suppress(OSError):  # not empty: images unpacked from tars stay
+        with suppress(OSError):  # not empty: what was read of tars stays
             for path in new:
                 path.rmdir()
         raise
+
+
+def printable(line: str) -> str:
+    """`line` with control characters, line ends and what is no character spelled out: names come from outside."""
+    return "".join(each if each.isprintable() else repr(each)[1:-1] for each in line)

@@ -1,8 +1,9 @@
 """Records: one JSON object per line of `root/<task>/<source>/<split>.jsonl`, read at random; and the images they name.
 
-Image paths inside a record are relative to `root` (".." allowed), so `Path(root) / record["image"]` is the file. In place
-of a folder of ours, a root may hold upstream's index files as they are (`beit3.data.upstream`).
-Across the border: dict; image uint8 [3, H, W] RGB.
+Image paths inside a record are relative to `root` (".." allowed), so `Path(root) / record["image"]` is the file; an image
+may also be a range of bytes of a tar, "photos/00000.tar@1536+20480" (start and size). A source may be several sets in
+folders below its own. In place of a folder of ours, a root may hold upstream's index files as they are
+(`beit3.data.upstream`). Across the border: dict; image uint8 [3, H, W] RGB.
 """
 
 import io
@@ -10,12 +11,14 @@ import json
 import mmap
 import operator
 import os
+import re
 import struct
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
-from typing import TextIO
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -33,6 +36,13 @@ UNREADABLE = (OSError, RuntimeError, SyntaxError, ValueError, OverflowError, str
 
 IMAGES = ("image", "image2")
 """Fields of a record that name an image."""
+
+STORES = (".jsonl", ".shards", ".tokens")
+"""Endings of a split's records: one JSON object a line, an index of tars (`beit3.data.shards`), or of ids (`beit3.data.tokens`)."""
+
+MEMBER = re.compile(r"(.+\.tar)@(\d{1,18})\+(\d{1,18})", re.DOTALL)
+OPEN_TARS = 64
+"""Tars that a process keeps open, the last ones used."""
 
 # Upstream's index files of a task, and what they call our splits where it differs: the first that is there counts.
 INDEX_FILES = {
@@ -109,27 +119,44 @@ class Records:
 def write_records(path: str | Path, records: Iterable[dict]) -> int:
     """Write `records` to `path`, one per line, and return their number; a reader never sees half a file."""
     count = 0
-    with _aside(Path(path)) as file:
+    with written_aside(Path(path)) as file:
         for record in records:
-            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+            file.write(f"{json.dumps(record, ensure_ascii=False)}\n".encode())
             count += 1
     return count
 
 
 def write_text(path: str | Path, text: str) -> None:
     """Write `text` to `path`; a reader never sees half a file."""
-    with _aside(Path(path)) as file:
-        file.write(text)
+    with written_aside(Path(path)) as file:
+        file.write(text.encode())
+
+
+def split_files(folder: Path, split: str) -> list[Path]:
+    """The file of a split in `folder`, split.jsonl or split.shards; without one, those of the sets in the folders below it.
+
+    ValueError where both are there: it would not be clear which is meant.
+    """
+    own = [path for path in (folder / f"{split}{ending}" for ending in STORES) if path.is_file()]
+    below = sorted(path for ending in STORES for path in folder.glob(f"[!.]*/{split}{ending}"))
+    for one, other in pairwise(own or below):
+        if own or one.parent == other.parent:
+            raise ValueError(f"{one} and {other} are both {split}: keep the one that is meant")
+    if own and below:
+        raise ValueError(f"{own[0]} and {below[0]} are both {split}: move the first into a folder of its own beside the other's")
+    return own or below
 
 
 def locate(root: str | Path, task: str, source: str, split: str) -> Path:
-    """The file of one split: root/task/source/split.jsonl; without such a folder, upstream's index file in the root.
+    """What `Source` opens for one split: root/task/source/split.jsonl or .shards, or .../split where it is several sets.
 
-    ValueError with the remedy when there is none, or when two of upstream's files serve the split.
+    Without such a folder, upstream's index file in the root. ValueError with the remedy when there is none, or when two
+    files serve the split.
     """
     path = Path(root) / task / source / f"{split}.jsonl"
-    if path.is_file():
-        return path
+    files = split_files(path.parent, split)
+    if files:
+        return files[0] if files[0].parent == path.parent else path.with_suffix("")
     if source == "main" and not path.parent.is_dir():
         for name in INDEX_SPLITS.get((task, split), (split,)):
             found = [file for file in (Path(root) / pattern.format(name) for pattern in INDEX_FILES.get(task, ())) if file.is_file()]
@@ -142,20 +169,47 @@ def locate(root: str | Path, task: str, source: str, split: str) -> Path:
 
 
 def open_image(image: str | Path | Image.Image) -> Tensor:
-    """A file or a Pillow image, upright as its EXIF orientation says: uint8 [3, H, W] RGB; an animation's first frame.
+    """A file, a member of a tar or a Pillow image, upright as its EXIF orientation says: uint8 [3, H, W] RGB.
 
-    ValueError naming the file when it is absent, no image, damaged, or beyond 178 million pixels or 512 MiB. Callers
-    must not write into the tensor: those of tiny files are shared.
+    Of an animation the first frame. ValueError naming the file when it is absent, no image, damaged, or beyond 178 million
+    pixels or 512 MiB. Callers must not write into the tensor: those of tiny files are shared.
     """
     if isinstance(image, Image.Image):
         return _convert(image)
+    tar, _, size = in_tar(str(image))
     try:
-        status = os.stat(image)
+        status = os.stat(tar or image)
     except OSError as error:
         raise ValueError(f"cannot read image {image}: {error.strerror}") from error
-    if status.st_size > MAX_BYTES:
-        raise ValueError(f"image {image} has {status.st_size} bytes, more than {MAX_BYTES}: make it smaller")
-    return _open_tiny(str(image), status.st_mtime_ns) if status.st_size <= TINY_BYTES else _open(image)
+    size = size if tar else status.st_size
+    if size > MAX_BYTES:
+        raise ValueError(f"image {image} has {size} bytes, more than {MAX_BYTES}: make it smaller")
+    return _open_tiny(str(image), status.st_mtime_ns) if size <= TINY_BYTES else _open(image)
+
+
+def member(tar: str | Path, start: int, size: int) -> str:
+    """The name by which records know an image inside a tar."""
+    return f"{tar}@{start}+{size}"
+
+
+def in_tar(image: str) -> tuple[str, int, int]:
+    """(tar, start, size) of the name of a member; the tar is '' for any other file."""
+    found = MEMBER.fullmatch(image)
+    return (found[1], int(found[2]), int(found[3])) if found else ("", 0, 0)
+
+
+def read_member(tar: str | Path, start: int, size: int) -> bytes:
+    """`size` bytes of a tar from `start`. ValueError where it ends before; OSError where it cannot be read."""
+    content = os.pread(_opened(str(tar)).fileno(), size, start)
+    if len(content) != size:
+        raise ValueError(f"{tar} ends before byte {start + size}: it was changed, run `beit3 prepare` again")
+    return content
+
+
+@lru_cache(maxsize=OPEN_TARS)
+def _opened(tar: str) -> BinaryIO:
+    """Processes that are forked share the descriptor, which reading at a place does not move."""
+    return open(tar, "rb", buffering=0)  # type: ignore[return-value]
 
 
 @lru_cache(maxsize=16384)
@@ -165,8 +219,9 @@ def _open_tiny(path: str, modified: int) -> Tensor:
 
 
 def _open(path: str | Path) -> Tensor:
+    tar, start, size = in_tar(str(path))
     try:
-        data = Path(path).read_bytes()
+        data = read_member(tar, start, size) if tar else Path(path).read_bytes()
     except OSError as error:
         raise ValueError(f"cannot read image {path}: {error.strerror}") from error
     try:
@@ -182,6 +237,15 @@ def _open(path: str | Path) -> Tensor:
         raise ValueError(f"{path} is not an image that can be read: {error}") from error
 
 
+def header_fault(image: str | BinaryIO) -> str:
+    """'' for an image whose header can be read; else what is wrong with it."""
+    try:
+        with Image.open(image) as header:
+            return "" if min(header.size) > 0 else "is empty"
+    except (*UNREADABLE, Image.DecompressionBombError) as error:
+        return f"cannot be read ({type(error).__name__})"
+
+
 def flush(path: str | Path) -> None:
     """Make what was written to a file or folder durable."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -192,12 +256,12 @@ def flush(path: str | Path) -> None:
 
 
 @contextmanager
-def _aside(path: Path) -> Iterator[TextIO]:
+def written_aside(path: Path) -> Iterator[BinaryIO]:
     """A file beside `path` that takes its place when it is written whole, and vanishes otherwise."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
-        with partial.open("w", encoding="utf-8", newline="\n") as file:
+        with partial.open("wb") as file:
             yield file
         partial.replace(path)
     finally:

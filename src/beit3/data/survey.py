@@ -62,6 +62,17 @@ class Survey:
         self.unknown += pieces.count(self.lengths.unk)
         self.seen.update(pieces)
 
+    def texts(self) -> dict[str, Any]:
+        """What was counted of texts, as JSON, for `take` of another survey with the same `lengths`."""
+        return {"sizes": [*self.sizes.items()], "tokens": self.tokens, "unknown": self.unknown, "seen": sorted(self.seen)}
+
+    def take(self, texts: Mapping[str, Any]) -> None:
+        """Add what another survey counted of other texts."""
+        self.sizes.update(dict(map(tuple, texts["sizes"])))
+        self.tokens += texts["tokens"]
+        self.unknown += texts["unknown"]
+        self.seen.update(texts["seen"])
+
     def report(self) -> dict[str, Any]:
         """`images`, `labels` and `lengths`, each where there are some; shares are between 0 and 1."""
         report: dict[str, Any] = {}

@@ -68,7 +68,8 @@ class Preprocessing:
     def normalize(self, pixels: Tensor) -> Tensor:
         """uint8, or float in [0, 1], of any shape [..., 3, H, W] -> float, channel means off and deviations one."""
         scale, shift = _affine(self.mean, self.std, pixels.dtype == torch.uint8)
-        return pixels.float().mul(scale.to(pixels.device)).sub_(shift.to(pixels.device))
+        pixels = pixels if pixels.dtype == torch.uint8 else pixels.float()
+        return torch.mul(pixels, scale.to(pixels.device)).sub_(shift.to(pixels.device))
 
 
 def two_views(
@@ -89,10 +90,10 @@ def two_views(
     """
     image = _jitter(image, rng, color_jitter)
     crop = _flip(_crop(image, _draw_box(image, rng, scale, ratio)), rng, hflip)
-    patches = _resize(crop, image_size, image_size).float().mul_(1 / 255)
+    patches = torch.mul(_resize(crop, image_size, image_size), 1 / 255)
     if token_size == image_size:
         return patches, patches
-    return patches, _resize(crop, token_size, token_size).float().mul_(1 / 255)
+    return patches, torch.mul(_resize(crop, token_size, token_size), 1 / 255)
 
 
 def random_resized_crop(
@@ -140,15 +141,21 @@ def _jitter(image: Tensor, rng: np.random.Generator, strength: float) -> Tensor:
     """Brightness, contrast and saturation by factors within 1 +- `strength`, in random order: uint8 [3, H, W]."""
     if not strength:
         return image
-    pixels = image.float()  # [3, H, W], 0 to 255
+    # Decoders give interleaved colors; apart, and changed in place, they take less than half the time.
+    pixels = image.to(torch.float32, memory_format=torch.contiguous_format)  # [3, H, W], 0 to 255
     for change in rng.permutation(3).tolist():
         factor = max(0.0, 1 - strength) + (1 + strength - max(0.0, 1 - strength)) * rng.random()
-        if change == 0:
-            pixels = pixels.mul(factor).clamp_(0, 255)
-            continue
-        grey = torch.tensordot(pixels.new_tensor(LUMA), pixels, dims=1)  # [H, W]
-        target = grey.mean() if change == 1 else grey
-        pixels = torch.lerp(target.expand_as(pixels), pixels, factor).clamp_(0, 255)
+        if change == 1:  # contrast: towards the mean of the grey image
+            grey = sum(luma * mean for luma, mean in zip(LUMA, pixels.mean((1, 2)).tolist(), strict=True))
+            pixels.mul_(factor).add_((1 - factor) * grey)
+        elif change == 2:  # saturation: towards the grey image
+            greys = torch.zeros_like(pixels[0])  # [H, W]
+            for luma, plane in zip(LUMA, pixels, strict=True):
+                greys.add_(plane, alpha=luma * (1 - factor))
+            pixels.mul_(factor).add_(greys)
+        else:
+            pixels.mul_(factor)
+        pixels.clamp_(0, 255)
     return pixels.round_().to(torch.uint8)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from beit3.data.loader import Source
+from beit3.data.tokens import Tokens
 from beit3.ops.collectives import all_gather_objects, rank, world_size
 from beit3.task import Batch, Example, Prediction, Record, Task
 
@@ -110,6 +111,7 @@ def predict_sources(
     Unreadable records are passed over up to `bad_share` of a source; beyond it, ValueError with the list.
     """
     found = {}
+    refuse_other_ids(task, sources)
     for name, source in sources.items():
         broken: list[str] = []
         records = list(islice(source, limit or None))
@@ -126,6 +128,14 @@ def predict_sources(
 def holds_words(record: Record) -> bool:
     """Whether a record's texts need the text tokenizer; index files hold ids."""
     return any(isinstance(text, str) for text in (record.get("text"), *record.get("captions", ())))
+
+
+def refuse_other_ids(task: Task, sources: Mapping[str, Source]) -> None:
+    """ValueError for records that hold the ids of another text tokenizer than the task's."""
+    for store in (store for source in sources.values() for store in source.stores):
+        if isinstance(store, Tokens) and store.tokenizer != task.tokenizer.digest:
+            remedy = "give --data.text_model the one that wrote them, or run beit3 prepare again"
+            raise ValueError(f"{store.path} holds ids of another text tokenizer than the one in use: {remedy}")
 
 
 def score_sources(task: type[Task], found: Predicted) -> dict[str, float]:

@@ -20,7 +20,7 @@ from beit3.task import Task, fit_vocabulary
 from beit3.tokenizer.text import TextTokenizer
 from beit3.train.checkpoint import Checkpoints, full_disk
 from beit3.train.directory import claimed, finished, inputs_of, refuse_other_run
-from beit3.train.evaluate import evaluate, holds_words, to_device
+from beit3.train.evaluate import evaluate, holds_words, refuse_other_ids, to_device
 from beit3.train.launch import seed_step, start
 from beit3.train.log import Log
 from beit3.train.optim import clip_gradients, learning_rate, make_optimizer, set_learning_rate
@@ -62,6 +62,7 @@ def train(recipe: Recipe, task_class: type[Task], *, out: str | Path, init: str 
         raise ValueError(f"no text tokenizer: give --data.text_model FILE, or write {root / store.TEXT} with beit3 tokenizer train")
     config = task_class.configure(fit_vocabulary(recipe.task, tokenizer), root)
     task = build(task_class, config, tokenizer, run, device)
+    refuse_other_ids(task, sources)
     mine = {"task": task_name(task_class), "init": str(init), "recipe": recipe.to_dict(), "inputs": inputs_of(task)}
     refuse_other_run(out, mine)
     steps, warmup = count_steps(recipe, {name: len(source) for name, source in sources.items()})
@@ -161,8 +162,14 @@ def lost_process(error: RuntimeError) -> Exception:
 
 def open_source(root: Path, task_class: type[Task], name: str, recipe: Recipe, split: str = "train") -> Source:
     """The records of one split under `root`."""
-    limit = recipe.data.limit if split == "train" else 0
-    return Source(locate(str(root), task_class.borrowed.get(name, task_name(task_class)), name, split), root, limit=limit)
+    data, path = recipe.data, locate(str(root), task_class.borrowed.get(name, task_name(task_class)), name, split)
+    if split != "train":
+        return Source(path, root)
+    strange = [key for key in data.weights if key.partition("/")[0] not in task_class.sources]
+    if strange:
+        raise ValueError(f"data.weights names {strange[0]}: give it by source/set, sources are {', '.join(task_class.sources)}")
+    weights = {key.partition("/")[2]: weight for key, weight in data.weights.items() if key.partition("/")[0] == name}
+    return Source(path, root, limit=data.limit, window=data.shuffle_window, weights=weights)
 
 
 def open_tokenizer(recipe: Recipe, root: Path, init: str | Path) -> TextTokenizer | None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from filelock import FileLock
 
 from beit3.data.loader import Source
-from beit3.data.records import locate
+from beit3.data.records import locate, split_files
 from beit3.task import Task, load
 from beit3.tokenizer.text import TextTokenizer
 from beit3.weights.fill import task_name
@@ -63,6 +63,16 @@ def records_root(
             raise ValueError(f"{missing}; nor can {place} be read as it is: {unreadable}") from None
         print(f"prepared {place}: {report['records']}", file=sys.stderr)
     return place
+
+
+def split_sources(task: type[Task], root: str, split: str) -> dict[str, Source]:
+    """The sources of a task that have this split, under `root` or in the embedded world."""
+    place = records_root(task, root, task.sources, split)
+    names = {source: task.borrowed.get(source, task_name(task)) for source in task.sources}
+    there = {source: name for source, name in names.items() if split_files(place / name / source, split)}
+    own = {source: name for source, name in there.items() if source not in task.borrowed}  # they win over another task's
+    chosen = own or there or {task.sources[0]: names[task.sources[0]]}
+    return {source: Source(locate(place, name, source, split), place) for source, name in chosen.items()}
 
 
 def embedded_root(task: type[Task], world: str = "default", *, progress: Callable[[int, int], None] | None = None) -> Path:

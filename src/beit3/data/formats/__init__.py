@@ -44,7 +44,7 @@ from beit3.data.formats.tars import is_webdataset, webdataset
 __all__ = [
     "FORMATS", "HELD_OUT", "IMAGES", "LONGEST_TEXT", "SPLITS", "Classes", "Format", "Pair", "Record", "asks_as_vqa", "captioned",
     "class_folders", "class_list", "class_tables", "classes", "coco_captions", "daquar", "detect", "easy_vqa", "extra_questions",
-    "flickr8k", "holdout", "image_folder", "images", "karpathy", "nlvr1", "nlvr2", "pairs", "question_tables", "questions",
+    "flickr8k", "holdout", "image_folder", "images", "karpathy", "lies_in_tars", "nlvr1", "nlvr2", "pairs", "question_tables", "questions",
     "one_per_caption", "soft_labels", "split", "statement_tables", "statements", "tables", "text_files", "texts", "vqav2", "webdataset",
 ]  # fmt: skip
 
@@ -80,25 +80,30 @@ FORMATS = {
 """In the order in which they are looked for. Tables come last: a folder of images may well have a list of its classes."""
 
 
+CAPTIONED = ("karpathy", "flickr8k", "tables", "webdataset")
 QUESTIONS = ("easy_vqa", "vqav2", "daquar", "soft_labels", "question_tables")
 
 
-def images(raw: str | Path, *, unpack: str | Path | None = None) -> Iterator[Pair]:
-    """The images below `raw`, split by its folders or by hash; or those of its tar files, unpacked into `unpack`."""
-    if not holds_images(Path(raw)) and is_webdataset(Path(raw)):
-        return webdataset(raw, unpack=unpack, captions=False)
-    return split(image_folder(raw), raw)
+def images(raw: str | Path) -> Iterator[Pair]:
+    """The images below `raw`, split by its folders or by hash; or those of its tar files."""
+    return webdataset(raw, captions=False) if lies_in_tars(raw, captions=False) else split(image_folder(raw), raw)
 
 
-def texts(raw: str | Path) -> Iterator[Pair]:
-    """The paragraphs of the text files below `raw`, split by its folders or by hash."""
-    return split(text_files(raw), raw)
+def texts(raw: str | Path, *, field: str = "text") -> Iterator[Pair]:
+    """The paragraphs of the .txt, .jsonl and .parquet files below `raw`, split by folders, names or hash."""
+    return text_files(raw, field=field)
 
 
-def pairs(raw: str | Path, *, unpack: str | Path | None = None) -> Iterator[Pair]:
-    """Captioned images, one record per caption: Karpathy's or Flickr8k's files, tables, or tars unpacked into `unpack`."""
-    name = detect(raw, "karpathy", "flickr8k", "tables", "webdataset")
-    return webdataset(raw, unpack=unpack) if name == "webdataset" else FORMATS[name].read(raw)
+def pairs(raw: str | Path) -> Iterator[Pair]:
+    """Captioned images, one record per caption: Karpathy's or Flickr8k's files, tables, or tars."""
+    return FORMATS[detect(raw, *CAPTIONED)].read(raw)
+
+
+def lies_in_tars(raw: str | Path, *, captions: bool) -> bool:
+    """Whether `pairs` (`images` without captions) reads tars here: unpacked images and other lists of captions come first."""
+    if captions:
+        return detect(raw, *CAPTIONED) == "webdataset"
+    return not holds_images(Path(raw)) and is_webdataset(Path(raw))
 
 
 def questions(raw: str | Path) -> Iterator[Pair]:

@@ -158,10 +158,15 @@ def split(records: Iterable[Record], raw: str | Path, *, held_out: float = HELD_
 
     Without a val folder, a share `held_out` of what would be train becomes val, chosen by hash of the id.
     """
-    names = {path.name: SPLITS[path.name.lower()] for path in folder(raw).iterdir() if path.name.lower() in SPLITS}
+    names = folder_splits(folder(raw))
     for record in records:
         name = names.get(record["id"].partition("/")[0], "train")
         yield or_held_out(name, record["id"], has_val="val" in names.values(), held_out=held_out), record
+
+
+def folder_splits(raw: Path) -> dict[str, str]:
+    """The folders right below `raw` that are called like a split, and which."""
+    return {path.name: SPLITS[path.name.lower()] for path in raw.iterdir() if path.name.lower() in SPLITS}
 
 
 def named_split(file: Path, raw: Path) -> str:

@@ -1,10 +1,11 @@
-"""Folders of images and of text files -> records {id, image} and {id, text}; their splits are given by `files.split`."""
+"""Folders of images and of texts -> records {id, image}, whose splits `files.split` gives, and pairs of {id, text}."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from textwrap import wrap
 
-from beit3.data.formats.files import Record, folder, lines, walk
+from beit3.data.formats.corpora import Corpus, Fault
+from beit3.data.formats.files import Pair, Record, folder, walk
 
 IMAGES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"})
 # Characters of a text record: about 512 tokens, the longest text of pretraining.
@@ -19,24 +20,32 @@ def image_folder(raw: str | Path) -> Iterator[Record]:
             yield {"id": path.relative_to(raw).as_posix(), "image": str(path)}
 
 
-def text_files(raw: str | Path) -> Iterator[Record]:
-    """The paragraphs (between blank lines, cut where long) of the .txt files below `raw`: {id: "file:number", text}."""
-    raw = folder(raw)
-    for path in walk(raw):
-        if path.suffix.lower() != ".txt":
-            continue
-        for number, text in enumerate(paragraphs(path), 1):
-            yield {"id": f"{path.relative_to(raw).as_posix()}:{number}", "text": text}
+def text_files(raw: str | Path, *, field: str = "text") -> Iterator[Pair]:
+    """The paragraphs (between blank lines, cut where long) of the corpora below `raw`: {id: "file:number", text}.
+
+    A document that cannot be read is {id, fault}.
+    """
+    corpus = Corpus.open(raw, field)
+    for span in corpus.spans:
+        number = 0
+        for document in corpus.documents(span):
+            if isinstance(document, Fault):
+                yield span.split, {"id": document.place, "fault": document.why}
+                continue
+            for text in paragraphs(document):
+                number += 1
+                split, id = corpus.named(span, number)
+                yield split, {"id": id, "text": text}
 
 
-def paragraphs(path: Path) -> Iterator[str]:
+def paragraphs(lines: Iterable[str]) -> Iterator[str]:
     """Paragraphs as single lines of single-spaced words; long ones are cut at the last line end within LONGEST_TEXT.
 
     Some books of the Gutenberg selections have no blank line at all: each would be one record of a million characters.
     """
     words: list[str] = []
     size = 0
-    for line in _short_lines(path):
+    for line in _short_lines(lines):
         if words and (not line.strip() or size + len(line) > LONGEST_TEXT):
             yield " ".join(words)
             words, size = [], 0
@@ -52,13 +61,13 @@ def holds_images(raw: Path) -> bool:
 
 
 def holds_texts(raw: Path) -> bool:
-    """Whether there is a text file below `raw`."""
+    """Whether there is a plain text file below `raw`."""
     return any(path.suffix.lower() == ".txt" for path in walk(raw))
 
 
-def _short_lines(path: Path) -> Iterator[str]:
+def _short_lines(lines: Iterable[str]) -> Iterator[str]:
     """Lines, those beyond LONGEST_TEXT cut at spaces: some corpora are one line."""
-    for line in lines(path):
+    for line in lines:
         if len(line) <= LONGEST_TEXT:
             yield line
         else:

@@ -1,99 +1,155 @@
 """Tar shards as WebDataset and img2dataset write them: neighbouring members 0007.jpg, 0007.txt, 0007.json are one record.
 
-Shards are read once from start to end, and their images unpacked where the caller says: records name files. Nothing in a
-tar is trusted: names become plain ones below that folder, sizes are limited, links and devices are no members.
+The tars stay as they are: a record names the bytes of its image inside them. Of an image only the header is read here.
+Nothing in a tar is trusted: names become plain ones, sizes are limited, links and devices are no members.
 """
 
 import json
-import os
 import re
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path, PurePosixPath
+from typing import BinaryIO, NamedTuple, cast
 
-from beit3.data.formats.files import Pair, Record, found, named_split, nothing_known, or_held_out
+from beit3.data.formats.files import Pair, found, named_split, nothing_known, or_held_out
 from beit3.data.formats.folders import IMAGES
-from beit3.data.records import MAX_BYTES
+from beit3.data.records import MAX_BYTES, header_fault, member
 
 MAX_TEXT = 1 << 20
 """Bytes of a caption or a .json."""
 
+NO_CAPTION = "no caption among its members (a .txt, or a .json with caption)"
+
+
+class Span(NamedTuple):
+    """Bytes of a tar."""
+
+    start: int
+    size: int
+
 
 @dataclass
 class Sample:
-    """What the members of one key hold; `fault` says why they are no record."""
+    """What the members of one key hold. `caption`: where the text is; `fault`: why this is no record."""
 
     key: str
-    ending: str = ""
-    image: bytes | None = None
-    txt: bytes | None = None
-    json: bytes | None = None
+    image: Span | None = None
+    caption: Span | None = None
+    in_json: bool = False
+    text: str = ""
+    unread: str = NO_CAPTION
+    """Why there is no caption, unless a further member has one."""
     fault: str = ""
 
 
-def webdataset(raw: str | Path, *, unpack: str | Path | None, captions: bool = True) -> Iterator[Pair]:
+def webdataset(raw: str | Path, *, captions: bool = True) -> Iterator[Pair]:
     """The records of the .tar files in `raw`, or right below it, or of `raw` itself: {id: "shard/key", image, text}.
 
-    unpack: the folder that receives the images as shard/key.jpg; what is there already is replaced by the same bytes.
     captions: False gives {id, image}. Splits come from the names of shards and folders; without a val, 5 % of the keys
-    are held out. A key without image or caption is {id, fault}. ValueError for a tar that is cut or damaged.
+    are held out. A key without image or caption is {id, fault}, and so is a tar that is cut or damaged, after its whole
+    records.
     """
-    raw = Path(raw).absolute()
     files = shards(raw)
+    has_val = "val" in (split for *_, split in files)
+    for file, name, split in files:
+        try:
+            for sample in samples(file, captions=captions):
+                side = or_held_out(split, sample.key, has_val=has_val)
+                yield side, {"id": f"{name}/{sample.key}"} | fields(sample, file, captions=captions)
+        except tarfile.TarError as error:
+            yield split, {"id": name, "fault": str(error)}
+
+
+def shards(raw: str | Path) -> list[tuple[Path, str, str]]:
+    """(file, its name in ids, split) of the .tar files in `raw` or right below it, or of `raw` itself; ValueError for none."""
+    raw = Path(raw).absolute()
+    files = _tars(raw)
     if not files:
         raise nothing_known(raw, "*.tar (webdataset)")
-    if unpack is None:
-        raise ValueError(f"{raw} holds tar files: say with unpack=DIR where their images should be unpacked")
-    named = {file: named_split(file, raw) for file in files}
-    for file, name in named.items():
-        shard = file.relative_to(raw if raw.is_dir() else raw.parent).with_suffix("").as_posix()
-        done: set[str] = set()
-        try:
-            for sample in _samples(file):
-                if sample.key in done:
-                    sample.fault = f"{file.name} has its members in two places: write members of one key next to each other"
-                side = or_held_out(name or "train", sample.key, has_val="val" in named.values())
-                yield side, _record(sample, shard, Path(unpack), captions)
-                done.add(sample.key)
-        except tarfile.TarError as error:
-            raise ValueError(
-                f"{file} is cut or damaged after {len(done)} whole records ({error}), no records were written: "
-                "download it again, or move it away"
-            ) from None
-
-
-def shards(raw: Path) -> list[Path]:
-    """The .tar files in `raw` and right below it; or `raw` itself."""
-    if raw.is_file():
-        return [raw] if raw.suffix == ".tar" else []
-    return [file for file in found(raw, "*.tar") if file.name[0] != "."]
+    top = raw if raw.is_dir() else raw.parent
+    return [(file, file.relative_to(top).with_suffix("").as_posix(), named_split(file, raw) or "train") for file in files]
 
 
 def is_webdataset(raw: Path) -> bool:
     """Whether `raw` is or holds tar files."""
-    return bool(shards(raw))
+    return bool(_tars(raw))
 
 
-def _samples(file: Path) -> Iterator[Sample]:
-    """The keys of a shard in its order. tarfile.TarError where it is cut or damaged, also at a place that tarfile takes for the end."""
-    sample = Sample("")
-    with tarfile.open(file, "r|") as tar:
+def samples(file: Path, *, captions: bool) -> Iterator[Sample]:
+    """The keys of a shard in its order; at a second place of the same key, with a fault.
+
+    tarfile.TarError, saying how many came before, where the tar is cut or damaged, also at a place that tarfile takes for the end.
+    """
+    done: set[str] = set()
+    try:
+        for sample in _neighbours(file, captions=captions):
+            if sample.key in done:
+                sample.fault = f"{file.name} has its members in two places: write members of one key next to each other"
+            elif not sample.image and not sample.fault:
+                sample.fault = f"no image ({', '.join(sorted(IMAGES))}) among its members"
+            elif captions and not sample.caption and not sample.fault:
+                sample.fault = sample.unread
+            done.add(sample.key)
+            yield sample
+    except (tarfile.TarError, ValueError, OverflowError, EOFError) as error:  # all that a damaged header leads to
+        raise tarfile.ReadError(f"{file} is cut or damaged after {len(done)} whole records ({error}): download it again") from None
+
+
+def fields(sample: Sample, file: Path, *, captions: bool) -> dict[str, str]:
+    """What a record has beside its id: `fault`, or `image` and `text`."""
+    if sample.fault:
+        return {"fault": sample.fault}
+    assert sample.image
+    return {"image": member(file, *sample.image)} | ({"text": sample.text} if captions else {})
+
+
+def caption(content: bytes, in_json: bool) -> str:
+    """The text of a .txt, or `caption` or `text` of a .json; ValueError where there is none."""
+    if not in_json:
         try:
-            for member in tar:
-                name = PurePosixPath(member.name)
-                stem, _, ending = name.name.partition(".")
-                if not stem or not ending:
-                    continue
-                key = _plain(name.with_name(stem).as_posix())
-                if key != sample.key:
-                    if sample.key:
-                        yield sample
-                    sample = Sample(key)
-                _add(sample, tar, member, ending.lower())
-        except (ValueError, OverflowError, EOFError) as error:  # what tarfile lets through of a damaged extended header
-            raise tarfile.ReadError(str(error)) from None
+            return content.decode("utf-8-sig").strip()
+        except UnicodeDecodeError:
+            raise ValueError("its caption is not UTF-8") from None
+    try:
+        entry = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"its .json is not JSON ({error})") from None
+    given = [entry[name] for name in ("caption", "text") if isinstance(entry.get(name), str)] if isinstance(entry, dict) else []
+    if not given:
+        raise ValueError(NO_CAPTION)
+    return given[0].strip()
+
+
+def plain(key: str) -> str:
+    """`key` as a file name of letters, digits, - and _; what is not such a name gets a hash behind it and stays distinct."""
+    name = re.sub(r"[^A-Za-z0-9_-]", "_", key)[-100:]
+    return name if name == key else f"{name}-{blake2b(key.encode(errors='surrogatepass'), digest_size=4).hexdigest()}"
+
+
+def _tars(raw: Path) -> list[Path]:
+    if raw.is_file():
+        return [raw] if raw.suffix == ".tar" else []
+    return [file for file in found(raw, "*.tar") if file.name[0] != "." and file.is_file()]
+
+
+def _neighbours(file: Path, *, captions: bool) -> Iterator[Sample]:
+    """Each run of members of one key, once a member of another key, or the end of a whole tar, has followed it."""
+    sample = Sample("")
+    with tarfile.open(file, "r:") as tar:
+        while entry := tar.next():
+            tar.members.clear()  # type: ignore[attr-defined]  # which tarfile would keep, a KB each
+            name = PurePosixPath(entry.name)
+            stem, _, ending = name.name.partition(".")
+            if not stem or not ending:
+                continue
+            key = plain(name.with_name(stem).as_posix())
+            if key != sample.key:
+                if sample.key:
+                    yield sample
+                sample = Sample(key)
+            _add(sample, tar, entry, ending.lower(), captions)
         end = tar.offset
     with file.open("rb") as content:
         content.seek(end)
@@ -103,71 +159,32 @@ def _samples(file: Path) -> Iterator[Sample]:
         yield sample
 
 
-def _add(sample: Sample, tar: tarfile.TarFile, member: tarfile.TarInfo, ending: str) -> None:
-    """Read a member into its sample; members of other kinds are passed over unread."""
+def _add(sample: Sample, tar: tarfile.TarFile, entry: tarfile.TarInfo, ending: str, captions: bool) -> None:
+    """Take a member into its sample; members of other kinds are passed over unread."""
     image = f".{ending}" in IMAGES
-    if not image and ending not in ("txt", "json"):
+    if not image and not (captions and ending in ("txt", "json")):
         return
     limit = MAX_BYTES if image else MAX_TEXT
-    if not member.isreg() or member.issparse():
-        sample.fault = f"{member.name[-80:]!r} is a link or a device, no file"
-    elif member.size > limit:
-        sample.fault = f"{member.name[-80:]!r} has {member.size} bytes, more than {limit}: make it smaller"
+    if not entry.isreg() or entry.issparse():
+        sample.fault = f"{entry.name[-80:]!r} is a link or a device, no file"
+    elif entry.size > limit:
+        sample.fault = f"{entry.name[-80:]!r} has {entry.size} bytes, more than {limit}: make it smaller"
     else:
-        content = tar.extractfile(member)
+        content = tar.extractfile(entry)
         assert content is not None
+        span = Span(entry.offset_data, entry.size)
         if image:
-            sample.ending, sample.image = ending, content.read()
-        elif ending == "txt":
-            sample.txt = content.read()
+            sample.image, fault = span, header_fault(cast(BinaryIO, content))
+            sample.fault = f"{entry.name[-80:]!r} {fault}" if fault else sample.fault
         else:
-            sample.json = content.read()
+            _take_caption(sample, span, content.read(), in_json=ending == "json")
 
 
-def _record(sample: Sample, shard: str, unpack: Path, captions: bool) -> Record:
-    """The record of a sample, its image unpacked; {id, fault} where something is missing."""
-    id = f"{shard}/{sample.key}"
-    text = _caption(sample) if captions and not sample.fault else ""
-    if sample.image is None and not sample.fault:
-        sample.fault = f"no image ({', '.join(sorted(IMAGES))}) among its members"
-    if sample.fault:
-        return {"id": id, "fault": sample.fault}
-    assert sample.image is not None
-    path = unpack.absolute() / shard / f"{sample.key}.{sample.ending}"
-    _write(path, sample.image)
-    return {"id": id, "image": str(path)} | ({"text": text} if captions else {})
-
-
-def _caption(sample: Sample) -> str:
-    """The text of the .txt, else `caption` or `text` of the .json; '' with the sample's fault set where there is none."""
+def _take_caption(sample: Sample, span: Span, content: bytes, *, in_json: bool) -> None:
+    """A .txt that can be read is the caption; else a .json may hold it."""
+    if in_json and sample.caption:
+        return
     try:
-        if sample.txt is not None:
-            return sample.txt.decode("utf-8-sig").strip()
-        entry = json.loads(sample.json or b"{}")
-    except UnicodeDecodeError:
-        sample.fault = "its caption is not UTF-8"
-    except (ValueError, RecursionError) as error:
-        sample.fault = f"its .json is not JSON ({error})"
-    else:
-        given = [entry[name] for name in ("caption", "text") if isinstance(entry.get(name), str)] if isinstance(entry, dict) else []
-        if given:
-            return given[0].strip()
-        sample.fault = "no caption among its members (a .txt, or a .json with caption)"
-    return ""
-
-
-def _plain(key: str) -> str:
-    """`key` as a file name of letters, digits, - and _; what is not such a name gets a hash behind it and stays distinct."""
-    plain = re.sub(r"[^A-Za-z0-9_-]", "_", key)[-100:]
-    return plain if plain == key else f"{plain}-{blake2b(key.encode(errors='surrogatepass'), digest_size=4).hexdigest()}"
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Write a file aside and move it in place: nobody reads half an image."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    try:
-        partial.write_bytes(content)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+        sample.text, sample.caption, sample.in_json = caption(content, in_json), span, in_json
+    except ValueError as error:
+        sample.unread = str(error)

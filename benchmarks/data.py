@@ -1,0 +1,209 @@
+"""Input: images a second of our loader beside a plain one, shards beside files, and the first batch of a resume.
+
+    python benchmarks/data.py --images DIR --out benchmarks/data.json
+
+1. decode: open, crop, flip, resize, normalise and stack JPEGs by our loader, and by Pillow and torchvision's transforms in a
+   DataLoader, as training scripts have it; the same views of the same files, as many worker processes each.
+2. shards: the same images by our loader from files, and from tars.
+3. resume: a fresh loader over 1,000 shards until its first batch, at random places.
+
+Pairs take turns in one process; medians over rounds, ratios with their quartiles. `busy` is processor time over wall time
+times cores. Beside each round stands what a plain matrix product reached in it: where that sinks, other work was going on.
+"""
+
+import argparse
+import json
+import os
+import platform
+import resource
+import sys
+import tarfile
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+from torchvision import transforms
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))  # for a call by path
+
+from beit3.data.loader import Examples, Source, step_batches, step_places
+from beit3.data.records import locate, open_image, write_records
+from beit3.data.shards import write_shards
+from beit3.data.transforms import Preprocessing, two_views
+
+SIZE, BATCH, SCALE, CORES = 224, 32, (0.2, 1.0), os.cpu_count() or 1
+SHARDS = 1000
+OURS = Preprocessing(SIZE)
+
+
+def ours(record: dict[str, Any], train: bool, *, rng: np.random.Generator) -> dict[str, Any]:
+    """An image of pretraining: the network's view of 224 x 224."""
+    view, _ = two_views(open_image(record["image"]), rng, image_size=SIZE, token_size=SIZE, scale=SCALE, hflip=0.5, color_jitter=0.0)
+    return {"id": record["id"], "image": OURS.normalize(view)}
+
+
+def collate(examples: list[dict[str, Any]]) -> dict[str, Any]:
+    return {"id": [example["id"] for example in examples], "image": torch.stack([example["image"] for example in examples])}
+
+
+class Plain(Dataset):
+    """Files by Pillow, with torchvision's transforms."""
+
+    def __init__(self, paths: Sequence[str]):
+        self.paths = paths
+        self.transform = transforms.Compose([
+            transforms.RandomResizedCrop(SIZE, scale=SCALE, interpolation=transforms.InterpolationMode.BICUBIC),
+            transforms.RandomHorizontalFlip(), transforms.ToTensor(), transforms.Normalize(OURS.mean, OURS.std),
+        ])  # fmt: skip
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        with Image.open(self.paths[index]) as image:
+            return self.transform(image.convert("RGB"))
+
+
+def read_ours(source: Source, count: int, workers: int) -> None:
+    places = partial(step_places, batch={"images": BATCH}, sources=["images"], micro_batch=0, rank=0, world=1)
+    for batches in step_batches(Examples({"images": source}, ours, seed=0), collate, places, range(count // BATCH), workers=workers):
+        assert batches[0]["image"].shape == (BATCH, 3, SIZE, SIZE)
+
+
+def read_plain(paths: Sequence[str], count: int, workers: int) -> None:
+    paths = [paths[i % len(paths)] for i in range(count)]
+    for batch in DataLoader(Plain(paths), batch_size=BATCH, shuffle=True, drop_last=True, num_workers=workers):
+        assert batch.shape == (BATCH, 3, SIZE, SIZE)
+
+
+def cpu() -> float:
+    """Seconds of processor time of this process and of its workers that have ended."""
+    return sum(sum(resource.getrusage(who)[:2]) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+
+
+def measured(read: Callable[[], None], count: int) -> dict[str, float]:
+    wall, busy = time.perf_counter(), cpu()
+    read()
+    wall, busy = time.perf_counter() - wall, cpu() - busy
+    return {"images_per_second": count / wall, "images_per_cpu_second": count / busy, "busy": busy / wall / CORES}
+
+
+def probe() -> float:
+    """GFLOP/s of a matrix product on one thread."""
+    left = torch.randn(768, 768)
+    start = time.perf_counter()
+    for _ in range(5):
+        left @ left
+    return 5 * 2 * 768**3 / (time.perf_counter() - start) / 1e9
+
+
+def rounds(sides: dict[str, Callable[[], None]], count: int, number: int) -> dict[str, Any]:
+    """Both sides in turns, after a round that only warms up; the first over the second."""
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in sides}
+    products = []
+    for turn in range(number + 1):
+        product = probe()
+        for name, read in sides.items() if turn % 2 else reversed(sides.items()):
+            seen = measured(read, count)
+            if turn:
+                found[name].append(seen)
+        products += [product] if turn else []
+    first, second = sides
+    report: dict[str, Any] = {"matrix_product_gflops": products}
+    for name, some in found.items():
+        report[name] = {key: float(np.median([each[key] for each in some])) for key in some[0]}
+    for key in ("images_per_second", "images_per_cpu_second"):
+        ratios = [one[key] / other[key] for one, other in zip(found[first], found[second], strict=True)]
+        report[f"ratio_{key}"] = [float(value) for value in np.quantile(ratios, (0.25, 0.5, 0.75))]
+    return report
+
+
+def write_files(place: Path, files: Sequence[Path]) -> tuple[Source, Source]:
+    """The same images as records of files and as tars of 500."""
+    names = [(f"{number:06d}", file) for number, file in enumerate(files)]
+    write_records(place / "files/train.jsonl", [{"id": key, "image": str(file)} for key, file in names])
+    (place / "raw").mkdir()
+    for start in range(0, len(names), 500):
+        with tarfile.open(place / f"raw/train-{start:06d}.tar", "w") as tar:
+            for key, file in names[start : start + 500]:
+                tar.add(file, f"{key}.jpg")
+    write_shards(place, "vqkd", "main", place / "raw", captions=False)
+    return Source(place / "files/train.jsonl", place), Source(locate(place, "vqkd", "main", "train"), place)
+
+
+def resumes(place: Path, file: Path, number: int) -> dict[str, Any]:
+    """Seconds from nothing to the first batch, at random places of an epoch of 1,000 shards of 20 images."""
+    first = place / "many/train-00000.tar"
+    first.parent.mkdir()
+    with tarfile.open(first, "w") as tar:
+        for key in range(20):
+            tar.add(file, f"{key:04d}.jpg")
+    for shard in range(1, SHARDS):
+        first.with_name(f"train-{shard:05d}.tar").hardlink_to(first)
+    start = time.perf_counter()
+    write_shards(place, "pretrain", "images", first.parent, captions=False)
+    prepared, seconds = time.perf_counter() - start, []
+    path = locate(place, "pretrain", "images", "train")
+    for step in np.random.default_rng(0).integers(0, SHARDS * 20 // BATCH, number).tolist():
+        start = time.perf_counter()
+        examples = Examples({"images": Source(path, place)}, ours, seed=0)
+        places = partial(step_places, batch={"images": BATCH}, sources=["images"], micro_batch=0, rank=0, world=1)
+        next(step_batches(examples, collate, places, range(step, step + 1), workers=CORES))
+        seconds.append(time.perf_counter() - start)
+    return {"shards": SHARDS, "prepare_seconds": prepared, "median_seconds": float(np.median(seconds)), "longest_seconds": max(seconds)}
+
+
+def table(found: dict[str, Any]) -> str:
+    """One line per side, the ratios below."""
+    lines = [f"{'':22}{'images/s':>10}{'per cpu s':>11}{'busy':>7}"]
+    for part in ("decode", "shards"):
+        sides = {name: value for name, value in found[part].items() if isinstance(value, dict)}
+        for name, side in sides.items():
+            rates = f"{side['images_per_second']:10.0f}{side['images_per_cpu_second']:11.0f}{side['busy']:7.0%}"
+            lines.append(f"{part + ': ' + name:22}{rates}")
+        for key, label in (("images_per_second", "images/s"), ("images_per_cpu_second", "per cpu s")):
+            low, middle, high = found[part][f"ratio_{key}"]
+            lines.append(f"  {' / '.join(sides)}, {label}: {middle:.2f} ({low:.2f} to {high:.2f})")
+    resume = found["resume"]
+    lines.append(f"resume in {resume['shards']} shards: {resume['median_seconds']:.2f} s, longest {resume['longest_seconds']:.2f} s")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", required=True, type=Path, help="a folder with JPEGs of photographs")
+    parser.add_argument("--count", type=int, default=1024, help="images a side and round")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--workers", type=int, default=CORES)
+    parser.add_argument("--out", type=Path)
+    known = parser.parse_args()
+    torch.set_num_threads(1)
+    files = sorted(path.absolute() for path in known.images.rglob("*") if path.suffix.lower() in (".jpg", ".jpeg"))
+    count = known.count // BATCH * BATCH
+    with tempfile.TemporaryDirectory() as scratch:
+        as_files, as_shards = write_files(Path(scratch), files)
+        sides = {
+            "ours": partial(read_ours, as_files, count, known.workers), "shards": partial(read_ours, as_shards, count, known.workers),
+            "plain": partial(read_plain, [str(file) for file in files], count, known.workers),
+        }  # fmt: skip
+        found = {
+            "machine": platform.processor() or platform.machine(), "cores": CORES, "torch": torch.__version__, "images": len(files),
+            "workers": known.workers, "count": count,
+            "decode": rounds({"ours": sides["ours"], "plain": sides["plain"]}, count, known.rounds),
+            "shards": rounds({"shards": sides["shards"], "files": sides["ours"]}, count, known.rounds),
+            "resume": resumes(Path(scratch), files[0], known.rounds),
+        }  # fmt: skip
+    print(table(found))
+    if known.out:
+        known.out.write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
