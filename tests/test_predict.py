@@ -317,9 +317,21 @@ def test_features_of_retrieval(dual, picture):
     np.testing.assert_allclose(found["image"][0], alone["image"], atol=1e-6)
     np.testing.assert_allclose(found["text"], alone["texts"], atol=1e-6)
     json.dumps(predictor(picture, "how many"))
-    small = predictor.embed(iter(images), (word for word in words), batch_size=1)
-    for name, array in found.items():
-        np.testing.assert_allclose(small[name], array, atol=1e-5)
+    small = predictor.embed(iter(images), (word for word in words[::-1]), batch_size=1)
+    np.testing.assert_allclose(small["image"], found["image"], atol=1e-5)
+    np.testing.assert_allclose(small["text"][::-1], found["text"], atol=1e-5)
+
+
+@pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="this torch has no MKL")
+def test_packed_weights_give_the_same_features(dual, picture):
+    packed, plain = load(**dual, packed=True), load(**dual)
+    for _ in range(3):  # the third call uses what the second laid out
+        for name, array in packed.embed([picture], ["how many"]).items():
+            np.testing.assert_allclose(array, plain.embed([picture], ["how many"])[name], atol=1e-5)
+    with pytest.raises(ValueError, match="leave packed out"):
+        packed.to("meta")
+    with pytest.raises(ValueError, match="leave packed out"):
+        load(**dual, packed=True, int8=True)
 
 
 def test_one_side_needs_nothing_of_the_other(dual, picture):
