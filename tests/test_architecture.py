@@ -18,7 +18,7 @@ FLOOR = {
     "detection": 2, "segmentation": 2,
     "recipe": 3, "task": 3, "weights": 3, "tasks": 3,
     "train": 4,
-    "predict": 5, "export": 5, "search": 5, "serve": 5, "report": 5, "compat": 5, "doctor": 5, "demo": 5,
+    "quantize": 5, "predict": 5, "export": 5, "search": 5, "serve": 5, "report": 5, "compat": 5, "doctor": 5, "demo": 5, "plan": 5,
     "cli": 6, "__main__": 6,
 }  # fmt: skip
 """Room -> floor. A room is a package or a module right below beit3."""
@@ -26,7 +26,7 @@ FLOOR = {
 SIDEWAYS = {
     ("tokenizer", "model"),
     ("task", "recipe"), ("weights", "recipe"), ("weights", "task"), ("tasks", "recipe"), ("tasks", "task"), ("tasks", "weights"),
-    ("demo", "report"), ("__main__", "cli"),
+    ("predict", "quantize"), ("demo", "report"), ("__main__", "cli"),
 }  # fmt: skip
 """(room, room of the same floor that it may import)."""
 

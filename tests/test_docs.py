@@ -18,8 +18,7 @@ from PIL import Image
 
 import beit3
 from beit3.cli import make_parser
-from beit3.cli import train as train_verb
-from beit3.config import override
+from beit3.config import keyword_options, override
 from beit3.data.loader import Source
 from beit3.data.records import Records
 from beit3.recipe import Recipe
@@ -72,7 +71,7 @@ COMMANDS = {f"{named(path)}: {' '.join(words)}": words for path in DOCS for word
 def test_commands_are_those_of_the_command_line(words):
     known, rest = make_parser().parse_known_args(words)
     task = load(known.task) if getattr(known, "task", None) and "." not in known.task else None
-    if known.verb is train_verb:
+    if known.name in ("train", "plan"):
         if task is None:
             return  # a task of the reader's own
         recipe, fields = (rest[0], rest[1:]) if rest and not rest[0].startswith("--") else ("demo", rest)
@@ -80,10 +79,13 @@ def test_commands_are_those_of_the_command_line(words):
         pytest.importorskip("tyro")
         override(task.recipes[recipe], fields)  # ValueError for a field or value that is none
         return
-    assert not rest
     if known.name == "prepare":
+        keyword_options(task.prepare, rest)  # ValueError for one that it does not take
         own = [source for source in task.sources if source not in task.borrowed]
-        assert known.source in own if len(own) > 1 else known.source in ("", *own)
+        source = known.source.partition("/")[0]  # pairs/coco: a set of its own
+        assert source in own if len(own) > 1 else source in ("", *own)
+    else:
+        assert not rest
 
 
 def test_every_verb_but_the_checks_is_shown():

@@ -24,7 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 2
         debug = known.debug
         used_with = known.verb in (evaluate, predict) and all(name.startswith("--task.") for name in rest[::2])
-        if rest and known.verb not in (train, prepare) and not used_with:
+        if rest and known.verb not in (train, plan, prepare) and not used_with:
             raise ValueError(f"unknown argument {rest[0]}: see beit3 {known.name} --help")
         known.verb(known, rest)
         return 0
@@ -67,7 +67,7 @@ def make_parser() -> argparse.ArgumentParser:
     sub.add_argument("--image-size", type=int, default=32)
     sub.add_argument("--seed", type=int, default=0)
 
-    options = "--pack N: tokens of a packed text record of pretrain (default 512; 0 = one record a paragraph)"
+    options = "pretrain's texts: --pack N tokens a record (512; 0 = paragraphs in words), --field NAME in .jsonl and .parquet, --workers N"
     sub = verb("prepare", prepare, "Public annotation files -> records.", epilog=options)
     sub.add_argument("task")
     sub.add_argument("--raw", required=True, help="directory of the downloaded files")
@@ -86,6 +86,16 @@ def make_parser() -> argparse.ArgumentParser:
     sub.add_argument("--init", default="", help="weights to start from: a directory of ours or a released file")
     sub.add_argument("--out", default="", help="run directory (default runs/TASK-RECIPE)")
 
+    usage = "beit3 plan TASK [RECIPE] [options]"
+    sub = verb("plan", plan, "What a run will take: memory of a device, micro-batch, time, cost.", usage=usage, epilog=TRAIN_USAGE)
+    sub.add_argument("task")
+    sub.add_argument("--gpus", type=int, default=1, help="processes, one a device")
+    sub.add_argument("--gpu", default="h100", help="a100-40, a100-80, h100, h200, b200, l40s, rtx4090 and others; cpu is this machine")
+    sub.add_argument("--utilisation", type=float, default=0.4, help="share of the device's peak that is reached")
+    sub.add_argument("--price", type=float, default=0.0, help="of one device for an hour")
+    sub.add_argument("--records", type=int, default=0, help="of the largest source, where a recipe counts epochs")
+    sub.add_argument("--json", action="store_true")
+
     sub = verb("eval", evaluate, "Score weights on a split.")
     sub.add_argument("weights")
     sub.add_argument("--split", default="val")
@@ -94,6 +104,7 @@ def make_parser() -> argparse.ArgumentParser:
     sub.add_argument("--predictions", default="", help="also write the predictions to this jsonl file")
     sub.add_argument("--submission", default="", help="instead of scores write what the evaluation server takes (vqa, captioning)")
     sub.add_argument("--java", action="store_true", help="METEOR and SPICE too, by pycocoevalcap's Java programs (captioning; minutes)")
+    sub.add_argument("--int8", action="store_true", help="in 8-bit integers, on a processor (docs/speed.md)")
     released(sub)
 
     sub = verb("score", score, "Score a predictions file.")
@@ -107,6 +118,7 @@ def make_parser() -> argparse.ArgumentParser:
     sub = verb("predict", predict, "Ask weights, with what their task takes: an image and a question, two images and a statement.")
     sub.add_argument("weights")
     sub.add_argument("inputs", nargs="+")
+    sub.add_argument("--int8", action="store_true", help="in 8-bit integers, as for eval")
     released(sub)
 
     sub = verb("convert", convert, "Released files to directories of weights, and back.")
@@ -163,6 +175,7 @@ def world(known: argparse.Namespace, rest: list[str]) -> None:
 
 
 def prepare(known: argparse.Namespace, rest: list[str]) -> None:
+    from beit3.config import keyword_options
     from beit3.data.survey import describe
     from beit3.task import load
 
@@ -170,32 +183,17 @@ def prepare(known: argparse.Namespace, rest: list[str]) -> None:
     if not task.sources:
         raise ValueError(f"task {known.task} reads no records: there is nothing to prepare")
     source = known.source or task.sources[0]
-    if source not in task.sources:
+    if source.partition("/")[0] not in task.sources:  # pairs/coco: a set of its own
         raise ValueError(f"--source {source} is none of {', '.join(task.sources)} of task {known.task}")
     own = [name for name in task.sources if name not in task.borrowed]
     if len(own) > 1 and not known.source:
         raise ValueError(f"task {known.task} has several sources: give --source {' or '.join(own)}")
     if source in task.borrowed:
         raise ValueError(f"--source {source} of {known.task} are the records of {task.borrowed[source]}: prepare those")
-    options = prepare_options(task, rest)
+    options = keyword_options(task.prepare, rest)
     report = task.prepare(Path(known.raw), Path(known.root), source, **options)
     print(describe(report), file=sys.stderr)
     print(json.dumps(report, indent=1, ensure_ascii=False))
-
-
-def prepare_options(task: Any, rest: list[str]) -> dict[str, Any]:
-    """`--name NUMBER` for the keyword arguments that the task's own `prepare` takes; ValueError for any other."""
-    import inspect
-
-    from beit3.config import suggestion
-
-    known = [f"--{name}" for name, p in inspect.signature(task.prepare).parameters.items() if p.kind is p.KEYWORD_ONLY]
-    for flag in rest[::2]:
-        if flag not in known:
-            raise ValueError(f"unknown argument {flag}{suggestion(flag, known)}; see beit3 prepare --help")
-    if len(rest) % 2 or not all(value.isdecimal() for value in rest[1::2]):
-        raise ValueError(f"{' '.join(rest)}: each of these takes a whole number")
-    return {flag.removeprefix("--"): int(value) for flag, value in zip(rest[::2], rest[1::2], strict=True)}
 
 
 def tokenizer(known: argparse.Namespace, rest: list[str]) -> None:
@@ -211,25 +209,42 @@ def tokenizer(known: argparse.Namespace, rest: list[str]) -> None:
 
 
 def train(known: argparse.Namespace, rest: list[str]) -> None:
-    from beit3.config import override, suggestion
     from beit3.ops.collectives import rank
     from beit3.task import load
     from beit3.train.loop import train as run
+
+    name, recipe = recipe_with(known, rest, init=known.init)
+    out = known.out or f"runs/{known.task}-{name}"
+    scores = run(recipe, load(known.task), out=out, init=known.init)
+    if rank() == 0:
+        print(json.dumps(scores, indent=1))
+        print(f"weights at {out}/last and {out}/best")
+
+
+def plan(known: argparse.Namespace, rest: list[str]) -> None:
+    from beit3.plan.table import plan as planned
+    from beit3.plan.table import table
+    from beit3.task import load
+
+    name, recipe = recipe_with(known, rest)
+    options = {option: getattr(known, option) for option in ("gpus", "gpu", "utilisation", "price", "records")}
+    found = planned(load(known.task), recipe, **options)
+    print(json.dumps(found, indent=1) if known.json else "\n".join(table(f"{known.task} {name}", found, recipe)))
+
+
+def recipe_with(known: argparse.Namespace, rest: list[str], init: str = "") -> tuple[str, Any]:
+    """The recipe that `rest` begins with, or the one that suits the weights to start from, with its fields overridden."""
+    from beit3.config import override, suggestion
+    from beit3.task import load
     from beit3.weights.store import recipe_for
 
     task = load(known.task)
     # An optional word before options: argparse's own rule for it changed between Python versions.
-    name, fields = (rest[0], rest[1:]) if rest and not rest[0].startswith("--") else ("", rest)
-    name = name or recipe_for(task, known.init)
+    name, fields = (rest[0], rest[1:]) if rest and not rest[0].startswith("--") else (recipe_for(task, init), rest)
     if name not in task.recipes:
         names = list(task.recipes)
         raise ValueError(f"{known.task} has no recipe {name}{suggestion(name, names)} (known: {', '.join(names)})")
-    recipe = override(task.recipes[name], fields)
-    out = known.out or f"runs/{known.task}-{name}"
-    scores = run(recipe, task, out=out, init=known.init)
-    if rank() == 0:
-        print(json.dumps(scores, indent=1))
-        print(f"weights at {out}/last and {out}/best")
+    return name, override(task.recipes[name], fields)
 
 
 def evaluate(known: argparse.Namespace, rest: list[str]) -> None:
@@ -242,12 +257,13 @@ def evaluate(known: argparse.Namespace, rest: list[str]) -> None:
     from beit3.train.evaluate import predict_sources, score_sources
     from beit3.train.launch import start
     from beit3.train.parallel import autocast
+    from beit3.train.root import split_sources
     from beit3.weights.fill import task_name
 
     device = start(RunConfig())  # under torchrun the processes share the records
     predictor = load_predictor(known, rest)
     predictor.require_trained()
-    task = predictor.task.to(device)
+    task = predictor.to(device).task
     if not task.sources:
         raise ValueError(f"task {task_name(type(task))} reads no records: there is nothing to score")
     java = java_scorer(type(task)) if known.java else None
@@ -275,6 +291,7 @@ def score(known: argparse.Namespace, rest: list[str]) -> None:
     from beit3.data.predictions import read_predictions
     from beit3.task import load
     from beit3.tasks.captioning import java_scorer
+    from beit3.train.root import split_sources
 
     task = load(known.task)
     java = java_scorer(task) if known.java else None
@@ -290,21 +307,6 @@ def score(known: argparse.Namespace, rest: list[str]) -> None:
     print(json.dumps(scores, indent=1))
 
 
-def split_sources(task: Any, root: str, split: str) -> dict[str, Any]:
-    """The sources of a task that have this split, under `root` or in the embedded world."""
-    from beit3.data.loader import Source
-    from beit3.data.records import locate
-    from beit3.train.root import records_root
-    from beit3.weights.fill import task_name
-
-    place = records_root(task, root, task.sources, split)
-    names = {source: task.borrowed.get(source, task_name(task)) for source in task.sources}
-    there = {source: name for source, name in names.items() if (place / name / source / f"{split}.jsonl").exists()}
-    own = {source: name for source, name in there.items() if source not in task.borrowed}  # they win over another task's
-    chosen = own or there or {task.sources[0]: names[task.sources[0]]}
-    return {source: Source(locate(place, name, source, split), place) for source, name in chosen.items()}
-
-
 def load_predictor(known: argparse.Namespace, rest: list[str]) -> Any:
     """Weights as the flags say; `rest`: `--task.field value` for how they are used, such as the decoding of captions."""
     from beit3.config import override
@@ -313,7 +315,7 @@ def load_predictor(known: argparse.Namespace, rest: list[str]) -> Any:
 
     predictor = load(
         known.weights, task=known.task, num_heads=known.num_heads, text_model=known.text_model, answers=known.answers,
-        classes=known.classes, prompt=known.prompt or "",
+        classes=known.classes, prompt=known.prompt or "", int8=known.int8,
     )  # fmt: skip
     config = override(Recipe(task=predictor.task.config), rest).task
     if config.model != predictor.task.config.model:

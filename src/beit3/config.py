@@ -3,11 +3,12 @@
 import contextlib
 import dataclasses
 import difflib
+import inspect
 import io
 import itertools
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -103,6 +104,20 @@ def override(value: T, arguments: Sequence[str]) -> T:
             return tyro.cli(type(value), default=value, args=list(arguments), config=config, console_outputs=False)
     except SystemExit:
         raise ValueError(f"cannot read {' '.join(arguments)}: {_reason(said.getvalue())}") from None
+
+
+def keyword_options(call: Callable[..., Any], arguments: Sequence[str]) -> dict[str, Any]:
+    """`--name VALUE` for the keyword arguments that a task's own `prepare` takes; ValueError for any other."""
+    parameters = inspect.signature(call).parameters.items()
+    known = {f"--{name}": str if isinstance(p.default, str) else int for name, p in parameters if p.kind is p.KEYWORD_ONLY}
+    for flag in arguments[::2]:
+        if flag not in known:
+            raise ValueError(f"unknown argument {flag}{suggestion(flag, [*known])}; see beit3 prepare --help")
+    given = dict(zip(arguments[::2], [*arguments[1::2], ""], strict=False))
+    for flag, value in given.items():
+        if not value or (known[flag] is int and not value.isdecimal()):
+            raise ValueError(f"{flag} {value}".rstrip() + f": it takes a {'whole number' if known[flag] is int else 'name'}")
+    return {flag.removeprefix("--"): known[flag](value) for flag, value in given.items()}
 
 
 def _reason(box: str) -> str:
