@@ -6,14 +6,16 @@
 Each row is a use, and both sides return what it reads: the class token's state of images and pairs, the begin mark's of
 texts, the loss of a training step with AdamW, the captions of a beam search. Rounds alternate between the sides in one
 process; a matrix product runs before and after each call, so that a round in which the machine was busy is known. torchscale
-runs as released and compiled, and the faster of the two counts. Its captions are decoded as the release does: the image
-repeated for every beam, padding kept, logits at every position.
+runs as released and, except for captions, compiled; ours also with packed weights, and in training compiled. Its captions are
+decoded as the release does: the image repeated for every beam, padding kept, logits at every position.
 """
 
 import argparse
 import copy
 import os
+import resource
 import statistics
+import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -37,6 +39,7 @@ from beit3.model.packed import pack
 from beit3.task import Batch, Task, trimmed
 from beit3.tasks.captioning import Captioning, CaptioningConfig
 from beit3.tasks.vqa import VQA, VQAConfig
+from beit3.train.parallel import wrap_blocks
 from beit3.weights.official import translate
 
 LENGTHS = {8: (9, 11, 13, 14, 16, 17, 19, 23), 4: (11, 14, 16, 21)}
@@ -50,6 +53,7 @@ WANTED = {
 }  # fmt: skip
 """Ratios to reach, or `NEAR` of the rate of the matrix product in that round."""
 NEAR = 0.92
+SIDES = ("ours", "packed", "theirs")
 
 
 @dataclass(frozen=True)
@@ -137,28 +141,22 @@ def texts(count: int) -> tuple[Tensor, Tensor]:
     return torch.randint(4, VOCAB - 10, (count, PADDED)).masked_fill(padding, MARKS.pad), padding
 
 
-def uses(ours: Captioning, theirs: Released) -> Iterator[Use]:
-    """The rows, in the order of the table."""
-    network, compiled, packed = ours.backbone, torch.compile(theirs), copy.deepcopy(ours)
-    pack(packed)
+def uses(forms: Mapping[str, Captioning], theirs: Released | None, trained: Sequence[str] = ("eager", "compiled")) -> Iterator[Use]:
+    """The rows, in the order of the table: our network in several forms, theirs, and the forms in which both are trained."""
+    released = {} if theirs is None else {"eager": theirs, "compiled": torch.compile(theirs)}
     image = torch.randn(8, 3, 224, 224)
     text, padding = texts(8)
-
     encoded = {"1 image": (image[:1], None), "8 images": (image, None), "8 texts": (None, text, padding), "8 pairs": (image, text, padding)}
     for name, inputs in encoded.items():
-        yield Use(
-            name,
-            {"eager": inferring(partial(first, network), inputs), "packed": inferring(partial(first, packed.backbone), inputs)},
-            {"eager": inferring(theirs, inputs), "compiled": inferring(compiled, inputs)},
-        )
-    yield training(theirs)
+        ours_by = {form: inferring(partial(first, task.backbone), inputs) for form, task in forms.items()}
+        yield Use(name, ours_by, {form: inferring(network, inputs) for form, network in released.items()})
+    their_training = {} if theirs is None else {form: their_step(theirs, form) for form in trained}
+    yield Use("training step, 4 pairs", {form: our_step(theirs, form) for form in trained if forms}, their_training)
     for count in (1, 4):
         inputs = (image[:count],)
-        yield Use(
-            f"captions, {count} image{'s' if count > 1 else ''}",
-            {"eager": inferring(partial(captions, ours), inputs), "packed": inferring(partial(captions, packed), inputs)},
-            {"eager": inferring(theirs.captions, inputs)},
-        )
+        ours_by = {form: inferring(partial(captions, task), inputs) for form, task in forms.items()}
+        theirs_by = {} if theirs is None else {"eager": inferring(theirs.captions, inputs)}
+        yield Use(f"captions, {count} image{'s' if count > 1 else ''}", ours_by, theirs_by)
 
 
 def first(network: BEiT3, image: Tensor | None, text: Tensor | None = None, padding: Tensor | None = None) -> Tensor:
@@ -182,35 +180,51 @@ def inferring(call: Callable[..., Tensor], inputs: tuple) -> Callable[[], Tensor
     return run
 
 
-def training(theirs: Released) -> Use:
-    """A step of question answering on 4 pairs: forward, backward, AdamW; both end at the released head and loss."""
-    task = VQA(VQAConfig(model=replace(BASE, final_norm=False), num_answers=3129))
-    task.init_weights()
+def question_task() -> tuple[VQA, Batch]:
+    """Question answering with the release's head, and 4 pairs; the same at every call."""
+    torch.manual_seed(1)
+    task = VQA(VQAConfig(model=replace(BASE, final_norm=False), num_answers=3129)).train()
     text, padding = texts(4)
-    batch = {"image": torch.randn(4, 3, 224, 224), "text": text, "text_padding": padding, "target": torch.rand(4, 3129)}
-    head = copy.deepcopy(nn.ModuleList((task.pooler, task.head)))
-    fill(task, theirs)
-    copied = nn.ModuleDict({"network": copy.deepcopy(theirs), "head": head}).train()
-    del copied["network"].mlm_head
-    copied["network"].beit3.encoder.layer_norm = nn.Identity()
-    optimizers = [torch.optim.AdamW(each.parameters(), lr=0.0, fused=True) for each in (task, copied)]
+    return task, {"image": torch.randn(4, 3, 224, 224), "text": text, "text_padding": padding, "target": torch.rand(4, 3129)}
 
-    def step(optimizer: torch.optim.Optimizer, loss: Callable[[], Tensor]) -> Tensor:
-        optimizer.zero_grad()
-        value = loss()
-        value.backward()
-        optimizer.step()
-        return value.detach() / 4 / 3129
 
-    def released() -> Tensor:
-        logits = head[1](head[0](copied["network"](batch["image"], text, padding)))
-        return nn.functional.binary_cross_entropy_with_logits(logits, batch["target"], reduction="sum")
+def our_step(theirs: Released | None, form: str) -> Callable[[], Tensor]:
+    """Forward, backward, AdamW, as they are or with compiled blocks."""
+    task, batch = question_task()
+    if theirs is not None:
+        fill(task, theirs)
+    if form == "compiled":
+        wrap_blocks(task, compiled=True)
+    return partial(step, torch.optim.AdamW(task.parameters(), lr=0.0, fused=True), partial(our_loss, task, batch))
 
-    return Use(
-        "training step, 4 pairs",
-        {"eager": lambda: step(optimizers[0], lambda: task.forward(trimmed(batch))["losses"]["loss"])},
-        {"eager": lambda: step(optimizers[1], released)},
-    )
+
+def our_loss(task: VQA, batch: Batch) -> Tensor:
+    return task(trimmed(batch))["losses"]["loss"]
+
+
+def their_step(theirs: Released, form: str) -> Callable[[], Tensor]:
+    """The same on torchscale's network, with the same head."""
+    task, batch = question_task()
+    network = copy.deepcopy(theirs).train()
+    del network.mlm_head
+    network.beit3.encoder.layer_norm = nn.Identity()
+    optimizer = torch.optim.AdamW(nn.ModuleList((network, task.pooler, task.head)).parameters(), lr=0.0, fused=True)
+    call = torch.compile(network) if form == "compiled" else network
+    return partial(step, optimizer, partial(their_loss, call, task.pooler, task.head, batch))
+
+
+def their_loss(network: Callable[..., Tensor], pooler: nn.Module, head: nn.Module, batch: Batch) -> Tensor:
+    logits = head(pooler(network(batch["image"], batch["text"], batch["text_padding"])))
+    return nn.functional.binary_cross_entropy_with_logits(logits, batch["target"], reduction="sum")
+
+
+def step(optimizer: torch.optim.Optimizer, loss: Callable[[], Tensor]) -> Tensor:
+    """A step of training; its mean loss."""
+    optimizer.zero_grad()
+    value = loss()
+    value.backward()
+    optimizer.step()
+    return value.detach() / 4 / 3129
 
 
 def fill(task: Task, theirs: Released) -> None:
@@ -223,40 +237,67 @@ def fill(task: Task, theirs: Released) -> None:
 # Measuring -----------------------------------------------------------------------------------------------------------
 
 
-def measure(use: Use, rounds: int) -> dict[str, object]:
-    """Medians over interleaved rounds, and ratios with their spread."""
-    outputs = [[call() for _ in range(3)][-1] for call in (*use.ours.values(), *use.theirs.values())]  # compiled and packed by now
+def measure(use: Use, rounds: int) -> dict[str, Any]:
+    """Seconds of every setting in interleaved rounds, the rate of the product beside each, and how far outputs differ."""
+    sides = {f"ours {name}": call for name, call in use.ours.items()} | {f"theirs {name}": call for name, call in use.theirs.items()}
+    outputs = [[call() for _ in range(3)][-1] for call in sides.values()]  # what is compiled or packed is so by now
     error = max(float((output - outputs[0]).abs().max()) for output in outputs)
     assert error <= TOLERANCE, f"{use.name}: outputs differ by {error}"
     with FlopCounterMode(display=False) as counter:
-        next(iter(use.ours.values()))()
-    sides = {f"ours {name}": call for name, call in use.ours.items()} | {f"theirs {name}": call for name, call in use.theirs.items()}
+        use.ours["eager"]()
     times: dict[str, list[float]] = {name: [] for name in sides}
-    rates = []
+    rates: dict[str, list[float]] = {name: [] for name in sides}
     for turn in range(rounds):
         for name in list(sides)[:: 1 if turn % 2 else -1]:
             before = probe()
             times[name].append(seconds(sides[name]))
-            if name.startswith("ours"):
-                rates.append(counter.get_total_flops() / times[name][-1] / max(before, probe()))
-    ours, theirs = (min((n for n in times if n.startswith(side)), key=lambda n: statistics.median(times[n])) for side in ("ours", "theirs"))
-    ratios = sorted(there / here for here, there in zip(times[ours], times[theirs], strict=True))
+            rates[name].append(max(before, probe()))
+    return {"use": use.name, "flops": counter.get_total_flops(), "error": error, "seconds": times, "product": rates}
+
+
+def row(found: Mapping[str, Any], memory: Mapping[str, float]) -> dict[str, str]:
+    """The table's line: medians, and ratios of the same round with their spread."""
+    times, rates = found["seconds"], found["product"]
+    middle = {name: statistics.median(each) for name, each in times.items()}
+    ours, theirs = (min((name for name in middle if name.startswith(side)), key=lambda name: middle[name]) for side in ("ours", "theirs"))
+
+    def ratio(other: str) -> str:
+        each = sorted(there / here for here, there in zip(times[ours], times[other], strict=True))
+        return f"{statistics.median(each):.2f} ({each[0]:.2f} to {each[-1]:.2f})"
+
+    share = statistics.median(found["flops"] / took / rate for took, rate in zip(times[ours], rates[ours], strict=True))
     return {
-        "use": use.name, "ours_s": statistics.median(times[ours]), "theirs_s": statistics.median(times[theirs]), "settings": [ours, theirs],
-        "ratio": statistics.median(ratios), "ratios": ratios, "of_product": statistics.median(rates), "error": error,
-        "seconds": times,
+        "use": found["use"], "ours": f"{middle[ours] * 1e3:.0f} ms, {ours.split()[1]}",
+        "torchscale": f"{middle['theirs eager'] * 1e3:.0f} ms", "ratio": ratio("theirs eager"),
+        "its best": f"{middle[theirs] * 1e3:.0f} ms, {theirs.split()[1]}", "ratio to that": ratio(theirs),
+        "wanted": f"{WANTED[found['use']]}", "of the product's rate": f"{share:.0%}",
+        "peak memory, ours, packed, its": ", ".join(f"{memory[side]:.2f}" if side in memory else "" for side in SIDES) + " GB",
     }  # fmt: skip
 
 
-def table(found: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
-    return [
-        {
-            "use": each["use"], "ours": f"{each['ours_s'] * 1e3:.0f} ms", "torchscale": f"{each['theirs_s'] * 1e3:.0f} ms",
-            "ratio": f"{each['ratio']:.2f} ({each['ratios'][0]:.2f} to {each['ratios'][-1]:.2f})", "wanted": f"{WANTED[each['use']]}",
-            "our share of the product's rate": f"{each['of_product']:.0%}",
-        }
-        for each in found
-    ]  # fmt: skip
+def peaks(folder: str, use: str) -> dict[str, float]:
+    """Most resident memory in GB of each side's eager form, and of packed weights, in a process of its own."""
+    found = {}
+    for side in SIDES if not use.startswith("training") else ("ours", "theirs"):
+        command = [sys.executable, __file__, "--torchscale", folder, "--peak", side, "--only", use]
+        done = subprocess.run(command, check=True, capture_output=True, text=True)
+        found[side] = float(done.stdout.split()[-1])
+    return found
+
+
+def peak(side: str, use: str) -> float:
+    """The measurement itself, in that process."""
+    forms: dict[str, Captioning] = {}
+    if side != "theirs":
+        forms = {"packed" if side == "packed" else "eager": Captioning(CaptioningConfig(model=BASE)).eval()}
+        for task in forms.values() if side == "packed" else ():
+            pack(task)
+    rows = uses(forms, None if forms else Released().eval(), ("eager",))
+    found = next(each for each in rows if each.name == use)
+    call = next(iter((found.ours or found.theirs).values()))
+    for _ in range(3):
+        call()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
 
 
 def lined(rows: Sequence[Mapping[str, str]]) -> str:
@@ -271,20 +312,28 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--only", default="", help="rows whose name holds this")
+    parser.add_argument("--peak", choices=SIDES, help=argparse.SUPPRESS)
     options = parser.parse_args()
     import_torchscale(options.torchscale)
+    if options.peak:
+        print(peak(options.peak, options.only))
+        return
     torch.manual_seed(0)
     theirs = Released().eval()
     ours = Captioning(CaptioningConfig(model=BASE)).eval()
     fill(ours, theirs)
-    found = []
-    for use in uses(ours, theirs):
+    packed = copy.deepcopy(ours)
+    pack(packed)
+    found, rows = [], []
+    for use in uses({"eager": ours, "packed": packed}, theirs):
         if options.only in use.name:
-            found.append(measure(use, options.rounds))
-            print(lined(table(found[-1:])).splitlines()[-1], flush=True)
-    print(lined(table(found)))
+            memory = peaks(options.torchscale, use.name)
+            found.append(measure(use, options.rounds) | {"peak_gb": memory})
+            rows.append(row(found[-1], memory))
+            print(lined(rows[-1:]).splitlines()[-1], flush=True)
+    print(lined(rows))
     if options.json:
-        save(options.json, lined(table(found)), found)
+        save(options.json, lined(rows), found)
 
 
 if __name__ == "__main__":

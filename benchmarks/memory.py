@@ -1,0 +1,157 @@
+"""The memory that `beit3 plan` foretells beside what a real step takes: peak resident memory of processes on CPU.
+
+    python benchmarks/memory.py --json benchmarks/memory.json        about 5 minutes of processor time
+
+A case is a recipe with a micro-batch. A fresh process (two with gloo where weights are sharded) first takes a step of a
+very small network of the same task, so that libraries are loaded, then two steps of the real one; what its peak
+(VmHWM) is above the memory before them counts. Twice: `returned` with every tensor of more than 64 KiB given back to the
+system when it is freed, as on a GPU a caching allocator would reuse it, and `usual` with glibc's own habits, which keep
+freed blocks of up to 32 MiB and leave gaps. The estimate is compared with the first. No data is read.
+"""
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+
+from beit3.data.records import write_text
+from beit3.ops.collectives import all_gather_objects, barrier, rank
+from beit3.plan.devices import Device
+from beit3.plan.estimate import Estimate
+from beit3.plan.standin import built, example
+from beit3.recipe import Recipe
+from beit3.task import Task, load
+from beit3.train.launch import start
+from beit3.train.optim import make_optimizer
+from beit3.train.parallel import autocast, materialise
+from beit3.train.step import backward, sum_targets
+
+MIB = 2**20
+CPU = torch.device("cpu")
+PROCESSOR = Device("cpu", 64, 0.1)
+RETURNED = {"MALLOC_MMAP_THRESHOLD_": "65536"}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A step of `pieces` micro-batches of each source on every process."""
+
+    task: str
+    recipe: str
+    micro_batch: int
+    pieces: int = 1
+    checkpointing: Literal["none", "selective", "full"] = "none"
+    processes: int = 1
+
+
+CASES = (
+    Case("pretrain", "demo", 32), Case("pretrain", "laptop", 16), Case("pretrain", "laptop", 16, checkpointing="full"),
+    Case("pretrain", "laptop", 16, checkpointing="selective"),
+    Case("vqkd", "laptop", 64), Case("vqa", "laptop", 32), Case("captioning", "laptop", 32, pieces=2), Case("nlvr2", "laptop", 16),
+    Case("retrieval", "laptop", 32), Case("retrieval", "laptop", 32, pieces=2), Case("imagenet", "laptop", 64),
+    Case("imagenet", "base_224", 2), Case("vqa", "base_480", 1), Case("pretrain", "laptop", 8, processes=2),
+    Case("vqa", "laptop", 32, processes=2), Case("imagenet", "base_224", 1, processes=2),
+)  # fmt: skip
+
+
+def named(case: Case) -> str:
+    """As the table calls it."""
+    name = f"{case.task} {case.recipe}, {case.pieces} x {case.micro_batch}"
+    name += f", {case.checkpointing}" if case.checkpointing != "none" else ""
+    return name + (f", {case.processes} processes" if case.processes > 1 else "")
+
+
+def recipe_of(case: Case) -> Recipe:
+    """The recipe with the case's batch, on a processor."""
+    recipe = load(case.task).recipes[case.recipe]
+    batch = {name: case.micro_batch * case.pieces * case.processes for name in recipe.data.batch}
+    run = replace(recipe.run, micro_batch=case.micro_batch, checkpointing=case.checkpointing, device="cpu", precision="float32")
+    return replace(recipe, data=replace(recipe.data, batch=batch), run=run)
+
+
+def estimated(case: Case) -> float:
+    """Bytes."""
+    return Estimate(load(case.task), recipe_of(case), PROCESSOR, case.processes).memory(case.micro_batch).total
+
+
+def measured(case: Case, *, returned: bool = True) -> float:
+    """Bytes of the process that takes most."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(case.processes)] if case.processes > 1 else []
+    command = [sys.executable, *launcher, str(Path(__file__).resolve()), "--measure", json.dumps(asdict(case))]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""} | (RETURNED if returned else {})
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    if done.returncode:
+        raise RuntimeError(f"{case}: {done.stderr[:3000]}")
+    return float(done.stdout)
+
+
+def measure(case: Case) -> None:
+    """In the fresh process: prints the bytes."""
+    recipe, kind = recipe_of(case), load(case.task)
+    start(recipe.run)
+    model: Any = recipe.task.model
+    fused = {"fusion_layers": 0} if hasattr(model, "fusion_layers") else {}
+    small = replace(model, dim=32, depth=1, num_heads=2, ffn_dim=64, **fused)
+    steps(kind, replace(recipe, task=replace(recipe.task, model=small)), Case(case.task, case.recipe, 1, case.pieces), 1)
+    before = status("VmRSS")
+    steps(kind, recipe, case, 2)
+    found = max(all_gather_objects(status("VmHWM") - before))
+    if rank() == 0:
+        print(found, flush=True)
+    if case.processes > 1:
+        barrier()
+        dist.destroy_process_group()
+
+
+def steps(kind: type[Task], recipe: Recipe, case: Case, count: int) -> None:
+    """Real steps, as the loop takes them."""
+    task = built(kind, recipe.task, recipe.run)
+    materialise(task, CPU, 0)
+    optimizer = make_optimizer(task, recipe.optim)
+    sources = [name for name in kind.sources if recipe.data.batch.get(name)]
+    batches = [task.collate([example(task, name)] * case.micro_batch) for name in sources for _ in range(case.pieces)]
+    micro_batches = [batch | {"step": 0, "steps": 1} for batch in batches]
+    for _ in range(count):
+        backward(task, micro_batches, sum_targets(task, micro_batches), autocast(recipe.run, CPU))
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+
+def status(field: str) -> int:
+    """Bytes of a line of /proc/self/status."""
+    found = re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert found
+    return int(found[1]) * 1024
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--only", default="", help="cases whose name holds this")
+    parser.add_argument("--measure", default="", help=argparse.SUPPRESS)
+    known = parser.parse_args()
+    if known.measure:
+        measure(Case(**json.loads(known.measure)))
+        return
+    line, rows = "{:40} {:>9} {:>9} {:>6} {:>9}", []
+    print(line.format("MiB", "estimate", "returned", "ratio", "usual"))
+    for case in (each for each in CASES if known.only in named(each)):
+        figures = {"estimate": estimated(case), "returned": measured(case), "usual": measured(case, returned=False)}
+        rows.append(asdict(case) | figures)
+        mib = {key: f"{value / MIB:.0f}" for key, value in figures.items()}
+        ratio = f"{figures['estimate'] / figures['returned']:.2f}"
+        print(line.format(named(case), mib["estimate"], mib["returned"], ratio, mib["usual"]), flush=True)
+    if known.json:
+        write_text(known.json, json.dumps({"torch": torch.__version__, "cases": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
