@@ -1,6 +1,6 @@
 """Input: images a second of our loader beside a plain one, shards beside files, and the first batch of a resume.
 
-    python benchmarks/data.py --images DIR --out benchmarks/data.json
+    python benchmarks/data.py --images DIR --json benchmarks/data.json
 
 1. decode: open, crop, flip, resize, normalise and stack JPEGs by our loader, and by Pillow and torchvision's transforms in a
    DataLoader, as training scripts have it; the same views of the same files, as many worker processes each.
@@ -12,9 +12,7 @@ times cores. Beside each round stands what a plain matrix product reached in it:
 """
 
 import argparse
-import json
 import os
-import platform
 import resource
 import sys
 import tarfile
@@ -28,6 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from probe import probe, save
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
@@ -95,21 +94,12 @@ def measured(read: Callable[[], None], count: int) -> dict[str, float]:
     return {"images_per_second": count / wall, "images_per_cpu_second": count / busy, "busy": busy / wall / CORES}
 
 
-def probe() -> float:
-    """GFLOP/s of a matrix product on one thread."""
-    left = torch.randn(768, 768)
-    start = time.perf_counter()
-    for _ in range(5):
-        left @ left
-    return 5 * 2 * 768**3 / (time.perf_counter() - start) / 1e9
-
-
 def rounds(sides: dict[str, Callable[[], None]], count: int, number: int) -> dict[str, Any]:
     """Both sides in turns, after a round that only warms up; the first over the second."""
     found: dict[str, list[dict[str, float]]] = {name: [] for name in sides}
     products = []
     for turn in range(number + 1):
-        product = probe()
+        product = probe(768) / 1e9
         for name, read in sides.items() if turn % 2 else reversed(sides.items()):
             seen = measured(read, count)
             if turn:
@@ -161,18 +151,19 @@ def resumes(place: Path, file: Path, number: int) -> dict[str, Any]:
 
 
 def table(found: dict[str, Any]) -> str:
-    """One line per side, the ratios below."""
-    lines = [f"{'':22}{'images/s':>10}{'per cpu s':>11}{'busy':>7}"]
+    """One line a side and a ratio; medians, with quartiles of the ratios."""
+    lines = ["| | images/s | per processor second | cores busy |", "|---|---|---|---|"]
     for part in ("decode", "shards"):
         sides = {name: value for name, value in found[part].items() if isinstance(value, dict)}
         for name, side in sides.items():
-            rates = f"{side['images_per_second']:10.0f}{side['images_per_cpu_second']:11.0f}{side['busy']:7.0%}"
-            lines.append(f"{part + ': ' + name:22}{rates}")
-        for key, label in (("images_per_second", "images/s"), ("images_per_cpu_second", "per cpu s")):
-            low, middle, high = found[part][f"ratio_{key}"]
-            lines.append(f"  {' / '.join(sides)}, {label}: {middle:.2f} ({low:.2f} to {high:.2f})")
+            rates = f"{side['images_per_second']:.0f} | {side['images_per_cpu_second']:.0f} | {side['busy']:.0%}"
+            lines.append(f"| {part}: {name} | {rates} |")
+        quartiles = (found[part][f"ratio_{key}"] for key in ("images_per_second", "images_per_cpu_second"))
+        each = ("{1:.2f} ({0:.2f} to {2:.2f})".format(*three) for three in quartiles)
+        lines.append(f"| {' / '.join(sides)} | {' | '.join(each)} | |")
     resume = found["resume"]
-    lines.append(f"resume in {resume['shards']} shards: {resume['median_seconds']:.2f} s, longest {resume['longest_seconds']:.2f} s")
+    middle, longest = f"{resume['median_seconds']:.2f} s", f"longest {resume['longest_seconds']:.2f} s"
+    lines.append(f"| first batch after a resume in {resume['shards']} shards | {middle} | {longest} | |")
     return "\n".join(lines)
 
 
@@ -182,7 +173,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=1024, help="images a side and round")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--workers", type=int, default=CORES)
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--json", type=Path)
     known = parser.parse_args()
     torch.set_num_threads(1)
     files = sorted(path.absolute() for path in known.images.rglob("*") if path.suffix.lower() in (".jpg", ".jpeg"))
@@ -194,15 +185,14 @@ def main() -> None:
             "plain": partial(read_plain, [str(file) for file in files], count, known.workers),
         }  # fmt: skip
         found = {
-            "machine": platform.processor() or platform.machine(), "cores": CORES, "torch": torch.__version__, "images": len(files),
-            "workers": known.workers, "count": count,
+            "images": len(files), "workers": known.workers, "count": count,
             "decode": rounds({"ours": sides["ours"], "plain": sides["plain"]}, count, known.rounds),
             "shards": rounds({"shards": sides["shards"], "files": sides["ours"]}, count, known.rounds),
             "resume": resumes(Path(scratch), files[0], known.rounds),
         }  # fmt: skip
     print(table(found))
-    if known.out:
-        known.out.write_text(json.dumps(found, indent=1) + "\n")
+    if known.json:
+        save(known.json, table(found), found)
 
 
 if __name__ == "__main__":

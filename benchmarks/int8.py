@@ -10,8 +10,6 @@ scored in float32 and in int8.
 """
 
 import argparse
-import json
-import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -23,7 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from probe import probe
+from probe import probe, save
 from torch import Tensor
 from versus_torchscale import LENGTHS, PADDED
 
@@ -133,15 +131,19 @@ def cosines(pairs: list[tuple[Prediction, Prediction]]) -> dict[str, list[float]
     return found
 
 
-def show(found: Mapping[str, Any]) -> None:
-    """The table: median (lowest to highest) over the rounds."""
-    print("| input | form | ms | times faster | times less processor time | cosine | first call, s |\n|---|---|---|---|---|---|---|")
-    for case, row in found["speed"].items():
+def table(found: Mapping[str, Any]) -> str:
+    """Medians (lowest to highest) over the rounds, and the scores."""
+    lines = ["| input | form | ms | times faster | times less processor time | lowest cosine |", "|---" * 6 + "|"]
+    for case, row in found.get("speed", {}).items():
         for name in FORMS:
             cells = ("{} ({} to {})".format(*row[name][key]) for key in ("ms", "times_faster", "times_less_processor"))
-            print(f"| {case} | {name} | {' | '.join(cells)} | {row[name]['cosine']} | {row[name]['first_call_s']} |")
+            lines.append(f"| {case} | {name} | {' | '.join(cells)} | {row[name]['cosine']} |")
+    if found["scores"]:
+        lines += ["", "| weights | records | score | float32 | int8 |", "|---" * 5 + "|"]
     for row in found["scores"]:
-        print(json.dumps(row))
+        for key, (before, after) in row["float32 and int8, %"].items():
+            lines.append(f"| {Path(row['weights']).name} | {row['records']} | {key} | {before} % | {after} % |")
+    return "\n".join(lines)
 
 
 def main() -> None:
@@ -151,18 +153,12 @@ def main() -> None:
     parser.add_argument("--score", nargs="*", default=[], metavar="WEIGHTS[=ROOT]")
     parser.add_argument("--split", default="val")
     given = parser.parse_args()
-    capable = torch.cpu.get_capabilities()
-    found: dict[str, Any] = {
-        "machine": {"processor": capable["cpu_name"], "python": platform.python_version(), "threads": torch.get_num_threads()}
-        | {name: capable.get(name, False) for name in ("avx512_vnni", "avx_vnni", "amx_int8", "amx_bf16")}
-        | {name: version(name) for name in ("torch", "torchao")},
-        "scores": [scores(each, given.split) for each in given.score],
-    }
+    found: dict[str, Any] = {"torchao": version("torchao"), "scores": [scores(each, given.split) for each in given.score]}
     if given.rounds:
         forms, found["quantize_s"] = networks()
         found["speed"] = {case: speed(forms, batch, given.rounds) for case, batch in inputs().items()}
-    show(found | {"speed": found.get("speed", {})})
-    given.json.write_text(json.dumps(found, indent=1) + "\n")
+    print(table(found))
+    save(given.json, table(found), found)
 
 
 if __name__ == "__main__":

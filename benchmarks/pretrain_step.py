@@ -10,7 +10,6 @@ resident memory. And a whole step of BASE (4 images, 1 text of 512 tokens, 4 pai
 
 import argparse
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from probe import probe, save, seconds
+from probe import peak_memory, probe, save, seconds
 from torch import Tensor, nn
 
 from beit3.data.masking import IGNORE
@@ -32,20 +31,15 @@ SETTINGS = ("none", "selective", "full")
 SIZES = {"base": BASE, "tiny": TINY}
 
 
-def peak() -> float:
-    """Most resident memory of this process so far, MB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-
-
 def head_memory(predictions: int, most: int) -> dict[str, float]:
     """MB that the head's losses and gradients take beyond states, weights and their gradients."""
     head, states = nn.Linear(768, 64010), torch.randn(predictions, 768, requires_grad=True)
     target = torch.randint(0, 64010, (predictions,))
     for tensor in (*head.parameters(), states):
         tensor.grad = torch.zeros_like(tensor) + 1
-    before = peak()
+    before = peak_memory()
     over_vocabulary(states, target, head, cross_entropies, most=most)[0].sum().backward()
-    return {"mb": peak() - before}
+    return {"mb": (peak_memory() - before) / 1e6}
 
 
 def micro_batches(task: Pretrain, images: int, texts: int, pairs: int) -> list[dict[str, Any]]:
@@ -89,7 +83,7 @@ class Step:
 def step_memory(size: str, setting: str, counts: tuple[int, int, int]) -> dict[str, float]:
     step = Step(SIZES[size], setting, counts)
     step(), step()  # noqa: B018
-    return {"mb": peak()}
+    return {"mb": peak_memory() / 1e6}
 
 
 def step_times(size: str, counts: tuple[int, int, int], rounds: int) -> dict[str, Any]:

@@ -13,7 +13,6 @@ decoded as the release does: the image repeated for every beam, padding kept, lo
 import argparse
 import copy
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -27,7 +26,7 @@ from typing import Any
 os.environ.setdefault("OMP_WAIT_POLICY", "ACTIVE")  # alone on the machine threads may spin: faster for both sides
 
 import torch
-from probe import probe, save, seconds
+from probe import peak_memory, probe, save, seconds
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -297,7 +296,7 @@ def peak(side: str, use: str) -> float:
     call = next(iter((found.ours or found.theirs).values()))
     for _ in range(3):
         call()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    return peak_memory() / 1e9
 
 
 def lined(rows: Sequence[Mapping[str, str]]) -> str:
