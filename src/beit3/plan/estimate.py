@@ -112,8 +112,13 @@ class Estimate:
         return bfloat16(self.recipe.run, torch.device("cpu" if self.on_processor else "cuda"))
 
     @cached_property
+    def task(self) -> Task:
+        """All of it, on meta."""
+        return built(self.kind, self.recipe.task, self.recipe.run)
+
+    @cached_property
     def sizes(self) -> Sizes:
-        task = built(self.kind, self.recipe.task, self.recipe.run)
+        task = self.task
         parameters = {name: parameter.numel() for name, parameter in task.trainable()}
         unused = tuple(task.unused)
         blocks = [sum(parameter.numel() for parameter in block.parameters()) for block in blocks_of(task)]
@@ -205,7 +210,7 @@ class Estimate:
         """Images and places for text in one record of each source."""
         found = {}
         for name in self.sources:
-            made = example(built(self.kind, self.recipe.task, self.recipe.run), name)
+            made = example(self.task, name)
             images = made["image"].shape[:-3].numel() if "image" in made else int("token_image" in made)
             found[name] = {"images": images, "tokens": made["text"].numel() if "text" in made else 0}
         return found

@@ -1,0 +1,121 @@
+"""One process beside two that train together: records a second, the share of communication, memory of each.
+
+    python benchmarks/scaling.py --json benchmarks/scaling.json
+
+A pretraining step of SMALL (8 images, 1 text of 512, 16 pairs a process; codes given) on one thread a process, gloo. `apart`
+is two processes at the same time that know nothing of each other: what the machine gives two, so that what a step takes
+longer when they are `together` is communication. Four are only shown to run. Forms take turns, a fresh start each.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+os.environ["OMP_NUM_THREADS"] = "1"
+
+import torch
+from pretrain_step import micro_batches
+from probe import peak_memory, probe, save, seconds
+
+from beit3.data.transforms import Preprocessing
+from beit3.model.config import SMALL
+from beit3.ops.collectives import rank, world_size
+from beit3.recipe import OptimConfig, RunConfig
+from beit3.tasks.pretrain import Pretrain, PretrainConfig
+from beit3.train.launch import start
+from beit3.train.optim import make_optimizer
+from beit3.train.parallel import autocast, build, materialise
+from beit3.train.step import backward, sum_targets
+
+COUNTS = (8, 1, 16)
+FORMS = {"one": 1, "apart": 2, "together": 2, "four together": 4}
+
+
+def work(steps: int) -> None:
+    """Train and print seconds a step and the memory that the task takes; under torchrun with the others."""
+    run = RunConfig()
+    device = start(run)
+    torch.set_num_threads(1)
+    config = PretrainConfig(model=SMALL, image=Preprocessing(112), num_codes=256, token_size=112, text_length=32)
+    before = peak_memory()
+    task = build(Pretrain, config, None, run, device)
+    materialise(task, device, 0)
+    assert isinstance(task, Pretrain)
+    torch.manual_seed(rank())
+    batches = micro_batches(task, *COUNTS)
+    optimizer, precision = make_optimizer(task, OptimConfig(lr=0.0)), autocast(run, device)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        backward(task, batches, sum_targets(task, batches), precision)
+        optimizer.step()
+
+    step()
+    times = [seconds(step) for _ in range(steps)]
+    states = sum(value.to_local().nbytes if hasattr(value, "to_local") else value.nbytes
+                 for state in optimizer.state.values() for value in state.values())  # fmt: skip
+    found = {"seconds": statistics.median(times), "peak": peak_memory() - before, "optimizer": states}
+    if rank() == 0 or world_size() == 1:
+        print(json.dumps(found), flush=True)
+
+
+def run_form(form: str, steps: int) -> dict[str, Any]:
+    """Start the processes of a form and read what they found: seconds of the slowest, memory of the first."""
+    count = FORMS[form]
+    alone = [sys.executable, __file__, "--steps", str(steps), "--work"]
+    grouped = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count), *alone[1:]]
+    commands = [grouped] if "together" in form else [alone] * count
+    running = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for command in commands]
+    found = []
+    for process in running:
+        printed, errors = process.communicate()
+        if process.returncode:
+            raise SystemExit(f"{form}: {errors[-2000:]}")
+        found.append(json.loads(printed.splitlines()[-1]))
+    return max(found, key=lambda each: each["seconds"])
+
+
+def table(found: dict[str, list[dict[str, Any]]]) -> str:
+    middle = {form: {key: statistics.median(run[key] for run in runs) for key in runs[0]} for form, runs in found.items()}
+    one = middle["one"]["seconds"]
+    lines = ["| processes | a step | records a second | beside one | peak of each | its optimizer |", "|---" * 6 + "|"]
+    for form, each in middle.items():
+        rate = FORMS[form] * sum(COUNTS) / each["seconds"]
+        lines.append(
+            f"| {form} | {each['seconds']:.2f} s | {rate:.0f} | {FORMS[form] * one / each['seconds']:.2f} "
+            f"| {each['peak'] / 1e6:.0f} MB | {each['optimizer'] / 1e6:.0f} MB |"
+        )
+    shares = [1 - apart["seconds"] / both["seconds"] for apart, both in zip(found["apart"], found["together"], strict=True)]
+    lines += ["", f"Communication of two: {statistics.median(shares):.0%} of a step ({min(shares):.0%} to {max(shares):.0%} over rounds)."]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--work", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.work:
+        work(options.steps)
+        return
+    found: dict[str, list[dict[str, Any]]] = {form: [] for form in FORMS}
+    rates = []
+    for turn in range(options.rounds):
+        for form in FORMS:
+            if form != "four together" or turn == 0:
+                rates.append(probe())
+                found[form].append(run_form(form, 2 if form == "four together" else options.steps))
+    print(table(found))
+    if options.json:
+        save(options.json, table(found), {"runs": found, "probe": rates})
+
+
+if __name__ == "__main__":
+    main()
