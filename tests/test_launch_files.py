@@ -43,7 +43,8 @@ def test_torchrun_takes_what_the_script_gives_it():
     known = get_args_parser().parse_args(words[1:])
     assert (known.nnodes, known.node_rank, known.nproc_per_node, known.max_restarts) == ("4", 3, "8", 5)
     assert (known.rdzv_backend, known.rdzv_endpoint, known.rdzv_conf) == ("c10d", "node0:1234", "join_timeout=3600")
-    assert known.module and [known.training_script, *known.training_script_args] == ["beit3", "train", "vqa", "base_480", "--data.root", "a b"]
+    assert known.module and known.training_script == "beit3"
+    assert known.training_script_args == ["train", "vqa", "base_480", "--data.root", "a b"]
     check_training(known.training_script_args[1:])
 
 
