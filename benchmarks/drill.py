@@ -31,7 +31,7 @@ from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for a call by path
 
-from tests.train.runs import lines, newest, tensors
+from tests.train.runs import lines, newest
 
 HOME = Path(__file__).resolve().parents[1]
 AIMS = ("file", "step", "file", "evaluation", "checkpoint", "start-up", "file", "best", "checkpoint", "last", "file", "resume")
@@ -55,12 +55,16 @@ class Job:
     def start(self, out: Path, said: Path) -> subprocess.Popen:
         """A process of its own, one thread; it prints to `said` and complains to `said`.err."""
         said.parent.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, "-m", "beit3", "train", "pretrain", "demo", "--out", str(out), *self.given]
+        command = [*self.command(), "train", "pretrain", "demo", "--out", str(out), *self.given]
         for name in ("steps", "save_every", "eval_every", "eval_records"):
             command += [f"--run.{name}", str(getattr(self, name))]
         command += ["--run.log_every", "1", "--run.async_save", str(self.asynchronous)]
         with said.open("w") as output, said.with_suffix(".err").open("w") as errors:
             return subprocess.Popen(command, stdout=output, stderr=errors, env=environment())
+
+    def command(self) -> list[str]:
+        """What starts `beit3`."""
+        return [sys.executable, "-m", "beit3"]
 
     def finish(self, out: Path, said: Path) -> int:
         """The same, to its end; its status."""
@@ -167,7 +171,8 @@ def await_moment(job: Job, process: subprocess.Popen, out: Path, said: Path, aim
 def contents(out: Path) -> dict[str, Any]:
     """What two equal runs have in common, by name; tensors as their bytes."""
     groups = {folder: load_file(out / folder / "model.safetensors") for folder in ("last", "best")}
-    groups[newest(out).name] = tensors(newest(out))
+    shards = sorted(newest(out).glob("*.safetensors"))  # one of each process
+    groups |= {newest(out).name + (f"/{index}" if index else ""): load_file(shard) for index, shard in enumerate(shards)}
     found: dict[str, Any] = {
         f"{group}/{name}": (tensor.dtype, tensor.shape, tensor.numpy().tobytes())
         for group, state in groups.items() for name, tensor in state.items()

@@ -21,8 +21,8 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
+from probe import save
 
-from beit3.data.records import write_text
 from beit3.ops.collectives import all_gather_objects, barrier, rank
 from beit3.plan.devices import Device
 from beit3.plan.estimate import Estimate
@@ -141,16 +141,16 @@ def main() -> None:
     if known.measure:
         measure(Case(**json.loads(known.measure)))
         return
-    line, rows = "{:40} {:>9} {:>9} {:>6} {:>9}", []
-    print(line.format("MiB", "estimate", "returned", "ratio", "usual"))
+    lines, rows = ["| step | estimate | returned | ratio | usual |", "|---" * 5 + "|"], []
     for case in (each for each in CASES if known.only in named(each)):
         figures = {"estimate": estimated(case), "returned": measured(case), "usual": measured(case, returned=False)}
         rows.append(asdict(case) | figures)
-        mib = {key: f"{value / MIB:.0f}" for key, value in figures.items()}
+        mib = {key: f"{value / MIB:.0f} MiB" for key, value in figures.items()}
         ratio = f"{figures['estimate'] / figures['returned']:.2f}"
-        print(line.format(named(case), mib["estimate"], mib["returned"], ratio, mib["usual"]), flush=True)
+        lines.append(f"| {named(case)} | {mib['estimate']} | {mib['returned']} | {ratio} | {mib['usual']} |")
+        print(lines[-1], flush=True)
     if known.json:
-        write_text(known.json, json.dumps({"torch": torch.__version__, "cases": rows}, indent=1) + "\n")
+        save(known.json, "\n".join(lines), rows)
 
 
 if __name__ == "__main__":
