@@ -142,7 +142,7 @@ def table(found: Mapping[str, Any]) -> str:
         lines += ["", "| weights | records | score | float32 | int8 |", "|---" * 5 + "|"]
     for row in found["scores"]:
         for key, (before, after) in row["float32 and int8, %"].items():
-            lines.append(f"| {Path(row['weights']).name} | {row['records']} | {key} | {before} % | {after} % |")
+            lines.append(f"| {'/'.join(Path(row['weights']).parts[-2:])} | {row['records']} | {key} | {before} % | {after} % |")
     return "\n".join(lines)
 
 

@@ -149,8 +149,10 @@ def uses(forms: Mapping[str, Captioning], theirs: Released | None, trained: Sequ
     for name, inputs in encoded.items():
         ours_by = {form: inferring(partial(first, task.backbone), inputs) for form, task in forms.items()}
         yield Use(name, ours_by, {form: inferring(network, inputs) for form, network in released.items()})
-    their_training = {} if theirs is None else {form: their_step(theirs, form) for form in trained}
-    yield Use("training step, 4 pairs", {form: our_step(theirs, form) for form in trained if forms}, their_training)
+    yield Use(  # four networks with their optimizers, which nothing here must keep
+        "training step, 4 pairs", {form: our_step(theirs, form) for form in trained if forms},
+        {form: their_step(theirs, form) for form in trained if theirs is not None},
+    )  # fmt: skip
     for count in (1, 4):
         inputs = (image[:count],)
         ours_by = {form: inferring(partial(captions, task), inputs) for form, task in forms.items()}
@@ -201,9 +203,10 @@ def our_loss(task: VQA, batch: Batch) -> Tensor:
     return task(trimmed(batch))["losses"]["loss"]
 
 
-def their_step(theirs: Released, form: str) -> Callable[[], Tensor]:
+def their_step(theirs: Released | None, form: str) -> Callable[[], Tensor]:
     """The same on torchscale's network, with the same head."""
     task, batch = question_task()
+    assert theirs is not None
     network = copy.deepcopy(theirs).train()
     del network.mlm_head
     network.beit3.encoder.layer_norm = nn.Identity()
