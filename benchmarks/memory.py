@@ -21,7 +21,8 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-from probe import save
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for a call by path
 
 from beit3.ops.collectives import all_gather_objects, barrier, rank
 from beit3.plan.devices import Device
@@ -33,6 +34,7 @@ from beit3.train.launch import start
 from beit3.train.optim import make_optimizer
 from beit3.train.parallel import autocast, materialise
 from beit3.train.step import backward, sum_targets
+from benchmarks.probe import save
 
 MIB = 2**20
 CPU = torch.device("cpu")
