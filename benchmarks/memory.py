@@ -152,6 +152,8 @@ def main() -> None:
         lines.append(f"| {named(case)} | {mib['estimate']} | {mib['returned']} | {ratio} | {mib['usual']} |")
         print(lines[-1], flush=True)
     if known.json:
+        from probe import save  # beside this program; a test imports it as part of a package
+
         save(known.json, "\n".join(lines), rows)
 
 
