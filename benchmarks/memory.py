@@ -34,7 +34,6 @@ from beit3.train.launch import start
 from beit3.train.optim import make_optimizer
 from beit3.train.parallel import autocast, materialise
 from beit3.train.step import backward, sum_targets
-from benchmarks.probe import save
 
 MIB = 2**20
 CPU = torch.device("cpu")
