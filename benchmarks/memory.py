@@ -20,11 +20,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for a call by path
 
-from beit3.ops.collectives import all_gather_objects, barrier, rank
+from beit3.ops.collectives import all_gather_objects, rank
 from beit3.plan.devices import Device
 from beit3.plan.estimate import Estimate
 from beit3.plan.standin import built, example
@@ -107,9 +106,6 @@ def measure(case: Case) -> None:
     found = max(all_gather_objects(status("VmHWM") - before))
     if rank() == 0:
         print(found, flush=True)
-    if case.processes > 1:
-        barrier()
-        dist.destroy_process_group()
 
 
 def steps(kind: type[Task], recipe: Recipe, case: Case, count: int) -> None:
