@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from beit3.config import suggestion
 from beit3.data.masking import rng as seeded_rng
 from beit3.data.survey import Lengths
+from beit3.model.backbone import Backbone
 from beit3.model.beit3 import BEiT3
 from beit3.model.config import IMAGE, TEXT, ModelConfig
 from beit3.ops.collectives import keep_shard
@@ -180,7 +181,7 @@ class Task(nn.Module):
 
         That is normal .02 cut at one deviation, biases 0, norms 1 and 0.
         """
-        if isinstance(self.backbone, BEiT3) and name.startswith("backbone."):
+        if isinstance(self.backbone, Backbone) and name.startswith("backbone."):
             self.backbone.init_parameter(name.removeprefix("backbone."), parameter, generator)
         elif parameter.ndim > 1:
             trunc_normal(parameter, generator)
@@ -194,7 +195,7 @@ class Task(nn.Module):
 
     def layer_of(self, name: str) -> tuple[int, int]:
         """(depth of a parameter, depth of the head) for layer-wise learning rates."""
-        if not isinstance(self.backbone, BEiT3):
+        if not isinstance(self.backbone, Backbone):
             return 0, 0
         head = self.backbone.config.depth + 1
         return (self.backbone.layer_of(name.removeprefix("backbone.")) if name.startswith("backbone.") else head), head

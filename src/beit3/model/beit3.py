@@ -5,7 +5,6 @@ in two calls (dual encoder), both in one call (fusion encoder), and both with `a
 text). Whether a sequence is fused is decided here, once per call.
 """
 
-import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from beit3.model.attention_mask import joint, visible_keys
+from beit3.model.backbone import Backbone
 from beit3.model.config import FUSION, IMAGE, TEXT, ModelConfig
 from beit3.model.embeddings import ImageEmbedding, TextEmbedding
 from beit3.model.layers import Block, Cache, LayerCache, Read, reading
 from beit3.model.multiway import Parts, Spans, norm
-from beit3.ops.init import seeded, trunc_normal
 
 
 @dataclass(frozen=True)
@@ -44,7 +43,7 @@ class Encoded:
         return self.of(modality)[:, 0]
 
 
-class BEiT3(nn.Module):
+class BEiT3(Backbone):
     """The Multiway Transformer.
 
     Parameters are named `image_embedding.*`, `text_embedding.*`, `blocks.{i}.{norm1,attention,norm2,ffn}.*`, `norm.*`;
@@ -52,8 +51,7 @@ class BEiT3(nn.Module):
     """
 
     def __init__(self, config: ModelConfig):
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         self.image_embedding = ImageEmbedding(config)
         self.text_embedding = TextEmbedding(config)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.depth))
@@ -132,46 +130,6 @@ class BEiT3(nn.Module):
         if not parts:
             raise ValueError("nothing to encode: give image, text or both")
         return parts, spans
-
-    @torch.no_grad()
-    def init_weights(self, seed: int = 0) -> None:
-        """Initial values, each parameter from its own generator, so that they do not depend on the process count.
-
-        | parameter                      | beit (paper, section 2.3)               | magneto (release)                     |
-        |--------------------------------|-----------------------------------------|---------------------------------------|
-        | norms; biases                  | 1, 0; 0                                 | 1, 0; 0                               |
-        | mask and class token, tables   | normal .02 cut at one deviation         | the same                              |
-        | qkv, out, fc1, fc2             | the same; out, fc2 / sqrt(2 * layer)    | Xavier; value, out, fc1, fc2 * sqrt(ln(2 * depth)) |
-        """
-        for name, parameter in self.named_parameters():
-            self.init_parameter(name, parameter, seeded(seed, name))
-
-    def init_parameter(self, name: str, parameter: Tensor, generator: torch.Generator) -> None:
-        """The table of `init_weights`, for the parameter of this name."""
-        config = self.config
-        kind = name.rsplit(".", 1)[-1]
-        if "norm" in name or kind == "bias":
-            nn.init.constant_(parameter, float("norm" in name and kind == "weight"))
-            return
-        if config.init == "beit" or not name.startswith("blocks."):
-            trunc_normal(parameter, generator)
-            if name.startswith("blocks.") and (".out." in name or ".fc2." in name):
-                parameter.div_(math.sqrt(2 * self.layer_of(name)))
-            return
-        values = torch.empty(parameter.shape, dtype=parameter.dtype)
-        gain = math.sqrt(math.log(2 * config.depth))
-        if ".qkv." in name:
-            for index, rows in enumerate(values.chunk(3)):
-                nn.init.xavier_uniform_(rows, gain=gain if index == 2 else 1.0, generator=generator)
-        else:
-            nn.init.xavier_uniform_(values, gain=gain, generator=generator)
-        parameter.copy_(values)
-
-    def layer_of(self, name: str) -> int:
-        """Depth of a parameter for layer-wise learning rates: 0 embeddings, 1..depth blocks, depth + 1 the rest."""
-        if "embedding." in name:
-            return 0
-        return int(name.split(".")[1]) + 1 if name.startswith("blocks.") else self.config.depth + 1
 
 
 def rows_read(read: Literal["first", "last"], spans: Spans, route: Spans) -> Read:

@@ -130,9 +130,10 @@ class FeedForward(nn.Module):
 class Block(nn.Module):
     """Pre-norm residual block; stochastic depth drops a sample's whole branch, in all parts alike."""
 
-    def __init__(self, config: ModelConfig, layer: int):
+    def __init__(self, config: ModelConfig, layer: int, *, experts: tuple[str, ...] = ()):
+        """`experts`: those to hold where it is not all that the config names for this layer."""
         super().__init__()
-        experts = config.experts(layer)
+        experts = experts or config.experts(layer)
         self.drop_path_rate = config.drop_path_rate * layer / max(1, config.depth - 1)
         self.norm1 = norm(config.dim, config.norm_eps, experts, shared=config.shared_norms)
         self.attention = Attention(config, experts)

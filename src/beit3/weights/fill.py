@@ -12,12 +12,14 @@ from torch import Tensor
 
 from beit3.data.transforms import Preprocessing
 from beit3.model.config import POSITION_OFFSET
+from beit3.model.trunk import ImageTrunk
 from beit3.ops.collectives import keep_shard, rank, whole
 from beit3.ops.init import seeded
-from beit3.ops.positions import resample_positions
+from beit3.ops.positions import resample_patches, resample_positions
 from beit3.task import Task
 
 IMAGE_POSITIONS = "backbone.image_embedding.positions"
+PATCHES = "backbone.image_embedding.patch.weight"
 FINAL_NORM = "backbone.norm."
 KEEP = POSITION_OFFSET + 1
 """Rows of the image table that belong to no patch."""
@@ -84,9 +86,10 @@ def match(
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """(values by name for `load_state_dict`, reasons by name of what stays fresh); the task is not changed.
 
-    The image position table is resampled to the task's image size. Of the backbone only the text side as a whole (files
-    that hold the image side alone) and the final norm may be absent. With `exact` a head of another shape is an error,
-    else it stays fresh. `label` says how the file calls a parameter. Raises ValueError naming tensors and shapes.
+    The image position table is resampled to the task's image size, and the patches where the task's config asks for it.
+    Of the backbone only the text side as a whole (files that hold the image side alone) and the final norm may be absent.
+    With `exact` a head of another shape is an error, else it stays fresh. `label` says how the file calls a parameter.
+    Raises ValueError naming tensors and shapes.
     """
     wanted = stored(task)
     no_text = not any(is_text(name) and name in tensors for name in wanted)
@@ -101,7 +104,7 @@ def match(
             else:
                 missing.append(label(name))
             continue
-        value = fit_positions(tensors[name], task.config.model.grid, label(name)) if name == IMAGE_POSITIONS else tensors[name]
+        value = fitted(task, name, tensors[name], label(name))
         if value.shape == here.shape:
             values[name] = value
         elif exact or name.startswith("backbone."):
@@ -145,6 +148,21 @@ def first_few(names: Iterable[str], count: int = 4) -> str:
     """The first names and how many more there are."""
     names = list(names)
     return ", ".join(names[:count]) + (f" and {len(names) - count} more" if len(names) > count else "")
+
+
+def fitted(task: Task, name: str, value: Tensor, label: str) -> Tensor:
+    """A file's tensor as the task's network needs it: positions on its grid, patches of its size where `resize_patch` says so."""
+    if name == IMAGE_POSITIONS:
+        return fit_positions(value, task.config.model.grid, label)
+    if name == PATCHES and value.ndim == 4 and getattr(task.config, "resize_patch", False):
+        return resample_patches(value, task.config.model.patch_size)
+    return value
+
+
+def of_others(task: Task, name: str) -> bool:
+    """Whether a tensor of another task's backbone serves texts or pairs and this one takes images alone."""
+    others = (".text.", ".fusion.", ".text_embedding.")
+    return isinstance(task.backbone, ImageTrunk) and name.startswith("backbone.") and any(part in name for part in others)
 
 
 def fit_positions(table: Tensor, grid: tuple[int, int], name: str) -> Tensor:

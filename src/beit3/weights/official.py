@@ -21,6 +21,7 @@ from torch import Tensor
 
 from beit3.data.transforms import Preprocessing
 from beit3.model.config import ModelConfig
+from beit3.model.trunk import ImageTrunk
 from beit3.recipe import TaskConfig
 from beit3.task import Task
 from beit3.task import load as load_task
@@ -267,7 +268,7 @@ def translate(
 
     ValueError for keys that no released file has.
     """
-    found, kind = _same_kind(state, type(task))
+    found, _ = _same_kind(state, type(task))
     if found == "vqkd":
         tensors = {f"backbone.{name}": tensor for name, tensor in read_vqkd(state, num_heads=1)[1].items()}
         return tensors, {key: "only its training used it" for key in state if DROPPED.match(key)}, str
@@ -277,7 +278,7 @@ def translate(
     given = [name for name, parts in keys.items() if any(key in state for key in parts)]
     tensors = {name: _stack(state, keys[name], here[name].shape) for name in given}
     used = {key for parts in keys.values() for key in parts}
-    ignored = _ignored([key for key in state if key not in used], prefix, found, kind)
+    ignored = _ignored([key for key in state if key not in used], prefix, found, task)
     return tensors, ignored, lambda name: " / ".join(keys[name]) or name
 
 
@@ -314,16 +315,18 @@ def _stack(state: Mapping[str, Tensor], keys: tuple[str, ...], shape: torch.Size
     return torch.cat([state[key] for key in keys])
 
 
-def _ignored(keys: Iterable[str], prefix: str, found: str, task: str) -> dict[str, str]:
+def _ignored(keys: Iterable[str], prefix: str, found: str, task: Task) -> dict[str, str]:
     """Reasons for the keys that the task leaves in the file; ValueError where there is none."""
-    ignored, unknown = {}, []
+    ignored, unknown, kind = {}, [], task_name(type(task))
     for key in keys:
         owners = [name for name, heads in HEADS.items() if key.startswith(heads)]
-        if key.startswith(f"{prefix}encoder.layer_norm."):
-            ignored[key] = f"the final norm: {task} reads the states before it"
+        if isinstance(task.backbone, ImageTrunk) and (".B." in key or key.startswith(f"{prefix}text_embed.")):
+            ignored[key] = f"{kind} takes images alone"
+        elif key.startswith(f"{prefix}encoder.layer_norm."):
+            ignored[key] = f"the final norm: {kind} reads the states before it"
         elif owners:
             owner = found if found in owners else owners[0]
-            ignored[key] = f"head of {owner}: no part of {task}"
+            ignored[key] = f"head of {owner}: no part of {kind}"
         else:
             unknown.append(key)
     if unknown:

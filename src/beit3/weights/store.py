@@ -26,7 +26,19 @@ from beit3.task import Task
 from beit3.task import load as load_task
 from beit3.tokenizer.text import FILE, TextTokenizer
 from beit3.weights.adapt import adapted, with_names
-from beit3.weights.fill import FINAL_NORM, Report, assign, complete, first_few, match, may_lack, prepared_differently, stored, task_name
+from beit3.weights.fill import (
+    FINAL_NORM,
+    Report,
+    assign,
+    complete,
+    first_few,
+    match,
+    may_lack,
+    of_others,
+    prepared_differently,
+    stored,
+    task_name,
+)
 from beit3.weights.official import (
     family,
     in_float32,
@@ -340,11 +352,18 @@ def _unused(task: Task, tensors: Mapping[str, Tensor]) -> dict[str, str]:
     """Why tensors of other weights are left out; ValueError for those of a backbone that this one has no place for."""
     here, name = stored(task), task_name(type(task))
     left = [key for key in tensors if key not in here]
-    unknown = [key for key in left if key.startswith("backbone.") and not key.startswith(FINAL_NORM)]
+    reasons = {}
+    for key in left:
+        if key.startswith(FINAL_NORM):
+            reasons[key] = f"the final norm: {name} reads the states before it"
+        elif of_others(task, key):
+            reasons[key] = f"{name} takes images alone"
+        elif not key.startswith("backbone."):
+            reasons[key] = f"a head that {name} does not have"
+    unknown = [key for key in left if key not in reasons]
     if unknown:
         raise ValueError(f"this {name} has no place for {len(unknown)} tensors: {first_few(unknown)}")
-    reasons = {True: f"the final norm: {name} reads the states before it", False: f"a head that {name} does not have"}
-    return {key: reasons[key.startswith(FINAL_NORM)] for key in left}
+    return reasons
 
 
 def _description(task: Task) -> dict[str, Any]:
