@@ -1,6 +1,7 @@
 """One call loads any weights, another asks them: directories, runs, released files, and what each refuses."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -330,8 +331,16 @@ def test_packed_weights_give_the_same_features(dual, picture):
             np.testing.assert_allclose(array, plain.embed([picture], ["how many"])[name], atol=1e-5)
     with pytest.raises(ValueError, match="leave packed out"):
         packed.to("meta")
-    with pytest.raises(ValueError, match="leave packed out"):
-        load(**dual, packed=True, int8=True)
+    for switch in ("packed", "compiled"):
+        with pytest.raises(ValueError, match=f"leave {switch} out"):
+            load(**dual, int8=True, **{switch: True})
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="compilation needs a C++ compiler")
+def test_compiled_blocks_give_the_same_features(dual, picture):
+    compiled, plain = load(**dual, packed=True, compiled=True), load(**dual)
+    for name, array in compiled.embed([picture] * 2, ["how many"]).items():
+        np.testing.assert_allclose(array, plain.embed([picture] * 2, ["how many"])[name], atol=1e-5)
 
 
 def test_one_side_needs_nothing_of_the_other(dual, picture):

@@ -5,6 +5,7 @@ tokenizer and without answer names.
 """
 
 import inspect
+import json
 from collections.abc import Iterable, Sequence
 from itertools import zip_longest
 from pathlib import Path
@@ -19,6 +20,7 @@ from beit3.task import Prediction, Record, Task
 from beit3.task import load as load_task
 from beit3.tokenizer.text import TextTokenizer
 from beit3.train.evaluate import batches, to_device
+from beit3.train.parallel import wrap_blocks
 from beit3.weights import official, store
 from beit3.weights.adapt import COUNTS, with_names
 from beit3.weights.fill import Report, is_text, stored, task_name
@@ -31,14 +33,16 @@ Names = str | Path | Sequence[str] | None
 
 
 class Predictor:
-    """A task in evaluation mode. `task`: the network; `report`: what was loaded, ignored, left fresh; `int8`, `packed`: as for `load`."""
+    """A task in evaluation mode. `task`: the network; `report`: what was loaded, ignored, left fresh; the others: as for `load`."""
 
-    def __init__(self, task: Task, report: Report, *, int8: bool = False, packed: bool = False):
-        if int8 and packed:
-            raise ValueError("int8 lays weights out in its own way: leave packed out")
+    def __init__(self, task: Task, report: Report, *, int8: bool = False, packed: bool = False, compiled: bool = False):
+        for name, given in (("packed", packed), ("compiled", compiled)):
+            if int8 and given:
+                raise ValueError(f"int8 lays weights out and compiles in its own way: leave {name} out")
         self.task = quantize(task) if int8 else task.eval()
         if packed:
             pack(self.task)
+        wrap_blocks(self.task, compiled=compiled)
         self.report = report
         self.int8, self.packed = int8, packed
 
@@ -67,13 +71,14 @@ class Predictor:
         ValueError where the weights' classes are others, or in another order: labels would mean something else.
         """
         config: Any = self.task.config
-        if not hasattr(config, "classes") or not file.exists():
+        known = getattr(config, "classes", getattr(config, "categories", None))
+        if known is None or not file.exists():
             return
         theirs = read_classes(file)
-        if config.head == "names" and not config.classes:
+        if getattr(config, "head", "") == "names" and not known:
             self.task.config = with_names(config, type(self.task), classes=theirs, fixed={})
-        elif config.classes and config.classes != theirs:
-            pairs = enumerate(zip_longest(config.classes, theirs))
+        elif known and known != theirs:
+            pairs = enumerate(zip_longest(known, theirs))
             place, (ours, there) = next((place, pair) for place, pair in pairs if pair[0] != pair[1])
             raise ValueError(f"class {place} is {ours!r} to the weights and {there!r} in {file}: score records of the same classes")
 
@@ -154,6 +159,7 @@ def load(
     prompt: str = "",
     int8: bool = False,
     packed: bool = False,
+    compiled: bool = False,
 ) -> Predictor:
     """Weights of any kind, ready to use on the CPU.
 
@@ -163,13 +169,14 @@ def load(
     answers: names of the VQA head's outputs. classes: names of imagenet's, for weights of retrieval any names, which
     `prompt` may put into a sentence in place of {}. int8: in 8-bit integers, two to four times faster on processors that
     have instructions for them. packed: weights laid out for batches that recur, for a third more speed on single images and
-    captions, and up to twice the memory of the weights (docs/speed.md has both). Raises ValueError, in one line.
+    captions, and up to twice the memory of the weights. compiled: each block a program, for many batches of one size; half a minute
+    at the start (docs/speed.md has all three). Raises ValueError, in one line.
     """
     path = Path(path)
     named = {"answers": read_answers(answers), "classes": read_classes(classes)}
     read, place = (_load_directory, store.find(path)) if path.is_dir() else (_load_file, path)
     built, report = read(place, task, num_heads, text_model, named, prompt)
-    return Predictor(built, report, int8=int8, packed=packed)
+    return Predictor(built, report, int8=int8, packed=packed, compiled=compiled)
 
 
 def _load_file(
@@ -216,7 +223,9 @@ def read_answers(names: Names) -> tuple[str, ...]:
 
 
 def read_classes(names: Names) -> tuple[str, ...]:
-    """Class names; a file of one per line, or a directory of records, whose own are taken."""
+    """Class names; a file of one per line, a .json as dense tasks have it, or a directory of records, whose own are taken."""
+    if isinstance(names, str | Path) and Path(names).suffix == ".json":
+        return tuple(each["name"] if isinstance(each, dict) else each for each in json.loads(Path(names).read_text(encoding="utf-8")))
     if isinstance(names, str | Path):
         from beit3.tasks import imagenet
 

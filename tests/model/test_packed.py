@@ -1,12 +1,15 @@
 """Packed weights: equal products, whatever rows come in which order; names, gradients and refusals."""
 
+import copy
+import shutil
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 from beit3.model.beit3 import BEiT3
 from beit3.model.config import TINY, TINY_RELEASE
-from beit3.model.packed import MOST_ROWS, Product, pack
+from beit3.model.packed import MOST_ROWS, PackedLinear, pack
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="this torch has no MKL")
 
@@ -15,7 +18,9 @@ pytestmark = pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="t
 def test_products_equal_plain_ones_whatever_rows_come():
     torch.manual_seed(0)
     layer = torch.nn.Linear(24, 40)
-    product = Product(layer)
+    product = copy.deepcopy(layer)
+    pack(product)
+    assert isinstance(product, PackedLinear)
     packed = []
     for shape in ((3, 5), (15,), (5, 3), (1,), (1,), (15,), (2, 15), (30,), (0, 3), (MOST_ROWS + 1,), (MOST_ROWS + 1,)):
         states = torch.randn(*shape, 24)
@@ -39,6 +44,25 @@ def test_a_packed_network_gives_the_same_states_under_the_same_names(config):
     assert set(network.state_dict()) == names
     network(image, text).tokens.sum().backward()
     assert network.blocks[0].ffn.image.fc1.weight.grad is not None
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="compilation needs a C++ compiler")
+def test_compiled_blocks_keep_packed_products_and_give_the_same():
+    torch.manual_seed(0)
+    network = BEiT3(TINY_RELEASE).eval()
+    network.init_weights()
+    pack(network)
+    moved = copy.deepcopy(network)  # its weights lie elsewhere: plain products
+    image, text = torch.randn(2, 3, 32, 32), torch.randint(4, 90, (2, 7))
+    with torch.no_grad():
+        plain = network(image, text).tokens
+        for each in (network, moved):
+            for block in each.blocks:
+                block.compile(fullgraph=True)
+                block.ffn.image.fc1.rows = block.ffn.image.fc1.last = 0
+            for _ in range(3):
+                torch.testing.assert_close(each(image, text).tokens, plain, rtol=1e-4, atol=1e-5)
+        assert network.blocks[0].ffn.image.fc1.rows and not moved.blocks[0].ffn.image.fc1.rows
 
 
 def test_only_float32_on_a_processor_is_packed():

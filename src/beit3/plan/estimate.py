@@ -56,12 +56,14 @@ class Memory:
 
 @dataclass(frozen=True)
 class Sizes:
-    """Parameters of a task, in numbers: all that train, those of them with a gradient, its largest block, beside blocks."""
+    """Parameters of a task, in numbers: all that train, its largest block, those beside blocks; `*used`: those with a gradient."""
 
     trained: int
     used: int
     block: int
+    block_used: int
     rest: int
+    rest_used: int
     frozen: int
 
 
@@ -120,14 +122,18 @@ class Estimate:
     def sizes(self) -> Sizes:
         task = self.task
         parameters = {name: parameter.numel() for name, parameter in task.trainable()}
-        unused = tuple(task.unused)
+        learning = {id(parameter) for name, parameter in task.trainable() if not name.startswith(tuple(task.unused))}
         blocks = [sum(parameter.numel() for parameter in block.parameters()) for block in blocks_of(task)]
+        blocks_used = [sum(p.numel() for p in block.parameters() if id(p) in learning) for block in blocks_of(task)]
+        trained, used = sum(parameters.values()), sum(p.numel() for _, p in task.trainable() if id(p) in learning)
         return Sizes(
-            trained=sum(parameters.values()),
-            used=sum(size for name, size in parameters.items() if not name.startswith(unused)),
+            trained=trained,
+            used=used,
             block=max(blocks, default=0),
-            rest=sum(parameters.values()) - sum(blocks),
-            frozen=sum(parameter.numel() for parameter in task.parameters()) - sum(parameters.values()),
+            block_used=max(blocks_used, default=0),
+            rest=trained - sum(blocks),
+            rest_used=used - sum(blocks_used),
+            frozen=sum(parameter.numel() for parameter in task.parameters()) - trained,
         )
 
     def measure(self, source: str, count: int) -> Trace:
@@ -175,9 +181,10 @@ class Estimate:
         elif count == 1:
             gradients = max(each.peak for each in traces.values()) - kept
         else:
-            gradients = (sizes.used / count + sizes.rest) * whole
+            gradients = (sizes.used / count + sizes.rest_used) * whole
         half = 2 if self.half and not self.on_processor else whole
-        gathered = sizes.rest * whole + sizes.block * (GATHERED_BLOCKS * half + half + whole) if count > 1 else 0
+        blocks = sizes.block * GATHERED_BLOCKS * half + sizes.block_used * (half + whole)
+        gathered = sizes.rest * whole + blocks if count > 1 else 0
         tensors = Memory(
             weights=sizes.trained * whole / count, gradients=gradients, optimizer=2 * sizes.used * whole / count,
             frozen=sizes.frozen * whole, gathered=gathered, activations=kept,

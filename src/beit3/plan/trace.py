@@ -134,11 +134,14 @@ class Allocations(TorchDispatchMode):
             return torch.empty(value.shape, dtype=value.dtype)
 
     def valueless(self, value: Any, dtype: torch.dtype) -> Any:
-        """A tensor of floats as a fake one of `dtype`; everything else as it is."""
-        if not isinstance(value, Tensor) or not value.is_floating_point():
+        """A tensor of floats as a fake one of `dtype`, pictures as fake bytes; everything else as it is."""
+        if not isinstance(value, Tensor):
+            return value
+        picture = value.dtype == torch.uint8 and value.ndim > 2 and value.shape[-3] == 3
+        if not picture and not value.is_floating_point():
             return value
         with self.fake:
-            return torch.empty(value.shape, dtype=dtype)
+            return torch.empty(value.shape, dtype=value.dtype if picture else dtype)
 
     def leave_out(self, tensor: Tensor) -> None:
         """Never count the storage of a weight, though views of it are made."""
