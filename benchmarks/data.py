@@ -2,13 +2,16 @@
 
     python benchmarks/data.py --images DIR --json benchmarks/data.json
 
-1. decode: open, crop, flip, resize, normalise and stack JPEGs by our loader, and by Pillow and torchvision's transforms in a
-   DataLoader, as training scripts have it; the same views of the same files, as many worker processes each.
-2. shards: the same images by our loader from files, and from tars.
-3. resume: a fresh loader over 1,000 shards until its first batch, at random places.
+1. decode: open, crop, flip, resize and stack JPEGs by our loader, and by Pillow and torchvision's transforms in a DataLoader,
+   as training scripts have it; the same views of the same files, as many worker processes each. Plain workers normalise;
+   we do it on the device, which `ours` leaves out and `normalised` counts, in this process on this processor.
+2. two views: the same with jittered colors and a second view, of 112 pixels, as pretraining has it.
+3. shards: the same images by our loader from files, and from tars.
+4. resume: a fresh loader over 1,000 shards until its first batch, at random places.
 
-Pairs take turns in one process; medians over rounds, ratios with their quartiles. `busy` is processor time over wall time
-times cores. Beside each round stands what a plain matrix product reached in it: where that sinks, other work was going on.
+All take turns in one process; medians over rounds, ratios to the last of them with quartiles. `busy` is processor time over
+wall time times cores. Beside each round stands what a plain matrix product reached in it: where that sinks, other work was
+going on.
 """
 
 import argparse
@@ -27,7 +30,8 @@ import numpy as np
 import torch
 from PIL import Image
 from probe import probe, save
-from torch.utils.data import DataLoader, Dataset
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, default_collate
 from torchvision import transforms
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))  # for a call by path
@@ -37,49 +41,65 @@ from beit3.data.records import locate, open_image, write_records
 from beit3.data.shards import write_shards
 from beit3.data.transforms import Preprocessing, two_views
 
-SIZE, BATCH, SCALE, CORES = 224, 32, (0.2, 1.0), os.cpu_count() or 1
+SIZE, TOKENS, BATCH, SCALE, JITTER, CORES = 224, 112, 32, (0.2, 1.0), 0.4, os.cpu_count() or 1
 SHARDS = 1000
 OURS = Preprocessing(SIZE)
 
 
 def ours(record: dict[str, Any], train: bool, *, rng: np.random.Generator) -> dict[str, Any]:
-    """An image of pretraining: the network's view of 224 x 224."""
+    """An image: the network's view of 224 x 224."""
     view, _ = two_views(open_image(record["image"]), rng, image_size=SIZE, token_size=SIZE, scale=SCALE, hflip=0.5, color_jitter=0.0)
-    return {"id": record["id"], "image": OURS.normalize(view)}
+    return {"id": record["id"], "image": view}
 
 
-def collate(examples: list[dict[str, Any]]) -> dict[str, Any]:
-    return {"id": [example["id"] for example in examples], "image": torch.stack([example["image"] for example in examples])}
+def ours_twice(record: dict[str, Any], train: bool, *, rng: np.random.Generator) -> dict[str, Any]:
+    """An image of pretraining: with the visual tokenizer's view."""
+    image = open_image(record["image"])
+    view, tokens = two_views(image, rng, image_size=SIZE, token_size=TOKENS, scale=SCALE, hflip=0.5, color_jitter=JITTER)
+    return {"id": record["id"], "image": view, "token_image": tokens}
 
 
 class Plain(Dataset):
     """Files by Pillow, with torchvision's transforms."""
 
-    def __init__(self, paths: Sequence[str]):
+    def __init__(self, paths: Sequence[str], twice: bool):
         self.paths = paths
-        self.transform = transforms.Compose([
-            transforms.RandomResizedCrop(SIZE, scale=SCALE, interpolation=transforms.InterpolationMode.BICUBIC),
-            transforms.RandomHorizontalFlip(), transforms.ToTensor(), transforms.Normalize(OURS.mean, OURS.std),
-        ])  # fmt: skip
+        bicubic = transforms.InterpolationMode.BICUBIC
+        pixels = [transforms.ToTensor(), transforms.Normalize(OURS.mean, OURS.std)]
+        flip = transforms.RandomHorizontalFlip()
+        if twice:
+            self.view = transforms.Compose([transforms.ColorJitter(JITTER, JITTER, JITTER), flip, self.crop])
+            self.ends = [[transforms.Resize((SIZE, SIZE), bicubic), *pixels], [transforms.Resize((TOKENS, TOKENS), bicubic), pixels[0]]]
+        else:
+            self.view = transforms.Compose([transforms.RandomResizedCrop(SIZE, scale=SCALE, interpolation=bicubic), flip])
+            self.ends = [pixels]
+
+    @staticmethod
+    def crop(image: Image.Image) -> Image.Image:
+        top, left, height, width = transforms.RandomResizedCrop.get_params(image, list(SCALE), [3 / 4, 4 / 3])
+        return image.crop((left, top, left + width, top + height))
 
     def __len__(self) -> int:
         return len(self.paths)
 
-    def __getitem__(self, index: int) -> torch.Tensor:
+    def __getitem__(self, index: int) -> list[Tensor]:
         with Image.open(self.paths[index]) as image:
-            return self.transform(image.convert("RGB"))
+            view = self.view(image.convert("RGB"))
+        return [transforms.Compose(end)(view) for end in self.ends]
 
 
-def read_ours(source: Source, count: int, workers: int) -> None:
+def read_ours(source: Source, count: int, workers: int, make: Callable[..., dict[str, Any]] = ours, normalise: bool = False) -> None:
     places = partial(step_places, batch={"images": BATCH}, sources=["images"], micro_batch=0, rank=0, world=1)
-    for batches in step_batches(Examples({"images": source}, ours, seed=0), collate, places, range(count // BATCH), workers=workers):
-        assert batches[0]["image"].shape == (BATCH, 3, SIZE, SIZE)
+    examples = Examples({"images": source}, make, seed=0)
+    for batches in step_batches(examples, default_collate, places, range(count // BATCH), workers=workers):
+        pixels = OURS.normalize(batches[0]["image"]) if normalise else batches[0]["image"]
+        assert pixels.shape == (BATCH, 3, SIZE, SIZE)
 
 
-def read_plain(paths: Sequence[str], count: int, workers: int) -> None:
+def read_plain(paths: Sequence[str], count: int, workers: int, twice: bool = False) -> None:
     paths = [paths[i % len(paths)] for i in range(count)]
-    for batch in DataLoader(Plain(paths), batch_size=BATCH, shuffle=True, drop_last=True, num_workers=workers):
-        assert batch.shape == (BATCH, 3, SIZE, SIZE)
+    for views in DataLoader(Plain(paths, twice), batch_size=BATCH, shuffle=True, drop_last=True, num_workers=workers):
+        assert views[0].shape == (BATCH, 3, SIZE, SIZE)
 
 
 def cpu() -> float:
@@ -95,7 +115,7 @@ def measured(read: Callable[[], None], count: int) -> dict[str, float]:
 
 
 def rounds(sides: dict[str, Callable[[], None]], count: int, number: int) -> dict[str, Any]:
-    """Both sides in turns, after a round that only warms up; the first over the second."""
+    """All sides in turns, after a round that only warms up; each over the last."""
     found: dict[str, list[dict[str, float]]] = {name: [] for name in sides}
     products = []
     for turn in range(number + 1):
@@ -105,14 +125,14 @@ def rounds(sides: dict[str, Callable[[], None]], count: int, number: int) -> dic
             if turn:
                 found[name].append(seen)
         products += [product] if turn else []
-    first, second = sides
-    report: dict[str, Any] = {"matrix_product_gflops": products}
-    for name, some in found.items():
-        report[name] = {key: float(np.median([each[key] for each in some])) for key in some[0]}
-    for key in ("images_per_second", "images_per_cpu_second"):
-        ratios = [one[key] / other[key] for one, other in zip(found[first], found[second], strict=True)]
-        report[f"ratio_{key}"] = [float(value) for value in np.quantile(ratios, (0.25, 0.5, 0.75))]
-    return report
+    medians = {name: {key: float(np.median([each[key] for each in some])) for key in some[0]} for name, some in found.items()}
+    *others, last = sides
+    ratios: dict[str, dict[str, list[float]]] = {}
+    for name in others:
+        for key in ("images_per_second", "images_per_cpu_second"):
+            each = [one[key] / other[key] for one, other in zip(found[name], found[last], strict=True)]
+            ratios.setdefault(f"{name} / {last}", {})[key] = [float(value) for value in np.quantile(each, (0.25, 0.5, 0.75))]
+    return {"matrix_product_gflops": products, "medians": medians, "ratios": ratios}
 
 
 def write_files(place: Path, files: Sequence[Path]) -> tuple[Source, Source]:
@@ -145,7 +165,7 @@ def resumes(place: Path, file: Path, number: int) -> dict[str, Any]:
         start = time.perf_counter()
         examples = Examples({"images": Source(path, place)}, ours, seed=0)
         places = partial(step_places, batch={"images": BATCH}, sources=["images"], micro_batch=0, rank=0, world=1)
-        next(step_batches(examples, collate, places, range(step, step + 1), workers=CORES))
+        next(step_batches(examples, default_collate, places, range(step, step + 1), workers=CORES))
         seconds.append(time.perf_counter() - start)
     return {"shards": SHARDS, "prepare_seconds": prepared, "median_seconds": float(np.median(seconds)), "longest_seconds": max(seconds)}
 
@@ -153,14 +173,13 @@ def resumes(place: Path, file: Path, number: int) -> dict[str, Any]:
 def table(found: dict[str, Any]) -> str:
     """One line a side and a ratio; medians, with quartiles of the ratios."""
     lines = ["| | images/s | per processor second | cores busy |", "|---|---|---|---|"]
-    for part in ("decode", "shards"):
-        sides = {name: value for name, value in found[part].items() if isinstance(value, dict)}
-        for name, side in sides.items():
+    for part in ("decode", "two views", "shards"):
+        for name, side in found[part]["medians"].items():
             rates = f"{side['images_per_second']:.0f} | {side['images_per_cpu_second']:.0f} | {side['busy']:.0%}"
             lines.append(f"| {part}: {name} | {rates} |")
-        quartiles = (found[part][f"ratio_{key}"] for key in ("images_per_second", "images_per_cpu_second"))
-        each = ("{1:.2f} ({0:.2f} to {2:.2f})".format(*three) for three in quartiles)
-        lines.append(f"| {' / '.join(sides)} | {' | '.join(each)} | |")
+        for name, ratios in found[part]["ratios"].items():
+            each = ("{1:.2f} ({0:.2f} to {2:.2f})".format(*three) for three in ratios.values())
+            lines.append(f"| {part}: {name} | {' | '.join(each)} | |")
     resume = found["resume"]
     middle, longest = f"{resume['median_seconds']:.2f} s", f"longest {resume['longest_seconds']:.2f} s"
     lines.append(f"| first batch after a resume in {resume['shards']} shards | {middle} | {longest} | |")
@@ -170,7 +189,7 @@ def table(found: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", required=True, type=Path, help="a folder with JPEGs of photographs")
-    parser.add_argument("--count", type=int, default=1024, help="images a side and round")
+    parser.add_argument("--count", type=int, default=4096, help="images a side and round")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--workers", type=int, default=CORES)
     parser.add_argument("--json", type=Path)
@@ -180,14 +199,14 @@ def main() -> None:
     count = known.count // BATCH * BATCH
     with tempfile.TemporaryDirectory() as scratch:
         as_files, as_shards = write_files(Path(scratch), files)
-        sides = {
-            "ours": partial(read_ours, as_files, count, known.workers), "shards": partial(read_ours, as_shards, count, known.workers),
-            "plain": partial(read_plain, [str(file) for file in files], count, known.workers),
-        }  # fmt: skip
+        ours_of = partial(read_ours, as_files, count, known.workers)
+        plain = partial(read_plain, [str(file) for file in files], count, known.workers)
+        shards = partial(read_ours, as_shards, count, known.workers)
         found = {
             "images": len(files), "workers": known.workers, "count": count,
-            "decode": rounds({"ours": sides["ours"], "plain": sides["plain"]}, count, known.rounds),
-            "shards": rounds({"shards": sides["shards"], "files": sides["ours"]}, count, known.rounds),
+            "decode": rounds({"ours": ours_of, "normalised": partial(ours_of, normalise=True), "plain": plain}, count, known.rounds),
+            "two views": rounds({"ours": partial(ours_of, ours_twice), "plain": partial(plain, twice=True)}, count, known.rounds),
+            "shards": rounds({"shards": shards, "files": ours_of}, count, known.rounds),
             "resume": resumes(Path(scratch), files[0], known.rounds),
         }  # fmt: skip
     print(table(found))

@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.data import default_collate
 
 from beit3.config import suggestion
 from beit3.data.masking import rng as seeded_rng
@@ -40,6 +41,8 @@ class Task(nn.Module):
     """Named settings; `demo` trains on the embedded world in minutes."""
     sources: ClassVar[tuple[str, ...]] = ("main",)
     """Kinds of records, in the order in which a step visits them."""
+    names_file: ClassVar[str] = "classes.txt"
+    """What lies beside the records where a task's labels have names."""
     headline: ClassVar[str]
     """The score that decides which weights are best; larger is better."""
     official_names: ClassVar[Mapping[str, str]] = {}
@@ -100,8 +103,13 @@ class Task(nn.Module):
         batch: Batch = {}
         for key in examples[0]:
             values = [example[key] for example in examples]
-            batch[key] = torch.stack(values) if isinstance(values[0], Tensor) else values
+            batch[key] = default_collate(values) if isinstance(values[0], Tensor) else values  # in a worker, in shared memory
         return trimmed(batch)
+
+    def pixels(self, batch: Batch) -> Tensor:
+        """The batch's images [..., 3, H, W] as the network takes them: bytes are normalised here, floats already are."""
+        images = batch["image"]
+        return images if images.is_floating_point() else self.config.image.normalize(images).to(next(self.backbone.parameters()).dtype)
 
     def read_text(self, text: str | Sequence[int], length: int) -> tuple[Tensor, Tensor]:
         """A text, in words or ids, -> (text [length] int64, text_padding [length] bool)."""

@@ -9,7 +9,7 @@ from PIL import Image
 from torchvision.transforms.v2 import functional as F
 
 from beit3.data import augment
-from beit3.data.augment import ENHANCE, INCREASING, OPERATIONS, SHIFT, auto_augment, rand_augment, random_erasing
+from beit3.data.augment import ENHANCE, INCREASING, OPERATIONS, SHIFT, auto_augment, erase, rand_augment, random_erasing
 
 
 def picture(height: int = 40, width: int = 50) -> torch.Tensor:
@@ -219,10 +219,15 @@ def test_auto_augment_is_a_function_of_its_generator():
     assert 3 < sum(torch.equal(result, image) for result in results) < 30
 
 
+def erased_at(pixels: torch.Tensor, rng: np.random.Generator, *, rate: float = 0.25) -> torch.Tensor:
+    """Normalised [3, H, W] with its box erased."""
+    return erase(pixels[None], [random_erasing(pixels, rng, rate=rate)])[0]
+
+
 def erased(size: int, seed: int) -> tuple[int, int, int, int] | None:
     """Top, left, height and width of what was erased at rate 1, and a check that all else is as before."""
     pixels = torch.full((3, size, size), 100.0)
-    changed = random_erasing(pixels, np.random.default_rng(seed), rate=1.0) != 100
+    changed = erased_at(pixels, np.random.default_rng(seed), rate=1.0) != 100
     assert (pixels == 100).all()
     if not changed.any():
         return None
@@ -253,20 +258,20 @@ def test_erased_pixels_are_standard_normal_and_erasing_is_as_frequent_as_asked()
     pixels = torch.full((3, 64, 64), 100.0)
     rng, done, values = np.random.default_rng(0), 0, []
     for _ in range(1200):
-        found = random_erasing(pixels, rng)
+        found = erased_at(pixels, rng)
         done += not torch.equal(found, pixels)
         values.append(found[found != 100])
     assert abs(done - 300) < 4 * 15  # binomial, 1200 x 0.25 x 0.75 = 15 squared
     noise = torch.cat(values)  # 300 boxes of some 2000 values
     assert noise.numel() > 300_000 and abs(noise.mean()) < 0.01 and abs(noise.std() - 1) < 0.01
     assert abs((noise.abs() > 1.96).double().mean() - 0.05) < 0.003
-    assert random_erasing(pixels, rng, rate=0.0) is pixels
-    assert torch.equal(*(random_erasing(pixels, np.random.default_rng(5), rate=1.0) for _ in range(2)))
+    assert random_erasing(pixels, rng, rate=0.0) is None
+    assert torch.equal(*(erased_at(pixels, np.random.default_rng(5), rate=1.0) for _ in range(2)))
 
 
 def test_a_box_that_never_fits_is_given_up_after_ten_tries():
     rng, other = np.random.default_rng(0), np.random.default_rng(0)
     line = torch.ones(3, 1, 100)
-    assert torch.equal(random_erasing(line, rng, rate=1.0), line)
+    assert random_erasing(line, rng, rate=1.0) is None
     other.random(1 + 10 * 2)  # whether at all, then area and aspect ten times
     assert rng.random() == other.random()

@@ -51,7 +51,24 @@ def test_fitting_size_is_not_resized(photo, monkeypatch):
     assert torch.allclose(Preprocessing(60)(square), expected, atol=1e-6)
     sizes = {"image_size": 60, "token_size": 60}
     patches, tokens = two_views(square, rng(0, 0, 0), **sizes, scale=(1, 1), hflip=0, color_jitter=0)
-    assert torch.allclose(patches, square / 255) and torch.equal(patches, tokens)
+    assert torch.equal(patches, square) and torch.equal(patches, tokens)
+
+
+def test_interleaved_and_separate_colors_give_the_same(photo):
+    """As decoders lay them out, and as everything else does; cut out of a larger picture, too."""
+    interleaved = photo.permute(1, 2, 0).contiguous().permute(2, 0, 1)
+    assert interleaved.stride() != photo.stride()
+    for preprocessing in (Preprocessing(32), Preprocessing(32, *IMAGENET, resize="crop")):
+        for cut in (slice(None), slice(3, 50)):
+            assert torch.equal(preprocessing(interleaved[:, cut, cut]), preprocessing(photo[:, cut, cut]))
+    one, two = (two_views(image, rng(0, 0, 4), image_size=32, token_size=24) for image in (photo, interleaved))
+    assert torch.equal(one[0], two[0]) and torch.equal(one[1], two[1])
+
+
+def test_fitted_is_what_is_normalised(photo):
+    for preprocessing in (Preprocessing(32), Preprocessing(32, *IMAGENET, resize="crop")):
+        fitted = preprocessing.fitted(photo)
+        assert fitted.dtype == torch.uint8 and torch.equal(preprocessing(photo), preprocessing.normalize(fitted))
 
 
 def test_normalize_takes_bytes_and_fractions(photo):
@@ -82,14 +99,13 @@ def test_views_share_one_crop(photo):
         draw = dict(scale=(0.2, 1.0), color_jitter=0.0, hflip=0.5)
         patches, tokens = two_views(photo, rng(0, 0, key), image_size=28, token_size=32, **draw)
         assert patches.shape == (3, 28, 28) and tokens.shape == (3, 32, 32)
-        assert patches.dtype == tokens.dtype == torch.float32
-        assert min(patches.min(), tokens.min()) >= 0 and max(patches.max(), tokens.max()) <= 1
+        assert patches.dtype == tokens.dtype == torch.uint8
         generator = rng(0, 0, key)
         top, left, tall, wide = transforms._draw_box(photo, generator, draw["scale"], (3 / 4, 4 / 3))
         crop = photo[:, top : top + tall, left : left + wide]
         crop = crop.flip(-1) if generator.random() < 0.5 else crop
         for view, size in ((patches, 28), (tokens, 32)):
-            assert (view * 255 - from_pillow(crop, size).float()).abs().max() < 2.5
+            assert (view.int() - from_pillow(crop, size).int()).abs().max() <= 2
 
 
 def test_boxes_stay_inside_and_keep_scale_and_ratio(photo):
@@ -119,7 +135,7 @@ def test_one_pixel_and_narrow_images():
         image = torch.full((3, *size), 200, dtype=torch.uint8)
         for key in range(10):
             patches, tokens = two_views(image, rng(0, 0, key), image_size=16, token_size=8, color_jitter=0)
-            assert torch.allclose(patches, torch.tensor(200 / 255)) and tokens.shape == (3, 8, 8)
+            assert (patches == 200).all() and tokens.shape == (3, 8, 8)
 
 
 def test_jitter_equals_torchvision(photo):
@@ -130,8 +146,10 @@ def test_jitter_equals_torchvision(photo):
         order = generator.permutation(3).tolist()
         for change in order:
             expected = operations[change](expected, 0.6 + 0.8 * generator.random())
-        found = transforms._jitter(photo, rng(0, 0, key), 0.4)
+        changes = transforms._draw_changes(rng(0, 0, key), 0.4)
+        found = transforms._jitter(photo, changes, (0, 0, 60, 80))
         assert found.dtype == torch.uint8 and (found - expected * 255).abs().max() < 0.6
+        assert torch.equal(transforms._jitter(photo, changes, (5, 7, 20, 30)), found[:, 5:25, 7:37]), "its contrast is the whole picture's"
         seen.add(tuple(order))
     assert len(seen) > 3
 

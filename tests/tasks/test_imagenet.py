@@ -38,7 +38,7 @@ def test_names_one_by_one_give_the_same_logits(root, batch):
     """Against each name encoded alone, without padding."""
     task = by_names(root, prompt="a {}")
     with torch.no_grad():
-        image = F.normalize(task.image_projection(task.backbone(image=batch["image"]).first("image")), dim=-1)
+        image = F.normalize(task.image_projection(task.backbone(image=task.pixels(batch)).first("image")), dim=-1)
         names = []
         for name in task.config.classes:
             text = torch.tensor([task.tokenizer.encode(f"a {name}")])
@@ -53,7 +53,7 @@ def test_passes_change_neither_logits_nor_gradients(root, batch, size):
     found = []
     for passes in (512, size):
         task = by_names(root, names_per_pass=passes).double().train()
-        loss = task(batch | {"image": batch["image"].double()})["losses"]["loss"]
+        loss = task(batch)["losses"]["loss"]
         loss.backward()
         found.append((loss.detach(), {name: p.grad for name, p in task.named_parameters() if p.grad is not None}))
     torch.testing.assert_close(found[0][0], found[1][0], rtol=1e-12, atol=0)
@@ -76,7 +76,7 @@ def test_names_are_encoded_once_for_an_evaluation_and_anew_after_training(root, 
 def test_the_linear_head_reads_the_mean_of_the_patches(root, batch):
     task = built(root)
     with torch.no_grad():
-        states = task.backbone(image=batch["image"]).of("image")
+        states = task.backbone(image=task.pixels(batch)).of("image")
         expected = task.head(task.fc_norm(states[:, 1:].mean(1)))
         torch.testing.assert_close(task.outputs(batch)["logits"], expected)
 
@@ -92,6 +92,23 @@ def test_mixed_and_smoothed_targets(root, batch):
         one = task(batch)["losses"]["loss"]
         torch.manual_seed(0)
         assert torch.equal(task(batch)["losses"]["loss"], one) and not torch.equal(one, plain)
+
+
+def test_erased_boxes_hold_noise_in_the_networks_pixels(root, batch):
+    """The bytes stay whole; on the device normalised pixels get what was drawn for them, the rest is as without erasing."""
+    task = built(root, erasing=0.5)
+    rows = list(Source(root / "imagenet/main/train.jsonl", root))[:24]
+    examples = [task.example(row, True) for row in rows]
+    drawn = task.collate(examples)
+    boxes = drawn.pop("erased")
+    plain, found = task.pixels(drawn), task.pixels(drawn | {"erased": boxes})
+    assert 4 < sum(box is not None for box in boxes) < 20
+    for before, after, box in zip(plain, found, boxes, strict=True):
+        if box is not None:
+            top, left, noise = box
+            before[:, top : top + noise.shape[1], left : left + noise.shape[2]] = torch.from_numpy(noise)
+        assert torch.equal(after, before)
+    assert "erased" not in batch and "erased" not in built(root, erasing=0.0).example(rows[0], True), "evaluation erases nothing"
 
 
 def test_wrong_labels_lists_and_heads(root, tmp_path):

@@ -28,10 +28,6 @@ def built(recipe: Recipe, kind: type[Task], root: Path) -> Task:
     return task.train()
 
 
-def double(batch: Batch) -> Batch:
-    return batch | ({"image": batch["image"].double()} if "image" in batch else {})
-
-
 def gradients(task: Task, batches: list[Batch]) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
     task.zero_grad()
     values, _ = backward(task, batches, sum_targets(task, batches), FLOAT32)
@@ -57,7 +53,7 @@ def test_features_in_parts_give_the_loss_of_all_pairs(root, depth_drop):
     recipe = replace(recipe, task=replace(recipe.task, model=replace(recipe.task.model, drop_path_rate=depth_drop)))
     task = built(recipe, Retrieval, root)
     source = Source(root / "retrieval/main/train.jsonl", root)
-    batch = double(task.collate([task.example(source[3 * i], True) for i in range(7)]))
+    batch = task.collate([task.example(source[3 * i], True) for i in range(7)])
     parts = cut(batch, 3, 3, 1)
 
     def forward_in_parts() -> tuple[dict[str, torch.Tensor], torch.Tensor]:
@@ -88,7 +84,7 @@ def pretrain_step(root, visual) -> tuple[Task, list[Batch]]:
     recipe = pretrain_recipe(root, visual)
     task = built(recipe, Pretrain, root)
     records = {name: Source(root / f"pretrain/{name}/val.jsonl", root) for name in Pretrain.sources}
-    return task, [double(task.collate([task.example(source[i], True) for i in range(6)])) for source in records.values()]
+    return task, [task.collate([task.example(source[i], True) for i in range(6)]) for source in records.values()]
 
 
 def test_micro_batches_make_one_step(pretrain_step):

@@ -1,11 +1,11 @@
 """What the release does to fine-tuning pictures: its RandAugment for VQA and captioning, timm's and erasing for ImageNet.
 
-Across the border: uint8 [3, H, W] RGB in and out, in erasing normalised float [3, S, S]; all chance comes from the given
+Across the border: uint8 [3, H, W] RGB in and out, of erasing normalised float [B, 3, S, S]; all chance comes from the given
 numpy generator.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -40,9 +40,13 @@ ERASED_ASPECT = 0.3
 
 ERASE_TRIES = 10
 
+Erased = tuple[int, int, np.ndarray]
+"""A box of a picture: top, left, and the standard normal noise [3, h, w] that a normalised picture holds there."""
+
 
 def rand_augment(image: Tensor, rng: np.random.Generator, *, count: int = 2) -> Tensor:
     """`count` operations drawn with replacement, each applied with probability one half, signs at random."""
+    image = image.contiguous()  # auto-contrast of interleaved colors takes five times as long
     for choice in rng.integers(len(OPERATIONS), size=count).tolist():
         applied, sign = rng.random() < 0.5, 1 if rng.random() < 0.5 else -1
         if applied:
@@ -66,20 +70,29 @@ def auto_augment(image: Tensor, rng: np.random.Generator) -> Tensor:
     return F.pil_to_tensor(picture)
 
 
-def random_erasing(pixels: Tensor, rng: np.random.Generator, *, rate: float = 0.25) -> Tensor:
-    """At `rate`, one box of normalised [3, S, S] becomes standard normal noise; a box that does not fit is drawn anew."""
+def random_erasing(image: Tensor, rng: np.random.Generator, *, rate: float = 0.25) -> Erased | None:
+    """At `rate` a box of [3, S, S] and the noise for it; a box that does not fit is drawn anew."""
     # torchvision's RandomErasing draws from torch's global generator, and aspects up to 3.3.
     if rng.random() >= rate:
-        return pixels
-    height, width = pixels.shape[-2:]
+        return None
+    height, width = image.shape[-2:]
     limit = math.log(1 / ERASED_ASPECT)
     for _ in range(ERASE_TRIES):
         area, aspect = height * width * rng.uniform(*ERASED_AREA), math.exp(rng.uniform(-limit, limit))
         tall, wide = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
         if tall < height and wide < width:
             top, left = int(rng.integers(height - tall + 1)), int(rng.integers(width - wide + 1))
-            noise = torch.from_numpy(rng.standard_normal((len(pixels), tall, wide), dtype=np.float32))
-            return F.erase(pixels, top, left, tall, wide, noise)
+            return top, left, rng.standard_normal((len(image), tall, wide), dtype=np.float32)
+    return None
+
+
+def erase(pixels: Tensor, erased: Sequence[Erased | None]) -> Tensor:
+    """Normalised [B, 3, S, S], a copy in which the boxes of `random_erasing` hold their noise."""
+    pixels = pixels.clone()
+    for image, box in zip(pixels, erased, strict=True):
+        if box is not None:
+            top, left, noise = box
+            image[:, top : top + noise.shape[1], left : left + noise.shape[2]] = torch.from_numpy(noise).to(image, non_blocking=True)
     return pixels
 
 

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from beit3.data.masking import rng
 from beit3.data.order import Mix, Windows
-from beit3.data.records import IMAGES, Records, split_files
+from beit3.data.records import FILES, Records, split_files
 from beit3.data.shards import Shards
 from beit3.data.tokens import ENDING, Tokens
 from beit3.data.upstream import Index, is_index
@@ -75,7 +75,7 @@ class Source:
         record = self.stores[number][index]
         if self.names[number]:
             record = record | {"id": f"{self.names[number]}/{record['id']}"}
-        return record | {key: str(self.root / record[key]) for key in IMAGES if key in record}
+        return record | {key: str(self.root / record[key]) for key in FILES if key in record}
 
     def order(self, number: int, draw: Callable[[str], np.random.Generator]) -> np.ndarray | Windows:
         """An epoch of set `number`: offset -> index. `draw`: the generator of a name."""
@@ -168,12 +168,16 @@ class Stack:
 
 
 def step_batches(
-    examples: Examples, collate: Callable[..., dict[str, Any]], places: Callable[[int], list[list[Place]]], steps: range, *, workers: int
-) -> Iterator[list[dict[str, Any]]]:
-    """For each of `steps` its list of micro-batches; `places` gives theirs, asked only when their turn comes."""
+    examples: Examples, collate: Callable[..., dict[str, Any]], places: Callable[[int], list[list[Place]]], steps: range, *,
+    workers: int, pinned: bool = False,
+) -> Iterator[list[dict[str, Any]]]:  # fmt: skip
+    """For each of `steps` its list of micro-batches; `places` gives theirs, asked only when their turn comes.
+
+    pinned: in memory that CUDA copies from while it computes.
+    """
     loader = DataLoader(
         examples, batch_sampler=(piece for step in steps for piece in places(step)), collate_fn=Stack(collate), num_workers=workers,
-        prefetch_factor=4 if workers else None,
+        prefetch_factor=4 if workers else None, pin_memory=pinned,
     )  # fmt: skip
     batches = iter(loader)
     for step in steps:

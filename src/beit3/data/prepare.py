@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from beit3.data.formats.files import Expected
-from beit3.data.records import IMAGES, STORES, header_fault, in_tar, read_member
+from beit3.data.records import FILES, IMAGES, STORES, header_fault, in_tar, read_member
 from beit3.data.survey import NAMED, Lengths, Survey, describe
 from beit3.progress import bar
 
@@ -48,7 +48,7 @@ def write_splits(
                 continue
             survey.add(record)
             # Links resolved first: the system walks ".." from where a link leads.
-            record = record | {key: os.path.relpath(os.path.realpath(record[key]), place) for key in IMAGES if key in record}
+            record = record | {key: os.path.relpath(os.path.realpath(record[key]), place) for key in FILES if key in record}
             file_of(split).write(f"{json.dumps(record, ensure_ascii=False)}\n".encode())
             written[split] += 1
         judge(written, bad, bad_share, f"{source} records", f"for {task}")
@@ -76,7 +76,7 @@ def find_fault(record: dict[str, Any], known: dict[str, str]) -> str:
         return f"it holds {error.object[error.start]!r}, which is no character: write names and texts in UTF-8"
     for path in (record[key] for key in IMAGES if key in record):
         if path not in known:
-            known[path] = image_fault(path)
+            known[path] = image_fault(path, (record["width"], record["height"]) if "width" in record else None)
         if known[path]:
             return known[path]
     return ""
@@ -91,12 +91,12 @@ def doubled(split: str, record: dict[str, Any], seen: set[tuple[str, str]]) -> s
     return f"another record of {split} has the same id"
 
 
-def image_fault(path: str) -> str:
-    """'' for an image whose header can be read; else one line with its name."""
-    tar, start, size = in_tar(path)
+def image_fault(path: str, size: tuple[int, int] | None = None) -> str:
+    """'' for an image whose header can be read, and is of this width and height where they are given; else one line with its name."""
+    tar, start, length = in_tar(path)
     if not os.path.exists(tar or path):
         return f"image {path} is missing" + (f", looked for in {path.searched}" if isinstance(path, Expected) else "")
-    fault = header_fault(io.BytesIO(read_member(tar, start, size)) if tar else path)
+    fault = header_fault(io.BytesIO(read_member(tar, start, length)) if tar else path, size)
     return f"image {path} {fault}" if fault else ""
 
 

@@ -22,7 +22,7 @@ from typing import BinaryIO
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 from torchvision.io import ImageReadMode, decode_image
 
@@ -36,6 +36,8 @@ UNREADABLE = (OSError, RuntimeError, SyntaxError, ValueError, OverflowError, str
 
 IMAGES = ("image", "image2")
 """Fields of a record that name an image."""
+FILES = (*IMAGES, "label_map")
+"""These, and what else names a file: a label map holds numbers, no picture."""
 
 STORES = (".jsonl", ".shards", ".tokens")
 """Endings of a split's records: one JSON object a line, an index of tars (`beit3.data.shards`), or of ids (`beit3.data.tokens`)."""
@@ -237,13 +239,23 @@ def _open(path: str | Path) -> Tensor:
         raise ValueError(f"{path} is not an image that can be read: {error}") from error
 
 
-def header_fault(image: str | BinaryIO) -> str:
-    """'' for an image whose header can be read; else what is wrong with it."""
+def header_fault(image: str | BinaryIO, size: tuple[int, int] | None = None) -> str:
+    """'' for an image whose header can be read, and is of this width and height where they are given; else what is wrong with it."""
     try:
         with Image.open(image) as header:
-            return "" if min(header.size) > 0 else "is empty"
+            found = header.size if size is None else upright_size(header)
     except (*UNREADABLE, Image.DecompressionBombError) as error:
         return f"cannot be read ({type(error).__name__})"
+    if min(found) <= 0:
+        return "is empty"
+    return "" if size in (None, found) else f"has {found[0]} x {found[1]} pixels, its annotations are of {size[0]} x {size[1]}"
+
+
+def upright_size(header: Image.Image) -> tuple[int, int]:
+    """Width and height of an image, opened but not read, as `open_image` turns it by its EXIF orientation."""
+    # Asked for EXIF it does not have, a PNG is read whole.
+    quarter = "exif" in header.info and header.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+    return (header.height, header.width) if quarter else header.size
 
 
 def flush(path: str | Path) -> None:

@@ -79,7 +79,8 @@ def single_words(task: Pretrain, pairs: Source, *, limit: int = 1500) -> dict[st
         truth, shift = text[rows, places], len(text) // 2
         hidden = text[rows].clone()
         hidden[torch.arange(len(rows)), places] = task.tokenizer.mask
-        for side, image in (("right", batch["image"]), ("wrong", batch["image"].roll(shift, 0))):
+        images = task.pixels(batch)
+        for side, image in (("right", images), ("wrong", images.roll(shift, 0))):
             states = task.backbone(image[rows], hidden, text_padding=batch["text_padding"][rows]).of("text")
             found = task.text_head(states[torch.arange(len(rows)), places]).argmax(-1)
             for token, correct in zip(truth.tolist(), (found == truth).tolist(), strict=True):

@@ -14,7 +14,7 @@ import torch
 
 from beit3.report.curves import run_class
 from beit3.report.material import Panel, panel, records, spread, weights
-from beit3.report.pictures import denormalized, picture
+from beit3.report.pictures import picture, pixels
 from beit3.report.runs import Run
 from beit3.task import Prediction, Record, Task
 from beit3.tasks.captioning import Captioning
@@ -132,7 +132,7 @@ def _cards(runs: Sequence[Run], kind: type[Task], draw: Callable[..., str]) -> s
     for run in runs:
         task = first if run is runs[0] else weights(run, kind)
         batch = task.collate([task.example(record, False) for record in found])
-        images = images or [*denormalized(batch["image"], task)]
+        images = images or [*pixels(batch["image"])]
         given.append(task.predict(batch))
     labels = [run.label for run in runs]
     drawn = (draw(first, *each[:2], labels, each[2]) for each in zip(found, images, zip(*given, strict=True), strict=True))
@@ -167,7 +167,7 @@ def gallery(runs: Sequence[Run]) -> Gallery:
         for batch in batches(task, found, 16):
             encoded += task.predict(batch)
             if run is runs[0]:
-                images += [*denormalized(batch["image"], task)]
+                images += [*pixels(batch["image"])]
         captions = captions or [[words(task, caption) for caption in captioned(record)] for record in found]
         likeness.append(np.concatenate([each["texts"] for each in encoded]) @ np.stack([each["image"] for each in encoded]).T)
     owner = np.repeat(np.arange(len(found)), [len(each) for each in captions])

@@ -18,7 +18,7 @@ from torch import Tensor
 from beit3.report.answers import captioning_panels, imagenet_panels, nlvr2_panels, retrieval_panels, vqa_panels
 from beit3.report.curves import usage_bars, usage_figures
 from beit3.report.material import Panel, panel, records, spread, weights
-from beit3.report.pictures import assemble, cut, denormalized, hatch, picture, pixels
+from beit3.report.pictures import assemble, cut, hatch, picture, pixels
 from beit3.report.runs import Run
 from beit3.task import Batch, Record, Task
 from beit3.tasks.pretrain import IGNORE, Pretrain
@@ -224,7 +224,7 @@ def fill_words(task: Pretrain, batch: Batch, *, seeing: bool) -> Tensor:
 
 def word_card(task: Pretrain, batch: Batch, guesses: tuple[Tensor, Tensor], row: int) -> str:
     """One picture as the network saw it, beside the gapped caption and its two fillings."""
-    image = denormalized(batch["image"][row : row + 1], task)[0]
+    image = pixels(batch["image"][row])
     if "image_mask" in batch:
         side = task.config.model.patch_size
         mask = batch["image_mask"][row].numpy()[:, None, None, None]

@@ -8,25 +8,16 @@ import io
 from html import escape
 
 import numpy as np
-import torch
 from PIL import Image
 from torch import Tensor
-
-from beit3.task import Task
 
 SMALL, LARGEST = 96, 320
 """Pixels: pictures up to the first wide are shown with sharp pixels, those beyond the second are shrunk to it."""
 
 
 def pixels(images: Tensor) -> np.ndarray:
-    """Float [..., 3, H, W] in [0, 1] -> uint8 [..., H, W, 3]."""
-    return (images.clamp(0, 1) * 255).round().byte().movedim(-3, -1).numpy()
-
-
-def denormalized(images: Tensor, task: Task) -> np.ndarray:
-    """A network's input [..., 3, S, S] -> uint8 [..., S, S, 3]."""
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (task.config.image.mean, task.config.image.std))
-    return pixels(images * std + mean)
+    """A batch's images, uint8 [..., 3, H, W] -> [..., H, W, 3]."""
+    return images.movedim(-3, -1).numpy()
 
 
 def cut(image: np.ndarray, side: int) -> np.ndarray:

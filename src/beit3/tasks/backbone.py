@@ -1,7 +1,7 @@
 """BEiT-3 without a head: features of images, texts or pairs (paper figure 3), for search, for probes, for other heads.
 
 Nothing trains here. It is what a bare backbone loads into, and every released file whose own task this version lacks.
-Batches hold `image` [B, 3, H, W] and/or `text` [B, L] with `text_padding` [B, L]; both together are encoded as one
+Batches hold `image` [B, 3, H, W], uint8 or normalised, and/or `text` [B, L] with `text_padding` [B, L]; both together are encoded as one
 fused sequence, so for a dual encoder make one batch of each.
 """
 
@@ -35,17 +35,18 @@ class Backbone(Task):
         return {"id": "0"} | {name: value for name, value in given.items() if value not in (None, "")}
 
     def example(self, record: Record, train: bool, *, rng: np.random.Generator | None = None) -> Example:
-        """`image` [3, S, S], `text` and `text_padding` [L], of whatever the record holds."""
+        """`image` uint8 [3, S, S], `text` and `text_padding` [L], of whatever the record holds."""
         example: Example = {"id": str(record["id"])}
         if "image" in record:
-            example["image"] = self.config.image(open_image(record["image"]))
+            example["image"] = self.config.image.fitted(open_image(record["image"]))
         if "text" in record:
             example["text"], example["text_padding"] = self.read_text(record["text"], self.config.text_length)
         return example
 
     def outputs(self, batch: Batch) -> dict[str, Tensor]:
         """`tokens` [B, N, D], and its parts `image` [B, 1 + P, D] and `text` [B, L, D] as far as they are present."""
-        encoded = self.backbone(batch.get("image"), batch.get("text"), text_padding=batch.get("text_padding"))
+        image = self.pixels(batch) if "image" in batch else None
+        encoded = self.backbone(image, batch.get("text"), text_padding=batch.get("text_padding"))
         return {"tokens": encoded.tokens} | {name: encoded.of(name) for name, _ in encoded.spans}
 
     def predict(self, batch: Batch) -> list[Prediction]:

@@ -141,10 +141,10 @@ class Captioning(Task):
         return {"id": "0", "image": image}
 
     def example(self, record: Record, train: bool, *, rng: np.random.Generator | None = None) -> Example:
-        """`image` [3, S, S]; where the record holds a caption also `text`, partly hidden, `text_padding` and `text_target` [L]."""
+        """`image` uint8 [3, S, S]; where the record holds a caption also `text`, partly hidden, `text_padding` and `text_target` [L]."""
         rng = rng or record_rng(record)
         image = open_image(record["image"])
-        example = {"id": str(record["id"]), "image": self.config.image(self.view(image, rng) if train else image)}
+        example = {"id": str(record["id"]), "image": self.config.image.fitted(self.view(image, rng) if train else image)}
         if "text" not in record:
             return example
         text, padding = self.read_text(record["text"], self.config.text_length)
@@ -175,7 +175,7 @@ class Captioning(Task):
         """The words' last states [B, L, D]."""
         num_image = 1 + self.config.model.num_patches
         mask = image_to_text(num_image, batch["text"].shape[1], device=batch["text"].device)
-        return self.backbone(batch["image"], batch["text"], text_padding=batch.get("text_padding"), attention_mask=mask).of("text")
+        return self.backbone(self.pixels(batch), batch["text"], text_padding=batch.get("text_padding"), attention_mask=mask).of("text")
 
     def outputs(self, batch: Batch) -> dict[str, Tensor]:
         """`logits` [B, L, V] of the word at each place."""
@@ -197,7 +197,7 @@ class Captioning(Task):
         tokenizer, decoding = self.tokenizer, self.config.decoding
         marks = Marks(tokenizer.bos, tokenizer.eos, tokenizer.pad, tokenizer.mask)
         draws = [seeded_rng(decoding.seed, 0, key).random for key in batch["id"]]
-        captions = generate(Slots(self.backbone, self.text_head, batch["image"], marks), self.config.text_length, decoding, draws)
+        captions = generate(Slots(self.backbone, self.text_head, self.pixels(batch), marks), self.config.text_length, decoding, draws)
         return [
             {"id": key, "caption": tokenizer.decode(caption.words), "score": caption.score}
             for key, caption in zip(batch["id"], captions, strict=True)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from beit3.data import formats
-from beit3.data.augment import auto_augment, random_erasing
+from beit3.data.augment import auto_augment, erase, random_erasing
 from beit3.data.loader import Source
 from beit3.data.mixing import mix
 from beit3.data.prepare import write_splits
@@ -210,11 +210,12 @@ class ImageNet(Task):
         return {"id": "0", "image": image}
 
     def example(self, record: Record, train: bool, *, rng: np.random.Generator | None = None) -> Example:
-        """`image` [3, S, S], and `target`, the label, where the record holds one."""
+        """`image` uint8 [3, S, S], of training `erased`, and `target`, the label, where the record holds one."""
         rng = rng or record_rng(record)
-        image = open_image(record["image"])
-        pixels = self.view(image, rng) if train else self.config.image(image)
-        example = {"id": str(record["id"]), "image": pixels}
+        image, config = open_image(record["image"]), self.config
+        example: Example = {"id": str(record["id"]), "image": config.image.fitted(self.view(image, rng) if train else image)}
+        if train and config.erasing:
+            example["erased"] = random_erasing(example["image"], rng, rate=config.erasing)
         if "label" not in record:
             return example
         label = int(record["label"])
@@ -223,28 +224,30 @@ class ImageNet(Task):
         return example | {"target": torch.tensor(label)}
 
     def view(self, image: Tensor, rng: np.random.Generator) -> Tensor:
-        """The training pixels [3, S, S]: crop, flip, RandAugment and erasing as far as the config asks for them."""
+        """The training view, uint8 [3, H, W]: crop, flip, RandAugment as far as the config asks for them."""
         config = self.config
         image = training_view(image, rng, image_size=config.image.image_size, crop=config.crop, flip=config.flip)
-        if config.auto_augment:
-            image = auto_augment(image, rng)
-        pixels = config.image(image)
-        return random_erasing(pixels, rng, rate=config.erasing) if config.erasing else pixels
+        return auto_augment(image, rng) if config.auto_augment else image
+
+    def pixels(self, batch: Batch) -> Tensor:
+        """Those of every task, with noise in the boxes that training erases."""
+        pixels = super().pixels(batch)
+        return erase(pixels, batch["erased"]) if "erased" in batch else pixels
 
     # Training --------------------------------------------------------------------------------------------------------
 
     def outputs(self, batch: Batch) -> dict[str, Tensor]:
         """`logits` [B, C]."""
         if self.config.head == "linear":
-            return {"logits": self.head(self.fc_norm(self.backbone(image=batch["image"]).of("image")[:, 1:].mean(1)))}
-        states = self.backbone(image=batch["image"], read="first").first("image")
+            return {"logits": self.head(self.fc_norm(self.backbone(image=self.pixels(batch)).of("image")[:, 1:].mean(1)))}
+        states = self.backbone(image=self.pixels(batch), read="first").first("image")
         image = F.normalize(at_least_float32(self.image_projection(states)), dim=-1)
         return {"logits": similarities(image, self.name_features(), at_least_float32(self.logit_scale).exp())}
 
     def forward(self, batch: Batch) -> dict[str, dict[str, Tensor]]:
         """Cross-entropy of the label, in training smoothed, and mixed where the config says so."""
         config, label = self.config, batch["target"]
-        images, smoothing = batch["image"], config.label_smoothing if self.training else 0.0
+        images, smoothing = self.pixels(batch), config.label_smoothing if self.training else 0.0
         target = F.one_hot(label, config.num_classes).to(at_least_float32(images).dtype)
         if self.training and (config.mixup or config.cutmix):
             images, target = mix(images, target, None, mixup=config.mixup, cutmix=config.cutmix, smoothing=smoothing)

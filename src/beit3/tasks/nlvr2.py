@@ -123,7 +123,7 @@ class NLVR2(Task):
         return {"id": "0", "image": image, "image2": image2, "text": statement}
 
     def example(self, record: Record, train: bool, *, rng: np.random.Generator | None = None) -> Example:
-        """`image` [2, 3, S, S], `text` and `text_padding` [L], and `target`, 1 for true, where the record holds a label."""
+        """`image` uint8 [2, 3, S, S], `text` and `text_padding` [L], and `target`, 1 for true, where the record holds a label."""
         rng = rng or record_rng(record)
         images = [open_image(record[key]) for key in ("image", "image2")]
         images = [cut(image, box) for image, box in zip(images, record.get("boxes") or (None, None), strict=True)]
@@ -131,8 +131,8 @@ class NLVR2(Task):
             size, crop, flip = self.config.image.image_size, self.config.crop, self.config.flip
             images = [training_view(image, rng, image_size=size, crop=crop, flip=flip) for image in images]
         text, padding = self.read_text(record["text"], self.config.text_length)
-        pixels = torch.stack([self.config.image(image) for image in images])
-        example = {"id": str(record["id"]), "image": pixels, "text": text, "text_padding": padding}
+        pair = torch.stack([self.config.image.fitted(image) for image in images])
+        example = {"id": str(record["id"]), "image": pair, "text": text, "text_padding": padding}
         if "label" in record and record["label"] not in (0, 1):
             raise ValueError(f"label {record['label']!r} is neither 0 (false) nor 1 (true)")
         return example | {"target": torch.tensor(int(record["label"]))} if "label" in record else example
@@ -141,7 +141,7 @@ class NLVR2(Task):
 
     def outputs(self, batch: Batch) -> dict[str, Tensor]:
         """`logits` [B, 2], false and true, from `image` [B, 2, 3, H, W]."""
-        pairs = batch["image"].transpose(0, 1).flatten(0, 1)  # [2B, 3, H, W]: all first images, then all second ones
+        pairs = self.pixels(batch).transpose(0, 1).flatten(0, 1)  # [2B, 3, H, W]: all first images, then all second ones
         text, padding = batch["text"], batch.get("text_padding")
         padding = None if padding is None else padding.repeat(2, 1)
         encoded = self.backbone(pairs, text.repeat(2, 1), text_padding=padding, read="first")

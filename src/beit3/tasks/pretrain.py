@@ -231,7 +231,7 @@ class Pretrain(Task):
         return how == "image_only", how == "text_only"
 
     def image_example(self, record: Record, train: bool, rng: np.random.Generator, *, pair: bool, hide: bool) -> Example:
-        """`image` [3, S, S], and with masking in use `image_mask` [P] and `token_image` [3, T, T] in [0, 1]."""
+        """`image` uint8 [3, S, S], and with masking in use `image_mask` [P] and `token_image` uint8 [3, T, T]."""
         config = self.config
         view, token_view = two_views(
             open_image(record["image"]), rng, image_size=config.image.image_size, token_size=config.token_size,
@@ -239,7 +239,7 @@ class Pretrain(Task):
             hflip=(config.pair_flip if pair else config.image_flip) if train else 0.0,
             color_jitter=config.color_jitter if train else 0.0,
         )  # fmt: skip
-        example: Example = {"image": config.image.normalize(view)}
+        example: Example = {"image": view}
         if pair and config.pair_masking == "text_only":
             return example
         grid = config.model.grid
@@ -285,9 +285,8 @@ class Pretrain(Task):
 
     def encode(self, batch: Batch) -> Encoded:
         """The backbone's states of whatever the batch holds."""
-        return self.backbone(
-            batch.get("image"), batch.get("text"), image_mask=batch.get("image_mask"), text_padding=batch.get("text_padding")
-        )
+        image = self.pixels(batch) if "image" in batch else None
+        return self.backbone(image, batch.get("text"), image_mask=batch.get("image_mask"), text_padding=batch.get("text_padding"))
 
     def codes(self, batch: Batch) -> Tensor:
         """Targets [B, P] int64: the batch's own `image_codes`, else the frozen tokenizer's."""

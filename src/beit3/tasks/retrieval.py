@@ -14,6 +14,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.data import default_collate
 
 from beit3.data import formats
 from beit3.data.prepare import write_splits
@@ -157,14 +158,14 @@ class Retrieval(Task):
         return {"id": "0"} | {name: value for name, value in given.items() if value not in (None, "")}
 
     def example(self, record: Record, train: bool, *, rng: np.random.Generator | None = None) -> Example:
-        """`image` [3, S, S], and `text` and `text_padding` [K, L] of its K captions, of whatever the record holds."""
+        """`image` uint8 [3, S, S], and `text` and `text_padding` [K, L] of its K captions, of whatever the record holds."""
         example: Example = {"id": str(record["id"])}
         if "image" in record:
             image = open_image(record["image"])
             if train:
                 size, crop, flip = self.config.image.image_size, self.config.crop, self.config.flip
                 image = training_view(image, rng or record_rng(record), image_size=size, crop=crop, flip=flip)
-            example["image"] = self.config.image(image)
+            example["image"] = self.config.image.fitted(image)
         captions = record.get("captions") or ([record["text"]] if "text" in record else [])
         if captions:
             texts = [self.read_text(caption, self.config.text_length) for caption in captions]
@@ -176,7 +177,7 @@ class Retrieval(Task):
         same_fields(examples)
         batch: Batch = {"id": [example["id"] for example in examples]}
         if "image" in examples[0]:
-            batch["image"] = torch.stack([example["image"] for example in examples])
+            batch["image"] = default_collate([example["image"] for example in examples])
         if "text" in examples[0]:
             batch |= {name: torch.cat([example[name] for example in examples]) for name in ("text", "text_padding")}
             batch["num_texts"] = [len(example["text"]) for example in examples]
@@ -188,7 +189,7 @@ class Retrieval(Task):
         """Unit features `image_features` [B, D] and `text_features` [T, D] of whatever is present."""
         outputs = {}
         if "image" in batch:
-            states = self.backbone(image=batch["image"], read="first").first("image")
+            states = self.backbone(image=self.pixels(batch), read="first").first("image")
             outputs["image_features"] = F.normalize(at_least_float32(self.image_projection(states)), dim=-1)
         if "text" in batch:
             states = self.backbone(text=batch["text"], text_padding=batch.get("text_padding"), read="first").first("text")

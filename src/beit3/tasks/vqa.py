@@ -178,13 +178,13 @@ class VQA(Task):
         return {"id": "0", "image": image, "text": question}
 
     def example(self, record: Record, train: bool, *, rng: np.random.Generator | None = None) -> Example:
-        """`image` [3, S, S], `text` and `text_padding` [L], and `target` [A], the soft score of each answer."""
+        """`image` uint8 [3, S, S], `text` and `text_padding` [L], and `target` [A], the soft score of each answer."""
         config = self.config
         image = open_image(record["image"])
         if train:
             image = self.view(image, rng or record_rng(record))
         text, padding = self.read_text(record["text"], config.text_length)
-        example = {"id": str(record["id"]), "image": config.image(image), "text": text, "text_padding": padding}
+        example = {"id": str(record["id"]), "image": config.image.fitted(image), "text": text, "text_padding": padding}
         return example | {"target": self.soft_target(record["answers"])} if "answers" in record else example
 
     def view(self, image: Tensor, rng: np.random.Generator) -> Tensor:
@@ -205,7 +205,7 @@ class VQA(Task):
 
     def outputs(self, batch: Batch) -> dict[str, Tensor]:
         """`logits` [B, A]."""
-        encoded = self.backbone(batch["image"], batch["text"], text_padding=batch.get("text_padding"), read="first")
+        encoded = self.backbone(self.pixels(batch), batch["text"], text_padding=batch.get("text_padding"), read="first")
         return {"logits": self.head(self.pooler(encoded.first("image")))}
 
     def forward(self, batch: Batch) -> dict[str, dict[str, Tensor]]:

@@ -125,6 +125,7 @@ class VQKD(Task):
         return {"id": str(image), "image": image}
 
     def example(self, record: Record, train: bool, *, rng: np.random.Generator | None = None) -> Example:
+        """`token_image` uint8 [3, S, S]."""
         config = self.config
         view, _ = two_views(
             open_image(record["image"]), rng or record_rng(record), image_size=config.image.image_size,
@@ -140,9 +141,8 @@ class VQKD(Task):
         patches = len(self.pixels(batch)) * self.config.model.encoder.num_patches
         return {"reconstruction": patches, "commitment": patches}
 
-    @staticmethod
-    def pixels(batch: Batch) -> Tensor:
-        """Pixels in [0, 1]; `image` serves where there is no separate `token_image`."""
+    def pixels(self, batch: Batch) -> Tensor:
+        """Bytes, or floats in [0, 1], which tokenizer and teachers take alike; `image` serves where there is no separate `token_image`."""
         return batch["token_image"] if "token_image" in batch else batch["image"]
 
     def forward(self, batch: Batch) -> dict[str, dict[str, Tensor]]:

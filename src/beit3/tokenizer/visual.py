@@ -88,7 +88,8 @@ class VisualTokenizer(nn.Module):
 
     def encode(self, images: Tensor) -> Tensor:
         """Images -> vectors [B, P, C] before quantisation, float32. ValueError for pixels outside [0, 1]."""
-        states = self.encoder(unit_pixels(images) * 2 - 1)[:, 1:]
+        pixels = unit_pixels(images).to(self.encoder.patch.weight.dtype)
+        states = self.encoder(pixels * 2 - 1)[:, 1:]
         with torch.autocast(images.device.type, enabled=False):
             return self.to_code(at_least_float32(states))
 

@@ -21,7 +21,9 @@ def to_device(batch: Batch, device: torch.device, dtype: torch.dtype = torch.flo
     """The batch with its tensors on `device`, those of floats in `dtype`."""
 
     def move(value: Any) -> Any:
-        return value.to(device, dtype if value.is_floating_point() else value.dtype) if isinstance(value, torch.Tensor) else value
+        if not isinstance(value, torch.Tensor):
+            return value
+        return value.to(device, dtype if value.is_floating_point() else value.dtype, non_blocking=True)
 
     return {key: move(value) for key, value in batch.items()}
 

@@ -90,7 +90,8 @@ def fit(
             log.say(f"{log.name}  {line}")
     examples = Examples(sources, task.example, seed=run.seed)
     places = partial(step_places, **shares(recipe, sources))
-    batches = step_batches(examples, task.collate, places, range(done, steps), workers=recipe.data.workers)
+    pinned = device.type == "cuda"
+    batches = step_batches(examples, task.collate, places, range(done, steps), workers=recipe.data.workers, pinned=pinned)
     broken: dict[str, set[str]] = {}
     precision = autocast(run, device)
     with Stop() as stop, Watch(log) as watch:
