@@ -21,7 +21,7 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.package: pyproject.toml | $(VENV)/bin/python
-	$(RUN)/pip install --quiet --editable .
+	$(RUN)/pip install --quiet --editable '.[dense]'
 	touch $@
 
 $(VENV)/.development: pyproject.toml | $(VENV)/bin/python

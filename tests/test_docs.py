@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import chdir
 from functools import cache as cached
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ from beit3.config import keyword_options, override
 from beit3.data.loader import Source
 from beit3.data.records import Records
 from beit3.recipe import Recipe
-from beit3.task import Task, load
+from beit3.task import Task, load, names
 from beit3.tasks.pretrain import PretrainConfig
 from beit3.tasks.vqa import VQA, read_answers
 
@@ -78,6 +79,10 @@ def test_commands_are_those_of_the_command_line(words):
         assert recipe in task.recipes
         pytest.importorskip("tyro")
         override(task.recipes[recipe], fields)  # ValueError for a field or value that is none
+        return
+    if known.name in ("eval", "predict") and rest:  # how weights are used: the task is in the words before
+        fields = [task for task in names() if f"/{task}/" in known.weights]
+        override(load(fields[0]).recipes["demo"], rest)
         return
     if known.name == "prepare":
         keyword_options(task.prepare, rest)  # ValueError for one that it does not take
@@ -166,6 +171,23 @@ def test_tables_of_the_tasks():
     for task in ("vqa", "nlvr2", "captioning", "retrieval", "imagenet"):
         for name, recipe in load(task).recipes.items():
             assert tuning_row(task, name, recipe) in text
+
+
+def dense_row(task: str, name: str, recipe: Recipe) -> str:
+    """A line of the tables of dense tasks."""
+    config: Any = recipe.task
+    model, run, optim = config.model, recipe.run, recipe.optim
+    side = config.image.image_size if task == "coco" else config.train_view.crop
+    size = f"{model.depth} x {model.dim} | {side} | {sum(recipe.data.batch.values()):,}"
+    length = f"{run.steps:,} steps" if run.steps else f"{run.epochs:g} epochs"
+    return f"| `{task} {name}` | {size} | {length} | {optim.lr:g} | {optim.layer_decay:g} | {model.drop_path_rate:g} | {recipe.note} |"
+
+
+def test_tables_of_the_dense_tasks():
+    text = (PROJECT / "docs/dense.md").read_text(encoding="utf-8")
+    for task in ("coco", "ade20k"):
+        for name, recipe in load(task).recipes.items():
+            assert dense_row(task, name, recipe) in text
 
 
 def test_citation_is_of_this_version():

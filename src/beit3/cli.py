@@ -23,7 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             parser.print_help()
             return 2
         debug = known.debug
-        used_with = known.verb in (evaluate, predict) and all(name.startswith("--task.") for name in rest[::2])
+        used_with = known.verb in (evaluate, predict) and all(word.startswith("--task.") for word in rest if word.startswith("--"))
         if rest and known.verb not in (train, plan, prepare) and not used_with:
             raise ValueError(f"unknown argument {rest[0]}: see beit3 {known.name} --help")
         known.verb(known, rest)
@@ -269,7 +269,7 @@ def evaluate(known: argparse.Namespace, rest: list[str]) -> None:
     java = java_scorer(type(task)) if known.java else None
     with leader_first():
         sources = split_sources(type(task), known.root, known.split)
-    predictor.agree_on_classes(next(iter(sources.values())).path.with_name("classes.txt"))
+    predictor.agree_on_classes(next(iter(sources.values())).path.with_name(task.names_file))
     with bar("records") as advance:
         found = predict_sources(task, sources, batch_size=known.batch, precision=autocast(RunConfig(), device), progress=advance)
     if rank():

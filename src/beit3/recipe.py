@@ -45,7 +45,7 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """AdamW with linear warmup and cosine decay, both per optimizer step."""
+    """AdamW with linear warmup, then decay, both per optimizer step."""
 
     lr: float = 1e-3
     min_lr: float = 1e-6
@@ -55,6 +55,10 @@ class OptimConfig:
     warmup_steps: int = 0
     warmup_epochs: float = 0.0
     """Used instead of `warmup_steps` where the run is counted in epochs."""
+    schedule: Literal["cosine", "linear", "steps"] = "cosine"
+    """How the rate falls after warmup: along half a cosine, along a line, or to a tenth at each of `drops`."""
+    drops: tuple[float, ...] = (0.889, 0.963)
+    """Shares of the run at which a schedule of steps drops (detectron2's for ViTDet)."""
     layer_decay: float = 1.0
     """Learning-rate factor per layer counted down from the head."""
     head_lr_scale: float = 1.0

@@ -23,7 +23,7 @@ from rich.console import Console
 from beit3.data.loader import Source
 from beit3.data.records import locate, write_text
 from beit3.demo.probes import pretraining_figures
-from beit3.demo.tour import OTHERS, with_tokenizer
+from beit3.demo.tour import OTHERS, others_here, with_tokenizer
 from beit3.recipe import Recipe
 from beit3.report.page import write_report
 from beit3.task import load
@@ -49,7 +49,8 @@ STEPS = VQA.recipes["demo"].run.steps
 def run(out: Path) -> Path:
     """Run or go on with the comparison in `out`; returns results.md."""
     started, console = time.monotonic(), Console(highlight=False)
-    for task in ("pretrain", "vqkd", "vqa", *OTHERS):
+    others_known = others_here(console)
+    for task in ("pretrain", "vqkd", "vqa", *others_known):
         embedded_root(load(task))  # once, before processes ask for it side by side
     first = [(pretrain_seed, (out, seed)) for seed in SEEDS] + [(answer_questions, (out, labels, "scratch")) for labels in LABELS]
     *figures, few, many = side_by_side(first)
@@ -57,7 +58,7 @@ def run(out: Path) -> Path:
     for found in side_by_side([(answer_questions, (out, labels, "pretrained")) for labels in LABELS]):
         answers |= found
     others: dict[str, dict] = {}
-    for found in side_by_side([(other_task, (out, name, side)) for name, side in product(OTHERS, SIDES)]):
+    for found in side_by_side([(other_task, (out, name, side)) for name, side in product(others_known, SIDES)]):
         others |= found
     results = {
         "seeds": dict(zip(map(str, SEEDS), figures, strict=True)),
@@ -203,6 +204,8 @@ def question_rows(results: Mapping) -> Iterator[dict[str, str]]:
 def other_rows(results: Mapping) -> Iterator[dict[str, str]]:
     """The other tasks, from pretrained weights beside from scratch, at the demo recipes' steps."""
     for name, (what, score) in OTHERS.items():
+        if f"{name}-{SIDES[0]}-seed{SEEDS[0]}" not in results["tasks"]:
+            continue
         form = ".2f" if score == "cider" else ".1%"
         sides = [spread([results["tasks"][f"{name}-{side}-seed{seed}"][score] for seed in SEEDS], form) for side in SIDES]
         yield row(f"{what}, {load(name).recipes['demo'].run.steps} steps, pretrained", sides[0], f"{sides[1]} from scratch")

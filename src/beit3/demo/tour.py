@@ -17,6 +17,7 @@ from beit3.demo.probes import pretraining_figures
 from beit3.progress import bar
 from beit3.recipe import Recipe
 from beit3.report.page import write_report
+from beit3.segmentation.head import check_transformers
 from beit3.task import load
 from beit3.tasks.pretrain import PretrainConfig
 from beit3.tokenizer.visual import VisualTokenizerConfig
@@ -37,22 +38,27 @@ class Length:
     grounding: int
     pretraining: int
     vqa: int
-    other: int
+    others: Mapping[str, int]
     """Each of `OTHERS`."""
     world: str
     """Which embedded world: `default` or `small`."""
 
-
-USUAL = Length(tokenizer=400, grounding=1400, pretraining=450, vqa=300, other=120, world="default")
-FAST = Length(tokenizer=60, grounding=50, pretraining=20, vqa=30, other=8, world="small")
 
 OTHERS = {
     "nlvr2": ("statements on two pictures judged rightly", "accuracy"),
     "captioning": ("captions: CIDEr", "cider"),
     "retrieval": ("captions and pictures that find each other: mean recall", "mean_recall"),
     "imagenet": ("pictures classified", "accuracy"),
+    "coco": ("objects found: AP of boxes at half overlap", "box_ap50"),
+    "ade20k": ("pixels: mean intersection over union", "miou"),
 }
 """The other tasks: what is measured, and its name among the scores."""
+
+USUAL = Length(
+    tokenizer=400, grounding=1400, pretraining=450, vqa=300, world="default",
+    others={"nlvr2": 120, "captioning": 120, "retrieval": 120, "imagenet": 120, "coco": 150, "ade20k": 150},
+)  # fmt: skip
+FAST = Length(tokenizer=60, grounding=50, pretraining=20, vqa=30, others=dict.fromkeys(OTHERS, 8), world="small")
 
 
 def run(out: Path, *, fast: bool = False) -> Path:
@@ -60,8 +66,9 @@ def run(out: Path, *, fast: bool = False) -> Path:
     started, length = time.monotonic(), FAST if fast else USUAL
     console = Console(highlight=False)
     vqkd, pretrain, vqa = load("vqkd"), load("pretrain"), load("vqa")
+    kinds = {name: load(name) for name in others_here(console)}
     with bar("writing the world") as advance:
-        for task in (vqkd, pretrain, vqa, *map(load, OTHERS)):
+        for task in (vqkd, pretrain, vqa, *kinds.values()):
             root = embedded_root(task, length.world, progress=advance)
 
     def stage(title: str, task, recipe: Recipe, steps: int, folder: str, init: str = "") -> dict:
@@ -76,16 +83,26 @@ def run(out: Path, *, fast: bool = False) -> Path:
     tuned = stage(f"{LABELS} questions, from the pretrained weights", vqa, recipe, length.vqa, "vqa", str(out / "pretrain" / "last"))
     scratch = stage(f"{LABELS} questions, from scratch", vqa, recipe, length.vqa, "vqa-scratch")
     others, weights = {}, str(out / "pretrain" / "last")
-    for name, kind in zip(OTHERS, map(load, OTHERS), strict=True):
-        others[name] = stage(f"{name}, from the pretrained weights", kind, kind.recipes["demo"], length.other, name, weights)
+    for name, kind in kinds.items():
+        others[name] = stage(f"{name}, from the pretrained weights", kind, kind.recipes["demo"], length.others[name], name, weights)
 
     console.print("[bold]looking at what was learnt[/bold]")
     rows = table(codes, pretraining_figures(out / "pretrain", cache=out / "figures.json"), tuned, scratch, others)
     show(console, rows)
-    runs = [out / folder for folder in ("vqkd", "pairs", "pretrain", "vqa", "vqa-scratch", *OTHERS)]
+    runs = [out / folder for folder in ("vqkd", "pairs", "pretrain", "vqa", "vqa-scratch", *kinds)]
     report = write_report(runs, out / "report.html", title="BEiT-3 in miniature", table=rows)
     console.print(f"report: {report.resolve()}   ({duration(time.monotonic() - started)})")
     return report
+
+
+def others_here(console: Console) -> list[str]:
+    """Those of `OTHERS` that this installation can train; what is left out is said."""
+    try:
+        check_transformers()
+    except ValueError as lacking:
+        console.print(f"without ade20k: {lacking}")
+        return [name for name in OTHERS if name != "ade20k"]
+    return list(OTHERS)
 
 
 def with_tokenizer(recipe: Recipe, weights: Path) -> Recipe:

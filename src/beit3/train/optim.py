@@ -47,11 +47,14 @@ def make_optimizer(task: Task, config: OptimConfig) -> torch.optim.AdamW:
 
 
 def learning_rate(step: int, steps: int, warmup: int, config: OptimConfig) -> float:
-    """Linear from 0 over `warmup` steps, then a half cosine to `min_lr` at the last of `steps`."""
+    """Linear from 0 over `warmup` steps, then by the schedule: to `min_lr` at the last of `steps`, or to a tenth at each drop."""
     if step < warmup:
         return config.lr * step / warmup
+    if config.schedule == "steps":
+        return config.lr * 0.1 ** sum(step >= share * steps for share in config.drops)
     progress = (step - warmup) / max(1, steps - warmup)
-    return config.min_lr + (config.lr - config.min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
+    left = 1 - progress if config.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
+    return config.min_lr + (config.lr - config.min_lr) * left
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:

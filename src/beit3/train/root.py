@@ -19,8 +19,8 @@ from beit3.tokenizer.text import TextTokenizer
 from beit3.weights.fill import task_name
 from beit3.world.export import write_world
 
-VERSION = 2
-"""Of the cached worlds; a change of their pictures or language gets the next number."""
+VERSION = 3
+"""Of the cached worlds; a change of what they hold gets the next number."""
 
 WORLDS = {
     "default": {"num_train": 6000, "num_val": 500, "num_test": 500, "num_questions": 9000},

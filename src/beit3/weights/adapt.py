@@ -22,7 +22,9 @@ def adapted(kind: type[Task], model: ModelConfig, image: Preprocessing, *, by_na
     """
     config: Any = kind.Config()
     known = fields_of(config)
-    by_names = by_names and "head" in known
+    by_names = by_names and isinstance(getattr(config, "head", None), str)
+    if "fit" in (config.image.resize, image.resize):  # detection's pictures keep their aspect, nobody else's do
+        image = replace(image, resize=config.image.resize)
     final_norm = model.final_norm if task_name(kind) == "backbone" else by_names or config.model.final_norm
     lengths = {name: min(getattr(config, name), model.max_text_length) for name in known if name.endswith("text_length")}
     head = {"head": "names"} if by_names else {}

@@ -77,7 +77,8 @@ def complete(task: Task, values: Mapping[str, Tensor], fresh: Iterable[str]) -> 
     """Load `values` by name into a task on one process; what is `fresh` gets the initial values of seed 0."""
     parameters = dict(task.named_parameters())
     for name in fresh:
-        task.init_parameter(name, parameters[name], seeded(0, name))
+        if name in parameters:  # statistics are as they were built, of no image yet
+            task.init_parameter(name, parameters[name], seeded(0, name))
     task.load_state_dict(values, strict=False)
 
 
@@ -109,7 +110,8 @@ def match(
             values[name] = value
         elif exact or name.startswith("backbone."):
             kind = task_name(type(task))
-            raise ValueError(f"{label(name)} has shape {list(value.shape)}, this {kind} needs {list(here.shape)}")
+            remedy = "; --task.resize_patch True resamples it" if name == PATCHES and hasattr(task.config, "resize_patch") else ""
+            raise ValueError(f"{label(name)} has shape {list(value.shape)}, this {kind} needs {list(here.shape)}{remedy}")
         else:
             fresh[name] = f"shape {list(value.shape)} in the file, {list(here.shape)} here"
     if missing:

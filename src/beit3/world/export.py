@@ -8,7 +8,7 @@ Layout under `out` (every part and split has scenes of its own; pictures are PNG
   nlvr2/{train,dev}.json                       JSON lines; images/train/<directory>/, dev/
   imagenet/{train,val}/<color>_<shape>/        ten class folders
   coco/annotations/, coco/{train,val}/         COCO instances and captions
-  ade20k/{images,annotations}/{training,validation}/
+  ade20k/{images,annotations}/{training,validation}/, ade20k/classes.txt
   shards/train-NNNNNN.tar                      WebDataset tars of png, txt and json members
 """
 
@@ -27,7 +27,7 @@ import numpy as np
 from PIL import Image
 
 from beit3.world.language import Question, captions, name, paragraph, questions, statement
-from beit3.world.render import outline, render, semantic_map
+from beit3.world.render import SEMANTIC_CLASSES, outline, render, semantic_map
 from beit3.world.scene import NUM_OBJECTS, SHAPES, Object, Scene, make_scene
 
 IMAGENET_CLASSES = tuple(f"{color}_{shape}" for color in ("blue", "red") for shape in SHAPES)
@@ -305,6 +305,7 @@ def _instance(item: Object, size: int) -> dict[str, Any]:
 
 def _ade20k(camera: _Camera, split: str, count: int) -> Iterator[None]:
     folder = {"train": "training", "val": "validation"}[split]
+    camera.text("".join(f"{name}\n" for name in SEMANTIC_CLASSES), "ade20k/classes.txt")
     for index, scene, _ in camera.scenes(f"ade20k/{split}", count):
         stem = f"{folder}/ADE_{split}_{index + 1:08d}.png"
         camera.shoot(scene, f"ade20k/images/{stem}")

@@ -1,0 +1,411 @@
+"""The head against transformers' own parts, its losses against transformers' and against loops over single points."""
+
+import math
+from importlib.metadata import PackageNotFoundError
+
+import pytest
+import torch
+from torch import nn
+
+pytest.importorskip("transformers")
+pytest.importorskip("scipy")
+
+from beit3.segmentation import head as module
+from beit3.segmentation import losses
+from beit3.segmentation.config import LARGE_HEAD, SMALL_HEAD, HeadConfig
+from beit3.segmentation.head import MaskHead
+from beit3.segmentation.losses import Predicted
+
+CLASSES, IGNORE = 4, 255
+CONFIG = HeadConfig(
+    hidden_dim=32, num_heads=4, encoder_layers=2, encoder_ffn=48, decoder_layers=4, decoder_ffn=40, num_queries=6, num_points=64
+)
+
+
+def make_head(config=CONFIG, dim=24, seed=0):
+    head = MaskHead(dim, CLASSES, config)
+    head.init_weights(seed)
+    return head
+
+
+def maps(batch=2, dim=24, height=16, width=24, seed=0):
+    """Sides that no two divides evenly at every level, as the adapter's may be."""
+    chance = torch.Generator().manual_seed(seed)
+    sizes = [(-(-height // 2**level), -(-width // 2**level)) for level in range(4)]
+    return [torch.randn(batch, dim, *size, generator=chance) for size in sizes]
+
+
+def guess(batch=2, queries=6, height=10, width=14, layers=1, seed=0):
+    chance = torch.Generator().manual_seed(seed)
+    masks = tuple(3 * torch.randn(batch, queries, height, width, generator=chance) for _ in range(layers))
+    return Predicted(masks, tuple(torch.randn(batch, queries, CLASSES + 1, generator=chance) for _ in range(layers)))
+
+
+def labels(batch=2, height=30, width=44, seed=0, high=CLASSES):
+    """Blocks of ten pixels a class."""
+    chance = torch.Generator().manual_seed(seed)
+    blocks = torch.randint(high, (batch, -(-height // 10), -(-width // 10)), generator=chance)
+    return blocks.repeat_interleave(10, 1).repeat_interleave(10, 2)[:, :height, :width]
+
+
+def lattice(shape, like):
+    """Instead of random places the same ones for every mask and image."""
+    steps = torch.arange(shape[-1]) + 0.5
+    return torch.stack((steps * 0.618 % 1, steps / shape[-1]), -1).expand(*shape, 2)
+
+
+# The network ---------------------------------------------------------------------------------------------------------
+
+
+def theirs(config=CONFIG, dim=24):
+    """transformers' modules as they are, initialised as they are."""
+    from transformers import Mask2FormerConfig
+    from transformers.models.mask2former import modeling_mask2former as m
+
+    settings = Mask2FormerConfig(
+        num_labels=CLASSES, feature_size=config.hidden_dim, mask_feature_size=config.hidden_dim, hidden_dim=config.hidden_dim,
+        num_attention_heads=config.num_heads, encoder_layers=config.encoder_layers, encoder_feedforward_dim=config.encoder_ffn,
+        decoder_layers=config.decoder_layers + 1, dim_feedforward=config.decoder_ffn, num_queries=config.num_queries,
+        train_num_points=config.num_points,
+    )  # fmt: skip
+
+    class Whole(m.Mask2FormerPreTrainedModel):
+        def __init__(self):
+            super().__init__(settings)
+            self.pixels = m.Mask2FormerPixelDecoder(settings, [dim] * 4)
+            self.queries = m.Mask2FormerTransformerModule(config.hidden_dim, settings)
+            self.classes = nn.Linear(config.hidden_dim, CLASSES + 1)
+            self.post_init()
+
+    return Whole(), m.Mask2FormerLoss(settings, {})
+
+
+@pytest.mark.parametrize("size", [(16, 24), (13, 22)])
+def test_the_network_is_transformers(size):
+    head, (other, _) = make_head(), theirs()
+    other.load_state_dict(head.state_dict())
+    features = maps(height=size[0], width=size[1])
+    found = head(features)
+    pixels = other.pixels(features)
+    expected = other.queries(pixels.multi_scale_features, pixels.mask_features)
+    assert len(found.masks) == len(found.classes) == CONFIG.decoder_layers + 1
+    assert found.masks[-1].shape == (2, 6, *size) and found.classes[-1].shape == (2, 6, CLASSES + 1)
+    for ours, reference in zip(found.masks, expected.masks_queries_logits, strict=True):
+        torch.testing.assert_close(ours, reference, atol=2e-4, rtol=1e-4)
+    for ours, states in zip(found.classes, expected.intermediate_hidden_states, strict=True):
+        torch.testing.assert_close(ours, other.classes(states.transpose(0, 1)), atol=2e-4, rtol=1e-4)
+
+
+def bare():
+    """An attention of the pixel decoder and a layer of the query decoder, initialised as transformers means to.
+
+    Its `post_init` visits the parts of a module first, and then leaves what they hold: all offsets stay 0 (5.23).
+    """
+    from transformers.models.mask2former import modeling_mask2former as m
+
+    whole, _ = theirs()
+    attention = m.Mask2FormerPixelDecoderEncoderMultiscaleDeformableAttention(CONFIG.hidden_dim, CONFIG.num_heads, 3, 4)
+    layer = m.Mask2FormerMaskedAttentionDecoderLayer(whole.config)
+    for part in (attention, layer):
+        whole._init_weights(part)
+    return dict(attention.named_parameters()), dict(layer.named_parameters())
+
+
+def test_initial_values_are_the_originals():
+    head, (attention, layer) = make_head(), bare()
+    for ours, reference in ((head.pixels.encoder.layers[1].self_attn, attention), (head.queries.decoder.layers[2], layer)):
+        for name, parameter in ours.named_parameters():
+            if parameter.ndim > 1 and reference[name].any():
+                torch.testing.assert_close(parameter.std(), reference[name].std(), rtol=0.1, atol=0, msg=name)
+            elif "fc" not in name and "out_proj" not in name and "self_attn." not in name:  # the original's are torch's own
+                assert torch.equal(parameter, reference[name]), name
+    for table in (head.pixels.level_embed, head.queries.level_embed.weight, head.queries.queries_embedder.weight):
+        assert 0.7 < float(table.detach().std()) < 1.3
+    assert 0.9 / math.sqrt(32) < float(head.classes.weight.abs().max()) <= 1 / math.sqrt(32)
+
+
+def test_built_without_memory_it_is_the_same():
+    with torch.device("meta"):
+        head = MaskHead(24, CLASSES, CONFIG)
+    assert all(parameter.is_meta for parameter in head.parameters()) and not list(head.buffers())
+    head.to_empty(device="cpu").init_weights(0)
+    for (name, parameter), expected in zip(head.named_parameters(), make_head().parameters(), strict=True):
+        assert torch.equal(parameter, expected), name
+
+
+def test_every_parameter_learns():
+    head = make_head()
+    for parameter in head.parameters():  # at first deformable attention looks past its queries, level embeddings among them
+        parameter.data += 0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0))
+    sums = head.losses(head(maps()), labels())
+    torch.stack(list(sums.values())).sum().backward()
+    still = {name for name, parameter in head.named_parameters() if parameter.grad is None or not parameter.grad.any()}
+    # A softmax does not see a constant that all keys share.
+    assert all(name.endswith("self_attn.k_proj.bias") for name in still), still
+
+
+def test_recomputed_layers_give_the_same_gradients():
+    gradients = []
+    for config in (CONFIG, HeadConfig(**{**vars(CONFIG), "checkpointing": True})):
+        head, features = make_head(config), [each.requires_grad_() for each in maps()]
+        torch.manual_seed(3)
+        sum(head.losses(head(features), labels()).values()).backward()
+        gradients.append([each.grad for each in (*head.parameters(), *features)])
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_under_autocast_pixels_and_losses_keep_their_bits():
+    head, seen = make_head(), []
+    head.pixels.register_forward_hook(lambda module, inputs, output: seen.append(output.mask_features.dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        predicted = head([each.bfloat16() for each in maps()])
+        sums = head.losses(predicted, labels())
+        scores = head.scores(predicted)
+    assert predicted.masks[-1].dtype == torch.bfloat16
+    assert {*seen, scores.dtype, *(value.dtype for value in sums.values())} == {torch.float32}
+
+
+def test_scores_are_sums_over_queries():
+    predicted = guess(layers=2)
+    found = make_head().scores(predicted)
+    expected = torch.zeros(2, CLASSES, 10, 14)
+    for image in range(2):
+        for query in range(6):
+            probabilities = predicted.classes[-1][image, query].softmax(0)
+            for label in range(CLASSES):
+                expected[image, label] += probabilities[label] * predicted.masks[-1][image, query].sigmoid()
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("found", ["none", "5.22.1", "4.57.0"])
+def test_an_old_transformers_is_refused(found, monkeypatch):
+    def version(name):
+        if found == "none":
+            raise PackageNotFoundError
+        return found
+
+    monkeypatch.setattr(module, "version", version)
+    with pytest.raises(ValueError, match=rf"transformers 5\.23 or later, here is {found}: pip install 'beit3\[dense\]'"):
+        make_head()
+
+
+def test_published_sizes():
+    assert (SMALL_HEAD.hidden_dim, SMALL_HEAD.num_heads, SMALL_HEAD.encoder_ffn, SMALL_HEAD.decoder_ffn, SMALL_HEAD.num_queries) == (
+        256, 8, 1024, 2048, 100
+    )  # fmt: skip
+    assert (LARGE_HEAD.hidden_dim, LARGE_HEAD.num_heads, LARGE_HEAD.encoder_ffn, LARGE_HEAD.decoder_ffn, LARGE_HEAD.num_queries) == (
+        1024, 32, 4096, 4096, 200
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="hidden_dim 48"):
+        HeadConfig(hidden_dim=48)
+
+
+# Losses --------------------------------------------------------------------------------------------------------------
+
+
+def means(predicted, label_map, config=CONFIG):
+    sums = losses.set_losses(predicted, label_map, config, ignore=IGNORE)
+    counts = losses.counts(label_map, CLASSES, config, ignore=IGNORE)
+    return {name: value / max(1, counts[name]) for name, value in sums.items()}
+
+
+def test_without_ignored_pixels_the_losses_are_transformers(monkeypatch):
+    """At places away from the rim."""
+    predicted, label_map, rand = guess(), labels(), torch.rand
+    monkeypatch.setattr(torch, "rand", lambda *size, **options: 0.1 + 0.8 * rand(*size, **options))
+    torch.manual_seed(5)
+    found = means(predicted, label_map)
+    classes = [image.unique() for image in label_map]
+    masks = [torch.stack([image == label for label in found]).float() for image, found in zip(label_map, classes, strict=True)]
+    criterion = theirs()[1]
+    torch.manual_seed(5)
+    expected = criterion(predicted.masks[0], predicted.classes[0], masks, classes)
+    for name, value in (("mask", "loss_mask"), ("dice", "loss_dice"), ("class", "loss_cross_entropy")):
+        torch.testing.assert_close(found[name], expected[value], rtol=1e-4, atol=1e-5)
+
+
+def bilinear(grid, x, y):
+    """Slowly: [h, w] at a place in parts of width and height."""
+    height, width = grid.shape
+    x, y, total = x * width - 0.5, y * height - 0.5, 0.0
+    for column in (math.floor(x), math.floor(x) + 1):
+        for row in (math.floor(y), math.floor(y) + 1):
+            value = grid[min(max(row, 0), height - 1), min(max(column, 0), width - 1)]
+            total += (1 - abs(x - column)) * (1 - abs(y - row)) * float(value)
+    return total
+
+
+def slowly(logits, label_map, label, points):
+    """Mean cross-entropy and dice of one mask over its places that are not ignored."""
+    crossed = whole = both = one = other = 0.0
+    for x, y in points.tolist():
+        logit, truth = bilinear(logits, x, y), bilinear(label_map == label, x, y)
+        valid = bilinear(label_map != IGNORE, x, y)
+        probability = 1 / (1 + math.exp(-logit))
+        crossed -= truth * math.log(probability) + (valid - truth) * math.log(1 - probability)
+        whole, both, one, other = whole + valid, both + probability * truth, one + probability * valid, other + truth
+    return crossed / max(whole, 1e-6), 1 - (2 * both + 1) / (one + other + 1)
+
+
+def with_holes():
+    label_map = labels()
+    label_map[0, :, 17:] = IGNORE
+    label_map[1, 5:12, 3:20] = IGNORE
+    return label_map
+
+
+def test_matching_and_losses_equal_a_loop_over_points(monkeypatch):
+    monkeypatch.setattr(losses, "draw", lattice)
+    config = HeadConfig(**{**vars(CONFIG), "importance": 0.0})
+    predicted, label_map = guess(), with_holes()
+    points, total = lattice((config.num_points,), None), {"mask": 0.0, "dice": 0.0}
+    found = losses.present(label_map, CLASSES, IGNORE)
+    matches = losses.match(predicted.masks[0], predicted.classes[0], label_map, found, config, ignore=IGNORE)
+    for index, classes in enumerate(found):
+        pairs = [[slowly(mask, label_map[index], label, points) for label in classes] for mask in predicted.masks[0][index]]
+        crossed, dice = torch.tensor(pairs).unbind(-1)  # [Q, n]
+        cost = 5 * crossed + 5 * dice - 2 * predicted.classes[0][index].softmax(-1)[:, classes]
+        truth, valid = losses.read(label_map[index], points, classes, IGNORE)
+        logits = losses.sampled(predicted.masks[0][index : index + 1], points)[0]
+        found_cost = losses.costs(logits, predicted.classes[0][index], classes, truth, valid, config)
+        torch.testing.assert_close(found_cost, cost, rtol=1e-4, atol=1e-4)
+        rows, columns = losses.assign(cost)
+        mine = matches.image == index
+        assert torch.equal(matches.query[mine], rows) and torch.equal(matches.label[mine], classes[columns])
+        total["mask"] += float(crossed[rows, columns].sum())
+        total["dice"] += float(dice[rows, columns].sum())
+    sums = losses.set_losses(predicted, label_map, config, ignore=IGNORE)
+    for name, value in total.items():
+        assert float(sums[name]) == pytest.approx(value, rel=1e-4)
+
+
+def test_ignored_pixels_count_nowhere():
+    """Whatever is said of them, matching and losses stay, and no gradient reaches it."""
+    predicted, label_map = guess(width=22), labels(width=44)
+    label_map[:, :, 20:] = IGNORE
+    logits = predicted.masks[0].clone()
+    logits[..., 11:] = 50 * torch.randn(2, 6, 10, 11, generator=torch.Generator().manual_seed(9)).sign()
+    results = []
+    for masks in (predicted.masks[0], logits):
+        masks = masks.clone().requires_grad_()
+        torch.manual_seed(1)
+        found = means(Predicted((masks,), predicted.classes), label_map)
+        (gradient,) = torch.autograd.grad(found["mask"] + found["dice"], masks)
+        assert gradient[..., :10].any() and not gradient[..., 11:].any()
+        results.append(found)
+    for name, value in results[0].items():
+        torch.testing.assert_close(value, results[1][name], msg=name)
+
+
+def test_certain_and_ignored_places_are_the_last(monkeypatch):
+    config = HeadConfig(**{**vars(CONFIG), "num_points": 200, "oversample": 4.0, "importance": 0.5})
+    logits = torch.full((1, 1, 10, 40), 8.0)
+    logits[..., 18:] = 0.1
+    label_map = torch.zeros(1, 10, 40, dtype=torch.int64)
+    label_map[..., 30:] = IGNORE
+    torch.manual_seed(0)
+    points = losses.places(logits, losses.Matches(*torch.zeros(3, 1, dtype=torch.int64)), label_map, config, ignore=IGNORE)
+    assert points.shape == (1, 200, 2)
+    x = points[0, :, 0] * 40
+    assert ((x[:100] > 18) & (x[:100] < 30.5)).all(), "uncertain and labelled"
+    assert (x[100:] < 18).any() and (x[100:] > 31).any(), "the others anywhere"
+
+
+def test_shares_of_a_batch_add_up(monkeypatch):
+    """So any number of processes or micro-batches, of whatever sizes, gives the mean over the whole step."""
+    monkeypatch.setattr(losses, "draw", lattice)
+    predicted, label_map = guess(batch=5, layers=2), labels(batch=5)
+    label_map[1] = IGNORE
+    whole = losses.set_losses(predicted, label_map, CONFIG, ignore=IGNORE)
+    counted = losses.counts(label_map, CLASSES, CONFIG, ignore=IGNORE)
+    sums, counts = dict.fromkeys(whole, 0.0), dict.fromkeys(whole, 0)
+    for share in (slice(0, 2), slice(2, 5)):
+        part = Predicted(tuple(each[share] for each in predicted.masks), tuple(each[share] for each in predicted.classes))
+        for name, value in losses.set_losses(part, label_map[share], CONFIG, ignore=IGNORE).items():
+            sums[name] += value
+            counts[name] += losses.counts(label_map[share], CLASSES, CONFIG, ignore=IGNORE)[name]
+    assert counts == counted
+    for name, value in whole.items():
+        torch.testing.assert_close(sums[name], value)
+
+
+def test_the_total_is_the_sum_over_layers(monkeypatch):
+    monkeypatch.setattr(losses, "draw", lattice)
+    head, predicted, label_map = make_head(), guess(layers=CONFIG.decoder_layers + 1), labels()
+    found, weights = means(predicted, label_map), head.loss_weights
+    expected = 0.0
+    for masks, classes in zip(predicted.masks, predicted.classes, strict=True):
+        each = means(Predicted((masks,), (classes,)), label_map)
+        expected += 5 * each["mask"] + 5 * each["dice"] + 2 * each["class"]
+    torch.testing.assert_close(sum(weights[name] * value for name, value in found.items()), expected)
+
+
+def test_perfect_queries_cost_little():
+    label_map = labels()
+    masks, classes = torch.full((2, 6, 30, 44), -20.0), torch.full((2, 6, CLASSES + 1), -20.0)
+    classes[..., -1] = 0
+    for image in range(2):
+        for place, label in enumerate(label_map[image].unique().tolist()):
+            query = 5 - place
+            masks[image, query][label_map[image] == label] = 20.0
+            classes[image, query] = -20.0
+            classes[image, query, label] = 0.0
+    found = means(Predicted((masks,), (classes,)), label_map, HeadConfig(**{**vars(CONFIG), "importance": 0.0, "num_points": 3000}))
+    assert found["class"] < 1e-6 and found["dice"] < 0.1 and found["mask"] < 0.3, "but for places between two classes, or outside"
+
+
+def test_images_without_any_class():
+    predicted, label_map = guess(), labels()
+    label_map[0] = IGNORE
+    assert means(predicted, label_map)["mask"] > 0
+    label_map[1] = IGNORE
+    masks = predicted.masks[0].clone().requires_grad_()
+    sums = losses.set_losses(Predicted((masks,), predicted.classes), label_map, CONFIG, ignore=IGNORE)
+    assert losses.counts(label_map, CLASSES, CONFIG, ignore=IGNORE) == {"mask": 0, "dice": 0, "class": 12 * 100}
+    assert sums["mask"] == sums["dice"] == 0 and sums["class"] > 0
+    (sums["mask"] + sums["dice"]).backward()
+    assert not masks.grad.any(), "a gradient of zero, so that processes agree on what has one"
+
+
+def test_more_classes_than_queries():
+    predicted, label_map = guess(queries=2), labels(batch=2, height=60, width=60)
+    present = [len(each) for each in losses.present(label_map, CLASSES, IGNORE)]
+    assert min(present) > 2
+    assert losses.counts(label_map, CLASSES, HeadConfig(num_queries=2), ignore=IGNORE) == {"mask": 4, "dice": 4, "class": 4000}
+    found = losses.match(
+        predicted.masks[0], predicted.classes[0], label_map, losses.present(label_map, CLASSES, IGNORE), CONFIG, ignore=IGNORE
+    )
+    assert found.image.tolist() == [0, 0, 1, 1] and sorted(found.query[:2].tolist()) == [0, 1]
+
+
+def test_what_is_not_finite_is_matched_last():
+    cost = torch.tensor([[float("nan"), 5.0], [1.0, float("inf")], [2.0, 3.0]])
+    rows, columns = losses.assign(cost)
+    assert dict(zip(columns.tolist(), rows.tolist(), strict=True)) == {0: 1, 1: 2}
+
+
+def test_a_plan_can_trace_the_losses():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        cost = torch.empty(6, 4)
+    assert [each.tolist() for each in losses.assign(cost)] == [[0, 1, 2, 3]] * 2
+
+
+@pytest.mark.parametrize("label", [CLASSES, 254, -1])
+def test_labels_out_of_range_are_refused(label):
+    label_map = labels()
+    label_map[1, 3, 4] = label
+    with pytest.raises(ValueError, match=f"label {label} is none of the {CLASSES} classes, nor 255"):
+        losses.set_losses(guess(), label_map, CONFIG, ignore=IGNORE)
+    with pytest.raises(ValueError, match="is one of the 4 classes"):
+        losses.counts(labels(), CLASSES, CONFIG, ignore=2)
+
+
+@pytest.mark.parametrize("kind", [torch.uint8, torch.int32])
+def test_labels_of_few_bytes(kind):
+    torch.manual_seed(0)
+    expected = means(guess(), with_holes())
+    torch.manual_seed(0)
+    assert means(guess(), with_holes().to(kind)) == expected
