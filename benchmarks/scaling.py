@@ -23,7 +23,7 @@ from pretrain_step import micro_batches
 from probe import peak_memory, probe, save, seconds
 
 from beit3.data.transforms import Preprocessing
-from beit3.model.config import SMALL
+from beit3.model.config import MEDIUM, SMALL
 from beit3.ops.collectives import rank, world_size
 from beit3.recipe import OptimConfig, RunConfig
 from beit3.tasks.pretrain import Pretrain, PretrainConfig
@@ -33,21 +33,24 @@ from beit3.train.parallel import autocast, build, materialise
 from beit3.train.step import backward, sum_targets
 
 COUNTS = (8, 1, 16)
+SIZES = {"small": (SMALL, COUNTS), "medium": (MEDIUM, (1, 1, 1))}
+"""Network, and images, texts and pairs of a process."""
+RETURNED = {"MALLOC_MMAP_THRESHOLD_": "65536"}
 FORMS = {"one": 1, "apart": 2, "together": 2, "four together": 4}
 
 
-def work(steps: int) -> None:
+def work(steps: int, size: str) -> None:
     """Train and print seconds a step and the memory that the task takes; under torchrun with the others."""
-    run = RunConfig()
+    run, (model, counts) = RunConfig(), SIZES[size]
     device = start(run)
     torch.set_num_threads(1)
-    config = PretrainConfig(model=SMALL, image=Preprocessing(112), num_codes=256, token_size=112, text_length=32)
+    config = PretrainConfig(model=model, image=Preprocessing(model.image_size), num_codes=256, token_size=112, text_length=32)
     before = peak_memory()
     task = build(Pretrain, config, None, run, device)
     materialise(task, device, 0)
     assert isinstance(task, Pretrain)
     torch.manual_seed(rank())
-    batches = micro_batches(task, *COUNTS)
+    batches = micro_batches(task, *counts)
     optimizer, precision = make_optimizer(task, OptimConfig(lr=0.0)), autocast(run, device)
 
     def step() -> None:
@@ -64,13 +67,15 @@ def work(steps: int) -> None:
         print(json.dumps(found), flush=True)
 
 
-def run_form(form: str, steps: int) -> dict[str, Any]:
+def run_form(form: str, steps: int, size: str = "small") -> dict[str, Any]:
     """Start the processes of a form and read what they found: seconds of the slowest, memory of the first."""
     count = FORMS[form]
-    alone = [sys.executable, __file__, "--steps", str(steps), "--work"]
+    alone = [sys.executable, __file__, "--steps", str(steps), "--work", size]
     grouped = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count), *alone[1:]]
     commands = [grouped] if "together" in form else [alone] * count
-    running = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for command in commands]
+    environment = os.environ | (RETURNED if size == "medium" else {})
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    running = [subprocess.Popen(command, text=True, env=environment, **pipes) for command in commands]
     found = []
     for process in running:
         printed, errors = process.communicate()
@@ -95,15 +100,22 @@ def table(found: dict[str, list[dict[str, Any]]]) -> str:
     return "\n".join(lines)
 
 
+def memory_table(found: dict[str, dict[str, Any]]) -> str:
+    """Of the large network."""
+    lines = ["| processes, MEDIUM | peak of each | its optimizer |", "|---" * 3 + "|"]
+    lines += [f"| {form} | {each['peak'] / 1e6:,.0f} MB | {each['optimizer'] / 1e6:,.0f} MB |" for form, each in found.items()]
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=5)
-    parser.add_argument("--work", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--work", choices=SIZES, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.work:
-        work(options.steps)
+        work(options.steps, options.work)
         return
     found: dict[str, list[dict[str, Any]]] = {form: [] for form in FORMS}
     rates = []
@@ -112,9 +124,11 @@ def main() -> None:
             if form != "four together" or turn == 0:
                 rates.append(probe())
                 found[form].append(run_form(form, 2 if form == "four together" else options.steps))
-    print(table(found))
+    large = {form: run_form(form, 2, "medium") for form in ("one", "together", "four together")}
+    tables = f"{table(found)}\n\n{memory_table(large)}"
+    print(tables)
     if options.json:
-        save(options.json, table(found), {"runs": found, "probe": rates})
+        save(options.json, tables, {"runs": found, "probe": rates, "medium": large})
 
 
 if __name__ == "__main__":

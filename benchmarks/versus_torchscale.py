@@ -149,10 +149,7 @@ def uses(forms: Mapping[str, Captioning], theirs: Released | None, trained: Sequ
     for name, inputs in encoded.items():
         ours_by = {form: inferring(partial(first, task.backbone), inputs) for form, task in forms.items()}
         yield Use(name, ours_by, {form: inferring(network, inputs) for form, network in released.items()})
-    yield Use(  # four networks with their optimizers, which nothing here must keep
-        "training step, 4 pairs", {form: our_step(theirs, form) for form in trained if forms},
-        {form: their_step(theirs, form) for form in trained if theirs is not None},
-    )  # fmt: skip
+    yield Use("training step, 4 pairs", our_steps(theirs, trained) if forms else {}, {} if theirs is None else their_steps(theirs, trained))
     for count in (1, 4):
         inputs = (image[:count],)
         ours_by = {form: inferring(partial(captions, task), inputs) for form, task in forms.items() if form != "packed+compiled"}
@@ -189,30 +186,35 @@ def question_task() -> tuple[VQA, Batch]:
     return task, {"image": torch.randn(4, 3, 224, 224), "text": text, "text_padding": padding, "target": torch.rand(4, 3129)}
 
 
-def our_step(theirs: Released | None, form: str) -> Callable[[], Tensor]:
-    """Forward, backward, AdamW, as they are or with compiled blocks."""
+def our_steps(theirs: Released | None, forms: Sequence[str]) -> dict[str, Callable[[], Tensor]]:
+    """Forward, backward, AdamW, as they are or with compiled blocks: one network and optimizer for both."""
     task, batch = question_task()
     if theirs is not None:
         fill(task, theirs)
-    if form == "compiled":
-        wrap_blocks(task, compiled=True)
-    return partial(step, torch.optim.AdamW(task.parameters(), lr=0.0, fused=True), partial(our_loss, task, batch))
+    wrap_blocks(task, compiled="compiled" in forms)
+    call = partial(step, torch.optim.AdamW(task.parameters(), lr=0.0, fused=True), partial(our_loss, task, batch))
+    return {form: partial(in_form, form, call) for form in forms}
+
+
+def in_form(form: str, call: Callable[[], Tensor]) -> Tensor:
+    """What is compiled runs as it was written where the form is eager."""
+    with torch.compiler.set_stance("force_eager" if form == "eager" else "default"):
+        return call()
 
 
 def our_loss(task: VQA, batch: Batch) -> Tensor:
     return task(trimmed(batch))["losses"]["loss"]
 
 
-def their_step(theirs: Released | None, form: str) -> Callable[[], Tensor]:
+def their_steps(theirs: Released, forms: Sequence[str]) -> dict[str, Callable[[], Tensor]]:
     """The same on torchscale's network, with the same head."""
     task, batch = question_task()
-    assert theirs is not None
     network = copy.deepcopy(theirs).train()
     del network.mlm_head
     network.beit3.encoder.layer_norm = nn.Identity()
     optimizer = torch.optim.AdamW(nn.ModuleList((network, task.pooler, task.head)).parameters(), lr=0.0, fused=True)
-    call = torch.compile(network) if form == "compiled" else network
-    return partial(step, optimizer, partial(their_loss, call, task.pooler, task.head, batch))
+    call = partial(step, optimizer, partial(their_loss, torch.compile(network), task.pooler, task.head, batch))
+    return {form: partial(in_form, form, call) for form in forms}
 
 
 def their_loss(network: Callable[..., Tensor], pooler: nn.Module, head: nn.Module, batch: Batch) -> Tensor:
