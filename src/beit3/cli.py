@@ -118,6 +118,8 @@ def make_parser() -> argparse.ArgumentParser:
     sub = verb("predict", predict, "Ask weights, with what their task takes: an image and a question, two images and a statement.")
     sub.add_argument("weights")
     sub.add_argument("inputs", nargs="+")
+    sub.add_argument("--out", default="", help="also a picture: what coco or ade20k found in the image, drawn onto it")
+    sub.add_argument("--min-score", type=float, default=None, help="with --out: of the objects that are drawn and listed (0.3)")
     sub.add_argument("--int8", action="store_true", help="in 8-bit integers, as for eval")
     released(sub)
 
@@ -326,7 +328,13 @@ def load_predictor(known: argparse.Namespace, rest: list[str]) -> Any:
 
 def predict(known: argparse.Namespace, rest: list[str]) -> None:
     predictor = load_predictor(known, rest)
-    print(json.dumps(predictor(*known.inputs), ensure_ascii=False))
+    if known.out or known.min_score is not None:
+        from beit3.report.drawing import predict_drawn
+
+        found = predict_drawn(predictor, known.inputs, known.out, min_score=known.min_score)
+    else:
+        found = predictor(*known.inputs)
+    print(json.dumps(found, ensure_ascii=False))
 
 
 def convert(known: argparse.Namespace, rest: list[str]) -> None:
@@ -373,11 +381,7 @@ def recipes(known: argparse.Namespace, rest: list[str]) -> None:
 def report(known: argparse.Namespace, rest: list[str]) -> None:
     from beit3.report.page import write_report
 
-    runs = [Path(run) for run in known.runs]
-    missing = [run for run in runs if not (run / "recipe.json").exists()]
-    if missing:
-        raise ValueError(f"{missing[0]} is not a run: it has no recipe.json")
-    print(write_report(runs, Path(known.out or runs[0] / "report.html")))
+    print(write_report(known.runs, Path(known.out or Path(known.runs[0], "report.html"))))
 
 
 def doctor(known: argparse.Namespace, rest: list[str]) -> None:

@@ -13,11 +13,17 @@ from PIL import Image
 
 from beit3.data.records import write_records
 from beit3.data.transforms import Preprocessing
+from beit3.detection.config import DetectorConfig
 from beit3.model.config import TINY
 from beit3.model.generation import Decoding
 from beit3.recipe import DataConfig, Recipe, TaskConfig
+from beit3.segmentation.adapter import AdapterConfig
+from beit3.segmentation.config import HeadConfig
+from beit3.segmentation.inference import Views
 from beit3.task import Task
+from beit3.tasks.ade20k import Ade20k, Ade20kConfig
 from beit3.tasks.captioning import Captioning, CaptioningConfig
+from beit3.tasks.coco import Coco, CocoConfig
 from beit3.tasks.imagenet import ImageNet, ImageNetConfig
 from beit3.tasks.nlvr2 import NLVR2, NLVR2Config
 from beit3.tasks.pretrain import Pretrain, PretrainConfig
@@ -33,6 +39,7 @@ MODEL = replace(TINY, dim=32, depth=2, num_heads=2, ffn_dim=32, image_size=16, p
 UNNORMED = replace(MODEL, final_norm=False)
 CAPTION = "a red cube & <b>one</b> blue ball"
 CLASSES = ("red <i>cube</i>", "blue ball", "yellow one", "hat")
+SHAPES, SCENES = ("<cross>", "bar"), ("sky & sea", "grass", "road")
 
 
 def images_of(html: str) -> list[np.ndarray]:
@@ -87,7 +94,56 @@ def root(tmp_path_factory) -> Path:
         write_records(root / "pretrain" / "images" / f"{split}.jsonl", pictures)
         write_records(root / "pretrain" / "pairs" / f"{split}.jsonl", pairs)
         write_records(root / "vqa" / "main" / f"{split}.jsonl", questions)
+    write_dense(root, rng, images)
     return root
+
+
+def write_dense(root: Path, rng: np.random.Generator, images: list[str]) -> None:
+    """Two objects in every picture, and a map of two bands below pixels without a label."""
+    shapes, scenes = [], []
+    for index, name in enumerate(images):
+        boxes = [[1, 2, 6, 5], [8, 9, 5, 6]]
+        rows = [
+            {"id": 2 * index + label + 1, "box": box, "label": label, "area": 30.0 - label, "crowd": False, "segmentation": [outline(box)]}
+            for label, box in enumerate(boxes)
+        ]  # fmt: skip
+        shapes.append({"id": str(index), "image": name, "width": 16, "height": 16, "objects": rows})
+        labels = np.repeat(np.array([0, 1, 2, 255], np.uint8), 4)[:, None].repeat(16, 1)
+        Image.fromarray(labels).save(root / f"labels{index}.png")
+        scenes.append({"id": str(index), "image": name, "label_map": f"labels{index}.png", "labels": {"num_classes": 3}})
+    for split in ("train", "val"):
+        write_records(root / "coco" / "main" / f"{split}.jsonl", shapes)
+        write_records(root / "ade20k" / "main" / f"{split}.jsonl", scenes)
+
+
+def outline(box: list[int]) -> list[int]:
+    """A box's corners as a polygon."""
+    left, top, right, bottom = box[0], box[1], box[0] + box[2], box[1] + box[3]
+    return [left, top, right, top, right, bottom, left, bottom]
+
+
+@pytest.fixture(scope="session")
+def coco(tmp_path_factory, root) -> Path:
+    small = {"pyramid_dim": 8, "box_dim": 8, "box_convs": 1, "mask_convs": 1, "rpn_convs": 1, "rpn_top_test": 20, "rpn_proposals": 10}
+    detector = DetectorConfig(anchor_sizes=(4, 8, 16, 24, 32), detections_per_image=5, min_score=0.001, **small)
+    config = CocoConfig(
+        model=UNNORMED, image=Preprocessing(16, resize="fit"), detector=detector, categories=SHAPES, num_classes=2, window=0
+    )  # fmt: skip
+    task = Coco(config)
+    task.init_weights(0)
+    return write_run(tmp_path_factory.mktemp("runs") / "coco", task, DataConfig(root=str(root), batch={"main": 4}))
+
+
+@pytest.fixture(scope="session")
+def ade20k(tmp_path_factory, root) -> Path:
+    pytest.importorskip("transformers")
+    config = Ade20kConfig(
+        model=UNNORMED, image=Preprocessing(16), adapter=AdapterConfig(inplanes=4, num_interactions=2),
+        head=HeadConfig(32, 2, 1, 16, 1, 16, num_queries=4), classes=SCENES, num_classes=3, views=Views(16, 16, 16, 64),
+    )  # fmt: skip
+    task = Ade20k(config)
+    task.init_weights(0)
+    return write_run(tmp_path_factory.mktemp("runs") / "ade20k", task, DataConfig(root=str(root), batch={"main": 4}))
 
 
 @pytest.fixture(scope="session")

@@ -184,7 +184,7 @@ def test_a_table_takes_the_union_of_its_rows_columns():
 def test_a_directory_without_a_run_leaves_the_old_page(tmp_path):
     out = tmp_path / "report.html"
     out.write_text("old")
-    with pytest.raises(ValueError, match="holds no run"):
+    with pytest.raises(ValueError, match="is not a run"):
         write_report([tmp_path], out, title="x")
     assert out.read_text() == "old"
 

@@ -43,6 +43,9 @@ def test_a_broken_line_is_named(tmp_path, line):
 
 
 def test_what_is_no_run_is_named(tmp_path):
+    with pytest.raises(ValueError, match="is not a run: it has no recipe.json"):
+        read_runs([tmp_path])
+    (tmp_path / "recipe.json").write_text("[]")
     with pytest.raises(ValueError, match="holds no run"):
         read_runs([tmp_path])
     (tmp_path / "recipe.json").write_text("{")

@@ -13,7 +13,7 @@ from hashlib import sha256
 from html import escape
 from typing import Any
 
-from beit3.report.curves import CAPTION_SCORES, RATES, SHARES, headline, run_class, spelled, unit
+from beit3.report.curves import CAPTION_SCORES, DETECTION_SCORES, RATES, SHARES, TABLED, headline, run_class, spelled, unit
 from beit3.report.runs import Run, tails
 from beit3.train.log import duration
 
@@ -72,7 +72,7 @@ def score_columns(runs: Sequence[Run]) -> list[Column]:
         found.append(score_column(f"{spelled(first)}, best", first, [value for value, _ in best], runs[0].task))
         steps = [step for _, step in best]
         found.append(Column("at step", steps, ["" if step is None else f"{step:.0f}" for step in steps]))
-    names = list(dict.fromkeys(name for run in runs for name in run.scores if name != "step" and "/" not in name))
+    names = list(dict.fromkeys(name for run in runs for name in run.scores if "/" not in name and name not in ("step", *TABLED)))
     for name in sorted(names, key=lambda name: name != first):
         title = f"{spelled(name)}, last" if again and name == first else spelled(name)
         found.append(score_column(title, name, [_number(run.scores.get(name)) for run in runs], runs[0].task))
@@ -114,7 +114,13 @@ def leaders(column: Column) -> set[int]:
 
 def figure(name: str, value: Any) -> str:
     """A score to read; numbers without a way of their own to four digits."""
-    return json.dumps(value) if _number(value) is None else f"{value:{score_format(name, '.4g')}}"
+    value = scored(name, value)
+    return ABSENT if value is None else json.dumps(value) if _number(value) is None else f"{value:{score_format(name, '.4g')}}"
+
+
+def scored(name: str, value: Any) -> Any:
+    """A score as it is, None for COCO's -1: there is nothing to score."""
+    return None if value == -1 and name.rpartition("/")[2] in DETECTION_SCORES else value
 
 
 def score_format(name: str, other: str) -> str:

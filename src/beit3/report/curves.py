@@ -16,9 +16,10 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator, PercentFormatter
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator, PercentFormatter
 
 from beit3 import task as tasks
+from beit3.metrics.detection import FIGURES
 from beit3.report.runs import Run
 
 PALETTE = ("#2f7fd0", "#e06c1f", "#7a5cd6", "#149a7a", "#c9417f")
@@ -51,10 +52,21 @@ POWERS_FROM = 300.0
 MOVED = 1e-6
 """By how much a score must have changed to be drawn: BLEU-4 is some 1e-10 while no phrase is right."""
 
+MAX_BARS, BAR = 40, 0.17
+"""Classes in a chart of bars; inches that one of them takes."""
+
 NATS = ("pretrain", "vqa", "nlvr2", "captioning", "retrieval", "imagenet")
 """Tasks whose losses are cross-entropies."""
 
-RATES = ("accuracy", "consistency", "official", "top5", "recall", "@1", "@5", "@10")
+DETECTION_SCORES = {
+    f"{kind}_{name}": f"{kind} {name[:2].upper()}{name[2:].replace('_', ' ')}" for kind in ("box", "mask") for name in FIGURES
+}  # fmt: skip
+"""How COCO's figures are written: 'box AP50', 'mask AR small'; -1 stands for one that is not defined."""
+
+TABLED = tuple(name for name in DETECTION_SCORES if not name.endswith(("_ap", "_ap50")))
+"""Scores that a table of their own shows, and that would hide the others elsewhere."""
+
+RATES = ("accuracy", "consistency", "official", "top5", "recall", "@1", "@5", "@10", "miou", "aacc", "macc", *DETECTION_SCORES)
 """Ends of names whose values are shares of what is right."""
 
 SHARES = (*RATES, "codebook_use", "most_frequent")
@@ -67,7 +79,12 @@ CAPTION_SCORES = {
 }  # fmt: skip
 """How captions' scores are written; plain numbers, of which papers print the hundredfold."""
 
-SPELLED = {**CAPTION_SCORES, "top5": "top-5 accuracy", "official": "official accuracy"}
+SPELLED = {
+    **CAPTION_SCORES, **DETECTION_SCORES, "top5": "top-5 accuracy", "official": "official accuracy",
+    "miou": "mIoU", "aacc": "aAcc", "macc": "mAcc", "rpn_objectness": "proposals, object or not", "rpn_box": "proposals, box",
+    **{f"box{stage}_{part}": f"stage {stage + 1}, {part}" for stage in range(3) for part in ("class", "box")},
+}  # fmt: skip
+"""Scores and losses whose names do not read by themselves."""
 
 
 @dataclass(frozen=True)
@@ -130,7 +147,7 @@ def chart_title(key: str, task: str = "") -> str:
         return f"held-out {spelled(name)}{unit(name, task)}"
     if name == "accuracy" or kind == "accuracy":
         return f"{kind.replace('_', ' ')}: accuracy" if name else "accuracy"
-    return ("loss" if name in ("", "loss") else f"{name.replace('_', ' ')}: loss") + unit("loss", task)
+    return ("loss" if name in ("", "loss") else f"{spelled(name)}: loss") + unit("loss", task)
 
 
 def spelled(name: str) -> str:
@@ -252,6 +269,34 @@ def usage_bars(counts: np.ndarray) -> str:
     axes.set_xlabel("codes, commonest first")
     share, perplexity = usage_figures(counts)
     return _svg(figure, f"patches per code; {share:.0%} of {len(counts)} codes are used, perplexity {perplexity:.1f}")
+
+
+def class_bars(title: str, rows: Sequence[tuple[str, Sequence[float]]], runs: Sequence[str]) -> list[str]:
+    """SVGs of shares by class, (name, one of each run), those of the first run from the largest down, `MAX_BARS` classes in each."""
+    ordered = sorted(rows, key=lambda row: -row[1][0])
+    return [_bars(title, ordered[start : start + MAX_BARS], runs) for start in range(0, len(ordered), MAX_BARS)]
+
+
+def _bars(title: str, rows: Sequence[tuple[str, Sequence[float]]], runs: Sequence[str]) -> str:
+    """One chart of `class_bars`: names to the left, a bar of each run, its value at its end."""
+    figure, axes = _axes(title)
+    thick = 0.8 / len(runs)
+    figure.set_size_inches(INCHES[0], 0.55 + BAR * len(rows) * max(1.0, 0.6 * len(runs)))
+    for index in range(len(runs)):
+        places = np.arange(len(rows)) + (index - (len(runs) - 1) / 2) * thick
+        values = [row[1][index] for row in rows]
+        axes.barh(places, values, height=0.9 * thick, color=_look(index)[0])
+        for place, value in zip(places, values, strict=True):
+            axes.text(value + 0.015, place, f"{value:.0%}", va="center", fontsize=7, color=INK)
+    axes.set_yticks(range(len(rows)), [name for name, _ in rows], parse_math=False)
+    axes.set_ylim(len(rows) - 0.5, -0.5)
+    axes.set_xlim(0, 1.12)
+    axes.xaxis.set_major_locator(FixedLocator((0, 0.25, 0.5, 0.75, 1)))
+    axes.xaxis.set_major_formatter(PercentFormatter(1.0))
+    axes.grid(visible=False, axis="y")
+    said = (f"{name} {' and '.join(f'{value:.0%}' for value in values)}" for name, values in rows)
+    where = f" in {' and '.join(runs)}" if len(runs) > 1 else ""
+    return _svg(figure, f"{title}{where}: {', '.join(said)}")
 
 
 def _look(index: int) -> tuple[str, tuple]:

@@ -8,7 +8,7 @@ import math
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import matplotlib
 import numpy as np
@@ -19,13 +19,22 @@ from beit3.data.rle import RLE, decode, encode, extent, rasterise
 from beit3.task import Prediction, Record
 from beit3.tasks.ade20k import decoded
 
+if TYPE_CHECKING:
+    from beit3.predict import Predictor
+
 Color = tuple[int, int, int]
 Box = tuple[float, float, float, float]
+
+FORMATS, QUALITY = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}, 92
+"""What can be written, by the ending of its name; of those that lose something, how little."""
 
 COLORS, FIRST = 256, (240, 90, 30)
 """Colours before they come again, and what the first is near to."""
 
-LEAST = 512
+MIN_SCORE = 0.3
+"""Objects of which a network is less sure are not drawn, unless one asks for them."""
+
+LEAST = 400
 """Longest side in pixels below which a picture is enlarged."""
 
 LINES_PER_SIDE, LETTERS_PER_SIDE = 400, 48
@@ -50,38 +59,42 @@ MORE_LETTERS = ("NotoSansCJK-Regular.ttc", "NotoSans-Regular.ttf", "msyh.ttc", "
 # Files -------------------------------------------------------------------------------------------------------------------
 
 
-def require_picture(out: str | Path) -> None:
-    """ValueError where no picture can be written under this name."""
-    endings = sorted(ending for ending, kind in Image.registered_extensions().items() if kind in ("PNG", "JPEG", "WEBP"))
-    if Path(out).suffix.lower() not in endings:
-        raise ValueError(f"--out {out} has not the ending of a picture: give one of {', '.join(endings)}")
+def predict_drawn(
+    predictor: "Predictor", inputs: Sequence[Any], out: str | Path, *, min_score: float | None = None
+) -> list[Prediction]:  # fmt: skip
+    """Ask, draw what is found in the picture `inputs[0]` into the file `out`, and return it in short: objects without masks,
+    and of a map what share of the picture each class has.
 
-
-def write_drawing(
-    out: str | Path, image: Any, found: Sequence[Prediction], *, names: Sequence[str] = (), min_score: float = 0.0
-) -> dict[str, Any]:
-    """Draw the one prediction `found` of `image` into the file `out`; returns the prediction in short, as JSON.
-
-    names: of the labels of a map; objects carry theirs. min_score: of the objects that are drawn and returned. ValueError
-    for predictions that are neither objects nor a map, and for a name that is no picture's.
+    min_score: of objects that are drawn and returned, by default `MIN_SCORE`. ValueError for a name that is no picture's, for
+    the picture's own, and for predictions that are neither objects nor a map.
     """
-    require_picture(out)
-    prediction = found[0] if len(found) == 1 else {}
-    pixels = open_image(image).permute(1, 2, 0).numpy()
+    if not out:
+        raise ValueError("--min-score says which objects are drawn: give --out too")
+    out = Path(out)
+    if out.suffix.lower() not in FORMATS:  # before anything that takes time
+        raise ValueError(f"--out {out} has not the ending of a picture: give one of {', '.join(FORMATS)}")
+    if out.exists() and isinstance(inputs[0], str | Path) and Path(inputs[0]).exists() and out.samefile(inputs[0]):
+        raise ValueError(f"--out {out} is the picture itself: give another name")
+    found = predictor(*inputs)
+    image, names = open_image(inputs[0]).permute(1, 2, 0).numpy(), getattr(predictor.task.config, "classes", ())
+    drawn, short = drawing(image, found[0] if len(found) == 1 else {}, names, min_score=MIN_SCORE if min_score is None else min_score)
+    with written_aside(out) as file:
+        drawn.save(file, FORMATS[out.suffix.lower()], quality=QUALITY)
+    return [short]
+
+
+def drawing(image: np.ndarray, prediction: Prediction, names: Sequence[str], *, min_score: float) -> tuple[Image.Image, Prediction]:
+    """A picture with its prediction drawn onto it, and the prediction in short. names: of a map's labels; objects carry theirs."""
     short = {key: prediction[key] for key in ("id", "height", "width") if key in prediction}
     if "objects" in prediction:
         objects = [each for each in prediction["objects"] if each["score"] >= min_score]
-        drawn = draw_objects(pixels, objects)
-        short["objects"] = [{key: value for key, value in each.items() if key != "mask"} for each in objects]
-    elif "map" in prediction:
+        rows = [{key: value for key, value in each.items() if key != "mask"} for each in objects]
+        return draw_objects(image, objects), short | {"objects": rows}
+    if "map" in prediction:
         labels = decoded(prediction)
-        short["classes"] = shares(labels, names)
-        drawn = with_legend(draw_map(pixels, labels), short["classes"])
-    else:
-        raise ValueError("these weights find neither objects nor a map of labels: there is nothing to draw, leave --out out")
-    with written_aside(Path(out)) as file:
-        drawn.save(file, Image.registered_extensions()[Path(out).suffix.lower()])
-    return short
+        rows = shares(labels, names)
+        return with_legend(draw_map(image, labels), rows), short | {"classes": rows}
+    raise ValueError("these weights find neither objects nor a map of labels: there is nothing to draw, leave --out and --min-score out")
 
 
 # Objects -----------------------------------------------------------------------------------------------------------------
@@ -90,7 +103,7 @@ def write_drawing(
 def draw_objects(image: np.ndarray, objects: Sequence[Mapping[str, Any]], *, side: int = 0) -> Image.Image:
     """Objects, the best first, with `box` [x, y, w, h], `label`, and where they have them `name`, `score` and `mask`, an RLE.
 
-    side: the longest side of what is returned, 0 = the picture's own or `LEAST`.
+    A name that would hide a better object's is left out. side: the longest side of what is returned, 0 = the picture's own or `LEAST`.
     """
     canvas, scale = _scaled(image, side)
     pixels = np.array(canvas)
@@ -107,7 +120,8 @@ def draw_objects(image: np.ndarray, objects: Sequence[Mapping[str, Any]], *, sid
     for each in objects:
         score = f" {each['score']:.0%}" if "score" in each else ""
         text = name_of(each["label"], [], each.get("name", "")) + score
-        taken.append(_tag(pen, text, [number * scale for number in each["box"]], canvas.size, color(each["label"]), size, taken))
+        box = tuple(number * scale for number in each["box"])
+        taken += _tag(pen, text, box, canvas.size, color(each["label"]), size, taken)
     return canvas
 
 
@@ -154,22 +168,20 @@ def _frame(pen: ImageDraw.ImageDraw, box: Box, paint: Color, line: int) -> None:
 
 def _tag(
     pen: ImageDraw.ImageDraw, text: str, box: Sequence[float], room: tuple[int, int], paint: Color, size: int, taken: Sequence[Box]
-) -> Box:
-    """Write a name at a corner of its box [x, y, w, h], where it hides no other name if there is such a corner."""
+) -> list[Box]:
+    """Write a name at a corner of its box [x, y, w, h]; where all corners are `taken`, its colour has to do. Gives the place."""
     letters, margin = font(text, size), max(2, size // 5)
-    left, top, right, bottom = pen.textbbox((0, 0), text, font=letters)
+    left, _, right, _ = pen.textbbox((0, 0), text, font=letters)
     width, height = right - left + 2 * margin, size + 2 * margin
-    corners = [
-        (x, y)
-        for y in (box[1] - height, box[1], box[1] + box[3], box[1] + box[3] - height)
-        for x in (box[0], box[0] + box[2] - width)
-    ]  # fmt: skip
-    places = [_inside((x, y, x + width, y + height), room) for x, y in corners]
-    place = next((place for place in places if not any(_meet(place, other) for other in taken)), places[0])
-    pen.rectangle((place[0], place[1], place[2] - 1, place[3] - 1), fill=paint, outline=EDGE)
-    # Letters stand on one line in all tags, whatever their own height.
-    pen.text((place[0] + margin - left, place[3] - margin - size * 0.14), text, font=letters, fill=_legible(paint), anchor="ls")
-    return place
+    rows = (box[1] - height, box[1], box[1] + box[3], box[1] + box[3] - height)
+    corners = [(x, y) for y in rows for x in (box[0], box[0] + box[2] - width)]
+    places = (_inside((x, y, x + width, y + height), room) for x, y in corners)
+    free = [place for place in places if not any(_meet(place, other) for other in taken)][:1]
+    for place in free:
+        pen.rectangle((place[0], place[1], place[2] - 1, place[3] - 1), fill=paint, outline=EDGE)
+        # Letters stand on one line in all tags, whatever their own height.
+        pen.text((place[0] + margin - left, place[3] - margin - size * 0.14), text, font=letters, fill=_legible(paint), anchor="ls")
+    return free
 
 
 def _inside(place: Box, room: tuple[int, int]) -> Box:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from beit3.data.records import write_text
 from beit3.report.compare import aligned, command, differences, fields, figure, score_table, scored_apart, state, texts
-from beit3.report.curves import DASHES, MAX_RAW, PALETTE, Chart, charts, curve, headline, part_curve, run_class, spelled, unit
+from beit3.report.curves import DASHES, MAX_RAW, PALETTE, TABLED, Chart, charts, curve, headline, part_curve, run_class, spelled, unit
 from beit3.report.panels import Panel, panels
 from beit3.report.runs import Run, read_runs, tails
 from beit3.train.log import duration
@@ -23,6 +23,12 @@ HEADINGS: Mapping[str, tuple[str, str]] = {
     "captioning": ("Image captioning", "Pictures the network has not seen, and what it writes of them."),
     "retrieval": ("Image-text retrieval", "Captions and pictures as points: which of the one lie nearest to the other."),
     "imagenet": ("Image classification", "Pictures the network has not seen, and what it takes them for."),
+    "coco": (
+        "Detection and instance segmentation",
+        "Objects in pictures the network has not seen. The losses of stages may rise at first: as proposals get better, there are "
+        "more objects among them whose class and box are to be learnt.",
+    ),
+    "ade20k": ("Semantic segmentation", "Pictures the network has not seen, and what it takes every pixel of them for."),
 }
 
 SOURCES = {"main": "records"}
@@ -115,7 +121,8 @@ def score_panel(runs: Sequence[Run]) -> str:
     if not any(run.scores for run in runs):
         return '<p class="none">No held-out scores yet.</p>'
     if len(runs) == 1:
-        return f'<div class="tiles">{"".join(tile(runs[0], name) for name in score_names(runs) if "/" not in name)}</div>'
+        names = [name for name in score_names(runs) if "/" not in name and name not in TABLED]
+        return f'<div class="tiles">{"".join(tile(runs[0], name) for name in names)}</div>'
     apart = scored_apart(runs)
     lead = f"No best is marked: {' and '.join(apart)} are not the same in all runs." if apart else "★ marks the best of a column."
     return f'<h3>Scores</h3><p class="lead">On held-out records. {escape(lead)}</p>{score_table(runs)}'
@@ -276,6 +283,12 @@ background:var(--run,var(--soft));print-color-adjust:exact}
 .quad{display:grid;grid-template-columns:repeat(4,1fr);gap:.3rem .5rem}.quad small{grid-column:1/-1}
 .quad span{font-size:.875rem;color:var(--soft)}
 .cards{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(30rem,100%),1fr));gap:1rem;margin-top:.8rem}
+.views{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(9rem,100%),1fr));gap:.6rem .7rem;align-items:end}
+.lettered{grid-template-columns:repeat(auto-fit,minmax(min(14rem,100%),1fr))}
+.views figcaption{margin:0 0 .2rem}.chips{font-size:.875rem;margin:0;line-height:1.6}
+.chip{white-space:nowrap;margin-right:.7rem}.chip::before{content:"";display:inline-block;width:.8em;height:.8em;margin-right:.35em;
+border:1px solid var(--soft);border-radius:2px;vertical-align:-.05em;background:var(--chip);print-color-adjust:exact}
+.narrow{max-width:max-content}.narrow th,.narrow td{padding:.25rem .8rem}
 .answers{grid-template-columns:repeat(auto-fill,minmax(min(20rem,100%),1fr))}
 .card{display:grid;grid-template-columns:6.5rem 1fr;gap:.9rem;align-items:start;background:var(--card);
 border:1px solid var(--line);border-radius:.5rem;padding:.7rem}

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from beit3.report.answers import captioning_panels, imagenet_panels, nlvr2_panels, retrieval_panels, vqa_panels
 from beit3.report.curves import usage_bars, usage_figures
+from beit3.report.dense import ade20k_panels, coco_panels
 from beit3.report.material import Panel, panel, records, spread, weights
 from beit3.report.pictures import assemble, cut, hatch, picture, pixels
 from beit3.report.runs import Run
@@ -65,6 +66,8 @@ PANELS: Mapping[str, Callable[[Sequence[Run]], Iterable[Panel]]] = {
     "captioning": captioning_panels,
     "retrieval": retrieval_panels,
     "imagenet": imagenet_panels,
+    "coco": coco_panels,
+    "ade20k": ade20k_panels,
 }
 
 

@@ -86,6 +86,8 @@ def tails(paths: Iterable[str], least: int = 1) -> list[str]:
 
 def _read_run(path: Path, label: str) -> Run:
     recipe = _json(path / "recipe.json")
+    if recipe is None:
+        raise ValueError(f"{path} is not a run: it has no recipe.json")
     if not isinstance(recipe, dict) or not {"task", "recipe"} <= recipe.keys():
         raise ValueError(f"{path} holds no run (recipe.json with task and recipe): give one that beit3 train wrote")
     scores = _json(path / "scores.json") or {}
