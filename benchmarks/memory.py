@@ -1,6 +1,6 @@
 """The memory that `beit3 plan` foretells beside what a real step takes: peak resident memory of processes on CPU.
 
-    python benchmarks/memory.py --json benchmarks/memory.json        about 5 minutes of processor time
+    python benchmarks/memory.py --json benchmarks/memory.json        about 7 minutes of processor time
 
 A case is a recipe with a micro-batch. A fresh process (two with gloo where weights are sharded) first takes a step of a
 very small network of the same task, so that libraries are loaded, then two steps of the real one; what its peak
@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for a call by pa
 
 from beit3.ops.collectives import all_gather_objects, rank
 from beit3.plan.devices import Device
-from beit3.plan.estimate import Estimate
+from beit3.plan.estimate import Estimate, shallow
 from beit3.plan.standin import built, example
 from beit3.recipe import Recipe
 from beit3.task import Task, load
@@ -50,6 +50,8 @@ class Case:
     pieces: int = 1
     checkpointing: Literal["none", "selective", "full"] = "none"
     processes: int = 1
+    parts: bool = False
+    """Whether adapter and head are recomputed too."""
 
 
 CASES = (
@@ -59,13 +61,15 @@ CASES = (
     Case("retrieval", "laptop", 32), Case("retrieval", "laptop", 32, pieces=2), Case("imagenet", "laptop", 64),
     Case("imagenet", "base_224", 2), Case("vqa", "base_480", 1), Case("pretrain", "laptop", 8, processes=2),
     Case("vqa", "laptop", 32, processes=2), Case("imagenet", "base_224", 1, processes=2),
+    Case("coco", "demo", 16), Case("coco", "laptop", 4), Case("coco", "laptop", 4, checkpointing="full"),
+    Case("ade20k", "demo", 8), Case("ade20k", "laptop", 4), Case("ade20k", "laptop", 4, checkpointing="full", parts=True),
 )  # fmt: skip
 
 
 def named(case: Case) -> str:
     """As the table calls it."""
     name = f"{case.task} {case.recipe}, {case.pieces} x {case.micro_batch}"
-    name += f", {case.checkpointing}" if case.checkpointing != "none" else ""
+    name += f", {case.checkpointing}" + " with its parts" * case.parts if case.checkpointing != "none" else ""
     return name + (f", {case.processes} processes" if case.processes > 1 else "")
 
 
@@ -74,7 +78,10 @@ def recipe_of(case: Case) -> Recipe:
     recipe = load(case.task).recipes[case.recipe]
     batch = {name: case.micro_batch * case.pieces * case.processes for name in recipe.data.batch}
     run = replace(recipe.run, micro_batch=case.micro_batch, checkpointing=case.checkpointing, device="cpu", precision="float32")
-    return replace(recipe, data=replace(recipe.data, batch=batch), run=run)
+    task: Any = recipe.task
+    if case.parts:
+        task = replace(task, adapter=replace(task.adapter, recompute=True), head=replace(task.head, checkpointing=True))
+    return replace(recipe, task=task, data=replace(recipe.data, batch=batch), run=run)
 
 
 def estimated(case: Case) -> float:
@@ -99,7 +106,7 @@ def measure(case: Case) -> None:
     start(recipe.run)
     model: Any = recipe.task.model
     fused = {"fusion_layers": 0} if hasattr(model, "fusion_layers") else {}
-    small = replace(model, dim=32, depth=1, num_heads=2, ffn_dim=64, **fused)
+    small = replace(model, dim=32, depth=shallow(recipe.task), num_heads=2, ffn_dim=64, **fused)
     steps(kind, replace(recipe, task=replace(recipe.task, model=small)), Case(case.task, case.recipe, 1, case.pieces), 1)
     before = status("VmRSS")
     steps(kind, recipe, case, 2)

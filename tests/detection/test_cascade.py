@@ -40,18 +40,19 @@ def targets_of(seed: int = 0, side: int = 96) -> list[Target]:
 @pytest.mark.parametrize(("patch", "sides"), [(16, (111, 112, 223, 224, 447, 448, 900)), (8, (55, 56, 111, 112, 223, 224, 450))])
 def test_larger_boxes_are_pooled_from_coarser_maps(patch, sides):
     boxes = torch.tensor([[5.0, 5.0, 5.0 + side, 5.0 + side] for side in sides])
-    assert Pool(patch).level_of([boxes]).tolist() == [0, 1, 1, 2, 2, 3, 3]
-    assert Pool(patch).level_of([torch.tensor([[3.0, 3, 3, 3]])]).tolist() == [0], "a box without area"
+    assert Pool(patch, 14).level_of([boxes]).tolist() == [0, 1, 1, 2, 2, 3, 3]
+    assert Pool(patch, 7).level_of([boxes / 2]).tolist() == [0, 1, 1, 2, 2, 3, 3]
+    assert Pool(patch, 14).level_of([torch.tensor([[3.0, 3, 3, 3]])]).tolist() == [0], "a box without area"
 
 
 def test_pooling_equals_a_loop_over_samples():
     maps = maps_of(512)
     first = torch.tensor([[10.3, 20.1, 31.7, 35.2], [100.0, 50, 400, 500]])
     boxes = [first, torch.tensor([[0.0, 0, 100, 90], [60, 5, 180, 200], [7, 7, 8, 8]])]
-    pooled = Pool(PATCH)(maps, boxes, 3)
+    pooled = Pool(PATCH, 14)(maps, boxes, 3)
     expected = [slow_pool(maps, image, box, 3) for image, mine in enumerate(boxes) for box in mine.tolist()]
     torch.testing.assert_close(pooled, torch.stack(expected), atol=1e-5, rtol=1e-4)
-    assert Pool(PATCH)(maps, [boxes[0][:0]] * 2, 3).shape == (0, 8, 3, 3)
+    assert Pool(PATCH, 14)(maps, [boxes[0][:0]] * 2, 3).shape == (0, 8, 3, 3)
 
 
 def test_labels_of_each_stage():

@@ -14,6 +14,8 @@ from beit3.tasks.vqa import VQA
 from benchmarks.memory import Case, estimated, measured
 
 H100 = DEVICES["h100"]
+DENSE = ("coco", "ade20k")
+"""Tasks of which the demo is planned here; of a large picture a trace takes seconds."""
 RECIPES = [(name, label) for name in names() for label in load(name).recipes]
 
 
@@ -28,9 +30,9 @@ def small(depth: int = 2, **run: object) -> Recipe:
 
 
 def planned(name: str, label: str, monkeypatch: pytest.MonkeyPatch) -> Estimate:
-    """A recipe on as many GPUs as divide its batches, up to 8; traced with one block, which is enough here."""
-    shallow = lambda self, source, count: self.traced(source, count, 1 + getattr(self.recipe.task.model, "fusion_layers", 0))  # noqa: E731
-    monkeypatch.setattr(Estimate, "deep", shallow)
+    """A recipe on as many GPUs as divide its batches, up to 8; traced with as few blocks as it can have, which is enough here."""
+    once = lambda self, source, count: self.traced(source, count, estimate.shallow(self.recipe.task))  # noqa: E731
+    monkeypatch.setattr(Estimate, "deep", once)
     recipe = load(name).recipes[label]
     count = next(n for n in (8, 4, 2, 1) if not any(size % n for size in recipe.data.batch.values()))
     return Estimate(load(name), recipe, H100, count)
@@ -41,10 +43,13 @@ def form(name: str, label: str) -> tuple:
     recipe = load(name).recipes[label]
     model = recipe.task.model
     own = [getattr(model, field, None) for field in ("shared_attention", "sub_ln", "final_norm", "fusion_layers")]
+    if name in DENSE:
+        return (name,)
     return name, getattr(recipe.task, "head", ""), bool(recipe.run.micro_batch), recipe.run.checkpointing, *own
 
 
-FORMS = {form(name, label): (name, label) for name, label in RECIPES}
+FORMS = {form(name, label): (name, label) for name, label in reversed(RECIPES)}
+"""Of each form the first, which is the smallest."""
 
 
 def check(found: Estimate) -> None:
@@ -80,11 +85,24 @@ def test_one_case_is_what_a_process_takes():
 @pytest.mark.parametrize(("checkpointing", "processes"), [("none", 2), ("selective", 1), ("full", 2)])
 def test_a_deep_network_follows_from_shallow_ones(monkeypatch, checkpointing, processes):
     recipe = small(8, checkpointing=checkpointing)
-    short = Estimate(VQA, recipe, H100, processes)
+    short, long = (Estimate(VQA, recipe, H100, processes) for _ in range(2))
+    flops, total = short.flops(8), short.memory(8).total
     monkeypatch.setattr(estimate, "WHOLE", 8)
-    long = Estimate(VQA, recipe, H100, processes)
-    assert short.memory(8).total == pytest.approx(long.memory(8).total, rel=1e-3)
-    assert short.flops(8) == long.flops(8)
+    assert flops == long.flops(8) and total == pytest.approx(long.memory(8).total, rel=1e-3)
+    assert 0 not in {depth for _, _, depth in short.traces} and {depth for _, _, depth in long.traces} == {0}
+
+
+@pytest.mark.parametrize("name", DENSE)
+def test_blocks_of_a_fixed_number_are_in_all_depths(name, monkeypatch):
+    """Four that see the whole picture, or after which an adapter talks; the others, amid windows, differ in number alone."""
+    recipe = changed(load(name).recipes["demo"], micro_batch=1)
+    task = replace(recipe.task, model=replace(recipe.task.model, depth=8), **({"window": 2} if name == "coco" else {}))
+    recipe = replace(recipe, task=task, data=replace(recipe.data, batch={"main": 1}))
+    short, long = (Estimate(load(name), recipe, H100, 1) for _ in range(2))
+    flops, total = short.flops(1), short.memory(1).total
+    monkeypatch.setattr(estimate, "WHOLE", 8)
+    assert flops == long.flops(1) and total == pytest.approx(long.memory(1).total, rel=1e-3)
+    assert {depth for _, _, depth in short.traces} == {4, 5} and {depth for _, _, depth in long.traces} == {0}
 
 
 def test_other_sizes_follow_from_two():

@@ -94,7 +94,9 @@ def test_norms_of_an_accelerator_are_in_float32():
     assert F.layer_norm is plain
 
 
-@pytest.mark.parametrize(("name", "checkpointing"), [("vqa", "none"), ("vqa", "full"), ("vqkd", "none")])
+@pytest.mark.parametrize(
+    ("name", "checkpointing"), [("vqa", "none"), ("vqa", "full"), ("vqkd", "none"), ("coco", "full"), ("ade20k", "none")]
+)
 def test_operations_are_those_of_a_real_step(name, checkpointing):
     kind = load(name)
     recipe = kind.recipes["demo"]

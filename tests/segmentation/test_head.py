@@ -390,7 +390,8 @@ def test_a_plan_can_trace_the_losses():
 
     with FakeTensorMode():
         cost = torch.empty(6, 4)
-    assert [each.tolist() for each in losses.assign(cost)] == [[0, 1, 2, 3]] * 2
+    rows, columns = losses.assign(cost)
+    assert len(set(rows.tolist())) == 4 and sorted(columns.tolist()) == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize("label", [CLASSES, 254, -1])

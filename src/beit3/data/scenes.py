@@ -137,7 +137,7 @@ def nearest(labels: Tensor, height: int, width: int) -> Tensor:
 
 
 def open_scene(
-    image: str | Path, label_map: str | Path, *, num_classes: int, reduce_zero: bool = False, unlabelled: Collection[int] = (),
+    image: str | Path, label_map: str | Path | io.BytesIO, *, num_classes: int, reduce_zero: bool = False, unlabelled: Collection[int] = (),
     lookup: Sequence[int] = (), ignore: int = IGNORE,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """A picture and its label map. ValueError naming the file where one cannot be read, or they differ in size."""
@@ -151,8 +151,8 @@ def open_scene(
 
 
 def open_label_map(
-    path: str | Path, *, num_classes: int, reduce_zero: bool = False, unlabelled: Collection[int] = (), lookup: Sequence[int] = (),
-    ignore: int = IGNORE,
+    path: str | Path | io.BytesIO, *, num_classes: int, reduce_zero: bool = False, unlabelled: Collection[int] = (),
+    lookup: Sequence[int] = (), ignore: int = IGNORE,
 ) -> Tensor:  # fmt: skip
     """Labels [H, W] in 0..num_classes - 1 or `ignore`, uint8 where they fit, else int32.
 

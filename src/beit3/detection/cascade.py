@@ -19,14 +19,13 @@ from torchvision.ops.poolers import LevelMapper
 from beit3.detection.config import DetectorConfig
 from beit3.detection.pyramid import SCALES, ChannelNorm
 from beit3.ops.precision import at_least_float32
+from beit3.ops.values import known
 
 POOLED_LEVELS = 4
 """Boxes are pooled from all maps but the coarsest, p2 to p5."""
 BOX_SIDE, MASK_SIDE = 7, 14
 """Cells a side that a box is pooled to, for the box heads and for the mask head."""
 MASK_OUTPUT = 28
-CANONICAL_CELLS = 14
-"""A box of so many patches a side is pooled at the patches' own scale: 224 px of 16 (arXiv:1612.03144, equation 1)."""
 MASKS_AT_ONCE = 16
 """Full-size masks turned into floats at once: a hundred at 1280 px take 655 MB."""
 
@@ -69,7 +68,7 @@ class Cascade(nn.Module):
     def __init__(self, num_classes: int, *, patch_size: int, config: DetectorConfig):
         super().__init__()
         self.num_classes, self.config = num_classes, config
-        self.pool = Pool(patch_size)
+        self.pool = Pool(patch_size, config.pooled_cells)
         self.box_heads = nn.ModuleList(BoxHead(num_classes, config) for _ in config.stage_ious)
         self.mask_head = mask_head(num_classes, config) if config.masks else None
         self.coders = [BoxCoder((w, w, w / 2, w / 2)) for w in config.stage_box_weights]
@@ -192,14 +191,14 @@ class Pool(nn.Module):
     torchvision's `MultiScaleRoIAlign` is without `aligned`, and keeps the first batch's scales for good.
     """
 
-    def __init__(self, patch_size: int):
+    def __init__(self, patch_size: int, cells: float):
         super().__init__()
         self.patch_size = patch_size
-        self.level_of = LevelMapper(2, 2 + POOLED_LEVELS - 1, canonical_scale=CANONICAL_CELLS * patch_size)
+        self.level_of = LevelMapper(2, 2 + POOLED_LEVELS - 1, canonical_scale=cells * patch_size)  # type: ignore[arg-type]
 
     def forward(self, maps: Sequence[Tensor], boxes: list[Tensor], side: int) -> Tensor:
         rois = torch.cat([F.pad(mine, (1, 0), value=float(image)) for image, mine in enumerate(boxes)])  # [R, 5]
-        levels = self.level_of(boxes)
+        levels = known(self.level_of(boxes))
         places, parts = [], []
         for level, (features, scale) in enumerate(zip(maps[:POOLED_LEVELS], SCALES, strict=False)):
             mine = (levels == level).nonzero()[:, 0]
@@ -216,7 +215,7 @@ def label(boxes: Tensor, target: Target, iou: float, background: int) -> Labelle
     if not len(target.boxes):
         nothing = torch.zeros(len(boxes), dtype=torch.int64, device=boxes.device)
         return Labelled(boxes, nothing + background, nothing, boxes)
-    best, nearest = box_iou(target.boxes.to(boxes.dtype), boxes).max(0)
+    best, nearest = map(known, box_iou(target.boxes.to(boxes.dtype), boxes).max(0))
     labels = torch.where(best >= iou, target.labels[nearest], background)
     return Labelled(boxes, labels, nearest, target.boxes[nearest].to(boxes.dtype))
 

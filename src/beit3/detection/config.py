@@ -35,6 +35,8 @@ class DetectorConfig:
     """Proposals of an image that leave it."""
     rpn_nms_iou: float = 0.7
 
+    pooled_cells: float = 14.0
+    """A box of so many patches a side is pooled from the map of the trunk's own stride: 224 px of 16 (arXiv:1612.03144, equation 1)."""
     roi_samples: int = 512
     """Proposals of an image that the heads learn from."""
     roi_positive_share: float = 0.25
@@ -65,6 +67,8 @@ class DetectorConfig:
             raise ValueError(f"anchor_sizes {self.anchor_sizes} and anchor_ratios {self.anchor_ratios}: give positive numbers")
         if not self.stage_ious or len(self.stage_ious) != len(self.stage_box_weights):
             raise ValueError(f"stage_ious {self.stage_ious} and stage_box_weights {self.stage_box_weights}: give one of each per stage")
+        if self.pooled_cells <= 0:
+            raise ValueError(f"pooled_cells {self.pooled_cells}: give a number above 0")
         if not 0 <= self.rpn_negative_iou <= self.rpn_positive_iou <= 1:
             raise ValueError(f"rpn_negative_iou {self.rpn_negative_iou} must lie between 0 and rpn_positive_iou {self.rpn_positive_iou}")
         if min(self.rpn_samples, self.roi_samples, self.rpn_proposals, self.detections_per_image) < 1:

@@ -2,7 +2,7 @@
 
 Only the image's experts are held, under the names they have in `BEiT3`, so its weights load here. No class token goes
 through the blocks. With `window` > 0 most blocks attend within windows of that many patches a side, and `num_global` evenly
-spaced ones, the last always among them, over the whole map (ViTDet, arXiv:2203.16527, section 3). There is no final norm.
+spaced ones, the last always among them, over the whole map (ViTDet, arXiv:2203.16527, section 3).
 """
 
 import torch.nn.functional as F
@@ -12,6 +12,7 @@ from beit3.model.backbone import Backbone
 from beit3.model.config import IMAGE, ModelConfig
 from beit3.model.embeddings import ImageEmbedding
 from beit3.model.layers import Block
+from beit3.model.multiway import norm
 
 
 class ImageTrunk(Backbone):
@@ -29,6 +30,7 @@ class ImageTrunk(Backbone):
         whole = global_layers(config.depth, num_global) if window else ()
         self.image_embedding = ImageEmbedding(config)
         self.blocks = nn.ModuleList(ImageBlock(config, layer, window=0 if layer in whole else window) for layer in range(config.depth))
+        self.norm = norm(config.dim, config.norm_eps, (IMAGE,), shared=config.shared_norms) if config.final_norm else None
 
     def embed(self, image: Tensor) -> Tensor:
         """Patches with their positions [B, h, w, D]: the first block's input."""
@@ -39,7 +41,11 @@ class ImageTrunk(Backbone):
         states = self.embed(image)
         for block in self.blocks:
             states = block(states)
-        return states
+        return self.finished(states)
+
+    def finished(self, states: Tensor) -> Tensor:
+        """What the last block gives [B, h, w, D] through the final norm, where the config has one."""
+        return states if self.norm is None else self.norm((states,), ((IMAGE, 1),))[0]
 
 
 class ImageBlock(Block):

@@ -14,8 +14,8 @@ from beit3.data.loader import step_places
 from beit3.plan.devices import GIB, Device
 from beit3.plan.standin import built, example, named
 from beit3.plan.trace import Trace, trace
-from beit3.recipe import Recipe
-from beit3.task import Task
+from beit3.recipe import Recipe, TaskConfig
+from beit3.task import Example, Task
 from beit3.train.parallel import bfloat16, blocks_of, dtype
 
 GATHERED_BLOCKS = 3
@@ -24,8 +24,8 @@ CONTEXT = 1 * GIB
 """Of CUDA and its libraries on each GPU."""
 NCCL = 1 * GIB
 """Of its buffers, where there are several processes."""
-WHOLE, SHALLOW = 6, (2, 3)
-"""Networks up to this depth are traced whole; deeper ones at these, without the layers of fusion, which are added."""
+WHOLE = 6
+"""Networks up to this depth are traced whole, deeper ones at two smaller depths."""
 FRAGMENTED = 0.05
 """Share of the tensors that the allocator's gaps add; a GPU's, for none was at hand to measure it."""
 
@@ -79,6 +79,7 @@ class Estimate:
             raise ValueError(f"data.batch names none of the sources {', '.join(kind.sources)}: give each a number of records")
         self.pieces(1)
         self.traces: dict[tuple[str, int, int], Trace] = {}
+        self.examples: dict[str, Example] = {}
 
     # What a step is --------------------------------------------------------------------------------------------------
 
@@ -136,6 +137,12 @@ class Estimate:
             frozen=sum(parameter.numel() for parameter in task.parameters()) - trained,
         )
 
+    def example(self, source: str) -> Example:
+        """A stand-in of this source, made once: drawing a picture full of objects takes a second."""
+        if source not in self.examples:
+            self.examples[source] = example(self.task, source)
+        return self.examples[source]
+
     def measure(self, source: str, count: int) -> Trace:
         """A micro-batch of `count` records. One of the recipe's size is traced, others follow from it and one of half the size."""
         share = self.recipe.data.batch[source] // self.processes
@@ -147,11 +154,10 @@ class Estimate:
 
     def deep(self, source: str, count: int) -> Trace:
         """Blocks of one kind take the same, so a deep network is traced at two small depths."""
-        model = self.recipe.task.model
-        low, high = (getattr(model, "fusion_layers", 0) + depth for depth in SHALLOW)
+        model, low = self.recipe.task.model, shallow(self.recipe.task)
         if getattr(model, "depth", 0) <= WHOLE:
             return self.traced(source, count, 0)
-        return line(model.depth, (low, self.traced(source, count, low)), (high, self.traced(source, count, high)))
+        return line(model.depth, (low, self.traced(source, count, low)), (low + 1, self.traced(source, count, low + 1)))
 
     def traced(self, source: str, count: int, depth: int) -> Trace:
         """The trace itself, made once; depth 0 = the network's own."""
@@ -162,7 +168,7 @@ class Estimate:
             task = built(self.kind, config, self.recipe.run)
             blocks = blocks_of(task) if self.processes > 1 and self.half and not self.on_processor else []
             self.traces[key] = trace(
-                task, example(task, source), count, torch.autocast("cpu", torch.bfloat16, enabled=self.half),
+                task, self.example(source), count, torch.autocast("cpu", torch.bfloat16, enabled=self.half),
                 accelerator=not self.on_processor,
                 cached=self.kind.compares_examples and count < self.recipe.data.batch[source] // self.processes,
                 half={id(parameter) for block in blocks for parameter in block.parameters()},
@@ -217,10 +223,19 @@ class Estimate:
         """Images and places for text in one record of each source."""
         found = {}
         for name in self.sources:
-            made = example(self.task, name)
+            made = self.example(name)
             images = made["image"].shape[:-3].numel() if "image" in made else int("token_image" in made)
             found[name] = {"images": images, "tokens": made["text"].numel() if "text" in made else 0}
         return found
+
+
+def shallow(config: TaskConfig) -> int:
+    """A depth at which a network has all its layers that there are a fixed number of; one more is of the usual kind.
+
+    Blocks that see the whole picture amid windows, groups that an adapter talks with; else layers of fusion, which no trunk has.
+    """
+    groups = getattr(config, "num_global", 0), getattr(getattr(config, "adapter", None), "num_interactions", 0)
+    return max(2, *groups) if any(groups) else 2 + getattr(config.model, "fusion_layers", 0)
 
 
 def line(at: float, one: tuple[float, Trace], other: tuple[float, Trace]) -> Trace:

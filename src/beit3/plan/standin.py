@@ -1,9 +1,11 @@
 """A task and a record of it where neither data nor weights are at hand: stand-ins that make the shapes of real ones.
 
 The record goes through the task's own `example`, so image sizes, text lengths and the share of hidden positions are the
-recipe's. Its texts are as long as the recipe allows, which no real batch exceeds.
+recipe's. Its texts are as long as the recipe allows, which no real batch exceeds; its picture shows as much as crowded ones.
 """
 
+import io
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -23,6 +25,14 @@ from beit3.weights.fill import task_name
 
 LONGEST = 4096
 """Pieces of every text, before the task cuts it."""
+SIDE = 64
+"""Pixels of the picture; the task resizes it."""
+OBJECTS = 63
+"""In the picture; the most in one of COCO's for training (arXiv:2005.12872, section 4), 7 on average."""
+LABELS = 32
+"""At most, in its label map; three times ADE20K's average (Zhou et al., CVPR 2017, section 2)."""
+SEED = 1
+"""Of the chances of `example`. With it large-scale jitter enlarges the picture, so that the view fills the square."""
 
 
 class FullTexts(TextTokenizer):
@@ -77,10 +87,30 @@ def named(config: TaskConfig, processes: int) -> TaskConfig:
 def example(task: Task, source: str) -> Example:
     """What the task makes of a record of `source`. ValueError for a task that reads other fields than those of this package."""
     absent = {"images": "text", "texts": "image"}.get(source, "") if len(task.sources) > 1 else ""
-    picture = Image.new("RGB", (64, 64))
+    picture, classes = Image.new("RGB", (SIDE, SIDE)), getattr(task.config, "num_classes", 1)
     record = {"id": "0", "image": picture, "image2": picture, "text": "a", "answers": {}, "label": 0}
+    record |= {"objects": list(objects()), "label_map": label_map(classes), "labels": {"num_classes": classes}}
     record.pop(absent, None)
     try:
-        return task.example(record, True, rng=np.random.default_rng(0))
+        return task.example(record, True, rng=np.random.default_rng(SEED))
     except KeyError as field:
         raise ValueError(f"task {task_name(type(task))} reads the field {field} of a record, for which plan has no stand-in") from None
+
+
+def objects() -> Iterator[dict[str, Any]]:
+    """Squares of all sizes around the middle of the picture, so that any half of it shows a part of each."""
+    for key in range(1, OBJECTS + 1):
+        width = SIDE * key / OBJECTS
+        near, far = (SIDE - width) / 2, (SIDE + width) / 2
+        outline = [near, near, far, near, far, far, near, far]
+        yield {
+            "id": key, "box": [near, near, width, width], "label": 0, "area": width**2, "crowd": False, "segmentation": [outline],
+        }  # fmt: skip
+
+
+def label_map(num_classes: int) -> io.BytesIO:
+    """A file of columns that have the labels by turns, so that any half of the picture shows them all."""
+    columns = np.arange(SIDE, dtype=np.uint8) % min(num_classes, LABELS)
+    file = io.BytesIO()
+    Image.fromarray(np.tile(columns, (SIDE, 1))).save(file, "PNG")
+    return file

@@ -2,10 +2,12 @@
 
 Tensors are torch's fake ones, shapes and types without values; the task, autograd and autocast are the real ones. A storage
 counts from the operation that makes it until it is freed, so the peak holds what autograd keeps, what activation
-checkpointing makes again and what passes in between. Only integers and masks are real, because shapes follow from them:
-how many positions are hidden. Attention counts as a fused kernel, which never keeps its matrix.
+checkpointing makes again and what passes in between. Only what a batch holds beside pictures is real, because shapes follow
+from it: how many positions are hidden, which anchors meet an object. What follows from the network's own numbers is the most
+that it can be: NMS drops no box. Attention counts as a fused kernel, which never keeps its matrix.
 """
 
+import warnings
 import weakref
 from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -58,7 +60,8 @@ def trace(
     without_memory(task, counted, half)
     for _, parameter in task.trainable():
         parameter.register_post_accumulate_grad_hook(counted.set_aside)
-    with counted, norms_in_float32(accelerator):
+    with counted, norms_in_float32(accelerator), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # torchvision's, of how it tells that NMS has no size without values
         batch = task.collate([{name: counted.valueless(value, dtype) for name, value in example.items()} for _ in range(count)])
         counted.start()
         with precision:
@@ -85,6 +88,8 @@ class Allocations(TorchDispatchMode):
         self.largest = (0, "")
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None) -> Any:
+        if func is torch.ops.prim.device.default:
+            return torch.device("cpu")  # two calls of three ask for it
         found = self.run(func, args, dict(kwargs or {}))
         count = flop_registry.get(func._overloadpacket)
         if count:
@@ -134,14 +139,11 @@ class Allocations(TorchDispatchMode):
             return torch.empty(value.shape, dtype=value.dtype)
 
     def valueless(self, value: Any, dtype: torch.dtype) -> Any:
-        """A tensor of floats as a fake one of `dtype`, pictures as fake bytes; everything else as it is."""
-        if not isinstance(value, Tensor):
-            return value
-        picture = value.dtype == torch.uint8 and value.ndim > 2 and value.shape[-3] == 3
-        if not picture and not value.is_floating_point():
+        """Pictures as fake bytes, or fake floats of `dtype`; everything else, labels and boxes among it, as it is."""
+        if not isinstance(value, Tensor) or value.ndim < 3 or value.shape[-3] != 3:
             return value
         with self.fake:
-            return torch.empty(value.shape, dtype=value.dtype if picture else dtype)
+            return torch.empty(value.shape, dtype=dtype if value.is_floating_point() else value.dtype)
 
     def leave_out(self, tensor: Tensor) -> None:
         """Never count the storage of a weight, though views of it are made."""

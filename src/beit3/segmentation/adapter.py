@@ -112,7 +112,7 @@ class ViTAdapter(nn.Module):
             priors, start = self._run(extractor, priors, there, states.flatten(1, 2), here), stop + 1
         for extractor in self.extra_extractors:
             priors = self._run(extractor, priors, there, states.flatten(1, 2), here)
-        return states, [finest, *sequence_to_maps(priors, there.shapes)]
+        return trunk.finished(states), [finest, *sequence_to_maps(priors, there.shapes)]
 
     @torch.no_grad()
     def init_parameter(self, name: str, parameter: Tensor, generator: torch.Generator) -> None:

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from beit3.ops.precision import at_least_float32
+from beit3.ops.values import known
 from beit3.segmentation.config import HeadConfig
 
 UNIT = 1000
@@ -112,10 +113,8 @@ def assign(cost: Tensor) -> tuple[Tensor, Tensor]:
     """Rows and columns [min(Q, n)] of the cheapest assignment of a matrix [Q, n]; what is not finite is chosen last."""
     from scipy.optimize import linear_sum_assignment
 
-    if type(cost) is not Tensor:  # one without values, which beit3 plan traces: any assignment has the right size
-        return torch.arange(min(cost.shape)), torch.arange(min(cost.shape))
     most = torch.finfo(torch.float32).max
-    rows, columns = linear_sum_assignment(cost.float().nan_to_num(most, most, most).cpu().numpy())
+    rows, columns = linear_sum_assignment(known(cost).float().nan_to_num(most, most, most).cpu().numpy())
     return torch.from_numpy(rows), torch.from_numpy(columns)
 
 

@@ -107,7 +107,7 @@ _DEMO = DetectorConfig(
 )  # fmt: skip
 _LAPTOP = replace(
     _DEMO, pyramid_dim=96, anchor_sizes=(16, 32, 64, 128, 256), rpn_samples=128, rpn_top_train=500, rpn_top_test=300, rpn_proposals=150,
-    roi_samples=96, box_convs=2, box_dim=256, detections_per_image=100,
+    pooled_cells=5.0, roi_samples=64, box_convs=2, box_dim=256, detections_per_image=100,
 )  # fmt: skip
 
 

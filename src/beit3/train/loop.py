@@ -24,7 +24,7 @@ from beit3.train.evaluate import evaluate, holds_words, refuse_other_ids, to_dev
 from beit3.train.launch import seed_step, start
 from beit3.train.log import Log
 from beit3.train.optim import clip_gradients, learning_rate, make_optimizer, set_learning_rate
-from beit3.train.parallel import autocast, build, dtype, materialise, reshard
+from beit3.train.parallel import autocast, build, dtype, materialise, reshard, share_statistics
 from beit3.train.root import records_root
 from beit3.train.step import backward, check_finite, gradient_norms, note_broken, sum_targets
 from beit3.train.watch import Watch
@@ -210,6 +210,7 @@ def evaluate_and_keep(
 ) -> float | None:  # fmt: skip
     """Score the val split, write scores.json, and keep the weights as `best/` if their headline leads; rank 0 writes."""
     size = recipe.run.micro_batch or max(1, max(recipe.data.batch.values()) // world_size())
+    share_statistics(task)
     scores = evaluate(
         task, held_out, batch_size=size, limit=recipe.run.eval_records, bad_share=recipe.data.bad_share, precision=precision
     )

@@ -13,11 +13,13 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 from torch.utils.checkpoint import checkpoint as recomputed
 
-from beit3.ops.collectives import world_size
+from beit3.ops.collectives import all_reduce, world_size
 from beit3.recipe import RunConfig, TaskConfig
+from beit3.segmentation.prior import synchronised
 from beit3.task import Task
 from beit3.tokenizer.text import TextTokenizer
 from beit3.weights.fill import task_name
@@ -41,7 +43,7 @@ def build(
     """The task in training mode as `run` wants it, without memory for its weights yet: `materialise` gives that."""
     with torch.device("meta"):
         task = task_class(config, tokenizer=tokenizer)
-    task.to(dtype(run))
+    synchronised(task, device).to(dtype(run))
     wrap_blocks(task, recompute=run.checkpointing, compiled=run.compile)
     if world_size() > 1:
         shard(task, run, device)
@@ -132,3 +134,14 @@ def reshard(task: Task) -> None:
     """Give back what an evaluation left gathered."""
     if isinstance(task, FSDPModule):
         cast(FSDPModule, task).reshard()
+
+
+@torch.no_grad()
+def share_statistics(task: Task) -> None:
+    """Running statistics of batch norms are each process's own where these are not synchronised: all take their mean."""
+    if world_size() == 1:
+        return
+    for module in task.modules():
+        for buffer in module.buffers(recurse=False) if isinstance(module, _BatchNorm) else ():
+            if buffer.is_floating_point():
+                buffer.copy_(all_reduce(buffer) / world_size())
