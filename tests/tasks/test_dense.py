@@ -182,8 +182,9 @@ def test_every_released_backbone_fits_both():
         for name in DENSE:
             with torch.device("meta"):
                 task, report = load_official({key: torch.empty(shape) for key, shape in tensors.items()}, name)
-            assert set(report.loaded) == set(trunk_of(task)), file
-            assert not any(key.startswith("backbone.") for key in report.fresh)
+            fresh = {key for key in report.fresh if key.startswith("backbone.")}  # some tasks of the release read states before the norm
+            assert fresh <= {"backbone.norm.image.weight", "backbone.norm.image.bias"}, file
+            assert set(report.loaded) | fresh == set(trunk_of(task)), file
 
 
 # Two processes -------------------------------------------------------------------------------------------------------
