@@ -104,6 +104,7 @@ class Ade20k(Task):
     Config = Ade20kConfig
     headline = "miou"
     names_file = CLASSES
+    unused: ClassVar[Mapping[str, str]] = {f"backbone.{name}": reason for name, reason in ImageTrunk.unused.items()}
     recipes: ClassVar[Mapping[str, Recipe]] = {
         "demo": _on_processor(TINY, 64, _DEMO, 8, 1_400, "the embedded world's shapes, in minutes on two CPU cores"),
         "laptop": _on_processor(SMALL, 256, _LAPTOP, 4, 400, "photographs on two CPU cores"),
@@ -129,11 +130,6 @@ class Ade20k(Task):
         self.backbone = ImageTrunk(config.model)
         self.adapter = ViTAdapter(config.model, config.adapter)
         self.head = MaskHead(config.model.dim, config.num_classes, config.head)
-
-    @property
-    def unused(self) -> Mapping[str, str]:  # type: ignore[override]
-        """What a trunk has for the sake of other tasks' weights."""
-        return {f"backbone.{name}": reason for name, reason in ImageTrunk.unused.items()}
 
     def init_weights(self, seed: int = 0) -> None:
         """Parameters as everywhere, and statistics of no image yet."""

@@ -117,6 +117,7 @@ class Coco(Task):
     Config = CocoConfig
     headline = "box_ap"
     names_file = CATEGORIES
+    unused: ClassVar[Mapping[str, str]] = {f"backbone.{name}": reason for name, reason in ImageTrunk.unused.items()}
     recipes: ClassVar[Mapping[str, Recipe]] = {
         "demo": _on_processor(TINY, 64, _DEMO, 16, 400, "the embedded world's shapes, in minutes on two CPU cores"),
         "laptop": _on_processor(SMALL, 320, _LAPTOP, 4, 400, "photographs on two CPU cores"),
@@ -147,11 +148,6 @@ class Coco(Task):
     def sizes(self) -> tuple[int, ...]:
         """Sides of the squares that evaluation sees, each once, the usual one first."""
         return tuple(dict.fromkeys((self.config.image.image_size, *self.config.test_sizes)))
-
-    @property
-    def unused(self) -> Mapping[str, str]:  # type: ignore[override]
-        """What a trunk has for the sake of other tasks' weights."""
-        return {f"backbone.{name}": reason for name, reason in ImageTrunk.unused.items()}
 
     def init_parameter(self, name: str, parameter: Tensor, generator: torch.Generator) -> None:
         """The detector's own initial values, the trunk's as everywhere."""
