@@ -8,7 +8,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from beit3.model.attention_mask import image_to_text
-from beit3.model.beit3 import BEiT3
+from beit3.model.beit3 import BEiT3, Encoded
 from beit3.model.config import BASE, GIANT, LARGE, TINY, TINY_RELEASE, ModelConfig
 from beit3.model.layers import SPARE, Cache, LayerCache
 from tests.reference import backbone as slow
@@ -60,6 +60,44 @@ def test_equals_the_slow_implementation(config, case):
     given = {name: given[name] for name in CASES[case]}
     expected = slow.encode(model.state_dict(), config, **given)
     torch.testing.assert_close(model(**given).tokens, expected, rtol=0, atol=1e-10)
+
+
+def real(states: Encoded | torch.Tensor, given: dict[str, torch.Tensor]) -> torch.Tensor:
+    """[T, D] of [B, N, D]: without the text's padding, whose states mean nothing."""
+    tokens = states.tokens if isinstance(states, Encoded) else states
+    padding = given.get("text_padding", torch.zeros(tokens.shape[0], 0, dtype=torch.bool))
+    return tokens[~torch.nn.functional.pad(padding, (tokens.shape[1] - padding.shape[1], 0))]
+
+
+@BOTH
+@pytest.mark.parametrize("case", ["padded text", "masked padded pair"])
+@pytest.mark.parametrize("drop", [0.0, 0.5])
+def test_leaving_out_padding_changes_neither_states_nor_gradients(config, case, drop):
+    """Also where it does not stand at the end, and with samples' branches dropped."""
+    config = replace(config, drop_path_rate=drop)
+    model, given = random_model(config).train(), {name: inputs(config)[name] for name in CASES[case]}
+    given["text_padding"] = torch.tensor([[0, 0, 1, 0, 1, 0, 0], [0] * 7, [1, 0, 0, 0, 1, 1, 1]]).bool()
+    found = []
+    for read in ("real", "all"):
+        model.zero_grad()
+        torch.manual_seed(3)
+        states = real(model(**given, read=read), given)
+        states.sin().sum().backward()
+        found.append((states, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}))
+    torch.testing.assert_close(*found, rtol=0, atol=1e-10)
+
+
+def test_what_is_left_out_is_not_computed():
+    """A text of seven tokens beside one of two: nine tokens go through the experts, and at the end one of each."""
+    model, seen = random_model(PAPER), []
+    for block in model.blocks:
+        block.ffn.text.register_forward_hook(lambda module, given, states: seen.append(tuple(states.shape[:2])))
+    text = inputs(PAPER)["text"][:2]
+    padding = torch.arange(7) >= torch.tensor([[7], [2]])
+    model(text=text, text_padding=padding, read="first")
+    assert seen == [(1, 9), (1, 9), (2, 1)]
+    model(text=text, text_padding=padding, read="real")
+    assert seen[3:] == [(1, 9)] * 3
 
 
 @BOTH
@@ -165,7 +203,7 @@ def test_reading_some_states_alone_changes_neither_them_nor_their_gradients(conf
     if masked and len(modalities) == 2:
         given["attention_mask"] = image_to_text(1 + config.num_patches, given["text"].shape[1])
     elif masked and "text" in given:
-        given["text_padding"] = torch.arange(given["text"].shape[1]) >= torch.tensor([3, 5, 2])[: len(given["text"]), None]
+        given["text_padding"] = torch.tensor([[0, 0, 1, 0, 1, 0, 0], [0, 1, 0, 0, 0, 0, 0], [0, 0, 0, 1, 1, 1, 0]]).bool()
     found = []
     for alone in (False, True):
         model.zero_grad()

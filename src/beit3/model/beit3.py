@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from beit3.model.attention_mask import joint, visible_keys
@@ -17,6 +18,7 @@ from beit3.model.config import FUSION, IMAGE, TEXT, ModelConfig
 from beit3.model.embeddings import ImageEmbedding, TextEmbedding
 from beit3.model.layers import Block, Cache, LayerCache, Read, reading
 from beit3.model.multiway import Parts, Spans, norm
+from beit3.model.ragged import Ragged
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,7 @@ class BEiT3(Backbone):
         attention_mask: Tensor | None = None,
         text_places: Tensor | None = None,
         cache: Cache | None = None,
-        read: Literal["all", "first", "last"] = "all",
+        read: Literal["all", "real", "first", "last"] = "all",
     ) -> Encoded:
         """Encode `image` [B, 3, H, W] and/or `text` [B, L] int64.
 
@@ -76,7 +78,8 @@ class BEiT3(Backbone):
         attention_mask [N, K] or [B, 1, N, K] bool, True = may attend; K counts the cached tokens too.
         text_places [L] int64: the tokens' places in their text; by default one after the other, behind what a cache holds.
         With a cache, this call's tokens come after those that it holds; padding is then not allowed.
-        read: whose states are wanted, of each modality; the last layer computes nothing for the other tokens.
+        read: whose states are wanted: of all tokens, of all but the padding, or of each modality's first or last. Nothing is
+        computed for padding unless all are; its states then mean nothing. The last layer leaves out all that is not wanted.
         Raises ValueError for no input, a text beyond the position table, or an image that patches do not tile.
         """
         if text_padding is not None:
@@ -95,15 +98,23 @@ class BEiT3(Backbone):
 
         first_fusion, last = self.config.depth - self.config.fusion_layers, self.config.depth - 1
         route, end = spans, spans
+        ragged = None if text_padding is None or read == "all" else Ragged.of(text_padding)
+        if ragged is not None:
+            parts = ragged.flat(parts)
         for index, (block, layer_cache) in enumerate(zip(self.blocks, layers, strict=True)):
             if fused and index == first_fusion:
-                parts, route = (torch.cat(parts, 1),), ((FUSION, sum(count for _, count in spans)),)
-            wanted = rows_read(read, spans, route) if index == last and read != "all" else None
-            parts = block(parts, route, mask, layer_cache, wanted)
+                parts, ragged = fuse(parts, text_padding, ragged)
+                route = ((FUSION, sum(count for _, count in spans)),)
+            wanted = rows_read(read, spans, route) if index == last and (read == "first" or read == "last") else None
+            if wanted is not None and ragged is not None:
+                parts, ragged = ragged.padded(parts), None
+            parts = block(parts, route, mask, layer_cache, wanted, ragged)
             if wanted is not None:
                 route, end = reading(wanted, route), tuple((name, 1) for name, _ in spans)
         if self.norm is not None:
             parts = self.norm(parts, route)
+        if ragged is not None:
+            parts = ragged.padded(parts)
         if len(parts) != len(end):
             parts = parts[0].split([count for _, count in end], 1)
         return Encoded(parts, end)
@@ -130,6 +141,15 @@ class BEiT3(Backbone):
         if not parts:
             raise ValueError("nothing to encode: give image, text or both")
         return parts, spans
+
+
+def fuse(parts: Parts, text_padding: Tensor | None, ragged: Ragged | None) -> tuple[Parts, Ragged | None]:
+    """Image and text as one part; without the padding if the text came without it."""
+    if ragged is None or text_padding is None:
+        return (torch.cat(parts, 1),), None
+    whole = Ragged.of(F.pad(text_padding, (parts[0].shape[1], 0)))
+    assert whole is not None
+    return whole.flat((torch.cat(ragged.padded(parts), 1),)), whole
 
 
 def rows_read(read: Literal["first", "last"], spans: Spans, route: Spans) -> Read:

@@ -191,15 +191,16 @@ class Search:
 def beam_search(slots: Slots, max_length: int, num_beams: int, penalty: float) -> list[Caption]:
     """The best caption of each image among those that end, or reach `max_length`, on any of `num_beams` beams."""
     (count, vocab), device, marks = slots.log_probs.shape, slots.log_probs.device, slots.marks
-    searches = [Search(num_beams, penalty, max_length) for _ in range(count)]
+    searches, num_candidates = [Search(num_beams, penalty, max_length) for _ in range(count)], CANDIDATES * num_beams
     for length in range(2, max_length):
         before = torch.tensor([search.log_probs for search in searches], device=device)  # [B, beams], or [B, 1] at first
-        totals = (before[:, :, None] + slots.log_probs.view(count, -1, vocab)).flatten(1)  # [B, beams * V]
-        values, places = totals.topk(min(CANDIDATES * num_beams, totals.shape[1]), dim=1)
+        likely, following = slots.log_probs.topk(min(num_candidates, vocab), dim=1)  # [R, C]: no more of a beam can be chosen
+        totals = (before[:, :, None] + likely.view(count, -1, likely.shape[1])).flatten(1)  # [B, beams * C]
+        values, places = totals.topk(min(num_candidates, totals.shape[1]), dim=1)
+        chosen, of_beam = following.view(count, -1).gather(1, places).tolist(), (places // likely.shape[1]).tolist()
         rows, words = [], []
         for index, search in enumerate(searches):
-            found = zip(places[index].tolist(), values[index].tolist(), strict=True)
-            candidates = [(place // vocab, place % vocab, value) for place, value in found]
+            candidates = list(zip(of_beam[index], chosen[index], values[index].tolist(), strict=True))
             for beam, word in search.step(candidates, marks.pad, marks.eos, last=length == max_length - 1):
                 rows.append(index * before.shape[1] + beam)
                 words.append(word)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from beit3.model.config import ModelConfig
 from beit3.model.multiway import Multiway, Parts, Spans, linear, norm
+from beit3.model.ragged import Ragged
 
 SPARE = 64
 """Tokens for which a cache makes room at a time: growing by one copies everything."""
@@ -75,10 +76,15 @@ class Attention(nn.Module):
         self.out = linear(config.dim, config.dim, experts, shared=config.shared_attention)
 
     def forward(
-        self, parts: Parts, spans: Spans, mask: Tensor | None = None, cache: LayerCache | None = None, read: Read | None = None
-    ) -> Parts:
-        """With `read`, of those tokens alone: they attend to all, and nothing more is computed for the others."""
-        qkv = joined(self.qkv(parts, spans))  # [B, N, 3D]
+        self, parts: Parts, spans: Spans, mask: Tensor | None = None, cache: LayerCache | None = None, read: Read | None = None,
+        ragged: Ragged | None = None,
+    ) -> Parts:  # fmt: skip
+        """With `read`, of those tokens alone: they attend to all, and nothing more is computed for the others.
+
+        With `ragged`, the last part holds real tokens alone, [1, T, D], before and after.
+        """
+        projected = self.qkv(parts, spans)
+        qkv = joined(projected if ragged is None else ragged.padded(projected))  # [B, N, 3D]
         batch, length, width = qkv.shape
         query, key, value = qkv.view(batch, length, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)  # [B, H, N, D/H]
         if read is not None:
@@ -90,6 +96,8 @@ class Attention(nn.Module):
         states = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
         states = states.transpose(1, 2).reshape(batch, -1, width // 3)  # [B, N, D], or [B, R, D]
         parts = states.split([count for _, count in spans], 1)
+        if ragged is not None:
+            parts = ragged.flat(parts)
         if self.norm is not None:
             parts = self.norm(parts, spans)
         return self.out(parts, spans)
@@ -141,22 +149,25 @@ class Block(nn.Module):
         self.ffn = Multiway(lambda: FeedForward(config), experts)
 
     def forward(
-        self, parts: Parts, spans: Spans, mask: Tensor | None = None, cache: LayerCache | None = None, read: Read | None = None
-    ) -> Parts:
-        """The next states of all tokens, or with `read` of those."""
-        attended = self.attention(self.norm1(parts, spans), spans, mask, cache, read)
+        self, parts: Parts, spans: Spans, mask: Tensor | None = None, cache: LayerCache | None = None, read: Read | None = None,
+        ragged: Ragged | None = None,
+    ) -> Parts:  # fmt: skip
+        """The next states of all tokens, or with `read` of those. `ragged`: the last part is without its padding."""
+        attended = self.attention(self.norm1(parts, spans), spans, mask, cache, read, ragged)
         if read is not None:
             parts = tuple(part[:, list(rows)] for part, rows in zip(parts, read, strict=True))
             spans = reading(read, spans)
-        parts = self.add(parts, attended)
-        return self.add(parts, self.ffn(self.norm2(parts, spans), spans))
+        parts = self.add(parts, attended, ragged)
+        return self.add(parts, self.ffn(self.norm2(parts, spans), spans), ragged)
 
-    def add(self, parts: Parts, branch: Parts) -> Parts:
+    def add(self, parts: Parts, branch: Parts, ragged: Ragged | None = None) -> Parts:
         """The residual sum, with the branch dropped for a share of the samples and scaled up for the rest."""
         if not self.training or self.drop_path_rate == 0:
             return tuple(part + change for part, change in zip(parts, branch, strict=True))
         kept = 1 - self.drop_path_rate
         # A comparison, not bernoulli_: torch.compile would make a constant of its rate, and a program for every layer.
-        draws = torch.rand(parts[0].shape[0], 1, 1, device=parts[0].device)
+        samples = len(parts[0]) if ragged is None else len(ragged.sources)
+        draws = torch.rand(samples, 1, 1, device=parts[0].device)
         scale = (draws < kept).to(parts[0].dtype) / kept
-        return tuple(part + change * scale for part, change in zip(parts, branch, strict=True))
+        scales = [scale] * len(parts) if ragged is None else [scale] * (len(parts) - 1) + [ragged.per_token(scale)]
+        return tuple(part + change * each for part, change, each in zip(parts, branch, scales, strict=True))

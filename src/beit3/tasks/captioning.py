@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -171,21 +171,21 @@ class Captioning(Task):
         """Hidden words."""
         return {"loss": int((batch["text_target"] != IGNORE).sum())}
 
-    def states(self, batch: Batch) -> Tensor:
-        """The words' last states [B, L, D]."""
-        num_image = 1 + self.config.model.num_patches
-        mask = image_to_text(num_image, batch["text"].shape[1], device=batch["text"].device)
-        return self.backbone(self.pixels(batch), batch["text"], text_padding=batch.get("text_padding"), attention_mask=mask).of("text")
+    def states(self, batch: Batch, read: Literal["real", "all"]) -> Tensor:
+        """The words' last states [B, L, D]; unless all are read those of padding mean nothing."""
+        text, padding = batch["text"], batch.get("text_padding")
+        mask = image_to_text(1 + self.config.model.num_patches, text.shape[1], device=text.device)
+        return self.backbone(self.pixels(batch), text, text_padding=padding, attention_mask=mask, read=read).of("text")
 
     def outputs(self, batch: Batch) -> dict[str, Tensor]:
         """`logits` [B, L, V] of the word at each place."""
-        return {"logits": self.text_head(self.states(batch))}
+        return {"logits": self.text_head(self.states(batch, "all"))}
 
     def forward(self, batch: Batch) -> dict[str, dict[str, Tensor]]:
         """Divergence from the smoothed words at the hidden places; late in training without the worst of them."""
         config, hidden = self.config, batch["text_target"] != IGNORE
         divergence = partial(smoothed_divergence, smoothing=config.label_smoothing)
-        losses, right = over_vocabulary(self.states(batch)[hidden], batch["text_target"][hidden], self.text_head, divergence)
+        losses, right = over_vocabulary(self.states(batch, "real")[hidden], batch["text_target"][hidden], self.text_head, divergence)
         late = config.drop_worst and batch.get("step", 0) > config.drop_worst_after
         loss = without_worst(losses, config.drop_worst) if late else losses.sum()
         return {"losses": {"loss": loss}, "metrics": {"loss/accuracy": right.sum()}}

@@ -283,10 +283,11 @@ class Pretrain(Task):
             counts[self.prefix(batch) + "text"] = int((batch["text_target"] != IGNORE).sum())
         return counts
 
-    def encode(self, batch: Batch) -> Encoded:
-        """The backbone's states of whatever the batch holds."""
+    def encode(self, batch: Batch, read: Literal["real", "all"] = "real") -> Encoded:
+        """The backbone's states of whatever the batch holds, those of padding among them if all are read."""
         image = self.pixels(batch) if "image" in batch else None
-        return self.backbone(image, batch.get("text"), image_mask=batch.get("image_mask"), text_padding=batch.get("text_padding"))
+        text, padding = batch.get("text"), batch.get("text_padding")
+        return self.backbone(image, text, image_mask=batch.get("image_mask"), text_padding=padding, read=read)
 
     def codes(self, batch: Batch) -> Tensor:
         """Targets [B, P] int64: the batch's own `image_codes`, else the frozen tokenizer's."""
@@ -326,7 +327,7 @@ class Pretrain(Task):
 
     def outputs(self, batch: Batch) -> dict[str, Tensor]:
         """`image_logits` [B, P, K] and `text_logits` [B, L, V] of whatever is present."""
-        encoded = self.encode(batch)
+        encoded = self.encode(batch, "all")
         outputs = {}
         if "image" in batch:
             outputs["image_logits"] = self.image_head(encoded.of("image")[:, 1:])
