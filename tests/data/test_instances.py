@@ -125,6 +125,21 @@ def test_without_a_val_file_some_images_are_held_out(tmp_path):
     assert counts["train"] + counts["val"] == 400 and 5 <= counts["val"] <= 40
 
 
+def test_images_of_the_evaluation_server_have_no_objects(tmp_path):
+    """image_info_test2017.json and its part test-dev, both of the pictures in test2017."""
+    pictures(tmp_path, *(f"test2017/{number:03d}.jpg" for number in (1, 2, 3)))
+    for name, numbers in (("test2017", (1, 2, 3)), ("test-dev2017", (1, 3))):
+        content = {"info": {}, "licenses": [], "images": [image(number) for number in numbers], "categories": CATEGORIES}
+        path = tmp_path / "annotations" / f"image_info_{name}.json"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps(content))
+    categories, pairs = instances(tmp_path)
+    found = [(split, record["id"], Path(record["image"]).relative_to(tmp_path).as_posix(), "objects" in record) for split, record in pairs]
+    assert [each["id"] for each in categories] == [3, 7]
+    dev = [("test-dev", str(number), f"test2017/{number:03d}.jpg", False) for number in (1, 3)]
+    assert sorted(found) == sorted(dev + [("test", str(number), f"test2017/{number:03d}.jpg", False) for number in (1, 2, 3)])
+
+
 def test_masks_that_are_none(tmp_path):
     """Polygons without an inside go, objects go with the last of them; a box without any mask stays a box."""
     rle = {"size": [10, 20], "counts": [3, 100, 97]}

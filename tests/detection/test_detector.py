@@ -92,7 +92,7 @@ def test_boxes_alone_need_no_masks():
     assert not [name for name, _ in network.named_parameters() if "mask" in name]
     network.losses(*features_of(2), [target(2)._replace(masks=None), NOTHING._replace(masks=None)])
     with pytest.raises(AssertionError, match="boxes alone"):
-        network.masks(features_of(1)[0], [torch.zeros(0, 4)], [torch.zeros(0, dtype=torch.int64)])
+        network.masks(network.pyramid(features_of(1)[0]), [torch.zeros(0, 4)], [torch.zeros(0, dtype=torch.int64)])
 
 
 def test_losses_are_sums_over_images():
@@ -110,15 +110,15 @@ def test_losses_are_sums_over_images():
 def test_detections_lie_on_their_image_and_do_not_depend_on_others():
     network = detector().eval()
     features, sizes = features_of(2)
-    found = network.detect(features, sizes)
+    found = network.detect(network.pyramid(features), sizes)
     for image, raw in enumerate(found):
         height, width = sizes[image].tolist()
         assert raw.boxes.min() >= 0 and raw.boxes[:, 2].max() <= width and raw.boxes[:, 3].max() <= height
         assert raw.scores.shape == (len(raw.boxes), CLASSES) and 0 < len(raw.boxes) <= SMALL.rpn_proposals
         assert (raw.scores > 0).all() and (raw.scores.sum(1) < 1).all()
-        alone = network.detect(features[image : image + 1], sizes[image : image + 1])[0]
+        alone = network.detect(network.pyramid(features[image : image + 1]), sizes[image : image + 1])[0]
         torch.testing.assert_close(alone, raw, atol=1e-3, rtol=1e-4)
-        masks = network.masks(features[image : image + 1], [raw.boxes[:4]], [torch.tensor([0, 1, 2, 0])])
+        masks = network.masks(network.pyramid(features[image : image + 1]), [raw.boxes[:4]], [torch.tensor([0, 1, 2, 0])])
         assert masks[0].shape == (4, 28, 28) and 0 < masks[0].min() and masks[0].max() < 1
 
 
@@ -129,7 +129,7 @@ def test_bfloat16_changes_little():
     with torch.autocast("cpu", torch.bfloat16):
         rough = network.losses(features, sizes, [target(4), target(3, 1)])
         with torch.no_grad():
-            raw = network.detect(features, sizes)[0]
+            raw = network.detect(network.pyramid(features), sizes)[0]
     for name, value in exact.items():
         assert rough[name].dtype == torch.float32
         if "1" not in name and "2" not in name:  # those depend on which boxes have just crossed a threshold
@@ -187,8 +187,9 @@ def test_built_on_meta_equals_built_at_once():
         network = Detector(DIM, patch_size=PATCH, num_classes=CLASSES, config=SMALL)
     network._apply(lambda tensor: torch.empty_like(tensor, device="cpu"))
     initialise(network)
-    features = features_of(2)
-    for raw, expected in zip(network.eval().detect(*features), detector().eval().detect(*features), strict=True):
+    features, sizes = features_of(2)
+    found, others = (each.eval().detect(each.pyramid(features), sizes) for each in (network, detector()))
+    for raw, expected in zip(found, others, strict=True):
         torch.testing.assert_close(raw, expected)
 
 
@@ -241,9 +242,9 @@ def test_it_learns_eight_images():
     trunk.eval(), network.eval()
     with torch.no_grad():
         features = trunk(images)
-        found = network.detect(features, sizes)
+        found = network.detect(network.pyramid(features), sizes)
         shares = [recalled(raw, truth) for raw, truth in zip(found, targets, strict=True)]
-        masks = network.masks(features, [truth.boxes for truth in targets], [truth.labels for truth in targets])
+        masks = network.masks(network.pyramid(features), [truth.boxes for truth in targets], [truth.labels for truth in targets])
     assert sum(shares) / 8 >= 0.9
     agreement = [((mask > 0.5) == outline(truth)).float().mean() for mask, truth in zip(masks, targets, strict=True)]
     assert torch.stack(agreement).mean() > 0.9

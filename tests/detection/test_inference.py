@@ -24,7 +24,14 @@ def trunk(pixels):
     return pixels.permute(0, 2, 3, 1)
 
 
-class Finder:
+class Flat:
+    """A detector whose pyramid is the features themselves."""
+
+    def pyramid(self, features):
+        return features
+
+
+class Finder(Flat):
     """Label c is where channel c is above .5; its box is exact, its mask is read from the pixels."""
 
     def __init__(self, scores=(0.9, 0.8, 0.7)):
@@ -51,7 +58,7 @@ class Finder:
         ]
 
 
-class Fixed:
+class Fixed(Flat):
     """Gives each view in turn what it was told to, boxes in the view's pixels, and constant masks."""
 
     def __init__(self, *raws, masks=(1.0,)):

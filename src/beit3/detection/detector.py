@@ -41,14 +41,16 @@ class Detector(nn.Module):
         shares = totals[0] / totals[1:].clamp(min=1)  # images per box
         return losses | {name: sums[name] * share for name, share in zip(counts, shares, strict=True)}
 
-    def detect(self, features: Tensor, sizes: Tensor) -> list[Raw]:
-        """Each image's boxes [R, 4] with probabilities [R, C] of all classes; R differs, and no NMS has been done."""
-        maps = self.pyramid(features)
+    def detect(self, maps: list[Tensor], sizes: Tensor) -> list[Raw]:
+        """Each image's boxes [R, 4] with probabilities [R, C] of all classes, from the pyramid's `maps`.
+
+        R differs from image to image, and no NMS has been done.
+        """
         return self.cascade.detect(maps, self.proposals(maps, sizes)[0], sizes)
 
-    def masks(self, features: Tensor, boxes: list[Tensor], labels: list[Tensor]) -> list[Tensor]:
+    def masks(self, maps: list[Tensor], boxes: list[Tensor], labels: list[Tensor]) -> list[Tensor]:
         """Probabilities [n, 28, 28] of each image's `boxes` [n, 4] with `labels` [n], over the boxes' own area."""
-        return self.cascade.masks(self.pyramid(features), boxes, labels)
+        return self.cascade.masks(maps, boxes, labels)
 
     @torch.no_grad()
     def init_parameter(self, name: str, parameter: Tensor, generator: torch.Generator) -> None:

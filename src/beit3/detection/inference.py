@@ -53,11 +53,11 @@ def detect(
 
     ValueError where the network gives numbers that are not finite.
     """
-    features = [trunk(view.pixels) for view in views]  # [B, h, w, D] each, kept for the masks
-    raws = [detector.detect(states, view.sizes) for states, view in zip(features, views, strict=True)]
+    pyramids = [detector.pyramid(trunk(view.pixels)) for view in views]  # kept for the masks
+    raws = [detector.detect(maps, view.sizes) for maps, view in zip(pyramids, views, strict=True)]
     images = originals.tolist()
     kept = [_merged([raw[place] for raw in raws], views, place, size, config) for place, size in enumerate(images)]
-    masks = _masks(detector, features, views, kept, images) if config.masks else [None] * len(images)
+    masks = _masks(detector, pyramids, views, kept, images) if config.masks else [None] * len(images)
     return [
         Detections(boxes.cpu(), scores.cpu(), labels.cpu(), own) for (boxes, scores, labels), own in zip(kept, masks, strict=True)
     ]
@@ -91,16 +91,16 @@ def _merged(raws: Sequence[Raw], views: Sequence[View], place: int, size: Sequen
 
 
 def _masks(
-    detector: Detector, features: Sequence[Tensor], views: Sequence[View], kept: Sequence[Kept], images: Sequence[Sequence[int]]
+    detector: Detector, pyramids: Sequence[list[Tensor]], views: Sequence[View], kept: Sequence[Kept], images: Sequence[Sequence[int]]
 ) -> list[list[RLE] | None]:
     """Each image's masks, averaged over the views and drawn at its own size."""
     labels = [label for _, _, label in kept]
     if not sum(map(len, labels)):
         return [[] for _ in images]
     sums: list[Tensor] = []
-    for states, view in zip(features, views, strict=True):
+    for maps, view in zip(pyramids, views, strict=True):
         boxes = [_to_view(own, view, place, size) for place, ((own, _, _), size) in enumerate(zip(kept, images, strict=True))]
-        read = [at_least_float32(part.flip(-1) if view.mirrored else part) for part in detector.masks(states, boxes, labels)]
+        read = [at_least_float32(part.flip(-1) if view.mirrored else part) for part in detector.masks(maps, boxes, labels)]
         sums = [total + part for total, part in zip(sums, read, strict=True)] if sums else read
     return [paste(total / len(views), boxes, *size) for total, (boxes, _, _), size in zip(sums, kept, images, strict=True)]
 

@@ -167,7 +167,7 @@ class Block(nn.Module):
         kept = 1 - self.drop_path_rate
         # A comparison, not bernoulli_: torch.compile would make a constant of its rate, and a program for every layer.
         samples = len(parts[0]) if ragged is None else len(ragged.sources)
-        draws = torch.rand(samples, 1, 1, device=parts[0].device)
+        draws = torch.rand(samples, *[1] * (parts[0].ndim - 1), device=parts[0].device)
         scale = (draws < kept).to(parts[0].dtype) / kept
         scales = [scale] * len(parts) if ragged is None else [scale] * (len(parts) - 1) + [ragged.per_token(scale)]
         return tuple(part + change * each for part, change, each in zip(parts, branch, scales, strict=True))

@@ -58,15 +58,14 @@ class ImageBlock(Block):
     def forward(self, states: Tensor) -> Tensor:  # type: ignore[override]
         height, width = states.shape[1:3]
         spans = ((IMAGE, height * width),)
-        parts = (states.flatten(1, 2),)
-        normed = self.norm1(parts, spans)[0].unflatten(1, (height, width))
+        normed = self.norm1((states,), spans)[0]
         windows = split_windows(normed, self.window) if self.window else normed
-        attended = self.attention((windows.flatten(1, 2),), ((IMAGE, windows.shape[1] * windows.shape[2]),))[0]
-        attended = attended.unflatten(1, windows.shape[1:3])
+        side, across = windows.shape[1:3]
+        attended = self.attention((windows.flatten(1, 2),), ((IMAGE, side * across),))[0].unflatten(1, (side, across))
         if self.window:
             attended = join_windows(attended, height, width)
-        middle = self.add(parts, (attended.flatten(1, 2),))
-        return self.add(middle, self.ffn(self.norm2(middle, spans), spans))[0].unflatten(1, (height, width))
+        middle = self.add((states,), (attended,))
+        return self.add(middle, self.ffn(self.norm2(middle, spans), spans))[0]
 
 
 def global_layers(depth: int, count: int) -> tuple[int, ...]:

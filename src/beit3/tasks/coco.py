@@ -257,7 +257,7 @@ class Coco(Task):
 
     def outputs(self, batch: Batch) -> dict[str, Tensor]:
         """`boxes` [R, 4] and `scores` [R, C] of all images before any NMS, one after the other, `counts` [B] of each."""
-        found = self.detector.detect(self.backbone(self.pixels(batch)), batch["size"])
+        found = self.detector.detect(self.detector.pyramid(self.backbone(self.pixels(batch))), batch["size"])
         return {
             "boxes": torch.cat([each.boxes for each in found]), "scores": torch.cat([each.scores for each in found]),
             "counts": torch.tensor([len(each.boxes) for each in found]),

@@ -19,7 +19,7 @@ SPLITS = {
     **{name: "train" for name in ("train", "training", "restval", "train2014", "train2017")},
     **{name: "val" for name in ("val", "valid", "validation", "dev", "eval", "val2014", "val2017")},
     **{name: "test" for name in ("test", "testing", "test2014", "test2015", "test2017")},
-    "test-dev2015": "test-dev",
+    **{name: "test-dev" for name in ("test-dev2015", "test-dev2017")},
 }
 HELD_OUT = 0.05
 FLICKR30K = ("flickr30k-images", "flickr30k_images")

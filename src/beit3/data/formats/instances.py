@@ -1,8 +1,9 @@
-"""Objects in images: COCO's instances_*.json and Objects365's zhiyuan_objv2_*.json -> one record per image.
+"""Objects in images: COCO's instances_*.json and image_info_test*.json, Objects365's zhiyuan_objv2_*.json -> one record per image.
 
 {id: str, image, width, height, objects: [{id: int >= 1, box: [x, y, w, h] pixels, label, area, crowd: bool, segmentation?}]}.
 Labels count the sorted category ids from 0. segmentation is COCO's: polygons [[x, y, x, y, ...]] or RLE {size: [h, w], counts}.
-Crowd regions stay, which evaluation needs and training leaves out, and so do images without objects.
+Crowd regions stay, which evaluation needs and training leaves out, and so do images without objects. An image_info file lists
+images whose objects only the evaluation server knows; their records have none.
 
 What is known to be wrong in Objects365 is put right and counted. Boxes without a mask are clipped to the image, and dropped
 where they repeat another; where there is a mask, it is the truth, and the box stays as the evaluators know it.
@@ -35,7 +36,7 @@ from beit3.data.rle import FARTHEST
 Category = dict[str, Any]
 Instances = tuple[list[Category], Iterator[Pair]]
 
-FILES = ("instances_*.json", "zhiyuan_objv2_*.json")
+FILES = ("instances_*.json", "image_info_test*.json", "zhiyuan_objv2_*.json")
 LARGEST_ID = 2**53 - 1
 """Evaluators keep ids in float64 arrays."""
 ROUNDING = 0.01
@@ -79,7 +80,8 @@ class _Reader:
     def pairs(self, raw: Path, split: str, has_val: bool) -> Iterator[Pair]:
         file = self.file.path
         images = field(self.file.content, "images", list, file)
-        annotations = field(self.file.content, "annotations", list, file)
+        labelled = not file.name.startswith("image_info")
+        annotations = field(self.file.content, "annotations", list, file) if labelled else []
         by_image = self.by_image(images, annotations)
         ids = self.ids(annotations)
         listing = Listing(raw, *_places(file, split))
@@ -93,8 +95,10 @@ class _Reader:
             if mine is None:
                 yield split, {"id": str(key), "fault": f"{file.name} lists another image of this id"}
                 continue
-            objects = self.objects(((ids[at], annotations[at], f"{file} annotations[{at}]") for at in mine), width, height)
-            record = {"id": str(key), "image": _image(listing, name), "width": width, "height": height, "objects": objects}
+            record = {"id": str(key), "image": _image(listing, name), "width": width, "height": height}
+            if labelled:
+                rows = ((ids[at], annotations[at], f"{file} annotations[{at}]") for at in mine)
+                record["objects"] = self.objects(rows, width, height)
             yield or_held_out(split, name, has_val=has_val), record
 
     def by_image(self, images: Sequence[Any], annotations: Sequence[Any]) -> dict[int, list[int]]:
@@ -188,12 +192,12 @@ def _files(raw: Path) -> dict[str, Path]:
     """Split -> its file; ValueError for none, or two of one split."""
     files: dict[str, Path] = {}
     for file in (file for pattern in FILES for file in found(raw, pattern)):
-        split = named_split(file, raw) or "train"
+        split = "test-dev" if "test-dev" in file.stem else named_split(file, raw) or "train"
         if split in files:
             raise ValueError(f"{files[split]} and {file} are both {split}: keep one of them")
         files[split] = file
     if not files:
-        raise nothing_known(raw, f"{' (COCO), '.join(FILES)} (Objects365)")
+        raise nothing_known(raw, f"{' or '.join(FILES[:2])} (COCO), {FILES[2]} (Objects365)")
     return files
 
 
@@ -216,8 +220,8 @@ def _categories(files: Sequence[_File]) -> list[Category]:
 
 
 def _places(file: Path, split: str) -> list[str]:
-    """Folders of the images of a file: train2017 or train, images/..., and as Objects365's parts unpack."""
-    names = list(dict.fromkeys((subset(file), split)))
+    """Folders of the images of a file: train2017 or train, test2017 also for test-dev, images/..., and as Objects365's parts unpack."""
+    names = list(dict.fromkeys((subset(file), subset(file).replace("-dev", ""), split)))
     places = [*names, *(f"images/{name}" for name in names), "images", ""]
     parts = [f"{outer}images/{version}" for outer in ("", *(f"{name}/" for name in names)) for version in ("v1", "v2")]
     return places + (parts if file.name.startswith("zhiyuan") else [])
