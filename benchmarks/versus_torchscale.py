@@ -4,14 +4,16 @@
     python benchmarks/versus_torchscale.py --torchscale TORCHSCALE --json benchmarks/versus_torchscale.json
 
 Each row is a use, and both sides return what it reads: the class token's state of images and pairs, the begin mark's of
-texts, the loss of a training step with AdamW, the captions of a beam search. Rounds alternate between the sides in one
-process; a matrix product runs before and after each call, so that a round in which the machine was busy is known. torchscale
-runs as released and, except for captions, compiled; ours also with packed weights, with blocks compiled around these, and in
-training compiled. Its captions are decoded as the release does: the image repeated for every beam, padding kept, logits at every position.
+texts, the loss of a training step with AdamW, the captions of a beam search. Each has a process of its own, in which rounds
+alternate between the sides; a matrix product runs before and after each call, so that a round in which the machine was busy
+is known. torchscale runs as released and, except for captions, compiled; ours also with packed weights, with blocks compiled
+around these, and in training compiled. Its captions are decoded as the release does: the image repeated for every beam,
+padding kept, logits at every position.
 """
 
 import argparse
 import copy
+import json
 import os
 import statistics
 import subprocess
@@ -20,6 +22,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import ModuleType
 from typing import Any
 
@@ -259,9 +262,9 @@ def measure(use: Use, rounds: int) -> dict[str, Any]:
     return {"use": use.name, "flops": counter.get_total_flops(), "error": error, "seconds": times, "product": rates}
 
 
-def row(found: Mapping[str, Any], memory: Mapping[str, float]) -> dict[str, str]:
+def row(found: Mapping[str, Any]) -> dict[str, str]:
     """The table's line: medians, and ratios of the same round with their spread."""
-    times, rates = found["seconds"], found["product"]
+    times, rates, memory = found["seconds"], found["product"], found["peak_gb"]
     middle = {name: statistics.median(each) for name, each in times.items()}
     ours, theirs = (min((name for name in middle if name.startswith(side)), key=lambda name: middle[name]) for side in ("ours", "theirs"))
 
@@ -310,18 +313,17 @@ def lined(rows: Sequence[Mapping[str, str]]) -> str:
     return "\n".join([lines[0], "|---" * len(rows[0]) + "|", *lines[1:]])
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--torchscale", required=True, help="folder of `pip install --target`")
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--only", default="", help="rows whose name holds this")
-    parser.add_argument("--peak", choices=SIDES, help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    import_torchscale(options.torchscale)
-    if options.peak:
-        print(peak(options.peak, options.only))
-        return
+def in_process(options: argparse.Namespace, use: str) -> dict[str, Any]:
+    """What a process of its own measures of one use: memory and compiled programs of the others are not in its way."""
+    with TemporaryDirectory() as folder:
+        out = Path(folder) / "found.json"
+        command = [sys.executable, __file__, "--torchscale", options.torchscale, "--rounds", str(options.rounds), "--only", use]
+        subprocess.run([*command, "--json", str(out)], check=True, stdout=subprocess.DEVNULL)
+        return json.loads(out.read_text())["figures"][0]
+
+
+def alone(options: argparse.Namespace) -> dict[str, Any]:
+    """The measurement itself, in that process."""
     torch.manual_seed(0)
     theirs = Released().eval()
     ours = Captioning(CaptioningConfig(model=BASE)).eval()
@@ -330,16 +332,31 @@ def main() -> None:
     pack(packed)
     pack(compiled)
     wrap_blocks(compiled, compiled=True)
-    found, rows = [], []
-    for use in uses({"eager": ours, "packed": packed, "packed+compiled": compiled}, theirs):
-        if options.only in use.name:
-            memory = peaks(options.torchscale, use.name)
-            found.append(measure(use, options.rounds) | {"peak_gb": memory})
-            rows.append(row(found[-1], memory))
-            print(lined(rows[-1:]).splitlines()[-1], flush=True)
-    print(lined(rows))
+    rows = uses({"eager": ours, "packed": packed, "packed+compiled": compiled}, theirs)
+    use = next(each for each in rows if each.name == options.only)
+    return measure(use, options.rounds) | {"peak_gb": peaks(options.torchscale, use.name)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--torchscale", required=True, help="folder of `pip install --target`")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--only", choices=WANTED, help="this row")
+    parser.add_argument("--peak", choices=SIDES, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    import_torchscale(options.torchscale)
+    if options.peak:
+        print(peak(options.peak, options.only))
+        return
+    found = []
+    for use in [options.only] if options.only else WANTED:
+        found.append(alone(options) if options.only else in_process(options, use))
+        print(lined([row(found[-1])]).splitlines()[-1], flush=True)
+    table = lined([row(each) for each in found])
+    print(table)
     if options.json:
-        save(options.json, lined(rows), found)
+        save(options.json, table, found)
 
 
 if __name__ == "__main__":
