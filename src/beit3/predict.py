@@ -23,7 +23,7 @@ from beit3.train.evaluate import batches, to_device
 from beit3.train.parallel import wrap_blocks
 from beit3.weights import official, store
 from beit3.weights.adapt import COUNTS, with_names
-from beit3.weights.fill import Report, is_text, stored, task_name
+from beit3.weights.fill import Report, beyond_images, stored, task_name
 
 CLASSES = "imagenet/main/classes.txt"
 """Class names below a root of records."""
@@ -56,8 +56,8 @@ class Predictor:
         return self
 
     def require_trained(self) -> None:
-        """ValueError where parts of the task besides the text side are at their initial values."""
-        untrained = [key for key in self.report.fresh if not is_text(key)]
+        """ValueError where parts of the task besides those for texts and pairs are at their initial values."""
+        untrained = [key for key in self.report.fresh if not beyond_images(key)]
         if untrained:
             name = task_name(type(self.task))
             raise ValueError(
@@ -144,7 +144,7 @@ class Predictor:
 
     def _require_side(self, record: Record) -> None:
         """ValueError for a text where the weights hold no text side."""
-        if "text" in record and any(map(is_text, self.report.fresh)):
+        if "text" in record and any(map(beyond_images, self.report.fresh)):
             raise ValueError(f"{self.report.source} holds the image side alone: give images without text")
 
 

@@ -168,6 +168,20 @@ def test_weights_of_others_are_loaded_as_these(release, tmp_path, name):
             predictor("picture.png")
 
 
+@pytest.mark.parametrize("name", DENSE)
+def test_they_start_tasks_of_texts_and_pairs(tmp_path, name):
+    """In the paper's form too, whose experts for pairs they do not hold either: what is not for images starts anew."""
+    model = replace(SEES, fusion_layers=1)
+    save(stirred(made(name, model=model)), tmp_path / "w")
+    task = Retrieval(RetrievalConfig(model=model))
+    report = initialise_from(task, tmp_path / "w")
+    own = [key for key in stored(task) if key.startswith("backbone.")]
+    images = {key for key in own if not any(part in key for part in (".text.", ".text_embedding.", ".fusion."))}
+    assert any(".fusion." in key for key in own)
+    assert set(report.loaded) == images
+    assert {report.fresh[key] for key in set(own) - images} == {"the file holds the image side alone"}
+
+
 def test_weights_of_detection_see_squares_as_other_tasks(tmp_path):
     """Its pictures keep their aspect; those of a classifier must be squares to stack."""
     save(made("coco", model=SEES), tmp_path / "w")

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from beit3.data.transforms import Preprocessing
 from beit3.model.config import POSITION_OFFSET
-from beit3.model.trunk import ImageTrunk
 from beit3.ops.collectives import keep_shard, rank, whole
 from beit3.ops.init import seeded
 from beit3.ops.positions import resample_patches, resample_positions
@@ -88,18 +87,18 @@ def match(
     """(values by name for `load_state_dict`, reasons by name of what stays fresh); the task is not changed.
 
     The image position table is resampled to the task's image size, and the patches where the task's config asks for it.
-    Of the backbone only the text side as a whole (files that hold the image side alone) and the final norm may be absent.
+    Of the backbone all that is not for images (in files that hold the image side alone) and the final norm may be absent.
     With `exact` a head of another shape is an error, else it stays fresh. `label` says how the file calls a parameter.
     Raises ValueError naming tensors and shapes.
     """
     wanted = stored(task)
-    no_text = not any(is_text(name) and name in tensors for name in wanted)
+    images_alone = not any(beyond_images(name) and name in tensors for name in wanted)
     values: dict[str, Tensor] = {}
     fresh: dict[str, str] = {}
     missing = []
     for name, here in wanted.items():
         if name not in tensors:
-            reason = may_lack(name, no_text=no_text)
+            reason = may_lack(name, images_alone=images_alone)
             if reason:
                 fresh[name] = reason
             else:
@@ -126,9 +125,9 @@ def prepared_differently(there: Preprocessing, here: Preprocessing) -> tuple[str
     return (f"pictures are prepared in another way than these weights know: {listed}",) if names else ()
 
 
-def is_text(name: str) -> bool:
-    """Whether a parameter serves texts alone."""
-    return name.startswith("backbone.") and (".text_embedding." in name or ".text." in name)
+def beyond_images(name: str) -> bool:
+    """Whether a parameter of the backbone serves texts or pairs."""
+    return name.startswith("backbone.") and any(part in name for part in (".text_embedding.", ".text.", ".fusion."))
 
 
 def task_name(kind: type[Task]) -> str:
@@ -137,11 +136,11 @@ def task_name(kind: type[Task]) -> str:
     return own.__module__.removeprefix("beit3.tasks.")
 
 
-def may_lack(name: str, *, no_text: bool) -> str:
-    """Why a file may lack this parameter, one without texts with `no_text`; empty where it may not."""
+def may_lack(name: str, *, images_alone: bool) -> str:
+    """Why a file may lack this parameter, one of the image side with `images_alone`; empty where it may not."""
     if not name.startswith("backbone."):
         return "a head that the file does not hold"
-    if no_text and is_text(name):
+    if images_alone and beyond_images(name):
         return "the file holds the image side alone"
     return "the file's task has no final norm" if name.startswith(FINAL_NORM) else ""
 
@@ -159,12 +158,6 @@ def fitted(task: Task, name: str, value: Tensor, label: str) -> Tensor:
     if name == PATCHES and value.ndim == 4 and getattr(task.config, "resize_patch", False):
         return resample_patches(value, task.config.model.patch_size)
     return value
-
-
-def of_others(task: Task, name: str) -> bool:
-    """Whether a tensor of another task's backbone serves texts or pairs and this one takes images alone."""
-    others = (".text.", ".fusion.", ".text_embedding.")
-    return isinstance(task.backbone, ImageTrunk) and name.startswith("backbone.") and any(part in name for part in others)
 
 
 def fit_positions(table: Tensor, grid: tuple[int, int], name: str) -> Tensor:

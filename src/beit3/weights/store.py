@@ -21,6 +21,7 @@ from torch import Tensor
 from beit3.config import from_dict, to_dict
 from beit3.data.records import flush
 from beit3.model.beit3 import BEiT3
+from beit3.model.trunk import ImageTrunk
 from beit3.recipe import TaskConfig
 from beit3.task import Task
 from beit3.task import load as load_task
@@ -30,11 +31,11 @@ from beit3.weights.fill import (
     FINAL_NORM,
     Report,
     assign,
+    beyond_images,
     complete,
     first_few,
     match,
     may_lack,
-    of_others,
     prepared_differently,
     stored,
     task_name,
@@ -148,7 +149,7 @@ def load(directory: str | Path, *, text_model: str | Path | None = None, config:
     if unknown or missing:
         verb, names = ("unknown", unknown) if unknown else ("missing", missing)
         # `beit3 convert` leaves out what its file did not hold; fine-tuning fills it in.
-        start = not unknown and all(may_lack(name, no_text=True) for name in missing)
+        start = not unknown and all(may_lack(name, images_alone=True) for name in missing)
         remedy = f"; train them with beit3 train {description.task} --init {directory}" if start else ""
         raise ValueError(f"{directory / MODEL}: {len(names)} tensors are {verb}: {first_few(names)}{remedy}")
     for name, tensor in tensors.items():
@@ -356,7 +357,7 @@ def _unused(task: Task, tensors: Mapping[str, Tensor]) -> dict[str, str]:
     for key in left:
         if key.startswith(FINAL_NORM):
             reasons[key] = f"the final norm: {name} reads the states before it"
-        elif of_others(task, key):
+        elif isinstance(task.backbone, ImageTrunk) and beyond_images(key):
             reasons[key] = f"{name} takes images alone"
         elif not key.startswith("backbone."):
             reasons[key] = f"a head that {name} does not have"
