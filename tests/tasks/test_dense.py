@@ -110,7 +110,7 @@ def test_patches_of_another_size_are_resampled_where_the_config_says_so(release,
     torch.save(to_official(release), tmp_path / "release.pth")
     model = replace(SEES, patch_size=16, image_size=2 * SIDE)
     with pytest.raises(ValueError, match=r"proj.weight has shape .*8, 8.*needs .*16, 16.; --task.resize_patch True resamples it"):
-        initialise_from(made(name, model=model, resize_patch=False), tmp_path / "release.pth")
+        initialise_from(made(name, model=model), tmp_path / "release.pth")
     task = made(name, model=model, resize_patch=True)
     initialise_from(task, tmp_path / "release.pth")
     theirs = stored(release)["backbone.image_embedding.patch.weight"]

@@ -80,22 +80,20 @@ def _recipe(
     )  # fmt: skip
 
 
-def _on_processor(model: ModelConfig, crop: int, head: HeadConfig, batch: int, rate: float, steps: int, note: str, **fields: Any) -> Recipe:
+def _on_processor(model: ModelConfig, crop: int, head: HeadConfig, batch: int, steps: int, note: str) -> Recipe:
     return Recipe(
         task=Ade20kConfig(
             model=model, image=Preprocessing(crop, *VL), adapter=AdapterConfig(inplanes=16), head=head,
             num_classes=1, train_view=SceneView(crop, crop, 4 * crop, scale=(0.75, 1.5), largest_share=1.0, distort=False),
-            views=Views(crop, crop * 3 // 4, crop, 4 * crop, windows=4), **fields,
+            views=Views(crop, crop * 3 // 4, crop, 4 * crop, windows=4),
         ),
         data=DataConfig(batch={"main": batch}),
-        optim=OptimConfig(lr=rate, weight_decay=0.05, warmup_steps=20, clip=3.0),
+        optim=OptimConfig(lr=1e-3, weight_decay=0.05, warmup_steps=20, clip=3.0),
         run=RunConfig(steps=steps, log_every=10, save_every=100),
         note=note,
     )  # fmt: skip
 
 
-_TWICE = replace(TINY, image_size=64, patch_size=16)
-"""For the world seen at twice its size: a patch then shows what pretraining's 8 px showed, at the same place of its grid."""
 _DEMO = HeadConfig(64, 4, 2, 128, 3, 128, num_queries=10, num_points=256, class_weight=4.0)
 _LAPTOP = HeadConfig(128, 4, 2, 256, 3, 256, num_queries=30, num_points=2048)
 
@@ -108,10 +106,8 @@ class Ade20k(Task):
     names_file = CLASSES
     unused: ClassVar[Mapping[str, str]] = {f"backbone.{name}": reason for name, reason in ImageTrunk.unused.items()}
     recipes: ClassVar[Mapping[str, Recipe]] = {
-        "demo": _on_processor(
-            _TWICE, 64, _DEMO, 8, 2e-3, 1_400, "the embedded world's shapes, in minutes on two CPU cores", resize_patch=True
-        ),
-        "laptop": _on_processor(SMALL, 256, _LAPTOP, 4, 1e-3, 400, "photographs on two CPU cores"),
+        "demo": _on_processor(TINY, 64, _DEMO, 8, 1_400, "the embedded world's shapes, in minutes on two CPU cores"),
+        "laptop": _on_processor(SMALL, 256, _LAPTOP, 4, 400, "photographs on two CPU cores"),
         "base_512": _recipe(BASE, 0.2, 512, SMALL_HEAD, OptimConfig(lr=6e-5, layer_decay=0.9), 160_000, "ours, from released weights"),
         "large_512": _recipe(LARGE, 0.3, 512, SMALL_HEAD, OptimConfig(lr=2e-5, layer_decay=0.9), 160_000, "ours, the same of large"),
         "large_896": _recipe(
