@@ -10,7 +10,7 @@ from collections.abc import Callable
 from torch import Tensor, nn
 
 Parts = tuple[Tensor, ...]
-"""The sequence, cut where the expert changes: one [B, n, D] per span."""
+"""The sequence, cut where the expert changes: one [B, n, D] per span; of padded texts the last may be flat (ragged.py)."""
 
 Spans = tuple[tuple[str, int], ...]
 """(expert, number of tokens) for every part."""
