@@ -62,11 +62,9 @@ def test_equals_the_slow_implementation(config, case):
     torch.testing.assert_close(model(**given).tokens, expected, rtol=0, atol=1e-10)
 
 
-def real(states: Encoded | torch.Tensor, given: dict[str, torch.Tensor]) -> torch.Tensor:
+def real(states: Encoded, padding: torch.Tensor) -> torch.Tensor:
     """[T, D] of [B, N, D]: without the text's padding, whose states mean nothing."""
-    tokens = states.tokens if isinstance(states, Encoded) else states
-    padding = given.get("text_padding", torch.zeros(tokens.shape[0], 0, dtype=torch.bool))
-    return tokens[~torch.nn.functional.pad(padding, (tokens.shape[1] - padding.shape[1], 0))]
+    return states.tokens[~torch.nn.functional.pad(padding, (states.tokens.shape[1] - padding.shape[1], 0))]
 
 
 @BOTH
@@ -81,7 +79,7 @@ def test_leaving_out_padding_changes_neither_states_nor_gradients(config, case, 
     for read in ("real", "all"):
         model.zero_grad()
         torch.manual_seed(3)
-        states = real(model(**given, read=read), given)
+        states = real(model(**given, read=read), given["text_padding"])
         states.sin().sum().backward()
         found.append((states, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}))
     torch.testing.assert_close(*found, rtol=0, atol=1e-10)

@@ -43,5 +43,5 @@ class Ragged(NamedTuple):
 
 
 def rows(states: Tensor, places: Tensor) -> Tensor:
-    """States [K, W] at places [...] -> [..., W]: as a look-up, whose gradient is ten times faster than that of an index."""
+    """States [K, W] at places [...] -> [..., W]: as a look-up, whose gradient costs less than that of an index."""
     return F.embedding(places, states)
