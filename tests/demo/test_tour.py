@@ -24,9 +24,9 @@ def stored(out: Path) -> dict[Path, int]:
 
 
 def interrupt_when(path, stop: threading.Event) -> None:
-    """Send Ctrl-C to this process once `path` exists."""
+    """Send Ctrl-C to this process once `path` has a line: the file is there before the first step, when nothing can be saved yet."""
     while not stop.wait(0.05):
-        if path.exists():
+        if path.exists() and path.stat().st_size:
             os.kill(os.getpid(), signal.SIGINT)
             return
 
