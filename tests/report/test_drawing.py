@@ -23,6 +23,7 @@ from beit3.report.drawing import (
     drawing,
     font,
     palette,
+    percent,
     shares,
     true_objects,
     with_legend,
@@ -146,6 +147,7 @@ def test_shares_are_counted_and_named():
     labels = np.array([[0, 0, 0, 5], [1, 255, 0, 1]])
     found = shares(labels, ["sky", "sea"], ignore=255)
     assert [(row["name"], row["share"]) for row in found] == [("sky", 0.5), ("sea", 0.25), ("class 5", 0.125)]
+    assert [percent(share) for share in (0.25, 0.001, 0.0004, 0.0)] == ["25.0%", "0.1%", "< 0.1%", "< 0.1%"]
 
 
 def test_a_legend_has_every_colour_up_to_its_length():

@@ -234,7 +234,7 @@ def with_legend(picture: Image.Image, rows: Sequence[Mapping[str, Any]]) -> Imag
     """A picture above the colours, names and shares of its classes, in as many columns as fit."""
     size = _letters(picture)
     margin, step = size // 2, round(size * 1.6)
-    lines = [(color(row["label"]), f"{cut_short(row['name'])}  {row['share']:.1%}") for row in rows[:LEGEND]]
+    lines = [(color(row["label"]), f"{cut_short(row['name'])}  {percent(row['share'])}") for row in rows[:LEGEND]]
     lines += [(PAPER, f"and {len(rows) - LEGEND} more")] if len(rows) > LEGEND else []
     wide = math.ceil(max((font(text, size).getlength(text) for _, text in lines), default=0)) + size + 3 * margin
     columns = max(1, min(len(lines), (picture.width - margin) // wide))
@@ -247,6 +247,11 @@ def with_legend(picture: Image.Image, rows: Sequence[Mapping[str, Any]]) -> Imag
         pen.rectangle((x, y, x + size, y + size), fill=paint, outline=EDGE if paint != PAPER else PAPER)
         pen.text((x + size + margin, y + size * 0.86), text, font=font(text, size), fill=INK, anchor="ls")
     return whole
+
+
+def percent(share: float) -> str:
+    """A share as people read it; of what is there it never says 0.0%."""
+    return f"{share:.1%}" if share >= 0.001 else "< 0.1%"
 
 
 # Colours and letters -----------------------------------------------------------------------------------------------------
