@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from beit3.model.config import GIANT, ModelConfig
+from beit3.model.config import GIANT, IMAGE, ModelConfig
 from beit3.model.trunk import ImageTrunk
 from beit3.ops.deformable import Grids
 from beit3.ops.init import seeded
@@ -39,10 +39,28 @@ def test_shut_gates_leave_the_trunk_alone(window):
     adapter, trunk = made(window=window)
     image = torch.randn(2, 3, 37, 101)
     plain = trunk(F.pad(image, (0, 11, 0, 11)))
-    assert torch.equal(adapter.interact(image, trunk)[0], plain)
+    assert torch.equal(adapter.interact(image, trunk)[0][-1], plain)
     for injector in adapter.injectors:
         nn.init.constant_(injector.gate, 0.1)
-    assert (adapter.interact(image, trunk)[0] - plain).abs().max() > 1e-3
+    assert (adapter.interact(image, trunk)[0][-1] - plain).abs().max() > 1e-3
+
+
+def depths_of(num_interactions: int) -> list[int]:
+    return made(replace(MODEL, depth=6), replace(SMALL, num_interactions=num_interactions))[0].depths
+
+
+def test_each_map_takes_the_trunk_from_its_depth():
+    """Beside the trunk's blocks run one by one, in an adapter whose own maps are nothing."""
+    assert [depths_of(rounds) for rounds in (1, 2, 3, 4, 6)] == [[0] * 4, [0, 0, 1, 1], [0, 1, 2, 2], [0, 1, 2, 3], [1, 2, 4, 5]]
+    adapter, trunk = made(replace(MODEL, depth=4), replace(SMALL, num_interactions=4))
+    adapter.norms = nn.ModuleList(nn.Identity() for _ in range(4))
+    states, priors = adapter.interact(image := torch.randn(2, 3, 48, 80), trunk)
+    adapter.interact = lambda *_: (states, [torch.zeros_like(each) for each in priors])
+    found, expected = adapter(image, trunk), trunk.embed(image)
+    for block, each in zip(trunk.blocks, found, strict=True):
+        expected = block(expected)
+        wanted = F.interpolate(trunk.norm((expected,), ((IMAGE, 1),))[0].movedim(3, 1), each.shape[2:], mode="bilinear")
+        torch.testing.assert_close(each, wanted, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("patch", [8, 14, 16])

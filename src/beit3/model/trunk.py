@@ -44,7 +44,7 @@ class ImageTrunk(Backbone):
         return self.finished(states)
 
     def finished(self, states: Tensor) -> Tensor:
-        """What the last block gives [B, h, w, D] through the final norm, where the config has one."""
+        """States [B, h, w, D] through the final norm, where the config has one."""
         return states if self.norm is None else self.norm((states,), ((IMAGE, 1),))[0]
 
 

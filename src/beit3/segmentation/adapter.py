@@ -2,7 +2,8 @@
 
 A convolutional prior and the trunk's blocks talk in `num_interactions` rounds: before each group of blocks an injector
 reads the prior into the trunk, after it an extractor reads the trunk into the prior. Images [B, 3, H, W] -> four maps
-[B, D, h, w] at `strides`, 4/8/16/32 for patches of 14 and 16. The trunk is an argument and belongs to the caller.
+[B, D, h, w] at `strides`, 4/8/16/32 for patches of 14 and 16: the prior's, with the trunk's states of four depths added, those
+of early blocks to the finest, as its release for BEiT does. The trunk is an argument and belongs to the caller.
 
 Sizes: images are filled up with zeros, at the bottom and on the right, to a multiple of the patch, and the maps are those
 of the filled-up image. Cropped maps would not end where the image does; so who makes a picture of them enlarges to
@@ -91,12 +92,18 @@ class ViTAdapter(nn.Module):
         states, (finest, *priors) = self.interact(image, trunk)
         rows, columns = finest.shape[2:]
         maps = [finest + self.enlarge(priors[0])[:, :, :rows, :columns], *priors]
-        features = states.permute(0, 3, 1, 2)  # [B, D, h, w]
-        resized = [F.interpolate(features, size=each.shape[2:], mode="bilinear", align_corners=False) for each in maps]
-        return tuple(norm(each + more) for norm, each, more in zip(self.norms, maps, resized, strict=True))
+        sums = [each + resized(states[depth], each) for each, depth in zip(maps, self.depths, strict=True)]
+        return tuple(norm(each) for norm, each in zip(self.norms, sums, strict=True))
 
-    def interact(self, image: Tensor, trunk: ImageTrunk) -> tuple[Tensor, list[Tensor]]:
-        """The trunk's last states [B, h, w, D], and the prior's four maps with what they took from it (all but the finest)."""
+    @property
+    def depths(self) -> list[int]:
+        """After which interaction the trunk's states are added to each map: 0, 1, 2, 3 where there are four interactions."""
+        rounds, maps = len(self.stops), len(self.strides)
+        return [-(-place * rounds // maps) - 1 for place in range(1, maps + 1)]
+
+    def interact(self, image: Tensor, trunk: ImageTrunk) -> tuple[list[Tensor], list[Tensor]]:
+        """The trunk's states [B, h, w, D] after each interaction, through its final norm, and the prior's four maps with what they
+        took from it (all but the finest)."""
         height, width = self.padded_size(*image.shape[2:])
         image = F.pad(image, (0, width - image.shape[3], 0, height - image.shape[2]))
         finest, *maps = self._run(self.prior, image)
@@ -104,15 +111,16 @@ class ViTAdapter(nn.Module):
         grid = states.shape[1:3]
         here, there = Grids.of([(grid[0], grid[1])], image), Grids.of([(each.shape[2], each.shape[3]) for each in maps], image)
         embedded = [each + level[:, None, None] for each, level in zip(maps, self.level_embedding, strict=True)]
-        priors, start = maps_to_sequence(embedded), 0
+        priors, start, found = maps_to_sequence(embedded), 0, []
         for stop, injector, extractor in zip(self.stops, self.injectors, self.extractors, strict=True):
             states = self._run(injector, states.flatten(1, 2), here, priors, there).unflatten(1, grid)
             for layer in range(start, stop + 1):
                 states = trunk.blocks[layer](states)
             priors, start = self._run(extractor, priors, there, states.flatten(1, 2), here), stop + 1
+            found.append(trunk.finished(states))
         for extractor in self.extra_extractors:
             priors = self._run(extractor, priors, there, states.flatten(1, 2), here)
-        return trunk.finished(states), [finest, *sequence_to_maps(priors, there.shapes)]
+        return found, [finest, *sequence_to_maps(priors, there.shapes)]
 
     @torch.no_grad()
     def init_parameter(self, name: str, parameter: Tensor, generator: torch.Generator) -> None:
@@ -161,6 +169,11 @@ class ViTAdapter(nn.Module):
             return part(*inputs)
         contexts: Callable = lambda: (nullcontext(), buffers_spared(part))  # noqa: E731
         return checkpoint(part, *inputs, use_reentrant=False, context_fn=contexts)
+
+
+def resized(states: Tensor, like: Tensor) -> Tensor:
+    """States [B, h, w, D] of the trunk as a map [B, D, H, W] of the size of `like`."""
+    return F.interpolate(states.permute(0, 3, 1, 2), size=like.shape[2:], mode="bilinear", align_corners=False)
 
 
 def check(model: ModelConfig, config: AdapterConfig) -> None:
