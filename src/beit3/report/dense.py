@@ -22,7 +22,7 @@ from beit3.metrics.segmentation import figures as segmentation_figures
 from beit3.report.answers import beside, source_of
 from beit3.report.compare import ABSENT
 from beit3.report.curves import class_bars, run_class, spelled
-from beit3.report.drawing import MIN_SCORE, color, draw_map, draw_objects, name_of, shares, true_objects
+from beit3.report.drawing import MIN_SCORE, color, draw_map, draw_objects, name_of, percent, shares, true_objects
 from beit3.report.material import Panel, panel, records, weights
 from beit3.report.pictures import LARGEST, picture
 from beit3.report.runs import Run
@@ -187,7 +187,7 @@ def scene_card(task: Task, record: Record, labels: Sequence[str], given: Sequenc
 
 
 def _mapped(image: np.ndarray, labels: np.ndarray, names: Sequence[str], what: str) -> str:
-    said = ", ".join(f"{row['name']} {row['share']:.0%}" for row in shares(labels, names, ignore=IGNORE)) or "none"
+    said = ", ".join(f"{row['name']} {percent(row['share'])}" for row in shares(labels, names, ignore=IGNORE)) or "none"
     return picture(np.asarray(draw_map(image, labels, side=LARGEST, ignore=IGNORE)), f"the same in its {what} labels: {said}")
 
 

@@ -10,6 +10,7 @@ of the filled-up image. Cropped maps would not end where the image does; so who 
 `padded_size` and crops that. Grids may be odd: every map carries its own shape, and each halving rounds up.
 """
 
+import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -99,7 +100,7 @@ class ViTAdapter(nn.Module):
     def depths(self) -> list[int]:
         """After which interaction the trunk's states are added to each map: 0, 1, 2, 3 where there are four interactions."""
         rounds, maps = len(self.stops), len(self.strides)
-        return [-(-place * rounds // maps) - 1 for place in range(1, maps + 1)]
+        return [math.ceil(place * rounds / maps) - 1 for place in range(1, maps + 1)]
 
     def interact(self, image: Tensor, trunk: ImageTrunk) -> tuple[list[Tensor], list[Tensor]]:
         """The trunk's states [B, h, w, D] after each interaction, through its final norm, and the prior's four maps with what they
