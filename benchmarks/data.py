@@ -37,9 +37,9 @@ from torchvision import transforms
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))  # for a call by path
 
 from beit3.data.loader import Examples, Source, step_batches, step_places
-from beit3.data.records import locate, open_image, write_records
-from beit3.data.shards import write_shards
-from beit3.data.transforms import Preprocessing, two_views
+from beit3.data.stores.records import locate, open_image, write_records
+from beit3.data.stores.shards import write_shards
+from beit3.data.views.transforms import Preprocessing, two_views
 
 SIZE, TOKENS, BATCH, SCALE, JITTER, CORES = 224, 112, 32, (0.2, 1.0), 0.4, os.cpu_count() or 1
 SHARDS = 1000
@@ -48,14 +48,24 @@ OURS = Preprocessing(SIZE)
 
 def ours(record: dict[str, Any], train: bool, *, rng: np.random.Generator) -> dict[str, Any]:
     """An image: the network's view of 224 x 224."""
-    view, _ = two_views(open_image(record["image"]), rng, image_size=SIZE, token_size=SIZE, scale=SCALE, hflip=0.5, color_jitter=0.0)
+    view, _ = two_views(
+        open_image(record["image"]),
+        rng,
+        image_size=SIZE,
+        token_size=SIZE,
+        scale=SCALE,
+        hflip=0.5,
+        color_jitter=0.0,
+    )
     return {"id": record["id"], "image": view}
 
 
 def ours_twice(record: dict[str, Any], train: bool, *, rng: np.random.Generator) -> dict[str, Any]:
     """An image of pretraining: with the visual tokenizer's view."""
     image = open_image(record["image"])
-    view, tokens = two_views(image, rng, image_size=SIZE, token_size=TOKENS, scale=SCALE, hflip=0.5, color_jitter=JITTER)
+    view, tokens = two_views(
+        image, rng, image_size=SIZE, token_size=TOKENS, scale=SCALE, hflip=0.5, color_jitter=JITTER
+    )
     return {"id": record["id"], "image": view, "token_image": tokens}
 
 
@@ -68,15 +78,24 @@ class Plain(Dataset):
         pixels = [transforms.ToTensor(), transforms.Normalize(OURS.mean, OURS.std)]
         flip = transforms.RandomHorizontalFlip()
         if twice:
-            self.view = transforms.Compose([transforms.ColorJitter(JITTER, JITTER, JITTER), flip, self.crop])
-            self.ends = [[transforms.Resize((SIZE, SIZE), bicubic), *pixels], [transforms.Resize((TOKENS, TOKENS), bicubic), pixels[0]]]
+            self.view = transforms.Compose(
+                [transforms.ColorJitter(JITTER, JITTER, JITTER), flip, self.crop]
+            )
+            self.ends = [
+                [transforms.Resize((SIZE, SIZE), bicubic), *pixels],
+                [transforms.Resize((TOKENS, TOKENS), bicubic), pixels[0]],
+            ]
         else:
-            self.view = transforms.Compose([transforms.RandomResizedCrop(SIZE, scale=SCALE, interpolation=bicubic), flip])
+            self.view = transforms.Compose(
+                [transforms.RandomResizedCrop(SIZE, scale=SCALE, interpolation=bicubic), flip]
+            )
             self.ends = [pixels]
 
     @staticmethod
     def crop(image: Image.Image) -> Image.Image:
-        top, left, height, width = transforms.RandomResizedCrop.get_params(image, list(SCALE), [3 / 4, 4 / 3])
+        top, left, height, width = transforms.RandomResizedCrop.get_params(
+            image, list(SCALE), [3 / 4, 4 / 3]
+        )
         return image.crop((left, top, left + width, top + height))
 
     def __len__(self) -> int:
@@ -88,30 +107,48 @@ class Plain(Dataset):
         return [transforms.Compose(end)(view) for end in self.ends]
 
 
-def read_ours(source: Source, count: int, workers: int, make: Callable[..., dict[str, Any]] = ours, normalise: bool = False) -> None:
-    places = partial(step_places, batch={"images": BATCH}, sources=["images"], micro_batch=0, rank=0, world=1)
+def read_ours(
+    source: Source,
+    count: int,
+    workers: int,
+    make: Callable[..., dict[str, Any]] = ours,
+    normalise: bool = False,
+) -> None:
+    places = partial(
+        step_places, batch={"images": BATCH}, sources=["images"], micro_batch=0, rank=0, world=1
+    )
     examples = Examples({"images": source}, make, seed=0)
-    for batches in step_batches(examples, default_collate, places, range(count // BATCH), workers=workers):
+    for batches in step_batches(
+        examples, default_collate, places, range(count // BATCH), workers=workers
+    ):
         pixels = OURS.normalize(batches[0]["image"]) if normalise else batches[0]["image"]
         assert pixels.shape == (BATCH, 3, SIZE, SIZE)
 
 
 def read_plain(paths: Sequence[str], count: int, workers: int, twice: bool = False) -> None:
     paths = [paths[i % len(paths)] for i in range(count)]
-    for views in DataLoader(Plain(paths, twice), batch_size=BATCH, shuffle=True, drop_last=True, num_workers=workers):
+    for views in DataLoader(
+        Plain(paths, twice), batch_size=BATCH, shuffle=True, drop_last=True, num_workers=workers
+    ):
         assert views[0].shape == (BATCH, 3, SIZE, SIZE)
 
 
 def cpu() -> float:
     """Seconds of processor time of this process and of its workers that have ended."""
-    return sum(sum(resource.getrusage(who)[:2]) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return sum(
+        sum(resource.getrusage(who)[:2]) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+    )
 
 
 def measured(read: Callable[[], None], count: int) -> dict[str, float]:
     wall, busy = time.perf_counter(), cpu()
     read()
     wall, busy = time.perf_counter() - wall, cpu() - busy
-    return {"images_per_second": count / wall, "images_per_cpu_second": count / busy, "busy": busy / wall / CORES}
+    return {
+        "images_per_second": count / wall,
+        "images_per_cpu_second": count / busy,
+        "busy": busy / wall / CORES,
+    }
 
 
 def rounds(sides: dict[str, Callable[[], None]], count: int, number: int) -> dict[str, Any]:
@@ -125,27 +162,38 @@ def rounds(sides: dict[str, Callable[[], None]], count: int, number: int) -> dic
             if turn:
                 found[name].append(seen)
         products += [product] if turn else []
-    medians = {name: {key: float(np.median([each[key] for each in some])) for key in some[0]} for name, some in found.items()}
+    medians = {
+        name: {key: float(np.median([each[key] for each in some])) for key in some[0]}
+        for name, some in found.items()
+    }
     *others, last = sides
     ratios: dict[str, dict[str, list[float]]] = {}
     for name in others:
         for key in ("images_per_second", "images_per_cpu_second"):
-            each = [one[key] / other[key] for one, other in zip(found[name], found[last], strict=True)]
-            ratios.setdefault(f"{name} / {last}", {})[key] = [float(value) for value in np.quantile(each, (0.25, 0.5, 0.75))]
+            each = [
+                one[key] / other[key] for one, other in zip(found[name], found[last], strict=True)
+            ]
+            ratios.setdefault(f"{name} / {last}", {})[key] = [
+                float(value) for value in np.quantile(each, (0.25, 0.5, 0.75))
+            ]
     return {"matrix_product_gflops": products, "medians": medians, "ratios": ratios}
 
 
 def write_files(place: Path, files: Sequence[Path]) -> tuple[Source, Source]:
     """The same images as records of files and as tars of 500."""
     names = [(f"{number:06d}", file) for number, file in enumerate(files)]
-    write_records(place / "files/train.jsonl", [{"id": key, "image": str(file)} for key, file in names])
+    write_records(
+        place / "files/train.jsonl", [{"id": key, "image": str(file)} for key, file in names]
+    )
     (place / "raw").mkdir()
     for start in range(0, len(names), 500):
         with tarfile.open(place / f"raw/train-{start:06d}.tar", "w") as tar:
             for key, file in names[start : start + 500]:
                 tar.add(file, f"{key}.jpg")
     write_shards(place, "vqkd", "main", place / "raw", captions=False)
-    return Source(place / "files/train.jsonl", place), Source(locate(place, "vqkd", "main", "train"), place)
+    return Source(place / "files/train.jsonl", place), Source(
+        locate(place, "vqkd", "main", "train"), place
+    )
 
 
 def resumes(place: Path, file: Path, number: int) -> dict[str, Any]:
@@ -164,10 +212,17 @@ def resumes(place: Path, file: Path, number: int) -> dict[str, Any]:
     for step in np.random.default_rng(0).integers(0, SHARDS * 20 // BATCH, number).tolist():
         start = time.perf_counter()
         examples = Examples({"images": Source(path, place)}, ours, seed=0)
-        places = partial(step_places, batch={"images": BATCH}, sources=["images"], micro_batch=0, rank=0, world=1)
+        places = partial(
+            step_places, batch={"images": BATCH}, sources=["images"], micro_batch=0, rank=0, world=1
+        )
         next(step_batches(examples, default_collate, places, range(step, step + 1), workers=CORES))
         seconds.append(time.perf_counter() - start)
-    return {"shards": SHARDS, "prepare_seconds": prepared, "median_seconds": float(np.median(seconds)), "longest_seconds": max(seconds)}
+    return {
+        "shards": SHARDS,
+        "prepare_seconds": prepared,
+        "median_seconds": float(np.median(seconds)),
+        "longest_seconds": max(seconds),
+    }
 
 
 def table(found: dict[str, Any]) -> str:
@@ -181,21 +236,34 @@ def table(found: dict[str, Any]) -> str:
             each = ("{1:.2f} ({0:.2f} to {2:.2f})".format(*three) for three in ratios.values())
             lines.append(f"| {part}: {name} | {' | '.join(each)} | |")
     resume = found["resume"]
-    middle, longest = f"{resume['median_seconds']:.2f} s", f"longest {resume['longest_seconds']:.2f} s"
-    lines.append(f"| first batch after a resume in {resume['shards']} shards | {middle} | {longest} | |")
+    middle, longest = (
+        f"{resume['median_seconds']:.2f} s",
+        f"longest {resume['longest_seconds']:.2f} s",
+    )
+    lines.append(
+        f"| first batch after a resume in {resume['shards']} shards | {middle} | {longest} | |"
+    )
     return "\n".join(lines)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", required=True, type=Path, help="a folder with JPEGs of photographs")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--images", required=True, type=Path, help="a folder with JPEGs of photographs"
+    )
     parser.add_argument("--count", type=int, default=4096, help="images a side and round")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--workers", type=int, default=CORES)
     parser.add_argument("--json", type=Path)
     known = parser.parse_args()
     torch.set_num_threads(1)
-    files = sorted(path.absolute() for path in known.images.rglob("*") if path.suffix.lower() in (".jpg", ".jpeg"))
+    files = sorted(
+        path.absolute()
+        for path in known.images.rglob("*")
+        if path.suffix.lower() in (".jpg", ".jpeg")
+    )
     count = known.count // BATCH * BATCH
     with tempfile.TemporaryDirectory() as scratch:
         as_files, as_shards = write_files(Path(scratch), files)
@@ -203,12 +271,22 @@ def main() -> None:
         plain = partial(read_plain, [str(file) for file in files], count, known.workers)
         shards = partial(read_ours, as_shards, count, known.workers)
         found = {
-            "images": len(files), "workers": known.workers, "count": count,
-            "decode": rounds({"ours": ours_of, "normalised": partial(ours_of, normalise=True), "plain": plain}, count, known.rounds),
-            "two views": rounds({"ours": partial(ours_of, ours_twice), "plain": partial(plain, twice=True)}, count, known.rounds),
+            "images": len(files),
+            "workers": known.workers,
+            "count": count,
+            "decode": rounds(
+                {"ours": ours_of, "normalised": partial(ours_of, normalise=True), "plain": plain},
+                count,
+                known.rounds,
+            ),
+            "two views": rounds(
+                {"ours": partial(ours_of, ours_twice), "plain": partial(plain, twice=True)},
+                count,
+                known.rounds,
+            ),
             "shards": rounds({"shards": shards, "files": ours_of}, count, known.rounds),
             "resume": resumes(Path(scratch), files[0], known.rounds),
-        }  # fmt: skip
+        }
     print(table(found))
     if known.json:
         save(known.json, table(found), found)

@@ -41,13 +41,17 @@ def anew(task: Captioning, image: Tensor, beams: int) -> None:
     for length in range(2, LENGTH):
         rows = image if length == 2 else image.repeat_interleave(beams, 0)
         text = torch.full((len(rows), length), MARKS.mask)
-        states = task.backbone(rows, text, attention_mask=image_to_text(1 + BASE.num_patches, length), read="last").of("text")
+        states = task.backbone(
+            rows, text, attention_mask=image_to_text(1 + BASE.num_patches, length), read="last"
+        ).of("text")
         task.text_head(states[:, -1]).log_softmax(-1)
 
 
 @torch.inference_mode()
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--json", type=Path)
     parser.add_argument("--rounds", type=int, default=7)
     options = parser.parse_args()
@@ -57,13 +61,17 @@ def main() -> None:
     packed.load_state_dict(plain.state_dict())
     pack(packed)
     found = []
-    lines = ["| images, beams | a search | of it the image | a word | packed | everything anew |", "|---|---|---|---|---|---|"]
+    lines = [
+        "| images, beams | a search | of it the image | a word | packed | everything anew |",
+        "|---|---|---|---|---|---|",
+    ]
     for count, beams in ROWS:
         image = torch.randn(count, 3, 224, 224)
         calls: dict[str, Callable[[], None]] = {
-            "search": partial(search, plain, image, beams), "first": partial(first, plain, image),
+            "search": partial(search, plain, image, beams),
+            "first": partial(first, plain, image),
             "packed": partial(search, packed, image, beams),
-        }  # fmt: skip
+        }
         times: dict[str, list[float]] = {name: [] for name in calls}
         for call in calls.values():
             call(), call()  # noqa: B018
@@ -75,7 +83,9 @@ def main() -> None:
         slow = seconds(partial(anew, plain, image, beams))
         middle = {name: statistics.median(each) for name, each in times.items()}
         word = (middle["search"] - middle["first"]) / (LENGTH - 3)
-        found.append({"images": count, "beams": beams, "seconds": times, "anew": slow, "probe": rates})
+        found.append(
+            {"images": count, "beams": beams, "seconds": times, "anew": slow, "probe": rates}
+        )
         lines.append(
             f"| {count}, {beams} | {middle['search'] * 1e3:.0f} ms | {middle['first'] * 1e3:.0f} ms | {word * 1e3:.0f} ms "
             f"| {middle['packed'] * 1e3:.0f} ms | {slow * 1e3:.0f} ms ({slow / middle['search']:.1f}x) |"

@@ -24,23 +24,28 @@ import torch
 from probe import save
 
 from beit3.data.loader import Source
-from beit3.data.records import locate, write_text
-from beit3.data.scenes import open_label_map
+from beit3.data.stores.records import locate, write_text
+from beit3.data.views.label_maps import open_label_map
 from beit3.demo.comparison import markdown, row
 from beit3.metrics.segmentation import Matrix, class_ious, confusion, figures
 from beit3.recipe import Recipe
 from beit3.task import Record, load
 from beit3.tasks.ade20k import CLASSES, Ade20k, Ade20kConfig, encoded, matrix, meaning
 from beit3.tasks.coco import CATEGORIES, Coco, CocoConfig
-from beit3.train.evaluate import predict
-from beit3.train.loop import train
+from beit3.training.evaluate import predict
+from beit3.training.loop import train
 from beit3.weights import store
 
 EIGHT = {
-    "37666": "person, skateboard", "84533": "motorcycle, person", "100667": "three persons, four bananas",
-    "121647": "wine glass, fork, pizza, table, book", "196393": "bird, cat, two bowls", "281789": "two zebras",
-    "330993": "two cars, two parking meters", "420862": "four cows",
-}  # fmt: skip
+    "37666": "person, skateboard",
+    "84533": "motorcycle, person",
+    "100667": "three persons, four bananas",
+    "121647": "wine glass, fork, pizza, table, book",
+    "196393": "bird, cat, two bowls",
+    "281789": "two zebras",
+    "330993": "two cars, two parking meters",
+    "420862": "four cows",
+}
 """Pictures of coco_mini's training split whose objects are all at least 32 px wide and high, none of them a crowd."""
 OVERFIT_STEPS = 1000
 """Of two pictures each."""
@@ -52,17 +57,28 @@ Found = dict[str, Any]
 def overfit(known: argparse.Namespace) -> Found:
     """AP of the eight pictures by a network that was trained on them alone, always whole and the same way round."""
     source, root = records("coco", "coco_mini", known), known.out / "records" / "eight"
-    rows = [each for each in Source(locate(source, "coco", "main", "train"), source) if each["id"] in EIGHT]
+    rows = [
+        each
+        for each in Source(locate(source, "coco", "main", "train"), source)
+        if each["id"] in EIGHT
+    ]
     assert len(rows) == len(EIGHT), f"coco_mini lacks some of {list(EIGHT)}"
     for split in ("train", "val"):
-        write_text(root / "coco" / "main" / f"{split}.jsonl", "".join(json.dumps(each) + "\n" for each in rows))
-    write_text(root / "coco" / "main" / CATEGORIES, (source / "coco" / "main" / CATEGORIES).read_text())
+        write_text(
+            root / "coco" / "main" / f"{split}.jsonl",
+            "".join(json.dumps(each) + "\n" for each in rows),
+        )
+    write_text(
+        root / "coco" / "main" / CATEGORIES, (source / "coco" / "main" / CATEGORIES).read_text()
+    )
     recipe = recipe_of("coco", root, known.steps or OVERFIT_STEPS)
     assert isinstance(recipe.task, CocoConfig)
     recipe = replace(
-        recipe, task=replace(recipe.task, scale=(1.0, 1.0), flip=0.0), data=replace(recipe.data, batch={"main": 2}),
+        recipe,
+        task=replace(recipe.task, scale=(1.0, 1.0), flip=0.0),
+        data=replace(recipe.data, batch={"main": 2}),
         run=replace(recipe.run, eval_every=200),
-    )  # fmt: skip
+    )
     return tuned("coco", recipe, known.out / "runs" / "overfit")
 
 
@@ -79,7 +95,9 @@ def coco(known: argparse.Namespace) -> Found:
 def camvid(known: argparse.Namespace) -> Found:
     """mIoU and each class's IoU of each side, and of maps that know nothing of the picture."""
     root = records("ade20k", "camvid_mini", known)
-    train_rows, rows = (list(Source(locate(root, "ade20k", "main", split), root)) for split in ("train", "val"))
+    train_rows, rows = (
+        list(Source(locate(root, "ade20k", "main", split), root)) for split in ("train", "val")
+    )
     names = json.loads((root / "ade20k" / "main" / CLASSES).read_text())
     found: Found = {"names": names, "sides": {}, "guesses": guesses(train_rows, rows, len(names))}
     for side, init in {"scratch": "", **({"pretrained": known.init} if known.init else {})}.items():
@@ -106,7 +124,12 @@ def ade20k(known: argparse.Namespace) -> Found:
     return {"pictures": len(rows)} | {side: scored(found, rows) for side, found in sides.items()}
 
 
-PARTS: dict[str, Callable[[argparse.Namespace], Found]] = {"overfit": overfit, "coco": coco, "camvid": camvid, "ade20k": ade20k}
+PARTS: dict[str, Callable[[argparse.Namespace], Found]] = {
+    "overfit": overfit,
+    "coco": coco,
+    "camvid": camvid,
+    "ade20k": ade20k,
+}
 
 
 def records(task: str, raw: str, known: argparse.Namespace) -> Path:
@@ -120,7 +143,11 @@ def records(task: str, raw: str, known: argparse.Namespace) -> Path:
 def recipe_of(task: str, root: Path, steps: int) -> Recipe:
     """`laptop` on the records of `root`; steps 0: its own."""
     recipe = load(task).recipes["laptop"]
-    return replace(recipe, data=replace(recipe.data, root=str(root)), run=replace(recipe.run, steps=steps or recipe.run.steps))
+    return replace(
+        recipe,
+        data=replace(recipe.data, root=str(root)),
+        run=replace(recipe.run, steps=steps or recipe.run.steps),
+    )
 
 
 def tuned(task: str, recipe: Recipe, out: Path, init: str = "") -> Found:
@@ -145,9 +172,14 @@ def counted(file: Path) -> Iterator[Path]:
 def guesses(train_rows: Sequence[Record], rows: Sequence[Record], num_classes: int) -> Found:
     """What the most frequent label of each place over the training maps scores, and the most frequent of all."""
     maps = [truth(each) for each in train_rows]
-    counts = np.stack([sum((each == label).astype(np.int64) for each in maps) for label in range(num_classes)])  # [C, H, W]
+    counts = np.stack(
+        [sum((each == label).astype(np.int64) for each in maps) for label in range(num_classes)]
+    )  # [C, H, W]
     places, everywhere = counts.argmax(0), np.full(counts.shape[1:], counts.sum((1, 2)).argmax())
-    return {name: scored([guess] * len(rows), rows) for name, guess in (("places", places), ("everywhere", everywhere))}
+    return {
+        name: scored([guess] * len(rows), rows)
+        for name, guess in (("places", places), ("everywhere", everywhere))
+    }
 
 
 def truth(record: Record) -> np.ndarray:
@@ -156,7 +188,10 @@ def truth(record: Record) -> np.ndarray:
 
 def scored(maps: Sequence[np.ndarray], rows: Sequence[Record]) -> Found:
     """Figures of label maps through the task's own predictions and score, and each class's IoU."""
-    predictions = [{"id": each["id"], "map": encoded(torch.from_numpy(found))} for found, each in zip(maps, rows, strict=True)]
+    predictions = [
+        {"id": each["id"], "map": encoded(torch.from_numpy(found))}
+        for found, each in zip(maps, rows, strict=True)
+    ]
     classes = rows[0]["labels"]["num_classes"]
     pairs = zip(maps, rows, strict=True)
     counts = sum(confusion(found, truth(each), num_classes=classes) for found, each in pairs)
@@ -176,25 +211,55 @@ def listed(counts: Matrix) -> list[float | None]:
 def table(found: Found) -> str:
     rows, classes = [], ""
     if "overfit" in found:
-        rows.append(detected("8 pictures of coco_mini, learnt by heart", found["overfit"], cost(found["overfit"])))
+        rows.append(
+            detected(
+                "8 pictures of coco_mini, learnt by heart", found["overfit"], cost(found["overfit"])
+            )
+        )
     if "coco" in found:
-        rows.append(detected("coco_mini: 79 pictures, 80 others learnt", found["coco"], cost(found["coco"])))
+        rows.append(
+            detected("coco_mini: 79 pictures, 80 others learnt", found["coco"], cost(found["coco"]))
+        )
         rows.append(detected("the 80 learnt ones", found["coco"]["seen"], ""))
     if "camvid" in found:
         for side, scores in found["camvid"]["sides"].items():
             rows.append(row(f"camvid_mini, {side}", segmented(scores), cost(scores)))
-        for name, what in (("places", "the most frequent class of each place"), ("everywhere", "the most frequent class everywhere")):
-            rows.append(row(f"camvid_mini, {what}", segmented(found["camvid"]["guesses"][name]), "no learning"))
+        for name, what in (
+            ("places", "the most frequent class of each place"),
+            ("everywhere", "the most frequent class everywhere"),
+        ):
+            rows.append(
+                row(
+                    f"camvid_mini, {what}",
+                    segmented(found["camvid"]["guesses"][name]),
+                    "no learning",
+                )
+            )
         classes = "\n" + by_class(found["camvid"])
     if "ade20k" in found:
         count = found["ade20k"]["pictures"]
-        rows.append(row(f"ade20k_sample, {count} pictures, their own maps", segmented(found["ade20k"]["own"]), ""))
-        rows.append(row("ade20k_sample, the most frequent class everywhere", segmented(found["ade20k"]["constant"]), ""))
+        rows.append(
+            row(
+                f"ade20k_sample, {count} pictures, their own maps",
+                segmented(found["ade20k"]["own"]),
+                "",
+            )
+        )
+        rows.append(
+            row(
+                "ade20k_sample, the most frequent class everywhere",
+                segmented(found["ade20k"]["constant"]),
+                "",
+            )
+        )
     return markdown(rows) + classes
 
 
 def detected(what: str, scores: Found, beside: str) -> dict[str, str]:
-    parts = [f"{kind} AP50 {scores[f'{kind}_ap50']:.3f}, AP {scores[f'{kind}_ap']:.3f}" for kind in ("box", "mask")]
+    parts = [
+        f"{kind} AP50 {scores[f'{kind}_ap50']:.3f}, AP {scores[f'{kind}_ap']:.3f}"
+        for kind in ("box", "mask")
+    ]
     return row(what, "; ".join(parts), beside)
 
 
@@ -208,10 +273,14 @@ def cost(scores: Found) -> str:
 
 def by_class(found: Found) -> str:
     """IoU of each class of camvid_mini."""
-    sides = {side: scores["ious"] for side, scores in found["sides"].items()} | {"each place's": found["guesses"]["places"]["ious"]}
+    sides = {side: scores["ious"] for side, scores in found["sides"].items()} | {
+        "each place's": found["guesses"]["places"]["ious"]
+    }
     lines = [f"| class | pixels | {' | '.join(sides)} |", "|---" * (2 + len(sides)) + "|"]
     for place, (name, share) in enumerate(zip(found["names"], found["share"], strict=True)):
-        lines.append(f"| {name} | {share:.1%} | {' | '.join(shown(ious[place]) for ious in sides.values())} |")
+        lines.append(
+            f"| {name} | {share:.1%} | {' | '.join(shown(ious[place]) for ious in sides.values())} |"
+        )
     return "\n".join(lines) + "\n"
 
 
@@ -220,13 +289,21 @@ def shown(iou: float | None) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--out", type=Path, default=Path("runs/dense"))
-    parser.add_argument("--init", default="", help="weights of pretrain laptop: coco and camvid start from them, camvid also without")
+    parser.add_argument(
+        "--init",
+        default="",
+        help="weights of pretrain laptop: coco and camvid start from them, camvid also without",
+    )
     parser.add_argument("--json", type=Path)
     parser.add_argument("--only", nargs="*", choices=list(PARTS), default=list(PARTS))
-    parser.add_argument("--steps", type=int, default=0, help="instead of the usual number, for a trial")
+    parser.add_argument(
+        "--steps", type=int, default=0, help="instead of the usual number, for a trial"
+    )
     known = parser.parse_args()
     for name in known.only:
         file = known.out / f"{name}.json"

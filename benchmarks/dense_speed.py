@@ -30,17 +30,17 @@ import torch
 from PIL import Image
 from probe import peak_memory, save
 
-from beit3.data.scenes import SceneView
-from beit3.data.transforms import Preprocessing
+from beit3.data.views.label_maps import SceneView
+from beit3.data.views.transforms import Preprocessing
 from beit3.model.config import BASE, TINY
-from beit3.plan.standin import SIDE, built, label_map, objects
+from beit3.plan.dummy_inputs import SIDE, built, label_map, objects
 from beit3.recipe import Recipe
 from beit3.segmentation.inference import Views
 from beit3.task import Batch, Task, load
-from beit3.train.evaluate import to_device
-from beit3.train.optim import make_optimizer
-from beit3.train.parallel import autocast, materialise
-from beit3.train.step import backward, sum_targets
+from beit3.training.evaluate import to_device
+from beit3.training.optim import make_optimizer
+from beit3.training.parallel import autocast, materialise
+from beit3.training.step import backward, sum_targets
 
 RECIPES = {"coco": "base_1024", "ade20k": "base_512"}
 NAMES = {"coco": "detection", "ade20k": "segmentation"}
@@ -70,22 +70,38 @@ def recipe_of(case: Case) -> Recipe:
     recipe = load(case.task).recipes[RECIPES[case.task]]
     size = case.size
     task: Any = recipe.task
-    model = replace(MODELS[case.model], final_norm=task.model.final_norm, drop_path_rate=task.model.drop_path_rate)
+    model = replace(
+        MODELS[case.model],
+        final_norm=task.model.final_norm,
+        drop_path_rate=task.model.drop_path_rate,
+    )
     task = replace(task, model=model, num_classes=CLASSES[case.task])
     if case.task == "coco":
-        task = replace(task, image=Preprocessing(size, task.image.mean, task.image.std, resize="fit"))
+        task = replace(
+            task, image=Preprocessing(size, task.image.mean, task.image.std, resize="fit")
+        )
     else:
         view, views = SceneView(size, size, 4 * size), Views(size, size, size, 4 * size)
-        adapter, head = replace(task.adapter, recompute=case.recompute), replace(task.head, checkpointing=case.recompute)
+        adapter, head = (
+            replace(task.adapter, recompute=case.recompute),
+            replace(task.head, checkpointing=case.recompute),
+        )
         task = replace(task, adapter=adapter, head=head, train_view=view, views=views)
     precision: Any = "bfloat16" if case.device == "cuda" or case.model == "tiny" else "float32"
-    run = replace(recipe.run, checkpointing="full" if case.recompute else "none", device=case.device, precision=precision)
+    run = replace(
+        recipe.run,
+        checkpointing="full" if case.recompute else "none",
+        device=case.device,
+        precision=precision,
+    )
     return replace(recipe, task=task, run=run)
 
 
 def picture(side: int) -> Image.Image:
     """Noise."""
-    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (side, side, 3), dtype=np.uint8))
+    return Image.fromarray(
+        np.random.default_rng(0).integers(0, 256, (side, side, 3), dtype=np.uint8)
+    )
 
 
 def measure(case: Case) -> dict[str, Any]:
@@ -112,26 +128,39 @@ def measure(case: Case) -> dict[str, Any]:
 
 def passes(task: Task, case: Case, device: torch.device) -> dict[str, Callable[[], object]]:
     """The network, its trunk alone, and a whole prediction."""
-    batch = to_device(task.collate([task.example({"id": "0", "image": picture(case.size)}, False)]), device)
+    batch = to_device(
+        task.collate([task.example({"id": "0", "image": picture(case.size)}, False)]), device
+    )
     stacked = batch if case.task == "coco" else {"image": torch.stack(list(batch["image"]))}
     task.eval()
     return {
-        "whole": partial(task.outputs, stacked), "trunk": lambda: task.backbone(task.pixels(stacked)),
+        "whole": partial(task.outputs, stacked),
+        "trunk": lambda: task.backbone(task.pixels(stacked)),
         "predict": partial(task.predict, batch),
-    }  # fmt: skip
+    }
 
 
-def steps(task: Task, recipe: Recipe, case: Case, device: torch.device) -> dict[str, Callable[[], object]]:
+def steps(
+    task: Task, recipe: Recipe, case: Case, device: torch.device
+) -> dict[str, Callable[[], object]]:
     """A training step, and the trunk's forward and backward pass alone."""
     classes = CLASSES[case.task]
     record = {
-        "id": "0", "image": picture(SIDE), "objects": list(objects()), "label_map": label_map(classes), "labels": {"num_classes": classes},
-    }  # fmt: skip
-    batch: Batch = task.collate([task.example(record, True, rng=np.random.default_rng(1))] * case.batch) | {"step": 0, "steps": 1}
+        "id": "0",
+        "image": picture(SIDE),
+        "objects": list(objects()),
+        "label_map": label_map(classes),
+        "labels": {"num_classes": classes},
+    }
+    batch: Batch = task.collate(
+        [task.example(record, True, rng=np.random.default_rng(1))] * case.batch
+    ) | {"step": 0, "steps": 1}
     optimizer, precision = make_optimizer(task, recipe.optim), autocast(recipe.run, device)
 
     def whole() -> None:
-        backward(task, [batch], sum_targets(task, [batch]), precision, partial(to_device, device=device))
+        backward(
+            task, [batch], sum_targets(task, [batch]), precision, partial(to_device, device=device)
+        )
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
@@ -155,7 +184,9 @@ def timed(call: Callable[[], object], device: torch.device) -> tuple[float, floa
 
 def memory(device: torch.device) -> float:
     """Most bytes so far: of tensors on an accelerator, of the process on a CPU."""
-    return float(torch.cuda.max_memory_allocated(device)) if device.type == "cuda" else peak_memory()
+    return (
+        float(torch.cuda.max_memory_allocated(device)) if device.type == "cuda" else peak_memory()
+    )
 
 
 def alone(case: Case) -> dict[str, Any]:
@@ -183,13 +214,17 @@ def described(found: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--json", type=Path)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--sizes", type=int, nargs="+", help="sides of the pictures")
     parser.add_argument("--model", choices=MODELS, default="base")
     parser.add_argument("--gpu", action="store_true", help="training alone, in bfloat16")
-    parser.add_argument("--batch", type=int, nargs="+", default=(1, 4), help="with --gpu: pictures of a step")
+    parser.add_argument(
+        "--batch", type=int, nargs="+", default=(1, 4), help="with --gpu: pictures of a step"
+    )
     parser.add_argument("--device", default="", help="with --gpu; cpu proves that it runs")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--one", default="", help=argparse.SUPPRESS)
@@ -199,18 +234,32 @@ def main() -> None:
         return
     device = known.device or ("cuda" if known.gpu else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
-        parser.error("--gpu finds no CUDA device: give --device cpu --model tiny --sizes 64 to see that it runs")
-    general: dict[str, Any] = {"model": known.model, "device": device, "rounds": known.rounds, "threads": known.threads}
+        parser.error(
+            "--gpu finds no CUDA device: give --device cpu --model tiny --sizes 64 to see that it runs"
+        )
+    general: dict[str, Any] = {
+        "model": known.model,
+        "device": device,
+        "rounds": known.rounds,
+        "threads": known.threads,
+    }
     if known.gpu:
         sizes = known.sizes or (896, 1024)
         cases = [
             Case(task, size, train=True, recompute=recompute, batch=batch, **general)
-            for task in RECIPES for size in sizes for batch in known.batch for recompute in (False, True)
-        ]  # fmt: skip
+            for task in RECIPES
+            for size in sizes
+            for batch in known.batch
+            for recompute in (False, True)
+        ]
     else:
         sizes = known.sizes or (512, 896, 1024)
         cases = [Case(task, size, **general) for task in RECIPES for size in sizes]
-        cases += [Case(task, sizes[0], train=True, recompute=recompute, **general) for task in RECIPES for recompute in (False, True)]
+        cases += [
+            Case(task, sizes[0], train=True, recompute=recompute, **general)
+            for task in RECIPES
+            for recompute in (False, True)
+        ]
     found = []
     lines = ["| what | px | time | trunk | a prediction | peak |", "|---" * 6 + "|"]
     print("\n".join(lines), flush=True)

@@ -31,10 +31,23 @@ from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for a call by path
 
-from tests.train.runs import lines, newest
+from tests.training.runs import lines, newest
 
 HOME = Path(__file__).resolve().parents[1]
-AIMS = ("file", "step", "file", "evaluation", "checkpoint", "start-up", "file", "best", "checkpoint", "last", "file", "resume")
+AIMS = (
+    "file",
+    "step",
+    "file",
+    "evaluation",
+    "checkpoint",
+    "start-up",
+    "file",
+    "best",
+    "checkpoint",
+    "last",
+    "file",
+    "resume",
+)
 """What kills aim at, by turns. `checkpoint`: one is begun and not yet on the disk; `file`: its bytes are being written, digested
 or flushed. `resume` kills in a step, then again while the second process starts."""
 FILLS = ("small", "start-up", "step", "checkpoint", "file", "evaluation", "best", "last")
@@ -86,7 +99,11 @@ class Trial:
 
 
 def environment() -> dict[str, str]:
-    return os.environ | {"PYTHONPATH": str(HOME / "src"), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return os.environ | {
+        "PYTHONPATH": str(HOME / "src"),
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+    }
 
 
 # What a run is doing -------------------------------------------------------------------------------------------------
@@ -123,7 +140,9 @@ def written(part: Path) -> int:
     return 0
 
 
-def episodes(job: Job, process: subprocess.Popen, out: Path, said: Path) -> Iterator[tuple[str, int, float]]:
+def episodes(
+    job: Job, process: subprocess.Popen, out: Path, said: Path
+) -> Iterator[tuple[str, int, float]]:
     """While `process` runs, a thousand times a second: activity, how many times it has begun that, seconds in it."""
     counts: Counter[str] = Counter()
     before, since = "", 0.0
@@ -145,16 +164,28 @@ def rehearse(job: Job, out: Path) -> Usual:
     shutil.rmtree(out, ignore_errors=True)
     said = out.with_name(f"{out.name}.txt")
     process = job.start(out, said)
-    lasted = {(activity, index): seconds for activity, index, seconds in episodes(job, process, out, said)}
+    lasted = {
+        (activity, index): seconds for activity, index, seconds in episodes(job, process, out, said)
+    }
     if process.returncode:
-        raise RuntimeError(f"the run to compare with ended with {process.returncode}: {said.with_suffix('.err').read_text()[-2000:]}")
+        raise RuntimeError(
+            f"the run to compare with ended with {process.returncode}: {said.with_suffix('.err').read_text()[-2000:]}"
+        )
     usual: Usual = {}
     for (activity, _), seconds in sorted(lasted.items()):
         usual.setdefault(activity, []).append(seconds)
     return usual
 
 
-def await_moment(job: Job, process: subprocess.Popen, out: Path, said: Path, aim: str, usual: Usual, rng: random.Random) -> bool:
+def await_moment(
+    job: Job,
+    process: subprocess.Popen,
+    out: Path,
+    said: Path,
+    aim: str,
+    usual: Usual,
+    rng: random.Random,
+) -> bool:
     """Wait until `process` is at a random point of an activity; whether it came."""
     index = rng.randrange(len(usual[aim]))
     delay = rng.uniform(0, usual[aim][index])
@@ -172,11 +203,15 @@ def contents(out: Path) -> dict[str, Any]:
     """What two equal runs have in common, by name; tensors as their bytes."""
     groups = {folder: load_file(out / folder / "model.safetensors") for folder in ("last", "best")}
     shards = sorted(newest(out).glob("*.safetensors"))  # one of each process
-    groups |= {newest(out).name + (f"/{index}" if index else ""): load_file(shard) for index, shard in enumerate(shards)}
+    groups |= {
+        newest(out).name + (f"/{index}" if index else ""): load_file(shard)
+        for index, shard in enumerate(shards)
+    }
     found: dict[str, Any] = {
         f"{group}/{name}": (tensor.dtype, tensor.shape, tensor.numpy().tobytes())
-        for group, state in groups.items() for name, tensor in state.items()
-    }  # fmt: skip
+        for group, state in groups.items()
+        for name, tensor in state.items()
+    }
     found |= {f"metrics.jsonl line {number}": row for number, row in enumerate(lines(out), start=1)}
     return found | {"scores.json": (out / "scores.json").read_text()}
 
@@ -184,20 +219,30 @@ def contents(out: Path) -> dict[str, Any]:
 def differences(one: Path, two: Path) -> list[str]:
     """Names of what differs between two finished runs."""
     mine, theirs = contents(one), contents(two)
-    assert any(name.endswith(".exp_avg") for name in mine), "a checkpoint without an optimizer proves nothing"
-    return sorted(name for name in mine.keys() | theirs.keys() if mine.get(name) != theirs.get(name))
+    assert any(name.endswith(".exp_avg") for name in mine), (
+        "a checkpoint without an optimizer proves nothing"
+    )
+    return sorted(
+        name for name in mine.keys() | theirs.keys() if mine.get(name) != theirs.get(name)
+    )
 
 
 def files(out: Path) -> set[str]:
     """Relative paths of a run's files; TensorBoard's bear the time."""
-    return {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file() and path.parent.name != "tensorboard"}
+    return {
+        str(path.relative_to(out))
+        for path in out.rglob("*")
+        if path.is_file() and path.parent.name != "tensorboard"
+    }
 
 
 def go_on(job: Job, whole: Path, out: Path, said: Path, trial: Trial) -> Trial:
     """Start the same command again to its end, and note where it went on, what differs and what was left behind."""
     good = [int(path.name[5:]) for path in out.glob("checkpoints/step_*") if path.suffix != ".part"]
     status = job.finish(out, said)
-    shown = re.search(r"step (\d+)/", said.read_text())  # the first step it took, if there was one left
+    shown = re.search(
+        r"step (\d+)/", said.read_text()
+    )  # the first step it took, if there was one left
     trial.resumed_from = int(shown[1]) - 1 if shown else job.steps
     if status:
         trial.wrong = f"status {status}: {said.with_suffix('.err').read_text()[-300:]}"
@@ -229,7 +274,9 @@ def kill_and_go_on(job: Job, whole: Path, usual: Usual, place: Path, aim: str, s
     return trial
 
 
-def killed(job: Job, out: Path, said: Path, aim: str, usual: Usual, rng: random.Random) -> Trial | None:
+def killed(
+    job: Job, out: Path, said: Path, aim: str, usual: Usual, rng: random.Random
+) -> Trial | None:
     """Start the job and kill it at a random point of `aim`; None where it ended before."""
     began, process = time.monotonic(), job.start(out, said)
     try:
@@ -239,17 +286,31 @@ def killed(job: Job, out: Path, said: Path, aim: str, usual: Usual, rng: random.
     if process.wait() >= 0:
         return None
     found = going_on(job, out, said)
-    return Trial(aim, time.monotonic() - began, told(found, out), found in ("checkpoint", "file"), int(reached(out)["step"]))
+    return Trial(
+        aim,
+        time.monotonic() - began,
+        told(found, out),
+        found in ("checkpoint", "file"),
+        int(reached(out)["step"]),
+    )
 
 
 def told(activity: str, out: Path) -> str:
     """The activity in words, with how far it was."""
     step = int(reached(out)["step"])
     if activity not in ("checkpoint", "file"):
-        plain = {"step": f"after step {step}", "evaluation": f"evaluation after step {step}", "start-up": "start-up"}
+        plain = {
+            "step": f"after step {step}",
+            "evaluation": f"evaluation after step {step}",
+            "start-up": "start-up",
+        }
         return plain.get(activity, f"writing {activity}/")
     (part,) = out.glob("checkpoints/*.part")
-    state = "described, not renamed" if (part / "checkpoint.json").exists() else f"{written(part) / 2**20:.1f} MB written"
+    state = (
+        "described, not renamed"
+        if (part / "checkpoint.json").exists()
+        else f"{written(part) / 2**20:.1f} MB written"
+    )
     return f"checkpoint {int(part.stem[5:])}: {state}"
 
 
@@ -285,7 +346,10 @@ def may_mount(out: Path) -> bool:
 
 def mount(*arguments: str) -> bool:
     """Whether mount(8) is there and did it."""
-    return shutil.which("mount") is not None and subprocess.run(["mount", *arguments], capture_output=True).returncode == 0
+    return (
+        shutil.which("mount") is not None
+        and subprocess.run(["mount", *arguments], capture_output=True).returncode == 0
+    )
 
 
 def fill_and_go_on(job: Job, whole: Path, usual: Usual, place: Path, aim: str, seed: str) -> Trial:
@@ -302,7 +366,9 @@ def fill_and_go_on(job: Job, whole: Path, usual: Usual, place: Path, aim: str, s
             status = process.wait(timeout=900)
         finally:
             process.kill()
-        said, wrong = how_it_ended(status, out, (place / "1.txt").read_text(), (place / "1.err").read_text())
+        said, wrong = how_it_ended(
+            status, out, (place / "1.txt").read_text(), (place / "1.err").read_text()
+        )
         trial = Trial(aim, time.monotonic() - began, said, step=int(reached(out)["step"]))
         resize(roomy)
         go_on(job, whole, out, place / "2.txt", trial)
@@ -314,11 +380,17 @@ def fill_and_go_on(job: Job, whole: Path, usual: Usual, place: Path, aim: str, s
 
 def how_it_ended(status: int, out: Path, output: str, errors: str) -> tuple[str, str]:
     """What a run on a full disk called its last good checkpoint, and what was wrong with its end ('' = nothing)."""
-    from beit3.train.checkpoint import damage
+    from beit3.training.checkpoint import damage
 
     last = errors.splitlines()[-1] if errors else ""
-    named = re.fullmatch(r"beit3: .*disk of .* is full; ((step_\d+) is the last good checkpoint|there is no checkpoint yet): .*", last)
-    good = max((path.name for path in out.glob("checkpoints/step_*") if path.suffix != ".part"), default=None)
+    named = re.fullmatch(
+        r"beit3: .*disk of .* is full; ((step_\d+) is the last good checkpoint|there is no checkpoint yet): .*",
+        last,
+    )
+    good = max(
+        (path.name for path in out.glob("checkpoints/step_*") if path.suffix != ".part"),
+        default=None,
+    )
     faults = {
         f"status {status}": status != 2,
         "a traceback": "Traceback" in output + errors,
@@ -335,22 +407,42 @@ def how_it_ended(status: int, out: Path, output: str, errors: str) -> tuple[str,
 def demo_job(out: Path) -> Job:
     """The demo's pretraining, small: its world and a visual tokenizer of ten steps, made once."""
     from beit3.task import load
-    from beit3.train.root import embedded_root
+    from beit3.training.root import embedded_root
 
     os.environ["BEIT3_CACHE"] = str(out / "cache")
     root = [embedded_root(load(name), "small") for name in ("vqkd", "pretrain")][0]
-    command = [sys.executable, "-m", "beit3", "train", "vqkd", "--out", str(out / "vqkd"), "--data.root", str(root)]
-    subprocess.run([*command, "--run.steps", "10", "--run.eval_records", "20"], check=True, stdout=subprocess.DEVNULL, env=environment())
+    command = [
+        sys.executable,
+        "-m",
+        "beit3",
+        "train",
+        "vqkd",
+        "--out",
+        str(out / "vqkd"),
+        "--data.root",
+        str(root),
+    ]
+    subprocess.run(
+        [*command, "--run.steps", "10", "--run.eval_records", "20"],
+        check=True,
+        stdout=subprocess.DEVNULL,
+        env=environment(),
+    )
     batch = ("--data.batch.images", "4", "--data.batch.texts", "4", "--data.batch.pairs", "8")
     tokens = ("--task.visual_tokenizer", str(out / "vqkd" / "last"))
     return Job(("--data.root", str(root), *tokens, *batch))
 
 
-def drill(job: Job, place: Path, one: Callable[..., Trial], aims: Sequence[str], *, seed: int, jobs: int) -> tuple[Usual, list[Trial]]:
+def drill(
+    job: Job, place: Path, one: Callable[..., Trial], aims: Sequence[str], *, seed: int, jobs: int
+) -> tuple[Usual, list[Trial]]:
     """The run left alone, then a trial per aim, `jobs` at a time; prints each as a line of the table."""
     whole, line = place / "whole", "{:>5}  {:10}  {:>7}  {:40}  {:>4}  {:>12}  {}"
     usual = rehearse(job, whole)
-    print(line.format("trial", "aim", "after", "what was going on", "step", "resumed from", "equal"), flush=True)
+    print(
+        line.format("trial", "aim", "after", "what was going on", "step", "resumed from", "equal"),
+        flush=True,
+    )
 
     def run(number: int) -> Trial:
         return one(job, whole, usual, place / f"{number + 1:03d}", aims[number], f"{seed} {number}")
@@ -361,20 +453,44 @@ def drill(job: Job, place: Path, one: Callable[..., Trial], aims: Sequence[str],
             trials.append(trial)
             equal = f"no: {trial.wrong}" if trial.wrong else "yes"
             after = f"{trial.seconds:.1f} s"
-            print(line.format(len(trials), trial.aim, after, trial.doing, trial.step, trial.resumed_from, equal), flush=True)
+            print(
+                line.format(
+                    len(trials),
+                    trial.aim,
+                    after,
+                    trial.doing,
+                    trial.step,
+                    trial.resumed_from,
+                    equal,
+                ),
+                flush=True,
+            )
     return usual, trials
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--kills", type=int, default=20)
-    parser.add_argument("--out", type=Path, required=True, help="a folder for the world, the runs and the table as JSON")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        required=True,
+        help="a folder for the world, the runs and the table as JSON",
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--jobs", type=int, default=2, help="trials at a time")
-    parser.add_argument("--asynchronous", action="store_true", help="write checkpoints while training goes on")
+    parser.add_argument(
+        "--asynchronous", action="store_true", help="write checkpoints while training goes on"
+    )
     parser.add_argument("--full-disk", action="store_true", help="fill the disk instead of killing")
     known = parser.parse_args()
-    out, name = known.out.resolve(), ("full-disk" if known.full_disk else "kills") + ("-asynchronous" if known.asynchronous else "")
+    out, name = (
+        known.out.resolve(),
+        ("full-disk" if known.full_disk else "kills")
+        + ("-asynchronous" if known.asynchronous else ""),
+    )
     one = fill_and_go_on if known.full_disk else kill_and_go_on
     aims = FILLS if known.full_disk else [AIMS[number % len(AIMS)] for number in range(known.kills)]
     if known.full_disk and not may_mount(out):
@@ -382,11 +498,22 @@ def main() -> int:
         return 0
     job = replace(demo_job(out), asynchronous=known.asynchronous)
     usual, trials = drill(job, out / name, one, aims, seed=known.seed, jobs=known.jobs)
-    wrong, writing = sum(bool(trial.wrong) for trial in trials), sum(trial.writing for trial in trials)
+    wrong, writing = (
+        sum(bool(trial.wrong) for trial in trials),
+        sum(trial.writing for trial in trials),
+    )
     fell = "" if known.full_disk else f"; {writing} kills fell into the writing of a checkpoint"
     print(f"{len(trials) - wrong} of {len(trials)} equal{fell}")
-    table = {"machine": platform.platform(), "cores": os.cpu_count(), "torch": torch.__version__, "seed": known.seed, "usual": usual}
-    (out / f"{name}.json").write_text(json.dumps(table | {"trials": [asdict(trial) for trial in trials]}, indent=1) + "\n")
+    table = {
+        "machine": platform.platform(),
+        "cores": os.cpu_count(),
+        "torch": torch.__version__,
+        "seed": known.seed,
+        "usual": usual,
+    }
+    (out / f"{name}.json").write_text(
+        json.dumps(table | {"trials": [asdict(trial) for trial in trials]}, indent=1) + "\n"
+    )
     return int(wrong > 0)
 
 

@@ -28,8 +28,20 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for a call by path
 
-from beit3.data.records import write_text
-from benchmarks.drill import Job, Trial, Usual, await_moment, demo_job, differences, drill, files, going_on, reached, told
+from beit3.data.stores.records import write_text
+from benchmarks.drill import (
+    Job,
+    Trial,
+    Usual,
+    await_moment,
+    demo_job,
+    differences,
+    drill,
+    files,
+    going_on,
+    reached,
+    told,
+)
 
 AIMS = ("step", "file", "checkpoint", "evaluation", "start-up", "twice", "last", "best")
 """What kills aim at, by turns; `twice` kills in a step, and again in the first steps after the restart."""
@@ -43,13 +55,21 @@ class Group(Job):
     restarts: int = 3
 
     def command(self) -> list[str]:
-        group = ["--standalone", "--nproc-per-node", str(self.processes), "--max-restarts", str(self.restarts)]
+        group = [
+            "--standalone",
+            "--nproc-per-node",
+            str(self.processes),
+            "--max-restarts",
+            str(self.restarts),
+        ]
         return [sys.executable, "-m", "torch.distributed.run", *group, "-m", "beit3"]
 
 
 def workers(launcher: int) -> list[int]:
     """The processes that torchrun has started and that live."""
-    listed = subprocess.run(["ps", "-o", "pid=,stat=", "--ppid", str(launcher)], capture_output=True, text=True).stdout
+    listed = subprocess.run(
+        ["ps", "-o", "pid=,stat=", "--ppid", str(launcher)], capture_output=True, text=True
+    ).stdout
     rows = [line.split() for line in listed.splitlines()]
     return [int(pid) for pid, state in rows if not state.startswith("Z")]
 
@@ -66,7 +86,9 @@ def kill_one(job: Job, whole: Path, usual: Usual, place: Path, aim: str, seed: s
         finally:
             process.wait(timeout=900)
     trial, length = found
-    shown = re.search(r"step (\d+)/", said.read_text()[length:])  # a process shows the first step it takes
+    shown = re.search(
+        r"step (\d+)/", said.read_text()[length:]
+    )  # a process shows the first step it takes
     trial.resumed_from = int(shown[1]) - 1 if shown else job.steps
     deaths = said.with_suffix(".err").read_text().count("exitcode: -9")
     if deaths != 1 + (aim == "twice"):
@@ -75,7 +97,14 @@ def kill_one(job: Job, whole: Path, usual: Usual, place: Path, aim: str, seed: s
 
 
 def killed(
-    job: Job, process: subprocess.Popen, out: Path, said: Path, aim: str, usual: Usual, rng: random.Random, began: float
+    job: Job,
+    process: subprocess.Popen,
+    out: Path,
+    said: Path,
+    aim: str,
+    usual: Usual,
+    rng: random.Random,
+    began: float,
 ) -> tuple[Trial, int] | None:
     """Kill a process of the group at a random point of `aim`; what it was doing, and how much had been printed by then.
 
@@ -87,7 +116,13 @@ def killed(
     if len(alive) < 2:  # not started yet, or at their end
         return None
     found = going_on(job, out, said)
-    trial = Trial(aim, time.monotonic() - began, told(found, out), found in ("checkpoint", "file"), int(reached(out)["step"]))
+    trial = Trial(
+        aim,
+        time.monotonic() - began,
+        told(found, out),
+        found in ("checkpoint", "file"),
+        int(reached(out)["step"]),
+    )
     length = len(said.read_text())
     os.kill(rng.choice(alive), signal.SIGKILL)
     if aim == "twice":
@@ -114,10 +149,19 @@ def stop_all(job: Job, whole: Path, usual: Usual, place: Path, aim: str, seed: s
     began, process = time.monotonic(), job.start(out, said)
     await_moment(job, process, out, said, aim, usual, rng)
     found = going_on(job, out, said)
-    trial = Trial(aim, time.monotonic() - began, told(found, out), found in ("checkpoint", "file"), int(reached(out)["step"]))
+    trial = Trial(
+        aim,
+        time.monotonic() - began,
+        told(found, out),
+        found in ("checkpoint", "file"),
+        int(reached(out)["step"]),
+    )
     process.terminate()
     process.wait(timeout=900)
-    saved = max((int(path.name[5:]) for path in out.glob("checkpoints/step_*") if path.suffix != ".part"), default=0)
+    saved = max(
+        (int(path.name[5:]) for path in out.glob("checkpoints/step_*") if path.suffix != ".part"),
+        default=0,
+    )
     status = job.finish(out, place / "again.txt")
     shown = re.search(r"step (\d+)/", (place / "again.txt").read_text())
     trial.resumed_from = int(shown[1]) - 1 if shown else saved
@@ -140,23 +184,48 @@ def compared(trial: Trial, status: int, whole: Path, out: Path, said: Path) -> T
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--kills", type=int, default=len(AIMS))
     parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--out", type=Path, required=True, help="a folder for the world, the runs and the table as JSON")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        required=True,
+        help="a folder for the world, the runs and the table as JSON",
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--jobs", type=int, default=1, help="trials at a time")
-    parser.add_argument("--signals", action="store_true", help="tell torchrun to stop instead of killing")
+    parser.add_argument(
+        "--signals", action="store_true", help="tell torchrun to stop instead of killing"
+    )
     known = parser.parse_args()
     out, name = known.out.resolve(), "signals" if known.signals else "kills"
     aims: Sequence[str] = ("step", "checkpoint", "evaluation") if known.signals else AIMS
     job = Group(demo_job(out).given, steps=12, eval_every=6, processes=known.processes)
     chosen = [aims[number % len(aims)] for number in range(known.kills)]
-    usual, trials = drill(job, out / name, stop_all if known.signals else kill_one, chosen, seed=known.seed, jobs=known.jobs)
+    usual, trials = drill(
+        job,
+        out / name,
+        stop_all if known.signals else kill_one,
+        chosen,
+        seed=known.seed,
+        jobs=known.jobs,
+    )
     wrong = sum(bool(trial.wrong) for trial in trials)
     print(f"{len(trials) - wrong} of {len(trials)} equal")
-    table = {"machine": platform.platform(), "cores": os.cpu_count(), "torch": torch.__version__, "processes": known.processes}
-    found = table | {"seed": known.seed, "usual": usual, "trials": [asdict(trial) for trial in trials]}
+    table = {
+        "machine": platform.platform(),
+        "cores": os.cpu_count(),
+        "torch": torch.__version__,
+        "processes": known.processes,
+    }
+    found = table | {
+        "seed": known.seed,
+        "usual": usual,
+        "trials": [asdict(trial) for trial in trials],
+    }
     write_text(out / f"group-{name}.json", json.dumps(found, indent=1) + "\n")
     return int(wrong > 0)
 

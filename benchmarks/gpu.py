@@ -27,16 +27,18 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from versus_torchscale import Released, import_torchscale
 
-from beit3.data.masking import IGNORE
+from beit3.data.views.masking import IGNORE
 from beit3.model.config import BASE, GIANT, LARGE, TINY, ModelConfig
 from beit3.tasks.pretrain import Pretrain, PretrainConfig
-from beit3.train.parallel import wrap_blocks
+from beit3.training.parallel import wrap_blocks
 
 PEAK = 989e12
 SIZES: dict[str, tuple[ModelConfig, tuple[int, int, int], str]] = {
-    "tiny": (TINY, (4, 2, 4), "none"), "base": (BASE, (128, 64, 128), "none"), "large": (LARGE, (64, 32, 64), "selective"),
+    "tiny": (TINY, (4, 2, 4), "none"),
+    "base": (BASE, (128, 64, 128), "none"),
+    "large": (LARGE, (64, 32, 64), "selective"),
     "giant": (GIANT, (32, 32, 32), "selective"),
-}  # fmt: skip
+}
 """Network; images, texts, pairs of a micro-batch; what the backward pass recomputes."""
 
 
@@ -72,19 +74,31 @@ class TheirPretraining(nn.Module):
 
     def forward(self, batch: dict[str, Tensor]) -> Tensor:
         states = self.network.beit3(
-            textual_tokens=batch.get("text"), visual_tokens=batch.get("image"), vision_masked_position=batch.get("image_mask"),
-        )["encoder_out"]  # fmt: skip
+            textual_tokens=batch.get("text"),
+            visual_tokens=batch.get("image"),
+            vision_masked_position=batch.get("image_mask"),
+        )["encoder_out"]
         found, num_image = [], 0
         if "image" in batch:
             num_image, hidden = 1 + batch["image_mask"].shape[1], batch["image_mask"].bool()
-            found.append((self.mim_head(states[:, 1:num_image][hidden]), batch["image_codes"][hidden]))
+            found.append(
+                (self.mim_head(states[:, 1:num_image][hidden]), batch["image_codes"][hidden])
+            )
         if "text" in batch:
             hidden = batch["text_target"] != IGNORE
-            found.append((self.network.mlm_head(states[:, num_image:][hidden]), batch["text_target"][hidden]))
-        return torch.stack([F.cross_entropy(logits, target, reduction="sum") for logits, target in found]).sum()
+            found.append(
+                (self.network.mlm_head(states[:, num_image:][hidden]), batch["text_target"][hidden])
+            )
+        return torch.stack(
+            [F.cross_entropy(logits, target, reduction="sum") for logits, target in found]
+        ).sum()
 
 
-def step_of(network: nn.Module, loss: Callable[[dict[str, Tensor]], Tensor], batches: Sequence[dict[str, Tensor]]) -> Callable[[], None]:
+def step_of(
+    network: nn.Module,
+    loss: Callable[[dict[str, Tensor]], Tensor],
+    batches: Sequence[dict[str, Tensor]],
+) -> Callable[[], None]:
     """A training step: forward and backward of each micro-batch in bfloat16, AdamW."""
     optimizer = torch.optim.AdamW(network.parameters(), lr=0.0, fused=True)
     device = next(network.parameters()).device
@@ -120,7 +134,9 @@ def shapes(task: Pretrain, batches: Sequence[dict[str, Tensor]]) -> dict[tuple[i
         key = (inputs[0].numel() // inputs[0].shape[-1], module.in_features, module.out_features)
         found[key] = found.get(key, 0) + 1
 
-    hooks = [module.register_forward_hook(note) for module in task.modules() if type(module) is nn.Linear]
+    hooks = [
+        module.register_forward_hook(note) for module in task.modules() if type(module) is nn.Linear
+    ]
     with torch.no_grad():
         for batch in batches:
             task(batch)
@@ -144,24 +160,41 @@ def measure(size: str, device: torch.device, rounds: int) -> dict[str, Any]:
     flops = counter.get_total_flops()
     rate = products_rate(shapes(ours, batches), clock)
     wrap_blocks(ours, recompute=recompute, compiled=device.type == "cuda")  # type: ignore[arg-type]
-    steps = {"ours": step_of(ours, lambda batch: torch.stack(list(ours(batch)["losses"].values())).sum(), batches)}
+    steps = {
+        "ours": step_of(
+            ours, lambda batch: torch.stack(list(ours(batch)["losses"].values())).sum(), batches
+        )
+    }
     forwards = {"ours": lambda: [ours(batch) for batch in batches]}
-    row: dict[str, Any] = {"size": size, "counts": counts, "recompute": recompute, "flops": flops, "product_rate": rate}
+    row: dict[str, Any] = {
+        "size": size,
+        "counts": counts,
+        "recompute": recompute,
+        "flops": flops,
+        "product_rate": rate,
+    }
     for side in ("ours", "theirs"):
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         try:
             if side == "theirs":
                 with torch.device(device):
-                    theirs = TheirPretraining(replace(model, shared_attention=False), config.num_codes).train()
+                    theirs = TheirPretraining(
+                        replace(model, shared_attention=False), config.num_codes
+                    ).train()
                 call = torch.compile(theirs) if device.type == "cuda" else theirs
                 steps["theirs"] = step_of(theirs, call, batches)
                 forwards["theirs"] = lambda call=call: [call(batch) for batch in batches]
             for _ in range(3):
                 steps[side]()
-            row[f"{side}_memory_gb"] = torch.cuda.max_memory_allocated(device) / 1e9 if device.type == "cuda" else None
+            row[f"{side}_memory_gb"] = (
+                torch.cuda.max_memory_allocated(device) / 1e9 if device.type == "cuda" else None
+            )
         except torch.OutOfMemoryError:
-            row[f"{side}_memory_gb"], steps = "out of memory", {name: step for name, step in steps.items() if name != side}
+            row[f"{side}_memory_gb"], steps = (
+                "out of memory",
+                {name: step for name, step in steps.items() if name != side},
+            )
             forwards.pop(side, None)
             torch.cuda.empty_cache()
     times: dict[str, list[float]] = {side: [] for side in steps}
@@ -172,27 +205,43 @@ def measure(size: str, device: torch.device, rounds: int) -> dict[str, Any]:
             with torch.no_grad(), torch.autocast(device.type, torch.bfloat16):
                 passes[side].append(clock(forwards[side]))
     for side in steps:
-        row[f"{side}_step_s"], row[f"{side}_forward_s"] = statistics.median(times[side]), statistics.median(passes[side])
+        row[f"{side}_step_s"], row[f"{side}_forward_s"] = (
+            statistics.median(times[side]),
+            statistics.median(passes[side]),
+        )
     row["utilisation"], row["product_utilisation"] = flops / row["ours_step_s"] / PEAK, rate / PEAK
     with suppress(KeyError):
-        row["ratio"] = statistics.median(there / here for here, there in zip(times["ours"], times["theirs"], strict=True))
+        row["ratio"] = statistics.median(
+            there / here for here, there in zip(times["ours"], times["theirs"], strict=True)
+        )
     return row
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    lines = ["| network | step | torchscale | ratio | utilisation | products alone | memory, GB | torchscale |", "|---" * 8 + "|"]
+    lines = [
+        "| network | step | torchscale | ratio | utilisation | products alone | memory, GB | torchscale |",
+        "|---" * 8 + "|",
+    ]
     for row in rows:
         theirs, ratio = row.get("theirs_step_s"), row.get("ratio")
         cells = [
-            row["size"], f"{row['ours_step_s'] * 1e3:.0f} ms", f"{theirs * 1e3:.0f} ms" if theirs else "", f"{ratio:.2f}" if ratio else "",
-            f"{row['utilisation']:.1%}", f"{row['product_utilisation']:.1%}", str(row["ours_memory_gb"]), str(row.get("theirs_memory_gb")),
-        ]  # fmt: skip
+            row["size"],
+            f"{row['ours_step_s'] * 1e3:.0f} ms",
+            f"{theirs * 1e3:.0f} ms" if theirs else "",
+            f"{ratio:.2f}" if ratio else "",
+            f"{row['utilisation']:.1%}",
+            f"{row['product_utilisation']:.1%}",
+            str(row["ours_memory_gb"]),
+            str(row.get("theirs_memory_gb")),
+        ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--torchscale", required=True, help="folder of `pip install --target`")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--device", default="cuda")

@@ -14,11 +14,11 @@ from pathlib import Path
 
 import torch
 
-from beit3.data.records import write_text
+from beit3.data.stores.records import write_text
 from beit3.recipe import Recipe
 from beit3.tasks.pretrain import Pretrain
 from beit3.tasks.vqkd import VQKD
-from beit3.train.loop import train
+from beit3.training.loop import train
 
 DRY_STEPS = 4
 
@@ -26,7 +26,15 @@ DRY_STEPS = 4
 def dry(recipe: Recipe, device: str) -> Recipe:
     """A few steps of a few records, everything else as it is."""
     batch = {name: max(2, count // 128) for name, count in recipe.data.batch.items()}
-    run = replace(recipe.run, steps=DRY_STEPS, log_every=1, eval_every=0, save_every=2, eval_records=4, device=device)
+    run = replace(
+        recipe.run,
+        steps=DRY_STEPS,
+        log_every=1,
+        eval_every=0,
+        save_every=2,
+        eval_records=4,
+        device=device,
+    )
     return replace(recipe, data=replace(recipe.data, batch=batch, workers=0), run=run)
 
 
@@ -38,11 +46,18 @@ def measured(run: Path) -> dict:
     seconds = sorted(line["seconds"] for line in later)[len(later) // 2]
     total, waiting = (sum(line[name] for line in later) for name in ("seconds", "seconds_waiting"))
     return {
-        "steps": steps[-1]["step"], "records_a_step": steps[-1]["samples"], "seconds_a_step": seconds,
-        "records_a_second": steps[-1]["samples"] / seconds, "share_waiting": waiting / total,
-        "memory_gb": steps[-1]["memory"], "first": losses(steps[0]), "last": losses(steps[-1]),
-        "held_out": {name: value for line in lines for name, value in line.items() if name.startswith("val/")},
-    }  # fmt: skip
+        "steps": steps[-1]["step"],
+        "records_a_step": steps[-1]["samples"],
+        "seconds_a_step": seconds,
+        "records_a_second": steps[-1]["samples"] / seconds,
+        "share_waiting": waiting / total,
+        "memory_gb": steps[-1]["memory"],
+        "first": losses(steps[0]),
+        "last": losses(steps[-1]),
+        "held_out": {
+            name: value for line in lines for name, value in line.items() if name.startswith("val/")
+        },
+    }
 
 
 def losses(line: dict) -> dict:
@@ -54,7 +69,12 @@ def main() -> None:
     parser.add_argument("data", type=Path)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--dry", action="store_true")
-    parser.add_argument("--steps", type=int, default=0, help="steps of pretraining, where less than an hour is at hand")
+    parser.add_argument(
+        "--steps",
+        type=int,
+        default=0,
+        help="steps of pretraining, where less than an hour is at hand",
+    )
     known = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu" and not known.dry:
@@ -67,9 +87,15 @@ def main() -> None:
     root = str(known.data)
     train(replace(codes, data=replace(codes.data, root=root)), VQKD, out=known.out / "codes")
     task = replace(pretrain.task, visual_tokenizer=str(known.out / "codes" / "last"))
-    train(replace(pretrain, task=task, data=replace(pretrain.data, root=root)), Pretrain, out=known.out / "pretrain")
+    train(
+        replace(pretrain, task=task, data=replace(pretrain.data, root=root)),
+        Pretrain,
+        out=known.out / "pretrain",
+    )
     name = torch.cuda.get_device_name() if device == "cuda" else "cpu"
-    found = {"device": name, "dry": known.dry} | {part: measured(known.out / part) for part in ("codes", "pretrain")}
+    found = {"device": name, "dry": known.dry} | {
+        part: measured(known.out / part) for part in ("codes", "pretrain")
+    }
     write_text(known.out / "gpu_hour.json", json.dumps(found, indent=1) + "\n")
     print(json.dumps(found, indent=1))
 

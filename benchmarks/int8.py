@@ -25,18 +25,24 @@ from probe import probe, save
 from torch import Tensor
 from versus_torchscale import LENGTHS, PADDED
 
-from beit3.data.transforms import Preprocessing
+from beit3.data.views.transforms import Preprocessing
 from beit3.model.config import BASE
 from beit3.model.packed import pack
 from beit3.predict import load
 from beit3.quantize import quantize
 from beit3.task import Prediction, Task, trimmed
 from beit3.tasks.retrieval import Retrieval, RetrievalConfig
-from beit3.train.evaluate import predict_sources, score_sources
-from beit3.train.parallel import wrap_blocks
-from beit3.train.root import split_sources
+from beit3.training.evaluate import predict_sources, score_sources
+from beit3.training.parallel import wrap_blocks
+from beit3.training.root import split_sources
 
-FORMS = ALONE, PACKED, COMPILED, HALF, INT8 = "float32", "float32 packed", "float32 compiled", "bfloat16", "int8"
+FORMS = ALONE, PACKED, COMPILED, HALF, INT8 = (
+    "float32",
+    "float32 packed",
+    "float32 compiled",
+    "bfloat16",
+    "int8",
+)
 
 
 def inputs() -> dict[str, dict[str, Tensor]]:
@@ -55,7 +61,11 @@ def inputs() -> dict[str, dict[str, Tensor]]:
 
 def networks() -> tuple[dict[str, Task], float]:
     """Every form of the network, and the seconds that `quantize` took."""
-    plain = Retrieval(RetrievalConfig(model=BASE, image=Preprocessing(224))).eval().requires_grad_(False)
+    plain = (
+        Retrieval(RetrievalConfig(model=BASE, image=Preprocessing(224)))
+        .eval()
+        .requires_grad_(False)
+    )
     plain.init_weights(0)
     compiled, packed = deepcopy(plain), deepcopy(plain)
     wrap_blocks(compiled, compiled=True)
@@ -63,14 +73,23 @@ def networks() -> tuple[dict[str, Task], float]:
     small, start = deepcopy(plain), time.perf_counter()
     quantize(small)
     taken = time.perf_counter() - start
-    return {ALONE: plain, PACKED: packed, COMPILED: compiled, HALF: deepcopy(plain).bfloat16(), INT8: small}, taken
+    return {
+        ALONE: plain,
+        PACKED: packed,
+        COMPILED: compiled,
+        HALF: deepcopy(plain).bfloat16(),
+        INT8: small,
+    }, taken
 
 
 def encode(task: Task, batch: Mapping[str, Tensor]) -> Tensor:
     """Unit features [B, D] of whichever side the batch has."""
     dtype = next(task.parameters()).dtype
     with torch.inference_mode():
-        given: dict[str, Any] = {key: value.to(dtype) if value.is_floating_point() else value for key, value in batch.items()}
+        given: dict[str, Any] = {
+            key: value.to(dtype) if value.is_floating_point() else value
+            for key, value in batch.items()
+        }
         return next(iter(task.outputs(given).values()))
 
 
@@ -85,7 +104,10 @@ def speed(forms: Mapping[str, Task], batch: Mapping[str, Tensor], rounds: int) -
     """Times of every form in interleaved rounds, ratios to float32 in the same round, and cosines with its features."""
     first = {name: timed(partial(encode, task, batch))[0] for name, task in forms.items()}
     exact = encode(forms[ALONE], batch)
-    cosines = {name: float((encode(task, batch).float() * exact).sum(1).min()) for name, task in forms.items()}
+    cosines = {
+        name: float((encode(task, batch).float() * exact).sum(1).min())
+        for name, task in forms.items()
+    }
     rates: list[float] = []
     taken: dict[str, list[tuple[float, float]]] = {name: [] for name in forms}
     for _ in range(rounds):
@@ -96,10 +118,16 @@ def speed(forms: Mapping[str, Task], batch: Mapping[str, Tensor], rounds: int) -
     for name, times in taken.items():
         clock, processor = zip(*times, strict=True)
         row[name] = {
-            "ms": spread([1e3 * value for value in clock]), "first_call_s": round(first[name], 1), "cosine": round(cosines[name], 5),
-            "times_faster": spread([theirs[0] / own for theirs, own in zip(taken[ALONE], clock, strict=True)]),
-            "times_less_processor": spread([theirs[1] / own for theirs, own in zip(taken[ALONE], processor, strict=True)]),
-        }  # fmt: skip
+            "ms": spread([1e3 * value for value in clock]),
+            "first_call_s": round(first[name], 1),
+            "cosine": round(cosines[name], 5),
+            "times_faster": spread(
+                [theirs[0] / own for theirs, own in zip(taken[ALONE], clock, strict=True)]
+            ),
+            "times_less_processor": spread(
+                [theirs[1] / own for theirs, own in zip(taken[ALONE], processor, strict=True)]
+            ),
+        }
     return row
 
 
@@ -118,45 +146,72 @@ def scores(given: str, split: str) -> dict[str, Any]:
     pairs = [pair for name in exact for pair in zip(exact[name][0], close[name][0], strict=True)]
     before, after = (score_sources(type(task), found) for found in (exact, close))
     table = {key: [round(100 * before[key], 2), round(100 * after[key], 2)] for key in before}
-    return {"weights": weights, "records": len(pairs), "float32 and int8, %": table, "cosine": cosines(pairs)}
+    return {
+        "weights": weights,
+        "records": len(pairs),
+        "float32 and int8, %": table,
+        "cosine": cosines(pairs),
+    }
 
 
 def cosines(pairs: list[tuple[Prediction, Prediction]]) -> dict[str, list[float]]:
     """[mean, lowest] of each kind of feature."""
     found = {}
     for side in ("image", "texts"):
-        each = [(np.atleast_2d(one[side]) * np.atleast_2d(other[side])).sum(1) for one, other in pairs if side in one]
+        each = [
+            (np.atleast_2d(one[side]) * np.atleast_2d(other[side])).sum(1)
+            for one, other in pairs
+            if side in one
+        ]
         if each:
-            found[side] = [round(float(value), 5) for value in (np.concatenate(each).mean(), np.concatenate(each).min())]
+            found[side] = [
+                round(float(value), 5)
+                for value in (np.concatenate(each).mean(), np.concatenate(each).min())
+            ]
     return found
 
 
 def table(found: Mapping[str, Any]) -> str:
     """Medians (lowest to highest) over the rounds, and the scores."""
-    lines = ["| input | form | ms | times faster | times less processor time | lowest cosine |", "|---" * 6 + "|"]
+    lines = [
+        "| input | form | ms | times faster | times less processor time | lowest cosine |",
+        "|---" * 6 + "|",
+    ]
     for case, row in found.get("speed", {}).items():
         for name in FORMS:
-            cells = ("{} ({} to {})".format(*row[name][key]) for key in ("ms", "times_faster", "times_less_processor"))
+            cells = (
+                "{} ({} to {})".format(*row[name][key])
+                for key in ("ms", "times_faster", "times_less_processor")
+            )
             lines.append(f"| {case} | {name} | {' | '.join(cells)} | {row[name]['cosine']} |")
     if found["scores"]:
         lines += ["", "| weights | records | score | float32 | int8 |", "|---" * 5 + "|"]
     for row in found["scores"]:
         for key, (before, after) in row["float32 and int8, %"].items():
-            lines.append(f"| {'/'.join(Path(row['weights']).parts[-2:])} | {row['records']} | {key} | {before} % | {after} % |")
+            lines.append(
+                f"| {'/'.join(Path(row['weights']).parts[-2:])} | {row['records']} | {key} | {before} % | {after} % |"
+            )
     return "\n".join(lines)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--json", type=Path, required=True, help="the figures go here")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--score", nargs="*", default=[], metavar="WEIGHTS[=ROOT]")
     parser.add_argument("--split", default="val")
     given = parser.parse_args()
-    found: dict[str, Any] = {"torchao": version("torchao"), "scores": [scores(each, given.split) for each in given.score]}
+    found: dict[str, Any] = {
+        "torchao": version("torchao"),
+        "scores": [scores(each, given.split) for each in given.score],
+    }
     if given.rounds:
         forms, found["quantize_s"] = networks()
-        found["speed"] = {case: speed(forms, batch, given.rounds) for case, batch in inputs().items()}
+        found["speed"] = {
+            case: speed(forms, batch, given.rounds) for case, batch in inputs().items()
+        }
     print(table(found))
     save(given.json, table(found), found)
 

@@ -25,14 +25,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for a call by pa
 
 from beit3.ops.collectives import all_gather_objects, rank
 from beit3.plan.devices import Device
+from beit3.plan.dummy_inputs import built, example
 from beit3.plan.estimate import Estimate, shallow
-from beit3.plan.standin import built, example
 from beit3.recipe import Recipe
 from beit3.task import Task, load
-from beit3.train.launch import start
-from beit3.train.optim import make_optimizer
-from beit3.train.parallel import autocast, materialise
-from beit3.train.step import backward, sum_targets
+from beit3.training.launch import start
+from beit3.training.optim import make_optimizer
+from beit3.training.parallel import autocast, materialise
+from beit3.training.step import backward, sum_targets
 
 MIB = 2**20
 CPU = torch.device("cpu")
@@ -55,21 +55,39 @@ class Case:
 
 
 CASES = (
-    Case("pretrain", "demo", 32), Case("pretrain", "laptop", 16), Case("pretrain", "laptop", 16, checkpointing="full"),
+    Case("pretrain", "demo", 32),
+    Case("pretrain", "laptop", 16),
+    Case("pretrain", "laptop", 16, checkpointing="full"),
     Case("pretrain", "laptop", 16, checkpointing="selective"),
-    Case("vqkd", "laptop", 64), Case("vqa", "laptop", 32), Case("captioning", "laptop", 32, pieces=2), Case("nlvr2", "laptop", 16),
-    Case("retrieval", "laptop", 32), Case("retrieval", "laptop", 32, pieces=2), Case("imagenet", "laptop", 64),
-    Case("imagenet", "base_224", 2), Case("vqa", "base_480", 1), Case("pretrain", "laptop", 8, processes=2),
-    Case("vqa", "laptop", 32, processes=2), Case("imagenet", "base_224", 1, processes=2),
-    Case("coco", "demo", 16), Case("coco", "laptop", 4), Case("coco", "laptop", 4, checkpointing="full"),
-    Case("ade20k", "demo", 8), Case("ade20k", "laptop", 4), Case("ade20k", "laptop", 4, checkpointing="full", parts=True),
-)  # fmt: skip
+    Case("vqkd", "laptop", 64),
+    Case("vqa", "laptop", 32),
+    Case("captioning", "laptop", 32, pieces=2),
+    Case("nlvr2", "laptop", 16),
+    Case("retrieval", "laptop", 32),
+    Case("retrieval", "laptop", 32, pieces=2),
+    Case("imagenet", "laptop", 64),
+    Case("imagenet", "base_224", 2),
+    Case("vqa", "base_480", 1),
+    Case("pretrain", "laptop", 8, processes=2),
+    Case("vqa", "laptop", 32, processes=2),
+    Case("imagenet", "base_224", 1, processes=2),
+    Case("coco", "demo", 16),
+    Case("coco", "laptop", 4),
+    Case("coco", "laptop", 4, checkpointing="full"),
+    Case("ade20k", "demo", 8),
+    Case("ade20k", "laptop", 4),
+    Case("ade20k", "laptop", 4, checkpointing="full", parts=True),
+)
 
 
 def named(case: Case) -> str:
     """As the table calls it."""
     name = f"{case.task} {case.recipe}, {case.pieces} x {case.micro_batch}"
-    name += f", {case.checkpointing}" + " with its parts" * case.parts if case.checkpointing != "none" else ""
+    name += (
+        f", {case.checkpointing}" + " with its parts" * case.parts
+        if case.checkpointing != "none"
+        else ""
+    )
     return name + (f", {case.processes} processes" if case.processes > 1 else "")
 
 
@@ -77,23 +95,51 @@ def recipe_of(case: Case) -> Recipe:
     """The recipe with the case's batch, on a processor."""
     recipe = load(case.task).recipes[case.recipe]
     batch = {name: case.micro_batch * case.pieces * case.processes for name in recipe.data.batch}
-    run = replace(recipe.run, micro_batch=case.micro_batch, checkpointing=case.checkpointing, device="cpu", precision="float32")
+    run = replace(
+        recipe.run,
+        micro_batch=case.micro_batch,
+        checkpointing=case.checkpointing,
+        device="cpu",
+        precision="float32",
+    )
     task: Any = recipe.task
     if case.parts:
-        task = replace(task, adapter=replace(task.adapter, recompute=True), head=replace(task.head, checkpointing=True))
+        task = replace(
+            task,
+            adapter=replace(task.adapter, recompute=True),
+            head=replace(task.head, checkpointing=True),
+        )
     return replace(recipe, task=task, data=replace(recipe.data, batch=batch), run=run)
 
 
 def estimated(case: Case) -> float:
     """Bytes."""
-    return Estimate(load(case.task), recipe_of(case), PROCESSOR, case.processes).memory(case.micro_batch).total
+    return (
+        Estimate(load(case.task), recipe_of(case), PROCESSOR, case.processes)
+        .memory(case.micro_batch)
+        .total
+    )
 
 
 def measured(case: Case, *, returned: bool = True) -> float:
     """Bytes of the process that takes most."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(case.processes)] if case.processes > 1 else []
-    command = [sys.executable, *launcher, str(Path(__file__).resolve()), "--measure", json.dumps(asdict(case))]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""} | (RETURNED if returned else {})
+    launcher = (
+        ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(case.processes)]
+        if case.processes > 1
+        else []
+    )
+    command = [
+        sys.executable,
+        *launcher,
+        str(Path(__file__).resolve()),
+        "--measure",
+        json.dumps(asdict(case)),
+    ]
+    environment = (
+        os.environ
+        | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        | (RETURNED if returned else {})
+    )
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode:
         raise RuntimeError(f"{case}: {done.stderr[:3000]}")
@@ -107,7 +153,12 @@ def measure(case: Case) -> None:
     model: Any = recipe.task.model
     fused = {"fusion_layers": 0} if hasattr(model, "fusion_layers") else {}
     small = replace(model, dim=32, depth=shallow(recipe.task), num_heads=2, ffn_dim=64, **fused)
-    steps(kind, replace(recipe, task=replace(recipe.task, model=small)), Case(case.task, case.recipe, 1, case.pieces), 1)
+    steps(
+        kind,
+        replace(recipe, task=replace(recipe.task, model=small)),
+        Case(case.task, case.recipe, 1, case.pieces),
+        1,
+    )
     before = status("VmRSS")
     steps(kind, recipe, case, 2)
     found = max(all_gather_objects(status("VmHWM") - before))
@@ -121,7 +172,11 @@ def steps(kind: type[Task], recipe: Recipe, case: Case, count: int) -> None:
     materialise(task, CPU, 0)
     optimizer = make_optimizer(task, recipe.optim)
     sources = [name for name in kind.sources if recipe.data.batch.get(name)]
-    batches = [task.collate([example(task, name)] * case.micro_batch) for name in sources for _ in range(case.pieces)]
+    batches = [
+        task.collate([example(task, name)] * case.micro_batch)
+        for name in sources
+        for _ in range(case.pieces)
+    ]
     micro_batches = [batch | {"step": 0, "steps": 1} for batch in batches]
     for _ in range(count):
         backward(task, micro_batches, sum_targets(task, micro_batches), autocast(recipe.run, CPU))
@@ -137,7 +192,9 @@ def status(field: str) -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--json", type=Path)
     parser.add_argument("--only", default="", help="cases whose name holds this")
     parser.add_argument("--measure", default="", help=argparse.SUPPRESS)
@@ -147,11 +204,17 @@ def main() -> None:
         return
     lines, rows = ["| step | estimate | returned | ratio | usual |", "|---" * 5 + "|"], []
     for case in (each for each in CASES if known.only in named(each)):
-        figures = {"estimate": estimated(case), "returned": measured(case), "usual": measured(case, returned=False)}
+        figures = {
+            "estimate": estimated(case),
+            "returned": measured(case),
+            "usual": measured(case, returned=False),
+        }
         rows.append(asdict(case) | figures)
         mib = {key: f"{value / MIB:.0f} MiB" for key, value in figures.items()}
         ratio = f"{figures['estimate'] / figures['returned']:.2f}"
-        lines.append(f"| {named(case)} | {mib['estimate']} | {mib['returned']} | {ratio} | {mib['usual']} |")
+        lines.append(
+            f"| {named(case)} | {mib['estimate']} | {mib['returned']} | {ratio} | {mib['usual']} |"
+        )
         print(lines[-1], flush=True)
     if known.json:
         from probe import save  # beside this program; a test imports it as part of a package

@@ -16,12 +16,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from beit3.data.records import write_text
+from beit3.data.stores.records import write_text
 from beit3.demo.probes import BATCH, frequency_guess, nearest_patch_guess
 from beit3.recipe import Recipe
 from beit3.tasks.pretrain import IGNORE, Pretrain, PretrainConfig
-from beit3.train.evaluate import batches, evaluate
-from beit3.train.loop import open_source
+from beit3.training.evaluate import batches, evaluate
+from beit3.training.loop import open_source
 from beit3.weights import store
 
 OTHERS = 5
@@ -35,18 +35,26 @@ def figures(run: Path) -> dict:
     """All figures of a run of `pretrain` over images, texts and pairs."""
     task = store.load(run / "last")
     assert isinstance(task, Pretrain)
-    recipe = Recipe.from_dict(json.loads((run / "recipe.json").read_text())["recipe"], PretrainConfig)
+    recipe = Recipe.from_dict(
+        json.loads((run / "recipe.json").read_text())["recipe"], PretrainConfig
+    )
     root = Path(recipe.data.root)
-    train, held_out = ({n: open_source(root, Pretrain, n, recipe, split) for n in Pretrain.sources} for split in ("train", "val"))
+    train, held_out = (
+        {n: open_source(root, Pretrain, n, recipe, split) for n in Pretrain.sources}
+        for split in ("train", "val")
+    )
     scores = evaluate(task.eval(), held_out, batch_size=BATCH)
     return {
-        "image_loss": scores["images/image_loss"], "image_accuracy": scores["images/image_accuracy"],
+        "image_loss": scores["images/image_loss"],
+        "image_accuracy": scores["images/image_accuracy"],
         "nearest_patch": nearest_patch_guess(task, train["images"], held_out["images"]),
-        "text_loss": scores["texts/text_loss"], "text_accuracy": scores["texts/text_accuracy"],
+        "text_loss": scores["texts/text_loss"],
+        "text_accuracy": scores["texts/text_accuracy"],
         "frequency": frequency_guess(task, train["texts"], held_out["texts"]),
         "pair_frequency": frequency_guess(task, train["pairs"], held_out["pairs"]),
-        "pair_accuracy": scores["pairs/text_accuracy"], **paired(task, list(held_out["pairs"])),
-    }  # fmt: skip
+        "pair_accuracy": scores["pairs/text_accuracy"],
+        **paired(task, list(held_out["pairs"])),
+    }
 
 
 @torch.no_grad()
@@ -55,12 +63,16 @@ def paired(task: Pretrain, records: list[dict]) -> dict:
     pictures = sorted({record["image"] for record in records})
     place = {picture: index for index, picture in enumerate(pictures)}
     pixels = task.collate([task.example({"id": p, "image": p}, False) for p in pictures])["image"]
-    sums = np.zeros((len(pictures), 1 + OTHERS))  # summed loss per picture: its own, then the others
+    sums = np.zeros(
+        (len(pictures), 1 + OTHERS)
+    )  # summed loss per picture: its own, then the others
     counts = np.zeros(len(pictures))
     words: dict[int, list[float]] = defaultdict(list)
     at = 0
     for batch in batches(task, records, BATCH):
-        own = torch.tensor([place[record["image"]] for record in records[at : at + len(batch["id"])]])
+        own = torch.tensor(
+            [place[record["image"]] for record in records[at : at + len(batch["id"])]]
+        )
         at += len(own)
         hidden = batch["text_target"] != IGNORE
         targets, rows = batch["text_target"][hidden], own[hidden.nonzero()[:, 0]]
@@ -76,27 +88,72 @@ def paired(task: Pretrain, records: list[dict]) -> dict:
             words[token].append(row[1:].mean() - row[0])
     gains = (sums[:, 1:].mean(1) - sums[:, 0]) / counts  # per picture
     draws = np.random.default_rng(0).integers(0, len(gains), (2000, len(gains)))
-    resampled = (sums[draws][:, :, 1:].mean(2).sum(1) - sums[draws][:, :, 0].sum(1)) / counts[draws].sum(1)
-    best = sorted((w for w in words if len(words[w]) >= SEEN), key=lambda w: -np.mean(words[w]))[:WORDS]
+    resampled = (sums[draws][:, :, 1:].mean(2).sum(1) - sums[draws][:, :, 0].sum(1)) / counts[
+        draws
+    ].sum(1)
+    best = sorted((w for w in words if len(words[w]) >= SEEN), key=lambda w: -np.mean(words[w]))[
+        :WORDS
+    ]
     return {
-        "text_right": sums[:, 0].sum() / counts.sum(), "text_wrong": sums[:, 1:].mean(1).sum() / counts.sum(),
-        "gain": float(resampled.mean()), "gain_interval": np.quantile(resampled, (0.025, 0.975)).tolist(),
-        "pictures_that_gain": float((gains > 0).mean()), "pictures": len(pictures), "captions": len(records),
-        "words": [{"word": task.tokenizer.word(w).strip(), "seen": len(words[w]), "gain": float(np.mean(words[w]))} for w in best],
-    }  # fmt: skip
+        "text_right": sums[:, 0].sum() / counts.sum(),
+        "text_wrong": sums[:, 1:].mean(1).sum() / counts.sum(),
+        "gain": float(resampled.mean()),
+        "gain_interval": np.quantile(resampled, (0.025, 0.975)).tolist(),
+        "pictures_that_gain": float((gains > 0).mean()),
+        "pictures": len(pictures),
+        "captions": len(records),
+        "words": [
+            {
+                "word": task.tokenizer.word(w).strip(),
+                "seen": len(words[w]),
+                "gain": float(np.mean(words[w])),
+            }
+            for w in best
+        ],
+    }
 
 
 def table(found: dict) -> str:
     low, high = found["gain_interval"]
     rows = [
-        ("hidden patches: loss (nats)", f"{found['image_loss']:.3f}", f"{found['nearest_patch']:.3f} from the nearest visible patch"),
-        ("hidden tokens of texts: loss (nats)", f"{found['text_loss']:.3f}", f"{found['frequency']:.3f} from token frequency"),
-        ("hidden tokens of captions: loss (nats)", f"{found['text_right']:.3f}", f"{found['pair_frequency']:.3f} from token frequency"),
-        ("the same with another's picture", f"{found['text_wrong']:.3f}", f"{found['gain']:.3f} more (95 %: {low:.3f} to {high:.3f})"),
-        ("pictures whose captions gain from it", f"{found['pictures_that_gain']:.0%}", f"of {found['pictures']}; 50 % by chance"),
-        ("words that gain most (nats)", ", ".join(f"{w['word']} {w['gain']:.2f}" for w in found["words"]), f"hidden {SEEN} times or more"),
+        (
+            "hidden patches: loss (nats)",
+            f"{found['image_loss']:.3f}",
+            f"{found['nearest_patch']:.3f} from the nearest visible patch",
+        ),
+        (
+            "hidden tokens of texts: loss (nats)",
+            f"{found['text_loss']:.3f}",
+            f"{found['frequency']:.3f} from token frequency",
+        ),
+        (
+            "hidden tokens of captions: loss (nats)",
+            f"{found['text_right']:.3f}",
+            f"{found['pair_frequency']:.3f} from token frequency",
+        ),
+        (
+            "the same with another's picture",
+            f"{found['text_wrong']:.3f}",
+            f"{found['gain']:.3f} more (95 %: {low:.3f} to {high:.3f})",
+        ),
+        (
+            "pictures whose captions gain from it",
+            f"{found['pictures_that_gain']:.0%}",
+            f"of {found['pictures']}; 50 % by chance",
+        ),
+        (
+            "words that gain most (nats)",
+            ", ".join(f"{w['word']} {w['gain']:.2f}" for w in found["words"]),
+            f"hidden {SEEN} times or more",
+        ),
     ]
-    return "\n".join(["| what | measured | beside |", "|---|---|---|", *(f"| {' | '.join(row)} |" for row in rows)])
+    return "\n".join(
+        [
+            "| what | measured | beside |",
+            "|---|---|---|",
+            *(f"| {' | '.join(row)} |" for row in rows),
+        ]
+    )
 
 
 if __name__ == "__main__":

@@ -20,11 +20,11 @@ import torch
 from probe import peak_memory, probe, save, seconds
 from torch import Tensor, nn
 
-from beit3.data.masking import IGNORE
+from beit3.data.views.masking import IGNORE
 from beit3.model.config import BASE, TINY, ModelConfig
 from beit3.ops.losses import LOGITS, cross_entropies, over_vocabulary
 from beit3.tasks.pretrain import Pretrain, PretrainConfig
-from beit3.train.parallel import wrap_blocks
+from beit3.training.parallel import wrap_blocks
 
 PREDICTIONS = (512, 1024, 2048, 4096, 8192)
 SETTINGS = ("none", "selective", "full")
@@ -50,11 +50,18 @@ def micro_batches(task: Pretrain, images: int, texts: int, pairs: int) -> list[d
     def image(count: int) -> dict[str, Tensor]:
         hidden = torch.arange(model.num_patches) < int(config.image_mask_rate * model.num_patches)
         codes = torch.randint(0, config.num_codes, (count, model.num_patches))
-        return {"image": torch.randn(count, 3, side, side), "image_mask": hidden.expand(count, -1), "image_codes": codes}
+        return {
+            "image": torch.randn(count, 3, side, side),
+            "image_mask": hidden.expand(count, -1),
+            "image_codes": codes,
+        }
 
     def text(count: int, length: int, rate: float) -> dict[str, Tensor]:
         ids = torch.randint(4, model.vocab_size, (count, length))
-        return {"text": ids, "text_target": ids.masked_fill(torch.rand(count, length) > rate, IGNORE)}
+        return {
+            "text": ids,
+            "text_target": ids.masked_fill(torch.rand(count, length) > rate, IGNORE),
+        }
 
     length = min(config.monomodal_text_length, model.max_text_length)
     both = image(pairs) | text(pairs, config.text_length, config.pair_text_mask_rate)
@@ -97,39 +104,62 @@ def step_times(size: str, counts: tuple[int, int, int], rounds: int) -> dict[str
         for setting, step in steps.items():
             rates.append(probe())
             times[setting].append(seconds(step))
-    ratios = {setting: statistics.median(t / n for t, n in zip(times[setting], times["none"], strict=True)) for setting in SETTINGS}
+    ratios = {
+        setting: statistics.median(
+            t / n for t, n in zip(times[setting], times["none"], strict=True)
+        )
+        for setting in SETTINGS
+    }
     return {"seconds": times, "ratio": ratios, "probe": rates}
 
 
 def alone(*arguments: object) -> float:
     """A measurement of memory in a process of its own."""
     command = [sys.executable, __file__, "--one", *map(str, arguments)]
-    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)["mb"]
+    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)[
+        "mb"
+    ]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--json", type=Path)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--size", choices=SIZES, default="base")
-    parser.add_argument("--counts", type=int, nargs=3, default=(4, 1, 4), help="images, texts, pairs")
+    parser.add_argument(
+        "--counts", type=int, nargs=3, default=(4, 1, 4), help="images, texts, pairs"
+    )
     parser.add_argument("--one", nargs="+", help=argparse.SUPPRESS)
     options = parser.parse_args()
     counts = tuple(options.counts)
     if options.one:
         kind, first, second = options.one[:3]
-        found = head_memory(int(first), int(second)) if kind == "head" else step_memory(first, second, tuple(map(int, options.one[3:])))
+        found = (
+            head_memory(int(first), int(second))
+            if kind == "head"
+            else step_memory(first, second, tuple(map(int, options.one[3:])))
+        )
         print(json.dumps(found))
         return
-    head = {count: {"at once": alone("head", count, 1 << 40), "in pieces": alone("head", count, LOGITS)} for count in PREDICTIONS}
+    head = {
+        count: {"at once": alone("head", count, 1 << 40), "in pieces": alone("head", count, LOGITS)}
+        for count in PREDICTIONS
+    }
     lines = ["| predictions of 64,010 words | all logits at once | in pieces |", "|---|---|---|"]
-    lines += [f"| {count} | {found['at once']:.0f} MB | {found['in pieces']:.0f} MB |" for count, found in head.items()]
+    lines += [
+        f"| {count} | {found['at once']:.0f} MB | {found['in pieces']:.0f} MB |"
+        for count, found in head.items()
+    ]
     memory = {setting: alone("step", options.size, setting, *counts) for setting in SETTINGS}
     times = step_times(options.size, counts, options.rounds)
     lines += ["", "| run.checkpointing | peak memory | time beside none |", "|---|---|---|"]
     for setting in SETTINGS:
         median = statistics.median(times["seconds"][setting])
-        lines.append(f"| {setting} | {memory[setting]:.0f} MB | {times['ratio'][setting]:.2f} ({median:.2f} s) |")
+        lines.append(
+            f"| {setting} | {memory[setting]:.0f} MB | {times['ratio'][setting]:.2f} ({median:.2f} s) |"
+        )
     print("\n".join(lines))
     if options.json:
         save(options.json, "\n".join(lines), {"head": head, "memory": memory, **times})

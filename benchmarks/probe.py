@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from beit3.data.records import write_text
+from beit3.data.stores.records import write_text
 
 
 def probe(size: int = 1536) -> float:
@@ -42,7 +42,13 @@ def save(path: Path, table: str, figures: Any) -> None:
     """
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
     commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
-    found = {"table": table.strip(), "machine": machine(), "date": f"{date.today()}", "commit": commit, "figures": figures}
+    found = {
+        "table": table.strip(),
+        "machine": machine(),
+        "date": f"{date.today()}",
+        "commit": commit,
+        "figures": figures,
+    }
     write_text(path, json.dumps(found, indent=1) + "\n")
 
 

@@ -14,13 +14,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from beit3.data.records import write_text
+from beit3.data.stores.records import write_text
 from beit3.demo.comparison import markdown, row, side_by_side, spread
 from beit3.demo.tour import with_tokenizer
 from beit3.recipe import Recipe
 from beit3.task import load
 from beit3.tokenizer.text import TextTokenizer, texts_of
-from beit3.train.loop import train
+from beit3.training.loop import train
 from beit3.weights.store import is_weights
 
 VOCABULARY = 8000
@@ -42,14 +42,18 @@ class Row:
 
 ROWS = {
     "retrieval": Row(
-        "Flickr8k retrieval, mean recall", "retrieval", "flickr8k_mini", score="mean_recall", seeds=(0, 1, 2),
+        "Flickr8k retrieval, mean recall",
+        "retrieval",
+        "flickr8k_mini",
+        score="mean_recall",
+        seeds=(0, 1, 2),
         sides=("scratch", "pretrained", "contrastive"),
     ),
     "captioning": Row("Flickr8k captions, CIDEr", "captioning", "flickr8k_mini", score="cider"),
     "daquar": Row("DAQUAR answers", "vqa", "daquar_train", seeds=(0, 1, 2)),
     "nlvr1": Row("NLVR1 statements", "nlvr2", "nlvr1_dev"),
     "cifar10": Row("CIFAR-10 by names", "imagenet", "cifar10_mini", recipe="laptop_names"),
-}  # fmt: skip
+}
 STEPS = {"daquar": 600}
 """Where the recipe's own number is not the one that is compared."""
 
@@ -71,7 +75,11 @@ def pretrained(data: Path, out: Path, init: str) -> Path:
         TextTokenizer.train(texts, vocab_size=VOCABULARY).save(root / "text.model")
     pretrain.prepare(data / "text_corpus", root, "texts")
     train(at(vqkd.recipes["laptop"], root), vqkd, out=out / "codes")
-    train(with_tokenizer(at(pretrain.recipes["laptop"], root), out / "codes" / "last"), pretrain, out=out / "laptop")
+    train(
+        with_tokenizer(at(pretrain.recipes["laptop"], root), out / "codes" / "last"),
+        pretrain,
+        out=out / "laptop",
+    )
     return weights
 
 
@@ -81,7 +89,9 @@ def contrastive(data: Path, out: Path, weights: Path) -> Path:
     if not (root / "pretrain" / "pairs").exists():
         load("pretrain").prepare(data / "flickr8k_mini", root, "pairs")
     shutil.copyfile(weights / "text.model", root / "text.model")
-    train(at(retrieval.recipes["laptop_itc"], root), retrieval, out=out / "contrastive", init=weights)
+    train(
+        at(retrieval.recipes["laptop_itc"], root), retrieval, out=out / "contrastive", init=weights
+    )
     return out / "contrastive" / "last"
 
 
@@ -137,7 +147,12 @@ def main() -> None:
         prepare(known.data, known.out, name, weights)
     if "retrieval" in known.only:
         starts["contrastive"] = str(contrastive(known.data, known.out, weights))
-    jobs = [(name, side, seed) for name in known.only for seed in ROWS[name].seeds for side in ROWS[name].sides]
+    jobs = [
+        (name, side, seed)
+        for name in known.only
+        for seed in ROWS[name].seeds
+        for side in ROWS[name].sides
+    ]
     scores = side_by_side([(tune, (known.out, *job, starts[job[1]])) for job in jobs])
     found: dict[str, dict[str, list[dict]]] = {}
     for (name, side, _), score in zip(jobs, scores, strict=True):

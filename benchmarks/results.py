@@ -1,13 +1,13 @@
 """Put the tables of the JSON files beside it into RESULTS.md, each between its marks.
 
-    python benchmarks/results.py
+python benchmarks/results.py
 """
 
 import json
 import re
 from pathlib import Path
 
-from beit3.data.records import write_text
+from beit3.data.stores.records import write_text
 
 HERE = Path(__file__).parent
 MARKS = re.compile(r"(<!-- from (\S+\.json) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -16,12 +16,17 @@ MARKS = re.compile(r"(<!-- from (\S+\.json) -->\n).*?(<!-- end -->)", re.DOTALL)
 def rendered(path: Path) -> str:
     """The table of one file and what it was measured on."""
     found = json.loads(path.read_text())
-    return f"\n{found['table']}\n\n{found['date']}, commit {found['commit']}, {found['machine']}.\n\n"
+    return (
+        f"\n{found['table']}\n\n{found['date']}, commit {found['commit']}, {found['machine']}.\n\n"
+    )
 
 
 def main() -> None:
     page = HERE / "RESULTS.md"
-    write_text(page, MARKS.sub(lambda match: match[1] + rendered(HERE / match[2]) + match[3], page.read_text()))
+    write_text(
+        page,
+        MARKS.sub(lambda match: match[1] + rendered(HERE / match[2]) + match[3], page.read_text()),
+    )
 
 
 if __name__ == "__main__":

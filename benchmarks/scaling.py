@@ -22,15 +22,15 @@ import torch
 from pretrain_step import micro_batches
 from probe import peak_memory, probe, save, seconds
 
-from beit3.data.transforms import Preprocessing
+from beit3.data.views.transforms import Preprocessing
 from beit3.model.config import MEDIUM, SMALL
 from beit3.ops.collectives import rank, world_size
 from beit3.recipe import OptimConfig, RunConfig
 from beit3.tasks.pretrain import Pretrain, PretrainConfig
-from beit3.train.launch import start
-from beit3.train.optim import make_optimizer
-from beit3.train.parallel import autocast, build, materialise
-from beit3.train.step import backward, sum_targets
+from beit3.training.launch import start
+from beit3.training.optim import make_optimizer
+from beit3.training.parallel import autocast, build, materialise
+from beit3.training.step import backward, sum_targets
 
 COUNTS = (8, 1, 16)
 SIZES = {"small": (SMALL, COUNTS), "medium": (MEDIUM, (1, 1, 1))}
@@ -44,7 +44,13 @@ def work(steps: int, size: str) -> None:
     run, (model, counts) = RunConfig(), SIZES[size]
     device = start(run)
     torch.set_num_threads(1)
-    config = PretrainConfig(model=model, image=Preprocessing(model.image_size), num_codes=256, token_size=112, text_length=32)
+    config = PretrainConfig(
+        model=model,
+        image=Preprocessing(model.image_size),
+        num_codes=256,
+        token_size=112,
+        text_length=32,
+    )
     before = peak_memory()
     task = build(Pretrain, config, None, run, device)
     materialise(task, device, 0)
@@ -60,9 +66,16 @@ def work(steps: int, size: str) -> None:
 
     step()
     times = [seconds(step) for _ in range(steps)]
-    states = sum(value.to_local().nbytes if hasattr(value, "to_local") else value.nbytes
-                 for state in optimizer.state.values() for value in state.values())  # fmt: skip
-    found = {"seconds": statistics.median(times), "peak": peak_memory() - before, "optimizer": states}
+    states = sum(
+        value.to_local().nbytes if hasattr(value, "to_local") else value.nbytes
+        for state in optimizer.state.values()
+        for value in state.values()
+    )
+    found = {
+        "seconds": statistics.median(times),
+        "peak": peak_memory() - before,
+        "optimizer": states,
+    }
     if rank() == 0 or world_size() == 1:
         print(json.dumps(found), flush=True)
 
@@ -71,11 +84,21 @@ def run_form(form: str, steps: int, size: str = "small") -> dict[str, Any]:
     """Start the processes of a form and read what they found: seconds of the slowest, memory of the first."""
     count = FORMS[form]
     alone = [sys.executable, __file__, "--steps", str(steps), "--work", size]
-    grouped = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count), *alone[1:]]
+    grouped = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        str(count),
+        *alone[1:],
+    ]
     commands = [grouped] if "together" in form else [alone] * count
     environment = os.environ | (RETURNED if size == "medium" else {})
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    running = [subprocess.Popen(command, text=True, env=environment, **pipes) for command in commands]
+    running = [
+        subprocess.Popen(command, text=True, env=environment, **pipes) for command in commands
+    ]
     found = []
     for process in running:
         printed, errors = process.communicate()
@@ -86,29 +109,46 @@ def run_form(form: str, steps: int, size: str = "small") -> dict[str, Any]:
 
 
 def table(found: dict[str, list[dict[str, Any]]]) -> str:
-    middle = {form: {key: statistics.median(run[key] for run in runs) for key in runs[0]} for form, runs in found.items()}
+    middle = {
+        form: {key: statistics.median(run[key] for run in runs) for key in runs[0]}
+        for form, runs in found.items()
+    }
     one = middle["one"]["seconds"]
-    lines = ["| processes | a step | records a second | beside one | peak of each | its optimizer |", "|---" * 6 + "|"]
+    lines = [
+        "| processes | a step | records a second | beside one | peak of each | its optimizer |",
+        "|---" * 6 + "|",
+    ]
     for form, each in middle.items():
         rate = FORMS[form] * sum(COUNTS) / each["seconds"]
         lines.append(
             f"| {form} | {each['seconds']:.2f} s | {rate:.0f} | {FORMS[form] * one / each['seconds']:.2f} "
             f"| {each['peak'] / 1e6:.0f} MB | {each['optimizer'] / 1e6:.0f} MB |"
         )
-    shares = [1 - apart["seconds"] / both["seconds"] for apart, both in zip(found["apart"], found["together"], strict=True)]
-    lines += ["", f"Communication of two: {statistics.median(shares):.0%} of a step ({min(shares):.0%} to {max(shares):.0%} over rounds)."]
+    shares = [
+        1 - apart["seconds"] / both["seconds"]
+        for apart, both in zip(found["apart"], found["together"], strict=True)
+    ]
+    lines += [
+        "",
+        f"Communication of two: {statistics.median(shares):.0%} of a step ({min(shares):.0%} to {max(shares):.0%} over rounds).",
+    ]
     return "\n".join(lines)
 
 
 def memory_table(found: dict[str, dict[str, Any]]) -> str:
     """Of the large network."""
     lines = ["| processes, MEDIUM | peak of each | its optimizer |", "|---" * 3 + "|"]
-    lines += [f"| {form} | {each['peak'] / 1e6:,.0f} MB | {each['optimizer'] / 1e6:,.0f} MB |" for form, each in found.items()]
+    lines += [
+        f"| {form} | {each['peak'] / 1e6:,.0f} MB | {each['optimizer'] / 1e6:,.0f} MB |"
+        for form, each in found.items()
+    ]
     return "\n".join(lines)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--json", type=Path)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=5)

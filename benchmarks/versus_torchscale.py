@@ -26,7 +26,9 @@ from tempfile import TemporaryDirectory
 from types import ModuleType
 from typing import Any
 
-os.environ.setdefault("OMP_WAIT_POLICY", "ACTIVE")  # alone on the machine threads may spin: faster for both sides
+os.environ.setdefault(
+    "OMP_WAIT_POLICY", "ACTIVE"
+)  # alone on the machine threads may spin: faster for both sides
 
 import torch
 from probe import peak_memory, probe, save, seconds
@@ -41,8 +43,8 @@ from beit3.model.packed import pack
 from beit3.task import Batch, Task, trimmed
 from beit3.tasks.captioning import Captioning, CaptioningConfig
 from beit3.tasks.vqa import VQA, VQAConfig
-from beit3.train.parallel import wrap_blocks
-from beit3.weights.official import translate
+from beit3.training.parallel import wrap_blocks
+from beit3.weights.release_format import translate
 
 LENGTHS = {8: (9, 11, 13, 14, 16, 17, 19, 23), 4: (11, 14, 16, 21)}
 """Tokens of captions: quantiles of 6,000 of Flickr8k (mean 15.6, longest 39), in a text tokenizer of 8,000 pieces."""
@@ -50,9 +52,14 @@ PADDED, CAPTION, BEAMS, CANDIDATES, VOCAB = 64, 16, 3, 3, BASE.vocab_size
 MARKS = Marks(bos=0, eos=2, pad=1, mask=64001)
 TOLERANCE = 1e-5
 WANTED = {
-    "1 image": 1.4, "8 images": 1.15, "8 texts": 2.0, "8 pairs": 1.5, "training step, 4 pairs": 1.4,
-    "captions, 1 image": 2.2, "captions, 4 images": 2.2,
-}  # fmt: skip
+    "1 image": 1.4,
+    "8 images": 1.15,
+    "8 texts": 2.0,
+    "8 pairs": 1.5,
+    "training step, 4 pairs": 1.4,
+    "captions, 1 image": 2.2,
+    "captions, 4 images": 2.2,
+}
 """Ratios to reach, or `NEAR` of the rate of the matrix product in that round."""
 NEAR = 0.92
 SIDES = ("ours", "packed", "theirs")
@@ -74,7 +81,10 @@ class Use:
 def import_torchscale(folder: str) -> None:
     """Make torchscale importable, with stand-ins for what it imports and a network like this never calls."""
     sys.path.insert(0, folder)
-    stubs: dict[str, tuple[str, ...]] = {"fairscale": (), "fairscale.nn": ("checkpoint_wrapper", "wrap")}
+    stubs: dict[str, tuple[str, ...]] = {
+        "fairscale": (),
+        "fairscale.nn": ("checkpoint_wrapper", "wrap"),
+    }
     stubs |= {"timm": (), "timm.models": (), "timm.models.layers": ("drop_path",)}
     for name, members in stubs.items():
         module = ModuleType(name)
@@ -92,16 +102,28 @@ class Released(nn.Module):
 
         self.beit3 = Theirs(
             EncoderConfig(
-                img_size=model.image_size, patch_size=model.patch_size, vocab_size=model.vocab_size, multiway=True,
-                layernorm_embedding=False, normalize_output=True, no_output_layer=True, encoder_embed_dim=model.dim,
-                encoder_attention_heads=model.num_heads, encoder_ffn_embed_dim=model.ffn_dim, encoder_layers=model.depth,
+                img_size=model.image_size,
+                patch_size=model.patch_size,
+                vocab_size=model.vocab_size,
+                multiway=True,
+                layernorm_embedding=False,
+                normalize_output=True,
+                no_output_layer=True,
+                encoder_embed_dim=model.dim,
+                encoder_attention_heads=model.num_heads,
+                encoder_ffn_embed_dim=model.ffn_dim,
+                encoder_layers=model.depth,
             )
-        )  # fmt: skip
+        )
         self.mlm_head = nn.Linear(model.dim, model.vocab_size)
 
-    def forward(self, image: Tensor | None, text: Tensor | None, padding: Tensor | None = None) -> Tensor:
+    def forward(
+        self, image: Tensor | None, text: Tensor | None, padding: Tensor | None = None
+    ) -> Tensor:
         """The first state [B, D]."""
-        return self.beit3(textual_tokens=text, visual_tokens=image, text_padding_position=padding)["encoder_out"][:, 0]
+        return self.beit3(textual_tokens=text, visual_tokens=image, text_padding_position=padding)[
+            "encoder_out"
+        ][:, 0]
 
     def captions(self, image: Tensor) -> Tensor:
         """Beam search by the release's procedure: [B] scores of the best captions."""
@@ -115,10 +137,15 @@ class Released(nn.Module):
             first = length == 2
             mask = (~image_to_text(num_image, length)).float() * -1e8
             states = self.beit3(
-                textual_tokens=text, visual_tokens=image if first else None, attn_mask=mask if first else mask[-2:],
-                incremental_state=state, positions=None if first else torch.arange(length, length + 2)[None],
-            )["encoder_out"]  # fmt: skip
-            log_probs = self.mlm_head(states[:, num_image:] if first else states)[:, -1].log_softmax(-1)
+                textual_tokens=text,
+                visual_tokens=image if first else None,
+                attn_mask=mask if first else mask[-2:],
+                incremental_state=state,
+                positions=None if first else torch.arange(length, length + 2)[None],
+            )["encoder_out"]
+            log_probs = self.mlm_head(states[:, num_image:] if first else states)[
+                :, -1
+            ].log_softmax(-1)
             totals = (scores.view(-1, 1) + log_probs).view(count, -1)
             values, places = totals.topk(CANDIDATES * BEAMS, dim=1)
             ends = (places % VOCAB == MARKS.eos) | (length == CAPTION - 1)
@@ -128,7 +155,10 @@ class Released(nn.Module):
             places = places.gather(1, order)
             rows = (places // VOCAB + torch.arange(count)[:, None] * BEAMS).view(-1)
             for layer in state.values():
-                layer |= {name: layer[name].index_select(0, rows)[:, :, :-1] for name in ("prev_key", "prev_value")}
+                layer |= {
+                    name: layer[name].index_select(0, rows)[:, :, :-1]
+                    for name in ("prev_key", "prev_value")
+                }
             text = torch.stack(((places % VOCAB).view(-1), torch.full((len(rows),), MARKS.mask)), 1)
         return best
 
@@ -143,27 +173,52 @@ def texts(count: int) -> tuple[Tensor, Tensor]:
     return torch.randint(4, VOCAB - 10, (count, PADDED)).masked_fill(padding, MARKS.pad), padding
 
 
-def uses(forms: Mapping[str, Captioning], theirs: Released | None, trained: Sequence[str] = ("eager", "compiled")) -> Iterator[Use]:
+def uses(
+    forms: Mapping[str, Captioning],
+    theirs: Released | None,
+    trained: Sequence[str] = ("eager", "compiled"),
+) -> Iterator[Use]:
     """The rows, in the order of the table: our network in several forms, theirs, and the forms in which both are trained."""
     released = {} if theirs is None else {"eager": theirs, "compiled": torch.compile(theirs)}
     image = torch.randn(8, 3, 224, 224)
     text, padding = texts(8)
-    encoded = {"1 image": (image[:1], None), "8 images": (image, None), "8 texts": (None, text, padding), "8 pairs": (image, text, padding)}
+    encoded = {
+        "1 image": (image[:1], None),
+        "8 images": (image, None),
+        "8 texts": (None, text, padding),
+        "8 pairs": (image, text, padding),
+    }
     for name, inputs in encoded.items():
-        ours_by = {form: inferring(partial(first, task.backbone), inputs) for form, task in forms.items()}
-        yield Use(name, ours_by, {form: inferring(network, inputs) for form, network in released.items()})
-    yield Use("training step, 4 pairs", our_steps(theirs, trained) if forms else {}, {} if theirs is None else their_steps(theirs, trained))
+        ours_by = {
+            form: inferring(partial(first, task.backbone), inputs) for form, task in forms.items()
+        }
+        yield Use(
+            name, ours_by, {form: inferring(network, inputs) for form, network in released.items()}
+        )
+    yield Use(
+        "training step, 4 pairs",
+        our_steps(theirs, trained) if forms else {},
+        {} if theirs is None else their_steps(theirs, trained),
+    )
     for count in (1, 4):
         inputs = (image[:count],)
-        ours_by = {form: inferring(partial(captions, task), inputs) for form, task in forms.items() if form != "packed+compiled"}
+        ours_by = {
+            form: inferring(partial(captions, task), inputs)
+            for form, task in forms.items()
+            if form != "packed+compiled"
+        }
         theirs_by = {} if theirs is None else {"eager": inferring(theirs.captions, inputs)}
         yield Use(f"captions, {count} image{'s' if count > 1 else ''}", ours_by, theirs_by)
 
 
-def first(network: BEiT3, image: Tensor | None, text: Tensor | None = None, padding: Tensor | None = None) -> Tensor:
+def first(
+    network: BEiT3, image: Tensor | None, text: Tensor | None = None, padding: Tensor | None = None
+) -> Tensor:
     """The first state [B, D] of images and pairs, of the texts where they are alone."""
     batch: Batch = {} if padding is None else trimmed({"text": text, "text_padding": padding})
-    encoded = network(image, batch.get("text"), text_padding=batch.get("text_padding"), read="first")
+    encoded = network(
+        image, batch.get("text"), text_padding=batch.get("text_padding"), read="first"
+    )
     return encoded.first("text" if image is None else "image")
 
 
@@ -186,7 +241,12 @@ def question_task() -> tuple[VQA, Batch]:
     torch.manual_seed(1)
     task = VQA(VQAConfig(model=replace(BASE, final_norm=False), num_answers=3129)).train()
     text, padding = texts(4)
-    return task, {"image": torch.randn(4, 3, 224, 224), "text": text, "text_padding": padding, "target": torch.rand(4, 3129)}
+    return task, {
+        "image": torch.randn(4, 3, 224, 224),
+        "text": text,
+        "text_padding": padding,
+        "target": torch.rand(4, 3129),
+    }
 
 
 def our_steps(theirs: Released | None, forms: Sequence[str]) -> dict[str, Callable[[], Tensor]]:
@@ -195,7 +255,11 @@ def our_steps(theirs: Released | None, forms: Sequence[str]) -> dict[str, Callab
     if theirs is not None:
         fill(task, theirs)
     wrap_blocks(task, compiled="compiled" in forms)
-    call = partial(step, torch.optim.AdamW(task.parameters(), lr=0.0, fused=True), partial(our_loss, task, batch))
+    call = partial(
+        step,
+        torch.optim.AdamW(task.parameters(), lr=0.0, fused=True),
+        partial(our_loss, task, batch),
+    )
     return {form: partial(in_form, form, call) for form in forms}
 
 
@@ -215,12 +279,18 @@ def their_steps(theirs: Released, forms: Sequence[str]) -> dict[str, Callable[[]
     network = copy.deepcopy(theirs).train()
     del network.mlm_head
     network.beit3.encoder.layer_norm = nn.Identity()
-    optimizer = torch.optim.AdamW(nn.ModuleList((network, task.pooler, task.head)).parameters(), lr=0.0, fused=True)
-    call = partial(step, optimizer, partial(their_loss, torch.compile(network), task.pooler, task.head, batch))
+    optimizer = torch.optim.AdamW(
+        nn.ModuleList((network, task.pooler, task.head)).parameters(), lr=0.0, fused=True
+    )
+    call = partial(
+        step, optimizer, partial(their_loss, torch.compile(network), task.pooler, task.head, batch)
+    )
     return {form: partial(in_form, form, call) for form in forms}
 
 
-def their_loss(network: Callable[..., Tensor], pooler: nn.Module, head: nn.Module, batch: Batch) -> Tensor:
+def their_loss(
+    network: Callable[..., Tensor], pooler: nn.Module, head: nn.Module, batch: Batch
+) -> Tensor:
     logits = head(pooler(network(batch["image"], batch["text"], batch["text_padding"])))
     return nn.functional.binary_cross_entropy_with_logits(logits, batch["target"], reduction="sum")
 
@@ -246,8 +316,12 @@ def fill(task: Task, theirs: Released) -> None:
 
 def measure(use: Use, rounds: int) -> dict[str, Any]:
     """Seconds of every setting in interleaved rounds, the rate of the product beside each, and how far outputs differ."""
-    sides = {f"ours {name}": call for name, call in use.ours.items()} | {f"theirs {name}": call for name, call in use.theirs.items()}
-    outputs = [[call() for _ in range(3)][-1] for call in sides.values()]  # what is compiled or packed is so by now
+    sides = {f"ours {name}": call for name, call in use.ours.items()} | {
+        f"theirs {name}": call for name, call in use.theirs.items()
+    }
+    outputs = [
+        [call() for _ in range(3)][-1] for call in sides.values()
+    ]  # what is compiled or packed is so by now
     error = max(float((output - outputs[0]).abs().max()) for output in outputs)
     assert error <= TOLERANCE, f"{use.name}: outputs differ by {error}"
     with FlopCounterMode(display=False) as counter:
@@ -259,27 +333,45 @@ def measure(use: Use, rounds: int) -> dict[str, Any]:
             before = probe()
             times[name].append(seconds(sides[name]))
             rates[name].append(max(before, probe()))
-    return {"use": use.name, "flops": counter.get_total_flops(), "error": error, "seconds": times, "product": rates}
+    return {
+        "use": use.name,
+        "flops": counter.get_total_flops(),
+        "error": error,
+        "seconds": times,
+        "product": rates,
+    }
 
 
 def row(found: Mapping[str, Any]) -> dict[str, str]:
     """The table's line: medians, and ratios of the same round with their spread."""
     times, rates, memory = found["seconds"], found["product"], found["peak_gb"]
     middle = {name: statistics.median(each) for name, each in times.items()}
-    ours, theirs = (min((name for name in middle if name.startswith(side)), key=lambda name: middle[name]) for side in ("ours", "theirs"))
+    ours, theirs = (
+        min((name for name in middle if name.startswith(side)), key=lambda name: middle[name])
+        for side in ("ours", "theirs")
+    )
 
     def ratio(other: str) -> str:
         each = sorted(there / here for here, there in zip(times[ours], times[other], strict=True))
         return f"{statistics.median(each):.2f} ({each[0]:.2f} to {each[-1]:.2f})"
 
-    share = statistics.median(found["flops"] / took / rate for took, rate in zip(times[ours], rates[ours], strict=True))
+    share = statistics.median(
+        found["flops"] / took / rate for took, rate in zip(times[ours], rates[ours], strict=True)
+    )
     return {
-        "use": found["use"], "ours": f"{middle[ours] * 1e3:.0f} ms, {ours.split()[1]}",
-        "torchscale": f"{middle['theirs eager'] * 1e3:.0f} ms", "ratio": ratio("theirs eager"),
-        "its best": f"{middle[theirs] * 1e3:.0f} ms, {theirs.split()[1]}", "ratio to that": ratio(theirs),
-        "wanted": f"{WANTED[found['use']]}", "of the product's rate": f"{share:.0%}",
-        "peak memory, ours, packed, its": ", ".join(f"{memory[side]:.2f}" if side in memory else "" for side in SIDES) + " GB",
-    }  # fmt: skip
+        "use": found["use"],
+        "ours": f"{middle[ours] * 1e3:.0f} ms, {ours.split()[1]}",
+        "torchscale": f"{middle['theirs eager'] * 1e3:.0f} ms",
+        "ratio": ratio("theirs eager"),
+        "its best": f"{middle[theirs] * 1e3:.0f} ms, {theirs.split()[1]}",
+        "ratio to that": ratio(theirs),
+        "wanted": f"{WANTED[found['use']]}",
+        "of the product's rate": f"{share:.0%}",
+        "peak memory, ours, packed, its": ", ".join(
+            f"{memory[side]:.2f}" if side in memory else "" for side in SIDES
+        )
+        + " GB",
+    }
 
 
 def peaks(folder: str, use: str) -> dict[str, float]:
@@ -296,7 +388,11 @@ def peak(side: str, use: str) -> float:
     """The measurement itself, in that process."""
     forms: dict[str, Captioning] = {}
     if side != "theirs":
-        forms = {"packed" if side == "packed" else "eager": Captioning(CaptioningConfig(model=BASE)).eval()}
+        forms = {
+            "packed" if side == "packed" else "eager": Captioning(
+                CaptioningConfig(model=BASE)
+            ).eval()
+        }
         for task in forms.values() if side == "packed" else ():
             pack(task)
     rows = uses(forms, None if forms else Released().eval(), ("eager",))
@@ -309,7 +405,9 @@ def peak(side: str, use: str) -> float:
 
 def lined(rows: Sequence[Mapping[str, str]]) -> str:
     """The rows as a table of Markdown."""
-    lines = ["| " + " | ".join(cells) + " |" for cells in (rows[0], *(row.values() for row in rows))]
+    lines = [
+        "| " + " | ".join(cells) + " |" for cells in (rows[0], *(row.values() for row in rows))
+    ]
     return "\n".join([lines[0], "|---" * len(rows[0]) + "|", *lines[1:]])
 
 
@@ -317,7 +415,16 @@ def in_process(options: argparse.Namespace, use: str) -> dict[str, Any]:
     """What a process of its own measures of one use: memory and compiled programs of the others are not in its way."""
     with TemporaryDirectory() as folder:
         out = Path(folder) / "found.json"
-        command = [sys.executable, __file__, "--torchscale", options.torchscale, "--rounds", str(options.rounds), "--only", use]
+        command = [
+            sys.executable,
+            __file__,
+            "--torchscale",
+            options.torchscale,
+            "--rounds",
+            str(options.rounds),
+            "--only",
+            use,
+        ]
         subprocess.run([*command, "--json", str(out)], check=True, stdout=subprocess.DEVNULL)
         return json.loads(out.read_text())["figures"][0]
 
@@ -338,7 +445,9 @@ def alone(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--torchscale", required=True, help="folder of `pip install --target`")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--rounds", type=int, default=9)

@@ -38,7 +38,7 @@ def root(raw: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def visual(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Weights of a visual tokenizer after ten steps."""
     from beit3.tasks.vqkd import VQKD
-    from beit3.train.loop import train
+    from beit3.training.loop import train
     from tests.world_root import vqkd_recipe
 
     out = tmp_path_factory.mktemp("visual") / "run"

@@ -11,23 +11,36 @@ import pytest
 from PIL import Image
 
 from beit3.cli import main
-from beit3.data.records import Records, write_records
-from beit3.data.tokens import Tokens
+from beit3.data.stores.records import Records, write_records
+from beit3.data.stores.tokens import Tokens
 from beit3.recipe import Recipe
 from beit3.task import names
 from beit3.tasks.pretrain import Pretrain
 from beit3.tasks.vqa import VQA
 from beit3.tokenizer.text import TextTokenizer
-from beit3.train import loop
+from beit3.training import loop
 from tests.golden import golden
 from tests.world_root import NUM_CODES
 
-NETWORK = ["--task.model.dim", "32", "--task.model.depth", "2", "--task.model.num_heads", "2", "--task.model.ffn_dim", "48"]
+NETWORK = [
+    "--task.model.dim",
+    "32",
+    "--task.model.depth",
+    "2",
+    "--task.model.num_heads",
+    "2",
+    "--task.model.ffn_dim",
+    "48",
+]
 
 
 def digest(folder: Path) -> dict[str, str]:
     """Every file below `folder` and what it holds."""
-    return {str(path.relative_to(folder)): sha256(path.read_bytes()).hexdigest() for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {
+        str(path.relative_to(folder)): sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
 
 
 def overrides(root: Path, steps: int, *batch: str) -> list[str]:
@@ -38,7 +51,20 @@ def overrides(root: Path, steps: int, *batch: str) -> list[str]:
 def vqa(root, tmp_path_factory) -> Path:
     """A run of questions, by the command line."""
     out = tmp_path_factory.mktemp("cli") / "vqa"
-    assert main(["train", "vqa", "demo", "--out", str(out), *NETWORK, *overrides(root, 3, "--data.batch.main", "8")]) == 0
+    assert (
+        main(
+            [
+                "train",
+                "vqa",
+                "demo",
+                "--out",
+                str(out),
+                *NETWORK,
+                *overrides(root, 3, "--data.batch.main", "8"),
+            ]
+        )
+        == 0
+    )
     return out
 
 
@@ -54,11 +80,23 @@ def picture(tmp_path) -> Path:
 
 def test_from_the_world_to_records_and_a_tokenizer(tmp_path, say):
     """As a newcomer would: world, prepare, tokenizer, and with it texts packed to full records."""
-    assert "the world is at" in say("world", "--out", tmp_path / "world", "--scenes", 12, "--image-size", 16, "--seed", 3)
+    assert "the world is at" in say(
+        "world", "--out", tmp_path / "world", "--scenes", 12, "--image-size", 16, "--seed", 3
+    )
     root = tmp_path / "root"
     for source in ("images", "texts", "pairs"):
         options = ["--source", source, *(["--pack", 0] if source == "texts" else [])]
-        report = json.loads(say("prepare", "pretrain", "--raw", tmp_path / "world" / source, "--root", root, *options))
+        report = json.loads(
+            say(
+                "prepare",
+                "pretrain",
+                "--raw",
+                tmp_path / "world" / source,
+                "--root",
+                root,
+                *options,
+            )
+        )
         assert report["records"]["train"] >= 12 and report["passed_over"] == []
     report = json.loads(say("prepare", "vqa", "--raw", tmp_path / "world" / "vqa", "--root", root))
     assert report["records"]["train"] == 18 and report["answers"] > 2
@@ -71,23 +109,46 @@ def test_from_the_world_to_records_and_a_tokenizer(tmp_path, say):
     assert [int(i) for i in ids] == TextTokenizer(model).encode(text)
     assert say("tokenizer", "decode", *ids, "--model", model).strip() == text
     paragraphs = list(Records(files[0]))
-    say("prepare", "pretrain", "--raw", tmp_path / "world" / "texts", "--root", root, "--source", "texts", "--pack", 64)
+    say(
+        "prepare",
+        "pretrain",
+        "--raw",
+        tmp_path / "world" / "texts",
+        "--root",
+        root,
+        "--source",
+        "texts",
+        "--pack",
+        64,
+    )
     packed, tokenizer = list(Tokens(root / "pretrain/texts/train.tokens")), TextTokenizer(model)
-    assert 1 < len(packed) < len(paragraphs) and max(len(record["text"]) for record in packed) <= 62 and not files[0].exists()
-    assert " ".join(tokenizer.decode(record["text"]) for record in packed) == " ".join(record["text"] for record in paragraphs)
+    assert (
+        1 < len(packed) < len(paragraphs)
+        and max(len(record["text"]) for record in packed) <= 62
+        and not files[0].exists()
+    )
+    assert " ".join(tokenizer.decode(record["text"]) for record in packed) == " ".join(
+        record["text"] for record in paragraphs
+    )
 
 
 def test_a_run_can_be_evaluated_scored_asked_and_reported(vqa, root, tmp_path, say, picture):
     scores = json.loads((vqa / "scores.json").read_text())
-    evaluated = json.loads(say("eval", vqa / "last", "--data.root", root, "--predictions", tmp_path / "p.jsonl"))
+    evaluated = json.loads(
+        say("eval", vqa / "last", "--data.root", root, "--predictions", tmp_path / "p.jsonl")
+    )
     assert {"step": 3, **evaluated} == pytest.approx(scores)
     assert json.loads(say("score", "vqa", tmp_path / "p.jsonl", "--data.root", root)) == evaluated
     predictions = list(Records(tmp_path / "p.jsonl"))
     assert [p["id"] for p in predictions] == [r["id"] for r in Records(root / "vqa/main/val.jsonl")]
     first = Records(root / "vqa/main/val.jsonl")[0]
     asked = json.loads(say("predict", vqa / "last", root / first["image"], first["text"]))
-    assert [each["answer"] for each in asked] == [each["answer"] for each in predictions[0]["candidates"]]
-    best = [say("predict", place, root / first["image"], first["text"]) for place in (vqa, vqa / "best")]
+    assert [each["answer"] for each in asked] == [
+        each["answer"] for each in predictions[0]["candidates"]
+    ]
+    best = [
+        say("predict", place, root / first["image"], first["text"]) for place in (vqa, vqa / "best")
+    ]
     assert best[0] == best[1], "a run answers with its best weights"
     page = tmp_path / "page.html"
     assert str(page) in say("report", vqa, "--out", page)
@@ -96,39 +157,86 @@ def test_a_run_can_be_evaluated_scored_asked_and_reported(vqa, root, tmp_path, s
 
 def test_the_same_command_goes_on(vqa, root, say):
     before = digest(vqa)
-    said = say("train", "vqa", "demo", "--out", vqa, *NETWORK, *overrides(root, 3, "--data.batch.main", "8"))
+    said = say(
+        "train",
+        "vqa",
+        "demo",
+        "--out",
+        vqa,
+        *NETWORK,
+        *overrides(root, 3, "--data.batch.main", "8"),
+    )
     assert json.loads(said[: said.index("}") + 1]) == json.loads((vqa / "scores.json").read_text())
     assert f"weights at {vqa}/last and {vqa}/best" in said and digest(vqa) == before
 
 
 def test_pretraining_and_fine_tuning_from_it(root, visual, tmp_path, say):
-    batch = ["--data.batch.images", "4", "--data.batch.texts", "4", "--data.batch.pairs", "4", "--run.eval_records", "4"]
+    batch = [
+        "--data.batch.images",
+        "4",
+        "--data.batch.texts",
+        "4",
+        "--data.batch.pairs",
+        "4",
+        "--run.eval_records",
+        "4",
+    ]
     tokens = ["--task.visual_tokenizer", str(visual), "--task.num_codes", str(NUM_CODES)]
-    say("train", "pretrain", "--out", tmp_path / "pretrain", *NETWORK, *tokens, *overrides(root, 2, *batch))
+    say(
+        "train",
+        "pretrain",
+        "--out",
+        tmp_path / "pretrain",
+        *NETWORK,
+        *tokens,
+        *overrides(root, 2, *batch),
+    )
     scores = json.loads((tmp_path / "pretrain/scores.json").read_text())
-    assert {"negative_loss", "images/image_loss", "texts/text_loss", "pairs/text_loss"} <= scores.keys()
+    assert {
+        "negative_loss",
+        "images/image_loss",
+        "texts/text_loss",
+        "pairs/text_loss",
+    } <= scores.keys()
     evaluated = json.loads(say("eval", tmp_path / "pretrain" / "last", "--data.root", root))
     assert evaluated["images/image_loss"] > 0
     said = say(
-        "train", "vqa", "--out", tmp_path / "vqa", "--init", tmp_path / "pretrain/last", *NETWORK,
+        "train",
+        "vqa",
+        "--out",
+        tmp_path / "vqa",
+        "--init",
+        tmp_path / "pretrain/last",
+        *NETWORK,
         *overrides(root, 1, "--data.batch.main", "8"),
-    )  # fmt: skip
+    )
     assert "tensors loaded from" in said and "(pretrain)" in said
 
 
 def test_recipes_are_listed_and_shown_whole(say):
     listed = say("recipes")
-    assert all(f"{task} " in listed for task in names() if task != "backbone") and "base_480" in listed
+    assert (
+        all(f"{task} " in listed for task in names() if task != "backbone") and "base_480" in listed
+    )
     shown = json.loads(say("recipes", "vqa", "--show", "base_480"))
     assert Recipe.from_dict(shown, VQA.Config) == VQA.recipes["base_480"]
-    assert "giant_224" in say("recipes", "pretrain") and "base_480" not in say("recipes", "pretrain")
+    assert "giant_224" in say("recipes", "pretrain") and "base_480" not in say(
+        "recipes", "pretrain"
+    )
     for name in ("laptop", "gpu_hour"):
-        assert Recipe.from_dict(json.loads(say("recipes", "pretrain", "--show", name)), Pretrain.Config) == Pretrain.recipes[name]
+        assert (
+            Recipe.from_dict(
+                json.loads(say("recipes", "pretrain", "--show", name)), Pretrain.Config
+            )
+            == Pretrain.recipes[name]
+        )
 
 
 def test_doctor_finds_nothing_wrong_here(say):
     said = say("doctor")
-    assert "ok    torch " in said and all(line[:5] in ("ok   ", "note ", "FAULT") for line in said.splitlines())
+    assert "ok    torch " in said and all(
+        line[:5] in ("ok   ", "note ", "FAULT") for line in said.splitlines()
+    )
 
 
 def test_without_a_verb_there_is_help(capsys):
@@ -137,7 +245,21 @@ def test_without_a_verb_there_is_help(capsys):
 
 
 @pytest.mark.parametrize(
-    "verb", ["demo", "world", "prepare", "tokenizer", "train", "eval", "score", "predict", "convert", "recipes", "report", "doctor"]
+    "verb",
+    [
+        "demo",
+        "world",
+        "prepare",
+        "tokenizer",
+        "train",
+        "eval",
+        "score",
+        "predict",
+        "convert",
+        "recipes",
+        "report",
+        "doctor",
+    ],
 )
 def test_every_verb_explains_itself(verb, capsys):
     with pytest.raises(SystemExit) as left:
@@ -154,20 +276,32 @@ def test_data_roots_without_records(vqa, tmp_path, refused):
     assert "no vqa/main/train.jsonl under" in said and "beit3 prepare vqa --raw DIR" in said
     assert not (tmp_path / "run").exists()
     before = digest(vqa)
-    assert "no vqa/main/val.jsonl under" in refused("eval", vqa / "last", "--data.root", tmp_path / "empty")
-    assert "no vqa/main/test.jsonl under" in refused("eval", vqa / "last", "--data.root", tmp_path / "empty", "--split", "test")
+    assert "no vqa/main/val.jsonl under" in refused(
+        "eval", vqa / "last", "--data.root", tmp_path / "empty"
+    )
+    assert "no vqa/main/test.jsonl under" in refused(
+        "eval", vqa / "last", "--data.root", tmp_path / "empty", "--split", "test"
+    )
     (tmp_path / "p.jsonl").write_text("")
-    assert "no vqa/main/val.jsonl under" in refused("score", "vqa", tmp_path / "p.jsonl", "--data.root", tmp_path / "empty")
+    assert "no vqa/main/val.jsonl under" in refused(
+        "score", "vqa", tmp_path / "p.jsonl", "--data.root", tmp_path / "empty"
+    )
     assert digest(vqa) == before
 
 
 def test_a_file_that_is_no_image(vqa, tmp_path, refused, picture):
     picture.write_text("not an image")
-    assert "a.png is not an image that can be read" in refused("predict", vqa, picture, "what is it ?")
+    assert "a.png is not an image that can be read" in refused(
+        "predict", vqa, picture, "what is it ?"
+    )
     assert "cannot read image" in refused("predict", vqa, tmp_path / "absent.png", "what is it ?")
     before = digest(tmp_path)
     said = refused("prepare", "vqkd", "--raw", tmp_path / "pictures", "--root", tmp_path / "root")
-    assert "1 of 1 main records are unusable" in said and "a.png cannot be read" in said and "nothing was written" in said
+    assert (
+        "1 of 1 main records are unusable" in said
+        and "a.png cannot be read" in said
+        and "nothing was written" in said
+    )
     assert digest(tmp_path) == before
 
 
@@ -180,60 +314,135 @@ def test_empty_captions_and_questions(vqa, raw, tmp_path, refused, picture):
     for image in data["images"]:
         image["sentences"][0]["raw"] = ""
     path.write_text(json.dumps(data))
-    said = refused("prepare", "pretrain", "--raw", tmp_path / "pairs", "--root", tmp_path / "root", "--source", "pairs")
+    said = refused(
+        "prepare",
+        "pretrain",
+        "--raw",
+        tmp_path / "pairs",
+        "--root",
+        tmp_path / "root",
+        "--source",
+        "pairs",
+    )
     assert "its text is empty" in said and not (tmp_path / "root").exists()
 
 
 def test_lengths_beyond_the_text_table(root, tmp_path, refused):
     """The table of the tiny sizes places 128 tokens."""
-    said = refused("train", "vqa", "--out", tmp_path / "vqa", *overrides(root, 2), "--task.text_length", "300")
+    said = refused(
+        "train", "vqa", "--out", tmp_path / "vqa", *overrides(root, 2), "--task.text_length", "300"
+    )
     assert "task.text_length 300 is beyond the 128 tokens of the text table" in said
-    said = refused("train", "pretrain", "--out", tmp_path / "p", *overrides(root, 2), "--task.monomodal_text_length", "129")
+    said = refused(
+        "train",
+        "pretrain",
+        "--out",
+        tmp_path / "p",
+        *overrides(root, 2),
+        "--task.monomodal_text_length",
+        "129",
+    )
     assert "task.monomodal_text_length 129 is beyond the 128 tokens of the text table" in said
-    assert not (tmp_path / "vqa").exists() and not (tmp_path / "p").exists(), "the corrected command starts afresh"
+    assert not (tmp_path / "vqa").exists() and not (tmp_path / "p").exists(), (
+        "the corrected command starts afresh"
+    )
 
 
 def test_long_questions_are_cut(vqa, say, picture):
     """`text_length` says how long a text is read; what comes after changes nothing."""
     question = "what color is the object ? " * 10
-    one, two = (say("predict", vqa, picture, question + end) for end in ("", "is there a circle ? " * 50))
+    one, two = (
+        say("predict", vqa, picture, question + end) for end in ("", "is there a circle ? " * 50)
+    )
     assert one == two
 
 
 def test_text_tokenizers_that_do_not_fit(vqa, root, tmp_path, refused, picture):
     other = tmp_path / "other.spm"
-    TextTokenizer.train(["completely other words than theirs"] * 3, vocab_size=40, model_type="bpe").save(other)
+    TextTokenizer.train(
+        ["completely other words than theirs"] * 3, vocab_size=40, model_type="bpe"
+    ).save(other)
     before = digest(vqa)
-    assert "does not fit the weights" in refused("predict", vqa, picture, "what ?", "--text-model", other)
-    assert "does not fit the weights" in refused("eval", vqa / "last", "--data.root", root, "--text-model", other)
-    said = refused(
-        "train", "vqa", "--out", tmp_path / "run", "--init", vqa / "last", *NETWORK, *overrides(root, 1), "--data.text_model", other
+    assert "does not fit the weights" in refused(
+        "predict", vqa, picture, "what ?", "--text-model", other
     )
-    assert "the text tokenizer is not the one that these weights know" in said and not (tmp_path / "run").exists()
+    assert "does not fit the weights" in refused(
+        "eval", vqa / "last", "--data.root", root, "--text-model", other
+    )
+    said = refused(
+        "train",
+        "vqa",
+        "--out",
+        tmp_path / "run",
+        "--init",
+        vqa / "last",
+        *NETWORK,
+        *overrides(root, 1),
+        "--data.text_model",
+        other,
+    )
+    assert (
+        "the text tokenizer is not the one that these weights know" in said
+        and not (tmp_path / "run").exists()
+    )
     (tmp_path / "words.txt").write_text("no model")
-    assert "words.txt is not a whole SentencePiece model" in refused("tokenizer", "encode", "a", "--model", tmp_path / "words.txt")
+    assert "words.txt is not a whole SentencePiece model" in refused(
+        "tokenizer", "encode", "a", "--model", tmp_path / "words.txt"
+    )
     assert digest(vqa) == before
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["train", "vqa", "demo", "--optim.lrr", "1"], "unknown field --optim.lrr; did you mean --optim.lr?"),
+        (
+            ["train", "vqa", "demo", "--optim.lrr", "1"],
+            "unknown field --optim.lrr; did you mean --optim.lr?",
+        ),
         (["train", "vqa", "demo", "--optim.lr", "fast"], "cannot read --optim.lr fast"),
-        (["train", "vqa", "dmeo"], "vqa has no recipe dmeo; did you mean demo? (known: demo, laptop, base_480, large_480, large_768, "),
+        (
+            ["train", "vqa", "dmeo"],
+            "vqa has no recipe dmeo; did you mean demo? (known: demo, laptop, base_480, large_480, large_768, ",
+        ),
         (["train", "vqaa"], "unknown task 'vqaa'; did you mean vqa? (known: "),
         (["train", "json.decoder"], "module json.decoder defines 0 Task classes"),
         (["train", "no.such.module"], "unknown task 'no.such.module': there is no module no"),
         (["recipes", "vqaa"], "unknown task 'vqaa'; did you mean vqa?"),
         (["recipes", "vqa", "--show", "base_48"], "no recipe base_48; did you mean base_480?"),
         (["prepare", "vqaa", "--raw", ".", "--root", "r"], "unknown task 'vqaa'"),
-        (["prepare", "pretrain", "--raw", ".", "--root", "r"], "task pretrain has several sources: give --source images or texts or pairs"),
-        (["prepare", "pretrain", "--raw", ".", "--root", "r", "--source", "pair"], "--source pair is none of images, texts, pairs"),
+        (
+            ["prepare", "pretrain", "--raw", ".", "--root", "r"],
+            "task pretrain has several sources: give --source images or texts or pairs",
+        ),
+        (
+            ["prepare", "pretrain", "--raw", ".", "--root", "r", "--source", "pair"],
+            "--source pair is none of images, texts, pairs",
+        ),
         (["prepare", "backbone", "--raw", ".", "--root", "r"], "task backbone reads no records"),
         (["prepare", "vqa", "--raw", "absent", "--root", "r"], "raw folder"),
-        (["prepare", "vqa", "--raw", ".", "--root", "r", "--pack", "512"], "unknown argument --pack; see beit3 prepare --help"),
-        (["prepare", "pretrain", "--raw", ".", "--root", "r", "--source", "texts", "--pack"], "--pack: it takes a whole number"),
-        (["prepare", "pretrain", "--raw", ".", "--root", "r", "--source", "texts", "--pakc", "8"], "--pakc; did you mean --pack?"),
+        (
+            ["prepare", "vqa", "--raw", ".", "--root", "r", "--pack", "512"],
+            "unknown argument --pack; see beit3 prepare --help",
+        ),
+        (
+            ["prepare", "pretrain", "--raw", ".", "--root", "r", "--source", "texts", "--pack"],
+            "--pack: it takes a whole number",
+        ),
+        (
+            [
+                "prepare",
+                "pretrain",
+                "--raw",
+                ".",
+                "--root",
+                "r",
+                "--source",
+                "texts",
+                "--pakc",
+                "8",
+            ],
+            "--pakc; did you mean --pack?",
+        ),
         (["convert", "vqkdd", "a.pth", "--out", "o"], "invalid choice: 'vqkdd'"),
         (["convert", "clip", "absent.pt", "--out", "o"], "absent.pt"),
         (["predict", "absent", "a.png", "what ?"], "no weights at absent"),
@@ -251,13 +460,29 @@ def test_words_that_mean_nothing(arguments, message, refused, tmp_path, monkeypa
 
 
 def test_weights_that_are_not_there_to_start_from(root, tmp_path, refused):
-    said = refused("train", "vqa", "--out", tmp_path / "run", "--init", tmp_path / "absent", *overrides(root, 1))
-    assert "cannot start from" in said and "no weights at" in said and not (tmp_path / "run").exists()
+    said = refused(
+        "train",
+        "vqa",
+        "--out",
+        tmp_path / "run",
+        "--init",
+        tmp_path / "absent",
+        *overrides(root, 1),
+    )
+    assert (
+        "cannot start from" in said and "no weights at" in said and not (tmp_path / "run").exists()
+    )
 
 
 def test_a_network_of_another_size_to_start_from(vqa, root, tmp_path, refused):
-    said = refused("train", "vqa", "--out", tmp_path / "run", "--init", vqa / "last", *overrides(root, 1))
-    assert "cannot start from" in said and "backbone.blocks.1.ffn.fusion" in said and not (tmp_path / "run").exists()
+    said = refused(
+        "train", "vqa", "--out", tmp_path / "run", "--init", vqa / "last", *overrides(root, 1)
+    )
+    assert (
+        "cannot start from" in said
+        and "backbone.blocks.1.ffn.fusion" in said
+        and not (tmp_path / "run").exists()
+    )
 
 
 def test_directories_that_hold_something_else(vqa, root, raw, tmp_path, refused, picture):
@@ -281,11 +506,19 @@ def test_a_released_file_needs_a_tokenizer_and_its_answers(root, tmp_path, say, 
     assert "answers=FILE" in refused("predict", *file, *tokenizer)
     names = tmp_path / "answers.txt"
     names.write_text("yes\nno\n")
-    assert "2 answers given, the file's head has 37 outputs" in refused("predict", *file, *tokenizer, "--answers", names)
-    assert "no answer list at" in refused("predict", *file, *tokenizer, "--answers", tmp_path / "absent.txt")
+    assert "2 answers given, the file's head has 37 outputs" in refused(
+        "predict", *file, *tokenizer, "--answers", names
+    )
+    assert "no answer list at" in refused(
+        "predict", *file, *tokenizer, "--answers", tmp_path / "absent.txt"
+    )
     names.write_text("".join(f"answer {i}\n" for i in range(37)))
-    assert json.loads(say("predict", *file, *tokenizer, "--answers", names))[0]["answer"].startswith("answer ")
-    assert "num_heads" in refused("predict", *file[:3], *tokenizer, "--answers", names, "--num-heads", "5")
+    assert json.loads(say("predict", *file, *tokenizer, "--answers", names))[0][
+        "answer"
+    ].startswith("answer ")
+    assert "num_heads" in refused(
+        "predict", *file[:3], *tokenizer, "--answers", names, "--num-heads", "5"
+    )
 
 
 @pytest.mark.parametrize(
@@ -300,7 +533,9 @@ def test_a_released_file_needs_a_tokenizer_and_its_answers(root, tmp_path, say, 
     ],
 )
 def test_predictions_that_do_not_fit(vqa, root, tmp_path, refused, change, message):
-    rows = [{"id": record["id"], "answer": "yes"} for record in Records(root / "vqa/main/val.jsonl")]
+    rows = [
+        {"id": record["id"], "answer": "yes"} for record in Records(root / "vqa/main/val.jsonl")
+    ]
     write_records(tmp_path / "p.jsonl", change(rows))
     assert message in refused("score", "vqa", tmp_path / "p.jsonl", "--data.root", root)
 
@@ -312,24 +547,44 @@ def test_debug_shows_where_an_error_came_from(tmp_path):
         main(["train", "vqa", "demo", "--optim.lrr", "1", "--debug"])
 
 
-@pytest.mark.parametrize(("number", "status"), [("SIGINT", 130), ("SIGTERM", 143), ("SIGUSR1", 138)])
+@pytest.mark.parametrize(
+    ("number", "status"), [("SIGINT", 130), ("SIGTERM", 143), ("SIGUSR1", 138)]
+)
 def test_a_signal_says_how_to_go_on(root, tmp_path, capsys, monkeypatch, number, status):
-    """Ctrl-C, and what schedulers send; tests/train/test_directory.py sends one to another process."""
-    arguments = ["train", "vqa", "--out", str(tmp_path / "run"), *NETWORK, *overrides(root, 3, "--data.batch.main", "4")]
+    """Ctrl-C, and what schedulers send; tests/training/test_directory.py sends one to another process."""
+    arguments = [
+        "train",
+        "vqa",
+        "--out",
+        str(tmp_path / "run"),
+        *NETWORK,
+        *overrides(root, 3, "--data.batch.main", "4"),
+    ]
     handler = signal.getsignal(getattr(signal, number))
     raised_in_steps(monkeypatch, number, times=1)
     assert main(arguments) == status
-    assert "stopped after step 1 of 3; the same command goes on from there" in capsys.readouterr().err
+    assert (
+        "stopped after step 1 of 3; the same command goes on from there" in capsys.readouterr().err
+    )
     assert signal.getsignal(getattr(signal, number)) == handler
     monkeypatch.undo()
     assert main(arguments) == 0
 
 
 def test_a_second_ctrl_c_does_not_wait_for_the_step(root, tmp_path, capsys, monkeypatch):
-    arguments = ["train", "vqa", "--out", str(tmp_path / "run"), *NETWORK, *overrides(root, 3, "--data.batch.main", "4")]
+    arguments = [
+        "train",
+        "vqa",
+        "--out",
+        str(tmp_path / "run"),
+        *NETWORK,
+        *overrides(root, 3, "--data.batch.main", "4"),
+    ]
     raised_in_steps(monkeypatch, "SIGINT", times=2)
     assert main(arguments) == 130
-    assert "interrupted; the same command goes on from the last checkpoint" in capsys.readouterr().err
+    assert (
+        "interrupted; the same command goes on from the last checkpoint" in capsys.readouterr().err
+    )
     assert not (tmp_path / "run" / "checkpoints").exists()
     monkeypatch.undo()
     assert main(arguments) == 0
@@ -351,7 +606,9 @@ def test_recipe_on_the_command_line_is_the_recipe_of_the_run(vqa, root):
     recipe = VQA.recipes["demo"]
     model = replace(recipe.task.model, dim=32, depth=2, num_heads=2, ffn_dim=48)
     wanted = replace(
-        recipe, task=replace(recipe.task, model=model), data=replace(recipe.data, root=str(root), batch={"main": 8}),
+        recipe,
+        task=replace(recipe.task, model=model),
+        data=replace(recipe.data, root=str(root), batch={"main": 8}),
         run=replace(recipe.run, steps=3),
-    )  # fmt: skip
+    )
     assert Recipe.from_dict(kept["recipe"], VQA.Config) == wanted

@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from beit3.cli import main
-from beit3.data.transforms import Preprocessing
+from beit3.data.views.transforms import Preprocessing
 from beit3.metrics import caption_java
 from beit3.model.config import TINY, TINY_RELEASE
 from beit3.recipe import TaskConfig
@@ -22,7 +22,7 @@ from beit3.tasks.captioning import Captioning, CaptioningConfig
 from beit3.tasks.pretrain import Pretrain, PretrainConfig
 from beit3.tasks.retrieval import Retrieval, RetrievalConfig
 from beit3.tokenizer.text import TextTokenizer
-from beit3.weights.official import to_official
+from beit3.weights.release_format import to_official
 from beit3.weights.store import load, read_config, save
 from tests.golden import golden
 from tests.tokenizer.test_teacher import hugging_face_state, openai_state
@@ -44,30 +44,64 @@ def test_a_file_becomes_a_directory_and_a_file_again(tmp_path, say, root):
     state = {name: tensor.half() for name, tensor in to_official(released()).items()}
     torch.save({"model": state}, tmp_path / "given.pth")
     ours = tmp_path / "ours"
-    said = say("convert", "official", tmp_path / "given.pth", "--out", ours, "--num-heads", 4, "--text-model", root / "text.model")
-    assert said.startswith("139 tensors loaded from a released backbone file\n") and f"backbone at {ours}\n" in said
+    said = say(
+        "convert",
+        "official",
+        tmp_path / "given.pth",
+        "--out",
+        ours,
+        "--num-heads",
+        4,
+        "--text-model",
+        root / "text.model",
+    )
+    assert (
+        said.startswith("139 tensors loaded from a released backbone file\n")
+        and f"backbone at {ours}\n" in said
+    )
     assert load(ours).has_tokenizer and read_config(ours).config.model == TINY_RELEASE
     assert "171 tensors" in say("convert", "official", ours, "--out", tmp_path / "back.pth")
     back = torch.load(tmp_path / "back.pth", weights_only=True)["model"]
     assert back.keys() == state.keys()
-    assert all(back[name].dtype == tensor.dtype and torch.equal(back[name], tensor) for name, tensor in state.items())
+    assert all(
+        back[name].dtype == tensor.dtype and torch.equal(back[name], tensor)
+        for name, tensor in state.items()
+    )
 
 
 def test_answers_task_tokenizers_and_teachers(tmp_path, say, refused):
     names = tmp_path / "answers.txt"
     names.write_text("".join(f"answer {number}\n" for number in range(37)))
     file = golden("vqa") / "model.safetensors"
-    say("convert", "official", file, "--out", tmp_path / "vqa", "--num-heads", 4, "--answers", names)
+    say(
+        "convert", "official", file, "--out", tmp_path / "vqa", "--num-heads", 4, "--answers", names
+    )
     assert read_config(tmp_path / "vqa").config.answers[36] == "answer 36"
-    said = say("convert", "official", file, "--out", tmp_path / "b", "--num-heads", 4, "--task", "backbone")
+    said = say(
+        "convert", "official", file, "--out", tmp_path / "b", "--num-heads", 4, "--task", "backbone"
+    )
     assert "ignored (head of vqa: no part of backbone): " in said
-    assert "37 outputs" in refused("convert", "official", file, "--out", tmp_path / "c", "--task", "vqa", "--answers", short(names))
+    assert "37 outputs" in refused(
+        "convert",
+        "official",
+        file,
+        "--out",
+        tmp_path / "c",
+        "--task",
+        "vqa",
+        "--answers",
+        short(names),
+    )
     codes = golden("vqkd") / "model.safetensors"
-    assert f"vqkd at {tmp_path / 'codes'}" in say("convert", "vqkd", codes, "--out", tmp_path / "codes", "--num-heads", 4)
+    assert f"vqkd at {tmp_path / 'codes'}" in say(
+        "convert", "vqkd", codes, "--out", tmp_path / "codes", "--num-heads", 4
+    )
     said = refused("convert", "official", codes, "--out", tmp_path / "d", "--num-heads", 4)
     assert "would be lost (only its training used it)" in said and "give --task vqkd" in said
     save_file(hugging_face_state(openai_state()), tmp_path / "clip.safetensors")
-    assert "--task.teacher_weights" in say("convert", "clip", tmp_path / "clip.safetensors", "--out", tmp_path / "clip")
+    assert "--task.teacher_weights" in say(
+        "convert", "clip", tmp_path / "clip.safetensors", "--out", tmp_path / "clip"
+    )
     assert not [name for name in "cd" if (tmp_path / name).exists()]
 
 
@@ -83,7 +117,10 @@ def short(names: Path) -> Path:
         (["vqkd", "x.pth", "--text-model", "a.spm"], "--text-model is not for vqkd files"),
         (["official", ".", "--task", "vqa"], "--task is not for directories"),
         (["official", "."], ". holds neither weights nor a run's best or last"),
-        (["official", "beit3_base_itc_patch16_224.pth"], "that is the release's base network for retrieval (224 px"),
+        (
+            ["official", "beit3_base_itc_patch16_224.pth"],
+            "that is the release's base network for retrieval (224 px",
+        ),
         (["vqkd", "vqkd_encoder_base_decoder_3x768x12_clip-d5036aa7.pth"], "in its folder beit2"),
         (["clip", "ViT-B-16.pt"], "no teacher weights at ViT-B-16.pt"),
         (["dino", "x.pth"], "invalid choice: 'dino'"),
@@ -98,21 +135,32 @@ def test_conversions_that_mean_nothing(arguments, message, refused, tmp_path, mo
 def test_convert_explains_itself(capsys):
     with pytest.raises(SystemExit) as left:
         main(["convert", "--help"])
-    assert left.value.code == 0 and "goes back into a file" in " ".join(capsys.readouterr().out.split())
+    assert left.value.code == 0 and "goes back into a file" in " ".join(
+        capsys.readouterr().out.split()
+    )
 
 
 def test_released_files_are_listed(say, refused):
     said = say("recipes", "--released")
-    assert "beit3_large_indomain_patch16_768_vgqaaug_vqa.pth" in said and "vqkd_encoder_base_decoder_3x768x12_clip" in said
+    assert (
+        "beit3_large_indomain_patch16_768_vgqaaug_vqa.pth" in said
+        and "vqkd_encoder_base_decoder_3x768x12_clip" in said
+    )
     only = say("recipes", "vqa", "--released")
     assert "beit3_base_patch16_480_vqa.pth" in only and "nlvr2" not in only
-    assert "no file was released for vqkdd; did you mean vqkd?" in refused("recipes", "vqkdd", "--released")
+    assert "no file was released for vqkdd; did you mean vqkd?" in refused(
+        "recipes", "vqkdd", "--released"
+    )
 
 
 # Every task of a released file ---------------------------------------------------------------------------------------
 
 RELEASED_FORM = "--task.model.shared_attention False --task.model.shared_norms False --task.model.sub_ln True --task.model.fusion_layers 0"
-INPUTS = {"vqa": ("what color ?",), "nlvr2": ("{picture}", "there is a circle"), "retrieval": ("a circle",)}
+INPUTS = {
+    "vqa": ("what color ?",),
+    "nlvr2": ("{picture}", "there is a circle"),
+    "retrieval": ("a circle",),
+}
 
 
 @pytest.mark.parametrize("kind", ["vqa", "nlvr2", "captioning", "retrieval", "imagenet"])
@@ -120,20 +168,52 @@ def test_a_released_file_is_tuned_written_back_and_asked(kind, root, tmp_path, s
     """From a pretrained file to a file of the task, which is known by its content, scored and asked."""
     task = Pretrain(PretrainConfig(model=TINY_RELEASE, image=Preprocessing(32), num_codes=9))
     task.init_weights(0)
-    torch.save({"model": {name: tensor.half() for name, tensor in to_official(task).items()}}, tmp_path / "pretrained.zip")
-    flags = [*RELEASED_FORM.split(), "--run.steps", 1, "--run.eval_records", 4, "--run.device", "cpu", "--data.root", root]
+    torch.save(
+        {"model": {name: tensor.half() for name, tensor in to_official(task).items()}},
+        tmp_path / "pretrained.zip",
+    )
+    flags = [
+        *RELEASED_FORM.split(),
+        "--run.steps",
+        1,
+        "--run.eval_records",
+        4,
+        "--run.device",
+        "cpu",
+        "--data.root",
+        root,
+    ]
     if kind == "captioning":
         flags += ["--task.text_length", 6]
-    say("train", kind, "demo", "--init", tmp_path / "pretrained.zip", "--out", tmp_path / "run", "--data.batch.main", 4, *flags)
-    assert "tensors of" in say("convert", "official", tmp_path / "run", "--out", tmp_path / "tuned.pth")
-    lists = {"vqa": ("--answers", root / "vqa/main/answer2label.txt"), "imagenet": ("--classes", root / "imagenet/main/classes.txt")}
+    say(
+        "train",
+        kind,
+        "demo",
+        "--init",
+        tmp_path / "pretrained.zip",
+        "--out",
+        tmp_path / "run",
+        "--data.batch.main",
+        4,
+        *flags,
+    )
+    assert "tensors of" in say(
+        "convert", "official", tmp_path / "run", "--out", tmp_path / "tuned.pth"
+    )
+    lists = {
+        "vqa": ("--answers", root / "vqa/main/answer2label.txt"),
+        "imagenet": ("--classes", root / "imagenet/main/classes.txt"),
+    }
     names = lists.get(kind, ())
     given = [tmp_path / "tuned.pth", "--num-heads", 4, "--text-model", root / "text.model", *names]
     assert json.loads(say("eval", *given, "--data.root", few(root, kind, tmp_path)))
     Image.new("RGB", (40, 30), "red").save(tmp_path / "a.png")
     words = [word.format(picture=tmp_path / "a.png") for word in INPUTS.get(kind, ())]
     from_file = json.loads(say("predict", given[0], tmp_path / "a.png", *words, *given[1:]))
-    assert from_file[0].keys() == json.loads(say("predict", tmp_path / "run", tmp_path / "a.png", *words))[0].keys()
+    assert (
+        from_file[0].keys()
+        == json.loads(say("predict", tmp_path / "run", tmp_path / "a.png", *words))[0].keys()
+    )
 
 
 def few(root: Path, kind: str, folder: Path) -> Path:
@@ -143,7 +223,14 @@ def few(root: Path, kind: str, folder: Path) -> Path:
     records = []
     for line in (root / kind / "main/val.jsonl").read_text().splitlines()[:2]:
         record = json.loads(line)
-        records.append(record | {key: str((root / record[key]).resolve()) for key in ("image", "image2") if key in record})
+        records.append(
+            record
+            | {
+                key: str((root / record[key]).resolve())
+                for key in ("image", "image2")
+                if key in record
+            }
+        )
     (place / "val.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     return folder / "few"
 
@@ -156,7 +243,9 @@ def dual(root, tmp_path) -> Path:
     """Retrieval weights that know the records' tokenizer."""
     tokenizer = TextTokenizer(root / "text.model")
     model = replace(TINY, dim=32, depth=1, num_heads=2, ffn_dim=48, vocab_size=tokenizer.vocab_size)
-    task = Retrieval(RetrievalConfig(model=model, image=Preprocessing(32), text_length=20), tokenizer=tokenizer)
+    task = Retrieval(
+        RetrievalConfig(model=model, image=Preprocessing(32), text_length=20), tokenizer=tokenizer
+    )
     task.init_weights(0)
     save(task, tmp_path / "dual")
     return tmp_path / "dual"
@@ -167,10 +256,24 @@ def test_retrieval_weights_are_scored_on_classes(dual, root, say, tmp_path):
     scores = json.loads(say("eval", dual, "--task", "imagenet", "--data.root", root))
     assert {"accuracy", "top5"} <= scores.keys() and 0 <= scores["accuracy"] <= scores["top5"] <= 1
     names = root / "imagenet/main/classes.txt"
-    assert json.loads(say("eval", dual, "--task", "imagenet", "--data.root", root, "--classes", names)) == scores
+    assert (
+        json.loads(say("eval", dual, "--task", "imagenet", "--data.root", root, "--classes", names))
+        == scores
+    )
     files = [tmp_path / f"{number}.jsonl" for number in range(2)]
     say("eval", dual, "--task", "imagenet", "--data.root", root, "--predictions", files[0])
-    say("eval", dual, "--task", "imagenet", "--data.root", root, "--prompt", "there is a {}", "--predictions", files[1])
+    say(
+        "eval",
+        dual,
+        "--task",
+        "imagenet",
+        "--data.root",
+        root,
+        "--prompt",
+        "there is a {}",
+        "--predictions",
+        files[1],
+    )
     assert files[0].read_text() != files[1].read_text()
 
 
@@ -178,13 +281,33 @@ def test_a_picture_by_names(dual, root, say, refused, tmp_path):
     picture = tmp_path / "a.png"
     Image.new("RGB", (40, 30), "red").save(picture)
     (tmp_path / "names.txt").write_text("a red circle\na blue square\n")
-    said = json.loads(say("predict", dual, picture, "--task", "imagenet", "--classes", tmp_path / "names.txt", "--prompt", "{} there"))
+    said = json.loads(
+        say(
+            "predict",
+            dual,
+            picture,
+            "--task",
+            "imagenet",
+            "--classes",
+            tmp_path / "names.txt",
+            "--prompt",
+            "{} there",
+        )
+    )
     assert {each["name"] for each in said} == {"a red circle", "a blue square"}
     assert sum(each["score"] for each in said) == pytest.approx(1)
-    assert "needs the class names: give classes=FILE" in refused("predict", dual, picture, "--task", "imagenet")
-    assert "prompt 'a photo' has no {}" in refused("predict", dual, picture, "--task", "imagenet", "--prompt", "a photo")
-    assert "the head of vqa is untrained" in refused("predict", dual, picture, "how many ?", "--task", "vqa")
-    assert "the head of captioning is untrained" in refused("eval", dual, "--task", "captioning", "--data.root", root)
+    assert "needs the class names: give classes=FILE" in refused(
+        "predict", dual, picture, "--task", "imagenet"
+    )
+    assert "prompt 'a photo' has no {}" in refused(
+        "predict", dual, picture, "--task", "imagenet", "--prompt", "a photo"
+    )
+    assert "the head of vqa is untrained" in refused(
+        "predict", dual, picture, "how many ?", "--task", "vqa"
+    )
+    assert "the head of captioning is untrained" in refused(
+        "eval", dual, "--task", "captioning", "--data.root", root
+    )
 
 
 def test_class_names_travel_in_a_directory(tmp_path, say, refused):
@@ -197,8 +320,20 @@ def test_class_names_travel_in_a_directory(tmp_path, say, refused):
     Image.new("RGB", (40, 30), "red").save(tmp_path / "a.png")
     said = json.loads(say("predict", tmp_path / "w", tmp_path / "a.png"))
     assert len(said) == 5 and said[0]["name"] == f"class {said[0]['label']}"
-    assert "11 outputs" in refused("convert", "official", file, "--out", tmp_path / "b", "--num-heads", 4, "--classes", short(names))
-    assert "--classes is not for directories" in refused("convert", "official", tmp_path / "w", "--out", "a.pth", "--classes", names)
+    assert "11 outputs" in refused(
+        "convert",
+        "official",
+        file,
+        "--out",
+        tmp_path / "b",
+        "--num-heads",
+        4,
+        "--classes",
+        short(names),
+    )
+    assert "--classes is not for directories" in refused(
+        "convert", "official", tmp_path / "w", "--out", "a.pth", "--classes", names
+    )
 
 
 def test_preprocessing_that_differs_is_said_at_the_start(dual, root, say, tmp_path, capsys):
@@ -206,13 +341,63 @@ def test_preprocessing_that_differs_is_said_at_the_start(dual, root, say, tmp_pa
     network = read_config(dual).config.model
     names = ("dim", "depth", "num_heads", "ffn_dim", "vocab_size")
     flags = [part for name in names for part in (f"--task.model.{name}", getattr(network, name))]
-    flags += ["--data.root", root, "--run.steps", 1, "--data.batch.main", 4, "--run.eval_records", 4, "--run.device", "cpu"]
-    assert main([str(each) for each in ["train", "imagenet", "demo_names", "--out", tmp_path / "same", "--init", dual, *flags]]) == 0
+    flags += [
+        "--data.root",
+        root,
+        "--run.steps",
+        1,
+        "--data.batch.main",
+        4,
+        "--run.eval_records",
+        4,
+        "--run.device",
+        "cpu",
+    ]
+    assert (
+        main(
+            [
+                str(each)
+                for each in [
+                    "train",
+                    "imagenet",
+                    "demo_names",
+                    "--out",
+                    tmp_path / "same",
+                    "--init",
+                    dual,
+                    *flags,
+                ]
+            ]
+        )
+        == 0
+    )
     assert "prepared in another way" not in "".join(capsys.readouterr())
     other = [*flags, "--task.image.mean", 0.4, 0.4, 0.4]
-    assert main([str(each) for each in ["train", "imagenet", "demo_names", "--out", tmp_path / "other", "--init", dual, *other]]) == 0
+    assert (
+        main(
+            [
+                str(each)
+                for each in [
+                    "train",
+                    "imagenet",
+                    "demo_names",
+                    "--out",
+                    tmp_path / "other",
+                    "--init",
+                    dual,
+                    *other,
+                ]
+            ]
+        )
+        == 0
+    )
     said = "".join(capsys.readouterr())
-    assert said.count("pictures are prepared in another way than these weights know: mean is (0.5, 0.5, 0.5), here (0.4, 0.4, 0.4)") == 1
+    assert (
+        said.count(
+            "pictures are prepared in another way than these weights know: mean is (0.5, 0.5, 0.5), here (0.4, 0.4, 0.4)"
+        )
+        == 1
+    )
 
 
 # Captions ------------------------------------------------------------------------------------------------------------
@@ -223,24 +408,41 @@ def captioner(root, tmp_path) -> Path:
     """Captioning weights, beams by default."""
     tokenizer = TextTokenizer(root / "text.model")
     model = replace(TINY, dim=32, depth=1, num_heads=2, ffn_dim=48, vocab_size=tokenizer.vocab_size)
-    task = Captioning(CaptioningConfig(model=model, image=Preprocessing(32), text_length=6), tokenizer=tokenizer)
+    task = Captioning(
+        CaptioningConfig(model=model, image=Preprocessing(32), text_length=6), tokenizer=tokenizer
+    )
     task.init_weights(0)
     save(task, tmp_path / "captioner")
     return tmp_path / "captioner"
 
 
-def test_how_captions_are_written_is_said_to_weights_that_exist(captioner, root, say, refused, tmp_path):
+def test_how_captions_are_written_is_said_to_weights_that_exist(
+    captioner, root, say, refused, tmp_path
+):
     Image.new("RGB", (40, 30), "red").save(tmp_path / "a.png")
     ask = ("predict", captioner, tmp_path / "a.png")
-    beams, greedy = (json.loads(say(*ask, *flags))[0] for flags in ((), ("--task.decoding.method", "greedy")))
+    beams, greedy = (
+        json.loads(say(*ask, *flags))[0] for flags in ((), ("--task.decoding.method", "greedy"))
+    )
     task = load(captioner)
     task.config = replace(task.config, decoding=replace(task.config.decoding, method="greedy"))
     batch = task.collate([task.example(task.record(str(tmp_path / "a.png")), False)])
     (expected,) = task.predict(batch)
-    assert greedy["caption"] == expected["caption"] and greedy["score"] == pytest.approx(expected["score"], abs=1e-4)
+    assert greedy["caption"] == expected["caption"] and greedy["score"] == pytest.approx(
+        expected["score"], abs=1e-4
+    )
     assert greedy["score"] < beams["score"] < 0, "the sum of log-probabilities, and beams' mean"
-    assert "cider" in say("eval", captioner, "--data.root", few(root, "captioning", tmp_path), "--task.decoding.num_beams", 1)
-    assert "--task.model.depth 2: the network of weights that exist cannot be another" in refused(*ask, "--task.model.depth", 2)
+    assert "cider" in say(
+        "eval",
+        captioner,
+        "--data.root",
+        few(root, "captioning", tmp_path),
+        "--task.decoding.num_beams",
+        1,
+    )
+    assert "--task.model.depth 2: the network of weights that exist cannot be another" in refused(
+        *ask, "--task.model.depth", 2
+    )
     assert "--task.decoding.methd" in refused(*ask, "--task.decoding.methd", "greedy")
     assert "unknown argument --optim.lr" in refused(*ask, "--optim.lr", 1)
 
@@ -265,12 +467,16 @@ def test_meteor_and_spice_are_asked_for(captioner, dual, root, say, refused, tmp
     assert not (tmp_path / "p.jsonl").exists(), "said before anything is predicted"
     monkeypatch.setattr(caption_java.shutil, "which", lambda name: "/usr/bin/java")
     monkeypatch.setattr(caption_java, "find_spec", lambda name: Module)
-    monkeypatch.setattr(caption_java, "importlib", SimpleNamespace(import_module=lambda name: Module))
+    monkeypatch.setattr(
+        caption_java, "importlib", SimpleNamespace(import_module=lambda name: Module)
+    )
     plain = json.loads(say(*evaluated))
     assert "cider" in plain and "meteor" not in plain, "never without being asked for"
     for call in (evaluated, scored):
         assert json.loads(say(*call, "--java")) == plain | {"meteor": 0.25, "spice": 0.25}
-    assert "are scores of captions, retrieval writes none" in refused("eval", dual, "--data.root", root, "--java")
+    assert "are scores of captions, retrieval writes none" in refused(
+        "eval", dual, "--data.root", root, "--java"
+    )
 
 
 # Weights of another network to start from ----------------------------------------------------------------------------
@@ -291,36 +497,89 @@ def write(kind: str, folder: Path) -> Path:
     elif kind.startswith("beit3_"):
         pass
     else:
-        save(network(**{"wider": {"dim": 256}, "deeper": {"depth": 5}, "heads": {"num_heads": 2}}[kind]), place)
+        save(
+            network(
+                **{"wider": {"dim": 256}, "deeper": {"depth": 5}, "heads": {"num_heads": 2}}[kind]
+            ),
+            place,
+        )
     return place
 
 
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
-        ("resnet", "not BEiT-3 weights: the keys begin with conv1.weight, bn1.weight; give a released BEiT-3 file"),
-        ("clip", "these are CLIP's tensors, not BEiT-3's: they can teach a vqkd (beit3 convert clip)"),
+        (
+            "resnet",
+            "not BEiT-3 weights: the keys begin with conv1.weight, bn1.weight; give a released BEiT-3 file",
+        ),
+        (
+            "clip",
+            "these are CLIP's tensors, not BEiT-3's: they can teach a vqkd (beit3 convert clip)",
+        ),
         ("torchscript", "is a TorchScript archive"),
-        ("released", "(shared_attention is False, here True; shared_norms is False, here True; sub_ln is True, here False; "),
-        ("wider", "another network (dim is 256, here 128): take a recipe of its size, or give --task.model.dim 256; "),
+        (
+            "released",
+            "(shared_attention is False, here True; shared_norms is False, here True; sub_ln is True, here False; ",
+        ),
+        (
+            "wider",
+            "another network (dim is 256, here 128): take a recipe of its size, or give --task.model.dim 256; ",
+        ),
         ("deeper", "another network (depth is 5, here 4)"),
-        ("heads", "another network (num_heads is 2, here 4): take a recipe of its size, or give --task.model.num_heads 2"),
+        (
+            "heads",
+            "another network (num_heads is 2, here 4): take a recipe of its size, or give --task.model.num_heads 2",
+        ),
         ("beit3_base_patch16_224.pth", "that is the release's base network for pretrain"),
     ],
 )
 def test_weights_of_another_network_leave_the_run_unwritten(kind, message, root, tmp_path, refused):
     given = write(kind, tmp_path)
-    before = {path: sha256(path.read_bytes()).hexdigest() for path in tmp_path.rglob("*") if path.is_file()}
-    said = refused("train", "vqa", "demo", "--out", tmp_path / "run", "--init", given, "--data.root", root, "--run.steps", 1)
+    before = {
+        path: sha256(path.read_bytes()).hexdigest()
+        for path in tmp_path.rglob("*")
+        if path.is_file()
+    }
+    said = refused(
+        "train",
+        "vqa",
+        "demo",
+        "--out",
+        tmp_path / "run",
+        "--init",
+        given,
+        "--data.root",
+        root,
+        "--run.steps",
+        1,
+    )
     assert said.startswith(f"beit3: cannot start from {given}: ") and message in said
     assert not (tmp_path / "run").exists()
-    assert {path: sha256(path.read_bytes()).hexdigest() for path in tmp_path.rglob("*") if path.is_file()} == before
+    assert {
+        path: sha256(path.read_bytes()).hexdigest()
+        for path in tmp_path.rglob("*")
+        if path.is_file()
+    } == before
 
 
 def test_the_remedy_of_another_network_works(root, tmp_path, refused, say):
     save(network(dim=64, num_heads=2, depth=1, ffn_dim=96), tmp_path / "w")
-    call = ["train", "vqa", "demo", "--out", tmp_path / "run", "--init", tmp_path / "w", "--data.root", root]
+    call = [
+        "train",
+        "vqa",
+        "demo",
+        "--out",
+        tmp_path / "run",
+        "--init",
+        tmp_path / "w",
+        "--data.root",
+        root,
+    ]
     call += ["--run.steps", 1, "--data.batch.main", 8, "--run.eval_records", 4]
     flags = refused(*call).split("or give ")[1].split(";")[0].split()
     say(*call, *flags)
-    assert json.loads((tmp_path / "run" / "recipe.json").read_text())["recipe"]["task"]["model"]["dim"] == 64
+    assert (
+        json.loads((tmp_path / "run" / "recipe.json").read_text())["recipe"]["task"]["model"]["dim"]
+        == 64
+    )

@@ -10,10 +10,17 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from beit3 import compat
-from beit3.compat import BEiT3, BEiT3Wrapper, EncoderConfig, _get_base_config, _get_large_config, create_model
+from beit3.compat import (
+    BEiT3,
+    BEiT3Wrapper,
+    EncoderConfig,
+    _get_base_config,
+    _get_large_config,
+    create_model,
+)
 from beit3.compat import beit3_base_patch16_480_vqav2 as vqav2
-from beit3.weights.fill import task_name
-from beit3.weights.official import RELEASED_ROWS, keys_of, load_official
+from beit3.weights.matching import task_name
+from beit3.weights.release_format import RELEASED_ROWS, keys_of, load_official
 from tests.golden import config, golden, tensors
 
 CLASSES = {
@@ -32,7 +39,11 @@ TASKS = {"vqav2": "vqa", "imageclassification": "imagenet"}
 def arguments(name: str) -> EncoderConfig:
     """The fixture's own config, in upstream's words."""
     given = config(name)
-    known = {key: value for key, value in given.items() if key in EncoderConfig.__dataclass_fields__ and key != "activation_fn"}
+    known = {
+        key: value
+        for key, value in given.items()
+        if key in EncoderConfig.__dataclass_fields__ and key != "activation_fn"
+    }
     return EncoderConfig(**known)
 
 
@@ -49,7 +60,11 @@ def inputs(name: str) -> dict[str, Tensor]:
     given = tensors(name, "inputs")
     keys = {"image", "image_a", "image_b", "text_description", "question", "padding_mask"}
     if name == "captioning":
-        named = {"text_ids": given["masked_tokens"], "language_masked_pos": given["language_masked_pos"], "image_id": torch.zeros(4)}
+        named = {
+            "text_ids": given["masked_tokens"],
+            "language_masked_pos": given["language_masked_pos"],
+            "image_id": torch.zeros(4),
+        }
         return named | {key: given[key] for key in ("image", "padding_mask")}
     return {key: tensor for key, tensor in given.items() if key in keys}
 
@@ -68,7 +83,11 @@ def test_logits(name):
 
 
 def test_retrieval():
-    model, given, expected = built("retrieval"), inputs("retrieval"), tensors("retrieval", "outputs")
+    model, given, expected = (
+        built("retrieval"),
+        inputs("retrieval"),
+        tensors("retrieval", "outputs"),
+    )
     with torch.inference_mode():
         loss, image, text = model(**given)
         close(loss, expected["loss"])
@@ -76,7 +95,11 @@ def test_retrieval():
         close(text, expected["language_cls"], 1e-5)
         alone, nothing = model(image=given["image"], only_infer=True)
         assert nothing is None and torch.equal(alone, image)
-        nothing, alone = model(text_description=given["text_description"], padding_mask=given["padding_mask"], only_infer=True)
+        nothing, alone = model(
+            text_description=given["text_description"],
+            padding_mask=given["padding_mask"],
+            only_infer=True,
+        )
         assert nothing is None and torch.equal(alone, text)
     with pytest.raises(ValueError, match="a loss needs image and text_description"):
         model(image=given["image"])
@@ -86,7 +109,11 @@ def test_retrieval():
 def test_states_of_every_kind_of_input(name):
     given, expected = tensors(name, "inputs"), tensors(name, "outputs")
     image = given.get("image", given.get("image_a"))
-    text = next(given[key] for key in ("question", "text_description", "backbone.text_ids", "masked_tokens") if key in given)
+    text = next(
+        given[key]
+        for key in ("question", "text_description", "backbone.text_ids", "masked_tokens")
+        if key in given
+    )
     text = given.get("language_tokens", text)
     padding = given.get("padding_mask", given.get("backbone.padding_mask"))
     masked = given["backbone.vision_masked_position"]
@@ -97,11 +124,14 @@ def test_states_of_every_kind_of_input(name):
         "image_only": {"visual_tokens": image},
         "image_only_masked": {"visual_tokens": image, "vision_masked_position": masked},
         "fused_masked": {
-            "visual_tokens": image, "textual_tokens": text, "text_padding_position": padding.bool(), "vision_masked_position": masked,
+            "visual_tokens": image,
+            "textual_tokens": text,
+            "text_padding_position": padding.bool(),
+            "vision_masked_position": masked,
         },
         "text_only": {"textual_tokens": text, "text_padding_position": padding},
         "text_only_no_padding_mask": {"textual_tokens": text},
-    }  # fmt: skip
+    }
     splits = {"image": -1, "text": 0, "fused": 17}
     with torch.inference_mode():
         for kind, call in calls.items():
@@ -110,7 +140,9 @@ def test_states_of_every_kind_of_input(name):
             assert found["multiway_split_position"] == splits[kind.split("_")[0]]
             hidden = found["encoder_padding_mask"]
             assert hidden.shape == found["encoder_out"].shape[:2]
-            assert int(hidden.sum()) == (int(padding.sum()) if "text_padding_position" in call else 0)
+            assert int(hidden.sum()) == (
+                int(padding.sum()) if "text_padding_position" in call else 0
+            )
 
 
 def test_the_bare_network():
@@ -120,7 +152,9 @@ def test_the_bare_network():
     network.load_state_dict(state)
     assert network.state_dict().keys() == state.keys()
     with torch.inference_mode():
-        found = network.eval()(given["text_ids"], given["image"], given["padding_mask"])["encoder_out"]
+        found = network.eval()(given["text_ids"], given["image"], given["padding_mask"])[
+            "encoder_out"
+        ]
     close(found, tensors("backbone_layers", "outputs")["fused.encoder_out"])
 
 
@@ -128,7 +162,11 @@ def test_the_bare_network():
 
 
 def test_captioning_in_training():
-    model, given, expected = built("captioning"), inputs("captioning"), tensors("captioning", "outputs")
+    model, given, expected = (
+        built("captioning"),
+        inputs("captioning"),
+        tensors("captioning", "outputs"),
+    )
     with torch.inference_mode():
         logits, state = model(**given)
         close(logits, expected["logits_masked"])
@@ -139,23 +177,40 @@ def test_captioning_in_training():
 
 def test_captions_step_by_step():
     """As the release's evaluation does: after every step the caller reorders the state and drops the slot's keys and values."""
-    model, given, expected = built("captioning"), tensors("captioning", "inputs"), tensors("captioning", "outputs")
+    model, given, expected = (
+        built("captioning"),
+        tensors("captioning", "inputs"),
+        tensors("captioning", "outputs"),
+    )
     slot = torch.full((4, 1), 511)
-    text, image, state = torch.cat((torch.zeros(4, 1, dtype=torch.int64), slot), 1), given["image"], {}
+    text, image, state = (
+        torch.cat((torch.zeros(4, 1, dtype=torch.int64), slot), 1),
+        given["image"],
+        {},
+    )
     steps, rows, order = [], torch.arange(4), torch.tensor([1, 3, 0, 2])
     with torch.inference_mode():
         for length, words in enumerate([*given["decode.forced_tokens"].T, None], start=2):
             logits, state = model(
-                image=image, text_ids=text, language_masked_pos=None, padding_mask=torch.zeros_like(text), text_len=length,
+                image=image,
+                text_ids=text,
+                language_masked_pos=None,
+                padding_mask=torch.zeros_like(text),
+                text_len=length,
                 incremental_state=state,
-            )  # fmt: skip
+            )
             steps.append(logits[rows.argsort()])
             rows = rows[order]
             for layer in state:
                 for key in state[layer]:
                     state[layer][key] = state[layer][key].index_select(0, order)[:, :, :-1, :]
             image, text = None, None if words is None else torch.cat((words[rows, None], slot), 1)
-    assert sorted(state) == [0, 1, 2, 3] and state[0]["prev_key"].shape == (4, 4, 17 + len(steps), 16)
+    assert sorted(state) == [0, 1, 2, 3] and state[0]["prev_key"].shape == (
+        4,
+        4,
+        17 + len(steps),
+        16,
+    )
     close(torch.stack(steps), expected["decode.forced_step_logits"])
 
 
@@ -169,14 +224,20 @@ def test_recorded_captions_score_what_was_recorded(beams):
         text, ended = torch.tensor([[0, 511]]), len(ids) < expected["max_len"] - 1
         with torch.inference_mode():
             for length, word in enumerate([*words, 2] if ended else words, start=2):
-                logits, state = model(picture, text, None, None, text_len=length, incremental_state=state)
+                logits, state = model(
+                    picture, text, None, None, text_len=length, incremental_state=state
+                )
                 scores = logits[0, 1].log_softmax(-1)
                 total += float(scores[word])
                 for layer in state.values():
                     layer.update({key: value[:, :, :-1] for key, value in layer.items()})
                 picture, text = None, torch.tensor([[word, 511]])
-            if not ended:  # at the length limit the word that would follow counts without being written
-                logits, _ = model(None, text, None, None, text_len=length + 1, incremental_state=state)
+            if (
+                not ended
+            ):  # at the length limit the word that would follow counts without being written
+                logits, _ = model(
+                    None, text, None, None, text_len=length + 1, incremental_state=state
+                )
                 total += float(logits[0, 1].log_softmax(-1).max())
         assert total / len(ids) ** expected["length_penalty"] == pytest.approx(score, abs=1e-4)
 
@@ -201,7 +262,10 @@ def test_state_dicts_are_views_and_survive_copies_and_files(tmp_path):
     twin.load_state_dict(tensors("vqa", "model"))
     assert not model.state_dict()[key].any() and twin.state_dict()[key].any()
     save_file(twin.state_dict(), tmp_path / "a.safetensors")
-    torch.save({"model": {name: value.half() for name, value in twin.state_dict().items()}}, tmp_path / "a.pth")
+    torch.save(
+        {"model": {name: value.half() for name, value in twin.state_dict().items()}},
+        tmp_path / "a.pth",
+    )
     half = torch.load(tmp_path / "a.pth")["model"]
     model.load_state_dict(half)
     assert torch.equal(model.state_dict()[key], half[key].float())
@@ -215,8 +279,12 @@ def test_what_does_not_fit_is_named_as_upstream_names_it():
     model, state = built("vqa"), tensors("vqa", "model")
     before = {name: value.clone() for name, value in model.state_dict().items()}
     key = "beit3.encoder.layers.1.self_attn.q_proj.A.weight"
-    part = {name: value + 1 for name, value in state.items() if name not in (key, "pooler.dense.bias")}
-    more = {name: torch.zeros(64) for name in ("beit3.encoder.layer_norm.A.weight", "mlm_head.bias")}
+    part = {
+        name: value + 1 for name, value in state.items() if name not in (key, "pooler.dense.bias")
+    }
+    more = {
+        name: torch.zeros(64) for name in ("beit3.encoder.layer_norm.A.weight", "mlm_head.bias")
+    }
     missing, unexpected = model.load_state_dict(part | more, strict=False)
     assert sorted(missing) == [key, "pooler.dense.bias"]
     assert sorted(unexpected) == ["beit3.encoder.layer_norm.A.weight", "mlm_head.bias"]
@@ -238,12 +306,16 @@ def test_the_attributes_of_the_guide():
     network.load_state_dict(state)
     block, picture, text = network.blocks[1], network.image_embedding, network.text_embedding
     for key, tensor in {
-        "text_embed.weight": text.tokens.weight, "vision_embed.proj.weight": picture.patch.weight,
-        "vision_embed.cls_token": picture.class_token, "vision_embed.mask_token": picture.mask_token,
-        "encoder.embed_positions.A.weight": picture.positions, "encoder.embed_positions.B.weight": text.positions,
+        "text_embed.weight": text.tokens.weight,
+        "vision_embed.proj.weight": picture.patch.weight,
+        "vision_embed.cls_token": picture.class_token,
+        "vision_embed.mask_token": picture.mask_token,
+        "encoder.embed_positions.A.weight": picture.positions,
+        "encoder.embed_positions.B.weight": text.positions,
         "encoder.layers.1.self_attn.k_proj.A.weight": block.attention.qkv.image.weight.chunk(3)[1],
-        "encoder.layers.1.ffn.B.fc1.weight": block.ffn.text.fc1.weight, "encoder.layer_norm.B.bias": network.norm.text.bias,
-    }.items():  # fmt: skip
+        "encoder.layers.1.ffn.B.fc1.weight": block.ffn.text.fc1.weight,
+        "encoder.layer_norm.B.bias": network.norm.text.bias,
+    }.items():
         assert torch.equal(tensor, state[key]), key
     assert 1 + network.config.num_patches == 17
 
@@ -258,21 +330,41 @@ def test_names_shapes_and_numbers_of_every_registered_model():
             state = model.state_dict()
             task, report = load_official(state)
         assert sum(parameter.numel() for parameter in model.parameters()) == count, name
-        assert getattr(compat, name) is compat.MODELS[name] and compat.MODELS[name].__name__ == name and name in compat.__all__
-        assert not report.fresh and not report.ignored and task.config.image.image_size == model.args.img_size
+        assert (
+            getattr(compat, name) is compat.MODELS[name]
+            and compat.MODELS[name].__name__ == name
+            and name in compat.__all__
+        )
+        assert (
+            not report.fresh
+            and not report.ignored
+            and task.config.image.image_size == model.args.img_size
+        )
         assert task_name(type(task)) == TASKS.get(name.rpartition("_")[2], name.rpartition("_")[2])
         if name in shapes:
             assert {key: list(value.shape) for key, value in state.items()} == shapes[name]
         assert model.get_num_layers() == (24 if "large" in name else 12)
-        assert model.no_weight_decay() - {"logit_scale"} <= {key for key, _ in model.named_parameters()}
+        assert model.no_weight_decay() - {"logit_scale"} <= {
+            key for key, _ in model.named_parameters()
+        }
 
 
 # As users call it ----------------------------------------------------------------------------------------------------
 
 
 def small(**changes) -> EncoderConfig:
-    return EncoderConfig(**{"encoder_embed_dim": 64, "encoder_layers": 2, "encoder_attention_heads": 2, "encoder_ffn_embed_dim": 96,
-        "img_size": 32, "vocab_size": 90, "max_source_positions": 40} | changes)  # fmt: skip
+    return EncoderConfig(
+        **{
+            "encoder_embed_dim": 64,
+            "encoder_layers": 2,
+            "encoder_attention_heads": 2,
+            "encoder_ffn_embed_dim": 96,
+            "img_size": 32,
+            "vocab_size": 90,
+            "max_source_positions": 40,
+        }
+        | changes
+    )
 
 
 class Extractor(BEiT3Wrapper):
@@ -284,13 +376,18 @@ class Extractor(BEiT3Wrapper):
         self.projection.apply(self._init_weights)
 
     def forward(self, images, ids, attention):
-        found = self.beit3(visual_tokens=images, textual_tokens=ids, text_padding_position=~attention)
+        found = self.beit3(
+            visual_tokens=images, textual_tokens=ids, text_padding_position=~attention
+        )
         return self.projection(found["encoder_out"][:, :1, ...])
 
 
 def test_a_head_of_ones_own_trains():
     model = Extractor(small(drop_path_rate=0.1), hidden=3)
-    ids, attention = torch.tensor([[0, 5, 2, 1], [0, 5, 6, 2]]), torch.tensor([[True, True, True, False], [True] * 4])
+    ids, attention = (
+        torch.tensor([[0, 5, 2, 1], [0, 5, 6, 2]]),
+        torch.tensor([[True, True, True, False], [True] * 4]),
+    )
     found = model(torch.rand(2, 3, 32, 32), ids, attention)
     assert found.shape == (2, 1, 3)
     found.sum().backward()
@@ -301,17 +398,29 @@ def test_initial_values():
     """Words and heads: a normal of .02 cut at one deviation, whose own deviation is then .0108; nothing is left unset."""
     model = Extractor(small(vocab_size=5000))
     words = model.beit3.text_embedding.tokens.weight
-    assert words.abs().max() <= 0.02 + 1e-8 and float(words.std()) == pytest.approx(0.0108, rel=0.01) and abs(words.mean()) < 1e-4
+    assert (
+        words.abs().max() <= 0.02 + 1e-8
+        and float(words.std()) == pytest.approx(0.0108, rel=0.01)
+        and abs(words.mean()) < 1e-4
+    )
     assert model.projection.weight.abs().max() <= 0.02 + 1e-8 and not model.projection.bias.any()
     untouched = ("bias", "class_token", "mask_token")
-    assert all(value.any() for name, value in model.named_parameters() if not name.endswith(untouched))
+    assert all(
+        value.any() for name, value in model.named_parameters() if not name.endswith(untouched)
+    )
     other = Extractor(small(vocab_size=5000))
-    assert torch.equal(model.beit3.blocks[1].ffn.image.fc2.weight, other.beit3.blocks[1].ffn.image.fc2.weight)
+    assert torch.equal(
+        model.beit3.blocks[1].ffn.image.fc2.weight, other.beit3.blocks[1].ffn.image.fc2.weight
+    )
 
 
 def test_two_threads_share_a_model():
     model, given = built("retrieval"), inputs("retrieval")
-    text = {"text_description": given["text_description"], "padding_mask": given["padding_mask"], "only_infer": True}
+    text = {
+        "text_description": given["text_description"],
+        "padding_mask": given["padding_mask"],
+        "only_infer": True,
+    }
 
     def ask(turn: int) -> Tensor:
         with torch.inference_mode():
@@ -325,11 +434,15 @@ def test_two_threads_share_a_model():
 
 def test_recomputed_activations_change_no_gradient():
     model = built("vqa")
-    again = compat.BEiT3ForVisualQuestionAnswering(EncoderConfig(**vars(arguments("vqa")) | {"checkpoint_activations": True}), 37)
+    again = compat.BEiT3ForVisualQuestionAnswering(
+        EncoderConfig(**vars(arguments("vqa")) | {"checkpoint_activations": True}), 37
+    )
     again.load_state_dict(model.state_dict())
     for each in (model, again):
         each(**inputs("vqa")).sum().backward()
-    for (name, one), (_, two) in zip(model.named_parameters(), again.named_parameters(), strict=True):
+    for (name, one), (_, two) in zip(
+        model.named_parameters(), again.named_parameters(), strict=True
+    ):
         assert (one.grad is None) == (two.grad is None), name
         if one.grad is not None:
             torch.testing.assert_close(one.grad, two.grad)
@@ -341,10 +454,19 @@ def test_a_file_into_a_model_of_another_size(tmp_path, pixels):
     args = arguments("vqa")
     args.img_size = pixels
     same = compat.BEiT3ForVisualQuestionAnswering(args, num_classes=37)
-    assert compat.load_model_and_may_interpolate(str(tmp_path / "vqa.pth"), same, "model|module", "") == []
+    assert (
+        compat.load_model_and_may_interpolate(str(tmp_path / "vqa.pth"), same, "model|module", "")
+        == []
+    )
     other = compat.BEiT3ForVisualQuestionAnswering(args, num_classes=5)
-    with pytest.warns(UserWarning, match="2 tensors are not in .*vqa.pth in this shape and stay untrained: head.3.weight, head.3.bias"):
-        assert compat.load_model_and_may_interpolate(tmp_path / "vqa.pth", other) == ["untrained: head.3.weight", "untrained: head.3.bias"]
+    with pytest.warns(
+        UserWarning,
+        match="2 tensors are not in .*vqa.pth in this shape and stay untrained: head.3.weight, head.3.bias",
+    ):
+        assert compat.load_model_and_may_interpolate(tmp_path / "vqa.pth", other) == [
+            "untrained: head.3.weight",
+            "untrained: head.3.bias",
+        ]
     expected = tensors("vqa", "model")["beit3.encoder.embed_positions.A.weight"]
     found = same.state_dict()["beit3.encoder.embed_positions.A.weight"]
     assert torch.equal(found[:3], expected[:3]) and len(found) == 3 + (pixels // 16) ** 2
@@ -354,28 +476,64 @@ def test_a_file_into_a_model_of_another_size(tmp_path, pixels):
 
 
 def test_configurations():
-    for make, dim, depth, heads in ((_get_base_config, 768, 12, 12), (_get_large_config, 1024, 24, 16)):
+    for make, dim, depth, heads in (
+        (_get_base_config, 768, 12, 12),
+        (_get_large_config, 1024, 24, 16),
+    ):
         args = make(img_size=384, drop_path_rate=0.2, mlp_ratio=2, nothing_of_ours=1)
-        assert (args.encoder_embed_dim, args.encoder_layers, args.encoder_attention_heads) == (dim, depth, heads)
-        assert (args.img_size, args.drop_path_rate, args.encoder_ffn_embed_dim) == (384, 0.2, 2 * dim)
+        assert (args.encoder_embed_dim, args.encoder_layers, args.encoder_attention_heads) == (
+            dim,
+            depth,
+            heads,
+        )
+        assert (args.img_size, args.drop_path_rate, args.encoder_ffn_embed_dim) == (
+            384,
+            0.2,
+            2 * dim,
+        )
         assert args.vocab_size == RELEASED_ROWS and args.normalize_output
     with torch.device("meta"):
         model = vqav2(drop_path_rate=0.3, vocab_size=100, checkpoint_activations=None)
-    assert model.args.img_size == 480 and model.beit3.config.drop_path_rate == 0.3 and model.beit3.norm is None
-    assert model.state_dict()["beit3.text_embed.weight"].shape == (100, 768) and model.head[3].out_features == 3129
+    assert (
+        model.args.img_size == 480
+        and model.beit3.config.drop_path_rate == 0.3
+        and model.beit3.norm is None
+    )
+    assert (
+        model.state_dict()["beit3.text_embed.weight"].shape == (100, 768)
+        and model.head[3].out_features == 3129
+    )
 
 
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: create_model("beit3_base_patch16_480_vqa"), "no model .*_480_vqa; did you mean beit3_base_patch16_480_vqav2"),
-        (lambda: create_model("beit3_base_patch16_224_nlvr2", pretrained=True), "pretrained=True: nothing is downloaded"),
-        (lambda: create_model("beit3_base_patch16_224_nlvr2", drop_path=0.1), "drop_path=0.1 means nothing to nlvr2"),
-        (lambda: create_model("beit3_base_patch16_224_nlvr2", drop_rate=0.1), "drop_rate=0.1 means nothing .*did you mean drop_path_rate"),
-        (lambda: BEiT3(small(dropout=0.1)), "dropout=0.1 cannot be honoured: BEiT-3 has dropout=0.0"),
+        (
+            lambda: create_model("beit3_base_patch16_480_vqa"),
+            "no model .*_480_vqa; did you mean beit3_base_patch16_480_vqav2",
+        ),
+        (
+            lambda: create_model("beit3_base_patch16_224_nlvr2", pretrained=True),
+            "pretrained=True: nothing is downloaded",
+        ),
+        (
+            lambda: create_model("beit3_base_patch16_224_nlvr2", drop_path=0.1),
+            "drop_path=0.1 means nothing to nlvr2",
+        ),
+        (
+            lambda: create_model("beit3_base_patch16_224_nlvr2", drop_rate=0.1),
+            "drop_rate=0.1 means nothing .*did you mean drop_path_rate",
+        ),
+        (
+            lambda: BEiT3(small(dropout=0.1)),
+            "dropout=0.1 cannot be honoured: BEiT-3 has dropout=0.0",
+        ),
         (lambda: BEiT3(small(multiway=False)), "multiway=False cannot be honoured"),
         (lambda: BEiT3(small(moe_freq=2, moe_expert_count=4)), "moe_freq=2 cannot be honoured"),
-        (lambda: BEiT3(small(encoder_attention_heads=5)), "dim 64 is not a multiple of num_heads 5"),
+        (
+            lambda: BEiT3(small(encoder_attention_heads=5)),
+            "dim 64 is not a multiple of num_heads 5",
+        ),
     ],
 )
 def test_arguments_that_cannot_be_honoured(call, message):
@@ -388,30 +546,51 @@ def test_arguments_of_trainers_pass():
     """Upstream's trainer, timm's `create_model`, and torchscale's configuration, whose other fields are ignored there too."""
     with torch.device("meta"):
         model = create_model(
-            "beit3_base_patch16_224_retrieval", pretrained=False, num_classes=3, drop_rate=0.0, drop_path_rate=0.1, drop_block_rate=None,
-            vocab_size=90, checkpoint_activations=None, scriptable=None, pretrained_cfg=None, cache_dir=None,
-        )  # fmt: skip
+            "beit3_base_patch16_224_retrieval",
+            pretrained=False,
+            num_classes=3,
+            drop_rate=0.0,
+            drop_path_rate=0.1,
+            drop_block_rate=None,
+            vocab_size=90,
+            checkpoint_activations=None,
+            scriptable=None,
+            pretrained_cfg=None,
+            cache_dir=None,
+        )
         assert model.args.vocab_size == 90 and model.args.drop_path_rate == 0.1
-        factory = compat.beit3_base_patch16_224_nlvr2(pretrained_cfg=None, pretrained_cfg_overlay=None, norm_layer=nn.LayerNorm)
+        factory = compat.beit3_base_patch16_224_nlvr2(
+            pretrained_cfg=None, pretrained_cfg_overlay=None, norm_layer=nn.LayerNorm
+        )
     assert factory.head.dense2.out_features == 2
-    args = EncoderConfig(encoder_embed_dim=64, flash_attention=False, ddp_rank=0, use_xmoe=False, bert_init=True)
-    assert args.encoder_embed_dim == 64 and args.encoder_layers == 12 and not hasattr(args, "ddp_rank")
+    args = EncoderConfig(
+        encoder_embed_dim=64, flash_attention=False, ddp_rank=0, use_xmoe=False, bert_init=True
+    )
+    assert (
+        args.encoder_embed_dim == 64 and args.encoder_layers == 12 and not hasattr(args, "ddp_rank")
+    )
 
 
 def test_parts_for_heads_of_ones_own():
     """Upstream's `Pooler` and `TwoLayerMLP`: the recorded heads, and the same by hand."""
     model = built("nlvr2")
-    head = compat.TwoLayerMLP(in_features=256, hidden_features=128, out_features=2, norm_layer=nn.LayerNorm)
+    head = compat.TwoLayerMLP(
+        in_features=256, hidden_features=128, out_features=2, norm_layer=nn.LayerNorm
+    )
     head.load_state_dict(model.head.state_dict())
     states = torch.rand(3, 256)
     assert torch.equal(head(states), model.head(states))
     bare = compat.TwoLayerMLP(256, 128, 2, nn.LayerNorm, norm_input=False)
     assert isinstance(bare.norm1, nn.Identity) and "norm1.weight" not in bare.state_dict()
-    bare.load_state_dict({name: value for name, value in head.state_dict().items() if not name.startswith("norm1")})
+    bare.load_state_dict(
+        {name: value for name, value in head.state_dict().items() if not name.startswith("norm1")}
+    )
     torch.testing.assert_close(bare(head.norm1(states)), head(states))
     pooler = compat.Pooler(input_features=64, output_features=5, norm_layer=nn.LayerNorm)
     states = torch.rand(2, 7, 64)
-    found = torch.tanh(nn.functional.layer_norm(states[:, 0], (64,)) @ pooler.dense.weight.T + pooler.dense.bias)
+    found = torch.tanh(
+        nn.functional.layer_norm(states[:, 0], (64,)) @ pooler.dense.weight.T + pooler.dense.bias
+    )
     torch.testing.assert_close(pooler(states), found)
 
 
@@ -424,7 +603,11 @@ class Count(nn.Module):
 
 def test_a_criterion_of_ones_own():
     """`criterion` gives upstream's three results, and another takes its place."""
-    model, given, expected = built("retrieval"), inputs("retrieval"), tensors("retrieval", "outputs")
+    model, given, expected = (
+        built("retrieval"),
+        inputs("retrieval"),
+        tensors("retrieval", "outputs"),
+    )
     with torch.inference_mode():
         image, text = expected["vision_cls"], expected["language_cls"]
         loss, to_text, to_image = model.criterion(image, text, model.logit_scale.exp())
@@ -443,7 +626,11 @@ def test_layers_of_parameters_are_upstreams(name):
     def upstream(key: str) -> int:
         if "embed" in key:
             return 0
-        return int(key.split("layers.")[1].split(".")[0]) + 1 if "layers." in key else model.get_num_layers() + 1
+        return (
+            int(key.split("layers.")[1].split(".")[0]) + 1
+            if "layers." in key
+            else model.get_num_layers() + 1
+        )
 
     model = built(name)
     for ours, _ in model.named_parameters():
@@ -455,12 +642,23 @@ def test_calls_that_cannot_be_honoured():
     network = BEiT3(small()).eval()
     text, image = torch.tensor([[0, 5, 2]]), torch.zeros(1, 3, 32, 32)
     rows = torch.arange(2, 5)[None]
-    plain, first, later = (network(text, positions=at)["encoder_out"] for at in (None, rows, rows + 1))
+    plain, first, later = (
+        network(text, positions=at)["encoder_out"] for at in (None, rows, rows + 1)
+    )
     assert torch.equal(plain, first) and not torch.equal(plain, later)
     for call, message in (
-        ({"positions": torch.tensor([[4, 6, 8]])}, r"positions \[4, 6, 8\]: rows of the text's table one after the other"),
-        ({"positions": torch.tensor([[2, 3, 4]]), "visual_tokens": image}, "positions beside visual_tokens"),
-        ({"incremental_state": {}, "text_padding_position": torch.tensor([[0, 0, 1]])}, "decode texts without padding"),
+        (
+            {"positions": torch.tensor([[4, 6, 8]])},
+            r"positions \[4, 6, 8\]: rows of the text's table one after the other",
+        ),
+        (
+            {"positions": torch.tensor([[2, 3, 4]]), "visual_tokens": image},
+            "positions beside visual_tokens",
+        ),
+        (
+            {"incremental_state": {}, "text_padding_position": torch.tensor([[0, 0, 1]])},
+            "decode texts without padding",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             network(text, **call)

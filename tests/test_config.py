@@ -49,9 +49,14 @@ def test_all_kinds_of_values_come_back():
     value = Outer(0.1, 3, True, "y", 7, {"a": 1, "b": 2}, Inner((), (2.0, "b")))
     data = json.loads(json.dumps(to_dict(value)))
     assert data == {
-        "number": 0.1, "count": 3, "flag": True, "kind": "y", "maybe": 7, "table": {"a": 1, "b": 2},
+        "number": 0.1,
+        "count": 3,
+        "flag": True,
+        "kind": "y",
+        "maybe": 7,
+        "table": {"a": 1, "b": 2},
         "inner": {"sizes": [], "pair": [2.0, "b"]},
-    }  # fmt: skip
+    }
     again = from_dict(Outer, data)
     assert again == value and type(again.inner.sizes) is tuple
     assert from_dict(Outer, {}) == Outer(), "absent fields keep their defaults"
@@ -104,18 +109,39 @@ def test_overrides_reach_every_section():
     changed = override(
         DEMO,
         [
-            "--optim.lr", "3e-4", "--optim.betas", "0.8", "0.9", "--run.steps=7", "--run.checkpointing", "selective", "--run.precision",
-            "bfloat16", "--data.batch.main", "16", "--data.root", "somewhere", "--task.model.dim", "64", "--task.crop", "0.2", "0.9",
-            "--task.image.image_size", "48",
+            "--optim.lr",
+            "3e-4",
+            "--optim.betas",
+            "0.8",
+            "0.9",
+            "--run.steps=7",
+            "--run.checkpointing",
+            "selective",
+            "--run.precision",
+            "bfloat16",
+            "--data.batch.main",
+            "16",
+            "--data.root",
+            "somewhere",
+            "--task.model.dim",
+            "64",
+            "--task.crop",
+            "0.2",
+            "0.9",
+            "--task.image.image_size",
+            "48",
         ],
-    )  # fmt: skip
+    )
     assert changed == replace(
         DEMO,
         optim=replace(DEMO.optim, lr=3e-4, betas=(0.8, 0.9)),
         run=replace(DEMO.run, steps=7, checkpointing="selective", precision="bfloat16"),
         data=replace(DEMO.data, batch={"main": 16}, root="somewhere"),
         task=replace(
-            DEMO.task, model=replace(DEMO.task.model, dim=64), crop=(0.2, 0.9), image=replace(DEMO.task.image, image_size=48)
+            DEMO.task,
+            model=replace(DEMO.task.model, dim=64),
+            crop=(0.2, 0.9),
+            image=replace(DEMO.task.image, image_size=48),
         ),
     )
     assert type(changed.task) is type(DEMO.task)
@@ -128,13 +154,21 @@ def test_no_override_changes_nothing():
 @pytest.mark.parametrize(("task", "name"), ALL)
 def test_every_recipe_can_be_overridden(task, name):
     recipe = load(task).recipes[name]
-    assert override(recipe, ["--run.steps", "3"]) == replace(recipe, run=replace(recipe.run, steps=3))
+    assert override(recipe, ["--run.steps", "3"]) == replace(
+        recipe, run=replace(recipe.run, steps=3)
+    )
 
 
 def test_flags_name_every_field_once():
     names = flags(DEMO)
     assert len(names) == len(set(names))
-    assert {"--optim.lr", "--task.model.dim", "--data.batch.main", "--run.steps", "--task.image.mean"} <= set(names)
+    assert {
+        "--optim.lr",
+        "--task.model.dim",
+        "--data.batch.main",
+        "--run.steps",
+        "--task.image.mean",
+    } <= set(names)
     assert {"--batch.images", "--batch.texts"} <= set(flags(load("pretrain").recipes["demo"].data))
 
 
@@ -144,13 +178,19 @@ def test_flags_name_every_field_once():
         (["--optim.lrr", "1"], r"unknown field --optim\.lrr; did you mean --optim\.lr\?"),
         (["--optm.lr=1"], r"unknown field --optm\.lr=1; did you mean --optim\.lr\?"),
         (["--lr", "1"], "unknown field --lr"),
-        (["--optim.lr", "fast"], "cannot read --optim.lr fast: .*could not convert string to float: 'fast'"),
+        (
+            ["--optim.lr", "fast"],
+            "cannot read --optim.lr fast: .*could not convert string to float: 'fast'",
+        ),
         (["--optim.lr"], "cannot read --optim.lr"),
         (["--run.steps", "1.5"], "--run.steps 1.5"),
         (["--run.precision", "half"], "--run.precision half"),
         (["--optim.betas", "0.9"], "--optim.betas 0.9"),
         (["stray"], "stray"),
-        (["--task.model.dim", "7"], "cannot read --task.model.dim 7: .*dim 7 is not a multiple of num_heads 4"),
+        (
+            ["--task.model.dim", "7"],
+            "cannot read --task.model.dim 7: .*dim 7 is not a multiple of num_heads 4",
+        ),
     ],
 )
 def test_faults_on_a_command_line_are_one_line(arguments, message, capfd):
@@ -166,4 +206,11 @@ def test_suggestion_is_only_made_where_something_is_close():
 
 
 def test_sizes_are_the_papers():
-    assert (GIANT.dim, GIANT.depth, GIANT.num_heads, GIANT.ffn_dim, GIANT.patch_size, GIANT.fusion_layers) == (1408, 40, 16, 6144, 14, 3)
+    assert (
+        GIANT.dim,
+        GIANT.depth,
+        GIANT.num_heads,
+        GIANT.ffn_dim,
+        GIANT.patch_size,
+        GIANT.fusion_layers,
+    ) == (1408, 40, 16, 6144, 14, 3)

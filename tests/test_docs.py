@@ -21,7 +21,7 @@ import beit3
 from beit3.cli import make_parser
 from beit3.config import keyword_options, override
 from beit3.data.loader import Source
-from beit3.data.records import Records
+from beit3.data.stores.records import Records
 from beit3.recipe import Recipe
 from beit3.task import Task, load, names
 from beit3.tasks.pretrain import PretrainConfig
@@ -60,7 +60,10 @@ def shown(path: Path) -> Iterator[list[str]]:
             for line in content.replace("\\\n", " ").splitlines():
                 if re.match(r"(\$ )?([A-Z_0-9]+=\S* )*([\w./]*/)?(beit3|torchrun|python3?) ", line):
                     words = shlex.split(line, comments=True)
-                    place = next((i for i, word in enumerate(words) if word.rpartition("/")[2] == "beit3"), None)
+                    place = next(
+                        (i for i, word in enumerate(words) if word.rpartition("/")[2] == "beit3"),
+                        None,
+                    )
                     if place is not None:
                         yield words[place + 1 :]
 
@@ -75,12 +78,16 @@ def test_commands_are_those_of_the_command_line(words):
     if known.name in ("train", "plan"):
         if task is None:
             return  # a task of the reader's own
-        recipe, fields = (rest[0], rest[1:]) if rest and not rest[0].startswith("--") else ("demo", rest)
+        recipe, fields = (
+            (rest[0], rest[1:]) if rest and not rest[0].startswith("--") else ("demo", rest)
+        )
         assert recipe in task.recipes
         pytest.importorskip("tyro")
         override(task.recipes[recipe], fields)  # ValueError for a field or value that is none
         return
-    if known.name in ("eval", "predict") and rest:  # how weights are used: the task is in the words before
+    if (
+        known.name in ("eval", "predict") and rest
+    ):  # how weights are used: the task is in the words before
         fields = [task for task in names() if f"/{task}/" in known.weights]
         override(load(fields[0]).recipes["demo"], rest)
         return
@@ -94,7 +101,9 @@ def test_commands_are_those_of_the_command_line(words):
 
 
 def test_every_verb_but_the_checks_is_shown():
-    assert {"world", "prepare", "tokenizer", "train", "eval", "predict"} <= {words[0] for words in COMMANDS.values() if words}
+    assert {"world", "prepare", "tokenizer", "train", "eval", "predict"} <= {
+        words[0] for words in COMMANDS.values() if words
+    }
 
 
 # Python --------------------------------------------------------------------------------------------------------------
@@ -102,7 +111,10 @@ def test_every_verb_but_the_checks_is_shown():
 
 def needs_files(tree: ast.AST) -> bool:
     calls = (node.func for node in ast.walk(tree) if isinstance(node, ast.Call))
-    return any((call.attr if isinstance(call, ast.Attribute) else getattr(call, "id", "")) in NEEDS_FILES for call in calls)
+    return any(
+        (call.attr if isinstance(call, ast.Attribute) else getattr(call, "id", "")) in NEEDS_FILES
+        for call in calls
+    )
 
 
 @pytest.mark.parametrize("path", [path for path in DOCS if python(path)], ids=named)
@@ -112,7 +124,9 @@ def test_python_runs_where_it_needs_no_weights(path, tmp_path):
         for code in python(path):
             tree = ast.parse(code, filename=named(path))
             if needs_files(tree):
-                tree.body = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
+                tree.body = [
+                    node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)
+                ]
                 for name in re.findall(r"\bbeit3\.(\w+)\(", code):
                     assert name in beit3.__all__
             exec(compile(tree, named(path), "exec"), space)
@@ -126,7 +140,9 @@ def test_links_lead_to_files(path):
     text = FENCE.sub("", path.read_text(encoding="utf-8"))
     for target in LINK.findall(text):
         if not re.match(r"\w+:|#", target):
-            assert (path.parent / target.partition("#")[0]).exists(), f"{named(path)} links to {target}"
+            assert (path.parent / target.partition("#")[0]).exists(), (
+                f"{named(path)} links to {target}"
+            )
 
 
 def test_defaults_of_open_questions():
@@ -144,9 +160,13 @@ def test_defaults_of_open_questions():
 def row(task: str, name: str, recipe: Recipe) -> str:
     """A line of the table of recipes."""
     model, run, optim = recipe.task.model, recipe.run, recipe.optim
-    batch = ", ".join(f"{count} {source}" for source, count in recipe.data.batch.items()).replace(" main", " images")
+    batch = ", ".join(f"{count} {source}" for source, count in recipe.data.batch.items()).replace(
+        " main", " images"
+    )
     length = f"{run.steps:,} steps" if run.steps else f"{run.epochs:g} epochs"
-    warmup = f"{optim.warmup_steps:,} steps" if optim.warmup_steps else f"{optim.warmup_epochs:g} epochs"
+    warmup = (
+        f"{optim.warmup_steps:,} steps" if optim.warmup_steps else f"{optim.warmup_epochs:g} epochs"
+    )
     size = f"{model.depth} x {model.dim} | {model.image_size} / {model.patch_size}"
     return f"| `{task} {name}` | {size} | {batch} | {length} | {warmup} | {optim.lr:g} |"
 
@@ -191,7 +211,9 @@ def test_tables_of_the_dense_tasks():
 
 
 def test_citation_is_of_this_version():
-    citation, changes = ((PROJECT / name).read_text(encoding="utf-8") for name in ("CITATION.cff", "CHANGELOG.md"))
+    citation, changes = (
+        (PROJECT / name).read_text(encoding="utf-8") for name in ("CITATION.cff", "CHANGELOG.md")
+    )
     assert re.search(rf"^version: {re.escape(beit3.__version__)}$", citation, re.MULTILINE)
     assert f"## [{beit3.__version__}]" in changes
 
@@ -202,7 +224,9 @@ def test_citation_is_of_this_version():
 def test_own_questions_as_json(tmp_path):
     """The JSON of docs/records.md, prepared."""
     raw, root = tmp_path / "mine", tmp_path / "data"
-    asked, answered = [content for language, content in blocks(PROJECT / "docs/records.md") if language == "json"]
+    asked, answered = [
+        content for language, content in blocks(PROJECT / "docs/records.md") if language == "json"
+    ]
     (raw / "images").mkdir(parents=True)
     Image.new("RGB", (8, 8)).save(raw / "images/000000000007.jpg")
     for split in ("train", "val"):
@@ -221,7 +245,9 @@ def test_own_records_by_hand(tmp_path):
     assert read_answers(folder / "answer2label.txt") == ("red", "yes")
     records = list(Source(folder / "train.jsonl", tmp_path / "data"))
     assert [record["answers"] for record in records] == [{"red": 1.0}, {"yes": 1.0}]
-    assert {Path(record["image"]).resolve() for record in records} == {tmp_path.resolve() / "photos/door.jpg"}
+    assert {Path(record["image"]).resolve() for record in records} == {
+        tmp_path.resolve() / "photos/door.jpg"
+    }
 
 
 @pytest.fixture
@@ -245,22 +271,37 @@ def test_the_task_of_the_guide_trains_and_predicts(rating, tmp_path):
         (raw / name).parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (40, 32), (30 * number, 0, 0)).save(raw / name)
     with (raw / "ratings.csv").open("w", newline="") as file:
-        csv.writer(file).writerows([("file", "rating"), *((name, number) for number, name in enumerate(names))])
+        csv.writer(file).writerows(
+            [("file", "rating"), *((name, number) for number, name in enumerate(names))]
+        )
     assert rating.prepare(raw, root, "main")["records"] == {"train": 4, "val": 4}
 
     pytest.importorskip("tyro")
-    fields = ["--data.root", str(root), "--data.batch.main", "4", "--run.steps", "2", "--run.device", "cpu"]
+    fields = [
+        "--data.root",
+        str(root),
+        "--data.batch.main",
+        "4",
+        "--run.steps",
+        "2",
+        "--run.device",
+        "cpu",
+    ]
     scores = beit3.train(override(rating.recipes["demo"], fields), rating, out=tmp_path / "run")
     assert scores["negative_error"] == -scores["error"] < 0
     predictor = beit3.load(tmp_path / "run")
-    assert predictor(str(raw / names[0]))[0]["rating"] == pytest.approx(predictor(Image.open(raw / names[0]))[0]["rating"])
+    assert predictor(str(raw / names[0]))[0]["rating"] == pytest.approx(
+        predictor(Image.open(raw / names[0]))[0]["rating"]
+    )
     assert json.loads((tmp_path / "run/recipe.json").read_text())["task"] == "mine.rating"
 
 
 def test_the_task_of_the_guide_names_what_it_leaves_unused(rating):
     task = rating(rating.recipes["demo"].task)
     task.init_weights()
-    task({"id": ["0"], "image": torch.rand(1, 3, 32, 32), "rating": torch.ones(1)})["losses"]["loss"].backward()
+    task({"id": ["0"], "image": torch.rand(1, 3, 32, 32), "rating": torch.ones(1)})["losses"][
+        "loss"
+    ].backward()
     for name, parameter in task.trainable():
         used = parameter.grad is not None and bool(parameter.grad.any())
         assert used != name.startswith(tuple(task.unused)), name

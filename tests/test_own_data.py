@@ -6,26 +6,36 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from beit3.data.transforms import Preprocessing
+from beit3.data.views.transforms import Preprocessing
 from beit3.model.config import BASE, GIANT, LARGE, SMALL, TINY
 from beit3.task import load
 from beit3.tasks.pretrain import Pretrain, PretrainConfig
 from beit3.tokenizer.text import TextTokenizer
 from beit3.weights import store
-from tests.data.test_formats_docs import SHOWN
+from tests.data.prepare.test_formats_docs import SHOWN
 
 TABLES = {
-    "vqa": "questions/train.csv", "nlvr2": "statements/all.csv", "captioning": "captions/all.csv", "retrieval": "captions/all.csv",
+    "vqa": "questions/train.csv",
+    "nlvr2": "statements/all.csv",
+    "captioning": "captions/all.csv",
+    "retrieval": "captions/all.csv",
     "imagenet": "classes/all.csv",
-}  # fmt: skip
-ASKED = {"vqa": ["is it open?"], "nlvr2": ["cat.jpg", "one picture shows a cat"], "retrieval": ["a red door"]}
+}
+ASKED = {
+    "vqa": ["is it open?"],
+    "nlvr2": ["cat.jpg", "one picture shows a cat"],
+    "retrieval": ["a red door"],
+}
 
 
 @pytest.fixture(scope="module")
 def weights(root, tmp_path_factory) -> Path:
     """A pretraining of TINY, as it starts."""
     tokenizer = TextTokenizer(root / "text.model")
-    task = Pretrain(PretrainConfig(model=TINY, image=Preprocessing(32), num_codes=9, text_length=20), tokenizer=tokenizer)
+    task = Pretrain(
+        PretrainConfig(model=TINY, image=Preprocessing(32), num_codes=9, text_length=20),
+        tokenizer=tokenizer,
+    )
     task.init_weights(0)
     place = tmp_path_factory.mktemp("own") / "weights"
     store.save(task, place)
@@ -38,20 +48,38 @@ def test_a_table_and_weights_are_enough(task, weights, tmp_path, say):
     (table.parent / "photos").mkdir(parents=True)
     table.write_text(SHOWN[TABLES[task]])
     for number, name in enumerate(("door", "cat", "cat2")):
-        Image.new("RGB", (40, 30), (80 * number, 90, 0)).save(table.parent / "photos" / f"{name}.jpg")
+        Image.new("RGB", (40, 30), (80 * number, 90, 0)).save(
+            table.parent / "photos" / f"{name}.jpg"
+        )
     out, small = tmp_path / "run", ["--run.steps", 1, "--data.batch.main", 1, "--run.device", "cpu"]
     say("train", task, "--data.root", table.parent, "--init", weights, "--out", out, *small)
     assert (table.parent / task / "main" / "train.jsonl").is_file()
     say("eval", out, "--data.root", table.parent)
     photos = table.parent / "photos"
-    asked = [photos / word if word.endswith("jpg") else word for word in ("door.jpg", *ASKED.get(task, ()))]
+    asked = [
+        photos / word if word.endswith("jpg") else word
+        for word in ("door.jpg", *ASKED.get(task, ()))
+    ]
     assert say("predict", out, *asked).startswith("[{")
 
 
 def test_a_folder_without_records_or_data_is_refused(weights, tmp_path, refused):
     (tmp_path / "empty").mkdir()
-    said = refused("train", "vqa", "--data.root", tmp_path / "empty", "--init", weights, "--out", tmp_path / "run")
-    assert "no vqa/main/train.jsonl under" in said and "nor can" in said and not (tmp_path / "run").exists()
+    said = refused(
+        "train",
+        "vqa",
+        "--data.root",
+        tmp_path / "empty",
+        "--init",
+        weights,
+        "--out",
+        tmp_path / "run",
+    )
+    assert (
+        "no vqa/main/train.jsonl under" in said
+        and "nor can" in said
+        and not (tmp_path / "run").exists()
+    )
 
 
 @pytest.mark.parametrize(
@@ -68,6 +96,10 @@ def test_a_folder_without_records_or_data_is_refused(weights, tmp_path, refused)
 def test_the_recipe_follows_the_weights(model, wanted, monkeypatch, tmp_path):
     """Without a name the first recipe for a network of their size is taken."""
     (tmp_path / "config.json").touch()
-    monkeypatch.setattr(store, "read_config", lambda path: store.Stored("pretrain", PretrainConfig(model=model), None, {}))
+    monkeypatch.setattr(
+        store,
+        "read_config",
+        lambda path: store.Stored("pretrain", PretrainConfig(model=model), None, {}),
+    )
     monkeypatch.setattr(store, "find", lambda path: path)
     assert [store.recipe_for(load(task), tmp_path) for task in TABLES] == wanted

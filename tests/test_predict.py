@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from beit3.data.transforms import Preprocessing
+from beit3.data.views.transforms import Preprocessing
 from beit3.model.config import TINY, TINY_RELEASE
 from beit3.predict import Predictor, load
 from beit3.recipe import TaskConfig
@@ -19,15 +19,31 @@ from beit3.tasks.pretrain import Pretrain, PretrainConfig
 from beit3.tasks.retrieval import Retrieval, RetrievalConfig
 from beit3.tasks.vqa import VQA, VQAConfig
 from beit3.tokenizer.text import TextTokenizer
-from beit3.weights.fill import Report
-from beit3.weights.official import to_official
+from beit3.weights.matching import Report
+from beit3.weights.release_format import to_official
 from beit3.weights.store import save
 from tests.golden import golden
 
 RELEASE = replace(
-    TINY_RELEASE, dim=64, num_heads=1, depth=1, ffn_dim=32, image_size=16, vocab_size=64, text_positions=66
+    TINY_RELEASE,
+    dim=64,
+    num_heads=1,
+    depth=1,
+    ffn_dim=32,
+    image_size=16,
+    vocab_size=64,
+    text_positions=66,
 )
-PAPER = replace(TINY, dim=32, depth=1, ffn_dim=32, image_size=16, vocab_size=64, text_positions=66, final_norm=False)
+PAPER = replace(
+    TINY,
+    dim=32,
+    depth=1,
+    ffn_dim=32,
+    image_size=16,
+    vocab_size=64,
+    text_positions=66,
+    final_norm=False,
+)
 ANSWERS = ("yes", "no", "two")
 
 
@@ -50,7 +66,9 @@ def picture(tmp_path):
 
 
 def vqa(tokenizer: TextTokenizer | None = None, **changes) -> VQA:
-    config = VQAConfig(model=PAPER, image=Preprocessing(16), answers=ANSWERS, num_answers=3, text_length=12)
+    config = VQAConfig(
+        model=PAPER, image=Preprocessing(16), answers=ANSWERS, num_answers=3, text_length=12
+    )
     task = VQA(replace(config, **changes), tokenizer=tokenizer)
     task.init_weights(0)
     return task
@@ -60,7 +78,10 @@ def vqa(tokenizer: TextTokenizer | None = None, **changes) -> VQA:
 def released(tmp_path):
     """A released VQA file in half precision."""
     task = vqa(model=replace(RELEASE, final_norm=False))
-    torch.save({"model": {key: tensor.half() for key, tensor in to_official(task).items()}}, tmp_path / "vqa.pth")
+    torch.save(
+        {"model": {key: tensor.half() for key, tensor in to_official(task).items()}},
+        tmp_path / "vqa.pth",
+    )
     return tmp_path / "vqa.pth"
 
 
@@ -80,10 +101,16 @@ def test_a_directory_or_a_run(tmp_path, tokenizer, picture, place):
     assert not predictor.task.training and not predictor.report.fresh
     prediction = predictor(picture, "how many cubes")
     task.eval()
-    batch = task.collate([task.example({"id": "0", "image": picture, "text": "how many cubes"}, False)])
+    batch = task.collate(
+        [task.example({"id": "0", "image": picture, "text": "how many cubes"}, False)]
+    )
     assert prediction == task.predict(batch)[0]["candidates"]
-    assert sorted(each["answer"] for each in prediction) == sorted(ANSWERS), "as many as there are, up to five"
-    assert [each["score"] for each in prediction] == sorted((each["score"] for each in prediction), reverse=True)
+    assert sorted(each["answer"] for each in prediction) == sorted(ANSWERS), (
+        "as many as there are, up to five"
+    )
+    assert [each["score"] for each in prediction] == sorted(
+        (each["score"] for each in prediction), reverse=True
+    )
     json.dumps(prediction)
 
 
@@ -96,7 +123,10 @@ def test_best_comes_before_last(tmp_path, tokenizer):
 def test_pictures_as_paths_strings_and_in_memory(tmp_path, tokenizer, picture):
     save(vqa(tokenizer), tmp_path / "w")
     predictor = load(tmp_path / "w")
-    scores = {predictor(form, "how many")[0]["score"] for form in (picture, str(picture), Image.open(picture))}
+    scores = {
+        predictor(form, "how many")[0]["score"]
+        for form in (picture, str(picture), Image.open(picture))
+    }
     assert len(scores) == 1
     assert predictor(Image.new("LA", (8, 8)), "how many")[0]["score"] not in scores
 
@@ -109,7 +139,11 @@ def test_a_released_file(released, text_model, picture):
 
 @pytest.mark.parametrize("form", ["lines", "released"])
 def test_answers_from_a_file(tmp_path, released, form):
-    lines = ANSWERS if form == "lines" else [json.dumps({"answer": a, "label": i}) for i, a in enumerate(ANSWERS)]
+    lines = (
+        ANSWERS
+        if form == "lines"
+        else [json.dumps({"answer": a, "label": i}) for i, a in enumerate(ANSWERS)]
+    )
     (tmp_path / "answers.txt").write_text("\n".join(lines) + "\n")
     assert load(released, answers=tmp_path / "answers.txt").task.config.answers == ANSWERS
     assert load(released, answers=str(tmp_path / "answers.txt")).task.config.answers == ANSWERS
@@ -139,7 +173,9 @@ def test_answer_names_without_a_list(released, text_model, picture):
 
 def test_an_untrained_head_does_not_answer(pretrained, text_model, picture):
     predictor = load(pretrained, task="vqa", text_model=text_model, answers=ANSWERS)
-    with pytest.raises(ValueError, match=r"the head of vqa is untrained \(pooler.*use .task.outputs"):
+    with pytest.raises(
+        ValueError, match=r"the head of vqa is untrained \(pooler.*use .task.outputs"
+    ):
         predictor(picture, "how many")
     batch = {"image": torch.zeros(1, 3, 16, 16), "text": torch.tensor([[0, 5, 2]])}
     assert predictor.task.outputs(batch)["logits"].isfinite().all()
@@ -148,7 +184,11 @@ def test_an_untrained_head_does_not_answer(pretrained, text_model, picture):
 def test_features_of_a_pretrained_file(pretrained, text_model, picture):
     predictor = load(pretrained, task="backbone", text_model=text_model)
     assert isinstance(predictor.task, Backbone)
-    (image,), (both,), (text,) = predictor(picture), predictor(picture, "how many"), predictor(None, "how many")
+    (image,), (both,), (text,) = (
+        predictor(picture),
+        predictor(picture, "how many"),
+        predictor(None, "how many"),
+    )
     assert [sorted(features) for features in (image, both, text)] == [
         ["id", "image"],
         ["id", "image", "text"],
@@ -161,7 +201,11 @@ def test_features_of_a_pretrained_file(pretrained, text_model, picture):
 def test_a_file_of_the_image_side_alone_serves_images(tmp_path, text_model, picture):
     task = Backbone(TaskConfig(model=RELEASE))
     task.init_weights(0)
-    state = {key: value for key, value in to_official(task).items() if ".B." not in key and "text_embed" not in key}
+    state = {
+        key: value
+        for key, value in to_official(task).items()
+        if ".B." not in key and "text_embed" not in key
+    }
     torch.save(state, tmp_path / "image.pth")
     predictor = load(tmp_path / "image.pth", text_model=text_model)
     assert len(predictor(picture)[0]["image"]) == 64
@@ -190,12 +234,28 @@ def test_paths_and_arguments_that_do_not_fit(tmp_path, tokenizer, released):
     (tmp_path / "empty").mkdir()
     (tmp_path / "cut.pth").write_bytes(released.read_bytes()[:3000])
     for path, arguments, message in (
-        (tmp_path / "w", {"task": "vqkd"}, "w holds weights of vqa, whose network cannot become vqkd"),
-        (tmp_path / "w", {"num_heads": 3}, "num_heads 3 given, .*w holds weights of 4 heads: leave num_heads out"),
-        (tmp_path / "w", {"classes": ("a",)}, "w: classes given, but vqa has none: leave classes out"),
+        (
+            tmp_path / "w",
+            {"task": "vqkd"},
+            "w holds weights of vqa, whose network cannot become vqkd",
+        ),
+        (
+            tmp_path / "w",
+            {"num_heads": 3},
+            "num_heads 3 given, .*w holds weights of 4 heads: leave num_heads out",
+        ),
+        (
+            tmp_path / "w",
+            {"classes": ("a",)},
+            "w: classes given, but vqa has none: leave classes out",
+        ),
         (released, {"num_heads": 5}, "vqa.pth: dim 64 is not a multiple of num_heads 5"),
         (released, {"classes": tmp_path / "no.txt"}, "no class names at .*no.txt"),
-        (released, {"task": "imagenet", "prompt": "a photo"}, "vqa.pth: prompt 'a photo' has no {}"),
+        (
+            released,
+            {"task": "imagenet", "prompt": "a photo"},
+            "vqa.pth: prompt 'a photo' has no {}",
+        ),
         (tmp_path / "empty", {}, "empty holds neither weights nor a run's best or last"),
         (tmp_path / "absent", {}, "no weights at .*absent"),
         (tmp_path / "cut.pth", {}, "cut.pth is not a whole torch file"),
@@ -211,7 +271,9 @@ def test_paths_and_arguments_that_do_not_fit(tmp_path, tokenizer, released):
 def test_answers_for_weights_without_any(tmp_path):
     task = Backbone(TaskConfig(model=PAPER))
     save(task, tmp_path / "w")
-    with pytest.raises(ValueError, match="w: answers given, but backbone has none: leave answers out"):
+    with pytest.raises(
+        ValueError, match="w: answers given, but backbone has none: leave answers out"
+    ):
         load(tmp_path / "w", answers=ANSWERS)
 
 
@@ -224,7 +286,12 @@ def test_a_predictor_takes_any_task(tokenizer, picture):
 
 
 def retrieval(model=RELEASE, **given) -> Retrieval:
-    task = Retrieval(RetrievalConfig(model=model, image=Preprocessing(16, interpolation="bilinear"), text_length=9), **given)
+    task = Retrieval(
+        RetrievalConfig(
+            model=model, image=Preprocessing(16, interpolation="bilinear"), text_length=9
+        ),
+        **given,
+    )
     task.init_weights(3)
     return task
 
@@ -248,21 +315,32 @@ def test_retrieval_weights_classify_into_any_names(dual, tmp_path, picture):
     """Equal to the similarities of the features, and the same however the names are given."""
     (tmp_path / "names.txt").write_text("".join(f"{name}\n" for name in CLASSES))
     (tmp_path / "data/imagenet/main").mkdir(parents=True)
-    (tmp_path / "data/imagenet/main/classes.txt").write_text("".join(f"{name}\n" for name in CLASSES))
+    (tmp_path / "data/imagenet/main/classes.txt").write_text(
+        "".join(f"{name}\n" for name in CLASSES)
+    )
     features = load(**dual).embed([picture], [f"a {name}" for name in CLASSES])
     task = load(**dual).task
-    expected = torch.softmax(float(task.logit_scale.exp()) * torch.tensor(features["image"] @ features["text"].T)[0], 0)
+    expected = torch.softmax(
+        float(task.logit_scale.exp()) * torch.tensor(features["image"] @ features["text"].T)[0], 0
+    )
     for classes in (CLASSES, list(CLASSES), tmp_path / "names.txt", str(tmp_path / "data")):
         predictor = load(**dual, task="imagenet", classes=classes, prompt="a {}")
         assert not predictor.report.fresh
         found = {each["name"]: each["score"] for each in predictor(picture)}
-        assert found == {name: pytest.approx(float(score), abs=1e-5) for name, score in zip(CLASSES, expected, strict=True)}
-    assert load(**dual, task="imagenet", classes=CLASSES)(picture)[0]["score"] not in found.values(), "the prompt counts"
+        assert found == {
+            name: pytest.approx(float(score), abs=1e-5)
+            for name, score in zip(CLASSES, expected, strict=True)
+        }
+    assert (
+        load(**dual, task="imagenet", classes=CLASSES)(picture)[0]["score"] not in found.values()
+    ), "the prompt counts"
 
 
 def test_names_come_later(dual, tmp_path, picture):
     (tmp_path / "data/imagenet/main").mkdir(parents=True)
-    (tmp_path / "data/imagenet/main/classes.txt").write_text("".join(f"{name}\n" for name in CLASSES))
+    (tmp_path / "data/imagenet/main/classes.txt").write_text(
+        "".join(f"{name}\n" for name in CLASSES)
+    )
     predictor = load(**dual, task="imagenet")
     with pytest.raises(ValueError, match="needs the class names: give classes=FILE"):
         predictor(picture)
@@ -270,7 +348,10 @@ def test_names_come_later(dual, tmp_path, picture):
     predictor.agree_on_classes(names)
     assert predictor(picture) == load(**dual, task="imagenet", classes=CLASSES)(picture)
     names.write_text("".join(f"{name}\n" for name in reversed(CLASSES)))
-    with pytest.raises(ValueError, match=f"class 0 is {CLASSES[0]!r} to the weights and {CLASSES[-1]!r} in .*classes.txt"):
+    with pytest.raises(
+        ValueError,
+        match=f"class 0 is {CLASSES[0]!r} to the weights and {CLASSES[-1]!r} in .*classes.txt",
+    ):
         predictor.agree_on_classes(names)
     predictor.agree_on_classes(tmp_path / "absent.txt")
 
@@ -278,7 +359,9 @@ def test_names_come_later(dual, tmp_path, picture):
 def test_pictures_are_prepared_as_the_weights_know_them(tmp_path, tokenizer, picture):
     """Not as the other task would have them: only a directory tells it."""
     save(retrieval(tokenizer=tokenizer), tmp_path / "w")
-    assert load(tmp_path / "w", task="imagenet", classes=CLASSES).task.config.image == Preprocessing(16, interpolation="bilinear")
+    assert load(
+        tmp_path / "w", task="imagenet", classes=CLASSES
+    ).task.config.image == Preprocessing(16, interpolation="bilinear")
 
 
 def test_a_file_of_another_task_says_what_to_do(tmp_path, tokenizer, text_model, picture):
@@ -308,13 +391,16 @@ def test_features_of_retrieval(dual, picture):
     images = [picture, str(picture), Image.open(picture), Image.new("RGB", (9, 9), "red")]
     found = predictor.embed(images, words)
     assert {name: (array.shape, array.dtype) for name, array in found.items()} == {
-        "image": ((4, 64), np.float32), "text": ((3, 64), np.float32),
-    }  # fmt: skip
+        "image": ((4, 64), np.float32),
+        "text": ((3, 64), np.float32),
+    }
     for array in found.values():
         np.testing.assert_allclose(np.linalg.norm(array, axis=1), 1, atol=1e-5)
     np.testing.assert_array_equal(found["image"][0], found["image"][2])
     task = predictor.task
-    (alone,) = task.predict(task.collate([task.example({"id": "0", "image": picture, "captions": words}, False)]))
+    (alone,) = task.predict(
+        task.collate([task.example({"id": "0", "image": picture, "captions": words}, False)])
+    )
     np.testing.assert_allclose(found["image"][0], alone["image"], atol=1e-6)
     np.testing.assert_allclose(found["text"], alone["texts"], atol=1e-6)
     json.dumps(predictor(picture, "how many"))
@@ -364,9 +450,17 @@ def test_features_of_a_backbone_are_its_states(pretrained, text_model, picture):
 def test_features_that_are_not_there(tmp_path, tokenizer, pretrained, text_model, picture, dual):
     save(vqa(tokenizer), tmp_path / "w")
     for predictor, given, message in (
-        (load(tmp_path / "w"), {"images": [picture]}, "vqa has no features of single inputs: give weights of retrieval, or load these"),
+        (
+            load(tmp_path / "w"),
+            {"images": [picture]},
+            "vqa has no features of single inputs: give weights of retrieval, or load these",
+        ),
         (load(pretrained), {"images": [picture]}, "pretrain has no features of single inputs"),
-        (load(pretrained, task="retrieval"), {"images": [picture]}, "the head of retrieval is untrained"),
+        (
+            load(pretrained, task="retrieval"),
+            {"images": [picture]},
+            "the head of retrieval is untrained",
+        ),
         (load(**dual), {"texts": ["red", ""]}, r"texts\[1\] is empty: leave it out"),
         (load(**dual), {"images": [picture, tmp_path / "absent.png"]}, "absent.png"),
     ):
@@ -375,7 +469,11 @@ def test_features_that_are_not_there(tmp_path, tokenizer, pretrained, text_model
         assert "\n" not in str(caught.value)
     task = Backbone(TaskConfig(model=RELEASE))
     task.init_weights(0)
-    state = {key: value for key, value in to_official(task).items() if ".B." not in key and "text_embed" not in key}
+    state = {
+        key: value
+        for key, value in to_official(task).items()
+        if ".B." not in key and "text_embed" not in key
+    }
     torch.save(state, tmp_path / "image.pth")
     alone = load(tmp_path / "image.pth", text_model=text_model)
     assert alone.embed([picture])["image"].shape == (1, 64)

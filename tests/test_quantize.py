@@ -14,14 +14,23 @@ from PIL import Image
 from torch import Tensor, nn
 
 from beit3 import predict
-from beit3.data.transforms import Preprocessing
+from beit3.data.views.transforms import Preprocessing
 from beit3.model.config import TINY_RELEASE
 from beit3.quantize import quantize, require
 from beit3.tasks.retrieval import Retrieval, RetrievalConfig
 from beit3.tokenizer.text import TextTokenizer
 from beit3.weights.store import save
 
-MODEL = replace(TINY_RELEASE, dim=64, num_heads=2, depth=2, ffn_dim=96, image_size=16, vocab_size=64, text_positions=66)
+MODEL = replace(
+    TINY_RELEASE,
+    dim=64,
+    num_heads=2,
+    depth=2,
+    ffn_dim=96,
+    image_size=16,
+    vocab_size=64,
+    text_positions=66,
+)
 CPU = torch.device("cpu")
 
 
@@ -43,7 +52,9 @@ def int8() -> None:
 
 def retrieval(tokenizer: TextTokenizer | None = None) -> Retrieval:
     """Weights far enough from their start that rounding shows."""
-    task = Retrieval(RetrievalConfig(model=MODEL, image=Preprocessing(16), text_length=12), tokenizer=tokenizer)
+    task = Retrieval(
+        RetrievalConfig(model=MODEL, image=Preprocessing(16), text_length=12), tokenizer=tokenizer
+    )
     task.init_weights(0)
     return task.eval()
 
@@ -73,29 +84,46 @@ def linears(task: Retrieval) -> dict[str, nn.Linear]:
 def test_every_linear_layer_of_the_blocks_is_rounded_and_nothing_else(int8):
     exact, generator = retrieval(), torch.Generator().manual_seed(1)
     fast = quantize(deepcopy(exact))
-    rounded = {name: layer for name, layer in linears(fast).items() if type(layer.weight.data) is not Tensor}
+    rounded = {
+        name: layer
+        for name, layer in linears(fast).items()
+        if type(layer.weight.data) is not Tensor
+    }
     assert rounded.keys() == {name for name in linears(exact) if ".blocks." in name}
     for name, layer in rounded.items():
         states = torch.randn(2, 5, layer.in_features, generator=generator)
         states[1] = 0  # a padded text
         assert torch.allclose(layer(states), Rounded(linears(exact)[name])(states), atol=1e-5)
-        assert not torch.allclose(layer(states), linears(exact)[name](states), atol=1e-3), "rounding shows"
-    others = {name: value for name, value in fast.named_parameters() if name.removesuffix(".weight") not in rounded}
+        assert not torch.allclose(layer(states), linears(exact)[name](states), atol=1e-3), (
+            "rounding shows"
+        )
+    others = {
+        name: value
+        for name, value in fast.named_parameters()
+        if name.removesuffix(".weight") not in rounded
+    }
     assert all(torch.equal(value, exact.get_parameter(name)) for name, value in others.items())
     assert not fast.training and not any(parameter.requires_grad for parameter in fast.parameters())
 
 
 @torch.no_grad()
 def test_features_are_close_and_do_not_depend_on_the_batch(int8):
-    exact, images = retrieval(), torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+    exact, images = (
+        retrieval(),
+        torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(1)),
+    )
     fast = quantize(deepcopy(exact))
     theirs, ours = (task.outputs({"image": images})["image_features"] for task in (exact, fast))
     assert (ours * theirs).sum(1).min() > 0.999 and not torch.allclose(ours, theirs, atol=1e-4)
-    assert torch.allclose(fast.outputs({"image": images[1:2]})["image_features"], ours[1:2], atol=1e-6)
+    assert torch.allclose(
+        fast.outputs({"image": images[1:2]})["image_features"], ours[1:2], atol=1e-6
+    )
 
 
 def test_load_and_the_command_line(int8, tmp_path, tokenizer, say):
-    Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)).save(tmp_path / "a.png")
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)).save(
+        tmp_path / "a.png"
+    )
     save(retrieval(tokenizer), tmp_path / "run")
     exact, fast = predict.load(tmp_path / "run"), predict.load(tmp_path / "run", int8=True)
     features = [predictor.embed([tmp_path / "a.png"])["image"][0] for predictor in (exact, fast)]
@@ -128,12 +156,17 @@ def without_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     "lack, said",
     [
-        (without_instructions, "this processor has no int8 instructions (VNNI), so int8 would not be faster: leave int8 out"),
+        (
+            without_instructions,
+            "this processor has no int8 instructions (VNNI), so int8 would not be faster: leave int8 out",
+        ),
         (without_package, "int8 needs torchao: pip install 'beit3[quant]', or leave int8 out"),
         (without_compiler, "or leave int8 out: No working C++ compiler found"),
     ],
 )
-def test_what_is_missing_is_one_line_and_changes_nothing(lack, said, monkeypatch, tmp_path, tokenizer, refused):
+def test_what_is_missing_is_one_line_and_changes_nothing(
+    lack, said, monkeypatch, tmp_path, tokenizer, refused
+):
     task = retrieval(tokenizer).train()
     save(task, tmp_path / "run")
     lack(monkeypatch)

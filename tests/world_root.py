@@ -5,8 +5,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from beit3.data.records import Records
-from beit3.data.transforms import Preprocessing
+from beit3.data.stores.records import Records
+from beit3.data.views.transforms import Preprocessing
 from beit3.model.config import TINY, ModelConfig
 from beit3.recipe import DataConfig, OptimConfig, Recipe, RunConfig
 from beit3.task import Task, load, names
@@ -15,12 +15,13 @@ from beit3.tasks.vqa import VQAConfig
 from beit3.tasks.vqkd import VQKDConfig
 from beit3.tokenizer.text import TextTokenizer
 from beit3.tokenizer.visual import VisualTokenizerConfig
-from beit3.train.root import prepare_world
+from beit3.training.root import prepare_world
 from beit3.world.export import write_world
 
 NUM_TRAIN, NUM_VAL, NUM_QUESTIONS, NUM_CODES = 60, 8, 48, 16
 SMALL = replace(TINY, dim=32, depth=2, num_heads=2, ffn_dim=48, text_positions=40)
 """The paper's form, one of its two layers with a vision-language expert."""
+
 
 def trained() -> list[type[Task]]:
     """Every task that has recipes."""
@@ -29,7 +30,9 @@ def trained() -> list[type[Task]]:
 
 def write_raw(folder: Path) -> Path:
     """The public files."""
-    write_world(folder, num_train=NUM_TRAIN, num_val=NUM_VAL, num_test=2, num_questions=NUM_QUESTIONS)
+    write_world(
+        folder, num_train=NUM_TRAIN, num_val=NUM_VAL, num_test=2, num_questions=NUM_QUESTIONS
+    )
     return folder
 
 
@@ -37,7 +40,11 @@ def write_root(raw: Path, root: Path) -> Path:
     """Records of every task that trains, and the text tokenizer. `root` lies beside the folder that holds `raw`."""
     for task in trained():
         prepare_world(raw, root, task)
-    texts = [record["text"] for source in ("texts", "pairs") for record in Records(root / "pretrain" / source / "train.jsonl")]
+    texts = [
+        record["text"]
+        for source in ("texts", "pairs")
+        for record in Records(root / "pretrain" / source / "train.jsonl")
+    ]
     TextTokenizer.train(texts, vocab_size=300, model_type="bpe").save(root / "text.model")
     return root
 
@@ -46,40 +53,65 @@ def vqkd_recipe(root: Path, *, steps: int = 6, **run) -> Recipe:
     """A visual tokenizer of 16 codes."""
     model = VisualTokenizerConfig(32, 8, 32, 1, 2, 64, 1, 8, NUM_CODES, 45, revive_after=4)
     return Recipe(
-        task=VQKDConfig(teacher="gradients", model=model, image=replace(VQKDConfig().image, image_size=32), crop=(0.5, 1.0)),
+        task=VQKDConfig(
+            teacher="gradients",
+            model=model,
+            image=replace(VQKDConfig().image, image_size=32),
+            crop=(0.5, 1.0),
+        ),
         data=DataConfig(root=str(root), batch={"main": 8}),
         optim=OptimConfig(lr=2e-3, betas=(0.9, 0.99), warmup_steps=2),
         run=RunConfig(steps=steps, log_every=1, **run),
     )
 
 
-def pretrain_recipe(root: Path, visual: Path, *, steps: int = 6, model: ModelConfig = SMALL, **run) -> Recipe:
+def pretrain_recipe(
+    root: Path, visual: Path, *, steps: int = 6, model: ModelConfig = SMALL, **run
+) -> Recipe:
     """All three sources, both kinds of masks, random views."""
     task = PretrainConfig(
-        model=model, image=Preprocessing(32), visual_tokenizer=str(visual), num_codes=NUM_CODES, token_size=32, min_mask_block=3,
-        text_length=24, monomodal_text_length=32,
-    )  # fmt: skip
+        model=model,
+        image=Preprocessing(32),
+        visual_tokenizer=str(visual),
+        num_codes=NUM_CODES,
+        token_size=32,
+        min_mask_block=3,
+        text_length=24,
+        monomodal_text_length=32,
+    )
     return Recipe(
-        task=task, data=DataConfig(root=str(root), batch={"images": 4, "texts": 4, "pairs": 8}),
-        optim=OptimConfig(lr=2e-3, warmup_steps=2, clip=3.0), run=RunConfig(steps=steps, log_every=1, **run),
-    )  # fmt: skip
+        task=task,
+        data=DataConfig(root=str(root), batch={"images": 4, "texts": 4, "pairs": 8}),
+        optim=OptimConfig(lr=2e-3, warmup_steps=2, clip=3.0),
+        run=RunConfig(steps=steps, log_every=1, **run),
+    )
 
 
-def tuning_recipe(name: str, root: Path, *, steps: int = 6, task: Mapping[str, Any] | None = None, **run) -> Recipe:
+def tuning_recipe(
+    name: str, root: Path, *, steps: int = 6, task: Mapping[str, Any] | None = None, **run
+) -> Recipe:
     """A fine-tuning task's demo recipe with a smaller network, and `task` fields changed."""
     demo = load(name).recipes["demo"]
     settings: Any = demo.task
     model = replace(SMALL, final_norm=settings.model.final_norm)
     return Recipe(
-        task=replace(settings, **{"model": model} | dict(task or {})), data=DataConfig(root=str(root), batch={"main": 8}),
-        optim=OptimConfig(lr=2e-3, warmup_steps=2, clip=3.0), run=RunConfig(steps=steps, log_every=1, **run),
-    )  # fmt: skip
+        task=replace(settings, **{"model": model} | dict(task or {})),
+        data=DataConfig(root=str(root), batch={"main": 8}),
+        optim=OptimConfig(lr=2e-3, warmup_steps=2, clip=3.0),
+        run=RunConfig(steps=steps, log_every=1, **run),
+    )
 
 
 def vqa_recipe(root: Path, *, steps: int = 6, model: ModelConfig = SMALL, **run) -> Recipe:
     """Questions with random crops, so that a step depends on its seeds."""
     return Recipe(
-        task=VQAConfig(model=replace(model, final_norm=False), image=Preprocessing(32), text_length=16, num_answers=1),
+        task=VQAConfig(
+            model=replace(model, final_norm=False),
+            image=Preprocessing(32),
+            text_length=16,
+            num_answers=1,
+        ),
         data=DataConfig(root=str(root), batch={"main": 8}),
-        optim=OptimConfig(lr=2e-3, warmup_steps=2, clip=3.0), run=RunConfig(steps=steps, log_every=1, **run),
-    )  # fmt: skip
+        optim=OptimConfig(lr=2e-3, warmup_steps=2, clip=3.0),
+        run=RunConfig(steps=steps, log_every=1, **run),
+    )

@@ -23,8 +23,8 @@ _HOMES = {
     "Recipe": "beit3.recipe",
     "TextTokenizer": "beit3.tokenizer.text",
     "VisualTokenizer": "beit3.tokenizer.visual",
-    "Preprocessing": "beit3.data.transforms",
-    "train": "beit3.train.loop",
+    "Preprocessing": "beit3.data.views.transforms",
+    "train": "beit3.training.loop",
     "load": "beit3.predict",
     "Predictor": "beit3.predict",
 }
@@ -33,7 +33,7 @@ _HOMES = {
 __all__ = [*_HOMES, "__version__"]
 
 if TYPE_CHECKING:
-    from beit3.data.transforms import Preprocessing as Preprocessing
+    from beit3.data.views.transforms import Preprocessing as Preprocessing
     from beit3.model.beit3 import BEiT3 as BEiT3
     from beit3.model.beit3 import Encoded as Encoded
     from beit3.model.config import BASE as BASE
@@ -53,7 +53,7 @@ if TYPE_CHECKING:
     from beit3.task import Task as Task
     from beit3.tokenizer.text import TextTokenizer as TextTokenizer
     from beit3.tokenizer.visual import VisualTokenizer as VisualTokenizer
-    from beit3.train.loop import train as train
+    from beit3.training.loop import train as train
 
 
 def __getattr__(name: str) -> Any:

@@ -17,7 +17,9 @@ T = TypeVar("T")
 def to_dict(value: Any) -> Any:
     """A dataclass as plain JSON values: dicts, lists, strings, numbers, booleans, None."""
     if dataclasses.is_dataclass(value):
-        return {field.name: to_dict(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        return {
+            field.name: to_dict(getattr(value, field.name)) for field in dataclasses.fields(value)
+        }
     if isinstance(value, Mapping):
         return {key: to_dict(item) for key, item in value.items()}
     return [to_dict(item) for item in value] if isinstance(value, tuple | list) else value
@@ -37,7 +39,11 @@ def _read(kind: Any, data: Any, where: str) -> Any:
             raise ValueError(f"{where}: {data!r} is not one of {', '.join(map(repr, arguments))}")
         return data
     if origin in (typing.Union, types.UnionType):
-        return None if data is None else _read(next(a for a in arguments if a is not type(None)), data, where)
+        return (
+            None
+            if data is None
+            else _read(next(a for a in arguments if a is not type(None)), data, where)
+        )
     if origin is tuple:
         if not isinstance(data, list | tuple):
             raise ValueError(f"{where}: a list expected, {data!r} given")
@@ -76,7 +82,11 @@ def suggestion(name: str, known: Sequence[str]) -> str:
 def flags(value: Any, prefix: str = "--") -> list[str]:
     """The command-line names of all fields: `--optim.lr`, `--task.model.dim`, `--data.batch.pairs`."""
     names = []
-    items = value.items() if isinstance(value, Mapping) else ((f.name, getattr(value, f.name)) for f in dataclasses.fields(value))
+    items = (
+        value.items()
+        if isinstance(value, Mapping)
+        else ((f.name, getattr(value, f.name)) for f in dataclasses.fields(value))
+    )
     for name, item in items:
         nested = dataclasses.is_dataclass(item) or (isinstance(item, Mapping) and item)
         names += flags(item, f"{prefix}{name}.") if nested else [prefix + name]
@@ -100,8 +110,16 @@ def override(value: T, arguments: Sequence[str]) -> T:
     config = (tyro.conf.FlagConversionOff,)  # --run.compile True, like every other field
     said = io.StringIO()
     try:
-        with contextlib.redirect_stderr(said):  # tyro draws a box around its errors, console_outputs or not
-            return tyro.cli(type(value), default=value, args=list(arguments), config=config, console_outputs=False)
+        with contextlib.redirect_stderr(
+            said
+        ):  # tyro draws a box around its errors, console_outputs or not
+            return tyro.cli(
+                type(value),
+                default=value,
+                args=list(arguments),
+                config=config,
+                console_outputs=False,
+            )
     except SystemExit:
         raise ValueError(f"cannot read {' '.join(arguments)}: {_reason(said.getvalue())}") from None
 
@@ -109,18 +127,30 @@ def override(value: T, arguments: Sequence[str]) -> T:
 def keyword_options(call: Callable[..., Any], arguments: Sequence[str]) -> dict[str, Any]:
     """`--name VALUE` for the keyword arguments that a task's own `prepare` takes; ValueError for any other."""
     parameters = inspect.signature(call).parameters.items()
-    known = {f"--{name}": str if isinstance(p.default, str) else int for name, p in parameters if p.kind is p.KEYWORD_ONLY}
+    known = {
+        f"--{name}": str if isinstance(p.default, str) else int
+        for name, p in parameters
+        if p.kind is p.KEYWORD_ONLY
+    }
     for flag in arguments[::2]:
         if flag not in known:
-            raise ValueError(f"unknown argument {flag}{suggestion(flag, [*known])}; see beit3 prepare --help")
+            raise ValueError(
+                f"unknown argument {flag}{suggestion(flag, [*known])}; see beit3 prepare --help"
+            )
     given = dict(zip(arguments[::2], [*arguments[1::2], ""], strict=False))
     for flag, value in given.items():
         if not value or (known[flag] is int and not value.isdecimal()):
-            raise ValueError(f"{flag} {value}".rstrip() + f": it takes a {'whole number' if known[flag] is int else 'name'}")
+            raise ValueError(
+                f"{flag} {value}".rstrip()
+                + f": it takes a {'whole number' if known[flag] is int else 'name'}"
+            )
     return {flag.removeprefix("--"): known[flag](value) for flag, value in given.items()}
 
 
 def _reason(box: str) -> str:
     """The first paragraph inside tyro's box, as one line."""
     lines = (line.strip("│ ") for line in box.splitlines()[1:])
-    return " ".join(itertools.takewhile(lambda line: line.strip("─╰╯"), lines)) or "a value is missing or of the wrong type"
+    return (
+        " ".join(itertools.takewhile(lambda line: line.strip("─╰╯"), lines))
+        or "a value is missing or of the wrong type"
+    )

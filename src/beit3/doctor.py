@@ -48,7 +48,10 @@ def examine(*, text_model: str = "", weights: str = "") -> Iterator[str]:
     broken = broken_torch()
     if broken:
         yield broken
-        yield "note  not looked at until torch imports: torchvision, threads, accelerator, processes" + (", the weights" if weights else "")
+        yield (
+            "note  not looked at until torch imports: torchvision, threads, accelerator, processes"
+            + (", the weights" if weights else "")
+        )
         return
     yield threads()
     yield from accelerator()
@@ -56,7 +59,9 @@ def examine(*, text_model: str = "", weights: str = "") -> Iterator[str]:
     fits = vision()
     yield fits
     if fits.startswith("FAULT"):
-        yield "note  not looked at until torchvision fits: decoding of pictures" + (", the weights" if weights else "")
+        yield "note  not looked at until torchvision fits: decoding of pictures" + (
+            ", the weights" if weights else ""
+        )
         return
     yield jpeg()
     if weights:
@@ -84,15 +89,22 @@ def requirements() -> list[str]:
     try:
         return requires("beit3") or []
     except PackageNotFoundError:
-        project = tomllib.loads(_text(Path(__file__).parents[2] / "pyproject.toml")).get("project", {})
+        project = tomllib.loads(_text(Path(__file__).parents[2] / "pyproject.toml")).get(
+            "project", {}
+        )
     extras = project.get("optional-dependencies", {})
-    return project.get("dependencies", []) + [f"{line}; extra == '{extra}'" for extra, lines in extras.items() for line in lines]
+    return project.get("dependencies", []) + [
+        f"{line}; extra == '{extra}'" for extra, lines in extras.items() for line in lines
+    ]
 
 
 def requirement(line: str) -> tuple[str, str, str]:
     """(name, least version or "", extra or "") of a requirement as package metadata has it."""
     name = re.match(r"[\w.-]+", line)
-    least, extra = re.search(r">=\s*([\w.]+)", line), re.search(r"extra\s*==\s*['\"]([\w.-]+)", line)
+    least, extra = (
+        re.search(r">=\s*([\w.]+)", line),
+        re.search(r"extra\s*==\s*['\"]([\w.-]+)", line),
+    )
     assert name
     return name[0], least[1] if least else "", extra[1] if extra else ""
 
@@ -122,12 +134,18 @@ def processors(system: Path = Path("/")) -> str:
     """Cores of this process by affinity and by its control group's share of time."""
     cores, quota = cores_here(), group_limits(system)[0]
     all_cores = os.cpu_count() or cores
-    said = f"{cores} processor cores" + (f" of the machine's {all_cores}" if cores < all_cores else "")
+    said = f"{cores} processor cores" + (
+        f" of the machine's {all_cores}" if cores < all_cores else ""
+    )
     if quota >= cores:
         return f"ok    {said}"
     fit = max(1, math.floor(quota))
-    if (chosen := os.environ.get("OMP_NUM_THREADS", "")).isdigit() and int(chosen) <= math.ceil(quota):
-        return f"ok    {said}, the control group gives the time of {quota:g}; OMP_NUM_THREADS={chosen}"
+    if (chosen := os.environ.get("OMP_NUM_THREADS", "")).isdigit() and int(chosen) <= math.ceil(
+        quota
+    ):
+        return (
+            f"ok    {said}, the control group gives the time of {quota:g}; OMP_NUM_THREADS={chosen}"
+        )
     return f"note  {said}, but the control group gives the time of {quota:g}: set OMP_NUM_THREADS={fit}, or threads wait for each other"
 
 
@@ -154,10 +172,15 @@ def group_limits(system: Path = Path("/")) -> tuple[float, float]:
     """(processors, bytes) that this process's control groups allow, of versions 1 and 2; infinite where there is no limit."""
     cpus = size = math.inf
     for folder in _groups(system):
-        quota = (_text(folder / "cpu.max") or _text(folder / "cpu.cfs_quota_us") + _text(folder / "cpu.cfs_period_us")).split()
+        quota = (
+            _text(folder / "cpu.max")
+            or _text(folder / "cpu.cfs_quota_us") + _text(folder / "cpu.cfs_period_us")
+        ).split()
         if len(quota) == 2 and quota[0].isdigit() and quota[1].isdigit():  # "max" and -1: no limit
             cpus = min(cpus, int(quota[0]) / int(quota[1]))
-        limit = _text(folder / "memory.max").strip() or _text(folder / "memory.limit_in_bytes").strip()
+        limit = (
+            _text(folder / "memory.max").strip() or _text(folder / "memory.limit_in_bytes").strip()
+        )
         if limit.isdigit() and int(limit) < 2**60:  # version 1 writes nearly 2**63 for none
             size = min(size, int(limit))
     return cpus, size
@@ -170,7 +193,9 @@ def _groups(system: Path) -> Iterator[Path]:
         for name in controllers.split(","):
             mount = system / "sys/fs/cgroup" / name
             inner = mount / path.lstrip("/")
-            yield from (folder for folder in (inner, *inner.parents) if folder.is_relative_to(mount))
+            yield from (
+                folder for folder in (inner, *inner.parents) if folder.is_relative_to(mount)
+            )
 
 
 def disk() -> Iterator[str]:
@@ -180,7 +205,9 @@ def disk() -> Iterator[str]:
         ("the cache", cache(), "set BEIT3_CACHE to another place"),
         ("runs", runs.resolve(), "train with --out on another disk"),
     ):
-        there = next(folder for folder in (place, *place.parents) if folder.exists())  # nothing is made that is not there
+        there = next(
+            folder for folder in (place, *place.parents) if folder.exists()
+        )  # nothing is made that is not there
         free = shutil.disk_usage(there).free
         try:
             with tempfile.TemporaryFile(dir=there):
@@ -188,19 +215,32 @@ def disk() -> Iterator[str]:
         except OSError as error:
             yield f"FAULT cannot write in {there} for {what} ({error.strerror}): {remedy}"
             continue
-        yield f"{verdict} {free / 2**30:.1f} GB free for {what} at {place}" + (f": {remedy}" if verdict == "FAULT" else "")
+        yield f"{verdict} {free / 2**30:.1f} GB free for {what} at {place}" + (
+            f": {remedy}" if verdict == "FAULT" else ""
+        )
 
 
 def cache() -> Path:
-    """Where `beit3.train.root` keeps the embedded worlds; that module imports torch."""
+    """Where `beit3.training.root` keeps the embedded worlds; that module imports torch."""
     default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "beit3"
     return Path(os.environ.get("BEIT3_CACHE") or default).absolute()
 
 
 def compiler() -> str:
     """A C++ compiler, which `run.compile` needs."""
-    found = next((path for name in (os.environ.get("CXX", ""), "g++", "clang++", "c++") if name and (path := shutil.which(name))), "")
-    return f"ok    C++ compiler {found}" if found else "note  no C++ compiler, only run.compile needs one: apt install g++"
+    found = next(
+        (
+            path
+            for name in (os.environ.get("CXX", ""), "g++", "clang++", "c++")
+            if name and (path := shutil.which(name))
+        ),
+        "",
+    )
+    return (
+        f"ok    C++ compiler {found}"
+        if found
+        else "note  no C++ compiler, only run.compile needs one: apt install g++"
+    )
 
 
 def host(name: str = "") -> str:
@@ -233,7 +273,11 @@ def text_tokenizers(text_model: str = "") -> Iterator[str]:
             yield f"FAULT text tokenizer: {_reason(error)}"
             continue
         released = tokenizer.vocab_size == RELEASED_IDS
-        fit = "as many as the released one" if released else f"the released one has {RELEASED_IDS}, and released weights need it"
+        fit = (
+            "as many as the released one"
+            if released
+            else f"the released one has {RELEASED_IDS}, and released weights need it"
+        )
         yield f"ok    text tokenizer {path}: {tokenizer.vocab_size} ids ({fit}), SHA-256 {tokenizer.digest}"
 
 
@@ -258,7 +302,9 @@ def vision() -> str:
         import torchvision
 
         torchvision.ops.nms(torch.zeros(1, 4), torch.zeros(1), 0.5)
-    except Exception as error:  # of another build it raises ImportError, RuntimeError, AttributeError or OSError
+    except (
+        Exception
+    ) as error:  # of another build it raises ImportError, RuntimeError, AttributeError or OSError
         pair = f"torchvision {installed('torchvision')} does not fit torch {installed('torch')}"
         return f"FAULT {pair} ({_reason(error)}): {reinstall()}"
     return "ok    torchvision fits torch"
@@ -280,7 +326,9 @@ def jpeg() -> str:
 
         written = io.BytesIO()
         Image.new("RGB", (16, 16), (200, 30, 30)).save(written, "JPEG")
-        image = decode_image(torch.frombuffer(bytearray(written.getvalue()), dtype=torch.uint8), ImageReadMode.RGB)  # [3, 16, 16]
+        image = decode_image(
+            torch.frombuffer(bytearray(written.getvalue()), dtype=torch.uint8), ImageReadMode.RGB
+        )  # [3, 16, 16]
         red, green, _ = image.float().mean(dim=(1, 2)).tolist()
         if tuple(image.shape) != (3, 16, 16) or abs(red - 200) > 8 or abs(green - 30) > 8:
             raise RuntimeError("it comes out wrong")
@@ -293,8 +341,14 @@ def threads() -> str:
     """Threads that torch computes with, beside the cores that there are."""
     import torch
 
-    used, cores, chosen = torch.get_num_threads(), cores_here(), os.environ.get("OMP_NUM_THREADS", "")
-    said = f"torch computes with {used} threads" + (f" (OMP_NUM_THREADS={chosen})" if chosen else "")
+    used, cores, chosen = (
+        torch.get_num_threads(),
+        cores_here(),
+        os.environ.get("OMP_NUM_THREADS", ""),
+    )
+    said = f"torch computes with {used} threads" + (
+        f" (OMP_NUM_THREADS={chosen})" if chosen else ""
+    )
     if used > cores:
         return f"note  {said} on {cores} cores, which is slow: set OMP_NUM_THREADS={cores}"
     return f"ok    {said}"
@@ -306,7 +360,9 @@ def accelerator() -> Iterator[str]:
 
     driver = driver_version()
     if not torch.cuda.is_available():
-        built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "a build without CUDA"
+        built = (
+            f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "a build without CUDA"
+        )
         if driver:
             yield (
                 f"note  NVIDIA driver {driver} is here, but torch sees no device; this torch is {built}: "
@@ -335,7 +391,9 @@ def device(torch: Any, index: int) -> str:
 
 def driver_version(system: Path = Path("/")) -> str:
     """Version of the NVIDIA kernel driver; empty where there is none."""
-    found = re.search(r"Kernel Module(?: for \S+)?\s+(\d+[\d.]*)", _text(system / "proc/driver/nvidia/version"))
+    found = re.search(
+        r"Kernel Module(?: for \S+)?\s+(\d+[\d.]*)", _text(system / "proc/driver/nvidia/version")
+    )
     return found[1] if found else ""
 
 
@@ -365,7 +423,11 @@ def stored_weights(path: str, text_model: str = "") -> str:
         task = store.load(place, text_model=text_model or None)
     except (ValueError, OSError, RuntimeError) as error:
         return f"FAULT weights {path}: {_reason(error)}"
-    texts = f", text tokenizer {known.tokenizer} as {store.CONFIG} says" if known.tokenizer else ", no text tokenizer"
+    texts = (
+        f", text tokenizer {known.tokenizer} as {store.CONFIG} says"
+        if known.tokenizer
+        else ", no text tokenizer"
+    )
     return f"ok    weights {place} ({known.task}): {sum(1 for _ in task.parameters())} tensors, whole{texts}"
 
 

@@ -19,11 +19,12 @@ from beit3.quantize import quantize, require
 from beit3.task import Prediction, Record, Task
 from beit3.task import load as load_task
 from beit3.tokenizer.text import TextTokenizer
-from beit3.train.evaluate import batches, to_device
-from beit3.train.parallel import wrap_blocks
-from beit3.weights import official, store
+from beit3.training.evaluate import batches, to_device
+from beit3.training.parallel import wrap_blocks
+from beit3.weights import release_format as official
+from beit3.weights import store
 from beit3.weights.adapt import COUNTS, with_names
-from beit3.weights.fill import Report, beyond_images, stored, task_name
+from beit3.weights.matching import Report, beyond_images, stored, task_name
 
 CLASSES = "imagenet/main/classes.txt"
 """Class names below a root of records."""
@@ -35,10 +36,20 @@ Names = str | Path | Sequence[str] | None
 class Predictor:
     """A task in evaluation mode. `task`: the network; `report`: what was loaded, ignored, left fresh; the others: as for `load`."""
 
-    def __init__(self, task: Task, report: Report, *, int8: bool = False, packed: bool = False, compiled: bool = False):
+    def __init__(
+        self,
+        task: Task,
+        report: Report,
+        *,
+        int8: bool = False,
+        packed: bool = False,
+        compiled: bool = False,
+    ):
         for name, given in (("packed", packed), ("compiled", compiled)):
             if int8 and given:
-                raise ValueError(f"int8 lays weights out and compiles in its own way: leave {name} out")
+                raise ValueError(
+                    f"int8 lays weights out and compiles in its own way: leave {name} out"
+                )
         self.task = quantize(task) if int8 else task.eval()
         if packed:
             pack(self.task)
@@ -51,7 +62,9 @@ class Predictor:
         if self.int8:
             require(torch.device(device))
         if self.packed and torch.device(device).type != "cpu":
-            raise ValueError(f"packed weights are for a processor, and the device here is {device}: leave packed out")
+            raise ValueError(
+                f"packed weights are for a processor, and the device here is {device}: leave packed out"
+            )
         self.task.to(device)
         return self
 
@@ -79,8 +92,12 @@ class Predictor:
             self.task.config = with_names(config, type(self.task), classes=theirs, fixed={})
         elif known and known != theirs:
             pairs = enumerate(zip_longest(known, theirs))
-            place, (ours, there) = next((place, pair) for place, pair in pairs if pair[0] != pair[1])
-            raise ValueError(f"class {place} is {ours!r} to the weights and {there!r} in {file}: score records of the same classes")
+            place, (ours, there) = next(
+                (place, pair) for place, pair in pairs if pair[0] != pair[1]
+            )
+            raise ValueError(
+                f"class {place} is {ours!r} to the weights and {there!r} in {file}: score records of the same classes"
+            )
 
     @torch.inference_mode()
     def __call__(self, *inputs: Any) -> list[Prediction]:
@@ -99,12 +116,17 @@ class Predictor:
         try:
             signature.bind(*inputs)
         except TypeError:
-            raise ValueError(f"{name} takes {', '.join(signature.parameters)}: {len(inputs)} inputs given") from None
+            raise ValueError(
+                f"{name} takes {', '.join(signature.parameters)}: {len(inputs)} inputs given"
+            ) from None
         record = make(*inputs)
         self._require_side(record)
         batch = self.task.collate([self.task.example(record, False)])
         prediction = self.task.predict(to_device(batch, next(self.task.parameters()).device))[0]
-        plain = {name: value.tolist() if isinstance(value, np.ndarray) else value for name, value in prediction.items()}
+        plain = {
+            name: value.tolist() if isinstance(value, np.ndarray) else value
+            for name, value in prediction.items()
+        }
         return plain.get("candidates", [plain])
 
     @torch.inference_mode()
@@ -119,9 +141,14 @@ class Predictor:
         """
         name, make = task_name(type(self.task)), getattr(self.task, "record", None)
         if make is None or set(inspect.signature(make).parameters) != {"image", "text"}:
-            raise ValueError(f"{name} has no features of single inputs: give weights of retrieval, or load these with task='backbone'")
+            raise ValueError(
+                f"{name} has no features of single inputs: give weights of retrieval, or load these with task='backbone'"
+            )
         self.require_trained()
-        given = {"image": [make(image) for image in images], "text": [make(None, text) for text in texts]}
+        given = {
+            "image": [make(image) for image in images],
+            "text": [make(None, text) for text in texts],
+        }
         found = {}
         for side, records in given.items():
             for place, record in enumerate(records):
@@ -135,17 +162,25 @@ class Predictor:
     def _features(self, side: str, records: list[Record], batch_size: int) -> np.ndarray:
         """One feature a record: the task's own, else the first state of the side."""
         weights, rows = next(self.task.parameters()), []
-        order = sorted(range(len(records)), key=lambda place: len(records[place].get("text", "")))  # little padding in a batch
+        order = sorted(
+            range(len(records)), key=lambda place: len(records[place].get("text", ""))
+        )  # little padding in a batch
         for batch in batches(self.task, [records[place] for place in order], batch_size):
             outputs = self.task.outputs(to_device(batch, weights.device, weights.dtype))
-            features = outputs[f"{side}_features"] if f"{side}_features" in outputs else outputs[side][:, 0]
+            features = (
+                outputs[f"{side}_features"]
+                if f"{side}_features" in outputs
+                else outputs[side][:, 0]
+            )
             rows.append(features.float().cpu().numpy())
         return np.concatenate(rows)[np.argsort(order)]
 
     def _require_side(self, record: Record) -> None:
         """ValueError for a text where the weights hold no text side."""
         if "text" in record and any(map(beyond_images, self.report.fresh)):
-            raise ValueError(f"{self.report.source} holds the image side alone: give images without text")
+            raise ValueError(
+                f"{self.report.source} holds the image side alone: give images without text"
+            )
 
 
 def load(
@@ -180,33 +215,64 @@ def load(
 
 
 def _load_file(
-    path: Path, task: str | None, num_heads: int | None, text_model: str | Path | None, named: dict[str, tuple[str, ...]], prompt: str
+    path: Path,
+    task: str | None,
+    num_heads: int | None,
+    text_model: str | Path | None,
+    named: dict[str, tuple[str, ...]],
+    prompt: str,
 ) -> tuple[Task, Report]:
     """Released weights, as their own task or another; `named`: answers and classes."""
     tokenizer = None if text_model is None else TextTokenizer(text_model)
     state = official.read_file(path)
     try:
         return official.load_official(
-            state, task, num_heads=num_heads, answers=named["answers"], classes=named["classes"], prompt=prompt, tokenizer=tokenizer
-        )  # fmt: skip
+            state,
+            task,
+            num_heads=num_heads,
+            answers=named["answers"],
+            classes=named["classes"],
+            prompt=prompt,
+            tokenizer=tokenizer,
+        )
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 
 
 def _load_directory(
-    directory: Path, task: str | None, num_heads: int | None, text_model: str | Path | None, named: dict[str, tuple[str, ...]], prompt: str
+    directory: Path,
+    task: str | None,
+    num_heads: int | None,
+    text_model: str | Path | None,
+    named: dict[str, tuple[str, ...]],
+    prompt: str,
 ) -> tuple[Task, Report]:
     """Weights of ours, as their own task or another; `named`: answers and classes."""
     answers, classes = named["answers"], named["classes"]
     description = store.read_config(directory)
     config: Any = description.config
     if num_heads not in (None, config.model.num_heads):
-        raise ValueError(f"num_heads {num_heads} given, {directory} holds weights of {config.model.num_heads} heads: leave num_heads out")
+        raise ValueError(
+            f"num_heads {num_heads} given, {directory} holds weights of {config.model.num_heads} heads: leave num_heads out"
+        )
     if task not in (None, description.task):
-        return store.load_as(directory, task, text_model=text_model, answers=answers, classes=classes, prompt=prompt)
-    fixed = {} if getattr(config, "head", "") == "names" else {count: getattr(config, count, 0) for count in COUNTS.values()}
+        return store.load_as(
+            directory, task, text_model=text_model, answers=answers, classes=classes, prompt=prompt
+        )
+    fixed = (
+        {}
+        if getattr(config, "head", "") == "names"
+        else {count: getattr(config, count, 0) for count in COUNTS.values()}
+    )
     try:
-        config = with_names(config, load_task(description.task), answers=answers, classes=classes, prompt=prompt, fixed=fixed)
+        config = with_names(
+            config,
+            load_task(description.task),
+            answers=answers,
+            classes=classes,
+            prompt=prompt,
+            fixed=fixed,
+        )
     except ValueError as error:
         raise ValueError(f"{directory}: {error}") from None
     built = store.load(directory, text_model=text_model, config=config)
@@ -225,7 +291,10 @@ def read_answers(names: Names) -> tuple[str, ...]:
 def read_classes(names: Names) -> tuple[str, ...]:
     """Class names; a file of one per line, a .json as dense tasks have it, or a directory of records, whose own are taken."""
     if isinstance(names, str | Path) and Path(names).suffix == ".json":
-        return tuple(each["name"] if isinstance(each, dict) else each for each in json.loads(Path(names).read_text(encoding="utf-8")))
+        return tuple(
+            each["name"] if isinstance(each, dict) else each
+            for each in json.loads(Path(names).read_text(encoding="utf-8"))
+        )
     if isinstance(names, str | Path):
         from beit3.tasks import imagenet
 

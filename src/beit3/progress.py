@@ -13,7 +13,12 @@ def bar(label: str) -> Iterator[Callable[[int, int], None]]:
     """Yields `advance(done, total)`, to be called as the work goes on; total 0 = not known. What it says goes to stderr."""
     console = Console(highlight=False, stderr=True)
     if console.is_terminal:
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+        )
         with Progress(*columns, console=console, transient=True) as progress:
             task = progress.add_task(label, total=None)
             yield lambda done, total: progress.update(task, completed=done, total=total or None)
@@ -25,7 +30,11 @@ def bar(label: str) -> Iterator[Callable[[int, int], None]]:
         now = time.monotonic()
         if now - spoken > 10:
             spoken = now
-            left = f"/{total}  {(now - started) / max(1, done) * (total - done):.0f}s left" if total else ""
+            left = (
+                f"/{total}  {(now - started) / max(1, done) * (total - done):.0f}s left"
+                if total
+                else ""
+            )
             console.print(f"{label}  {done}{left}")
 
     yield advance

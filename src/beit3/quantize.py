@@ -9,8 +9,8 @@ comes before it: uncompiled, rounding costs what the products gain. Weights on d
 import torch
 
 from beit3.task import Task
-from beit3.train.parallel import blocks_of, wrap_blocks
-from beit3.weights.fill import task_name
+from beit3.training.parallel import blocks_of, wrap_blocks
+from beit3.weights.matching import task_name
 
 INSTRUCTIONS = ("avx512_vnni", "avx_vnni")
 """Either multiplies bytes and adds them up in 32 bits. Without them int8 is no faster, and oneDNN's sums may overflow."""
@@ -26,11 +26,15 @@ def quantize(task: Task) -> Task:
     require(next(task.parameters()).device)
     blocks = blocks_of(task)
     if not blocks:
-        raise ValueError(f"{task_name(type(task))} has no Transformer blocks to put into int8: leave int8 out")
+        raise ValueError(
+            f"{task_name(type(task))} has no Transformer blocks to put into int8: leave int8 out"
+        )
     from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
 
     task.eval().requires_grad_(False)
-    for block in blocks:  # torchao's settings of the compiler are for GPUs, and would hold for the whole process
+    for block in (
+        blocks
+    ):  # torchao's settings of the compiler are for GPUs, and would hold for the whole process
         quantize_(block, Int8DynamicActivationInt8WeightConfig(set_inductor_config=False))
     wrap_blocks(task, compiled=True)
     return task
@@ -39,15 +43,25 @@ def quantize(task: Task) -> Task:
 def require(device: torch.device) -> None:
     """ValueError where `quantize` cannot work on this device of this machine."""
     if device.type != "cpu":
-        raise ValueError(f"int8 is for a processor, and the device here is {device.type}: leave int8 out, or hide the accelerator")
+        raise ValueError(
+            f"int8 is for a processor, and the device here is {device.type}: leave int8 out, or hide the accelerator"
+        )
     if not any(torch.cpu.get_capabilities().get(name) for name in INSTRUCTIONS):
-        raise ValueError("this processor has no int8 instructions (VNNI), so int8 would not be faster: leave int8 out")
+        raise ValueError(
+            "this processor has no int8 instructions (VNNI), so int8 would not be faster: leave int8 out"
+        )
     try:
         import torchao  # noqa: F401
     except ImportError:
-        raise ValueError("int8 needs torchao: pip install 'beit3[quant]', or leave int8 out") from None
+        raise ValueError(
+            "int8 needs torchao: pip install 'beit3[quant]', or leave int8 out"
+        ) from None
     try:
         torch.compile(torch.neg)(torch.ones(8))
-    except Exception as error:  # torch raises what its compiler's parts raise, and no class covers them
+    except (
+        Exception
+    ) as error:  # torch raises what its compiler's parts raise, and no class covers them
         reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"int8 needs a C++ compiler and Python's headers (g++, python3-dev), or leave int8 out: {reason}") from None
+        raise ValueError(
+            f"int8 needs a C++ compiler and Python's headers (g++, python3-dev), or leave int8 out: {reason}"
+        ) from None

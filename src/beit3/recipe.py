@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from beit3.config import from_dict, to_dict
-from beit3.data.transforms import Preprocessing
+from beit3.data.views.transforms import Preprocessing
 from beit3.model.config import BASE, ModelConfig
 
 
@@ -65,7 +65,11 @@ class OptimConfig:
     """Learning-rate factor of the parameters under `head` (20 in the released VQA recipes)."""
     clip: float = 0.0
     """Largest gradient norm; 0 = no clipping."""
-    no_decay: tuple[str, ...] = ("image_embedding.positions", "image_embedding.class_token", "logit_scale")
+    no_decay: tuple[str, ...] = (
+        "image_embedding.positions",
+        "image_embedding.class_token",
+        "logit_scale",
+    )
     """Names without weight decay beside biases, norms and everything of one dimension."""
 
 

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.utils.data import default_collate
 
 from beit3.config import suggestion
-from beit3.data.masking import rng as seeded_rng
-from beit3.data.survey import Lengths
+from beit3.data.prepare.statistics import Lengths
+from beit3.data.views.masking import rng as seeded_rng
 from beit3.model.backbone import Backbone
 from beit3.model.beit3 import BEiT3
 from beit3.model.config import IMAGE, TEXT, ModelConfig
@@ -74,7 +74,9 @@ class Task(nn.Module):
     def tokenizer(self) -> TextTokenizer:
         """The text tokenizer; ValueError where none was given."""
         if self._tokenizer is None:
-            raise ValueError("text needs a tokenizer file and these weights came without: give text_model=FILE.spm")
+            raise ValueError(
+                "text needs a tokenizer file and these weights came without: give text_model=FILE.spm"
+            )
         return self._tokenizer
 
     @property
@@ -93,7 +95,9 @@ class Task(nn.Module):
         """`config` with what only the records know: answer list, class names."""
         return config
 
-    def example(self, record: Record, train: bool, *, rng: np.random.Generator | None = None) -> Example:
+    def example(
+        self, record: Record, train: bool, *, rng: np.random.Generator | None = None
+    ) -> Example:
         """One record as tensors. All randomness comes from `rng`; without one, from the record's id."""
         raise NotImplementedError
 
@@ -103,13 +107,19 @@ class Task(nn.Module):
         batch: Batch = {}
         for key in examples[0]:
             values = [example[key] for example in examples]
-            batch[key] = default_collate(values) if isinstance(values[0], Tensor) else values  # in a worker, in shared memory
+            batch[key] = (
+                default_collate(values) if isinstance(values[0], Tensor) else values
+            )  # in a worker, in shared memory
         return trimmed(batch)
 
     def pixels(self, batch: Batch) -> Tensor:
         """The batch's images [..., 3, H, W] as the network takes them: bytes are normalised here, floats already are."""
         images = batch["image"]
-        return images if images.is_floating_point() else self.config.image.normalize(images).to(next(self.backbone.parameters()).dtype)
+        return (
+            images
+            if images.is_floating_point()
+            else self.config.image.normalize(images).to(next(self.backbone.parameters()).dtype)
+        )
 
     def read_text(self, text: str | Sequence[int], length: int) -> tuple[Tensor, Tensor]:
         """A text, in words or ids, -> (text [length] int64, text_padding [length] bool)."""
@@ -121,7 +131,9 @@ class Task(nn.Module):
             return self.tokenizer.encode(text, length)
         ids = [TextTokenizer.bos, *map(int, text[: length - 2]), TextTokenizer.eos]
         if not text or not all(0 <= id < self.config.model.vocab_size for id in ids):
-            raise ValueError(f"text {str(list(text))[:60]} holds no ids below {self.config.model.vocab_size}: give words or other ids")
+            raise ValueError(
+                f"text {str(list(text))[:60]} holds no ids below {self.config.model.vocab_size}: give words or other ids"
+            )
         return ids
 
     # Training --------------------------------------------------------------------------------------------------------
@@ -143,14 +155,17 @@ class Task(nn.Module):
         """`{"losses": {name: SUM over its targets}, "metrics": {name: sum}}`; a metric `x/y` is averaged over targets x.
 
         A task that compares examples also takes a batch of `features` alone, and one with `feature_gradients`, for which the
-        loss is the features' product with them (train/gradient_cache.py).
+        loss is the features' product with them (training/gradient_cache.py).
         """
         if "features" in batch:
             return self.compare(batch["features"])
         features = self.outputs(batch)
         if "feature_gradients" not in batch:
             return self.compare(features)
-        products = [(features[name] * gradient).sum() for name, gradient in batch["feature_gradients"].items()]
+        products = [
+            (features[name] * gradient).sum()
+            for name, gradient in batch["feature_gradients"].items()
+        ]
         return {"losses": {"loss": torch.stack(products).sum()}, "metrics": {}}
 
     def compare(self, features: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
@@ -169,9 +184,13 @@ class Task(nn.Module):
         raise NotImplementedError
 
     @staticmethod
-    def submission(predictions: Sequence[Prediction], records: Sequence[Record]) -> list[dict[str, Any]]:
+    def submission(
+        predictions: Sequence[Prediction], records: Sequence[Record]
+    ) -> list[dict[str, Any]]:
         """What the task's evaluation server takes, a list of JSON objects; ValueError where there is none."""
-        raise ValueError("no evaluation server takes this task's predictions: leave --submission out")
+        raise ValueError(
+            "no evaluation server takes this task's predictions: leave --submission out"
+        )
 
     # Parameters ------------------------------------------------------------------------------------------------------
 
@@ -194,19 +213,29 @@ class Task(nn.Module):
         elif parameter.ndim > 1:
             trunc_normal(parameter, generator)
         else:
-            norm_weight = isinstance(self.get_submodule(name.rpartition(".")[0]), nn.LayerNorm) and name.endswith("weight")
+            norm_weight = isinstance(
+                self.get_submodule(name.rpartition(".")[0]), nn.LayerNorm
+            ) and name.endswith("weight")
             nn.init.constant_(parameter, float(norm_weight))
 
     def trainable(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Named parameters that an optimizer sees."""
-        return ((name, p) for name, p in self.named_parameters() if name.split(".")[0] not in self.frozen)
+        return (
+            (name, p)
+            for name, p in self.named_parameters()
+            if name.split(".")[0] not in self.frozen
+        )
 
     def layer_of(self, name: str) -> tuple[int, int]:
         """(depth of a parameter, depth of the head) for layer-wise learning rates."""
         if not isinstance(self.backbone, Backbone):
             return 0, 0
         head = self.backbone.config.depth + 1
-        return (self.backbone.layer_of(name.removeprefix("backbone.")) if name.startswith("backbone.") else head), head
+        return (
+            self.backbone.layer_of(name.removeprefix("backbone."))
+            if name.startswith("backbone.")
+            else head
+        ), head
 
 
 def fit_vocabulary(config: TaskConfig, tokenizer: TextTokenizer | None) -> TaskConfig:
@@ -239,7 +268,9 @@ def same_fields(examples: Sequence[Example]) -> None:
     for example in examples[1:]:
         for key in first.keys() ^ example.keys():
             has, lacks = (first, example) if key in first else (example, first)
-            raise ValueError(f"record {lacks.get('id')} gives no {key}, record {has.get('id')} does: give it to all records or to none")
+            raise ValueError(
+                f"record {lacks.get('id')} gives no {key}, record {has.get('id')} does: give it to all records or to none"
+            )
 
 
 def trimmed(batch: Batch) -> Batch:
@@ -251,7 +282,11 @@ def trimmed(batch: Batch) -> Batch:
         return batch
     longest = int((~batch["text_padding"]).sum(1).max())
     length = -(-longest // 8) * 8
-    return batch | {key: batch[key][:, :length] for key in ("text", "text_padding", "text_target") if key in batch}
+    return batch | {
+        key: batch[key][:, :length]
+        for key in ("text", "text_padding", "text_target")
+        if key in batch
+    }
 
 
 def batch_size(batch: Batch) -> int:
@@ -264,15 +299,28 @@ def pairs_leave_out(model: ModelConfig, *, unread: str = "") -> dict[str, str]:
     last, fused = model.depth - 1, model.depth - model.fusion_layers
     reasons = {"backbone.image_embedding.mask_token": "nothing is masked"}
     own = ["norm2", "ffn"] + ([] if model.shared_attention else ["attention.norm", "attention.out"])
-    every = own + ([] if model.shared_norms else ["norm1"]) + ([] if model.shared_attention else ["attention.qkv"])
+    every = (
+        own
+        + ([] if model.shared_norms else ["norm1"])
+        + ([] if model.shared_attention else ["attention.qkv"])
+    )
     for layer in range(fused, model.depth):
         for modality in (IMAGE, TEXT):
-            reasons |= {f"backbone.blocks.{layer}.{part}.{modality}": "the vision-language expert takes both here" for part in every}
+            reasons |= {
+                f"backbone.blocks.{layer}.{part}.{modality}": "the vision-language expert takes both here"
+                for part in every
+            }
     if unread and not model.fusion_layers:
-        reasons |= {f"backbone.blocks.{last}.{part}.{unread}": f"the {unread}'s last states are not read" for part in own}
+        reasons |= {
+            f"backbone.blocks.{last}.{part}.{unread}": f"the {unread}'s last states are not read"
+            for part in own
+        }
     if model.final_norm and not model.shared_norms:
         left_out = (IMAGE, TEXT) if model.fusion_layers else (unread,) if unread else ()
-        reasons |= {f"backbone.norm.{modality}": "no state that is read goes through it" for modality in left_out}
+        reasons |= {
+            f"backbone.norm.{modality}": "no state that is read goes through it"
+            for modality in left_out
+        }
     return reasons
 
 
@@ -298,7 +346,9 @@ def padded(ids: Sequence[int], length: int, pad: int) -> tuple[Tensor, Tensor]:
     return text, torch.arange(length) >= len(ids)
 
 
-def joined(predictions: Sequence[Prediction], records: Sequence[Record]) -> list[tuple[Prediction, Record]]:
+def joined(
+    predictions: Sequence[Prediction], records: Sequence[Record]
+) -> list[tuple[Prediction, Record]]:
     """Predictions beside their records; ValueError unless every record has exactly one."""
     by_id = {str(record["id"]): record for record in records}
     seen: set[str] = set()
@@ -313,43 +363,59 @@ def joined(predictions: Sequence[Prediction], records: Sequence[Record]) -> list
         pairs.append((prediction, by_id[key]))
     missing = [key for key in by_id if key not in seen]
     if missing:
-        raise ValueError(f"{len(missing)} of {len(by_id)} records have no prediction, the first is {missing[0]}")
+        raise ValueError(
+            f"{len(missing)} of {len(by_id)} records have no prediction, the first is {missing[0]}"
+        )
     return pairs
 
 
-def labelled(predictions: Sequence[Prediction], records: Sequence[Record]) -> list[tuple[Prediction, Record]]:
+def labelled(
+    predictions: Sequence[Prediction], records: Sequence[Record]
+) -> list[tuple[Prediction, Record]]:
     """`joined`, for records that all hold a `label`; ValueError where one does not."""
     pairs = joined(predictions, records)
     if any("label" not in record for _, record in pairs):
-        raise ValueError("some of these records hold no label to compare with: score a split that has them")
+        raise ValueError(
+            "some of these records hold no label to compare with: score a split that has them"
+        )
     return pairs
 
 
 def numbered(record: Record, key: str = "id") -> int:
     """The number that an evaluation server knows a record by; ValueError where its `key` is none."""
     if not str(record[key]).isdecimal():
-        raise ValueError(f"{key} {record[key]!r} is no number of the public data set: servers take no other")
+        raise ValueError(
+            f"{key} {record[key]!r} is no number of the public data set: servers take no other"
+        )
     return int(record[key])
 
 
 def names() -> list[str]:
     """The tasks of this package."""
-    return sorted(module.name for module in pkgutil.iter_modules([str(Path(__file__).with_name("tasks"))]))
+    return sorted(
+        module.name for module in pkgutil.iter_modules([str(Path(__file__).with_name("tasks"))])
+    )
 
 
 def load(name: str) -> type[Task]:
     """The `Task` subclass of module `beit3.tasks.<name>`, or of the dotted path `name`."""
     path = name if "." in name else f"beit3.tasks.{name}"
     if "." not in name and name not in names():
-        raise ValueError(f"unknown task {name!r}{suggestion(name, names())} (known: {', '.join(names())})")
+        raise ValueError(
+            f"unknown task {name!r}{suggestion(name, names())} (known: {', '.join(names())})"
+        )
     try:
         module = importlib.import_module(path)
     except ModuleNotFoundError as error:
         if not f"{path}.".startswith(f"{error.name}."):
             raise
         raise ValueError(f"unknown task {name!r}: there is no module {error.name}") from None
-    is_task: Callable[[Any], bool] = lambda x: isinstance(x, type) and issubclass(x, Task) and x.__module__ == path  # noqa: E731
+    is_task: Callable[[Any], bool] = lambda x: (
+        isinstance(x, type) and issubclass(x, Task) and x.__module__ == path
+    )  # noqa: E731
     found = [value for value in vars(module).values() if is_task(value)]
     if len(found) != 1:
-        raise ValueError(f"module {path} defines {len(found)} Task classes: exactly one is expected")
+        raise ValueError(
+            f"module {path} defines {len(found)} Task classes: exactly one is expected"
+        )
     return found[0]

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from beit3.data.loader import PASSED_OVER, Examples, Source, Stack, step_batches, step_places
-from beit3.data.records import open_image, write_records
+from beit3.data.stores.records import open_image, write_records
 
 SIZES = {"images": 7, "texts": 10}
 BATCH = {"images": 4, "texts": 6}
@@ -25,7 +25,10 @@ def make(record: dict, train: bool, *, rng: np.random.Generator) -> dict:
 
 
 def collate(examples: list[dict]) -> dict:
-    return {"id": [example["id"] for example in examples], "draw": torch.stack([example["draw"] for example in examples])}
+    return {
+        "id": [example["id"] for example in examples],
+        "draw": torch.stack([example["draw"] for example in examples]),
+    }
 
 
 def sources(folder: Path, *, bad: dict[str, set[int]] | None = None) -> dict[str, Source]:
@@ -35,10 +38,27 @@ def sources(folder: Path, *, bad: dict[str, set[int]] | None = None) -> dict[str
     return {name: Source(folder / f"{name}.jsonl", folder) for name in SIZES}
 
 
-def run(folder: Path, steps: range, *, workers: int = 0, micro_batch: int = 0, rank: int = 0, world: int = 1, seed: int = 0, **bad):
+def run(
+    folder: Path,
+    steps: range,
+    *,
+    workers: int = 0,
+    micro_batch: int = 0,
+    rank: int = 0,
+    world: int = 1,
+    seed: int = 0,
+    **bad,
+):
     """The batches of these steps on one process."""
     examples = Examples(sources(folder, **bad), make, seed=seed)
-    places = partial(step_places, batch=BATCH, sources=list(SIZES), micro_batch=micro_batch, rank=rank, world=world)
+    places = partial(
+        step_places,
+        batch=BATCH,
+        sources=list(SIZES),
+        micro_batch=micro_batch,
+        rank=rank,
+        world=world,
+    )
     return list(step_batches(examples, collate, places, steps, workers=workers))
 
 
@@ -56,7 +76,10 @@ def ids(steps: list) -> list[list[str]]:
 def test_a_step_visits_every_source_in_order_with_its_own_batch(tmp_path):
     for step in run(tmp_path, range(3)):
         assert [len(batch["id"]) for batch in step] == [4, 6]
-        assert [{key.partition("-")[0] for key in batch["id"]} for batch in step] == [{"images"}, {"texts"}]
+        assert [{key.partition("-")[0] for key in batch["id"]} for batch in step] == [
+            {"images"},
+            {"texts"},
+        ]
 
 
 def test_places_count_on_for_ever():
@@ -72,12 +95,15 @@ def test_places_count_on_for_ever():
 def test_any_processes_and_micro_batches_read_the_same(world, micro_batch):
     for step in (0, 3):
         whole = list(chain(*step_places(step, BATCH, list(SIZES), micro_batch=0, rank=0, world=1)))
-        shares = [step_places(step, BATCH, list(SIZES), micro_batch=micro_batch, rank=rank, world=world) for rank in range(world)]
+        shares = [
+            step_places(step, BATCH, list(SIZES), micro_batch=micro_batch, rank=rank, world=world)
+            for rank in range(world)
+        ]
         assert sorted(chain(*chain(*shares))) == whole
         assert all(0 < len(piece) <= (micro_batch or 100) for share in shares for piece in share)
-        assert [[piece[0][0] for piece in share] for share in shares] == [[piece[0][0] for piece in shares[0]]] * world, (
-            "all processes meet the sources in the same order"
-        )
+        assert [[piece[0][0] for piece in share] for share in shares] == [
+            [piece[0][0] for piece in shares[0]]
+        ] * world, "all processes meet the sources in the same order"
 
 
 def test_two_processes_draw_what_one_draws(tmp_path):
@@ -105,7 +131,10 @@ def test_epochs_are_permutations(tmp_path):
 def test_seeds_change_order_and_draws(tmp_path):
     first, second = run(tmp_path, range(3)), run(tmp_path, range(3), seed=1)
     assert ids(first) != ids(second)
-    by_id = [{key: float(value) for key, value in zip(step[0]["id"], step[0]["draw"], strict=True)} for step in (first[0], second[0])]
+    by_id = [
+        {key: float(value) for key, value in zip(step[0]["id"], step[0]["draw"], strict=True)}
+        for step in (first[0], second[0])
+    ]
     shared = by_id[0].keys() & by_id[1].keys()
     assert shared and all(by_id[0][key] != by_id[1][key] for key in shared)
 
@@ -132,7 +161,9 @@ def test_loader_processes_need_not_be_forked(tmp_path):
     """macOS and Python 3.14 start them afresh and send them everything pickled."""
     examples = Examples(sources(tmp_path), make, seed=0)
     again, stack = pickle.loads(pickle.dumps((examples, Stack(collate))))
-    one, two = (stack([these[("texts", place)] for place in range(3)]) for these in (examples, again))
+    one, two = (
+        stack([these[("texts", place)] for place in range(3)]) for these in (examples, again)
+    )
     same([[one]], [[two]])
 
 
@@ -149,7 +180,9 @@ def test_micro_batches_cut_the_same_examples(tmp_path):
     assert [[len(batch["id"]) for batch in step] for step in cut] == [[3, 1, 3, 3]] * 3
     assert ids(whole) == ids(cut)
     for one, two in zip(whole, cut, strict=True):
-        assert torch.equal(torch.cat([batch["draw"] for batch in one]), torch.cat([batch["draw"] for batch in two]))
+        assert torch.equal(
+            torch.cat([batch["draw"] for batch in one]), torch.cat([batch["draw"] for batch in two])
+        )
 
 
 # Broken records ------------------------------------------------------------------------------------------------------
@@ -171,7 +204,9 @@ def test_several_broken_ones_in_a_row(tmp_path):
     bad = {"texts": set(range(1, 10))}
     steps = run(tmp_path, range(2), bad=bad)
     assert all(set(step[1]["id"]) == {"texts-0"} for step in steps)
-    names = {line.split(" record ")[1].split(":")[0] for step in steps for line in step[1][PASSED_OVER]}
+    names = {
+        line.split(" record ")[1].split(":")[0] for step in steps for line in step[1][PASSED_OVER]
+    }
     assert names == {f"texts-{i}" for i in range(1, 10)}
 
 
@@ -187,7 +222,11 @@ def test_a_damaged_image_file(tmp_path, root):
     (tmp_path / "half.png").write_bytes(Path(rows[1]["image"]).read_bytes()[:90])
     rows[1]["image"] = str(tmp_path / "half.png")
     write_records(tmp_path / "train.jsonl", rows)
-    examples = Examples({"main": Source(tmp_path / "train.jsonl", tmp_path)}, lambda r, train, rng: {"x": open_image(r["image"])}, seed=0)
+    examples = Examples(
+        {"main": Source(tmp_path / "train.jsonl", tmp_path)},
+        lambda r, train, rng: {"x": open_image(r["image"])},
+        seed=0,
+    )
     failures = [line for place in range(4) for line in examples[("main", place)][PASSED_OVER]]
     assert len(failures) == 1 and "half.png" in failures[0] and rows[1]["id"] in failures[0]
 
@@ -198,9 +237,16 @@ def test_a_damaged_image_file(tmp_path, root):
 def test_image_paths_become_absolute_and_limit_takes_the_first(tmp_path):
     write_records(tmp_path / "a.jsonl", ({"id": i, "image": f"x/{i}.png"} for i in range(5)))
     source = Source(tmp_path / "a.jsonl", tmp_path, limit=3)
-    write_records(tmp_path / "b.jsonl", [{"id": "1", "image": "x/1.png", "image2": "../2.png"}, {"id": "2", "text": "a"}])
+    write_records(
+        tmp_path / "b.jsonl",
+        [{"id": "1", "image": "x/1.png", "image2": "../2.png"}, {"id": "2", "text": "a"}],
+    )
     two, none = Source(tmp_path / "b.jsonl", tmp_path)
-    assert two["image2"] == str(tmp_path / "../2.png") and two["image"] == str(tmp_path / "x/1.png") and "image" not in none
+    assert (
+        two["image2"] == str(tmp_path / "../2.png")
+        and two["image"] == str(tmp_path / "x/1.png")
+        and "image" not in none
+    )
     assert [record["id"] for record in source] == [0, 1, 2] and len(source) == 3
     assert source[1]["image"] == str(tmp_path / "x/1.png")
     assert len(Source(tmp_path / "a.jsonl", tmp_path, limit=9)) == 5

@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 import torch
 
-from beit3.data.records import open_image
+from beit3.data.stores.records import open_image
 from beit3.demo import probes
 from beit3.demo.comparison import markdown, row, spread
 from beit3.task import fit_vocabulary
 from beit3.tasks.pretrain import Pretrain
 from beit3.tokenizer.text import TextTokenizer
-from beit3.train.loop import open_source
+from beit3.training.loop import open_source
 from tests.world_root import pretrain_recipe
 
 
@@ -24,7 +24,12 @@ def test_nearest_visible_patch(seed):
     found = probes.nearest_visible(mask)
     for place in range(20):
         y, x = divmod(place, 5)
-        best = min((((y - v) ** 2 + (x - u) ** 2), v * 5 + u) for v in range(4) for u in range(5) if not mask[v, u])
+        best = min(
+            (((y - v) ** 2 + (x - u) ** 2), v * 5 + u)
+            for v in range(4)
+            for u in range(5)
+            if not mask[v, u]
+        )
         assert found[place] == best[1]
 
 
@@ -68,7 +73,13 @@ def test_rows_of_the_comparison():
 def test_single_words_equal_one_caption_at_a_time(root, visual):
     recipe = pretrain_recipe(root, visual)
     tokenizer = TextTokenizer(root / "text.model")
-    config = replace(recipe.task, pair_masking="text_only", image_crop=(1.0, 1.0), pair_crop=(1.0, 1.0), color_jitter=0.0)
+    config = replace(
+        recipe.task,
+        pair_masking="text_only",
+        image_crop=(1.0, 1.0),
+        pair_crop=(1.0, 1.0),
+        color_jitter=0.0,
+    )
     task = Pretrain(fit_vocabulary(config, tokenizer), tokenizer=tokenizer)
     task.init_weights(1)
     task.eval()

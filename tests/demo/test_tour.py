@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from beit3 import cli
-from tests.train.runs import newest
+from tests.training.runs import newest
 
 
 @pytest.fixture(scope="module")
@@ -51,8 +51,16 @@ def test_the_same_command_finishes_it(out, capsys):
     assert "held-out records" in printed and "most frequent" in printed and "report.html" in printed
     page = (out / "report.html").read_text()
     assert len(page) > 50_000
-    assert not re.search(r'(src|href)="(?!data:|#)', page) and "<script" not in page, "the page must stand alone"
-    words = ("Visual tokenizer", "Pretraining", "question answering", "questions answered, from scratch", "frequent answer")
+    assert not re.search(r'(src|href)="(?!data:|#)', page) and "<script" not in page, (
+        "the page must stand alone"
+    )
+    words = (
+        "Visual tokenizer",
+        "Pretraining",
+        "question answering",
+        "questions answered, from scratch",
+        "frequent answer",
+    )
     for word in (*words, "CIDEr", "recall", "statements"):
         assert word in page
 

@@ -7,11 +7,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from beit3.detection.cascade import MASKS_AT_ONCE, Cascade, Labelled, Pool, Raw, Target, clip, label, mask_targets
+from beit3.detection.cascade import (
+    MASKS_AT_ONCE,
+    Cascade,
+    Labelled,
+    Pool,
+    Raw,
+    Target,
+    clip,
+    label,
+    mask_targets,
+)
 from beit3.detection.config import DetectorConfig
 from tests.detection.test_proposals import decoded, encoded, iou, random_boxes
 
-CONFIG = DetectorConfig(pyramid_dim=8, roi_samples=400, roi_positive_share=0.5, box_convs=1, box_dim=16, mask_convs=1)
+CONFIG = DetectorConfig(
+    pyramid_dim=8, roi_samples=400, roi_positive_share=0.5, box_convs=1, box_dim=16, mask_convs=1
+)
 """More samples than boxes: nothing is left to chance."""
 PATCH, CLASSES = 8, 3
 
@@ -27,22 +39,35 @@ def cascade(seed: int = 0) -> Cascade:
 
 def maps_of(side: int, seed: int = 0) -> list[Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(2, 8, side // stride, side // stride, generator=generator) for stride in (2, 4, 8, 16, 32)]
+    return [
+        torch.randn(2, 8, side // stride, side // stride, generator=generator)
+        for stride in (2, 4, 8, 16, 32)
+    ]
 
 
 def targets_of(seed: int = 0, side: int = 96) -> list[Target]:
     generator = torch.Generator().manual_seed(seed)
     boxes = [random_boxes(count, 90, seed + count) for count in (3, 2)]
-    masks = [(torch.rand(len(mine), side, side, generator=generator) > 0.4).to(torch.uint8) for mine in boxes]
-    return [Target(mine, torch.arange(len(mine)), mask) for mine, mask in zip(boxes, masks, strict=True)]
+    masks = [
+        (torch.rand(len(mine), side, side, generator=generator) > 0.4).to(torch.uint8)
+        for mine in boxes
+    ]
+    return [
+        Target(mine, torch.arange(len(mine)), mask) for mine, mask in zip(boxes, masks, strict=True)
+    ]
 
 
-@pytest.mark.parametrize(("patch", "sides"), [(16, (111, 112, 223, 224, 447, 448, 900)), (8, (55, 56, 111, 112, 223, 224, 450))])
+@pytest.mark.parametrize(
+    ("patch", "sides"),
+    [(16, (111, 112, 223, 224, 447, 448, 900)), (8, (55, 56, 111, 112, 223, 224, 450))],
+)
 def test_larger_boxes_are_pooled_from_coarser_maps(patch, sides):
     boxes = torch.tensor([[5.0, 5.0, 5.0 + side, 5.0 + side] for side in sides])
     assert Pool(patch, 14).level_of([boxes]).tolist() == [0, 1, 1, 2, 2, 3, 3]
     assert Pool(patch, 7).level_of([boxes / 2]).tolist() == [0, 1, 1, 2, 2, 3, 3]
-    assert Pool(patch, 14).level_of([torch.tensor([[3.0, 3, 3, 3]])]).tolist() == [0], "a box without area"
+    assert Pool(patch, 14).level_of([torch.tensor([[3.0, 3, 3, 3]])]).tolist() == [0], (
+        "a box without area"
+    )
 
 
 def test_pooling_equals_a_loop_over_samples():
@@ -50,7 +75,9 @@ def test_pooling_equals_a_loop_over_samples():
     first = torch.tensor([[10.3, 20.1, 31.7, 35.2], [100.0, 50, 400, 500]])
     boxes = [first, torch.tensor([[0.0, 0, 100, 90], [60, 5, 180, 200], [7, 7, 8, 8]])]
     pooled = Pool(PATCH, 14)(maps, boxes, 3)
-    expected = [slow_pool(maps, image, box, 3) for image, mine in enumerate(boxes) for box in mine.tolist()]
+    expected = [
+        slow_pool(maps, image, box, 3) for image, mine in enumerate(boxes) for box in mine.tolist()
+    ]
     torch.testing.assert_close(pooled, torch.stack(expected), atol=1e-5, rtol=1e-4)
     assert Pool(PATCH, 14)(maps, [boxes[0][:0]] * 2, 3).shape == (0, 8, 3, 3)
 
@@ -58,24 +85,38 @@ def test_pooling_equals_a_loop_over_samples():
 def test_labels_of_each_stage():
     """Overlaps of .55, .65 and .75 with one object, and none; the nearest of two counts."""
     target = Target(torch.tensor([[0.0, 0, 10, 100], [200, 0, 210, 100]]), torch.tensor([1, 0]))
-    boxes = torch.tensor([[0.0, 0, 10, 55], [0, 0, 10, 65], [0, 0, 10, 75], [100, 0, 110, 100], [200, 0, 210, 90]])
+    boxes = torch.tensor(
+        [[0.0, 0, 10, 55], [0, 0, 10, 65], [0, 0, 10, 75], [100, 0, 110, 100], [200, 0, 210, 90]]
+    )
     for iou_, expected in ((0.5, [1, 1, 1, 3, 0]), (0.6, [3, 1, 1, 3, 0]), (0.7, [3, 3, 1, 3, 0])):
         found = label(boxes, target, iou_, CLASSES)
         assert found.labels.tolist() == expected
-        assert found.nearest[:3].tolist() == [0, 0, 0] and torch.equal(found.wanted[4], target.boxes[1])
+        assert found.nearest[:3].tolist() == [0, 0, 0] and torch.equal(
+            found.wanted[4], target.boxes[1]
+        )
     nothing = label(boxes, Target(boxes[:0], torch.zeros(0, dtype=torch.int64)), 0.5, CLASSES)
     assert nothing.labels.tolist() == [3] * 5 and torch.equal(nothing.wanted, boxes)
 
 
 def test_losses_equal_a_loop_over_boxes():
     """Three stages, box by box: the second and third see what the one before made of its boxes, labelled anew."""
-    heads, maps, sizes, targets = cascade(), maps_of(96), torch.tensor([[96, 96], [80, 64]]), targets_of()
+    heads, maps, sizes, targets = (
+        cascade(),
+        maps_of(96),
+        torch.tensor([[96, 96], [80, 64]]),
+        targets_of(),
+    )
     proposals = [random_boxes(12, 90, 7), random_boxes(9, 60, 8)]
     sums, counts = heads.losses(maps, proposals, sizes, targets)
 
-    boxes = [torch.cat((mine, target.boxes)).tolist() for mine, target in zip(proposals, targets, strict=True)]
+    boxes = [
+        torch.cat((mine, target.boxes)).tolist()
+        for mine, target in zip(proposals, targets, strict=True)
+    ]
     refined_positives = 0
-    for stage, (threshold, weight) in enumerate(zip(CONFIG.stage_ious, CONFIG.stage_box_weights, strict=True)):
+    for stage, (threshold, weight) in enumerate(
+        zip(CONFIG.stage_ious, CONFIG.stage_box_weights, strict=True)
+    ):
         classes = distances = 0.0
         moved: list[list[list[float]]] = [[], []]
         for image, target in enumerate(targets):
@@ -93,7 +134,12 @@ def test_losses_equal_a_loop_over_boxes():
                     distances += float((deltas - wanted).abs().sum())
                     refined_positives += stage > 0
                 x1, y1, x2, y2 = decoded((deltas / scale).tolist(), box)
-                new = [min(max(x1, 0), width), min(max(y1, 0), height), min(max(x2, 0), width), min(max(y2, 0), height)]
+                new = [
+                    min(max(x1, 0), width),
+                    min(max(y1, 0), height),
+                    min(max(x2, 0), width),
+                    min(max(y2, 0), height),
+                ]
                 if new[2] > new[0] and new[3] > new[1]:
                     moved[image].append(new)
         assert counts[f"box{stage}_class"] == counts[f"box{stage}_box"] == sum(map(len, boxes))
@@ -108,20 +154,37 @@ def test_boxes_that_leave_the_image_go_no_further():
     heads, targets = cascade(), targets_of()
     with torch.no_grad():
         heads.box_heads[0].box_deltas.bias[0] = 40.0  # four times their width
-    proposals = [torch.tensor([[0.0, 0, 10, 10]]).repeat(4, 1), torch.tensor([[30.0, 0, 50, 10]]).repeat(4, 1)]
+    proposals = [
+        torch.tensor([[0.0, 0, 10, 10]]).repeat(4, 1),
+        torch.tensor([[30.0, 0, 50, 10]]).repeat(4, 1),
+    ]
     sizes = torch.tensor([[96, 96], [96, 60]])
-    _, counts = heads.losses(maps_of(96), proposals, sizes, [target._replace(boxes=target.boxes[:0]) for target in targets])
+    _, counts = heads.losses(
+        maps_of(96),
+        proposals,
+        sizes,
+        [target._replace(boxes=target.boxes[:0]) for target in targets],
+    )
     assert (counts["box0_class"], counts["box1_class"], counts["box1_box"]) == (8, 4, 4)
-    assert len(heads.detect(maps_of(96), proposals, sizes)[1].boxes) == 4, "at inference scores and boxes stay aligned"
+    assert len(heads.detect(maps_of(96), proposals, sizes)[1].boxes) == 4, (
+        "at inference scores and boxes stay aligned"
+    )
 
 
 def test_mask_loss_equals_a_loop_over_positives():
-    heads, maps, sizes, targets = cascade(), maps_of(96), torch.tensor([[96, 96], [96, 96]]), targets_of()
+    heads, maps, sizes, targets = (
+        cascade(),
+        maps_of(96),
+        torch.tensor([[96, 96], [96, 96]]),
+        targets_of(),
+    )
     sums, counts = heads.losses(maps, [random_boxes(0, 90, 7)] * 2, sizes, targets)
     assert counts["mask"] == 5, "the objects themselves"
     expected = 0.0
     for image, target in enumerate(targets):
-        for box, kind, mask in zip(target.boxes.tolist(), target.labels.tolist(), target.masks, strict=True):
+        for box, kind, mask in zip(
+            target.boxes.tolist(), target.labels.tolist(), target.masks, strict=True
+        ):
             logits = heads.mask_head(slow_pool(maps, image, box, 14)[None])[0, kind]
             wanted = bilinear_bins(mask[None].float(), box, 28)[0] >= 0.5
             expected += float(F.softplus(torch.where(wanted, -logits, logits)).mean())
@@ -134,18 +197,29 @@ def test_masks_to_learn_by_hand():
     masks = torch.zeros(count, 64, 64, dtype=torch.uint8)
     masks[:, 8:36, 4:18] = 1
     masks[-1] = 1
-    target = Target(torch.tensor([[4.0, 8, 32, 36]]).repeat(count, 1), torch.zeros(count, dtype=torch.int64), masks)
+    target = Target(
+        torch.tensor([[4.0, 8, 32, 36]]).repeat(count, 1),
+        torch.zeros(count, dtype=torch.int64),
+        masks,
+    )
     order = torch.arange(count).flip(0)
     wanted = mask_targets(target, Labelled(target.boxes, target.labels, order, target.boxes))
     half = (torch.arange(28) < 14).float().expand(28, 28)
-    assert torch.equal(wanted[0], torch.ones(28, 28)) and torch.equal(wanted[1:], half.expand(count - 1, 28, 28))
+    assert torch.equal(wanted[0], torch.ones(28, 28)) and torch.equal(
+        wanted[1:], half.expand(count - 1, 28, 28)
+    )
 
 
 def test_only_positives_up_to_the_share_are_sampled():
     heads = cascade()
     heads.sampler.batch_size_per_image, heads.sampler.positive_fraction = 8, 0.25
     target = Target(torch.tensor([[0.0, 0, 10, 10]]), torch.tensor([2]))
-    proposals = torch.cat((torch.tensor([[0.0, 0, 10, 10]]).repeat(5, 1), torch.tensor([[50.0, 50, 60, 60]]).repeat(20, 1)))
+    proposals = torch.cat(
+        (
+            torch.tensor([[0.0, 0, 10, 10]]).repeat(5, 1),
+            torch.tensor([[50.0, 50, 60, 60]]).repeat(20, 1),
+        )
+    )
     (found,) = heads.sampled([proposals], [target])
     assert sorted(found.labels.tolist()) == [2] * 2 + [CLASSES] * 6
 
@@ -153,7 +227,10 @@ def test_only_positives_up_to_the_share_are_sampled():
 def test_each_stage_gives_a_third_of_its_gradient():
     heads, boxes = cascade(), [random_boxes(4, 90, 1), random_boxes(3, 90, 2)]
     gradients = []
-    for predict in (lambda maps: heads.predicted(1, maps, boxes), lambda maps: heads.box_heads[1](heads.pool(maps, boxes, 7))):
+    for predict in (
+        lambda maps: heads.predicted(1, maps, boxes),
+        lambda maps: heads.box_heads[1](heads.pool(maps, boxes, 7)),
+    ):
         maps = [feature.requires_grad_() for feature in maps_of(96)]
         heads.zero_grad()
         sum(values.square().sum() for values in predict(maps)).backward()
@@ -182,7 +259,9 @@ def test_detections_are_the_last_boxes_with_the_mean_score():
 def test_masks_are_of_their_own_label():
     heads, maps = cascade().eval(), maps_of(96)
     boxes = random_boxes(3, 90, 3)
-    found = heads.masks(maps, [boxes[:0], boxes], [torch.zeros(0, dtype=torch.int64), torch.tensor([2, 0, 1])])
+    found = heads.masks(
+        maps, [boxes[:0], boxes], [torch.zeros(0, dtype=torch.int64), torch.tensor([2, 0, 1])]
+    )
     every = heads.mask_head(heads.pool(maps, [boxes[:0], boxes], 14)).sigmoid()
     assert found[0].shape == (0, 28, 28)
     torch.testing.assert_close(found[1], torch.stack((every[0, 2], every[1, 0], every[2, 1])))
@@ -196,7 +275,10 @@ def test_clipping():
 def slow_pool(maps: list[Tensor], image: int, box: list[float], side: int) -> Tensor:
     """[C, side, side]: the level by the paper's formula, then the mean of samples in each bin."""
     width, height = box[2] - box[0], box[3] - box[1]
-    level = min(max(math.floor(4 + math.log2(math.sqrt(width * height) / (14 * PATCH)) + 1e-6), 2), 5) - 2
+    level = (
+        min(max(math.floor(4 + math.log2(math.sqrt(width * height) / (14 * PATCH)) + 1e-6), 2), 5)
+        - 2
+    )
     stride = PATCH * 2.0 ** (level - 2)
     return bilinear_bins(maps[level][image], [value / stride for value in box], side)
 

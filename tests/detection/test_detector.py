@@ -20,13 +20,24 @@ from beit3.ops.init import seeded
 from tests.detection.test_proposals import overlaps, random_boxes
 
 SMALL = DetectorConfig(
-    pyramid_dim=16, anchor_sizes=(12.0, 24.0, 48.0, 96.0, 128.0), rpn_convs=1, rpn_samples=64, rpn_top_train=100, rpn_top_test=100,
-    rpn_proposals=60, roi_samples=32, box_convs=1, box_dim=32, mask_convs=1,
-)  # fmt: skip
+    pyramid_dim=16,
+    anchor_sizes=(12.0, 24.0, 48.0, 96.0, 128.0),
+    rpn_convs=1,
+    rpn_samples=64,
+    rpn_top_train=100,
+    rpn_top_test=100,
+    rpn_proposals=60,
+    roi_samples=32,
+    box_convs=1,
+    box_dim=32,
+    mask_convs=1,
+)
 EVERYTHING = replace(SMALL, rpn_samples=4000, roi_samples=400, roi_positive_share=0.5)
 """More samples than there are: nothing is left to chance."""
 PATCH, CLASSES, DIM = 16, 3, 32
-NOTHING = Target(torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64), torch.zeros(0, 96, 80, dtype=torch.uint8))
+NOTHING = Target(
+    torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64), torch.zeros(0, 96, 80, dtype=torch.uint8)
+)
 
 
 def detector(config: DetectorConfig = SMALL, dtype: torch.dtype = torch.float32) -> Detector:
@@ -50,10 +61,18 @@ def features_of(batch: int, seed: int = 0) -> tuple[Tensor, Tensor]:
 def target(count: int, seed: int = 0) -> Target:
     generator = torch.Generator().manual_seed(seed)
     masks = (torch.rand(count, 96, 80, generator=generator) > 0.5).to(torch.uint8)
-    return Target(random_boxes(count, 50, seed), torch.randint(0, CLASSES, (count,), generator=generator), masks)
+    return Target(
+        random_boxes(count, 50, seed),
+        torch.randint(0, CLASSES, (count,), generator=generator),
+        masks,
+    )
 
 
-PIXEL = Target(torch.tensor([[49.0, 69, 50, 70], [0, 0, 1, 1]]), torch.tensor([0, 2]), torch.ones(2, 96, 80, dtype=torch.uint8))
+PIXEL = Target(
+    torch.tensor([[49.0, 69, 50, 70], [0, 0, 1, 1]]),
+    torch.tensor([0, 2]),
+    torch.ones(2, 96, 80, dtype=torch.uint8),
+)
 
 
 @pytest.mark.parametrize(
@@ -65,7 +84,16 @@ PIXEL = Target(torch.tensor([[49.0, 69, 50, 70], [0, 0, 1, 1]]), torch.tensor([0
 def test_every_parameter_has_a_finite_gradient(targets, masks):
     network = detector(replace(SMALL, masks=masks)).train()
     losses = network.losses(*features_of(2), targets)
-    names = ["rpn_objectness", "rpn_box", "box0_class", "box0_box", "box1_class", "box1_box", "box2_class", "box2_box"]
+    names = [
+        "rpn_objectness",
+        "rpn_box",
+        "box0_class",
+        "box0_box",
+        "box1_class",
+        "box1_box",
+        "box2_class",
+        "box2_box",
+    ]
     assert list(losses) == names + ["mask"] * masks
     torch.stack(list(losses.values())).sum().backward()
     for name, parameter in network.named_parameters():
@@ -79,12 +107,20 @@ def test_every_parameter_has_a_finite_gradient(targets, masks):
 def test_no_proposals_and_no_objects():
     network = detector().train()
     maps = network.pyramid(features_of(2)[0])
-    sums, counts = network.cascade.losses(maps, [torch.zeros(0, 4)] * 2, features_of(2)[1], [NOTHING, NOTHING])
+    sums, counts = network.cascade.losses(
+        maps, [torch.zeros(0, 4)] * 2, features_of(2)[1], [NOTHING, NOTHING]
+    )
     assert not any(counts.values())
     torch.stack(list(sums.values())).sum().backward()
-    assert all(parameter.grad is not None and not parameter.grad.any() for parameter in network.cascade.parameters())
+    assert all(
+        parameter.grad is not None and not parameter.grad.any()
+        for parameter in network.cascade.parameters()
+    )
     with torch.no_grad():
-        assert [tuple(raw.scores.shape) for raw in network.cascade.detect(maps, [torch.zeros(0, 4)] * 2, features_of(2)[1])] == [(0, 3)] * 2
+        assert [
+            tuple(raw.scores.shape)
+            for raw in network.cascade.detect(maps, [torch.zeros(0, 4)] * 2, features_of(2)[1])
+        ] == [(0, 3)] * 2
 
 
 def test_boxes_alone_need_no_masks():
@@ -92,7 +128,11 @@ def test_boxes_alone_need_no_masks():
     assert not [name for name, _ in network.named_parameters() if "mask" in name]
     network.losses(*features_of(2), [target(2)._replace(masks=None), NOTHING._replace(masks=None)])
     with pytest.raises(AssertionError, match="boxes alone"):
-        network.masks(network.pyramid(features_of(1)[0]), [torch.zeros(0, 4)], [torch.zeros(0, dtype=torch.int64)])
+        network.masks(
+            network.pyramid(features_of(1)[0]),
+            [torch.zeros(0, 4)],
+            [torch.zeros(0, dtype=torch.int64)],
+        )
 
 
 def test_losses_are_sums_over_images():
@@ -102,7 +142,9 @@ def test_losses_are_sums_over_images():
     twice = network.losses(features.repeat(2, 1, 1, 1), sizes.repeat(2, 1), [target(4)] * 2)
     for name, value in once.items():
         torch.testing.assert_close(twice[name], 2 * value, msg=name)
-    assert float(once["box0_class"].detach()) == pytest.approx(np.log(CLASSES + 1), rel=0.2), "a mean over boxes, at the start"
+    assert float(once["box0_class"].detach()) == pytest.approx(np.log(CLASSES + 1), rel=0.2), (
+        "a mean over boxes, at the start"
+    )
     assert float(once["mask"].detach()) == pytest.approx(np.log(2), rel=0.1)
 
 
@@ -113,12 +155,25 @@ def test_detections_lie_on_their_image_and_do_not_depend_on_others():
     found = network.detect(network.pyramid(features), sizes)
     for image, raw in enumerate(found):
         height, width = sizes[image].tolist()
-        assert raw.boxes.min() >= 0 and raw.boxes[:, 2].max() <= width and raw.boxes[:, 3].max() <= height
-        assert raw.scores.shape == (len(raw.boxes), CLASSES) and 0 < len(raw.boxes) <= SMALL.rpn_proposals
+        assert (
+            raw.boxes.min() >= 0
+            and raw.boxes[:, 2].max() <= width
+            and raw.boxes[:, 3].max() <= height
+        )
+        assert (
+            raw.scores.shape == (len(raw.boxes), CLASSES)
+            and 0 < len(raw.boxes) <= SMALL.rpn_proposals
+        )
         assert (raw.scores > 0).all() and (raw.scores.sum(1) < 1).all()
-        alone = network.detect(network.pyramid(features[image : image + 1]), sizes[image : image + 1])[0]
+        alone = network.detect(
+            network.pyramid(features[image : image + 1]), sizes[image : image + 1]
+        )[0]
         torch.testing.assert_close(alone, raw, atol=1e-3, rtol=1e-4)
-        masks = network.masks(network.pyramid(features[image : image + 1]), [raw.boxes[:4]], [torch.tensor([0, 1, 2, 0])])
+        masks = network.masks(
+            network.pyramid(features[image : image + 1]),
+            [raw.boxes[:4]],
+            [torch.tensor([0, 1, 2, 0])],
+        )
         assert masks[0].shape == (4, 28, 28) and 0 < masks[0].min() and masks[0].max() < 1
 
 
@@ -132,7 +187,9 @@ def test_bfloat16_changes_little():
             raw = network.detect(network.pyramid(features), sizes)[0]
     for name, value in exact.items():
         assert rough[name].dtype == torch.float32
-        if "1" not in name and "2" not in name:  # those depend on which boxes have just crossed a threshold
+        if (
+            "1" not in name and "2" not in name
+        ):  # those depend on which boxes have just crossed a threshold
             torch.testing.assert_close(rough[name], value, atol=0.02, rtol=0.05, msg=name)
     assert raw.boxes.dtype == raw.scores.dtype == torch.float32
 
@@ -144,7 +201,9 @@ def test_two_processes_equal_one(tmp_path: Path):
     expected = gradients(network, range(3))
     parts = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     for name, value in expected.items():
-        torch.testing.assert_close(parts[0][name] + parts[1][name], value, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            parts[0][name] + parts[1][name], value, msg=lambda text, name=name: f"{name}: {text}"
+        )
 
 
 def gradients(network: Detector, images: range) -> dict[str, Tensor]:
@@ -152,15 +211,22 @@ def gradients(network: Detector, images: range) -> dict[str, Tensor]:
     features, sizes = features_of(3)
     targets = [target(4), target(1, 1), target(7, 2)]
     chosen = list(images)
-    losses = network.losses(features[chosen].double(), sizes[chosen], [targets[image] for image in chosen])
+    losses = network.losses(
+        features[chosen].double(), sizes[chosen], [targets[image] for image in chosen]
+    )
     (torch.stack(list(losses.values())).sum() / 3).backward()
-    return {name: value.detach() for name, value in losses.items()} | {name: p.grad for name, p in network.named_parameters()}
+    return {name: value.detach() for name, value in losses.items()} | {
+        name: p.grad for name, p in network.named_parameters()
+    }
 
 
 def _process(rank: int, folder: Path) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    torch.save(gradients(detector(EVERYTHING, torch.float64), range(1) if rank == 0 else range(1, 3)), folder / f"{rank}.pt")
+    torch.save(
+        gradients(detector(EVERYTHING, torch.float64), range(1) if rank == 0 else range(1, 3)),
+        folder / f"{rank}.pt",
+    )
     dist.destroy_process_group()
 
 
@@ -169,15 +235,26 @@ def test_initial_values():
     values = {name: parameter.clone() for name, parameter in network.named_parameters()}
     assert values.keys() == network.state_dict().keys(), "nothing but parameters is stored"
     initialise(network)
-    assert all(torch.equal(parameter, values[name]) for name, parameter in network.named_parameters())
+    assert all(
+        torch.equal(parameter, values[name]) for name, parameter in network.named_parameters()
+    )
     for name, value in values.items():
         if value.ndim == 1:
             norm = isinstance(network.get_submodule(name.rpartition(".")[0]), torch.nn.LayerNorm)
-            assert torch.equal(value, torch.full_like(value, float(norm and name.endswith("weight")))), name
+            assert torch.equal(
+                value, torch.full_like(value, float(norm and name.endswith("weight")))
+            ), name
         else:
             assert value.unique().numel() > 0.9 * value.numel(), name
-    for part, deviation in (("proposals.head", 0.01), ("class_logits", 0.01), ("box_deltas", 0.001), ("mask_fcn_logits", 0.001)):
-        drawn = torch.cat([value.flatten() for name, value in values.items() if part in name and value.ndim > 1])
+    for part, deviation in (
+        ("proposals.head", 0.01),
+        ("class_logits", 0.01),
+        ("box_deltas", 0.001),
+        ("mask_fcn_logits", 0.001),
+    ):
+        drawn = torch.cat(
+            [value.flatten() for name, value in values.items() if part in name and value.ndim > 1]
+        )
         assert float(drawn.std()) == pytest.approx(deviation, rel=0.3), part
 
 
@@ -188,7 +265,9 @@ def test_built_on_meta_equals_built_at_once():
     network._apply(lambda tensor: torch.empty_like(tensor, device="cpu"))
     initialise(network)
     features, sizes = features_of(2)
-    found, others = (each.eval().detect(each.pyramid(features), sizes) for each in (network, detector()))
+    found, others = (
+        each.eval().detect(each.pyramid(features), sizes) for each in (network, detector())
+    )
     for raw, expected in zip(found, others, strict=True):
         torch.testing.assert_close(raw, expected)
 
@@ -202,7 +281,11 @@ def test_the_giant_at_1280_pixels_on_meta():
         assert [feature.shape[2] for feature in maps] == [364, 182, 91, 46, 23]
         scores, deltas = network.proposals.head(maps)
         anchors = network.proposals.anchor_generator(maps)
-        assert sum(level.numel() for level in scores) == len(anchors) == sum(level.numel() for level in deltas) // 4
+        assert (
+            sum(level.numel() for level in scores)
+            == len(anchors)
+            == sum(level.numel() for level in deltas) // 4
+        )
         logits, boxes = network.cascade.box_heads[2](torch.empty(512, 256, 7, 7))
         assert logits.shape == (512, 81) and boxes.shape == (512, 4)
         assert network.cascade.mask_head(torch.empty(9, 256, 14, 14)).shape == (9, 80, 28, 28)
@@ -230,12 +313,16 @@ def test_it_learns_eight_images():
     initialise(network)
     images, targets = pictures(8)
     sizes = torch.full((8, 2), 96)
-    optimizer = torch.optim.AdamW([*trunk.parameters(), *network.parameters()], lr=1e-3, weight_decay=0.01)
+    optimizer = torch.optim.AdamW(
+        [*trunk.parameters(), *network.parameters()], lr=1e-3, weight_decay=0.01
+    )
     for step in range(300):
         for group in optimizer.param_groups:
             group["lr"] = 1e-3 * min(1, (step + 1) / 20) * (0.1 if step >= 240 else 1)
         chosen = [2 * (step % 4), 2 * (step % 4) + 1]
-        losses = network.losses(trunk(images[chosen]), sizes[chosen], [targets[image] for image in chosen])
+        losses = network.losses(
+            trunk(images[chosen]), sizes[chosen], [targets[image] for image in chosen]
+        )
         optimizer.zero_grad()
         (torch.stack(list(losses.values())).sum() / 2).backward()
         optimizer.step()
@@ -244,32 +331,49 @@ def test_it_learns_eight_images():
         features = trunk(images)
         found = network.detect(network.pyramid(features), sizes)
         shares = [recalled(raw, truth) for raw, truth in zip(found, targets, strict=True)]
-        masks = network.masks(network.pyramid(features), [truth.boxes for truth in targets], [truth.labels for truth in targets])
+        masks = network.masks(
+            network.pyramid(features),
+            [truth.boxes for truth in targets],
+            [truth.labels for truth in targets],
+        )
     assert sum(shares) / 8 >= 0.9
-    agreement = [((mask > 0.5) == outline(truth)).float().mean() for mask, truth in zip(masks, targets, strict=True)]
+    agreement = [
+        ((mask > 0.5) == outline(truth)).float().mean()
+        for mask, truth in zip(masks, targets, strict=True)
+    ]
     assert torch.stack(agreement).mean() > 0.9
 
 
 def pictures(count: int) -> tuple[Tensor, list[Target]]:
     """Images [count, 3, 96, 96] with two or three shapes each: label 0 fills its box, 1 is the ellipse in it."""
     rng = np.random.default_rng(0)
-    images = torch.zeros(count, 3, 96, 96) + 0.1 * torch.from_numpy(rng.standard_normal((count, 3, 96, 96))).float()
+    images = (
+        torch.zeros(count, 3, 96, 96)
+        + 0.1 * torch.from_numpy(rng.standard_normal((count, 3, 96, 96))).float()
+    )
     targets = []
     y, x = torch.meshgrid(torch.arange(96) + 0.5, torch.arange(96) + 0.5, indexing="ij")
     for image in images:
         boxes, labels, masks = [], [], []
         for corner in rng.permutation(4)[: rng.integers(2, 4)]:
-            left, top = 48 * (corner % 2) + rng.integers(0, 12), 48 * (corner // 2) + rng.integers(0, 12)
+            left, top = (
+                48 * (corner % 2) + rng.integers(0, 12),
+                48 * (corner // 2) + rng.integers(0, 12),
+            )
             width, height = rng.integers(20, 36, 2)
             kind = int(rng.integers(2))
             inside = (x > left) & (x < left + width) & (y > top) & (y < top + height)
             if kind:
-                inside = ((x - left - width / 2) / (width / 2)) ** 2 + ((y - top - height / 2) / (height / 2)) ** 2 < 1
+                inside = ((x - left - width / 2) / (width / 2)) ** 2 + (
+                    (y - top - height / 2) / (height / 2)
+                ) ** 2 < 1
             image[:, inside] = torch.from_numpy(rng.uniform(0.5, 1.0, 3)).float()[:, None]
             boxes.append([left, top, left + width, top + height])
             labels.append(kind)
             masks.append(inside.to(torch.uint8))
-        targets.append(Target(torch.tensor(np.array(boxes)).float(), torch.tensor(labels), torch.stack(masks)))
+        targets.append(
+            Target(torch.tensor(np.array(boxes)).float(), torch.tensor(labels), torch.stack(masks))
+        )
     return images, targets
 
 
@@ -282,11 +386,17 @@ def recalled(raw: Raw, truth: Target) -> float:
         if near.any():
             scores = raw.scores[near]
             best = int(scores[:, kind].argmax())
-            hits += bool(row[near][best] >= 0.75 and scores[best, kind] > 0.5 and scores[best].argmax() == kind)
+            hits += bool(
+                row[near][best] >= 0.75
+                and scores[best, kind] > 0.5
+                and scores[best].argmax() == kind
+            )
     return hits / len(truth.labels)
 
 
 def outline(truth: Target) -> Tensor:
     """What a mask over each box should be: the ellipse or all of it, [n, 28, 28] bool."""
-    y, x = torch.meshgrid((torch.arange(28) - 13.5) / 14, (torch.arange(28) - 13.5) / 14, indexing="ij")
+    y, x = torch.meshgrid(
+        (torch.arange(28) - 13.5) / 14, (torch.arange(28) - 13.5) / 14, indexing="ij"
+    )
     return (x**2 + y**2 < 1).expand(len(truth.labels), 28, 28) | (truth.labels == 0)[:, None, None]

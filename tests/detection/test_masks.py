@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from beit3.data.rle import decode
+from beit3.data.stores.rle import decode
 from beit3.detection import masks
 
 
@@ -48,7 +48,9 @@ BOXES = torch.tensor(
 
 
 def probabilities(count, side=7, seed=0):
-    return torch.rand(count, side, side, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return torch.rand(
+        count, side, side, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    )
 
 
 def test_equals_pixel_by_pixel():
@@ -64,7 +66,9 @@ def test_a_full_mask_is_its_box():
     found = paste(torch.ones(len(BOXES), 28, 28), BOXES, 24, 32)
     rows, columns = torch.arange(24)[:, None] + 0.5, torch.arange(32) + 0.5
     for mask, (x1, y1, x2, y2) in zip(found, BOXES.tolist(), strict=True):
-        assert torch.equal(mask.bool(), (columns >= x1) & (columns < x2) & (rows >= y1) & (rows < y2))
+        assert torch.equal(
+            mask.bool(), (columns >= x1) & (columns < x2) & (rows >= y1) & (rows < y2)
+        )
     assert not paste(torch.full((1, 28, 28), 0.49), BOXES[:1], 24, 32).any()
 
 
@@ -74,7 +78,9 @@ def test_the_box_is_not_rounded():
     half[..., :14] = 1
     for shift in (0.0, 0.3, 0.6, 0.9):
         mask = paste(half, torch.tensor([[2 + shift, 2.0, 12 + shift, 12.0]]), 16, 16)[0]
-        assert mask[5].nonzero().flatten().tolist() == [i for i in range(16) if 2 + shift <= i + 0.5 <= 7 + shift]
+        assert mask[5].nonzero().flatten().tolist() == [
+            i for i in range(16) if 2 + shift <= i + 0.5 <= 7 + shift
+        ]
 
 
 @pytest.mark.parametrize("strip", [1, 40, 100])
@@ -87,7 +93,9 @@ def test_strips_change_nothing(strip, monkeypatch):
 
 def test_a_large_picture_is_read_in_strips(monkeypatch):
     read, shapes = masks._read, []
-    monkeypatch.setattr(masks, "_read", lambda *arguments: shapes.append(read(*arguments)) or shapes[-1])
+    monkeypatch.setattr(
+        masks, "_read", lambda *arguments: shapes.append(read(*arguments)) or shapes[-1]
+    )
     masks.paste(torch.ones(1, 28, 28), torch.tensor([[10.0, 10, 3000, 2000]]), 2100, 3100)
     assert len(shapes) == 3 and max(part.numel() for part in shapes) <= masks.STRIP
 
@@ -96,5 +104,8 @@ def test_types_and_nothing():
     values = probabilities(len(BOXES), seed=2).bfloat16()
     encoded = masks.paste(values, BOXES.bfloat16(), 24, 32)
     assert all(rle["size"] == [24, 32] and isinstance(rle["counts"], str) for rle in encoded)
-    assert torch.equal(torch.stack([decode(rle) for rle in encoded]), paste(values.float(), BOXES.bfloat16().float(), 24, 32))
+    assert torch.equal(
+        torch.stack([decode(rle) for rle in encoded]),
+        paste(values.float(), BOXES.bfloat16().float(), 24, 32),
+    )
     assert masks.paste(values[:0], BOXES[:0], 24, 32) == []

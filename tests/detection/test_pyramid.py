@@ -12,7 +12,9 @@ from beit3.detection.pyramid import SCALES, FeaturePyramid
 @pytest.mark.parametrize("grid", [(8, 8), (7, 5), (1, 1)])
 def test_sides(grid):
     maps = FeaturePyramid(16, 8)(torch.randn(2, *grid, 16))
-    assert [tuple(feature.shape) for feature in maps] == [(2, 8, *(math.ceil(side / scale) for side in grid)) for scale in SCALES]
+    assert [tuple(feature.shape) for feature in maps] == [
+        (2, 8, *(math.ceil(side / scale) for side in grid)) for scale in SCALES
+    ]
 
 
 @pytest.mark.parametrize("level", range(4))
@@ -39,8 +41,14 @@ def test_the_map_of_the_patches_own_size_by_hand():
     projected = norm(features @ narrow.weight[:, :, 0, 0].T)  # [1, 3, 4, 8]
     padded = torch.zeros(1, 5, 6, 8)
     padded[:, 1:-1, 1:-1] = projected
-    expected = sum(padded[:, i : i + 3, j : j + 4] @ wide.weight[:, :, i, j].T for i in range(3) for j in range(3))
-    torch.testing.assert_close(pyramid(features)[2].permute(0, 2, 3, 1), norm(expected), atol=1e-5, rtol=1e-5)
+    expected = sum(
+        padded[:, i : i + 3, j : j + 4] @ wide.weight[:, :, i, j].T
+        for i in range(3)
+        for j in range(3)
+    )
+    torch.testing.assert_close(
+        pyramid(features)[2].permute(0, 2, 3, 1), norm(expected), atol=1e-5, rtol=1e-5
+    )
 
 
 def test_the_coarsest_map_is_every_second_cell():

@@ -26,7 +26,10 @@ REFERENCES = {
         "Boats rest in a harbor - the water is calm ...",
         "the harbour",
     ],
-    "lesson": ["Mr. Brown's pupils can't hear the teacher.", 'A teacher writes "1 1/2" on the board for his pupils'],
+    "lesson": [
+        "Mr. Brown's pupils can't hear the teacher.",
+        'A teacher writes "1 1/2" on the board for his pupils',
+    ],
     "café": [
         "Une vieille dame lit au café, à l'ombre.",
         "An old lady reads at a café in the shade.",
@@ -47,26 +50,50 @@ RECORDED = [
     (
         CANDIDATES,
         {
-            **{"bleu1": 0.7490254081275821, "bleu2": 0.5942313045584707, "bleu3": 0.49818438665241443, "bleu4": 0.4046618743590138},
-            **{"rouge_l": 0.5877658887703182, "cider": 1.893008812117773, "cider_unclipped": 2.1034359680495878},
+            **{
+                "bleu1": 0.7490254081275821,
+                "bleu2": 0.5942313045584707,
+                "bleu3": 0.49818438665241443,
+                "bleu4": 0.4046618743590138,
+            },
+            **{
+                "rouge_l": 0.5877658887703182,
+                "cider": 1.893008812117773,
+                "cider_unclipped": 2.1034359680495878,
+            },
         },
     ),
     (
         {key: texts[-1] for key, texts in REFERENCES.items()},
         {
-            **{"bleu1": 0.9999999999444446, "bleu2": 0.9999999999416667, "bleu3": 0.999999999937963, "bleu4": 0.9999999999340278},
+            **{
+                "bleu1": 0.9999999999444446,
+                "bleu2": 0.9999999999416667,
+                "bleu3": 0.999999999937963,
+                "bleu4": 0.9999999999340278,
+            },
             **{"rouge_l": 1.0, "cider": 3.8281295231545798, "cider_unclipped": 3.948074189207142},
         },
     ),
     (
         # An empty caption has in common with an empty reference what both count as, an empty word.
         dict.fromkeys(REFERENCES, "..."),
-        {"bleu1": 0.0, "bleu2": 0.0, "bleu3": 0.0, "bleu4": 0.0, "rouge_l": 1 / 6, "cider": 0.0, "cider_unclipped": 0.0},
+        {
+            "bleu1": 0.0,
+            "bleu2": 0.0,
+            "bleu3": 0.0,
+            "bleu4": 0.0,
+            "rouge_l": 1 / 6,
+            "cider": 0.0,
+            "cider_unclipped": 0.0,
+        },
     ),
 ]
 
 
-@pytest.mark.parametrize("candidates, expected", RECORDED, ids=["captions", "a reference", "nothing"])
+@pytest.mark.parametrize(
+    "candidates, expected", RECORDED, ids=["captions", "a reference", "nothing"]
+)
 def test_equals_the_official_scorer(candidates, expected):
     scores = caption_scores(candidates, REFERENCES)
     assert scores == pytest.approx(expected | {"cider_d": expected["cider"]}, abs=1e-9)
@@ -77,7 +104,10 @@ def test_equals_the_slow_one(seed, images):
     draw = random.Random(seed)
 
     def words():
-        return [draw.choice(["a", "dog", "runs", "on", "grass", "x-ray"]) for _ in range(draw.randint(0, 8))]
+        return [
+            draw.choice(["a", "dog", "runs", "on", "grass", "x-ray"])
+            for _ in range(draw.randint(0, 8))
+        ]
 
     texts = {str(image): words() for image in range(images)}
     truths = {key: [words() for _ in range(draw.randint(1, 5))] for key in texts}
@@ -88,7 +118,9 @@ def test_equals_the_slow_one(seed, images):
     cider = slow.cider(texts, truths, clipped=True)
     expected = {f"bleu{order}": slow.bleu(texts, truths, order) for order in range(1, 5)}
     expected |= {"rouge_l": slow.rouge_l(texts, truths), "cider": cider, "cider_d": cider}
-    assert scores == pytest.approx(expected | {"cider_unclipped": slow.cider(texts, truths, clipped=False)}, abs=1e-9)
+    assert scores == pytest.approx(
+        expected | {"cider_unclipped": slow.cider(texts, truths, clipped=False)}, abs=1e-9
+    )
 
 
 def test_hand_worked():
@@ -113,16 +145,31 @@ def test_a_no_break_space_is_two_words_to_some():
 def test_repetition_is_what_clipping_is_for():
     references = {"1": ["a red boat"], "2": ["a dog"], "3": ["two men"]}
     once = caption_scores({"1": "a red boat", "2": "", "3": ""}, references)
-    often = caption_scores({"1": "red red red red boat boat boat boat", "2": "", "3": ""}, references)
-    assert often["cider"] < often["cider_unclipped"] < once["cider"] == pytest.approx(once["cider_unclipped"])
+    often = caption_scores(
+        {"1": "red red red red boat boat boat boat", "2": "", "3": ""}, references
+    )
+    assert (
+        often["cider"]
+        < often["cider_unclipped"]
+        < once["cider"]
+        == pytest.approx(once["cider_unclipped"])
+    )
 
 
 def test_faults_are_named():
     references = {"1": ["a dog"], "2": ["a cat"], "3": ["a cow"]}
     for candidates, truths, words in (
         ({"1": "a dog"}, references, r"image 2 has no predicted caption \(2 such\)"),
-        ({"1": "a", "2": "b", "3": "c", "4": "d"}, references, "image 4 has a predicted caption but no references"),
-        ({"1": "a", "2": "b", "3": "c"}, references | {"3": []}, "image 3 has an empty list of references"),
+        (
+            {"1": "a", "2": "b", "3": "c", "4": "d"},
+            references,
+            "image 4 has a predicted caption but no references",
+        ),
+        (
+            {"1": "a", "2": "b", "3": "c"},
+            references | {"3": []},
+            "image 3 has an empty list of references",
+        ),
         ({}, {}, "no captions to score"),
     ):
         for scores in (caption_scores, java_scores):
@@ -135,7 +182,10 @@ def test_java_is_asked_for(monkeypatch):
     assert "Java" in java_missing() and java_scores({"1": "a dog"}, {"1": ["a dog"]}) == {}
     monkeypatch.setattr(caption_java.shutil, "which", lambda name: "/usr/bin/java")
     monkeypatch.setattr(caption_java, "find_spec", lambda name: None)
-    assert "pip install pycocoevalcap" in java_missing() and java_scores({"1": "a dog"}, {"1": ["a dog"]}) == {}
+    assert (
+        "pip install pycocoevalcap" in java_missing()
+        and java_scores({"1": "a dog"}, {"1": ["a dog"]}) == {}
+    )
 
 
 def test_java_scorers_get_tokens_and_may_fail(monkeypatch):
@@ -144,7 +194,10 @@ def test_java_scorers_get_tokens_and_may_fail(monkeypatch):
     class Module:
         class Meteor:
             def compute_score(self, truths, results):
-                assert results == {"1": ["a dog 's ball"], "2": [""]} and truths == {"1": ["a -lrb- red -rrb- ball", ""], "2": ["a cat"]}
+                assert results == {"1": ["a dog 's ball"], "2": [""]} and truths == {
+                    "1": ["a -lrb- red -rrb- ball", ""],
+                    "2": ["a cat"],
+                }
                 return 0.25, [0.5, 0.0]
 
         class Spice:
@@ -153,6 +206,10 @@ def test_java_scorers_get_tokens_and_may_fail(monkeypatch):
 
     monkeypatch.setattr(caption_java, "java_missing", lambda: "")
     monkeypatch.setattr(caption_java.importlib, "import_module", lambda name: Module)
-    with pytest.warns(UserWarning, match="spice left out: pycocoevalcap failed with OSError: no models"):
-        scores = java_scores({"2": "", "1": "A dog's ball."}, {"1": ["a (red) ball", ""], "2": ["a cat"]})
+    with pytest.warns(
+        UserWarning, match="spice left out: pycocoevalcap failed with OSError: no models"
+    ):
+        scores = java_scores(
+            {"2": "", "1": "A dog's ball."}, {"1": ["a (red) ball", ""], "2": ["a cat"]}
+        )
     assert scores == {"meteor": 0.25}

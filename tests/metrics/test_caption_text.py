@@ -60,14 +60,25 @@ def test_a_letter_keeps_its_full_stop_unless_a_sentence_begins():
 
 
 # Pieces that make rules meet: the text may be anything.
-pieces = st.sampled_from([*"aZ09 .,'-\"()!?;:/&$#@<>_*’“½£é²\xa0\xad\u0301\uffff😀\n", "don't", "U.S.", "gonna", "&amp;", "http://a"])
+pieces = st.sampled_from(
+    [
+        *"aZ09 .,'-\"()!?;:/&$#@<>_*’“½£é²\xa0\xad\u0301\uffff😀\n",
+        "don't",
+        "U.S.",
+        "gonna",
+        "&amp;",
+        "http://a",
+    ]
+)
 
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(pieces, max_size=20).map("".join) | st.text(max_size=20))
 def test_any_text_has_tokens(text):
     tokens = tokenize_caption(text)
-    assert all(token and token == token.lower() and not {" ", "\n"} & set(token) for token in tokens)
+    assert all(
+        token and token == token.lower() and not {" ", "\n"} & set(token) for token in tokens
+    )
     assert not REMOVED & set(tokens)
     assert tokenize_caption(f"  {text}\n ") == tokens
 

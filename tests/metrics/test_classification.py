@@ -4,14 +4,22 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from beit3.metrics.classification import accuracy, consistency, top_k_accuracy, vqa_accuracy, vqa_official
+from beit3.metrics.classification import (
+    accuracy,
+    consistency,
+    top_k_accuracy,
+    vqa_accuracy,
+    vqa_official,
+)
 from beit3.metrics.text import normalize_answer
 from tests.reference import metrics_classification as slow
 
 
 def test_vqa_accuracy():
     scores = [{"net": 1.0, "mesh": 0.3}, {"2": 0.6}, {}, {"no": 0.9}]
-    assert vqa_accuracy(["mesh", "3", "yes", "no"], scores) == pytest.approx((0.3 + 0 + 0 + 0.9) / 4)
+    assert vqa_accuracy(["mesh", "3", "yes", "no"], scores) == pytest.approx(
+        (0.3 + 0 + 0 + 0.9) / 4
+    )
     assert vqa_accuracy(["net"], scores[:1]) == 1.0
     for predictions, truths in (([], []), (["net"], scores)):
         with pytest.raises(AssertionError):
@@ -48,7 +56,9 @@ words = st.sampled_from(["two", "2", "Two", "the 2", "2.", "don't", "dont", "(a)
 
 @given(words, st.lists(words, min_size=1, max_size=10))
 def test_vqa_official_equals_leaving_one_out(answer, annotators):
-    assert vqa_official(answer, annotators) == pytest.approx(slow.vqa_official(answer, annotators, normalize_answer), abs=1e-12)
+    assert vqa_official(answer, annotators) == pytest.approx(
+        slow.vqa_official(answer, annotators, normalize_answer), abs=1e-12
+    )
 
 
 def test_vqa_official_needs_annotators():

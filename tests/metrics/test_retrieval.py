@@ -14,8 +14,14 @@ from tests.reference import metrics_retrieval as slow
 
 def features(rng, images, texts, width=4):
     """Features with many equal similarities (small whole numbers), and an owner for every text, in no order."""
-    owner = rng.permutation(np.concatenate([np.arange(images), rng.integers(images, size=texts - images)]))
-    return rng.integers(-1, 2, (images, width)).astype(np.float32), rng.integers(-1, 2, (texts, width)).astype(np.float32), owner
+    owner = rng.permutation(
+        np.concatenate([np.arange(images), rng.integers(images, size=texts - images)])
+    )
+    return (
+        rng.integers(-1, 2, (images, width)).astype(np.float32),
+        rng.integers(-1, 2, (texts, width)).astype(np.float32),
+        owner,
+    )
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -28,7 +34,11 @@ def test_equals_sorting(seed, monkeypatch):
         ours, expected = recall(*given, ks=(1, 2, 5)), slow.recall(*given, ks=(1, 2, 5))
         assert list(ours) == list(expected)
         assert ours == pytest.approx(expected, abs=1e-12)
-    given = [rng.standard_normal((20, 8), np.float32), rng.standard_normal((50, 8), np.float32), np.arange(50) % 20]
+    given = [
+        rng.standard_normal((20, 8), np.float32),
+        rng.standard_normal((50, 8), np.float32),
+        np.arange(50) % 20,
+    ]
     assert recall(*given) == pytest.approx(slow.recall(*given, ks=(1, 5, 10)), abs=1e-12)
 
 
@@ -58,7 +68,9 @@ def test_any_caption_of_an_image_counts():
     images = np.eye(2, dtype=np.float32)
     texts = np.array([[0, 1], [1, 0], [0, 1]], np.float32)
     scores = recall(images, texts, np.array([0, 0, 1]), ks=(1,))
-    assert scores["text_recall@1"] == 0.5  # image 1 finds text 0, of image 0 and with a lower index, before its own
+    assert (
+        scores["text_recall@1"] == 0.5
+    )  # image 1 finds text 0, of image 0 and with a lower index, before its own
     assert scores["image_recall@1"] == pytest.approx(2 / 3)
 
 

@@ -20,7 +20,9 @@ def test_three_by_three_by_hand():
     assert class_ious(matrix)[:3].tolist() == pytest.approx([2 / 4, 3 / 4, 1 / 2])
     assert class_accuracies(matrix)[:3].tolist() == pytest.approx([2 / 3, 1, 1 / 2])
     assert math.isnan(class_ious(matrix)[3]) and math.isnan(class_accuracies(matrix)[3])
-    assert figures(matrix) == pytest.approx({"miou": (2 / 4 + 3 / 4 + 1 / 2) / 3, "aacc": 6 / 8, "macc": (2 / 3 + 1 + 1 / 2) / 3})
+    assert figures(matrix) == pytest.approx(
+        {"miou": (2 / 4 + 3 / 4 + 1 / 2) / 3, "aacc": 6 / 8, "macc": (2 / 3 + 1 + 1 / 2) / 3}
+    )
 
 
 def test_a_class_that_is_only_predicted_counts_for_miou_alone():
@@ -44,10 +46,16 @@ def by_sets(pairs, num_classes, ignore):
             if label != ignore:
                 true[int(label)].add((number, place))
                 claimed[int(predicted[place])].add((number, place))
-    ious = [len(true[c] & claimed[c]) / len(true[c] | claimed[c]) for c in true if true[c] | claimed[c]]
+    ious = [
+        len(true[c] & claimed[c]) / len(true[c] | claimed[c]) for c in true if true[c] | claimed[c]
+    ]
     accuracies = [len(true[c] & claimed[c]) / len(true[c]) for c in true if true[c]]
     right, pixels = sum(len(true[c] & claimed[c]) for c in true), sum(map(len, true.values()))
-    return {"miou": sum(ious) / len(ious), "aacc": right / pixels, "macc": sum(accuracies) / len(accuracies)}
+    return {
+        "miou": sum(ious) / len(ious),
+        "aacc": right / pixels,
+        "macc": sum(accuracies) / len(accuracies),
+    }
 
 
 def drawn(seed, *, num_classes, ignore, images=3, missing=()):
@@ -65,7 +73,10 @@ def drawn(seed, *, num_classes, ignore, images=3, missing=()):
 
 
 def added(pairs, num_classes, ignore):
-    return sum(confusion(predicted, truth, num_classes=num_classes, ignore=ignore) for predicted, truth in pairs)
+    return sum(
+        confusion(predicted, truth, num_classes=num_classes, ignore=ignore)
+        for predicted, truth in pairs
+    )
 
 
 @given(st.integers(0, 10_000), st.sampled_from([(2, 255), (5, 5), (20, 255), (200, 255)]))
@@ -73,7 +84,9 @@ def test_figures_equal_those_of_sets(seed, kind):
     num_classes, ignore = kind
     pairs = drawn(seed, num_classes=num_classes, ignore=ignore)
     if any((truth != ignore).any() for _, truth in pairs):
-        assert figures(added(pairs, num_classes, ignore)) == pytest.approx(by_sets(pairs, num_classes, ignore), abs=1e-12)
+        assert figures(added(pairs, num_classes, ignore)) == pytest.approx(
+            by_sets(pairs, num_classes, ignore), abs=1e-12
+        )
 
 
 @pytest.mark.parametrize("num_classes, missing", [(4, ()), (150, (7, 149))])
@@ -84,10 +97,14 @@ def test_miou_equals_torchmetrics(num_classes, missing):
     metric = classification.MulticlassJaccardIndex(num_classes, ignore_index=255)
     pairs = drawn(1, num_classes=num_classes, ignore=255, images=200, missing=missing)
     for predicted, truth in pairs:
-        metric.update(torch.from_numpy(predicted.astype(np.int64)), torch.from_numpy(truth.astype(np.int64)))
+        metric.update(
+            torch.from_numpy(predicted.astype(np.int64)), torch.from_numpy(truth.astype(np.int64))
+        )
     matrix = added(pairs, num_classes, 255)
     assert matrix.tolist() == metric.confmat.tolist()
-    assert figures(matrix)["miou"] == pytest.approx(float(metric.compute()), abs=1e-7), "theirs is computed in float32"
+    assert figures(matrix)["miou"] == pytest.approx(float(metric.compute()), abs=1e-7), (
+        "theirs is computed in float32"
+    )
     assert sorted(np.flatnonzero(np.isnan(class_ious(matrix)))) == sorted(missing)
 
 
@@ -110,7 +127,9 @@ def test_sixteen_bits_and_many_classes():
 def test_what_does_not_fit_is_named(predicted, truth, words):
     with pytest.raises(ValueError) as error:
         confusion(predicted, truth, num_classes=3, name="street")
-    assert "\n" not in str(error.value) and all(word in str(error.value) for word in words), error.value
+    assert "\n" not in str(error.value) and all(word in str(error.value) for word in words), (
+        error.value
+    )
 
 
 def test_a_set_of_ignored_pixels_alone_has_no_figures():

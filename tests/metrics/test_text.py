@@ -60,7 +60,9 @@ def test_normalising_twice_changes_nothing(text):
 
 def test_apostrophes():
     assert all(wrong != right for wrong, right in APOSTROPHES.items())
-    assert all(wrong.replace("'", "") == right.replace("'", "") for wrong, right in APOSTROPHES.items())
+    assert all(
+        wrong.replace("'", "") == right.replace("'", "") for wrong, right in APOSTROPHES.items()
+    )
     assert len(APOSTROPHES) == 114
 
 

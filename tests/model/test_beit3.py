@@ -14,7 +14,9 @@ from beit3.model.layers import SPARE, Cache, LayerCache
 from tests.reference import backbone as slow
 
 PAPER = replace(TINY, dim=32, depth=3, ffn_dim=48, image_size=16, vocab_size=40, text_positions=20)
-RELEASE = replace(TINY_RELEASE, dim=32, depth=3, ffn_dim=48, image_size=16, vocab_size=40, text_positions=20)
+RELEASE = replace(
+    TINY_RELEASE, dim=32, depth=3, ffn_dim=48, image_size=16, vocab_size=40, text_positions=20
+)
 BOTH = pytest.mark.parametrize("config", [PAPER, RELEASE], ids=["paper", "release"])
 
 
@@ -25,7 +27,9 @@ def random_model(config: ModelConfig, dtype: torch.dtype = torch.float64) -> BEi
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=generator, dtype=dtype), alpha=0.2)
+            parameter.add_(
+                torch.randn(parameter.shape, generator=generator, dtype=dtype), alpha=0.2
+            )
     return model
 
 
@@ -33,7 +37,9 @@ def inputs(config: ModelConfig, batch: int = 3, length: int = 7) -> dict[str, to
     generator = torch.Generator().manual_seed(2)
     padding = torch.arange(length) >= torch.tensor([[length], [length - 3], [length - 1]])[:batch]
     return {
-        "image": torch.rand(batch, 3, config.image_size, config.image_size, generator=generator, dtype=torch.float64)
+        "image": torch.rand(
+            batch, 3, config.image_size, config.image_size, generator=generator, dtype=torch.float64
+        )
         * 2
         - 1,
         "text": torch.randint(4, config.vocab_size, (batch, length), generator=generator),
@@ -64,7 +70,9 @@ def test_equals_the_slow_implementation(config, case):
 
 def real(states: Encoded, padding: torch.Tensor) -> torch.Tensor:
     """[T, D] of [B, N, D]: without the text's padding, whose states mean nothing."""
-    return states.tokens[~torch.nn.functional.pad(padding, (states.tokens.shape[1] - padding.shape[1], 0))]
+    return states.tokens[
+        ~torch.nn.functional.pad(padding, (states.tokens.shape[1] - padding.shape[1], 0))
+    ]
 
 
 @BOTH
@@ -73,15 +81,29 @@ def real(states: Encoded, padding: torch.Tensor) -> torch.Tensor:
 def test_leaving_out_padding_changes_neither_states_nor_gradients(config, case, drop):
     """Also where it does not stand at the end, and with samples' branches dropped."""
     config = replace(config, drop_path_rate=drop)
-    model, given = random_model(config).train(), {name: inputs(config)[name] for name in CASES[case]}
-    given["text_padding"] = torch.tensor([[0, 0, 1, 0, 1, 0, 0], [0] * 7, [1, 0, 0, 0, 1, 1, 1]]).bool()
+    model, given = (
+        random_model(config).train(),
+        {name: inputs(config)[name] for name in CASES[case]},
+    )
+    given["text_padding"] = torch.tensor(
+        [[0, 0, 1, 0, 1, 0, 0], [0] * 7, [1, 0, 0, 0, 1, 1, 1]]
+    ).bool()
     found = []
     for read in ("real", "all"):
         model.zero_grad()
         torch.manual_seed(3)
         states = real(model(**given, read=read), given["text_padding"])
         states.sin().sum().backward()
-        found.append((states, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}))
+        found.append(
+            (
+                states,
+                {
+                    name: p.grad.clone()
+                    for name, p in model.named_parameters()
+                    if p.grad is not None
+                },
+            )
+        )
     torch.testing.assert_close(*found, rtol=0, atol=1e-10)
 
 
@@ -89,7 +111,9 @@ def test_what_is_left_out_is_not_computed():
     """A text of seven tokens beside one of two: nine tokens go through the experts, and at the end one of each."""
     model, seen = random_model(PAPER), []
     for block in model.blocks:
-        block.ffn.text.register_forward_hook(lambda module, given, states: seen.append(tuple(states.shape[:2])))
+        block.ffn.text.register_forward_hook(
+            lambda module, given, states: seen.append(tuple(states.shape[:2]))
+        )
     text = inputs(PAPER)["text"][:2]
     padding = torch.arange(7) >= torch.tensor([[7], [2]])
     model(text=text, text_padding=padding, read="first")
@@ -125,7 +149,9 @@ def test_without_final_norm(config):
     config = replace(config, final_norm=False)
     model, given = random_model(config), inputs(config)
     expected = slow.encode(model.state_dict(), config, given["image"], given["text"])
-    torch.testing.assert_close(model(given["image"], given["text"]).tokens, expected, rtol=0, atol=1e-10)
+    torch.testing.assert_close(
+        model(given["image"], given["text"]).tokens, expected, rtol=0, atol=1e-10
+    )
 
 
 @BOTH
@@ -133,7 +159,10 @@ def test_what_stands_in_padding_changes_nothing(config):
     model, given = random_model(config), inputs(config)
     other = given["text"].where(~given["text_padding"], 4)
     assert not torch.equal(other, given["text"])
-    one, two = (model(given["image"], text, text_padding=given["text_padding"]) for text in (given["text"], other))
+    one, two = (
+        model(given["image"], text, text_padding=given["text_padding"])
+        for text in (given["text"], other)
+    )
     torch.testing.assert_close(one.tokens, two.tokens, rtol=0, atol=0)
 
 
@@ -144,7 +173,9 @@ def test_padding_equals_a_shorter_text(config):
     padded = model(given["image"], given["text"], text_padding=given["text_padding"])
     alone = model(given["image"][1:2], given["text"][1:2, :length])
     torch.testing.assert_close(padded.of("image")[1:2], alone.of("image"), rtol=0, atol=1e-10)
-    torch.testing.assert_close(padded.of("text")[1:2, :length], alone.of("text"), rtol=0, atol=1e-10)
+    torch.testing.assert_close(
+        padded.of("text")[1:2, :length], alone.of("text"), rtol=0, atol=1e-10
+    )
 
 
 @BOTH
@@ -158,7 +189,12 @@ def test_cached_equals_full(config, cuts):
     cache, done, parts = Cache(), 0, []
     for count in cuts:
         step = mask[0 if done == 0 else rows + done : rows + done + count, : rows + done + count]
-        encoded = model(image if done == 0 else None, text[:, done : done + count], attention_mask=step, cache=cache)
+        encoded = model(
+            image if done == 0 else None,
+            text[:, done : done + count],
+            attention_mask=step,
+            cache=cache,
+        )
         parts.append(encoded.of("text"))
         done += count
     torch.testing.assert_close(torch.cat(parts, 1), full, rtol=0, atol=1e-10)
@@ -188,32 +224,51 @@ def test_a_cache_makes_room(config, count):
     cache.extend(keys[:, :, :2], -keys[:, :, :2])
     for place in range(2, count + 4, 2):
         key, value = cache.extend(keys[:, :, place : place + 2], -keys[:, :, place : place + 2])
-    assert torch.equal(key, keys[:, :, : key.shape[2]]) and torch.equal(value, -key) and key.shape[2] >= count + 3
+    assert (
+        torch.equal(key, keys[:, :, : key.shape[2]])
+        and torch.equal(value, -key)
+        and key.shape[2] >= count + 3
+    )
 
 
 @BOTH
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("read", ["first", "last"])
 @pytest.mark.parametrize("modalities", [("image",), ("text",), ("image", "text")])
-def test_reading_some_states_alone_changes_neither_them_nor_their_gradients(config, modalities, read, masked):
+def test_reading_some_states_alone_changes_neither_them_nor_their_gradients(
+    config, modalities, read, masked
+):
     model, given = random_model(config), inputs(config)
     given = {name: given[name] for name in modalities}
     if masked and len(modalities) == 2:
         given["attention_mask"] = image_to_text(1 + config.num_patches, given["text"].shape[1])
     elif masked and "text" in given:
-        given["text_padding"] = torch.tensor([[0, 0, 1, 0, 1, 0, 0], [0, 1, 0, 0, 0, 0, 0], [0, 0, 0, 1, 1, 1, 0]]).bool()
+        given["text_padding"] = torch.tensor(
+            [[0, 0, 1, 0, 1, 0, 0], [0, 1, 0, 0, 0, 0, 0], [0, 0, 0, 1, 1, 1, 0]]
+        ).bool()
     found = []
     for alone in (False, True):
         model.zero_grad()
         encoded = model(**given, read=read if alone else "all")
         states = [encoded.of(name)[:, 0 if read == "first" else -1] for name in modalities]
         sum((state**2).sum() for state in states).backward()
-        found.append((states, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}))
+        found.append(
+            (
+                states,
+                {
+                    name: p.grad.clone()
+                    for name, p in model.named_parameters()
+                    if p.grad is not None
+                },
+            )
+        )
     (full, gradients), (some, theirs) = found
     torch.testing.assert_close(some, full, rtol=0, atol=1e-10)
     assert all(len(encoded.of(name)[0]) == 1 for name in modalities)
     for name, gradient in gradients.items():
-        torch.testing.assert_close(theirs.get(name, torch.zeros_like(gradient)), gradient, rtol=0, atol=1e-9)
+        torch.testing.assert_close(
+            theirs.get(name, torch.zeros_like(gradient)), gradient, rtol=0, atol=1e-9
+        )
 
 
 @BOTH
@@ -224,7 +279,9 @@ def test_tokens_may_stand_side_by_side_in_their_text(config):
     mask = torch.ones(rows + 4, rows + 4, dtype=torch.bool).tril()
     mask[:rows, :rows] = True
     mask[rows + 3, rows + 2] = False
-    both = model(image, text[:, :4], attention_mask=mask, text_places=torch.tensor([0, 1, 2, 2])).of("text")
+    both = model(
+        image, text[:, :4], attention_mask=mask, text_places=torch.tensor([0, 1, 2, 2])
+    ).of("text")
     for end in (2, 3):
         alone = model(image, text[:, [0, 1, end]], attention_mask=image_to_text(rows, 3)).of("text")
         torch.testing.assert_close(both[:, [0, 1, end]], alone, rtol=0, atol=1e-10)
@@ -252,9 +309,14 @@ def test_a_pair_uses_the_fusion_expert_in_the_top_layers_alone():
         if ".ffn." in name
     }
     assert ffn == {
-        (0, "image"): True, (0, "text"): True, (1, "image"): True, (1, "text"): True,
-        (2, "image"): False, (2, "text"): False, (2, "fusion"): True,
-    }  # fmt: skip
+        (0, "image"): True,
+        (0, "text"): True,
+        (1, "image"): True,
+        (1, "text"): True,
+        (2, "image"): False,
+        (2, "text"): False,
+        (2, "fusion"): True,
+    }
 
 
 @BOTH
@@ -268,7 +330,11 @@ def test_two_threads_share_one_model(config):
 
     def work(name: str) -> None:
         with torch.inference_mode():
-            wrong.extend(name for _ in range(400) if not torch.allclose(calls[name](), expected[name], atol=1e-6))
+            wrong.extend(
+                name
+                for _ in range(400)
+                if not torch.allclose(calls[name](), expected[name], atol=1e-6)
+            )
 
     threads = [threading.Thread(target=work, args=(name,)) for name in calls]
     for thread in threads:
@@ -286,7 +352,11 @@ def test_recomputed_activations_give_equal_gradients(config):
         block.forward = checkpointed(block.forward)
     for network in (model, twin):
         # Interleaved passes: a router with state would recompute the first with the experts of the last.
-        passes = [network(given["image"]), network(text=given["text"]), network(given["image"], given["text"])]
+        passes = [
+            network(given["image"]),
+            network(text=given["text"]),
+            network(given["image"], given["text"]),
+        ]
         sum(encoded.tokens.sin().sum() for encoded in passes).backward()
     for (name, one), two in zip(model.named_parameters(), twin.parameters(), strict=True):
         assert (one.grad is None) == (two.grad is None), name
@@ -314,14 +384,20 @@ def test_the_giant_has_the_papers_sizes():
         model = BEiT3(GIANT)
 
     def count(*parts: str) -> int:
-        return sum(p.numel() for name, p in model.named_parameters() if any(part in name for part in parts))
+        return sum(
+            p.numel() for name, p in model.named_parameters() if any(part in name for part in parts)
+        )
 
     # Paper, table 2: 692M vision, 692M language, 52M vision-language experts, 317M shared attention.
     assert count(".ffn.image.") == 692_362_240
     assert count(".ffn.text.") == 692_362_240
     assert count(".ffn.fusion.") == 51_927_168
     assert count(".attention.qkv.", ".attention.out.") == 317_419_520
-    assert not [name for name, _ in model.named_parameters() if "attention.norm" in name or "ffn.image.norm" in name]
+    assert not [
+        name
+        for name, _ in model.named_parameters()
+        if "attention.norm" in name or "ffn.image.norm" in name
+    ]
 
 
 @pytest.mark.parametrize(("config", "millions"), [(BASE, 276.511), (LARGE, 746.710)])
@@ -332,11 +408,15 @@ def test_the_released_sizes(config, millions):
     assert round((backbone + heads) / 1e6, 3) == millions
 
 
-@pytest.mark.parametrize("config", [TINY, TINY_RELEASE, BASE, GIANT], ids=["tiny", "tiny release", "base", "giant"])
+@pytest.mark.parametrize(
+    "config", [TINY, TINY_RELEASE, BASE, GIANT], ids=["tiny", "tiny release", "base", "giant"]
+)
 def test_every_norm_has_the_releases_epsilon(config):
     """No fixture can tell 1e-5 from BEiT v2's 1e-6: the inputs' variance is far above both."""
     with torch.device("meta"):
-        norms = [module for module in BEiT3(config).modules() if isinstance(module, torch.nn.LayerNorm)]
+        norms = [
+            module for module in BEiT3(config).modules() if isinstance(module, torch.nn.LayerNorm)
+        ]
     assert norms and {norm.eps for norm in norms} == {1e-5}
 
 
@@ -344,7 +424,9 @@ def test_every_norm_has_the_releases_epsilon(config):
 def test_initial_values_depend_on_seed_and_name_alone(config):
     one, two, other = BEiT3(config), BEiT3(config), BEiT3(config)
     one.init_weights(3), two.init_weights(3), other.init_weights(4)
-    for (name, a), b, c in zip(one.named_parameters(), two.parameters(), other.parameters(), strict=True):
+    for (name, a), b, c in zip(
+        one.named_parameters(), two.parameters(), other.parameters(), strict=True
+    ):
         assert torch.equal(a, b), name
         assert torch.equal(a, c) == (a.ndim == 1), name
 
@@ -356,7 +438,11 @@ def test_initial_values_depend_on_seed_and_name_alone(config):
         ({"text": torch.zeros(1, 19, dtype=torch.int64)}, "text of 19 tokens is beyond the 18"),
         ({"image": torch.zeros(1, 3, 16, 20)}, "16 x 20 px is not a multiple of the 8 px patch"),
         (
-            {"text": torch.zeros(1, 2, dtype=torch.int64), "text_padding": torch.zeros(1, 2), "cache": Cache()},
+            {
+                "text": torch.zeros(1, 2, dtype=torch.int64),
+                "text_padding": torch.zeros(1, 2),
+                "cache": Cache(),
+            },
             "text_padding",
         ),
     ],

@@ -14,8 +14,27 @@ from tests.reference import decoding as slow
 
 BOS, PAD, EOS = 0, 1, 2
 FORMS = {
-    "paper": replace(TINY, dim=32, depth=3, num_heads=4, ffn_dim=48, image_size=24, vocab_size=37, text_positions=19, fusion_layers=2),
-    "release": replace(TINY_RELEASE, dim=48, depth=2, num_heads=2, ffn_dim=80, image_size=40, vocab_size=61, text_positions=23),
+    "paper": replace(
+        TINY,
+        dim=32,
+        depth=3,
+        num_heads=4,
+        ffn_dim=48,
+        image_size=24,
+        vocab_size=37,
+        text_positions=19,
+        fusion_layers=2,
+    ),
+    "release": replace(
+        TINY_RELEASE,
+        dim=48,
+        depth=2,
+        num_heads=2,
+        ffn_dim=80,
+        image_size=40,
+        vocab_size=61,
+        text_positions=23,
+    ),
 }
 
 
@@ -35,13 +54,20 @@ def network(request):
     return backbone.eval(), head, images, Marks(BOS, EOS, PAD, config.vocab_size - 1)
 
 
-@pytest.mark.parametrize(("num_beams", "penalty", "max_length"), [(1, 0.6, 9), (2, 0.0, 6), (3, 0.6, 12), (5, 1.3, 7), (3, 0.6, 4)])
+@pytest.mark.parametrize(
+    ("num_beams", "penalty", "max_length"),
+    [(1, 0.6, 9), (2, 0.0, 6), (3, 0.6, 12), (5, 1.3, 7), (3, 0.6, 4)],
+)
 @torch.inference_mode()
 def test_beam_search_equals_encoding_everything_anew(network, num_beams, penalty, max_length):
     backbone, head, images, marks = network
-    found = generate(Slots(backbone, head, images, marks), max_length, Decoding("beam", num_beams, penalty))
+    found = generate(
+        Slots(backbone, head, images, marks), max_length, Decoding("beam", num_beams, penalty)
+    )
     for image, caption in zip(images.split(1), found, strict=True):
-        words, score = slow.beam(backbone, head, image, max_length, num_beams, penalty, BOS, EOS, marks.mask)
+        words, score = slow.beam(
+            backbone, head, image, max_length, num_beams, penalty, BOS, EOS, marks.mask
+        )
         assert caption.words == words
         assert caption.score == pytest.approx(score, rel=1e-5, abs=1e-5)
 
@@ -90,7 +116,11 @@ def test_an_image_is_encoded_once_whatever_the_beams(network, monkeypatch):
     backbone, head, images, marks = network
     seen = []
     embed = backbone.image_embedding.forward
-    monkeypatch.setattr(backbone.image_embedding, "forward", lambda image, mask: seen.append(len(image)) or embed(image, mask))
+    monkeypatch.setattr(
+        backbone.image_embedding,
+        "forward",
+        lambda image, mask: seen.append(len(image)) or embed(image, mask),
+    )
     generate(Slots(backbone, head, images, marks), 8, Decoding("beam", 5))
     assert seen == [3]
 
@@ -101,11 +131,18 @@ def test_sampling_follows_its_generators(network):
 
     def said(seeds, **fields):
         generators = [np.random.default_rng(seed).random for seed in seeds]
-        return [each.words for each in generate(Slots(backbone, head, images, marks), 9, Decoding("sample", **fields), generators)]
+        return [
+            each.words
+            for each in generate(
+                Slots(backbone, head, images, marks), 9, Decoding("sample", **fields), generators
+            )
+        ]
 
     assert said([1, 2, 3]) == said([1, 2, 3]) != said([4, 5, 6])
     assert said([4, 2, 3])[1:] == said([1, 2, 3])[1:], "a record's words do not depend on its batch"
-    likeliest = [each.words for each in generate(Slots(backbone, head, images, marks), 9, Decoding("greedy"))]
+    likeliest = [
+        each.words for each in generate(Slots(backbone, head, images, marks), 9, Decoding("greedy"))
+    ]
     assert said([1, 2, 3], top_p=1e-6) == likeliest == said([7, 8, 9], temperature=1e-3)
 
 
@@ -123,7 +160,11 @@ def test_samples_have_their_probabilities():
 
 def test_limits(network):
     backbone, head, images, marks = network
-    for length, method in ((3, "beam"), (2, "greedy"), (backbone.config.max_text_length + 1, "beam")):
+    for length, method in (
+        (3, "beam"),
+        (2, "greedy"),
+        (backbone.config.max_text_length + 1, "beam"),
+    ):
         with torch.inference_mode(), pytest.raises(ValueError, match="captions of"):
             generate(Slots(backbone, head, images, marks), length, Decoding(method))
     for fields in ({"num_beams": 0}, {"top_p": 0.0}, {"top_p": 1.5}, {"temperature": 0.0}):

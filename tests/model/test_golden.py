@@ -14,7 +14,7 @@ from beit3.model.attention_mask import image_to_text
 from beit3.model.beit3 import BEiT3
 from beit3.model.layers import Cache
 from beit3.tasks.backbone import Backbone
-from beit3.weights.official import load_official
+from beit3.weights.release_format import load_official
 from beit3.weights.store import initialise_from
 from tests.golden import config, golden, tensors
 from tests.reference import backbone as slow
@@ -40,7 +40,9 @@ TEXTS = {
 
 
 def backbone(name: str) -> BEiT3:
-    task, _ = load_official(tensors(name, "model"), "backbone", num_heads=config(name)["encoder_attention_heads"])
+    task, _ = load_official(
+        tensors(name, "model"), "backbone", num_heads=config(name)["encoder_attention_heads"]
+    )
     assert isinstance(task.backbone, BEiT3)
     return task.backbone.eval()
 
@@ -65,7 +67,11 @@ def test_every_way_to_call_the_backbone(name):
         with torch.inference_mode():
             found = model(**{argument: given[argument] for argument in arguments}).tokens
         torch.testing.assert_close(
-            found, expected[f"backbone.{case}"], rtol=0, atol=tolerance, msg=lambda m, c=case: f"{c}: {m}"
+            found,
+            expected[f"backbone.{case}"],
+            rtol=0,
+            atol=tolerance,
+            msg=lambda m, c=case: f"{c}: {m}",
         )
 
 
@@ -88,13 +94,19 @@ def test_every_layer(case):
     for index, block in enumerate(model.blocks):
         block.register_forward_hook(record(f"layer{index}.out"))
     with torch.inference_mode():
-        seen["encoder_out"] = model(**{argument: given[argument] for argument in INPUTS[case]}).tokens
+        seen["encoder_out"] = model(
+            **{argument: given[argument] for argument in INPUTS[case]}
+        ).tokens
     assert len(seen) == 3 + config("backbone_layers")["encoder_layers"]
     for name, value in seen.items():
         # States grow from layer to layer until the final norm.
         tolerance = 5e-4 if name.endswith(".out") else 1e-4
         torch.testing.assert_close(
-            value, expected[f"{case}.{name}"], rtol=0, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}"
+            value,
+            expected[f"{case}.{name}"],
+            rtol=0,
+            atol=tolerance,
+            msg=lambda m, n=name: f"{n}: {m}",
         )
 
 
@@ -106,12 +118,22 @@ def test_the_slow_implementation_agrees_with_the_official_one_too(case):
         tensors("backbone_layers", "outputs"),
     )
     state = {name: tensor.double() for name, tensor in model.state_dict().items()}
-    arguments = {name: given[name].double() if name == "image" else given[name] for name in INPUTS[case]}
+    arguments = {
+        name: given[name].double() if name == "image" else given[name] for name in INPUTS[case]
+    }
     seen: dict[str, Tensor] = {}
     seen["encoder_out"] = slow.encode(state, model.config, **arguments, trace=seen)
-    for name in ("embedding_output", "layer0.self_attn_weights", "layer0.self_attn_out", "layer3.out", "encoder_out"):
+    for name in (
+        "embedding_output",
+        "layer0.self_attn_weights",
+        "layer0.self_attn_out",
+        "layer3.out",
+        "encoder_out",
+    ):
         tolerance = 5e-4 if name.endswith(".out") else 1e-4
-        torch.testing.assert_close(seen[name].float(), expected[f"{case}.{name}"], rtol=0, atol=tolerance)
+        torch.testing.assert_close(
+            seen[name].float(), expected[f"{case}.{name}"], rtol=0, atol=tolerance
+        )
 
 
 @pytest.mark.parametrize("name", ["pos_interp_up", "pos_interp_down"])
@@ -123,7 +145,9 @@ def test_another_image_size(name):
     task = Backbone(replace(small.config, model=model)).eval()
     initialise_from(task, file)
     table = task.backbone.image_embedding.positions
-    torch.testing.assert_close(table.data, expected["embed_positions.A.weight.after"], rtol=0, atol=1e-6)
+    torch.testing.assert_close(
+        table.data, expected["embed_positions.A.weight.after"], rtol=0, atol=1e-6
+    )
     assert torch.equal(table[:3], given["embed_positions.A.weight.before"][:3])
     with torch.inference_mode():
         states = task.outputs({"image": given["image"]})["image"]
@@ -146,13 +170,21 @@ def test_captions_step_by_step():
     rows, cache, found = 1 + model.config.num_patches, Cache(), []
     with torch.inference_mode():
         for step in range(words.shape[1] + 1):
-            word = words[:, step - 1 : step] if step else torch.full_like(mask, special["cls_token_id"])
+            word = (
+                words[:, step - 1 : step]
+                if step
+                else torch.full_like(mask, special["cls_token_id"])
+            )
             may = image_to_text(rows, step + 2)[-2:] if step else image_to_text(rows, 2)
             text = torch.cat((word, mask), 1)
             encoded = model(None if step else given["image"], text, attention_mask=may, cache=cache)
-            found.append(encoded.of("text") @ weights["mlm_head.weight"].T + weights["mlm_head.bias"])
+            found.append(
+                encoded.of("text") @ weights["mlm_head.weight"].T + weights["mlm_head.bias"]
+            )
             cache.drop_last(1)
-    torch.testing.assert_close(torch.stack(found), expected["decode.forced_step_logits"], rtol=0, atol=1e-4)
+    torch.testing.assert_close(
+        torch.stack(found), expected["decode.forced_step_logits"], rtol=0, atol=1e-4
+    )
 
 
 def test_captions_in_one_call():
@@ -161,7 +193,9 @@ def test_captions_in_one_call():
     given["text"], weights = tensors(name, "inputs")["masked_tokens"], tensors(name, "model")
     may = image_to_text(1 + model.config.num_patches, given["text"].shape[1])
     with torch.inference_mode():
-        states = model(given["image"], given["text"], text_padding=given["text_padding"], attention_mask=may).of("text")
+        states = model(
+            given["image"], given["text"], text_padding=given["text_padding"], attention_mask=may
+        ).of("text")
         logits = states @ weights["mlm_head.weight"].T + weights["mlm_head.bias"]
     torch.testing.assert_close(logits, expected["logits_all_positions"], rtol=0, atol=1e-4)
 
@@ -176,5 +210,9 @@ def test_backbone_task_gives_the_same_states():
     torch.testing.assert_close(outputs["tokens"], expected["fused.encoder_out"], rtol=0, atol=1e-4)
     assert torch.equal(torch.cat((outputs["image"], outputs["text"]), 1), outputs["tokens"])
     assert [prediction["id"] for prediction in predictions] == list("abcd")
-    assert torch.equal(torch.tensor([prediction["text"] for prediction in predictions]), outputs["text"][:, 0])
-    assert torch.equal(torch.tensor([prediction["image"] for prediction in predictions]), outputs["image"][:, 0])
+    assert torch.equal(
+        torch.tensor([prediction["text"] for prediction in predictions]), outputs["text"][:, 0]
+    )
+    assert torch.equal(
+        torch.tensor([prediction["image"] for prediction in predictions]), outputs["image"][:, 0]
+    )

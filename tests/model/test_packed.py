@@ -11,7 +11,9 @@ from beit3.model.beit3 import BEiT3
 from beit3.model.config import TINY, TINY_RELEASE
 from beit3.model.packed import MOST_ROWS, PackedLinear, pack
 
-pytestmark = pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="this torch has no MKL")
+pytestmark = pytest.mark.skipif(
+    not torch.backends.mkl.is_available(), reason="this torch has no MKL"
+)
 
 
 @torch.no_grad()
@@ -22,9 +24,23 @@ def test_products_equal_plain_ones_whatever_rows_come():
     pack(product)
     assert isinstance(product, PackedLinear)
     packed = []
-    for shape in ((3, 5), (15,), (5, 3), (1,), (1,), (15,), (2, 15), (30,), (0, 3), (MOST_ROWS + 1,), (MOST_ROWS + 1,)):
+    for shape in (
+        (3, 5),
+        (15,),
+        (5, 3),
+        (1,),
+        (1,),
+        (15,),
+        (2, 15),
+        (30,),
+        (0, 3),
+        (MOST_ROWS + 1,),
+        (MOST_ROWS + 1,),
+    ):
         states = torch.randn(*shape, 24)
-        torch.testing.assert_close(product(states), F.linear(states, layer.weight, layer.bias), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(
+            product(states), F.linear(states, layer.weight, layer.bias), rtol=1e-5, atol=1e-6
+        )
         packed.append(product.rows)
     assert packed == [0, 15, 15, 15, 1, 1, 1, 30, 30, 30, 30]
 

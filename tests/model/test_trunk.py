@@ -10,8 +10,27 @@ from beit3.model.beit3 import BEiT3
 from beit3.model.config import GIANT, TINY, TINY_RELEASE
 from beit3.model.trunk import ImageBlock, ImageTrunk, global_layers, join_windows, split_windows
 
-PAPER = replace(TINY, dim=32, depth=3, ffn_dim=48, image_size=32, patch_size=8, vocab_size=40, text_positions=20, final_norm=False)
-RELEASE = replace(TINY_RELEASE, dim=32, depth=3, ffn_dim=48, image_size=32, vocab_size=40, text_positions=20, final_norm=False)
+PAPER = replace(
+    TINY,
+    dim=32,
+    depth=3,
+    ffn_dim=48,
+    image_size=32,
+    patch_size=8,
+    vocab_size=40,
+    text_positions=20,
+    final_norm=False,
+)
+RELEASE = replace(
+    TINY_RELEASE,
+    dim=32,
+    depth=3,
+    ffn_dim=48,
+    image_size=32,
+    vocab_size=40,
+    text_positions=20,
+    final_norm=False,
+)
 BOTH = pytest.mark.parametrize("config", [PAPER, RELEASE], ids=["paper", "release"])
 
 
@@ -21,12 +40,16 @@ def shaken(module, seed=1):
     module.double().eval().init_weights(0)
     with torch.no_grad():
         for parameter in module.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64), alpha=0.2)
+            parameter.add_(
+                torch.randn(parameter.shape, generator=generator, dtype=torch.float64), alpha=0.2
+            )
     return module
 
 
 def pictures(height=32, width=32):
-    return torch.rand(2, 3, height, width, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    return torch.rand(
+        2, 3, height, width, generator=torch.Generator().manual_seed(2), dtype=torch.float64
+    )
 
 
 @BOTH
@@ -35,7 +58,9 @@ def test_equals_the_whole_network_with_its_class_token_out_of_sight(config):
     trunk = ImageTrunk(config).double().eval()
     names = set(trunk.state_dict())
     assert names < set(network.state_dict())
-    trunk.load_state_dict({name: value for name, value in network.state_dict().items() if name in names})
+    trunk.load_state_dict(
+        {name: value for name, value in network.state_dict().items() if name in names}
+    )
     seen = torch.ones(17, 17, dtype=torch.bool)
     seen[1:, 0] = False
     whole = network(image=pictures(), attention_mask=seen).of("image")[:, 1:]
@@ -44,7 +69,11 @@ def test_equals_the_whole_network_with_its_class_token_out_of_sight(config):
 
 @BOTH
 def test_only_the_image_expert_is_held(config):
-    assert not [name for name, _ in ImageTrunk(config).named_parameters() if ".text" in name or ".fusion" in name or "text_" in name]
+    assert not [
+        name
+        for name, _ in ImageTrunk(config).named_parameters()
+        if ".text" in name or ".fusion" in name or "text_" in name
+    ]
 
 
 @BOTH
@@ -54,7 +83,9 @@ def test_a_window_as_large_as_the_grid_changes_nothing(config, size):
     windowed = ImageTrunk(config, window=5 if size == (24, 40) else 4, num_global=1).double().eval()
     windowed.load_state_dict(plain.state_dict())
     image = pictures(*size)
-    if size == (24, 40):  # 3 x 5 patches in one window of 5 x 5: its two rows of zeros are seen, so this one is not equal
+    if (
+        size == (24, 40)
+    ):  # 3 x 5 patches in one window of 5 x 5: its two rows of zeros are seen, so this one is not equal
         assert (windowed(image) - plain(image)).abs().max() > 1e-3
         return
     torch.testing.assert_close(windowed(image), plain(image), rtol=1e-12, atol=1e-12)
@@ -80,7 +111,9 @@ def test_a_windowed_block_equals_windows_taken_one_by_one(config, grid):
             result = block.attention((full,), (("image", 4),))[0].unflatten(1, (2, 2))
             attended[:, top : top + 2, left : left + 2] = result[:, :tall, :wide]
     middle = states + attended
-    expected = middle + block.ffn(block.norm2((middle.flatten(1, 2),), spans), spans)[0].unflatten(1, grid)
+    expected = middle + block.ffn(block.norm2((middle.flatten(1, 2),), spans), spans)[0].unflatten(
+        1, grid
+    )
     torch.testing.assert_close(block(states), expected, rtol=1e-12, atol=1e-12)
 
 
@@ -98,7 +131,9 @@ def test_global_blocks_lie_evenly():
     assert global_layers(24, 4) == (5, 11, 17, 23)
     assert global_layers(32, 4) == (7, 15, 23, 31)
     assert global_layers(40, 4) == (9, 19, 29, 39)
-    assert [block.window for block in ImageTrunk(replace(PAPER, depth=4), window=2, num_global=2).blocks] == [2, 0, 2, 0]
+    assert [
+        block.window for block in ImageTrunk(replace(PAPER, depth=4), window=2, num_global=2).blocks
+    ] == [2, 0, 2, 0]
 
 
 def test_stochastic_depth_drops_whole_pictures_not_windows():
@@ -114,7 +149,11 @@ def test_every_parameter_but_the_unused_learns():
     trunk = ImageTrunk(PAPER, window=2, num_global=1)
     trunk.init_weights(0)
     (trunk(pictures().float()) ** 2).sum().backward()
-    without = {name for name, parameter in trunk.named_parameters() if parameter.grad is None or not parameter.grad.any()}
+    without = {
+        name
+        for name, parameter in trunk.named_parameters()
+        if parameter.grad is None or not parameter.grad.any()
+    }
     assert without == set(trunk.unused)
 
 

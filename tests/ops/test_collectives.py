@@ -32,7 +32,9 @@ def test_a_plain_parameter_keeps_all_of_the_values():
     values = torch.arange(6.0).view(2, 3)
     storage = parameter.data_ptr()
     collectives.keep_shard(parameter, values)
-    assert torch.equal(parameter, values.double()) and parameter.dtype == torch.float64, "its own type"
+    assert torch.equal(parameter, values.double()) and parameter.dtype == torch.float64, (
+        "its own type"
+    )
     assert parameter.data_ptr() == storage and parameter.requires_grad and parameter.grad_fn is None
     values.add_(1)
     assert float(parameter[0, 0]) == 0, "a copy"
@@ -50,7 +52,9 @@ def test_two_processes(tmp_path: Path):
         assert torch.equal(seen["all"], torch.tensor([[1.0, 1], [1, 1], [2, 2], [2, 2]]))
         assert torch.equal(seen["own"], torch.full((2, 2), rank + 1.0))
         assert seen["objects"] == ["0", "1"]
-        assert torch.equal(seen["shard"], torch.tensor([[0.0, 1], [2, 3]] if rank == 0 else [[4.0, 5]])), "rows 0 and 1, row 2"
+        assert torch.equal(
+            seen["shard"], torch.tensor([[0.0, 1], [2, 3]] if rank == 0 else [[4.0, 5]])
+        ), "rows 0 and 1, row 2"
         assert torch.equal(seen["whole"], torch.arange(6.0).view(3, 2))
     assert (tmp_path / "order").read_text() == "01", "rank 0 goes first"
 

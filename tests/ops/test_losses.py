@@ -13,7 +13,9 @@ from beit3.ops.losses import cross_entropies, over_vocabulary, smoothed_divergen
 def test_losses_over_a_vocabulary_equal_those_of_all_logits_at_once(most, smoothing):
     torch.manual_seed(0)
     states, target = torch.randn(13, 5, dtype=torch.float64), torch.randint(0, 11, (13,))
-    divergence = cross_entropies if smoothing is None else partial(smoothed_divergence, smoothing=smoothing)
+    divergence = (
+        cross_entropies if smoothing is None else partial(smoothed_divergence, smoothing=smoothing)
+    )
     found, sizes = [], []
     for limit in (10**9, most):
         head = torch.nn.Linear(5, 11, dtype=torch.float64, device="cpu")

@@ -9,10 +9,14 @@ from beit3.ops.precision import at_least_float32
 @pytest.mark.parametrize(
     ("given", "kept"),
     [
-        (torch.float16, torch.float32), (torch.bfloat16, torch.float32), (torch.float32, torch.float32), (torch.float64, torch.float64),
-        (torch.int64, torch.float32), (torch.bool, torch.float32),
+        (torch.float16, torch.float32),
+        (torch.bfloat16, torch.float32),
+        (torch.float32, torch.float32),
+        (torch.float64, torch.float64),
+        (torch.int64, torch.float32),
+        (torch.bool, torch.float32),
     ],
-)  # fmt: skip
+)
 def test_dtypes(given, kept):
     values = torch.tensor([[0, 1], [3, 1]]).to(given)
     raised = at_least_float32(values)
@@ -23,7 +27,11 @@ def test_dtypes(given, kept):
 def test_gradients_come_back_as_they_were():
     values = torch.ones(3, dtype=torch.bfloat16, requires_grad=True)
     (at_least_float32(values) * torch.tensor([1.0, 2.0, 3.0])).sum().backward()
-    assert values.grad is not None and values.grad.dtype == torch.bfloat16 and values.grad.tolist() == [1, 2, 3]
+    assert (
+        values.grad is not None
+        and values.grad.dtype == torch.bfloat16
+        and values.grad.tolist() == [1, 2, 3]
+    )
 
 
 def test_sums_of_halves_lose_nothing():

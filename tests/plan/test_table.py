@@ -15,7 +15,11 @@ def test_time_and_cost_by_hand():
     recipe = VQA.recipes["demo"]
     recipe = replace(recipe, task=replace(recipe.task, model=replace(recipe.task.model, depth=2)))
     found = plan(VQA, recipe, gpus=4, gpu="a100-80", utilisation=0.5, price=2.0)
-    assert found["steps"] == 200 and [way["checkpointing"] for way in found["ways"]] == ["none", "selective", "full"]
+    assert found["steps"] == 200 and [way["checkpointing"] for way in found["ways"]] == [
+        "none",
+        "selective",
+        "full",
+    ]
     for way in found["ways"]:
         assert way["seconds"] == pytest.approx(way["flops"] / (4 * 312e12 * 0.5))
         assert way["hours"] == pytest.approx(200 * way["seconds"] / 3600)
@@ -31,7 +35,10 @@ def test_epochs_need_records(root):
     assert length(VQA, VQA.recipes["base_480"], records=12_800) == 10 * 100
     assert length(VQA, VQA.recipes["base_480"], records=0) == 0
     demo = VQA.recipes["demo"]
-    run, data = replace(demo.run, steps=0, epochs=3), replace(demo.data, root=str(root), batch={"main": 4})
+    run, data = (
+        replace(demo.run, steps=0, epochs=3),
+        replace(demo.data, root=str(root), batch={"main": 4}),
+    )
     records = len((root / "vqa/main/train.jsonl").read_text().splitlines())
     assert length(VQA, replace(demo, run=run, data=data), records=0) == 3 * (records // 4)
 

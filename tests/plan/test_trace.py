@@ -7,11 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from beit3.plan.standin import built, example
+from beit3.plan.dummy_inputs import built, example
 from beit3.plan.trace import Allocations, norms_in_float32, trace
 from beit3.task import load
-from beit3.train.parallel import materialise
-from beit3.train.step import weigh
+from beit3.training.parallel import materialise
+from beit3.training.step import weigh
 
 KIB = 1024
 CPU = torch.device("cpu")
@@ -95,13 +95,16 @@ def test_norms_of_an_accelerator_are_in_float32():
 
 
 @pytest.mark.parametrize(
-    ("name", "checkpointing"), [("vqa", "none"), ("vqa", "full"), ("vqkd", "none"), ("coco", "full"), ("ade20k", "none")]
+    ("name", "checkpointing"),
+    [("vqa", "none"), ("vqa", "full"), ("vqkd", "none"), ("coco", "full"), ("ade20k", "none")],
 )
 def test_operations_are_those_of_a_real_step(name, checkpointing):
     kind = load(name)
     recipe = kind.recipes["demo"]
     run = replace(recipe.run, checkpointing=checkpointing)
-    found = trace(task := built(kind, recipe.task, run), example(task, "main"), 3, PLAIN, accelerator=False)
+    found = trace(
+        task := built(kind, recipe.task, run), example(task, "main"), 3, PLAIN, accelerator=False
+    )
     real = built(kind, recipe.task, run)
     materialise(real, CPU, 0)
     if name == "vqkd":
@@ -110,7 +113,11 @@ def test_operations_are_those_of_a_real_step(name, checkpointing):
     with FlopCounterMode(display=False) as counter:
         weigh(real, real(batch), real.targets(batch))[0].backward()
     assert found.flops == counter.get_total_flops()
-    assert found.batch == sum(value.numel() * value.element_size() for value in batch.values() if isinstance(value, torch.Tensor))
+    assert found.batch == sum(
+        value.numel() * value.element_size()
+        for value in batch.values()
+        if isinstance(value, torch.Tensor)
+    )
 
 
 def test_recomputing_keeps_less():

@@ -46,7 +46,10 @@ def encode(
         tokens = block(state, config, f"blocks.{layer}", tokens, kinds, may, trace, f"layer{layer}")
         note(trace, f"layer{layer}.out", tokens)
     if config.final_norm:
-        tokens = [layer_norm(state, config, "norm", kind, token) for kind, token in zip(kinds, tokens, strict=True)]
+        tokens = [
+            layer_norm(state, config, "norm", kind, token)
+            for kind, token in zip(kinds, tokens, strict=True)
+        ]
     return torch.stack(tokens, 1)
 
 
@@ -58,7 +61,9 @@ def image_tokens(state: State, config: Any, image: Tensor, mask: Tensor | None) 
     tokens = [state["image_embedding.class_token"][0].expand(len(image), -1)]
     for row in range(rows):
         for column in range(columns):
-            patch = image[:, :, row * size : (row + 1) * size, column * size : (column + 1) * size].flatten(1)
+            patch = image[
+                :, :, row * size : (row + 1) * size, column * size : (column + 1) * size
+            ].flatten(1)
             token = patch @ kernel.T + state["image_embedding.patch.bias"]
             if mask is not None:
                 hidden = mask[:, row * columns + column, None].to(token.dtype)
@@ -73,7 +78,10 @@ def text_tokens(state: State, text: Tensor, padding: Tensor | None) -> list[Tens
     """Words with positions; a padded one enters as zeros."""
     tokens = []
     for index in range(text.shape[1]):
-        token = state["text_embedding.tokens.weight"][text[:, index]] + state["text_embedding.positions"][2 + index]
+        token = (
+            state["text_embedding.tokens.weight"][text[:, index]]
+            + state["text_embedding.positions"][2 + index]
+        )
         if padding is not None:
             token = torch.where(padding[:, index, None], torch.zeros_like(token), token)
         tokens.append(token)
@@ -81,9 +89,15 @@ def text_tokens(state: State, text: Tensor, padding: Tensor | None) -> list[Tens
 
 
 def block(
-    state: State, config: Any, path: str, tokens: list[Tensor], kinds: list[str], may: Tensor,
-    trace: MutableMapping[str, Tensor] | None, name: str,
-) -> list[Tensor]:  # fmt: skip
+    state: State,
+    config: Any,
+    path: str,
+    tokens: list[Tensor],
+    kinds: list[str],
+    may: Tensor,
+    trace: MutableMapping[str, Tensor] | None,
+    name: str,
+) -> list[Tensor]:
     """x + attention(norm(x)), then x + expert(norm(x)), each token through the copies of its kind."""
     queries, keys, values = [], [], []
     for kind, token in zip(kinds, tokens, strict=True):
@@ -102,10 +116,15 @@ def block(
     if trace is not None:
         trace[f"{name}.self_attn_weights"] = weights
     tokens = [token + change for token, change in zip(tokens, changes, strict=True)]
-    return [token + feed_forward(state, config, path, kind, token) for kind, token in zip(kinds, tokens, strict=True)]
+    return [
+        token + feed_forward(state, config, path, kind, token)
+        for kind, token in zip(kinds, tokens, strict=True)
+    ]
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, heads: int, may: Tensor) -> tuple[Tensor, Tensor]:
+def attend(
+    query: Tensor, key: Tensor, value: Tensor, heads: int, may: Tensor
+) -> tuple[Tensor, Tensor]:
     """All [B, N, D] -> mixed values [B, N, D] and weights [B * heads, N, N], batch-major."""
     width = query.shape[2] // heads
     mixed, weights = [], []
@@ -119,7 +138,9 @@ def attend(query: Tensor, key: Tensor, value: Tensor, heads: int, may: Tensor) -
 
 
 def feed_forward(state: State, config: Any, path: str, kind: str, token: Tensor) -> Tensor:
-    inner = linear(state, f"{path}.ffn.{kind}.fc1", "", layer_norm(state, config, f"{path}.norm2", kind, token))
+    inner = linear(
+        state, f"{path}.ffn.{kind}.fc1", "", layer_norm(state, config, f"{path}.norm2", kind, token)
+    )
     inner = inner * (1 + torch.erf(inner / math.sqrt(2))) / 2
     if config.sub_ln:
         inner = layer_norm(state, config, f"{path}.ffn.{kind}.norm", "", inner)
@@ -134,7 +155,10 @@ def linear(state: State, path: str, kind: str, token: Tensor) -> Tensor:
 def layer_norm(state: State, config: Any, path: str, kind: str, token: Tensor) -> Tensor:
     weight, bias = (parameter(state, path, kind, part) for part in ("weight", "bias"))
     centred = token - token.mean(-1, keepdim=True)
-    return centred / torch.sqrt(centred.square().mean(-1, keepdim=True) + config.norm_eps) * weight + bias
+    return (
+        centred / torch.sqrt(centred.square().mean(-1, keepdim=True) + config.norm_eps) * weight
+        + bias
+    )
 
 
 def parameter(state: State, path: str, kind: str, part: str) -> Tensor:
@@ -149,7 +173,11 @@ def bicubic(table: Tensor, side: int, rows: int, columns: int) -> Tensor:
         return table
     grid = table[3:].reshape(side, side, -1)
     made = [
-        sum(a * b * grid[y, x] for y, a in taps(row, rows, side) for x, b in taps(column, columns, side))
+        sum(
+            a * b * grid[y, x]
+            for y, a in taps(row, rows, side)
+            for x, b in taps(column, columns, side)
+        )
         for row in range(rows)
         for column in range(columns)
     ]

@@ -10,7 +10,9 @@ from torch import Tensor
 from beit3.model.beit3 import BEiT3
 
 
-def next_word(backbone: BEiT3, head, image: Tensor, words: list[int], bos: int, mask: int) -> Tensor:
+def next_word(
+    backbone: BEiT3, head, image: Tensor, words: list[int], bos: int, mask: int
+) -> Tensor:
     """Log-probabilities [V] of the word after `words`; image [1, 3, H, W]."""
     text = torch.tensor([[bos, *words, mask]])
     num_image = 1 + backbone.config.num_patches
@@ -23,7 +25,9 @@ def next_word(backbone: BEiT3, head, image: Tensor, words: list[int], bos: int, 
     return head(states[:, -1]).log_softmax(-1)[0]
 
 
-def greedy(backbone, head, image, max_length: int, bos: int, eos: int, mask: int) -> tuple[list[int], float]:
+def greedy(
+    backbone, head, image, max_length: int, bos: int, eos: int, mask: int
+) -> tuple[list[int], float]:
     words: list[int] = []
     score = 0.0
     while len(words) + 2 < max_length:
@@ -36,7 +40,17 @@ def greedy(backbone, head, image, max_length: int, bos: int, eos: int, mask: int
     return words, score
 
 
-def beam(backbone, head, image, max_length: int, num_beams: int, penalty: float, bos: int, eos: int, mask: int) -> tuple[list[int], float]:
+def beam(
+    backbone,
+    head,
+    image,
+    max_length: int,
+    num_beams: int,
+    penalty: float,
+    bos: int,
+    eos: int,
+    mask: int,
+) -> tuple[list[int], float]:
     opened: list[tuple[list[int], float]] = [([], 0.0)]
     best: tuple[list[int], float] | None = None
     for length in range(2, max_length):

@@ -20,7 +20,9 @@ def bleu(texts, truths, order):
             found = ngrams(text, n)
             given[n - 1] += len(found)
             for gram in set(found):
-                right[n - 1] += min(found.count(gram), max(ngrams(words, n).count(gram) for words in truths[key]))
+                right[n - 1] += min(
+                    found.count(gram), max(ngrams(words, n).count(gram) for words in truths[key])
+                )
     product = 1.0
     for n in range(order):
         product *= (right[n] + 1e-15) / (given[n] + 1e-9)
@@ -53,19 +55,34 @@ def cider(texts, truths, clipped):
     """Mean over images, references and n of the cosine of the weighted counts, times 10; by image id."""
     total = 0.0
     for n in range(1, 5):
-        seen = {key: {gram for words in several for gram in ngrams(words, n)} for key, several in truths.items()}
+        seen = {
+            key: {gram for words in several for gram in ngrams(words, n)}
+            for key, several in truths.items()
+        }
 
         def weighted(words, n=n, seen=seen):
             found = ngrams(words, n)
-            return {g: found.count(g) * log(len(truths) / max(1, sum(g in grams for grams in seen.values()))) for g in found}
+            return {
+                g: found.count(g)
+                * log(len(truths) / max(1, sum(g in grams for grams in seen.values())))
+                for g in found
+            }
 
         for key, text in texts.items():
             for words in truths[key]:
                 own, other = weighted(text), weighted(words)
-                product = sum((min(own[g], other[g]) if clipped else own[g]) * other[g] for g in own if g in other)
-                norm = sqrt(sum(v * v for v in own.values())) * sqrt(sum(v * v for v in other.values()))
+                product = sum(
+                    (min(own[g], other[g]) if clipped else own[g]) * other[g]
+                    for g in own
+                    if g in other
+                )
+                norm = sqrt(sum(v * v for v in own.values())) * sqrt(
+                    sum(v * v for v in other.values())
+                )
                 score = product / norm if norm else 0.0
                 if clipped:
-                    score *= exp(-((len(ngrams(text, 2)) - len(ngrams(words, 2))) ** 2) / (2 * 6**2))
+                    score *= exp(
+                        -((len(ngrams(text, 2)) - len(ngrams(words, 2))) ** 2) / (2 * 6**2)
+                    )
                 total += score / len(truths[key])
     return 10 * total / 4 / len(texts)

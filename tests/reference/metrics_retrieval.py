@@ -13,5 +13,7 @@ def recall(images, texts, owner, ks):
         ranked = sorted(range(len(images)), key=lambda image: (-similarity[image, text], image))
         of_images.append(ranked.index(owner[text]))
     scores = {f"text_recall@{k}": sum(place < k for place in of_texts) / len(of_texts) for k in ks}
-    scores |= {f"image_recall@{k}": sum(place < k for place in of_images) / len(of_images) for k in ks}
+    scores |= {
+        f"image_recall@{k}": sum(place < k for place in of_images) / len(of_images) for k in ks
+    }
     return scores | {"mean_recall": sum(scores.values()) / len(scores)}

@@ -24,7 +24,11 @@ def soft_nms(boxes, scores, *, kind, iou, sigma, min_score, candidate_score, lim
     """(score, box number, label) of the best `limit`, from lists of boxes and of each box's scores of all classes."""
     taken = []
     for label in range(len(scores[0])):
-        left = {i: row[label] for i, row in enumerate(scores) if row[label] > candidate_score and row[label] >= min_score}
+        left = {
+            i: row[label]
+            for i, row in enumerate(scores)
+            if row[label] > candidate_score and row[label] >= min_score
+        }
         while left:
             best = min(left, key=lambda i: (-left[i], i))
             taken.append((left.pop(best), best, label))

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from beit3.data.records import write_records
-from beit3.data.transforms import Preprocessing
+from beit3.data.stores.records import write_records
+from beit3.data.views.transforms import Preprocessing
 from beit3.detection.config import DetectorConfig
 from beit3.model.config import TINY
 from beit3.model.generation import Decoding
@@ -33,9 +33,11 @@ from beit3.tasks.vqkd import VQKD, VQKDConfig
 from beit3.tokenizer.text import TextTokenizer
 from beit3.tokenizer.visual import VisualTokenizerConfig
 from beit3.weights import store
-from beit3.weights.fill import task_name
+from beit3.weights.matching import task_name
 
-MODEL = replace(TINY, dim=32, depth=2, num_heads=2, ffn_dim=32, image_size=16, patch_size=4, vocab_size=64)
+MODEL = replace(
+    TINY, dim=32, depth=2, num_heads=2, ffn_dim=32, image_size=16, patch_size=4, vocab_size=64
+)
 UNNORMED = replace(MODEL, final_norm=False)
 CAPTION = "a red cube & <b>one</b> blue ball"
 CLASSES = ("red <i>cube</i>", "blue ball", "yellow one", "hat")
@@ -52,8 +54,13 @@ def write_run(path: Path, task: Task, data: DataConfig, *, init: str = "") -> Pa
     """A run of ten logged steps and two evaluations."""
     store.save(task, path / "best")
     recipe = Recipe(task=task.config, data=data).to_dict()
-    (path / "recipe.json").write_text(json.dumps({"task": task_name(type(task)), "init": init, "recipe": recipe}))
-    lines = [{"step": n, "loss": 9 / n, "loss/text": 9 / n, "text/accuracy": n / 10} for n in range(1, 11)]
+    (path / "recipe.json").write_text(
+        json.dumps({"task": task_name(type(task)), "init": init, "recipe": recipe})
+    )
+    lines = [
+        {"step": n, "loss": 9 / n, "loss/text": 9 / n, "text/accuracy": n / 10}
+        for n in range(1, 11)
+    ]
     lines += [{"step": step, f"val/{task.headline}": 0.1 * step} for step in (5, 10)]
     (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     scores = {"step": 10, "text_accuracy": 0.5, task.headline: 1.0, "pairs/text_loss": 2.0}
@@ -76,19 +83,35 @@ def root(tmp_path_factory) -> Path:
         Image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(root / name)
     pictures = [{"id": name, "image": name} for name in images]
     pairs = [record | {"text": CAPTION} for record in pictures]
-    questions = [record | {"text": "what is <i>", "answers": {"red & blue": 1.0}} for record in pictures]
+    questions = [
+        record | {"text": "what is <i>", "answers": {"red & blue": 1.0}} for record in pictures
+    ]
     statements, captioned = [], []
     for index, record in enumerate(pictures):
-        canvas = np.concatenate([np.array(Image.open(root / images[place])) for place in (index, index - 1)], axis=1)
+        canvas = np.concatenate(
+            [np.array(Image.open(root / images[place])) for place in (index, index - 1)], axis=1
+        )
         Image.fromarray(canvas).save(root / f"canvas{index}.png")
-        halves = {"image": f"canvas{index}.png", "image2": f"canvas{index}.png", "boxes": [[0, 0, 16, 16], [16, 0, 32, 16]]}
-        statements.append({"id": record["id"]} | halves | {"text": "one is <i>", "label": index % 2, "group": str(index)})
-        captioned.append(record | {"image_id": index, "captions": [f"{CAPTION} {index}", "what is <i>"]})
+        halves = {
+            "image": f"canvas{index}.png",
+            "image2": f"canvas{index}.png",
+            "boxes": [[0, 0, 16, 16], [16, 0, 32, 16]],
+        }
+        statements.append(
+            {"id": record["id"]}
+            | halves
+            | {"text": "one is <i>", "label": index % 2, "group": str(index)}
+        )
+        captioned.append(
+            record | {"image_id": index, "captions": [f"{CAPTION} {index}", "what is <i>"]}
+        )
     for split in ("train", "val"):
         write_records(root / "nlvr2" / "main" / f"{split}.jsonl", statements)
         write_records(root / "captioning" / "main" / f"{split}.jsonl", captioned)
         write_records(root / "retrieval" / "main" / f"{split}.jsonl", captioned)
-        labelled = [record | {"label": index % len(CLASSES)} for index, record in enumerate(pictures)]
+        labelled = [
+            record | {"label": index % len(CLASSES)} for index, record in enumerate(pictures)
+        ]
         write_records(root / "imagenet" / "main" / f"{split}.jsonl", labelled)
         write_records(root / "vqkd" / "main" / f"{split}.jsonl", pictures)
         write_records(root / "pretrain" / "images" / f"{split}.jsonl", pictures)
@@ -104,13 +127,27 @@ def write_dense(root: Path, rng: np.random.Generator, images: list[str]) -> None
     for index, name in enumerate(images):
         boxes = [[1, 2, 6, 5], [8, 9, 5, 6]]
         rows = [
-            {"id": 2 * index + label + 1, "box": box, "label": label, "area": 30.0 - label, "crowd": False, "segmentation": [outline(box)]}
+            {
+                "id": 2 * index + label + 1,
+                "box": box,
+                "label": label,
+                "area": 30.0 - label,
+                "crowd": False,
+                "segmentation": [outline(box)],
+            }
             for label, box in enumerate(boxes)
-        ]  # fmt: skip
+        ]
         shapes.append({"id": str(index), "image": name, "width": 16, "height": 16, "objects": rows})
         labels = np.repeat(np.array([0, 1, 2, 255], np.uint8), 4)[:, None].repeat(16, 1)
         Image.fromarray(labels).save(root / f"labels{index}.png")
-        scenes.append({"id": str(index), "image": name, "label_map": f"labels{index}.png", "labels": {"num_classes": 3}})
+        scenes.append(
+            {
+                "id": str(index),
+                "image": name,
+                "label_map": f"labels{index}.png",
+                "labels": {"num_classes": 3},
+            }
+        )
     for split in ("train", "val"):
         write_records(root / "coco" / "main" / f"{split}.jsonl", shapes)
         write_records(root / "ade20k" / "main" / f"{split}.jsonl", scenes)
@@ -124,26 +161,54 @@ def outline(box: list[int]) -> list[int]:
 
 @pytest.fixture(scope="session")
 def coco(tmp_path_factory, root) -> Path:
-    small = {"pyramid_dim": 8, "box_dim": 8, "box_convs": 1, "mask_convs": 1, "rpn_convs": 1, "rpn_top_test": 20, "rpn_proposals": 10}
-    detector = DetectorConfig(anchor_sizes=(4, 8, 16, 24, 32), detections_per_image=5, min_score=0.001, **small)
+    small = {
+        "pyramid_dim": 8,
+        "box_dim": 8,
+        "box_convs": 1,
+        "mask_convs": 1,
+        "rpn_convs": 1,
+        "rpn_top_test": 20,
+        "rpn_proposals": 10,
+    }
+    detector = DetectorConfig(
+        anchor_sizes=(4, 8, 16, 24, 32), detections_per_image=5, min_score=0.001, **small
+    )
     config = CocoConfig(
-        model=UNNORMED, image=Preprocessing(16, resize="fit"), detector=detector, categories=SHAPES, num_classes=2, window=0
-    )  # fmt: skip
+        model=UNNORMED,
+        image=Preprocessing(16, resize="fit"),
+        detector=detector,
+        categories=SHAPES,
+        num_classes=2,
+        window=0,
+    )
     task = Coco(config)
     task.init_weights(0)
-    return write_run(tmp_path_factory.mktemp("runs") / "coco", task, DataConfig(root=str(root), batch={"main": 4}))
+    return write_run(
+        tmp_path_factory.mktemp("runs") / "coco",
+        task,
+        DataConfig(root=str(root), batch={"main": 4}),
+    )
 
 
 @pytest.fixture(scope="session")
 def ade20k(tmp_path_factory, root) -> Path:
     pytest.importorskip("transformers")
     config = Ade20kConfig(
-        model=UNNORMED, image=Preprocessing(16), adapter=AdapterConfig(inplanes=4, num_interactions=2),
-        head=HeadConfig(32, 2, 1, 16, 1, 16, num_queries=4), classes=SCENES, num_classes=3, views=Views(16, 16, 16, 64),
-    )  # fmt: skip
+        model=UNNORMED,
+        image=Preprocessing(16),
+        adapter=AdapterConfig(inplanes=4, num_interactions=2),
+        head=HeadConfig(32, 2, 1, 16, 1, 16, num_queries=4),
+        classes=SCENES,
+        num_classes=3,
+        views=Views(16, 16, 16, 64),
+    )
     task = Ade20k(config)
     task.init_weights(0)
-    return write_run(tmp_path_factory.mktemp("runs") / "ade20k", task, DataConfig(root=str(root), batch={"main": 4}))
+    return write_run(
+        tmp_path_factory.mktemp("runs") / "ade20k",
+        task,
+        DataConfig(root=str(root), batch={"main": 4}),
+    )
 
 
 @pytest.fixture(scope="session")
@@ -151,15 +216,24 @@ def vqkd(tmp_path_factory, root) -> Path:
     sizes = VisualTokenizerConfig(16, 4, 32, 1, 2, 32, 1, 8, 12, 45)
     task = VQKD(VQKDConfig(model=sizes, image=Preprocessing(16, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))))  # type: ignore[arg-type]
     task.init_weights(0)
-    return write_run(tmp_path_factory.mktemp("runs") / "vqkd", task, DataConfig(root=str(root), batch={"main": 4}))
+    return write_run(
+        tmp_path_factory.mktemp("runs") / "vqkd",
+        task,
+        DataConfig(root=str(root), batch={"main": 4}),
+    )
 
 
 @pytest.fixture(scope="session")
 def pretrain(tmp_path_factory, root, vqkd, tokenizer) -> Path:
     config = PretrainConfig(
-        model=MODEL, image=Preprocessing(16), visual_tokenizer=str(vqkd / "best"), num_codes=12, token_size=16,
-        min_mask_block=2, text_length=24,
-    )  # fmt: skip
+        model=MODEL,
+        image=Preprocessing(16),
+        visual_tokenizer=str(vqkd / "best"),
+        num_codes=12,
+        token_size=16,
+        min_mask_block=2,
+        text_length=24,
+    )
     task = Pretrain(config, tokenizer=tokenizer)
     task.init_weights(0)
     data = DataConfig(root=str(root), batch={"images": 4, "pairs": 4})
@@ -172,11 +246,22 @@ def fresh(kind: type[Task], config: TaskConfig, tokenizer: TextTokenizer, seed: 
     return task
 
 
-def write_two(tmp_path_factory, root: Path, tokenizer: TextTokenizer, kind: type[Task], config: TaskConfig) -> tuple[Path, Path]:
+def write_two(
+    tmp_path_factory, root: Path, tokenizer: TextTokenizer, kind: type[Task], config: TaskConfig
+) -> tuple[Path, Path]:
     """Two runs of one name in two folders."""
-    base, data, name = tmp_path_factory.mktemp("two"), DataConfig(root=str(root), batch={"main": 4}), task_name(kind)
+    base, data, name = (
+        tmp_path_factory.mktemp("two"),
+        DataConfig(root=str(root), batch={"main": 4}),
+        task_name(kind),
+    )
     first, second = (
-        write_run(base / folder / name, fresh(kind, config, tokenizer, seed), data, init="there/last" if seed else "")
+        write_run(
+            base / folder / name,
+            fresh(kind, config, tokenizer, seed),
+            data,
+            init="there/last" if seed else "",
+        )
         for seed, folder in enumerate(("pretrained", "scratch"))
     )
     return first, second
@@ -185,18 +270,28 @@ def write_two(tmp_path_factory, root: Path, tokenizer: TextTokenizer, kind: type
 @pytest.fixture(scope="session")
 def vqa(tmp_path_factory, root, tokenizer) -> tuple[Path, Path]:
     answers = ("red & blue", "no")
-    config = VQAConfig(model=UNNORMED, image=Preprocessing(16), text_length=16, num_answers=2, answers=answers)
+    config = VQAConfig(
+        model=UNNORMED, image=Preprocessing(16), text_length=16, num_answers=2, answers=answers
+    )
     return write_two(tmp_path_factory, root, tokenizer, VQA, config)
 
 
 @pytest.fixture(scope="session")
 def nlvr2(tmp_path_factory, root, tokenizer) -> tuple[Path, Path]:
-    return write_two(tmp_path_factory, root, tokenizer, NLVR2, NLVR2Config(model=MODEL, image=Preprocessing(16), text_length=16))
+    return write_two(
+        tmp_path_factory,
+        root,
+        tokenizer,
+        NLVR2,
+        NLVR2Config(model=MODEL, image=Preprocessing(16), text_length=16),
+    )
 
 
 @pytest.fixture(scope="session")
 def captioning(tmp_path_factory, root, tokenizer) -> tuple[Path, Path]:
-    config = CaptioningConfig(model=MODEL, image=Preprocessing(16), text_length=8, decoding=Decoding("greedy"))
+    config = CaptioningConfig(
+        model=MODEL, image=Preprocessing(16), text_length=8, decoding=Decoding("greedy")
+    )
     return write_two(tmp_path_factory, root, tokenizer, Captioning, config)
 
 
@@ -208,5 +303,7 @@ def retrieval(tmp_path_factory, root, tokenizer) -> tuple[Path, Path]:
 
 @pytest.fixture(scope="session")
 def imagenet(tmp_path_factory, root, tokenizer) -> tuple[Path, Path]:
-    config = ImageNetConfig(model=UNNORMED, image=Preprocessing(16), num_classes=len(CLASSES), classes=CLASSES)
+    config = ImageNetConfig(
+        model=UNNORMED, image=Preprocessing(16), num_classes=len(CLASSES), classes=CLASSES
+    )
     return write_two(tmp_path_factory, root, tokenizer, ImageNet, config)

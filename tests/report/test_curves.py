@@ -41,7 +41,9 @@ def series(key: str, values: list[float]) -> list[dict[str, float]]:
 
 @given(st.lists(st.floats(-100, 100), min_size=1, max_size=40), st.integers(0, 10))
 def test_smoothing_is_the_mean_over_a_window(values, reach):
-    expected = [np.mean(values[max(0, place - reach) : place + reach + 1]) for place in range(len(values))]
+    expected = [
+        np.mean(values[max(0, place - reach) : place + reach + 1]) for place in range(len(values))
+    ]
     np.testing.assert_allclose(smooth(np.array(values), reach), expected, atol=1e-9)
 
 
@@ -59,15 +61,36 @@ def test_usage_is_two_to_the_entropy_in_bits():
 
 
 def test_a_chart_per_quantity_then_the_scores_that_moved():
-    logged = {"loss": 1.0, "loss/loss": 1.0, "accuracy": 0.5, "lr": 1.0, "gradient_norm": 1.0, "gradient_norm/head": 1.0}
-    once = [{"step": 1} | logged, {"step": 1, "val/accuracy": 0.1, "val/most_frequent": 0.1, "val/negative_loss": 1.0}]
-    expected = [Chart("loss (nats)", "loss/loss", ("val/loss",)), Chart("accuracy", "accuracy", ("val/accuracy",))]
+    logged = {
+        "loss": 1.0,
+        "loss/loss": 1.0,
+        "accuracy": 0.5,
+        "lr": 1.0,
+        "gradient_norm": 1.0,
+        "gradient_norm/head": 1.0,
+    }
+    once = [
+        {"step": 1} | logged,
+        {"step": 1, "val/accuracy": 0.1, "val/most_frequent": 0.1, "val/negative_loss": 1.0},
+    ]
+    expected = [
+        Chart("loss (nats)", "loss/loss", ("val/loss",)),
+        Chart("accuracy", "accuracy", ("val/accuracy",)),
+    ]
     assert charts([run(once)]) == expected
-    twice = [*once, {"step": 2, "val/accuracy": 0.2, "val/most_frequent": 0.1, "val/negative_loss": 2.0}]
+    twice = [
+        *once,
+        {"step": 2, "val/accuracy": 0.2, "val/most_frequent": 0.1, "val/negative_loss": 2.0},
+    ]
     still = [{"step": step, "val/bleu4": value} for step, value in ((1, 2e-10), (2, 3e-10))]
     assert charts([run(once + still)]) == expected
-    assert charts([run(once), run(twice)]) == [*expected, Chart("held-out negative loss (nats)", held_out=("val/negative_loss",))]
-    assert charts([run([{"step": 1, "loss": 1.0}], task="not_installed")]) == [Chart("loss", "loss", ("val/loss",))]
+    assert charts([run(once), run(twice)]) == [
+        *expected,
+        Chart("held-out negative loss (nats)", held_out=("val/negative_loss",)),
+    ]
+    assert charts([run([{"step": 1, "loss": 1.0}], task="not_installed")]) == [
+        Chart("loss", "loss", ("val/loss",))
+    ]
     assert charts([run([])]) == []
 
 
@@ -94,13 +117,17 @@ def test_titles_say_units_where_there_are_any():
     assert chart_title("val/text_recall@1", "retrieval") == "held-out text recall@1"
 
 
-@pytest.mark.parametrize("values, expected", [([1, 9], False), ([1, 11], True), ([-1, 11], False), ([], False)])
+@pytest.mark.parametrize(
+    "values, expected", [([1, 9], False), ([1, 11], True), ([-1, 11], False), ([], False)]
+)
 def test_only_positive_lines_over_more_than_a_decade_are_logarithmic(values, expected):
     assert spans_decades([np.array(values)]) is expected
 
 
 def test_a_curve_is_one_self_contained_element_with_its_text_as_text():
-    svg = curve([run(series("loss/pair_text", [5.0, 4.0, 3.0]))], Chart("pair text: loss", "loss/pair_text"))
+    svg = curve(
+        [run(series("loss/pair_text", [5.0, 4.0, 3.0]))], Chart("pair text: loss", "loss/pair_text")
+    )
     root = ElementTree.fromstring(svg)
     assert root.tag.endswith("svg") and root.get("viewBox") and root.get("width") is None
     assert "pair text: loss" in "".join(root.itertext())
@@ -126,7 +153,11 @@ def test_two_runs_share_one_picture_in_two_colors():
 def strokes(svg: str, color: str) -> list[str]:
     """The dashes of the lines of one colour; "" where a line is whole."""
     found = re.findall(rf'<path [^>]*style="([^"]*stroke: {color}[^"]*)"', svg)
-    return [(re.findall(r"stroke-dasharray: ([\d., ]+)", style) or [""])[0] for style in found if "fill: none" in style]
+    return [
+        (re.findall(r"stroke-dasharray: ([\d., ]+)", style) or [""])[0]
+        for style in found
+        if "fill: none" in style
+    ]
 
 
 def test_twenty_runs_look_different_without_color_groups_of_four():
@@ -143,15 +174,24 @@ def test_held_out_scores_are_rings_of_runs_that_trained_on_the_quantity():
     scored = [{"step": 2, "val/texts/text_loss": 4.0, "val/text_loss": 7.0}]
     both = run(series("loss/text", [3.0, 2.0]) + scored)
     assert "a ends at 4 on held-out records" in curve([both], chart)
-    other = run(series("loss/pair_text", [3.0, 2.0]) + [{"step": 2, "val/text_loss": 7.0}], label="b")
+    other = run(
+        series("loss/pair_text", [3.0, 2.0]) + [{"step": 2, "val/text_loss": 7.0}], label="b"
+    )
     assert "b ends" not in curve([both, other], chart)
-    assert "b ends at 7 on held-out records" in curve([other], Chart("x", held_out=("val/text_loss",)))
+    assert "b ends at 7 on held-out records" in curve(
+        [other], Chart("x", held_out=("val/text_loss",))
+    )
 
 
 def parts(count: int) -> Run:
-    lines = [{"step": step, "gradient_norm": 1.0, "gradient_norm/image_embedding": 0.0} for step in (1, 2)]
+    lines = [
+        {"step": step, "gradient_norm": 1.0, "gradient_norm/image_embedding": 0.0}
+        for step in (1, 2)
+    ]
     for line in lines:
-        line |= {f"gradient_norm/blocks.{index}": 10.0 ** -index for index in range(count)} | {"gradient_norm/head": 2.0}
+        line |= {f"gradient_norm/blocks.{index}": 10.0**-index for index in range(count)} | {
+            "gradient_norm/head": 2.0
+        }
     return run(lines)
 
 
@@ -165,8 +205,14 @@ def test_parts_are_named_at_their_ends_and_of_a_row_the_first_and_last():
 
 
 def test_parts_of_a_row_shade_and_the_others_are_told_apart():
-    looks = part_looks(["image_embedding", "blocks.0", "blocks.1", "blocks.2", "norm1", "norm2", "head"])
-    assert looks["blocks.0"][0] == PALETTE[0] and looks["blocks.2"][0] == PALETTE[4] and not looks["blocks.1"][2]
+    looks = part_looks(
+        ["image_embedding", "blocks.0", "blocks.1", "blocks.2", "norm1", "norm2", "head"]
+    )
+    assert (
+        looks["blocks.0"][0] == PALETTE[0]
+        and looks["blocks.2"][0] == PALETTE[4]
+        and not looks["blocks.1"][2]
+    )
     alone = [looks[part] for part in ("image_embedding", "norm1", "norm2", "head")]
     assert len(set(alone)) == 4 and all(named for *_, named in alone)
 
@@ -177,7 +223,10 @@ def test_labels_are_moved_apart_in_their_order(places, gap):
     order = sorted(range(len(places)), key=lambda index: places[index])
     steps = [moved[after] - moved[before] for before, after in zip(order, order[1:], strict=False)]
     assert all(step >= gap - 1e-9 for step in steps) and max(moved, default=0) <= 1
-    far = all(places[after] - places[before] >= gap for before, after in zip(order, order[1:], strict=False))
+    far = all(
+        places[after] - places[before] >= gap
+        for before, after in zip(order, order[1:], strict=False)
+    )
     assert moved == pytest.approx(places) or not far
 
 

@@ -7,8 +7,17 @@ import pytest
 import torch
 from PIL import Image
 
-from beit3.report.material import records, spread, weights
-from beit3.report.panels import CodeBook, code_book, fill_words, panels, patch_row, sentence, trained_on, word_batch
+from beit3.report.panel_inputs import records, spread, weights
+from beit3.report.panels import (
+    CodeBook,
+    code_book,
+    fill_words,
+    panels,
+    patch_row,
+    sentence,
+    trained_on,
+    word_batch,
+)
 from beit3.report.pictures import cut, hatch
 from beit3.report.runs import read_runs
 from beit3.tasks.pretrain import IGNORE, Pretrain
@@ -36,9 +45,15 @@ def test_mean_patches_are_the_means_of_their_codes(vqkd):
 
 
 def test_a_row_of_hidden_patches_shows_guess_and_truth():
-    book = CodeBook(np.stack([np.full((2, 2, 3), shade, np.uint8) for shade in (10, 20, 30)]), np.ones(3))
+    book = CodeBook(
+        np.stack([np.full((2, 2, 3), shade, np.uint8) for shade in (10, 20, 30)]), np.ones(3)
+    )
     image = RNG.integers(100, 256, (4, 4, 3), dtype=np.uint8)
-    mask, guess, true = np.array([True, False, True, False]), np.array([1, 0, 2, 0]), np.array([1, 1, 0, 2])
+    mask, guess, true = (
+        np.array([True, False, True, False]),
+        np.array([1, 0, 2, 0]),
+        np.array([1, 1, 0, 2]),
+    )
     html = patch_row(image, mask, guess, true, book)
     original, masked, filled, codes = images_of(html)
     np.testing.assert_array_equal(original, image)
@@ -72,7 +87,9 @@ def test_words_are_filled_from_everything_hidden_with_and_without_the_picture(pr
     hidden = batch["text_target"] != IGNORE
     assert hidden.any(1).all() and (batch["text"][hidden] == task.tokenizer.mask).all()
     with torch.no_grad():
-        torch.testing.assert_close(fill_words(task, batch, seeing=True), task.outputs(batch)["text_logits"].argmax(-1))
+        torch.testing.assert_close(
+            fill_words(task, batch, seeing=True), task.outputs(batch)["text_logits"].argmax(-1)
+        )
         other = batch | {"image": torch.zeros_like(batch["image"])}
         blind = fill_words(task, batch, seeing=False)
         torch.testing.assert_close(blind, fill_words(task, other, seeing=False))
@@ -89,14 +106,25 @@ def test_which_sources_hide_what(pretrain):
 
 def test_panels_of_every_task(vqkd, pretrain, vqa, nlvr2, captioning, retrieval, imagenet):
     tuned = [runs[0] for runs in (vqa, nlvr2, captioning, retrieval, imagenet)]
-    found = {panel.title: panel.body for path in (vqkd, pretrain, *tuned) for panel in panels(read_runs([path]))}
+    found = {
+        panel.title: panel.body
+        for path in (vqkd, pretrain, *tuned)
+        for panel in panels(read_runs([path]))
+    }
     assert [body for body in found.values() if "Nothing to show" in body] == []
     counts = {title: len(images_of(body)) for title, body in found.items()}
     assert counts == {
-        "The codebook": 1, "Pictures in codes": 8 * 2, "Hidden patches": 6 * 4, "Hidden words": 8,
-        "Questions and answers": 8, "Statements and judgements": 8 * 2, "Captions": 8,
-        "Pictures found by a caption": 6 * 3, "Captions found by a picture": 6, "Pictures and classes": 8,
-    }  # fmt: skip
+        "The codebook": 1,
+        "Pictures in codes": 8 * 2,
+        "Hidden patches": 6 * 4,
+        "Hidden words": 8,
+        "Questions and answers": 8,
+        "Statements and judgements": 8 * 2,
+        "Captions": 8,
+        "Pictures found by a caption": 6 * 3,
+        "Captions found by a picture": 6,
+        "Pictures and classes": 8,
+    }
 
 
 def test_what_is_gone_leaves_one_line(pretrain, vqa, retrieval, tmp_path):
@@ -104,7 +132,15 @@ def test_what_is_gone_leaves_one_line(pretrain, vqa, retrieval, tmp_path):
         run = read_runs([path])[0]
         run.recipe["data"]["root"] = str(tmp_path)
         found = panels([run])
-        assert found and [panel.body for panel in found if f"Nothing to show: no {run.task}/" not in panel.body] == []
+        assert (
+            found
+            and [
+                panel.body
+                for panel in found
+                if f"Nothing to show: no {run.task}/" not in panel.body
+            ]
+            == []
+        )
     empty = replace(read_runs([vqa[0]])[0], path=tmp_path)
     assert "has no weights yet" in panels([empty])[0].body
     assert panels([replace(empty, task="unheard_of")]) == []

@@ -3,7 +3,7 @@
 import numpy as np
 from PIL import Image
 
-from beit3.report.material import records, weights
+from beit3.report.panel_inputs import records, weights
 from beit3.report.pictures import assemble, cut, picture, pixels
 from beit3.report.runs import read_runs
 from beit3.tasks.vqa import VQA
@@ -23,7 +23,9 @@ def test_patches_are_cut_row_by_row_and_put_together_again():
 def test_a_gap_is_clear_and_so_is_what_no_patch_fills():
     patches = np.full((3, 2, 2, 3), 9, dtype=np.uint8)
     canvas = assemble(patches, (2, 2), gap=1)
-    opaque = np.array([[1, 1, 0, 1, 1], [1, 1, 0, 1, 1], [0, 0, 0, 0, 0], [1, 1, 0, 0, 0], [1, 1, 0, 0, 0]])
+    opaque = np.array(
+        [[1, 1, 0, 1, 1], [1, 1, 0, 1, 1], [0, 0, 0, 0, 0], [1, 1, 0, 0, 0], [1, 1, 0, 0, 0]]
+    )
     np.testing.assert_array_equal(canvas[..., 3], 255 * opaque)
 
 
@@ -34,7 +36,9 @@ def test_a_picture_carries_its_pixels_and_its_words():
     assert 'alt="a &quot;red&quot; &lt;cube&gt;"' in html and 'class="sharp"' in html
     large = picture(np.zeros((400, 800, 3), dtype=np.uint8), "large")
     assert images_of(large)[0].shape == (160, 320, 3) and 'class="smooth"' in large
-    assert images_of(picture(np.zeros((400, 800, 3), dtype=np.uint8), "small", largest=40))[0].shape == (20, 40, 3)
+    assert images_of(picture(np.zeros((400, 800, 3), dtype=np.uint8), "small", largest=40))[
+        0
+    ].shape == (20, 40, 3)
 
 
 def test_a_networks_input_is_shown_as_the_picture_it_was(vqa):

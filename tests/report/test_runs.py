@@ -14,7 +14,12 @@ def run(lines: list[dict[str, float]]) -> Run:
 
 
 def test_values_that_are_not_finite_or_not_logged_are_left_out():
-    lines = [{"step": 1, "loss": math.nan}, {"step": 2, "loss": 3.0}, {"step": 3, "lr": 1.0}, {"step": 4, "loss": None}]
+    lines = [
+        {"step": 1, "loss": math.nan},
+        {"step": 2, "loss": 3.0},
+        {"step": 3, "lr": 1.0},
+        {"step": 4, "loss": None},
+    ]
     steps, values = run(lines).series("loss")
     assert steps.tolist() == [2] and values.tolist() == [3]
 
@@ -37,7 +42,9 @@ def test_a_run_that_is_still_going(tmp_path):
 @pytest.mark.parametrize("line", ["{", "[1]", "3", '{"loss": 2.0}'])
 def test_a_broken_line_is_named(tmp_path, line):
     (tmp_path / "recipe.json").write_text(json.dumps({"task": "vqa", "init": "", "recipe": {}}))
-    (tmp_path / "metrics.jsonl").write_text(f'{{"step": 1, "loss": 2.0}}\n{line}\n{{"step": 2, "loss": 2.0}}\n')
+    (tmp_path / "metrics.jsonl").write_text(
+        f'{{"step": 1, "loss": 2.0}}\n{line}\n{{"step": 2, "loss": 2.0}}\n'
+    )
     with pytest.raises(ValueError, match="metrics.jsonl line 2 is no JSON object with a step"):
         read_runs([tmp_path])
 

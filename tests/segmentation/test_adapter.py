@@ -46,12 +46,20 @@ def test_shut_gates_leave_the_trunk_alone(window):
 
 
 def depths_of(num_interactions: int) -> list[int]:
-    return made(replace(MODEL, depth=6), replace(SMALL, num_interactions=num_interactions))[0].depths
+    return made(replace(MODEL, depth=6), replace(SMALL, num_interactions=num_interactions))[
+        0
+    ].depths
 
 
 def test_each_map_takes_the_trunk_from_its_depth():
     """Beside the trunk's blocks run one by one, in an adapter whose own maps are nothing."""
-    assert [depths_of(rounds) for rounds in (1, 2, 3, 4, 6)] == [[0] * 4, [0, 0, 1, 1], [0, 1, 2, 2], [0, 1, 2, 3], [1, 2, 4, 5]]
+    assert [depths_of(rounds) for rounds in (1, 2, 3, 4, 6)] == [
+        [0] * 4,
+        [0, 0, 1, 1],
+        [0, 1, 2, 2],
+        [0, 1, 2, 3],
+        [1, 2, 4, 5],
+    ]
     adapter, trunk = made(replace(MODEL, depth=4), replace(SMALL, num_interactions=4))
     adapter.norms = nn.ModuleList(nn.Identity() for _ in range(4))
     states, priors = adapter.interact(image := torch.randn(2, 3, 48, 80), trunk)
@@ -59,7 +67,9 @@ def test_each_map_takes_the_trunk_from_its_depth():
     found, expected = adapter(image, trunk), trunk.embed(image)
     for block, each in zip(trunk.blocks, found, strict=True):
         expected = block(expected)
-        wanted = F.interpolate(trunk.norm((expected,), ((IMAGE, 1),))[0].movedim(3, 1), each.shape[2:], mode="bilinear")
+        wanted = F.interpolate(
+            trunk.norm((expected,), ((IMAGE, 1),))[0].movedim(3, 1), each.shape[2:], mode="bilinear"
+        )
         torch.testing.assert_close(each, wanted, rtol=0, atol=1e-6)
 
 
@@ -70,16 +80,25 @@ def test_any_size_goes_through(patch, size):
     adapter, trunk = made(model)
     maps = adapter.eval()(torch.randn(2, 3, *size), trunk)
     height, width = adapter.padded_size(*size)
-    assert height % patch == width % patch == 0 and 0 <= height - size[0] < patch and 0 <= width - size[1] < patch
+    assert (
+        height % patch == width % patch == 0
+        and 0 <= height - size[0] < patch
+        and 0 <= width - size[1] < patch
+    )
     assert adapter.strides == ((2, 4, 8, 16) if patch == 8 else (4, 8, 16, 32))
     for found, stride in zip(maps, adapter.strides, strict=True):
-        assert found.shape == (2, model.dim, -(-height // stride), -(-width // stride)) and found.isfinite().all()
+        assert (
+            found.shape == (2, model.dim, -(-height // stride), -(-width // stride))
+            and found.isfinite().all()
+        )
 
 
 def test_what_was_filled_up_counts_as_zeros_of_the_image():
     adapter, trunk = made()
     image = torch.randn(1, 3, 41, 64)
-    for one, other in zip(adapter.eval()(image, trunk), adapter(F.pad(image, (0, 0, 0, 7)), trunk), strict=True):
+    for one, other in zip(
+        adapter.eval()(image, trunk), adapter(F.pad(image, (0, 0, 0, 7)), trunk), strict=True
+    ):
         assert torch.equal(one, other)
 
 
@@ -107,12 +126,20 @@ def test_recomputing_changes_nothing():
     """Gradients with stochastic depth, running statistics and their count: bit for bit."""
     found = []
     for recompute in (False, True):
-        adapter, trunk = made(config=replace(SMALL, gate_init=0.1, drop_path_rate=0.5, recompute=recompute))
+        adapter, trunk = made(
+            config=replace(SMALL, gate_init=0.1, drop_path_rate=0.5, recompute=recompute)
+        )
         torch.manual_seed(1)
         maps = adapter.train()(torch.randn(3, 3, 48, 80), trunk)
         sum((each * torch.randn_like(each)).sum() for each in maps).backward()
-        found.append([parameter.grad for parameter in adapter.parameters()] + list(adapter.buffers()))
-        assert adapter.norms[0].num_batches_tracked == adapter.prior.stem[0].norm.num_batches_tracked == 1
+        found.append(
+            [parameter.grad for parameter in adapter.parameters()] + list(adapter.buffers())
+        )
+        assert (
+            adapter.norms[0].num_batches_tracked
+            == adapter.prior.stem[0].norm.num_batches_tracked
+            == 1
+        )
         assert adapter.prior.stem[0].norm.running_mean.abs().sum() > 0
     for kept, again in zip(*found, strict=True):
         assert torch.equal(kept, again)
@@ -141,30 +168,47 @@ def test_the_giant_can_be_built_and_run_on_meta():
         adapter, trunk = ViTAdapter(model, AdapterConfig(recompute=True)), ImageTrunk(model)
         maps = adapter(torch.empty(1, 3, 896, 896), trunk)
         assert adapter.stops == (9, 19, 29, 39)
-    assert [tuple(each.shape) for each in maps] == [(1, 1408, side, side) for side in (224, 112, 56, 28)]
+    assert [tuple(each.shape) for each in maps] == [
+        (1, 1408, side, side) for side in (224, 112, 56, 28)
+    ]
     assert all(each.is_meta for each in [*maps, *adapter.state_dict().values()])
 
 
 def test_memory_given_later_is_filled_like_memory_given_at_once():
     with torch.device("meta"):
         adapter = ViTAdapter(MODEL, SMALL)
-    adapter._apply(lambda tensor: torch.full_like(tensor, 7 if tensor.dtype == torch.int64 else torch.nan, device="cpu"))
+    adapter._apply(
+        lambda tensor: torch.full_like(
+            tensor, 7 if tensor.dtype == torch.int64 else torch.nan, device="cpu"
+        )
+    )
     wanted = made()[0].state_dict()
     for name, value in filled(adapter).state_dict().items():
         assert value.isfinite().all() and torch.equal(value, wanted[name]), name
 
 
 def test_initial_values():
-    adapter = filled(ViTAdapter(replace(MODEL, dim=64, num_heads=8), AdapterConfig(gate_init=1e-6, num_points=2)))
+    adapter = filled(
+        ViTAdapter(replace(MODEL, dim=64, num_heads=8), AdapterConfig(gate_init=1e-6, num_points=2))
+    )
     attention = adapter.injectors[0].attention
     ways = [(1, 0), (1, 1), (0, 1), (-1, 1), (-1, 0), (-1, -1), (0, -1), (1, -1)]
-    steps = torch.tensor([[[[step * x, step * y] for step in (1, 2)] for _ in range(3)] for x, y in ways], dtype=torch.float32)
+    steps = torch.tensor(
+        [[[[step * x, step * y] for step in (1, 2)] for _ in range(3)] for x, y in ways],
+        dtype=torch.float32,
+    )
     torch.testing.assert_close(attention.offsets.bias.view(8, 3, 2, 2), steps)
-    assert not attention.offsets.weight.any() and not attention.weights.weight.any() and not attention.weights.bias.any()
+    assert (
+        not attention.offsets.weight.any()
+        and not attention.weights.weight.any()
+        and not attention.weights.bias.any()
+    )
     bound = (6 / (64 + 32)) ** 0.5
     assert attention.value.weight.abs().max() <= bound and attention.value.weight.std() > bound / 2
     assert (adapter.injectors[1].gate == 1e-6).all() and 0.8 < adapter.level_embedding.std() < 1.2
-    assert (adapter.norms[0].weight == 1).all() and (adapter.extractors[0].ffn_norm.weight == 1).all()
+    assert (adapter.norms[0].weight == 1).all() and (
+        adapter.extractors[0].ffn_norm.weight == 1
+    ).all()
     assert abs(adapter.prior.stem[1].conv.weight.std() / (2 / (9 * 64)) ** 0.5 - 1) < 0.05
     assert abs(adapter.enlarge.weight.std() / (2 / (4 * 64)) ** 0.5 - 1) < 0.05
     assert abs(adapter.extractors[0].ffn.conv.weight.std() / (2 / 9) ** 0.5 - 1) < 0.2
@@ -178,7 +222,9 @@ def test_attention_reads_the_neighbour_that_its_offset_names():
         nn.init.zeros_(part.bias)
     nn.init.zeros_(attention.offsets.weight)
     nn.init.zeros_(attention.weights.weight)
-    attention.offsets.bias.data = torch.tensor([1.0, 0.0, 0.0, 1.0])  # one to the right in the first map, one down in the second
+    attention.offsets.bias.data = torch.tensor(
+        [1.0, 0.0, 0.0, 1.0]
+    )  # one to the right in the first map, one down in the second
     attention.weights.bias.data = torch.tensor([0.0, 0.0])
     first, second = torch.randn(1, 3, 5, 4), torch.randn(1, 3, 5, 4)
     grids = Grids.of([(3, 5), (3, 5)], first)
@@ -190,25 +236,43 @@ def test_attention_reads_the_neighbour_that_its_offset_names():
 
 def test_attention_equals_transformers_where_values_are_as_wide_as_queries():
     theirs = pytest.importorskip("transformers.models.mask2former.modeling_mask2former")
-    other = theirs.Mask2FormerPixelDecoderEncoderMultiscaleDeformableAttention(16, num_heads=4, n_levels=3, n_points=2).double()
+    other = theirs.Mask2FormerPixelDecoderEncoderMultiscaleDeformableAttention(
+        16, num_heads=4, n_levels=3, n_points=2
+    ).double()
     attention = DeformableAttention(16, 16, num_heads=4, num_maps=3, num_points=2).double()
-    pairs = {"offsets": "sampling_offsets", "weights": "attention_weights", "value": "value_proj", "out": "output_proj"}
+    pairs = {
+        "offsets": "sampling_offsets",
+        "weights": "attention_weights",
+        "value": "value_proj",
+        "out": "output_proj",
+    }
     for mine, name in pairs.items():
         getattr(attention, mine).load_state_dict(other.get_submodule(name).state_dict())
     shapes = [(4, 6), (2, 3), (1, 2)]
-    features, query = torch.randn(2, 32, 16, dtype=torch.float64), torch.randn(2, 24, 16, dtype=torch.float64)
+    features, query = (
+        torch.randn(2, 32, 16, dtype=torch.float64),
+        torch.randn(2, 24, 16, dtype=torch.float64),
+    )
     grids = Grids.of(shapes, features)
     places = grids.centres[:24]
     wanted, _ = other(
-        query, encoder_hidden_states=features, reference_points=places[None, :, None].expand(2, -1, 3, -1), spatial_shapes_list=shapes
+        query,
+        encoder_hidden_states=features,
+        reference_points=places[None, :, None].expand(2, -1, 3, -1),
+        spatial_shapes_list=shapes,
     )
-    torch.testing.assert_close(attention(query, places, features, grids), wanted, rtol=0, atol=1e-12)
+    torch.testing.assert_close(
+        attention(query, places, features, grids), wanted, rtol=0, atol=1e-12
+    )
 
 
 def test_the_feed_forward_network_sees_each_map_alone():
     network, shapes = ConvFeedForward(8, 4), ((3, 5), (2, 2), (1, 4))
     states = torch.randn(2, 23, 8)
-    alone = [network(part, (shape,)) for part, shape in zip(states.split([15, 4, 4], 1), shapes, strict=True)]
+    alone = [
+        network(part, (shape,))
+        for part, shape in zip(states.split([15, 4, 4], 1), shapes, strict=True)
+    ]
     torch.testing.assert_close(network(states, shapes), torch.cat(alone, 1))
 
 
@@ -217,12 +281,16 @@ def test_stochastic_depth_takes_whole_samples():
     extractor = Extractor(8, attention, ffn_dim=8, drop_path_rate=0.25)
     states, grids = torch.randn(64, 6, 8), Grids.of([(2, 3)], torch.empty(0))
     with torch.no_grad():
-        read = states + attention(extractor.query_norm(states), grids.centres, extractor.feature_norm(states), grids)
+        read = states + attention(
+            extractor.query_norm(states), grids.centres, extractor.feature_norm(states), grids
+        )
         change = extractor.eval()(states, grids, states, grids) - read
         torch.manual_seed(0)
         shares = (extractor.train()(states, grids, states, grids) - read) / change
     kept = shares.mean((1, 2)) > 0.5
-    torch.testing.assert_close(shares, torch.where(kept, 1 / 0.75, 0.0)[:, None, None].expand_as(shares), rtol=0, atol=1e-2)
+    torch.testing.assert_close(
+        shares, torch.where(kept, 1 / 0.75, 0.0)[:, None, None].expand_as(shares), rtol=0, atol=1e-2
+    )
     assert 0.6 < kept.float().mean() < 0.9
 
 
@@ -248,7 +316,10 @@ def test_bfloat16_is_near_float32(monkeypatch):
 def test_synchronised_norms_are_for_many_processes_with_accelerators(monkeypatch):
     adapter = ViTAdapter(MODEL, SMALL)
     names = [name for name, _ in adapter.named_parameters()]
-    assert synchronised(adapter, torch.device("cuda")) is adapter and type(adapter.norms[0]) is nn.BatchNorm2d
+    assert (
+        synchronised(adapter, torch.device("cuda")) is adapter
+        and type(adapter.norms[0]) is nn.BatchNorm2d
+    )
     monkeypatch.setattr("beit3.segmentation.prior.world_size", lambda: 2)
     assert type(synchronised(adapter, torch.device("cpu")).norms[0]) is nn.BatchNorm2d
     assert type(synchronised(adapter, torch.device("cuda")).prior.stem[0].norm) is nn.SyncBatchNorm

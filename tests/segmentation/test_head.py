@@ -18,7 +18,14 @@ from beit3.segmentation.losses import Predicted
 
 CLASSES, IGNORE = 4, 255
 CONFIG = HeadConfig(
-    hidden_dim=32, num_heads=4, encoder_layers=2, encoder_ffn=48, decoder_layers=4, decoder_ffn=40, num_queries=6, num_points=64
+    hidden_dim=32,
+    num_heads=4,
+    encoder_layers=2,
+    encoder_ffn=48,
+    decoder_layers=4,
+    decoder_ffn=40,
+    num_queries=6,
+    num_points=64,
 )
 
 
@@ -37,8 +44,13 @@ def maps(batch=2, dim=24, height=16, width=24, seed=0):
 
 def guess(batch=2, queries=6, height=10, width=14, layers=1, seed=0):
     chance = torch.Generator().manual_seed(seed)
-    masks = tuple(3 * torch.randn(batch, queries, height, width, generator=chance) for _ in range(layers))
-    return Predicted(masks, tuple(torch.randn(batch, queries, CLASSES + 1, generator=chance) for _ in range(layers)))
+    masks = tuple(
+        3 * torch.randn(batch, queries, height, width, generator=chance) for _ in range(layers)
+    )
+    return Predicted(
+        masks,
+        tuple(torch.randn(batch, queries, CLASSES + 1, generator=chance) for _ in range(layers)),
+    )
 
 
 def labels(batch=2, height=30, width=44, seed=0, high=CLASSES):
@@ -63,11 +75,18 @@ def theirs(config=CONFIG, dim=24):
     from transformers.models.mask2former import modeling_mask2former as m
 
     settings = Mask2FormerConfig(
-        num_labels=CLASSES, feature_size=config.hidden_dim, mask_feature_size=config.hidden_dim, hidden_dim=config.hidden_dim,
-        num_attention_heads=config.num_heads, encoder_layers=config.encoder_layers, encoder_feedforward_dim=config.encoder_ffn,
-        decoder_layers=config.decoder_layers + 1, dim_feedforward=config.decoder_ffn, num_queries=config.num_queries,
+        num_labels=CLASSES,
+        feature_size=config.hidden_dim,
+        mask_feature_size=config.hidden_dim,
+        hidden_dim=config.hidden_dim,
+        num_attention_heads=config.num_heads,
+        encoder_layers=config.encoder_layers,
+        encoder_feedforward_dim=config.encoder_ffn,
+        decoder_layers=config.decoder_layers + 1,
+        dim_feedforward=config.decoder_ffn,
+        num_queries=config.num_queries,
         train_num_points=config.num_points,
-    )  # fmt: skip
+    )
 
     class Whole(m.Mask2FormerPreTrainedModel):
         def __init__(self):
@@ -93,7 +112,9 @@ def test_the_network_is_transformers(size):
     for ours, reference in zip(found.masks, expected.masks_queries_logits, strict=True):
         torch.testing.assert_close(ours, reference, atol=2e-4, rtol=1e-4)
     for ours, states in zip(found.classes, expected.intermediate_hidden_states, strict=True):
-        torch.testing.assert_close(ours, other.classes(states.transpose(0, 1)), atol=2e-4, rtol=1e-4)
+        torch.testing.assert_close(
+            ours, other.classes(states.transpose(0, 1)), atol=2e-4, rtol=1e-4
+        )
 
 
 def bare():
@@ -104,7 +125,9 @@ def bare():
     from transformers.models.mask2former import modeling_mask2former as m
 
     whole, _ = theirs()
-    attention = m.Mask2FormerPixelDecoderEncoderMultiscaleDeformableAttention(CONFIG.hidden_dim, CONFIG.num_heads, 3, 4)
+    attention = m.Mask2FormerPixelDecoderEncoderMultiscaleDeformableAttention(
+        CONFIG.hidden_dim, CONFIG.num_heads, 3, 4
+    )
     layer = m.Mask2FormerMaskedAttentionDecoderLayer(whole.config)
     for part in (attention, layer):
         whole._init_weights(part)
@@ -113,13 +136,24 @@ def bare():
 
 def test_initial_values_are_the_originals():
     head, (attention, layer) = make_head(), bare()
-    for ours, reference in ((head.pixels.encoder.layers[1].self_attn, attention), (head.queries.decoder.layers[2], layer)):
+    for ours, reference in (
+        (head.pixels.encoder.layers[1].self_attn, attention),
+        (head.queries.decoder.layers[2], layer),
+    ):
         for name, parameter in ours.named_parameters():
             if parameter.ndim > 1 and reference[name].any():
-                torch.testing.assert_close(parameter.std(), reference[name].std(), rtol=0.1, atol=0, msg=name)
-            elif "fc" not in name and "out_proj" not in name and "self_attn." not in name:  # the original's are torch's own
+                torch.testing.assert_close(
+                    parameter.std(), reference[name].std(), rtol=0.1, atol=0, msg=name
+                )
+            elif (
+                "fc" not in name and "out_proj" not in name and "self_attn." not in name
+            ):  # the original's are torch's own
                 assert torch.equal(parameter, reference[name]), name
-    for table in (head.pixels.level_embed, head.queries.level_embed.weight, head.queries.queries_embedder.weight):
+    for table in (
+        head.pixels.level_embed,
+        head.queries.level_embed.weight,
+        head.queries.queries_embedder.weight,
+    ):
         assert 0.7 < float(table.detach().std()) < 1.3
     assert 0.9 / math.sqrt(32) < float(head.classes.weight.abs().max()) <= 1 / math.sqrt(32)
 
@@ -129,17 +163,27 @@ def test_built_without_memory_it_is_the_same():
         head = MaskHead(24, CLASSES, CONFIG)
     assert all(parameter.is_meta for parameter in head.parameters()) and not list(head.buffers())
     head.to_empty(device="cpu").init_weights(0)
-    for (name, parameter), expected in zip(head.named_parameters(), make_head().parameters(), strict=True):
+    for (name, parameter), expected in zip(
+        head.named_parameters(), make_head().parameters(), strict=True
+    ):
         assert torch.equal(parameter, expected), name
 
 
 def test_every_parameter_learns():
     head = make_head()
-    for parameter in head.parameters():  # at first deformable attention looks past its queries, level embeddings among them
-        parameter.data += 0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0))
+    for parameter in (
+        head.parameters()
+    ):  # at first deformable attention looks past its queries, level embeddings among them
+        parameter.data += 0.02 * torch.randn(
+            parameter.shape, generator=torch.Generator().manual_seed(0)
+        )
     sums = head.losses(head(maps()), labels())
     torch.stack(list(sums.values())).sum().backward()
-    still = {name for name, parameter in head.named_parameters() if parameter.grad is None or not parameter.grad.any()}
+    still = {
+        name
+        for name, parameter in head.named_parameters()
+        if parameter.grad is None or not parameter.grad.any()
+    }
     # A softmax does not see a constant that all keys share.
     assert all(name.endswith("self_attn.k_proj.bias") for name in still), still
 
@@ -157,7 +201,9 @@ def test_recomputed_layers_give_the_same_gradients():
 
 def test_under_autocast_pixels_and_losses_keep_their_bits():
     head, seen = make_head(), []
-    head.pixels.register_forward_hook(lambda module, inputs, output: seen.append(output.mask_features.dtype))
+    head.pixels.register_forward_hook(
+        lambda module, inputs, output: seen.append(output.mask_features.dtype)
+    )
     with torch.autocast("cpu", torch.bfloat16):
         predicted = head([each.bfloat16() for each in maps()])
         sums = head.losses(predicted, labels())
@@ -174,7 +220,9 @@ def test_scores_are_sums_over_queries():
         for query in range(6):
             probabilities = predicted.classes[-1][image, query].softmax(0)
             for label in range(CLASSES):
-                expected[image, label] += probabilities[label] * predicted.masks[-1][image, query].sigmoid()
+                expected[image, label] += (
+                    probabilities[label] * predicted.masks[-1][image, query].sigmoid()
+                )
     torch.testing.assert_close(found, expected)
 
 
@@ -186,17 +234,28 @@ def test_an_old_transformers_is_refused(found, monkeypatch):
         return found
 
     monkeypatch.setattr(module, "version", version)
-    with pytest.raises(ValueError, match=rf"transformers 5\.23 or later, here is {found}: pip install 'beit3\[dense\]'"):
+    with pytest.raises(
+        ValueError,
+        match=rf"transformers 5\.23 or later, here is {found}: pip install 'beit3\[dense\]'",
+    ):
         make_head()
 
 
 def test_published_sizes():
-    assert (SMALL_HEAD.hidden_dim, SMALL_HEAD.num_heads, SMALL_HEAD.encoder_ffn, SMALL_HEAD.decoder_ffn, SMALL_HEAD.num_queries) == (
-        256, 8, 1024, 2048, 100
-    )  # fmt: skip
-    assert (LARGE_HEAD.hidden_dim, LARGE_HEAD.num_heads, LARGE_HEAD.encoder_ffn, LARGE_HEAD.decoder_ffn, LARGE_HEAD.num_queries) == (
-        1024, 32, 4096, 4096, 200
-    )  # fmt: skip
+    assert (
+        SMALL_HEAD.hidden_dim,
+        SMALL_HEAD.num_heads,
+        SMALL_HEAD.encoder_ffn,
+        SMALL_HEAD.decoder_ffn,
+        SMALL_HEAD.num_queries,
+    ) == (256, 8, 1024, 2048, 100)
+    assert (
+        LARGE_HEAD.hidden_dim,
+        LARGE_HEAD.num_heads,
+        LARGE_HEAD.encoder_ffn,
+        LARGE_HEAD.decoder_ffn,
+        LARGE_HEAD.num_queries,
+    ) == (1024, 32, 4096, 4096, 200)
     with pytest.raises(ValueError, match="hidden_dim 48"):
         HeadConfig(hidden_dim=48)
 
@@ -217,11 +276,18 @@ def test_without_ignored_pixels_the_losses_are_transformers(monkeypatch):
     torch.manual_seed(5)
     found = means(predicted, label_map)
     classes = [image.unique() for image in label_map]
-    masks = [torch.stack([image == label for label in found]).float() for image, found in zip(label_map, classes, strict=True)]
+    masks = [
+        torch.stack([image == label for label in found]).float()
+        for image, found in zip(label_map, classes, strict=True)
+    ]
     criterion = theirs()[1]
     torch.manual_seed(5)
     expected = criterion(predicted.masks[0], predicted.classes[0], masks, classes)
-    for name, value in (("mask", "loss_mask"), ("dice", "loss_dice"), ("class", "loss_cross_entropy")):
+    for name, value in (
+        ("mask", "loss_mask"),
+        ("dice", "loss_dice"),
+        ("class", "loss_cross_entropy"),
+    ):
         torch.testing.assert_close(found[name], expected[value], rtol=1e-4, atol=1e-5)
 
 
@@ -244,7 +310,12 @@ def slowly(logits, label_map, label, points):
         valid = bilinear(label_map != IGNORE, x, y)
         probability = 1 / (1 + math.exp(-logit))
         crossed -= truth * math.log(probability) + (valid - truth) * math.log(1 - probability)
-        whole, both, one, other = whole + valid, both + probability * truth, one + probability * valid, other + truth
+        whole, both, one, other = (
+            whole + valid,
+            both + probability * truth,
+            one + probability * valid,
+            other + truth,
+        )
     return crossed / max(whole, 1e-6), 1 - (2 * both + 1) / (one + other + 1)
 
 
@@ -261,18 +332,27 @@ def test_matching_and_losses_equal_a_loop_over_points(monkeypatch):
     predicted, label_map = guess(), with_holes()
     points, total = lattice((config.num_points,), None), {"mask": 0.0, "dice": 0.0}
     found = losses.present(label_map, CLASSES, IGNORE)
-    matches = losses.match(predicted.masks[0], predicted.classes[0], label_map, found, config, ignore=IGNORE)
+    matches = losses.match(
+        predicted.masks[0], predicted.classes[0], label_map, found, config, ignore=IGNORE
+    )
     for index, classes in enumerate(found):
-        pairs = [[slowly(mask, label_map[index], label, points) for label in classes] for mask in predicted.masks[0][index]]
+        pairs = [
+            [slowly(mask, label_map[index], label, points) for label in classes]
+            for mask in predicted.masks[0][index]
+        ]
         crossed, dice = torch.tensor(pairs).unbind(-1)  # [Q, n]
         cost = 5 * crossed + 5 * dice - 2 * predicted.classes[0][index].softmax(-1)[:, classes]
         truth, valid = losses.read(label_map[index], points, classes, IGNORE)
         logits = losses.sampled(predicted.masks[0][index : index + 1], points)[0]
-        found_cost = losses.costs(logits, predicted.classes[0][index], classes, truth, valid, config)
+        found_cost = losses.costs(
+            logits, predicted.classes[0][index], classes, truth, valid, config
+        )
         torch.testing.assert_close(found_cost, cost, rtol=1e-4, atol=1e-4)
         rows, columns = losses.assign(cost)
         mine = matches.image == index
-        assert torch.equal(matches.query[mine], rows) and torch.equal(matches.label[mine], classes[columns])
+        assert torch.equal(matches.query[mine], rows) and torch.equal(
+            matches.label[mine], classes[columns]
+        )
         total["mask"] += float(crossed[rows, columns].sum())
         total["dice"] += float(dice[rows, columns].sum())
     sums = losses.set_losses(predicted, label_map, config, ignore=IGNORE)
@@ -285,7 +365,9 @@ def test_ignored_pixels_count_nowhere():
     predicted, label_map = guess(width=22), labels(width=44)
     label_map[:, :, 20:] = IGNORE
     logits = predicted.masks[0].clone()
-    logits[..., 11:] = 50 * torch.randn(2, 6, 10, 11, generator=torch.Generator().manual_seed(9)).sign()
+    logits[..., 11:] = (
+        50 * torch.randn(2, 6, 10, 11, generator=torch.Generator().manual_seed(9)).sign()
+    )
     results = []
     for masks in (predicted.masks[0], logits):
         masks = masks.clone().requires_grad_()
@@ -305,7 +387,13 @@ def test_certain_and_ignored_places_are_the_last(monkeypatch):
     label_map = torch.zeros(1, 10, 40, dtype=torch.int64)
     label_map[..., 30:] = IGNORE
     torch.manual_seed(0)
-    points = losses.places(logits, losses.Matches(*torch.zeros(3, 1, dtype=torch.int64)), label_map, config, ignore=IGNORE)
+    points = losses.places(
+        logits,
+        losses.Matches(*torch.zeros(3, 1, dtype=torch.int64)),
+        label_map,
+        config,
+        ignore=IGNORE,
+    )
     assert points.shape == (1, 200, 2)
     x = points[0, :, 0] * 40
     assert ((x[:100] > 18) & (x[:100] < 30.5)).all(), "uncertain and labelled"
@@ -321,7 +409,10 @@ def test_shares_of_a_batch_add_up(monkeypatch):
     counted = losses.counts(label_map, CLASSES, CONFIG, ignore=IGNORE)
     sums, counts = dict.fromkeys(whole, 0.0), dict.fromkeys(whole, 0)
     for share in (slice(0, 2), slice(2, 5)):
-        part = Predicted(tuple(each[share] for each in predicted.masks), tuple(each[share] for each in predicted.classes))
+        part = Predicted(
+            tuple(each[share] for each in predicted.masks),
+            tuple(each[share] for each in predicted.classes),
+        )
         for name, value in losses.set_losses(part, label_map[share], CONFIG, ignore=IGNORE).items():
             sums[name] += value
             counts[name] += losses.counts(label_map[share], CLASSES, CONFIG, ignore=IGNORE)[name]
@@ -338,7 +429,9 @@ def test_the_total_is_the_sum_over_layers(monkeypatch):
     for masks, classes in zip(predicted.masks, predicted.classes, strict=True):
         each = means(Predicted((masks,), (classes,)), label_map)
         expected += 5 * each["mask"] + 5 * each["dice"] + 2 * each["class"]
-    torch.testing.assert_close(sum(weights[name] * value for name, value in found.items()), expected)
+    torch.testing.assert_close(
+        sum(weights[name] * value for name, value in found.items()), expected
+    )
 
 
 def test_perfect_queries_cost_little():
@@ -351,8 +444,14 @@ def test_perfect_queries_cost_little():
             masks[image, query][label_map[image] == label] = 20.0
             classes[image, query] = -20.0
             classes[image, query, label] = 0.0
-    found = means(Predicted((masks,), (classes,)), label_map, HeadConfig(**{**vars(CONFIG), "importance": 0.0, "num_points": 3000}))
-    assert found["class"] < 1e-6 and found["dice"] < 0.1 and found["mask"] < 0.3, "but for places between two classes, or outside"
+    found = means(
+        Predicted((masks,), (classes,)),
+        label_map,
+        HeadConfig(**{**vars(CONFIG), "importance": 0.0, "num_points": 3000}),
+    )
+    assert found["class"] < 1e-6 and found["dice"] < 0.1 and found["mask"] < 0.3, (
+        "but for places between two classes, or outside"
+    )
 
 
 def test_images_without_any_class():
@@ -361,8 +460,14 @@ def test_images_without_any_class():
     assert means(predicted, label_map)["mask"] > 0
     label_map[1] = IGNORE
     masks = predicted.masks[0].clone().requires_grad_()
-    sums = losses.set_losses(Predicted((masks,), predicted.classes), label_map, CONFIG, ignore=IGNORE)
-    assert losses.counts(label_map, CLASSES, CONFIG, ignore=IGNORE) == {"mask": 0, "dice": 0, "class": 12 * 100}
+    sums = losses.set_losses(
+        Predicted((masks,), predicted.classes), label_map, CONFIG, ignore=IGNORE
+    )
+    assert losses.counts(label_map, CLASSES, CONFIG, ignore=IGNORE) == {
+        "mask": 0,
+        "dice": 0,
+        "class": 12 * 100,
+    }
     assert sums["mask"] == sums["dice"] == 0 and sums["class"] > 0
     (sums["mask"] + sums["dice"]).backward()
     assert not masks.grad.any(), "a gradient of zero, so that processes agree on what has one"
@@ -372,9 +477,18 @@ def test_more_classes_than_queries():
     predicted, label_map = guess(queries=2), labels(batch=2, height=60, width=60)
     present = [len(each) for each in losses.present(label_map, CLASSES, IGNORE)]
     assert min(present) > 2
-    assert losses.counts(label_map, CLASSES, HeadConfig(num_queries=2), ignore=IGNORE) == {"mask": 4, "dice": 4, "class": 4000}
+    assert losses.counts(label_map, CLASSES, HeadConfig(num_queries=2), ignore=IGNORE) == {
+        "mask": 4,
+        "dice": 4,
+        "class": 4000,
+    }
     found = losses.match(
-        predicted.masks[0], predicted.classes[0], label_map, losses.present(label_map, CLASSES, IGNORE), CONFIG, ignore=IGNORE
+        predicted.masks[0],
+        predicted.classes[0],
+        label_map,
+        losses.present(label_map, CLASSES, IGNORE),
+        CONFIG,
+        ignore=IGNORE,
     )
     assert found.image.tolist() == [0, 0, 1, 1] and sorted(found.query[:2].tolist()) == [0, 1]
 
@@ -398,7 +512,9 @@ def test_a_plan_can_trace_the_losses():
 def test_labels_out_of_range_are_refused(label):
     label_map = labels()
     label_map[1, 3, 4] = label
-    with pytest.raises(ValueError, match=f"label {label} is none of the {CLASSES} classes, nor 255"):
+    with pytest.raises(
+        ValueError, match=f"label {label} is none of the {CLASSES} classes, nor 255"
+    ):
         losses.set_losses(guess(), label_map, CONFIG, ignore=IGNORE)
     with pytest.raises(ValueError, match="is one of the 4 classes"):
         losses.counts(labels(), CLASSES, CONFIG, ignore=2)

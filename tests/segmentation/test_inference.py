@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from beit3.data.scenes import evaluation_size, resized
+from beit3.data.views.label_maps import evaluation_size, resized
 from beit3.segmentation import inference
 from beit3.segmentation.inference import Views, segment, slide, starts
 
@@ -16,7 +16,9 @@ SMALL = Views(crop=32, stride=20, short=40, long=160, multiple=8)
 def picture(height=50, width=70, seed=0):
     """Smooth colours, so that resizing changes little."""
     coarse = torch.rand(1, 3, 5, 7, generator=torch.Generator().manual_seed(seed))
-    return (255 * F.interpolate(coarse, size=(height, width), mode="bicubic").clamp(0, 1))[0].to(torch.uint8)
+    return (255 * F.interpolate(coarse, size=(height, width), mode="bicubic").clamp(0, 1))[0].to(
+        torch.uint8
+    )
 
 
 def normalize(pixels):
@@ -94,7 +96,10 @@ def test_one_window_is_the_network_alone():
     image = picture(32, 32)
     views = Views(crop=32, stride=32, short=32, long=128)
     found = segment(image, in_window, views, normalize=normalize)
-    assert torch.equal(found, in_window(normalize(image)[None])[0].argmax(0)) and found.dtype == torch.int64
+    assert (
+        torch.equal(found, in_window(normalize(image)[None])[0].argmax(0))
+        and found.dtype == torch.int64
+    )
 
 
 def test_padding_is_taken_off_again():
@@ -106,11 +111,18 @@ def test_padding_is_taken_off_again():
         found[:, 3, 24:] = found[:, 3, :, 16:] = 1e6
         return found
 
-    found = segment(image, scores, Views(crop=32, stride=32, short=16, long=64, multiple=8), normalize=normalize)
-    assert found.shape == (24, 16) and torch.equal(found, per_pixel(normalize(image)[None])[0].argmax(0))
+    found = segment(
+        image, scores, Views(crop=32, stride=32, short=16, long=64, multiple=8), normalize=normalize
+    )
+    assert found.shape == (24, 16) and torch.equal(
+        found, per_pixel(normalize(image)[None])[0].argmax(0)
+    )
 
 
-@pytest.mark.parametrize("scales, flip", [((1.0,), False), ((1.0,), True), ((0.5, 1.0, 1.5), False), ((0.75, 1.25), True)])
+@pytest.mark.parametrize(
+    "scales, flip",
+    [((1.0,), False), ((1.0,), True), ((0.5, 1.0, 1.5), False), ((0.75, 1.25), True)],
+)
 @pytest.mark.parametrize("size", [(50, 70), (30, 33)])
 def test_views_are_averaged_at_the_size_of_the_image(scales, flip, size):
     image = picture(*size)
@@ -133,10 +145,14 @@ def test_images_larger_than_every_view(monkeypatch):
     image = picture(150, 210)
     views = Views(crop=32, stride=20, short=40, long=160, multiple=8)
     pixels = normalize(resized(image, 40, 56))
-    expected = F.interpolate(slow_slide(pixels, quarter, views)[None], size=(150, 210), mode="bilinear")[0].argmax(0)
+    expected = F.interpolate(
+        slow_slide(pixels, quarter, views)[None], size=(150, 210), mode="bilinear"
+    )[0].argmax(0)
     for piece in (1, 5000, 1 << 26):
         monkeypatch.setattr(inference, "PIECE", piece)
-        assert (segment(image, quarter, views, normalize=normalize) == expected).float().mean() > 0.999
+        assert (
+            segment(image, quarter, views, normalize=normalize) == expected
+        ).float().mean() > 0.999
     several = Views(crop=32, stride=20, short=40, long=160, multiple=8, scales=(0.8, 1.0))
     assert (segment(image, quarter, several, normalize=normalize) == expected).float().mean() > 0.95
 
@@ -149,7 +165,8 @@ def test_mirrored_views_make_it_blind_to_mirroring():
     assert torch.equal(found, mirrored)
     alone = Views(crop=32, stride=20, short=48, long=160, multiple=16)
     assert not torch.equal(
-        segment(image, in_window, alone, normalize=normalize), segment(image.flip(-1), in_window, alone, normalize=normalize).flip(-1)
+        segment(image, in_window, alone, normalize=normalize),
+        segment(image.flip(-1), in_window, alone, normalize=normalize).flip(-1),
     )
 
 
@@ -161,10 +178,14 @@ def test_half_precision_scores_are_added_in_float32():
 @pytest.mark.parametrize(
     "settings, said",
     [
-        ({"crop": 64, "stride": 65}, "stride 65 of windows of 64"), ({"stride": 0}, "stride 0"), ({"short": 100, "long": 50}, "short 100"),
-        ({"scales": ()}, "scales"), ({"scales": (1.0, 0.0)}, "scales"), ({"windows": 0}, "windows 0"),
+        ({"crop": 64, "stride": 65}, "stride 65 of windows of 64"),
+        ({"stride": 0}, "stride 0"),
+        ({"short": 100, "long": 50}, "short 100"),
+        ({"scales": ()}, "scales"),
+        ({"scales": (1.0, 0.0)}, "scales"),
+        ({"windows": 0}, "windows 0"),
     ],
-)  # fmt: skip
+)
 def test_settings_that_leave_gaps_are_refused(settings, said):
     with pytest.raises(ValueError, match=said):
         Views(**settings)

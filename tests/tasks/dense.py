@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from beit3.data.transforms import Preprocessing
+from beit3.data.views.transforms import Preprocessing
 from beit3.model.config import TINY
 from beit3.segmentation.inference import Views
 from beit3.task import Task, load
@@ -18,7 +18,9 @@ from beit3.tasks.coco import Coco, CocoConfig
 
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 SIDE = 64
-MODEL = replace(TINY, dim=32, depth=2, num_heads=2, ffn_dim=48, image_size=SIDE, patch_size=8, final_norm=False)
+MODEL = replace(
+    TINY, dim=32, depth=2, num_heads=2, ffn_dim=48, image_size=SIDE, patch_size=8, final_norm=False
+)
 LABELS = 4
 """Categories of the records here, and classes."""
 
@@ -34,8 +36,18 @@ def ade20k_config(**fields: Any) -> Ade20kConfig:
     """The demo's with a smaller network and half of the interactions."""
     demo: Any = Ade20k.recipes["demo"].task
     adapter = replace(demo.adapter, inplanes=8, num_interactions=2, num_extra_extractors=1)
-    head = replace(demo.head, hidden_dim=32, encoder_layers=1, decoder_layers=2, encoder_ffn=32, decoder_ffn=32, num_points=64)
-    return replace(demo, **{"model": MODEL, "adapter": adapter, "head": head, "num_classes": LABELS} | fields)
+    head = replace(
+        demo.head,
+        hidden_dim=32,
+        encoder_layers=1,
+        decoder_layers=2,
+        encoder_ffn=32,
+        decoder_ffn=32,
+        num_points=64,
+    )
+    return replace(
+        demo, **{"model": MODEL, "adapter": adapter, "head": head, "num_classes": LABELS} | fields
+    )
 
 
 CONFIGS = {"coco": coco_config, "ade20k": ade20k_config}
@@ -58,14 +70,26 @@ def stirred(task: Task) -> Any:
 
 def picture(path: Path, width: int, height: int, mode: str = "RGB") -> str:
     """A picture of noise and its path."""
-    values = np.random.default_rng(width * 7 + height).integers(0, 255, (height, width, 3), dtype=np.uint8)
+    values = np.random.default_rng(width * 7 + height).integers(
+        0, 255, (height, width, 3), dtype=np.uint8
+    )
     grey = values[..., 0]
-    Image.fromarray({"RGB": values, "L": grey, "I;16": grey.astype(np.uint16) << 8}[mode]).save(path)
+    Image.fromarray({"RGB": values, "L": grey, "I;16": grey.astype(np.uint16) << 8}[mode]).save(
+        path
+    )
     return str(path)
 
 
 def thing(
-    x: float, y: float, w: float, h: float, *, label: int = 0, id: int = 1, crowd: bool = False, outline: bool = True
+    x: float,
+    y: float,
+    w: float,
+    h: float,
+    *,
+    label: int = 0,
+    id: int = 1,
+    crowd: bool = False,
+    outline: bool = True,
 ) -> dict[str, Any]:
     """An object that fills its box."""
     polygon = [x, y, x + w, y, x + w, y + h, x, y + h]
@@ -76,23 +100,40 @@ def thing(
 def scene(folder: Path, name: str, size: Sequence[int], *objects: dict[str, Any]) -> dict[str, Any]:
     """A record of coco; `size` is width and height."""
     width, height = size
-    return {"id": name, "image": picture(folder / f"{name}.png", width, height), "width": width, "height": height, "objects": list(objects)}
+    return {
+        "id": name,
+        "image": picture(folder / f"{name}.png", width, height),
+        "width": width,
+        "height": height,
+        "objects": list(objects),
+    }
 
 
 def blocks(width: int, height: int, seed: int = 0, labels: int = LABELS) -> np.ndarray:
     """Labels in blocks of 8 pixels."""
     rows, columns = -(-height // 8), -(-width // 8)
-    return np.random.default_rng(seed).integers(0, labels, (rows, columns)).repeat(8, 0).repeat(8, 1)[:height, :width].astype(np.uint8)
+    return (
+        np.random.default_rng(seed)
+        .integers(0, labels, (rows, columns))
+        .repeat(8, 0)
+        .repeat(8, 1)[:height, :width]
+        .astype(np.uint8)
+    )
 
 
-def labelled(folder: Path, name: str, labels: np.ndarray, *, palette: bool = False, **meaning: Any) -> dict[str, Any]:
+def labelled(
+    folder: Path, name: str, labels: np.ndarray, *, palette: bool = False, **meaning: Any
+) -> dict[str, Any]:
     """A record of ade20k, its label map as a PNG of the array's type."""
     height, width = labels.shape
     file = Image.fromarray(labels)
     if palette:
         file.putpalette([value for index in range(256) for value in (index, 255 - index, 7)])
     file.save(folder / f"{name}_labels.png")
-    paths = {"image": picture(folder / f"{name}.png", width, height), "label_map": str(folder / f"{name}_labels.png")}
+    paths = {
+        "image": picture(folder / f"{name}.png", width, height),
+        "label_map": str(folder / f"{name}_labels.png"),
+    }
     return {"id": name, **paths, "labels": {"num_classes": LABELS, **meaning}}
 
 

@@ -17,7 +17,19 @@ from beit3.metrics.segmentation import figures
 from beit3.segmentation.inference import passes
 from beit3.tasks.ade20k import CLASSES, Ade20k, decoded, encoded, matrix
 from beit3.weights.store import save
-from tests.tasks.dense import DATA, LABELS, MODEL, SIDE, ade20k_config, blocks, labelled, made, picture, stirred, windows
+from tests.tasks.dense import (
+    DATA,
+    LABELS,
+    MODEL,
+    SIDE,
+    ade20k_config,
+    blocks,
+    labelled,
+    made,
+    picture,
+    stirred,
+    windows,
+)
 
 NAMES = ("wall", "sky", "tree", "road")
 
@@ -46,7 +58,11 @@ def step(task: Ade20k, *rows: dict) -> tuple[dict[str, Tensor], dict[str, int]]:
     batch = task.collate([task.example(row, True) for row in rows])
     losses, counts = task(batch)["losses"], task.targets(batch)
     torch.stack(list(losses.values())).sum().backward()
-    known = [p.grad for name, p in task.trainable() if not any(name.startswith(each) for each in task.unused)]
+    known = [
+        p.grad
+        for name, p in task.trainable()
+        if not any(name.startswith(each) for each in task.unused)
+    ]
     assert all(gradient is not None and gradient.isfinite().all() for gradient in known)
     assert losses.keys() == counts.keys() and all(value.isfinite() for value in losses.values())
     task.eval().load_state_dict(state)
@@ -60,19 +76,31 @@ def test_eight_and_sixteen_bits_and_palettes_are_the_same_labels(ade20k, tmp_pat
     """To the bit: training views, and the score."""
     values = blocks(80, 60)
     forms = {"eight": {}, "sixteen": {}, "palette": {"palette": True}}
-    rows = [labelled(tmp_path, name, values.astype(np.uint16) if name == "sixteen" else values, **form) for name, form in forms.items()]
+    rows = [
+        labelled(tmp_path, name, values.astype(np.uint16) if name == "sixteen" else values, **form)
+        for name, form in forms.items()
+    ]
     views = [ade20k.example(row | {"id": "same"}, True) for row in rows]
-    assert all(torch.equal(view["label_map"], views[0]["label_map"]) for view in views) and len(views[0]["label_map"].unique()) > 1
+    assert (
+        all(torch.equal(view["label_map"], views[0]["label_map"]) for view in views)
+        and len(views[0]["label_map"].unique()) > 1
+    )
     found = predicted(ade20k, rows[0])[0]
     assert len({Ade20k.score([found | {"id": row["id"]}], [row])["miou"] for row in rows}) == 1
 
 
 def test_ignored_pixels_count_nowhere(ade20k, tmp_path):
     """An image of nothing else is no target; beside others it changes nothing of theirs but what queries are worth."""
-    some, none = labelled(tmp_path, "a", blocks(64, 64)), labelled(tmp_path, "b", np.full((64, 64), 255, np.uint8))
+    some, none = (
+        labelled(tmp_path, "a", blocks(64, 64)),
+        labelled(tmp_path, "b", np.full((64, 64), 255, np.uint8)),
+    )
     losses, counts = step(ade20k, none, none)
     queries = ade20k.config.head.num_queries
-    assert counts == {"mask": 0, "dice": 0, "class": 2 * queries * 100} and losses["mask"] == losses["dice"] == 0 < losses["class"]
+    assert (
+        counts == {"mask": 0, "dice": 0, "class": 2 * queries * 100}
+        and losses["mask"] == losses["dice"] == 0 < losses["class"]
+    )
     assert step(ade20k, some, none)[1]["mask"] == step(ade20k, some)[1]["mask"] > 0
     rows = predicted(ade20k, some, none)
     assert Ade20k.score(rows, [some, none]) == Ade20k.score(rows[:1], [some])
@@ -121,7 +149,9 @@ def test_what_is_wrong_in_files_is_named(ade20k, tmp_path):
     with pytest.raises(ValueError, match="x.png is a picture of mode RGB"):
         ade20k.example(row | {"label_map": picture(tmp_path / "x.png", 40, 30)}, True)
     bare = {key: value for key, value in row.items() if key != "label_map"}
-    with pytest.raises(ValueError, match="record a has no label map: train on a split that has them"):
+    with pytest.raises(
+        ValueError, match="record a has no label map: train on a split that has them"
+    ):
         ade20k.example(bare, True)
     with pytest.raises(ValueError, match="some of these records hold no label map"):
         Ade20k.score(predicted(ade20k, bare), [bare])
@@ -131,7 +161,9 @@ def test_records_of_other_classes_are_refused(ade20k, tmp_path):
     """At training and at evaluation."""
     row = labelled(tmp_path, "a", blocks(40, 30)) | {"labels": {"num_classes": 11}}
     for train in (True, False):
-        with pytest.raises(ValueError, match="11 classes in the records, 4 here: give records of the same classes"):
+        with pytest.raises(
+            ValueError, match="11 classes in the records, 4 here: give records of the same classes"
+        ):
             ade20k.example(row, train)
     with pytest.raises(ValueError, match="2 class names for 4 classes"):
         Ade20k(replace(ade20k.config, classes=("a", "b")))
@@ -139,7 +171,9 @@ def test_records_of_other_classes_are_refused(ade20k, tmp_path):
         Ade20k.configure(ade20k.config, tmp_path)
     (tmp_path / "ade20k/main").mkdir(parents=True)
     (tmp_path / "ade20k/main/train.jsonl").write_text("{}\n")
-    with pytest.raises(ValueError, match=f"no class names at .*{CLASSES}: run beit3 prepare ade20k again"):
+    with pytest.raises(
+        ValueError, match=f"no class names at .*{CLASSES}: run beit3 prepare ade20k again"
+    ):
         Ade20k.configure(ade20k.config, tmp_path)
 
 
@@ -154,7 +188,12 @@ def test_the_meaning_of_numbers(tmp_path):
     ):
         row = labelled(tmp_path, "a", truth) | {"labels": meaning}
         assert matrix([found], [row]).tolist() == wanted, meaning
-    assert figures(matrix([found], [labelled(tmp_path, "a", truth, reduce_zero=True, num_classes=3)]))["miou"] == 1.0
+    assert (
+        figures(matrix([found], [labelled(tmp_path, "a", truth, reduce_zero=True, num_classes=3)]))[
+            "miou"
+        ]
+        == 1.0
+    )
 
 
 def test_predictions_as_pngs():
@@ -165,7 +204,9 @@ def test_predictions_as_pngs():
         assert Image.open(io.BytesIO(base64.b64decode(text))).mode == mode
         assert np.array_equal(decoded({"id": "a", "map": text}), labels.numpy())
     for wrong in ("x", "aGk=", "", {}, None, 3):
-        with pytest.raises(ValueError, match="the map of prediction a is no PNG of labels in base64: predict again"):
+        with pytest.raises(
+            ValueError, match="the map of prediction a is no PNG of labels in base64: predict again"
+        ):
             decoded({"id": "a", "map": wrong})
 
 
@@ -178,21 +219,38 @@ def test_one_window_is_the_network_alone(ade20k, tmp_path):
     batch = {"image": torch.stack([ade20k.example(row, False)["image"]])}
     with torch.no_grad():
         scores = ade20k.eval().outputs(batch)["scores"]
-    best = torch.nn.functional.interpolate(scores, size=(SIDE, SIDE), mode="bilinear", align_corners=False).argmax(1)[0]
-    assert np.array_equal(decoded(predicted(ade20k, row)[0]), best.numpy()) and scores.shape == (1, LABELS, SIDE // 2, SIDE // 2)
+    best = torch.nn.functional.interpolate(
+        scores, size=(SIDE, SIDE), mode="bilinear", align_corners=False
+    ).argmax(1)[0]
+    assert np.array_equal(decoded(predicted(ade20k, row)[0]), best.numpy()) and scores.shape == (
+        1,
+        LABELS,
+        SIDE // 2,
+        SIDE // 2,
+    )
 
 
 def test_scales_and_mirrored_views(ade20k, tmp_path):
     """The scale 1 alone is what it was; more views give whole maps, and mirroring makes blind to mirroring."""
     pixels = np.asarray(Image.open(picture(tmp_path / "a.png", 96, SIDE)))
     plain, mirrored = (changed(ade20k, views=windows(flip=flip)) for flip in (False, True))
-    rows = [{"id": str(place), "image": Image.fromarray(each)} for place, each in enumerate((pixels, pixels[:, ::-1].copy()))]
-    assert predicted(changed(ade20k, views=windows(scales=(1.0,), windows=3)), *rows) == predicted(plain, *rows)
+    rows = [
+        {"id": str(place), "image": Image.fromarray(each)}
+        for place, each in enumerate((pixels, pixels[:, ::-1].copy()))
+    ]
+    assert predicted(changed(ade20k, views=windows(scales=(1.0,), windows=3)), *rows) == predicted(
+        plain, *rows
+    )
     left, right = (decoded(row) for row in predicted(mirrored, *rows))
     assert (left == right[:, ::-1]).mean() > 0.999
     left, right = (decoded(row) for row in predicted(plain, *rows))
     assert (left == right[:, ::-1]).mean() < 0.99, "without, it is not"
-    several = [decoded(row) for row in predicted(changed(ade20k, views=windows(scales=(0.75, 1.0, 1.5), flip=True)), *rows)]
+    several = [
+        decoded(row)
+        for row in predicted(
+            changed(ade20k, views=windows(scales=(0.75, 1.0, 1.5), flip=True)), *rows
+        )
+    ]
     assert all(each.shape == (SIDE, 96) and each.max() < LABELS for each in several)
 
 
@@ -202,12 +260,20 @@ def test_what_is_filled_up_says_nothing(ade20k, tmp_path):
     low = changed(ade20k, train_view=replace(ade20k.config.train_view, long=SIDE))
     batch = low.collate([low.example(row, True)])
     ((height, width),) = batch["size"].tolist()
-    assert height < SIDE and (batch["label_map"][0, height:] == 255).all() and (batch["label_map"][0, :, width:] == 255).all()
+    assert (
+        height < SIDE
+        and (batch["label_map"][0, height:] == 255).all()
+        and (batch["label_map"][0, :, width:] == 255).all()
+    )
     noisy = batch["image"].clone()
     noisy[:, :, height:], noisy[:, :, :, width:] = 77, 99
     with torch.no_grad():
         pixels = low.pixels(batch | {"image": noisy})
-    assert torch.equal(pixels, low.pixels(batch)) and not pixels[:, :, height:].any() and pixels[:, :, :height, :width].any()
+    assert (
+        torch.equal(pixels, low.pixels(batch))
+        and not pixels[:, :, height:].any()
+        and pixels[:, :, :height, :width].any()
+    )
 
 
 def test_raw_inputs_of_any_kind(ade20k, tmp_path):
@@ -235,36 +301,55 @@ def test_the_embedded_world_through_the_command_line(raw, tmp_path, say, refused
     verb = ["eval", tmp_path / "w", "--data.root", tmp_path, "--predictions", tmp_path / "p.jsonl"]
     scores = json.loads(say(*verb))
     assert set(scores) == {"miou", "aacc", "macc"}
-    assert json.loads(say("score", "ade20k", tmp_path / "p.jsonl", "--data.root", tmp_path)) == scores
+    assert (
+        json.loads(say("score", "ade20k", tmp_path / "p.jsonl", "--data.root", tmp_path)) == scores
+    )
     assert "no evaluation server" in refused(*verb, "--submission", tmp_path / "r.json")
     lines = [json.loads(line) for line in (tmp_path / "p.jsonl").read_text().splitlines()]
-    (tmp_path / "p.jsonl").write_text("".join(json.dumps(line | {"map": "aGk="}) + "\n" for line in lines))
-    assert f"the map of prediction {lines[0]['id']} is no PNG" in refused("score", "ade20k", tmp_path / "p.jsonl", "--data.root", tmp_path)
+    (tmp_path / "p.jsonl").write_text(
+        "".join(json.dumps(line | {"map": "aGk="}) + "\n" for line in lines)
+    )
+    assert f"the map of prediction {lines[0]['id']} is no PNG" in refused(
+        "score", "ade20k", tmp_path / "p.jsonl", "--data.root", tmp_path
+    )
     # Weights of other names would call things by wrong ones.
     names = [f"{name}!" for name in task.config.classes]
     (tmp_path / "ade20k/main" / CLASSES).write_text(json.dumps(names))
-    assert f"class 0 is {task.config.classes[0]!r} to the weights and {names[0]!r} in" in refused(*verb)
+    assert f"class 0 is {task.config.classes[0]!r} to the weights and {names[0]!r} in" in refused(
+        *verb
+    )
 
 
 def test_weights_of_detection_are_not_scored_here(tmp_path, root, refused):
     save(made("coco", model=replace(MODEL, depth=4)), tmp_path / "w")
-    assert "the head of ade20k is untrained" in refused("eval", tmp_path / "w", "--data.root", root, "--task", "ade20k")
+    assert "the head of ade20k is untrained" in refused(
+        "eval", tmp_path / "w", "--data.root", root, "--task", "ade20k"
+    )
 
 
-@pytest.mark.parametrize(("name", "split", "classes"), [("camvid_mini", "train", 11), ("ade20k_sample", "val", 150)])
+@pytest.mark.parametrize(
+    ("name", "split", "classes"), [("camvid_mini", "train", 11), ("ade20k_sample", "val", 150)]
+)
 def test_real_folders(tmp_path, say, name, split, classes):
     """The whole reader through the command line, training views, and a picture through windows at its own size."""
     if not (DATA / name).exists():
         pytest.skip(f"real sample not at hand: {DATA / name}")
     report = json.loads(say("prepare", "ade20k", "--raw", DATA / name, "--root", tmp_path))
-    assert report["classes"] == classes and report["records"][split] >= 3 and not report["passed_over"]
+    assert (
+        report["classes"] == classes and report["records"][split] >= 3 and not report["passed_over"]
+    )
     names = tuple(json.loads((tmp_path / "ade20k/main" / CLASSES).read_text()))
     task = stirred(made("ade20k", classes=names, num_classes=classes))
-    records = [json.loads(line) for line in (tmp_path / f"ade20k/main/{split}.jsonl").read_text().splitlines()][:3]
+    records = [
+        json.loads(line)
+        for line in (tmp_path / f"ade20k/main/{split}.jsonl").read_text().splitlines()
+    ][:3]
     for record in records:
         record |= {key: str(tmp_path / record[key]) for key in ("image", "label_map")}
     counts = step(task, *records)[1]
     assert counts["mask"] >= 3
     rows = predicted(task, *records[:2])
     assert 0 <= Ade20k.score(rows, records[:2])["miou"] < 0.3
-    assert [decoded(row).shape for row in rows] == [Image.open(record["image"]).size[::-1] for record in records[:2]]
+    assert [decoded(row).shape for row in rows] == [
+        Image.open(record["image"]).size[::-1] for record in records[:2]
+    ]

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from beit3.data.formats import one_per_caption
 from beit3.data.loader import Source
+from beit3.data.prepare.formats import one_per_caption
 from beit3.task import fit_vocabulary
 from beit3.tasks.captioning import Captioning
 from beit3.tokenizer.text import TextTokenizer
@@ -34,7 +34,11 @@ def test_hidden_words_follow_the_release(task):
         hidden, target = task.hide(ids, count, np.random.default_rng(seed))
         chosen = target != -100
         places += chosen
-        assert chosen.sum() == 6 and (target[chosen] == ids[chosen]).all() and (hidden[~chosen] == ids[~chosen]).all()
+        assert (
+            chosen.sum() == 6
+            and (target[chosen] == ids[chosen]).all()
+            and (hidden[~chosen] == ids[~chosen]).all()
+        )
         for old, new in zip(ids[chosen], hidden[chosen], strict=True):
             fates["mask" if new == task.tokenizer.mask else "same" if new == old else "other"] += 1
             assert 3 <= new <= task.tokenizer.mask or new == old
@@ -45,7 +49,9 @@ def test_hidden_words_follow_the_release(task):
     assert abs(fates["mask"] / total - 0.8) < 0.012 and abs(fates["same"] / total - 0.1) < 0.01
 
 
-@pytest.mark.parametrize(("rate", "count", "wanted"), [(0.7, 3, 2), (0.7, 2, 1), (0.01, 9, 1), (1.0, 6, 5), (0.6, 5, 3)])
+@pytest.mark.parametrize(
+    ("rate", "count", "wanted"), [(0.7, 3, 2), (0.7, 2, 1), (0.01, 9, 1), (1.0, 6, 5), (0.6, 5, 3)]
+)
 def test_how_many_are_hidden(task, rate, count, wanted):
     """At least one, at most all but the begin mark."""
     other = Captioning(replace(task.config, mask_rate=rate), tokenizer=task.tokenizer)
@@ -59,7 +65,9 @@ def test_what_is_padded_changes_nothing(task, root):
     batch = task.collate([task.example(row, False)])
     other = batch | {"text": torch.where(batch["text_padding"], 7, batch["text"])}
     with torch.no_grad():
-        assert torch.equal(task(batch | {"step": 0})["losses"]["loss"], task(other | {"step": 0})["losses"]["loss"])
+        assert torch.equal(
+            task(batch | {"step": 0})["losses"]["loss"], task(other | {"step": 0})["losses"]["loss"]
+        )
 
 
 def test_evaluation_needs_no_caption(task, root):
@@ -71,11 +79,16 @@ def test_evaluation_needs_no_caption(task, root):
     perfect = [{"id": str(row["id"]), "caption": row["captions"][0]} for row in rows]
     assert Captioning.score(perfect, rows)["bleu4"] > scores["bleu4"]
     lines = Captioning.submission(predictions, rows)
-    assert [line.keys() for line in lines] == [{"image_id", "caption"}] * 3 and all(isinstance(line["image_id"], int) for line in lines)
+    assert [line.keys() for line in lines] == [{"image_id", "caption"}] * 3 and all(
+        isinstance(line["image_id"], int) for line in lines
+    )
 
 
 def test_domains_are_scored_apart():
-    rows = [{"id": str(i), "captions": ["a red cube", "a cube"], "domain": "in" if i < 2 else "out"} for i in range(4)]
+    rows = [
+        {"id": str(i), "captions": ["a red cube", "a cube"], "domain": "in" if i < 2 else "out"}
+        for i in range(4)
+    ]
     said = [{"id": str(i), "caption": "a red cube" if i < 2 else "dogs"} for i in range(4)]
     scores = Captioning.score(said, rows)
     assert {"cider/in", "cider/out"} <= scores.keys() and scores["cider/out"] == 0
@@ -91,10 +104,15 @@ def test_records_without_references_are_refused():
 
 
 def test_one_record_per_training_caption():
-    images = [("train", {"id": "5", "image": "a", "captions": ["x", "y"]}), ("val", {"id": "6", "image": "b", "captions": ["z"]})]
+    images = [
+        ("train", {"id": "5", "image": "a", "captions": ["x", "y"]}),
+        ("val", {"id": "6", "image": "b", "captions": ["z"]}),
+    ]
     assert list(one_per_caption(iter(images))) == [
-        ("train", {"id": "5#0", "image": "a", "text": "x"}), ("train", {"id": "5#1", "image": "a", "text": "y"}), images[1],
-    ]  # fmt: skip
+        ("train", {"id": "5#0", "image": "a", "text": "x"}),
+        ("train", {"id": "5#1", "image": "a", "text": "y"}),
+        images[1],
+    ]
 
 
 def test_ids_of_index_files_are_read(task):

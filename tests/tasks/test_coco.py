@@ -11,8 +11,8 @@ from PIL import Image
 from torch import Tensor
 
 import beit3
-from beit3.data.predictions import read_predictions
-from beit3.data.rle import encode, rasterise
+from beit3.data.stores.predictions import read_predictions
+from beit3.data.stores.rle import encode, rasterise
 from beit3.tasks.coco import CATEGORIES, Coco
 from beit3.weights.store import save
 from tests.tasks.dense import DATA, LABELS, SIDE, coco_config, made, picture, scene, stirred, thing
@@ -48,9 +48,16 @@ def step(task: Coco, *rows: dict) -> dict[str, Tensor]:
     task.train().zero_grad()
     losses = task(batch_of(task, *rows, train=True))["losses"]
     torch.stack(list(losses.values())).sum().backward()
-    known = [p.grad for name, p in task.trainable() if not any(name.startswith(each) for each in task.unused)]
+    known = [
+        p.grad
+        for name, p in task.trainable()
+        if not any(name.startswith(each) for each in task.unused)
+    ]
     assert all(gradient is not None and gradient.isfinite().all() for gradient in known)
-    assert all(value.isfinite() for value in losses.values()) and losses.keys() == task.targets({"image": [0]}).keys()
+    assert (
+        all(value.isfinite() for value in losses.values())
+        and losses.keys() == task.targets({"image": [0]}).keys()
+    )
     return losses
 
 
@@ -60,18 +67,30 @@ def step(task: Coco, *rows: dict) -> dict[str, Tensor]:
 def test_pictures_without_objects(coco, tmp_path):
     """They teach what is background; where no picture has an object there is nothing to place or to outline."""
     some, none = scene(tmp_path, "1", (64, 48), thing(5, 5, 20, 20)), scene(tmp_path, "2", (40, 60))
-    assert batch_of(coco, some, none, train=True)["masks"].shape == (1, *batch_of(coco, some, none, train=True)["size"].amax(0))
+    assert batch_of(coco, some, none, train=True)["masks"].shape == (
+        1,
+        *batch_of(coco, some, none, train=True)["size"].amax(0),
+    )
     losses = step(coco, some, none)
     assert losses["rpn_objectness"] > 0 and losses["mask"] > 0
     losses = step(coco, none, none)
-    assert all((value == 0) == (name.endswith("_box") or name == "mask") for name, value in losses.items())
+    assert all(
+        (value == 0) == (name.endswith("_box") or name == "mask") for name, value in losses.items()
+    )
     assert [row["id"] for row in predicted(coco, none, some)] == ["2", "1"]
 
 
 def test_more_objects_than_are_learnt_from(coco, tmp_path):
     """64 on one picture, where the heads take 32 proposals and evaluation keeps 20."""
-    many = scene(tmp_path, "1", (64, 64), *[thing(at % 8 * 8, at // 8 * 8, 6, 6, label=at % LABELS, id=at + 1) for at in range(64)])
-    assert len(many["objects"]) > max(coco.config.detector.roi_samples, coco.config.detector.detections_per_image)
+    many = scene(
+        tmp_path,
+        "1",
+        (64, 64),
+        *[thing(at % 8 * 8, at // 8 * 8, 6, 6, label=at % LABELS, id=at + 1) for at in range(64)],
+    )
+    assert len(many["objects"]) > max(
+        coco.config.detector.roi_samples, coco.config.detector.detections_per_image
+    )
     step(coco, many)
     (row,) = predicted(coco, many)
     assert len(row["objects"]) == coco.config.detector.detections_per_image
@@ -87,9 +106,19 @@ def test_crowd_regions_teach_nothing_and_stay_for_evaluation(coco, tmp_path):
     # A detection inside a crowd region is no mistake: without the region it is one, and better than the right one.
     mask = encode(rasterise(crowd["segmentation"], 64, 64))
     wrong = {"box": [10.0, 10.0, 30.0, 30.0], "label": 1, "score": 0.9, "mask": mask}
-    right = {"box": one["box"], "label": 0, "score": 0.5, "mask": encode(rasterise(one["segmentation"], 64, 64))}
+    right = {
+        "box": one["box"],
+        "label": 0,
+        "score": 0.5,
+        "mask": encode(rasterise(one["segmentation"], 64, 64)),
+    }
     also = thing(40, 40, 20, 20, label=1, id=3)
-    found = {"box": also["box"], "label": 1, "score": 0.5, "mask": encode(rasterise(also["segmentation"], 64, 64))}
+    found = {
+        "box": also["box"],
+        "label": 1,
+        "score": 0.5,
+        "mask": encode(rasterise(also["segmentation"], 64, 64)),
+    }
     predictions, objects = [{"id": "1", "objects": [wrong, right, found]}], [one, also]
     assert Coco.score(predictions, [row | {"objects": [crowd, *objects]}])["box_ap"] == 1
     assert Coco.score(predictions, [row | {"objects": objects}])["box_ap"] == pytest.approx(0.75)
@@ -98,13 +127,23 @@ def test_crowd_regions_teach_nothing_and_stay_for_evaluation(coco, tmp_path):
 def test_objects_without_outlines(coco, tmp_path):
     """Where masks are learnt they teach nothing beside others, and alone are refused: an image of boxes would teach background."""
     bare, outlined = thing(5, 5, 20, 20, outline=False), thing(30, 30, 20, 20, label=1, id=2)
-    mixed, boxes = scene(tmp_path, "1", (64, 64), bare, outlined), scene(tmp_path, "2", (64, 64), bare)
+    mixed, boxes = (
+        scene(tmp_path, "1", (64, 64), bare, outlined),
+        scene(tmp_path, "2", (64, 64), bare),
+    )
     assert coco.example(mixed, True)["labels"].tolist() == [1]
-    with pytest.raises(ValueError, match="record 2 has boxes without outlines: learn boxes alone, --task.detector.masks False"):
+    with pytest.raises(
+        ValueError,
+        match="record 2 has boxes without outlines: learn boxes alone, --task.detector.masks False",
+    ):
         coco.example(boxes, True)
     alone = made("coco", detector=replace(coco_config().detector, masks=False))
     example = alone.example(mixed, True)
-    assert sorted(example["labels"].tolist()) == [0, 1] and "masks" not in example and "mask" not in step(alone, mixed, boxes)
+    assert (
+        sorted(example["labels"].tolist()) == [0, 1]
+        and "masks" not in example
+        and "mask" not in step(alone, mixed, boxes)
+    )
     rows = predicted(alone, mixed, boxes)
     assert not any("mask" in each for row in rows for each in row["objects"])
     for found in (rows, predicted(coco, mixed, boxes)):  # of the truth one has no outline
@@ -114,7 +153,9 @@ def test_objects_without_outlines(coco, tmp_path):
 ONE, NONE = [(10, 10, 1, 1), (63, 63, 1, 1)], [(20.2, 20.2, 0.01, 0.01), (0, 5.2, 64, 0.1)]
 
 
-@pytest.mark.parametrize(("box", "count"), [*((box, 2) for box in ONE), *((box, 1) for box in NONE)])
+@pytest.mark.parametrize(
+    ("box", "count"), [*((box, 2) for box in ONE), *((box, 1) for box in NONE)]
+)
 def test_tiny_boxes(coco, tmp_path, box, count):
     """One pixel is learnt; an outline that covers none is not seen."""
     still = changed(coco, scale=(1.0, 1.0), flip=0.0)
@@ -134,7 +175,12 @@ def test_pictures_of_any_size(coco, tmp_path, size):
     assert (found["height"], found["width"]) == (height, width) and found["objects"]
     for each in found["objects"]:
         x, y, w, h = each["box"]
-        assert min(x, y) >= 0 and x + w <= width + 1e-3 and y + h <= height + 1e-3 and each["mask"]["size"] == [height, width]
+        assert (
+            min(x, y) >= 0
+            and x + w <= width + 1e-3
+            and y + h <= height + 1e-3
+            and each["mask"]["size"] == [height, width]
+        )
 
 
 def test_what_is_wrong_in_records_is_named(coco, tmp_path, root):
@@ -142,12 +188,16 @@ def test_what_is_wrong_in_records_is_named(coco, tmp_path, root):
     with pytest.raises(ValueError, match=r"labels \[4\] is none of the 4 categories"):
         coco.example(row, True)
     bare = {key: value for key, value in row.items() if key != "objects"}
-    with pytest.raises(ValueError, match="record 17 says nothing of objects: train on a split that has them"):
+    with pytest.raises(
+        ValueError, match="record 17 says nothing of objects: train on a split that has them"
+    ):
         coco.example(bare, True)
     rows = predicted(coco, bare)
     with pytest.raises(ValueError, match="some of these records hold no objects to compare with"):
         Coco.score(rows, [bare])
-    torn = row | {"objects": [thing(3, 3, 20, 20) | {"segmentation": {"size": [3, 3], "counts": "04"}}]}
+    torn = row | {
+        "objects": [thing(3, 3, 20, 20) | {"segmentation": {"size": [3, 3], "counts": "04"}}]
+    }
     with pytest.raises(ValueError, match="size"):
         coco.example(torn, True)
 
@@ -165,7 +215,9 @@ def test_settings_that_do_not_fit_are_refused(coco, tmp_path):
         Coco.configure(coco.config, tmp_path)
     (tmp_path / "coco/main").mkdir(parents=True)
     (tmp_path / "coco/main/train.jsonl").write_text("{}\n")
-    with pytest.raises(ValueError, match=f"no categories at .*{CATEGORIES}: run beit3 prepare coco again"):
+    with pytest.raises(
+        ValueError, match=f"no categories at .*{CATEGORIES}: run beit3 prepare coco again"
+    ):
         Coco.configure(coco.config, tmp_path)
 
 
@@ -191,21 +243,32 @@ def test_views_are_merged(coco, tmp_path):
     assert merged != plain and [row["id"] for row in merged] == ["1", "2"]
     for row in merged:
         assert len(row["objects"]) == coco.config.detector.detections_per_image
-        assert all(0 < each["score"] <= 1 and each["mask"]["size"] == [row["height"], row["width"]] for each in row["objects"])
+        assert all(
+            0 < each["score"] <= 1 and each["mask"]["size"] == [row["height"], row["width"]]
+            for each in row["objects"]
+        )
 
 
 def test_mirrored_views_make_it_blind_to_mirroring(coco, tmp_path):
     """A picture and its mirror image have the same scores, and mirrored boxes."""
     path = picture(tmp_path / "1.png", SIDE, SIDE)
     pixels = np.asarray(Image.open(path))
-    rows = [{"id": str(place), "image": Image.fromarray(each)} for place, each in enumerate((pixels, pixels[:, ::-1].copy()))]
+    rows = [
+        {"id": str(place), "image": Image.fromarray(each)}
+        for place, each in enumerate((pixels, pixels[:, ::-1].copy()))
+    ]
     one, two = predicted(changed(coco, test_flip=True), *rows)
     for left, right in zip(one["objects"], two["objects"], strict=True):
         x, y, w, h = left["box"]
-        assert right["score"] == pytest.approx(left["score"], rel=1e-4) and right["label"] == left["label"]
+        assert (
+            right["score"] == pytest.approx(left["score"], rel=1e-4)
+            and right["label"] == left["label"]
+        )
         assert right["box"] == pytest.approx([SIDE - x - w, y, w, h], abs=0.01)
     plain = predicted(coco, *rows)
-    assert plain[0]["objects"][0]["score"] != pytest.approx(plain[1]["objects"][0]["score"], rel=1e-4), "without, it is not"
+    assert plain[0]["objects"][0]["score"] != pytest.approx(
+        plain[1]["objects"][0]["score"], rel=1e-4
+    ), "without, it is not"
 
 
 def test_raw_inputs_of_any_kind(coco, tmp_path):
@@ -215,11 +278,16 @@ def test_raw_inputs_of_any_kind(coco, tmp_path):
     (one,) = ask(picture(tmp_path / "x.png", 60, 40))
     assert (one["height"], one["width"]) == (40, 60) and json.dumps(one)
     for each in one["objects"]:
-        assert each["name"] == list(IDS.values())[each["label"]] and each["category"] == list(IDS)[each["label"]]
+        assert (
+            each["name"] == list(IDS.values())[each["label"]]
+            and each["category"] == list(IDS)[each["label"]]
+        )
         assert rasterise(each["mask"], 40, 60).shape == (40, 60)
     assert ask(Image.open(tmp_path / "x.png"))[0]["objects"] == one["objects"]
     grey = ask(picture(tmp_path / "grey.png", 60, 40, "L"))[0]["objects"]
-    assert ask(picture(tmp_path / "deep.png", 60, 40, "I;16"))[0]["objects"] == grey != one["objects"]
+    assert (
+        ask(picture(tmp_path / "deep.png", 60, 40, "I;16"))[0]["objects"] == grey != one["objects"]
+    )
     with pytest.raises(ValueError, match="absent.png"):
         ask(str(tmp_path / "absent.png"))
 
@@ -231,20 +299,38 @@ def test_raw_inputs_of_any_kind(coco, tmp_path):
 def files(tmp_path):
     """COCO's files of two pictures, with category ids that have gaps, a crowd region as RLE and a picture without objects."""
     runs = {"size": [48, 64], "counts": [48 * 30, 48 * 4, 48 * 30]}
-    images = [{"id": 42, "file_name": "a.png", "width": 64, "height": 48}, {"id": 7, "file_name": "b.png", "width": 40, "height": 40}]
+    images = [
+        {"id": 42, "file_name": "a.png", "width": 64, "height": 48},
+        {"id": 7, "file_name": "b.png", "width": 40, "height": 40},
+    ]
     rows = [thing(4, 4, 20, 16), thing(30, 10, 15, 30), thing(30, 0, 4, 48)]
-    rows = [{key: value for key, value in row.items() if key not in ("label", "crowd", "box")} | {"bbox": row["box"]} for row in rows]
+    rows = [
+        {key: value for key, value in row.items() if key not in ("label", "crowd", "box")}
+        | {"bbox": row["box"]}
+        for row in rows
+    ]
     kinds, crowds = (3, 90, 90), (0, 0, 1)
-    rows = [row | {"id": at + 11, "image_id": 42, "category_id": kinds[at], "iscrowd": crowds[at]} for at, row in enumerate(rows)]
+    rows = [
+        row | {"id": at + 11, "image_id": 42, "category_id": kinds[at], "iscrowd": crowds[at]}
+        for at, row in enumerate(rows)
+    ]
     rows[2]["segmentation"] = runs
-    whole = {"images": images, "annotations": rows, "categories": [{"id": id, "name": name} for id, name in IDS.items()]}
+    whole = {
+        "images": images,
+        "annotations": rows,
+        "categories": [{"id": id, "name": name} for id, name in IDS.items()],
+    }
     (tmp_path / "raw/annotations").mkdir(parents=True)
     for split in ("train", "val"):
         (tmp_path / f"raw/{split}2017").mkdir()
         for image in images:
-            picture(tmp_path / f"raw/{split}2017" / image["file_name"], image["width"], image["height"])
+            picture(
+                tmp_path / f"raw/{split}2017" / image["file_name"], image["width"], image["height"]
+            )
         other = [row | {"file_name": row["file_name"]} for row in images]
-        (tmp_path / f"raw/annotations/instances_{split}2017.json").write_text(json.dumps(whole | {"images": other}))
+        (tmp_path / f"raw/annotations/instances_{split}2017.json").write_text(
+            json.dumps(whole | {"images": other})
+        )
     return tmp_path / "raw"
 
 
@@ -252,23 +338,35 @@ def test_from_files_to_the_servers_results_and_back(files, tmp_path, say, refuse
     """`prepare`, `eval` with predictions and results, `score`; the truth as predictions gets full marks by the official code."""
     report = json.loads(say("prepare", "coco", "--raw", files, "--root", tmp_path))
     assert report["records"] == {"train": 2, "val": 2} and report["categories"] == LABELS
-    assert json.loads((tmp_path / "coco/main" / CATEGORIES).read_text()) == [{"id": id, "name": name} for id, name in IDS.items()]
+    assert json.loads((tmp_path / "coco/main" / CATEGORIES).read_text()) == [
+        {"id": id, "name": name} for id, name in IDS.items()
+    ]
     task = stirred(Coco(Coco.configure(coco_config(), tmp_path)))
     save(task, tmp_path / "w")
     verb = ["eval", tmp_path / "w", "--data.root", tmp_path, "--predictions", tmp_path / "p.jsonl"]
     scores = json.loads(say(*verb))
     assert len(scores) == 24 and {"box_ap", "mask_ar_large"} <= set(scores)
-    assert json.loads(say("score", "coco", tmp_path / "p.jsonl", "--data.root", tmp_path)) == pytest.approx(scores)
+    assert json.loads(
+        say("score", "coco", tmp_path / "p.jsonl", "--data.root", tmp_path)
+    ) == pytest.approx(scores)
     say(*verb, "--submission", tmp_path / "results.json")
     results = json.loads((tmp_path / "results.json").read_text())
-    assert {row["image_id"] for row in results} == {7, 42} and {row["category_id"] for row in results} <= set(IDS)
-    assert sum(len(row["objects"]) for row in read_predictions(tmp_path / "p.jsonl")) == len(results)
-    official = pytest.importorskip("pycocotools.coco", reason="pycocotools, the official code, is not installed")
+    assert {row["image_id"] for row in results} == {7, 42} and {
+        row["category_id"] for row in results
+    } <= set(IDS)
+    assert sum(len(row["objects"]) for row in read_predictions(tmp_path / "p.jsonl")) == len(
+        results
+    )
+    official = pytest.importorskip(
+        "pycocotools.coco", reason="pycocotools, the official code, is not installed"
+    )
     truth = official.COCO(str(files / "annotations/instances_val2017.json"))
     assert len(truth.loadRes(results).anns) == len(results)
     assert official_ap(truth, perfect(tmp_path)) == pytest.approx({"bbox": 1.0, "segm": 1.0})
     # Weights of other categories would call things by wrong names.
-    (tmp_path / "coco/main" / CATEGORIES).write_text(json.dumps([{"id": id, "name": name.upper()} for id, name in IDS.items()]))
+    (tmp_path / "coco/main" / CATEGORIES).write_text(
+        json.dumps([{"id": id, "name": name.upper()} for id, name in IDS.items()])
+    )
     assert "class 0 is 'cat' to the weights and 'CAT' in" in refused(*verb)
 
 
@@ -279,9 +377,16 @@ def perfect(root) -> list[dict[str, Any]]:
     for record in records:
         size = record["height"], record["width"]
         objects = [
-            {"box": each["box"], "score": 1.0, "label": each["label"], "category": list(IDS)[each["label"]],
-             "mask": encode(rasterise(each["segmentation"], *size))} for each in record["objects"] if not each["crowd"]
-        ]  # fmt: skip
+            {
+                "box": each["box"],
+                "score": 1.0,
+                "label": each["label"],
+                "category": list(IDS)[each["label"]],
+                "mask": encode(rasterise(each["segmentation"], *size)),
+            }
+            for each in record["objects"]
+            if not each["crowd"]
+        ]
         predictions.append({"id": record["id"], "objects": objects})
     assert Coco.score(predictions, records)["mask_ap"] == 1.0
     return Coco.submission(predictions, records)
@@ -313,9 +418,18 @@ def test_the_embedded_world(root, tmp_path, say):
     """Its own records, scored by weights that know nothing."""
     task = stirred(Coco(Coco.configure(coco_config(), root)))
     save(task, tmp_path / "w")
-    scores = json.loads(say("eval", tmp_path / "w", "--data.root", root, "--submission", tmp_path / "r.json") or "{}")
+    scores = json.loads(
+        say("eval", tmp_path / "w", "--data.root", root, "--submission", tmp_path / "r.json")
+        or "{}"
+    )
     assert scores == {} and json.loads((tmp_path / "r.json").read_text())
-    assert task.config.categories == ("circle", "square", "triangle", "cross", "bar") and task.config.category_ids == (1, 2, 3, 4, 5)
+    assert task.config.categories == (
+        "circle",
+        "square",
+        "triangle",
+        "cross",
+        "bar",
+    ) and task.config.category_ids == (1, 2, 3, 4, 5)
 
 
 def test_real_coco(tmp_path, say):
@@ -325,12 +439,22 @@ def test_real_coco(tmp_path, say):
     report = json.loads(say("prepare", "coco", "--raw", DATA / "coco_mini", "--root", tmp_path))
     assert report["categories"] == 80 and report["records"]["train"] >= 75
     task = stirred(Coco(Coco.configure(coco_config(), tmp_path)))
-    records = [json.loads(line) for line in (tmp_path / "coco/main/train.jsonl").read_text().splitlines()][:16]
+    records = [
+        json.loads(line) for line in (tmp_path / "coco/main/train.jsonl").read_text().splitlines()
+    ][:16]
     for record in records:
         record["image"] = str(tmp_path / record["image"])
-    assert task.config.category_ids[-1] == 90 and sum(len(record["objects"]) for record in records) > 60
+    assert (
+        task.config.category_ids[-1] == 90
+        and sum(len(record["objects"]) for record in records) > 60
+    )
     step(task, *records[:6])
     for record in records:
         seen = task.example(record, True)
-        assert len(seen["boxes"]) == len(seen["labels"]) == len(seen["masks"]) <= len(record["objects"])
+        assert (
+            len(seen["boxes"])
+            == len(seen["labels"])
+            == len(seen["masks"])
+            <= len(record["objects"])
+        )
     assert 0 <= Coco.score(predicted(task, *records[:4]), records[:4])["box_ap"] < 0.2

@@ -32,17 +32,40 @@ from beit3.tasks.backbone import Backbone
 from beit3.tasks.coco import CocoConfig
 from beit3.tasks.pretrain import Pretrain, PretrainConfig
 from beit3.tasks.retrieval import Retrieval, RetrievalConfig
-from beit3.train import parallel
-from beit3.train.evaluate import predict
-from beit3.train.step import backward, sum_targets
-from beit3.weights.fill import KEEP, assign, gathered, stored
-from beit3.weights.official import load_official, to_official
+from beit3.training import parallel
+from beit3.training.evaluate import predict
+from beit3.training.step import backward, sum_targets
+from beit3.weights.matching import KEEP, assign, gathered, stored
+from beit3.weights.release_format import load_official, to_official
 from beit3.weights.store import initialise_from, save
 from tests.golden import golden
-from tests.tasks.dense import CONFIGS, LABELS, MODEL, SIDE, blocks, coco_config, labelled, made, scene, stirred, thing, windows
+from tests.tasks.dense import (
+    CONFIGS,
+    LABELS,
+    MODEL,
+    SIDE,
+    blocks,
+    coco_config,
+    labelled,
+    made,
+    scene,
+    stirred,
+    thing,
+    windows,
+)
 
 DENSE = ("coco", "ade20k")
-OTHERS = replace(TINY_RELEASE, dim=32, depth=4, num_heads=2, ffn_dim=48, image_size=32, patch_size=8, vocab_size=30, text_positions=12)
+OTHERS = replace(
+    TINY_RELEASE,
+    dim=32,
+    depth=4,
+    num_heads=2,
+    ffn_dim=48,
+    image_size=32,
+    patch_size=8,
+    vocab_size=30,
+    text_positions=12,
+)
 """A released network of 4 x 4 patches; the tasks' own see 8 x 8."""
 SEES = replace(OTHERS, image_size=SIDE, final_norm=False)
 
@@ -62,7 +85,11 @@ def same_trunk(task: Any, source: Task) -> None:
     """The image's experts to the bit, positions resampled."""
     theirs, positions = stored(source), "backbone.image_embedding.positions"
     for name, tensor in trunk_of(task).items():
-        wanted = theirs[name] if name != positions else resample_positions(theirs[name], (4, 4), (8, 8), keep=KEEP)
+        wanted = (
+            theirs[name]
+            if name != positions
+            else resample_positions(theirs[name], (4, 4), (8, 8), keep=KEEP)
+        )
         assert torch.equal(tensor, wanted), name
 
 
@@ -74,14 +101,25 @@ def test_a_released_file_starts_both(release, tmp_path, name):
     state = to_official(release)
     torch.save({"model": state}, tmp_path / "release.pth")
     task = made(name, seed=5, model=SEES)
-    head = {key: tensor.clone() for key, tensor in stored(task).items() if not key.startswith("backbone.")}
+    head = {
+        key: tensor.clone()
+        for key, tensor in stored(task).items()
+        if not key.startswith("backbone.")
+    }
     report = initialise_from(task, tmp_path / "release.pth")
     same_trunk(task, release)
     assert set(report.loaded) == set(trunk_of(task)) and set(report.fresh) == set(head)
-    assert all(torch.equal(stored(task)[key], tensor) for key, tensor in head.items()), "heads keep their initial values"
-    sides = {key: "the final norm" if "encoder.layer_norm.A" in key else "takes images alone" for key in report.ignored}
+    assert all(torch.equal(stored(task)[key], tensor) for key, tensor in head.items()), (
+        "heads keep their initial values"
+    )
+    sides = {
+        key: "the final norm" if "encoder.layer_norm.A" in key else "takes images alone"
+        for key in report.ignored
+    }
     assert all(sides[key] in reason for key, reason in report.ignored.items())
-    texts = {key for key in state if ".B." in key or "text_embed." in key} | {key for key in state if "encoder.layer_norm.A" in key}
+    texts = {key for key in state if ".B." in key or "text_embed." in key} | {
+        key for key in state if "encoder.layer_norm.A" in key
+    }
     assert set(report.ignored) == texts, "nothing else is left"
 
 
@@ -90,7 +128,10 @@ def test_a_released_file_starts_both(release, tmp_path, name):
 def test_our_own_weights_start_both(tmp_path, name, kind):
     """Of the paper's form, with vision-language experts that no picture alone goes through."""
     model = replace(OTHERS, fusion_layers=2, shared_attention=True, sub_ln=False, final_norm=True)
-    configs: Any = {"pretrain": (Pretrain, PretrainConfig(model=model)), "retrieval": (Retrieval, RetrievalConfig(model=model))}
+    configs: Any = {
+        "pretrain": (Pretrain, PretrainConfig(model=model)),
+        "retrieval": (Retrieval, RetrievalConfig(model=model)),
+    }
     source = configs[kind][0](configs[kind][1])
     source.init_weights(2)
     save(source, tmp_path / "w")
@@ -100,7 +141,9 @@ def test_our_own_weights_start_both(tmp_path, name, kind):
     backbone = {key: why for key, why in report.ignored.items() if key.startswith("backbone.")}
     assert any(".fusion." in key for key in backbone) and any(".text." in key for key in backbone)
     for key, why in backbone.items():
-        assert ("the final norm" if key.startswith("backbone.norm.") else "takes images alone") in why, key
+        assert (
+            "the final norm" if key.startswith("backbone.norm.") else "takes images alone"
+        ) in why, key
     assert any(f"a head that {name} does not have" == why for why in report.ignored.values())
     assert not any(key.startswith("backbone.") for key in report.fresh)
 
@@ -109,7 +152,10 @@ def test_our_own_weights_start_both(tmp_path, name, kind):
 def test_patches_of_another_size_are_resampled_where_the_config_says_so(release, tmp_path, name):
     torch.save(to_official(release), tmp_path / "release.pth")
     model = replace(SEES, patch_size=16, image_size=2 * SIDE)
-    with pytest.raises(ValueError, match=r"proj.weight has shape .*8, 8.*needs .*16, 16.; --task.resize_patch True resamples it"):
+    with pytest.raises(
+        ValueError,
+        match=r"proj.weight has shape .*8, 8.*needs .*16, 16.; --task.resize_patch True resamples it",
+    ):
         initialise_from(made(name, model=model), tmp_path / "release.pth")
     task = made(name, model=model, resize_patch=True)
     initialise_from(task, tmp_path / "release.pth")
@@ -118,7 +164,9 @@ def test_patches_of_another_size_are_resampled_where_the_config_says_so(release,
     small = torch.rand(5, 3, 8, 8)
     large = nn.functional.interpolate(small, scale_factor=2, mode="bicubic")
     ours, before = (each.backbone.image_embedding.patch for each in (task, release))
-    torch.testing.assert_close(ours(large), before(small), rtol=1e-4, atol=1e-4)  # an enlarged patch says the same
+    torch.testing.assert_close(
+        ours(large), before(small), rtol=1e-4, atol=1e-4
+    )  # an enlarged patch says the same
 
 
 @pytest.mark.parametrize("name", DENSE)
@@ -127,7 +175,11 @@ def test_records_of_other_classes_take_the_rest(tmp_path, name):
     save(source, tmp_path / "w")
     task = made(name, seed=4, num_classes=LABELS + 2)
     report = initialise_from(task, tmp_path / "w")
-    assert report.fresh and not report.ignored and all("in the file" in why for why in report.fresh.values())
+    assert (
+        report.fresh
+        and not report.ignored
+        and all("in the file" in why for why in report.fresh.values())
+    )
     assert all("class" in key or "mask_fcn_logits" in key for key in report.fresh)
     theirs, fresh = stored(source), stored(made(name, seed=4, num_classes=LABELS + 2))
     for key, tensor in stored(task).items():
@@ -136,7 +188,10 @@ def test_records_of_other_classes_take_the_rest(tmp_path, name):
 
 def test_boxes_alone_come_before_masks(tmp_path):
     """Objects365 first, then COCO; and the way back leaves the mask head out."""
-    boxes, outlines = (coco_config(detector=replace(coco_config().detector, masks=masks)) for masks in (False, True))
+    boxes, outlines = (
+        coco_config(detector=replace(coco_config().detector, masks=masks))
+        for masks in (False, True)
+    )
     for first, then in ((boxes, outlines), (outlines, boxes)):
         source, task = load("coco")(first), load("coco")(then)
         source.init_weights(1), task.init_weights(2)
@@ -144,7 +199,10 @@ def test_boxes_alone_come_before_masks(tmp_path):
         report = initialise_from(task, tmp_path / "w")
         left = report.fresh if then is outlines else report.ignored
         assert left and all(key.startswith("detector.cascade.mask_head.") for key in left)
-        assert set(report.loaded) == set(stored(source)) & set(stored(task)) and len(report.loaded) > 80
+        assert (
+            set(report.loaded) == set(stored(source)) & set(stored(task))
+            and len(report.loaded) > 80
+        )
 
 
 def test_each_starts_the_other(tmp_path):
@@ -176,10 +234,16 @@ def test_they_start_tasks_of_texts_and_pairs(tmp_path, name):
     task = Retrieval(RetrievalConfig(model=model))
     report = initialise_from(task, tmp_path / "w")
     own = [key for key in stored(task) if key.startswith("backbone.")]
-    images = {key for key in own if not any(part in key for part in (".text.", ".text_embedding.", ".fusion."))}
+    images = {
+        key
+        for key in own
+        if not any(part in key for part in (".text.", ".text_embedding.", ".fusion."))
+    }
     assert any(".fusion." in key for key in own)
     assert set(report.loaded) == images
-    assert {report.fresh[key] for key in set(own) - images} == {"the file holds the image side alone"}
+    assert {report.fresh[key] for key in set(own) - images} == {
+        "the file holds the image side alone"
+    }
 
 
 def test_weights_of_detection_see_squares_as_other_tasks(tmp_path):
@@ -195,8 +259,12 @@ def test_every_released_backbone_fits_both():
     for file, tensors in shapes.items():
         for name in DENSE:
             with torch.device("meta"):
-                task, report = load_official({key: torch.empty(shape) for key, shape in tensors.items()}, name)
-            fresh = {key for key in report.fresh if key.startswith("backbone.")}  # some tasks of the release read states before the norm
+                task, report = load_official(
+                    {key: torch.empty(shape) for key, shape in tensors.items()}, name
+                )
+            fresh = {
+                key for key in report.fresh if key.startswith("backbone.")
+            }  # some tasks of the release read states before the norm
             assert fresh <= {"backbone.norm.image.weight", "backbone.norm.image.bias"}, file
             assert set(report.loaded) | fresh == set(trunk_of(task)), file
 
@@ -213,16 +281,24 @@ SIZES = [(40, 30), (64, 200), (64, 64), (150, 70), (33, 64)]
 
 def configs() -> dict[str, Any]:
     detector = replace(coco_config().detector, **EVERYTHING)
-    return {"coco": coco_config(detector=detector, window=4, num_global=1), "ade20k": CONFIGS["ade20k"](views=windows(flip=True))}
+    return {
+        "coco": coco_config(detector=detector, window=4, num_global=1),
+        "ade20k": CONFIGS["ade20k"](views=windows(flip=True)),
+    }
 
 
 def records(folder: Path) -> dict[str, list[dict[str, Any]]]:
     """The same five pictures of each, written once."""
     found: dict[str, list[dict[str, Any]]] = {"coco": [], "ade20k": []}
     for place, (width, height) in enumerate(SIZES):
-        objects = [thing(4 * at, 3 * at, 12 + at, 14, label=at % LABELS, id=at + 1) for at in range((0, 3, 1, 4, 2)[place])]
+        objects = [
+            thing(4 * at, 3 * at, 12 + at, 14, label=at % LABELS, id=at + 1)
+            for at in range((0, 3, 1, 4, 2)[place])
+        ]
         found["coco"].append(scene(folder, f"{place + 1}", (width, height), *objects))
-        found["ade20k"].append(labelled(folder, f"s{place}", blocks(width, height, place, labels=1 + place % LABELS)))
+        found["ade20k"].append(
+            labelled(folder, f"s{place}", blocks(width, height, place, labels=1 + place % LABELS))
+        )
     return found
 
 
@@ -247,13 +323,22 @@ def measured(folder: Path, rank: int, processes: int) -> dict[str, Any]:
         assign(task, load_file(folder / f"{name}.safetensors"))
         for module in task.modules():  # statistics of a batch are of one process's
             module.train(not isinstance(module, nn.BatchNorm2d))
-        micro_batches = [task.collate([task.example(rows[place], True) for place in places]) for places in SHARES[processes][rank]]
+        micro_batches = [
+            task.collate([task.example(rows[place], True) for place in places])
+            for places in SHARES[processes][rank]
+        ]
         totals = sum_targets(task, micro_batches)
         with no_chance():
-            found[f"{name} losses"], _ = backward(task, micro_batches, totals, parallel.autocast(EXACT, device))
-        found[f"{name} gradients"] = {key: whole(p.grad) for key, p in task.trainable() if p.grad is not None}
+            found[f"{name} losses"], _ = backward(
+                task, micro_batches, totals, parallel.autocast(EXACT, device)
+            )
+        found[f"{name} gradients"] = {
+            key: whole(p.grad) for key, p in task.trainable() if p.grad is not None
+        }
         found[f"{name} counts"] = totals
-        found[f"{name} predictions"] = predict(task, rows, batch_size=1, precision=parallel.autocast(EXACT, device))
+        found[f"{name} predictions"] = predict(
+            task, rows, batch_size=1, precision=parallel.autocast(EXACT, device)
+        )
         found[f"{name} names"] = sorted(gathered(task))
     return found
 
@@ -261,7 +346,9 @@ def measured(folder: Path, rank: int, processes: int) -> dict[str, Any]:
 def _process(rank: int, folder: Path) -> None:
     torch.set_num_threads(1)
     meet = f"file://{folder}/meet"
-    dist.init_process_group("gloo", init_method=meet, rank=rank, world_size=2, timeout=timedelta(seconds=90))  # what waits, fails
+    dist.init_process_group(
+        "gloo", init_method=meet, rank=rank, world_size=2, timeout=timedelta(seconds=90)
+    )  # what waits, fails
     torch.save(measured(folder, rank, 2), folder / f"{rank}.pt")
     dist.destroy_process_group()
 
@@ -276,7 +363,9 @@ def runs(tmp_path_factory) -> tuple[dict[str, Any], dict[str, Any], dict[str, An
         task.init_weights(0)
         save_file(stored(stirred(task)), folder / f"{name}.safetensors")
     mp.spawn(_process, (folder,), nprocs=2)
-    return measured(folder, 0, 1), *(torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2))
+    return measured(folder, 0, 1), *(
+        torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)
+    )
 
 
 @pytest.mark.parametrize("name", DENSE)
@@ -289,7 +378,9 @@ def test_two_processes_equal_one(runs, name):
     mine, theirs = one[f"{name} gradients"], two[f"{name} gradients"]
     assert mine.keys() == theirs.keys() and any(key.startswith("backbone.") for key in mine)
     for key, gradient in mine.items():
-        torch.testing.assert_close(theirs[key], gradient, rtol=1e-8, atol=1e-10 * float(1 + gradient.abs().max()), msg=key)
+        torch.testing.assert_close(
+            theirs[key], gradient, rtol=1e-8, atol=1e-10 * float(1 + gradient.abs().max()), msg=key
+        )
 
 
 @pytest.mark.parametrize("name", DENSE)
@@ -303,9 +394,13 @@ def test_two_processes_predict_what_one_does(runs, name):
             assert mine == theirs and max(len(np.unique(decoded(row))) for row in mine) > 1
             continue
         for left, right in zip(mine, theirs, strict=True):
-            assert left["objects"] and [each["label"] for each in left["objects"]] == [each["label"] for each in right["objects"]]
+            assert left["objects"] and [each["label"] for each in left["objects"]] == [
+                each["label"] for each in right["objects"]
+            ]
             for each, other in zip(left["objects"], right["objects"], strict=True):
-                assert each["box"] == pytest.approx(other["box"], abs=1e-6) and each["score"] == pytest.approx(other["score"], rel=1e-6)
+                assert each["box"] == pytest.approx(other["box"], abs=1e-6) and each[
+                    "score"
+                ] == pytest.approx(other["score"], rel=1e-6)
                 assert each["mask"] == other["mask"]
 
 
@@ -315,8 +410,14 @@ def test_batch_norms_see_all_processes_where_these_have_accelerators(monkeypatch
         monkeypatch.setattr(module, "world_size", lambda: 2)
     monkeypatch.setattr(parallel, "shard", lambda *_: None)
     for device, kind in (("cuda", nn.SyncBatchNorm), ("cpu", nn.BatchNorm2d)):
-        task = parallel.build(load("ade20k"), configs()["ade20k"], None, RunConfig(), torch.device(device))
-        norms = [module for module in task.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+        task = parallel.build(
+            load("ade20k"), configs()["ade20k"], None, RunConfig(), torch.device(device)
+        )
+        norms = [
+            module
+            for module in task.modules()
+            if isinstance(module, nn.modules.batchnorm._BatchNorm)
+        ]
         assert len(norms) > 8 and {type(norm) for norm in norms} == {kind}
 
 
@@ -328,9 +429,13 @@ def test_the_giants_on_meta():
     """The paper's recipes: 1280 px with windows up to the pyramid (what is found decides the rest), 896 px to the scores."""
     with torch.device("meta"):
         coco = load("coco")(load("coco").recipes["giant_1280"].task).eval()
-    assert [block.window for block in coco.backbone.blocks].count(0) == 4 and coco.config.model.patch_size == 16
+    assert [block.window for block in coco.backbone.blocks].count(
+        0
+    ) == 4 and coco.config.model.patch_size == 16
     maps = coco.detector.pyramid(coco.backbone(torch.empty(1, 3, 1280, 1280, device="meta")))
-    assert [each.shape for each in maps] == [(1, 256, side, side) for side in (320, 160, 80, 40, 20)]
+    assert [each.shape for each in maps] == [
+        (1, 256, side, side) for side in (320, 160, 80, 40, 20)
+    ]
     with FakeTensorMode():  # transformers asks for a type of autocast, which meta has none of
         ade20k = load("ade20k")(load("ade20k").recipes["giant_896"].task).eval()
         scores = ade20k.scores(torch.empty(1, 3, 896, 896))
@@ -353,17 +458,29 @@ def test_bfloat16_is_near_float32(tmp_path, name):
         assert all(value.dtype == torch.float32 for value in result.values())
         assert all(p.grad.isfinite().all() for _, p in task.trainable() if p.grad is not None)
         found.append({key: float(value.detach()) for key, value in result.items()})
-    steady = [key for key in found[0] if not key.startswith(("box1", "box2"))]  # those follow boxes that just cross a threshold
-    assert len(steady) >= 3 and {key: found[1][key] for key in steady} == pytest.approx({key: found[0][key] for key in steady}, rel=0.05)
+    steady = [
+        key for key in found[0] if not key.startswith(("box1", "box2"))
+    ]  # those follow boxes that just cross a threshold
+    assert len(steady) >= 3 and {key: found[1][key] for key in steady} == pytest.approx(
+        {key: found[0][key] for key in steady}, rel=0.05
+    )
 
 
 @pytest.mark.parametrize("name", DENSE)
 def test_recomputed_blocks_give_the_same_gradients(tmp_path, name):
     found = []
     for recompute in ("none", "full", "selective"):
-        task = parallel.build(load(name), configs()[name], None, replace(EXACT, checkpointing=recompute), torch.device("cpu"))
+        task = parallel.build(
+            load(name),
+            configs()[name],
+            None,
+            replace(EXACT, checkpointing=recompute),
+            torch.device("cpu"),
+        )
         parallel.materialise(task, torch.device("cpu"), 0)
-        batch: Batch = task.collate([task.example(row, True) for row in records(tmp_path)[name][1:3]])
+        batch: Batch = task.collate(
+            [task.example(row, True) for row in records(tmp_path)[name][1:3]]
+        )
         with no_chance():
             torch.stack(list(task(batch)["losses"].values())).sum().backward()
         found.append({key: p.grad for key, p in task.trainable() if p.grad is not None})
@@ -374,7 +491,15 @@ def test_recomputed_blocks_give_the_same_gradients(tmp_path, name):
 
 def test_defaults_are_the_published_sizes():
     config = CocoConfig()
-    assert (config.window, config.num_global, config.image.image_size, config.detector) == (16, 4, 1024, DetectorConfig())
+    assert (config.window, config.num_global, config.image.image_size, config.detector) == (
+        16,
+        4,
+        1024,
+        DetectorConfig(),
+    )
     with torch.device("meta"):
         trunk = ImageTrunk(MODEL, window=2, num_global=1)
-    assert {name.split(".")[0] for name, _ in trunk.named_parameters()} == {"image_embedding", "blocks"}
+    assert {name.split(".")[0] for name, _ in trunk.named_parameters()} == {
+        "image_embedding",
+        "blocks",
+    }

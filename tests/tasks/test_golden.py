@@ -17,10 +17,15 @@ from beit3.tasks.captioning import Captioning
 from beit3.tasks.imagenet import ImageNet
 from beit3.tasks.nlvr2 import NLVR2
 from beit3.tasks.retrieval import Retrieval
-from beit3.weights.official import SCALAR, load_official, to_official
+from beit3.weights.release_format import SCALAR, load_official, to_official
 from tests.golden import golden, tensors
 
-TASKS = {"nlvr2": NLVR2, "captioning": Captioning, "retrieval": Retrieval, "imageclassification": ImageNet}
+TASKS = {
+    "nlvr2": NLVR2,
+    "captioning": Captioning,
+    "retrieval": Retrieval,
+    "imageclassification": ImageNet,
+}
 BEAMS = ["beam1_lp0.6", "beam2_lp1.0", "beam3_lp0.0", "beam3_lp0.6"]
 
 
@@ -39,7 +44,11 @@ def batch_of(name: str) -> dict[str, Tensor]:
     batch = {"text_padding": given["padding_mask"].bool(), "step": 0}
     if name == "nlvr2":
         images = torch.stack((given["image_a"], given["image_b"]), 1)
-        return batch | {"image": images, "text": given["text_description"], "target": given["label"]}
+        return batch | {
+            "image": images,
+            "text": given["text_description"],
+            "target": given["label"],
+        }
     if name == "retrieval":
         return batch | {"image": given["image"], "text": given["text_description"]}
     chosen = given["language_masked_pos"].bool()
@@ -73,15 +82,24 @@ def test_features_and_similarities():
     task, expected = built("retrieval"), tensors("retrieval", "outputs")
     with torch.inference_mode():
         found = task.outputs(batch_of("retrieval"))
-        torch.testing.assert_close(found["image_features"], expected["vision_cls"], rtol=0, atol=1e-5)
-        torch.testing.assert_close(found["text_features"], expected["language_cls"], rtol=0, atol=1e-5)
+        torch.testing.assert_close(
+            found["image_features"], expected["vision_cls"], rtol=0, atol=1e-5
+        )
+        torch.testing.assert_close(
+            found["text_features"], expected["language_cls"], rtol=0, atol=1e-5
+        )
         similarities = task.logit_scale.exp() * found["image_features"] @ found["text_features"].T
     torch.testing.assert_close(similarities, expected["logits_per_image"], rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize(
     ("name", "recorded"),
-    [("nlvr2", "loss"), ("retrieval", "loss"), ("captioning", "loss_ls0_1"), ("imageclassification", "loss_label_smoothing_0_1")],
+    [
+        ("nlvr2", "loss"),
+        ("retrieval", "loss"),
+        ("captioning", "loss_ls0_1"),
+        ("imageclassification", "loss_label_smoothing_0_1"),
+    ],
 )
 def test_loss_and_every_gradient(name, recorded):
     """ImageNet's in training mode, where labels are smoothed, without mixing."""
@@ -93,21 +111,31 @@ def test_loss_and_every_gradient(name, recorded):
     loss = mean_loss(task, batch)
     torch.testing.assert_close(loss.detach(), tensors(name, "outputs")[recorded], rtol=1e-4, atol=0)
     loss.backward()
-    gradients = {key: p.grad if p.grad is not None else torch.zeros_like(p) for key, p in task.named_parameters()}
+    gradients = {
+        key: p.grad if p.grad is not None else torch.zeros_like(p)
+        for key, p in task.named_parameters()
+    }
     official = to_official(task, gradients)
     norms = json.loads((golden(name) / "grad_norms.json").read_text())
     assert official.keys() == norms.keys()
     for key, norm in norms.items():
         assert float(official[key].norm()) == pytest.approx(norm or 0.0, rel=1e-3, abs=1e-6), key
     for key, gradient in tensors(name, "grads").items():
-        torch.testing.assert_close(official[key], gradient, rtol=1e-3, atol=1e-3 * float(gradient.abs().max()), msg=key)
+        torch.testing.assert_close(
+            official[key], gradient, rtol=1e-3, atol=1e-3 * float(gradient.abs().max()), msg=key
+        )
 
 
 def test_other_losses_of_captions_and_classes():
     expected = tensors("captioning", "outputs")
     losses = smoothed_divergence(expected["logits_masked"], expected["masked_labels"], 0.1)
     torch.testing.assert_close(losses.mean(), expected["loss_ls0_1"], rtol=1e-5, atol=0)
-    torch.testing.assert_close(without_worst(losses, 0.2) / len(losses), expected["loss_ls0_1_dropworst0_2"], rtol=1e-5, atol=0)
+    torch.testing.assert_close(
+        without_worst(losses, 0.2) / len(losses),
+        expected["loss_ls0_1_dropworst0_2"],
+        rtol=1e-5,
+        atol=0,
+    )
     plain = smoothed_divergence(expected["logits_masked"], expected["masked_labels"], 0.0)
     torch.testing.assert_close(plain.mean(), expected["loss_ls0"], rtol=1e-5, atol=0)
     task, batch = built("captioning"), batch_of("captioning")
@@ -118,12 +146,16 @@ def test_other_losses_of_captions_and_classes():
     torch.testing.assert_close(at, expected["loss_ls0_1"], rtol=1e-4, atol=0)
     with torch.no_grad():
         plain = mean_loss(built("imageclassification"), batch_of("imageclassification"))
-    torch.testing.assert_close(plain, tensors("imageclassification", "outputs")["loss_ce"], rtol=1e-4, atol=0)
+    torch.testing.assert_close(
+        plain, tensors("imageclassification", "outputs")["loss_ce"], rtol=1e-4, atol=0
+    )
 
 
 def slots() -> Slots:
     task = built("captioning")
-    return Slots(task.backbone, task.text_head, tensors("captioning", "inputs")["image"], Marks(0, 2, 1, 511))
+    return Slots(
+        task.backbone, task.text_head, tensors("captioning", "inputs")["image"], Marks(0, 2, 1, 511)
+    )
 
 
 @pytest.mark.parametrize("beams", BEAMS)
@@ -159,7 +191,9 @@ def test_recall():
     ids, images = given["metric.image_ids"].tolist(), given["metric.image_feats"].numpy()
     distinct = sorted(set(ids))
     first = [ids.index(id) for id in distinct]
-    found = recall(images[first], given["metric.text_feats"].numpy(), [distinct.index(id) for id in ids])
+    found = recall(
+        images[first], given["metric.text_feats"].numpy(), [distinct.index(id) for id in ids]
+    )
     expected = json.loads((golden("retrieval") / "metric.json").read_text())
     for k in (1, 5, 10):
         assert 100 * found[f"text_recall@{k}"] == pytest.approx(expected[f"tr_r{k}"], abs=1e-4)

@@ -19,7 +19,9 @@ from tests.world_root import SMALL, tuning_recipe
 def built(root, **fields) -> ImageNet:
     tokenizer = TextTokenizer(root / "text.model")
     config = replace(tuning_recipe("imagenet", root).task, **fields)
-    task = ImageNet(ImageNet.configure(fit_vocabulary(config, tokenizer), root), tokenizer=tokenizer)
+    task = ImageNet(
+        ImageNet.configure(fit_vocabulary(config, tokenizer), root), tokenizer=tokenizer
+    )
     task.init_weights(0)
     return task.eval()
 
@@ -31,18 +33,27 @@ def by_names(root, **fields) -> ImageNet:
 @pytest.fixture
 def batch(root):
     task = built(root)
-    return task.collate([task.example(row, False) for row in list(Source(root / "imagenet/main/train.jsonl", root))[:6]])
+    return task.collate(
+        [
+            task.example(row, False)
+            for row in list(Source(root / "imagenet/main/train.jsonl", root))[:6]
+        ]
+    )
 
 
 def test_names_one_by_one_give_the_same_logits(root, batch):
     """Against each name encoded alone, without padding."""
     task = by_names(root, prompt="a {}")
     with torch.no_grad():
-        image = F.normalize(task.image_projection(task.backbone(image=task.pixels(batch)).first("image")), dim=-1)
+        image = F.normalize(
+            task.image_projection(task.backbone(image=task.pixels(batch)).first("image")), dim=-1
+        )
         names = []
         for name in task.config.classes:
             text = torch.tensor([task.tokenizer.encode(f"a {name}")])
-            names.append(F.normalize(task.text_projection(task.backbone(text=text).first("text")), dim=-1)[0])
+            names.append(
+                F.normalize(task.text_projection(task.backbone(text=text).first("text")), dim=-1)[0]
+            )
         expected = image @ torch.stack(names).T / 0.07
         torch.testing.assert_close(task.outputs(batch)["logits"], expected, rtol=1e-4, atol=1e-4)
 
@@ -55,7 +66,12 @@ def test_passes_change_neither_logits_nor_gradients(root, batch, size):
         task = by_names(root, names_per_pass=passes).double().train()
         loss = task(batch)["losses"]["loss"]
         loss.backward()
-        found.append((loss.detach(), {name: p.grad for name, p in task.named_parameters() if p.grad is not None}))
+        found.append(
+            (
+                loss.detach(),
+                {name: p.grad for name, p in task.named_parameters() if p.grad is not None},
+            )
+        )
     torch.testing.assert_close(found[0][0], found[1][0], rtol=1e-12, atol=0)
     assert found[0][1].keys() == found[1][1].keys()
     for name, gradient in found[0][1].items():
@@ -86,7 +102,9 @@ def test_mixed_and_smoothed_targets(root, batch):
     task = built(root, mixup=0.8, cutmix=1.0, label_smoothing=0.1)
     with torch.no_grad():
         plain = task(batch)["losses"]["loss"]
-        torch.testing.assert_close(plain, F.cross_entropy(task.outputs(batch)["logits"], batch["target"], reduction="sum"))
+        torch.testing.assert_close(
+            plain, F.cross_entropy(task.outputs(batch)["logits"], batch["target"], reduction="sum")
+        )
         task.train()
         torch.manual_seed(0)
         one = task(batch)["losses"]["loss"]
@@ -106,9 +124,13 @@ def test_erased_boxes_hold_noise_in_the_networks_pixels(root, batch):
     for before, after, box in zip(plain, found, boxes, strict=True):
         if box is not None:
             top, left, noise = box
-            before[:, top : top + noise.shape[1], left : left + noise.shape[2]] = torch.from_numpy(noise)
+            before[:, top : top + noise.shape[1], left : left + noise.shape[2]] = torch.from_numpy(
+                noise
+            )
         assert torch.equal(after, before)
-    assert "erased" not in batch and "erased" not in built(root, erasing=0.0).example(rows[0], True), "evaluation erases nothing"
+    assert "erased" not in batch and "erased" not in built(root, erasing=0.0).example(
+        rows[0], True
+    ), "evaluation erases nothing"
 
 
 def test_wrong_labels_lists_and_heads(root, tmp_path):
@@ -122,7 +144,9 @@ def test_wrong_labels_lists_and_heads(root, tmp_path):
         ImageNet(replace(task.config, head="names"))
     with pytest.raises(ValueError, match="no class names at"):
         read_classes(tmp_path / "classes.txt")
-    nameless = ImageNet(ImageNetConfig(model=replace(TINY, final_norm=True), head="names", num_classes=3))
+    nameless = ImageNet(
+        ImageNetConfig(model=replace(TINY, final_norm=True), head="names", num_classes=3)
+    )
     with pytest.raises(ValueError, match="needs the class names"):
         nameless.name_features()
 
@@ -131,10 +155,19 @@ def test_scores_and_names_of_predictions(root, batch):
     task = built(root)
     records = list(Source(root / "imagenet/main/train.jsonl", root))[:6]
     predictions = task.predict(batch)
-    assert predictions[0]["name"] == task.config.classes[predictions[0]["label"]] and len(predictions[0]["candidates"]) == 5
-    perfect = [p | {"candidates": [{"label": r["label"]}]} for p, r in zip(predictions, records, strict=True)]
+    assert (
+        predictions[0]["name"] == task.config.classes[predictions[0]["label"]]
+        and len(predictions[0]["candidates"]) == 5
+    )
+    perfect = [
+        p | {"candidates": [{"label": r["label"]}]}
+        for p, r in zip(predictions, records, strict=True)
+    ]
     assert ImageNet.score(perfect, records)["accuracy"] == 1.0
-    second = [p | {"candidates": [{"label": -1}, {"label": r["label"]}]} for p, r in zip(predictions, records, strict=True)]
+    second = [
+        p | {"candidates": [{"label": -1}, {"label": r["label"]}]}
+        for p, r in zip(predictions, records, strict=True)
+    ]
     scores = ImageNet.score(second, records)
     assert scores["accuracy"] == 0 and scores["top5"] == 1
 
@@ -144,7 +177,10 @@ def test_kept_names_follow_weights_lists_and_gradients(root, batch):
     task = by_names(root)
     with torch.no_grad():
         first = task.name_features()
-        state = {name: -value if name == "text_projection.weight" else value for name, value in task.state_dict().items()}
+        state = {
+            name: -value if name == "text_projection.weight" else value
+            for name, value in task.state_dict().items()
+        }
         task.load_state_dict(state)
         torch.testing.assert_close(task.name_features(), -first)
         task.config = replace(task.config, classes=task.config.classes[:2], num_classes=2)
@@ -160,7 +196,9 @@ def test_kept_names_follow_weights_lists_and_gradients(root, batch):
 def test_a_linear_head_without_names_counts_the_labels(tmp_path):
     """Upstream's index folders have no classes.txt; where there is one it counts, and heads by name need it."""
     rows = [{"image_path": f"train/{label}.JPEG", "label": label} for label in (0, 6, 3)]
-    (tmp_path / "imagenet.train.index.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "imagenet.train.index.jsonl").write_text(
+        "".join(json.dumps(row) + "\n" for row in rows)
+    )
     config = ImageNetConfig(classes=("of", "other", "weights"), num_classes=3)
     found: Any = ImageNet.configure(config, tmp_path)
     assert (found.num_classes, found.classes) == (7, ())
@@ -174,4 +212,6 @@ def test_a_linear_head_without_names_counts_the_labels(tmp_path):
 def test_names_that_say_little_are_reported():
     assert doubtful(("tench", "crane bird")) == {}
     said = doubtful(("n01440764", "crane", "crane"))["names"]
-    assert said.startswith("1 are WordNet's numbers, such as n01440764") and said.endswith("1 stand for several classes, such as crane")
+    assert said.startswith("1 are WordNet's numbers, such as n01440764") and said.endswith(
+        "1 stand for several classes, such as crane"
+    )

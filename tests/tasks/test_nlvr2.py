@@ -33,19 +33,31 @@ def test_the_head_reads_both_pairs_in_order(task, root):
             states = []
             for side in range(2):
                 text, padding = batch["text"][row : row + 1], batch["text_padding"][row : row + 1]
-                encoded = task.backbone(task.pixels(batch)[row : row + 1, side], text, text_padding=padding)
+                encoded = task.backbone(
+                    task.pixels(batch)[row : row + 1, side], text, text_padding=padding
+                )
                 states += [encoded.first("image"), encoded.first("text")]
-            torch.testing.assert_close(task.head(torch.cat(states, 1))[0], logits[row], rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(
+                task.head(torch.cat(states, 1))[0], logits[row], rtol=1e-5, atol=1e-6
+            )
 
 
 def test_boxes_cut_one_canvas_in_two(task, tmp_path):
     pixels = np.zeros((10, 40, 3), np.uint8)
     pixels[:, 25:] = 255
     Image.fromarray(pixels).save(tmp_path / "canvas.png")
-    row = {"id": "1", "image": str(tmp_path / "canvas.png"), "image2": str(tmp_path / "canvas.png"), "text": "a red circle", "label": 1}
+    row = {
+        "id": "1",
+        "image": str(tmp_path / "canvas.png"),
+        "image2": str(tmp_path / "canvas.png"),
+        "text": "a red circle",
+        "label": 1,
+    }
     first, second = task.example(row | {"boxes": [[0, 0, 25, 10], [25, 0, 40, 10]]}, False)["image"]
     assert first.max() == 0 and second.min() == 255
-    with pytest.raises(ValueError, match=r"box \[0, 0, 41, 10\] does not lie in an image of 40 x 10"):
+    with pytest.raises(
+        ValueError, match=r"box \[0, 0, 41, 10\] does not lie in an image of 40 x 10"
+    ):
         task.example(row | {"boxes": [[0, 0, 41, 10], [25, 0, 40, 10]]}, False)
 
 
@@ -64,8 +76,14 @@ def test_each_image_has_a_view_of_its_own(task, root):
 
 def test_scores():
     """Two of three statements' images right everywhere; a statement counts only whole."""
-    records = [{"id": str(i), "label": label, "group": group} for i, (label, group) in enumerate(zip([1, 0, 1, 1], "aabc", strict=True))]
-    said = [{"id": str(i), "answer": answer} for i, answer in enumerate(["true", "true", "true", "false"])]
+    records = [
+        {"id": str(i), "label": label, "group": group}
+        for i, (label, group) in enumerate(zip([1, 0, 1, 1], "aabc", strict=True))
+    ]
+    said = [
+        {"id": str(i), "answer": answer}
+        for i, answer in enumerate(["true", "true", "true", "false"])
+    ]
     scores = NLVR2.score(said, records)
     assert scores == {"accuracy": 0.5, "consistency": pytest.approx(1 / 3), "most_frequent": 0.75}
     with pytest.raises(ValueError, match="no label"):

@@ -15,7 +15,9 @@ from tests.world_root import tuning_recipe
 @pytest.fixture(scope="module")
 def task(root) -> Retrieval:
     tokenizer = TextTokenizer(root / "text.model")
-    task = Retrieval(fit_vocabulary(tuning_recipe("retrieval", root).task, tokenizer), tokenizer=tokenizer)
+    task = Retrieval(
+        fit_vocabulary(tuning_recipe("retrieval", root).task, tokenizer), tokenizer=tokenizer
+    )
     task.init_weights(0)
     return task.eval()
 
@@ -30,9 +32,13 @@ def test_contrastive_loss_by_hand():
     for i in range(5):
         total -= 0.5 * (similarities[i, i] - np.log(np.exp(similarities[i]).sum()))
         total -= 0.5 * (similarities[i, i] - np.log(np.exp(similarities[:, i]).sum()))
-    loss, right = contrastive(torch.tensor(image), torch.tensor(text), torch.tensor([7.0], dtype=torch.float64))
+    loss, right = contrastive(
+        torch.tensor(image), torch.tensor(text), torch.tensor([7.0], dtype=torch.float64)
+    )
     assert float(loss) == pytest.approx(total, rel=1e-12)
-    assert int(right) == sum(similarities[i].argmax() == i == similarities[:, i].argmax() for i in range(5))
+    assert int(right) == sum(
+        similarities[i].argmax() == i == similarities[:, i].argmax() for i in range(5)
+    )
 
 
 def test_either_side_alone_has_the_same_features(task, root):
@@ -42,18 +48,26 @@ def test_either_side_alone_has_the_same_features(task, root):
     for row, prediction in zip(rows, both, strict=True):
         assert prediction["image"].shape == (32,) and prediction["texts"].shape == (3, 32)
         np.testing.assert_allclose(np.linalg.norm(prediction["texts"], axis=1), 1, rtol=1e-5)
-        (alone,) = task.predict(task.collate([task.example({"id": "0", "image": row["image"]}, False)]))
+        (alone,) = task.predict(
+            task.collate([task.example({"id": "0", "image": row["image"]}, False)])
+        )
         np.testing.assert_allclose(alone["image"], prediction["image"], atol=1e-5)
-        (alone,) = task.predict(task.collate([task.example({"id": "0", "text": row["captions"][1]}, False)]))
+        (alone,) = task.predict(
+            task.collate([task.example({"id": "0", "text": row["captions"][1]}, False)])
+        )
         np.testing.assert_allclose(alone["texts"][0], prediction["texts"][1], atol=1e-5)
 
 
 def test_captions_of_one_image_are_its_own_wherever_they_stand():
     """One record per caption scores as one record per image."""
     draw = np.random.default_rng(1)
-    images, texts = draw.normal(size=(4, 6)).astype(np.float32), draw.normal(size=(4, 3, 6)).astype(np.float32)
+    images, texts = (
+        draw.normal(size=(4, 6)).astype(np.float32),
+        draw.normal(size=(4, 3, 6)).astype(np.float32),
+    )
     whole = Retrieval.score(
-        [{"id": str(i), "image": images[i], "texts": texts[i]} for i in range(4)], [{"id": str(i), "image_id": i} for i in range(4)]
+        [{"id": str(i), "image": images[i], "texts": texts[i]} for i in range(4)],
+        [{"id": str(i), "image_id": i} for i in range(4)],
     )
     places = [(i, k) for k in range(3) for i in range(4)]
     apart = Retrieval.score(
@@ -88,6 +102,9 @@ def test_similarities_stay_precise_under_autocast():
 
 def test_records_of_one_batch_have_the_same_fields(task, root):
     rows = list(Source(root / "retrieval/main/val.jsonl", root))[:2]
-    wrong = [task.example(rows[0], False), task.example({"id": "7", "image": rows[1]["image"]}, False)]
+    wrong = [
+        task.example(rows[0], False),
+        task.example({"id": "7", "image": rows[1]["image"]}, False),
+    ]
     with pytest.raises(ValueError, match=r"record 7 gives no text(_padding)?, record .* does"):
         task.collate(wrong)

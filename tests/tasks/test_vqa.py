@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from PIL import Image
 
 from beit3.data.loader import Source
-from beit3.data.records import locate
-from beit3.data.transforms import VL, Preprocessing
+from beit3.data.stores.records import locate
+from beit3.data.views.transforms import VL, Preprocessing
 from beit3.model.config import BASE, LARGE, TINY_RELEASE
 from beit3.task import Batch, fit_vocabulary
 from beit3.tasks.vqa import MIN_ANSWER_COUNT, VQA, VQAConfig, build_answers, read_answers, to_record
@@ -27,7 +27,13 @@ def asked(*answers: str) -> list[dict]:
 
 @pytest.fixture
 def task(root) -> VQA:
-    given = VQAConfig(model=replace(SMALL, final_norm=False), image=Preprocessing(32), text_length=20, crop=(1.0, 1.0), flip=0.0)
+    given = VQAConfig(
+        model=replace(SMALL, final_norm=False),
+        image=Preprocessing(32),
+        text_length=20,
+        crop=(1.0, 1.0),
+        flip=0.0,
+    )
     tokenizer = TextTokenizer(root / "text.model")
     built = VQA(VQA.configure(fit_vocabulary(given, tokenizer), root), tokenizer=tokenizer)
     built.init_weights(0)
@@ -44,7 +50,9 @@ def batch(task: VQA, root: Path, count: int = 6, split: str = "train") -> Batch:
 
 def test_answers_keep_the_order_of_their_first_appearance():
     given = asked("red", "The two", "blue", "2", "Blue!", "", "red", "a", "green")
-    assert build_answers(given, 1) == ("red", "2", "blue", "", "green"), "normalised; articles become the empty answer, as in the release"
+    assert build_answers(given, 1) == ("red", "2", "blue", "", "green"), (
+        "normalised; articles become the empty answer, as in the release"
+    )
     assert build_answers(given, 2) == ("red", "2", "blue", "")
     assert build_answers(given, 1, official=False) == ("red", "2", "blue", "a", "green")
     with pytest.raises(ValueError, match="no answer is given 3 times"):
@@ -61,9 +69,16 @@ def test_a_record_scores_the_known_answers_as_they_stand():
     given = ["red"] * 4 + ["blue"] * 3 + ["Red"] * 2 + ["green"]
     question = {"id": 7, "image": "a.png", "text": "which ?", "answers": given}
     assert to_record(question, {"red", "blue"}) == {
-        "id": "7", "image": "a.png", "text": "which ?", "answers": {"red": 1.0, "blue": pytest.approx(0.9)}, "annotators": given,
-    }  # fmt: skip
-    assert to_record(question | {"answers": ["yes"] * 2 + ["no"]}, {"yes", "no"})["answers"] == {"yes": 0.6, "no": 0.3}
+        "id": "7",
+        "image": "a.png",
+        "text": "which ?",
+        "answers": {"red": 1.0, "blue": pytest.approx(0.9)},
+        "annotators": given,
+    }
+    assert to_record(question | {"answers": ["yes"] * 2 + ["no"]}, {"yes", "no"})["answers"] == {
+        "yes": 0.6,
+        "no": 0.3,
+    }
 
 
 def test_the_official_score_is_by_leave_one_out():
@@ -71,19 +86,36 @@ def test_the_official_score_is_by_leave_one_out():
     given = ["red"] * 2 + ["Blue"] * 8
     record = to_record({"id": 7, "image": "a.png", "text": "?", "answers": given}, {"red", "blue"})
     scores = VQA.score([{"id": "7", "answer": "red"}], [record])
-    assert scores["official"] == pytest.approx((2 / 3 + 8 * 2 / 3) / 10) and scores["accuracy"] == pytest.approx(0.6)
-    assert VQA.score([{"id": "7", "answer": "the blue"}], [record])["official"] == pytest.approx(1.0), "both sides are normalised"
+    assert scores["official"] == pytest.approx((2 / 3 + 8 * 2 / 3) / 10) and scores[
+        "accuracy"
+    ] == pytest.approx(0.6)
+    assert VQA.score([{"id": "7", "answer": "the blue"}], [record])["official"] == pytest.approx(
+        1.0
+    ), "both sides are normalised"
 
 
 def test_scored_answers_stay_as_they_are_given():
-    question = {"id": 7, "image": "a.png", "text": "?", "answers": {"Two": 1, "three": 0.333, "odd": 1.0}}
-    assert to_record(question, {"2", "3"}) == {"id": "7", "image": "a.png", "text": "?", "answers": {"2": 1.0, "3": 0.333}}
+    question = {
+        "id": 7,
+        "image": "a.png",
+        "text": "?",
+        "answers": {"Two": 1, "three": 0.333, "odd": 1.0},
+    }
+    assert to_record(question, {"2", "3"}) == {
+        "id": "7",
+        "image": "a.png",
+        "text": "?",
+        "answers": {"2": 1.0, "3": 0.333},
+    }
 
 
 def test_what_the_server_takes():
     records = [{"id": "9", "answers": {}}, {"id": "4", "answers": {}}]
     said = [{"id": "4", "answer": "two"}, {"id": "9", "answer": "red"}]
-    assert VQA.submission(said, records) == [{"question_id": 4, "answer": "two"}, {"question_id": 9, "answer": "red"}]
+    assert VQA.submission(said, records) == [
+        {"question_id": 4, "answer": "two"},
+        {"question_id": 9, "answer": "red"},
+    ]
     with pytest.raises(ValueError, match="id 'train-1' is no number"):
         VQA.submission([{"id": "train-1", "answer": "a"}], [{"id": "train-1"}])
 
@@ -91,64 +123,107 @@ def test_what_the_server_takes():
 def test_one_annotators_answer_counts_whole():
     question = {"id": 7, "image": "a.png", "text": "?", "answers": ["Two."]}
     assert to_record(question, {"2"})["answers"] == {"2": 1.0}
-    assert to_record(question, {"3"})["answers"] == {} == to_record(question | {"answers": []}, {"3"})["answers"]
+    assert (
+        to_record(question, {"3"})["answers"]
+        == {}
+        == to_record(question | {"answers": []}, {"3"})["answers"]
+    )
 
 
 def test_preparing_writes_the_list_and_soft_answers(raw, root):
     """Against the files themselves: every question's commonest answer, in the order train, val."""
     names = [f"v2_mscoco_{split}2014_annotations.json" for split in ("train", "val")]
-    rows = [row for name in names for row in json.loads((raw / "vqa" / name).read_text())["annotations"]]
+    rows = [
+        row for name in names for row in json.loads((raw / "vqa" / name).read_text())["annotations"]
+    ]
     expected = tuple(dict.fromkeys(row["multiple_choice_answer"] for row in rows))
     assert read_answers(root / "vqa/main/answer2label.txt") == expected
-    lines = [json.loads(line) for line in (root / "vqa/main/answer2label.txt").read_text().splitlines()]
+    lines = [
+        json.loads(line) for line in (root / "vqa/main/answer2label.txt").read_text().splitlines()
+    ]
     assert lines == [{"answer": answer, "label": label} for label, answer in enumerate(expected)]
-    records = {r["id"]: r for split in ("train", "val") for r in Source(root / f"vqa/main/{split}.jsonl", root)}
-    assert {str(row["question_id"]): {row["multiple_choice_answer"]: 1.0} for row in rows} == {k: r["answers"] for k, r in records.items()}
+    records = {
+        r["id"]: r
+        for split in ("train", "val")
+        for r in Source(root / f"vqa/main/{split}.jsonl", root)
+    }
+    assert {str(row["question_id"]): {row["multiple_choice_answer"]: 1.0} for row in rows} == {
+        k: r["answers"] for k, r in records.items()
+    }
 
 
 def easy(raw: Path, train: list[str], val: list[str]) -> Path:
     """easy-VQA's files, about one picture."""
     for folder, answers in (("train", train), ("test", val)):
         (raw / folder / "images").mkdir(parents=True)
-        (raw / folder / "questions.json").write_text(json.dumps([["q", answer, 0] for answer in answers]))
+        (raw / folder / "questions.json").write_text(
+            json.dumps([["q", answer, 0] for answer in answers])
+        )
         Image.new("RGB", (8, 8)).save(raw / folder / "images" / "0.png")
     return raw
 
 
 def test_a_threshold_drops_what_cannot_be_learnt(tmp_path):
     """Counted over train and val. Only VQA's own sets have one by themselves, whatever the size of another."""
-    raw = easy(tmp_path / "raw", ["often"] * 9_993 + ["seldom"] * 7 + ["nine"] * 8, ["seldom", "nine"])
+    raw = easy(
+        tmp_path / "raw", ["often"] * 9_993 + ["seldom"] * 7 + ["nine"] * 8, ["seldom", "nine"]
+    )
     report = VQA.prepare(raw, tmp_path / "root", "main")
-    assert (report["answers"], report["answer_given_at_least"], report["train_dropped"], report["val_answerable"]) == (3, 1, 0, 1.0)
+    assert (
+        report["answers"],
+        report["answer_given_at_least"],
+        report["train_dropped"],
+        report["val_answerable"],
+    ) == (3, 1, 0, 1.0)
     report = VQA.prepare(raw, tmp_path / "root", "main", at_least=9)
     assert read_answers(tmp_path / "root/vqa/main/answer2label.txt") == ("often", "9")
     assert report["records"] == {"train": 9_993 + 8, "val": 2} and "attention" not in report
-    assert (report["answers"], report["answer_given_at_least"], report["train_dropped"], report["val_answerable"]) == (2, 9, 7, 0.5)
+    assert (
+        report["answers"],
+        report["answer_given_at_least"],
+        report["train_dropped"],
+        report["val_answerable"],
+    ) == (2, 9, 7, 0.5)
 
 
 def test_the_report_speaks_of_many_dropped_questions(tmp_path):
     raw = easy(tmp_path / "raw", ["often"] * 8 + ["seldom"] * 2, ["often"])
     report = VQA.prepare(raw, tmp_path / "root", "main", at_least=3)
-    assert report["attention"].startswith("20% of the training questions") and "--at_least" in report["attention"]
+    assert (
+        report["attention"].startswith("20% of the training questions")
+        and "--at_least" in report["attention"]
+    )
     with pytest.raises(ValueError, match="no answer is given 10 times .* smaller --at_least"):
         VQA.prepare(raw, tmp_path / "root", "main", at_least=10)
 
 
-def official(raw: Path, answers: list[str], name: str = "v2_", chosen: bool = True, description: str = "") -> Path:
+def official(
+    raw: Path, answers: list[str], name: str = "v2_", chosen: bool = True, description: str = ""
+) -> Path:
     """VQA's files of train, about one picture; ten annotators agree."""
-    asked = [{"question_id": k, "image_id": 1, "question": "which letter?"} for k in range(len(answers))]
-    told: list[dict] = [{"question_id": k, "answers": [{"answer": answer}] * 10} for k, answer in enumerate(answers)]
+    asked = [
+        {"question_id": k, "image_id": 1, "question": "which letter?"} for k in range(len(answers))
+    ]
+    told: list[dict] = [
+        {"question_id": k, "answers": [{"answer": answer}] * 10} for k, answer in enumerate(answers)
+    ]
     if chosen:
         told = [row | {"multiple_choice_answer": row["answers"][0]["answer"]} for row in told]
     info = {"info": {"description": description}} if description else {}
     (raw / "train2014").mkdir(parents=True)
-    (raw / f"{name}OpenEnded_mscoco_train2014_questions.json").write_text(json.dumps({**info, "questions": asked}))
-    (raw / f"{name}mscoco_train2014_annotations.json").write_text(json.dumps({**info, "annotations": told}))
+    (raw / f"{name}OpenEnded_mscoco_train2014_questions.json").write_text(
+        json.dumps({**info, "questions": asked})
+    )
+    (raw / f"{name}mscoco_train2014_annotations.json").write_text(
+        json.dumps({**info, "annotations": told})
+    )
     Image.new("RGB", (8, 8)).save(raw / "train2014/COCO_train2014_000000000001.jpg")
     return raw
 
 
-@pytest.mark.parametrize("given", [{}, {"name": ""}, {"description": "This is v2.0 of the VQA dataset."}])
+@pytest.mark.parametrize(
+    "given", [{}, {"name": ""}, {"description": "This is v2.0 of the VQA dataset."}]
+)
 def test_vqas_own_sets_have_the_releases_list(tmp_path, given, monkeypatch):
     """Nine times or more, and the empty answer among them: each answer behind it keeps the label of the released head.
 
@@ -159,10 +234,19 @@ def test_vqas_own_sets_have_the_releases_list(tmp_path, given, monkeypatch):
     monkeypatch.setattr("beit3.tasks.vqa.SAMPLE", 27)
     report = VQA.prepare(raw, tmp_path / "root", "main")
     assert read_answers(tmp_path / "root/vqa/main/answer2label.txt") == ("", "yes")
-    assert report["answer_given_at_least"] == 9 and report["records"]["train"] == 9, "upstream scores answers as they stand"
+    assert report["answer_given_at_least"] == 9 and report["records"]["train"] == 9, (
+        "upstream scores answers as they stand"
+    )
 
 
-@pytest.mark.parametrize("given", [{"name": "", "chosen": False}, {"name": "", "description": "OK-VQA dataset"}, {"description": "mine"}])
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"name": "", "chosen": False},
+        {"name": "", "description": "OK-VQA dataset"},
+        {"description": "mine"},
+    ],
+)
 def test_other_sets_in_vqas_format_list_every_answer(tmp_path, given):
     raw = official(tmp_path / "raw", ["A", "B", "yes"], **given)
     report = VQA.prepare(raw, tmp_path / "root", "main")
@@ -173,11 +257,18 @@ def test_other_sets_in_vqas_format_list_every_answer(tmp_path, given):
 def test_letters_of_a_table_are_answers(tmp_path):
     (tmp_path / "raw").mkdir()
     Image.new("RGB", (8, 8)).save(tmp_path / "raw/0.png")
-    rows = [{"image": "0.png", "question": "which?", "answer": answer, "split": "train"} for answer in ("A", "B", 0, ["A", "a", "B"])]
-    (tmp_path / "raw/x.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*rows, rows[0] | {"split": "val"}]))
+    rows = [
+        {"image": "0.png", "question": "which?", "answer": answer, "split": "train"}
+        for answer in ("A", "B", 0, ["A", "a", "B"])
+    ]
+    (tmp_path / "raw/x.jsonl").write_text(
+        "".join(json.dumps(row) + "\n" for row in [*rows, rows[0] | {"split": "val"}])
+    )
     VQA.prepare(tmp_path / "raw", tmp_path / "root", "main")
     assert read_answers(tmp_path / "root/vqa/main/answer2label.txt") == ("a", "b", "0")
-    found = [record["answers"] for record in Source(tmp_path / "root/vqa/main/train.jsonl", tmp_path)]
+    found = [
+        record["answers"] for record in Source(tmp_path / "root/vqa/main/train.jsonl", tmp_path)
+    ]
     assert found == [{"a": 1.0}, {"b": 1.0}, {"0": 1.0}, {"a": 0.6, "b": 0.3}]
 
 
@@ -214,12 +305,18 @@ def test_configure_takes_answers_and_vocabulary_from_the_data(root):
     tokenizer = TextTokenizer(root / "text.model")
     given = VQAConfig(model=replace(SMALL, vocab_size=50), num_answers=1, text_length=16)
     config: Any = VQA.configure(fit_vocabulary(given, tokenizer), root)
-    assert config.answers == read_answers(root / "vqa/main/answer2label.txt") and config.num_answers == len(config.answers)
+    assert config.answers == read_answers(
+        root / "vqa/main/answer2label.txt"
+    ) and config.num_answers == len(config.answers)
     assert config.model == replace(given.model, vocab_size=tokenizer.vocab_size)
-    assert fit_vocabulary(replace(given, model=SMALL), tokenizer).model == SMALL, "a larger table is kept: weights may fill it"
+    assert fit_vocabulary(replace(given, model=SMALL), tokenizer).model == SMALL, (
+        "a larger table is kept: weights may fill it"
+    )
     assert SMALL.max_text_length == 38
     fit_vocabulary(replace(given, text_length=38), tokenizer)
-    with pytest.raises(ValueError, match=r"task\.text_length 39 is beyond the 38 tokens of the text table"):
+    with pytest.raises(
+        ValueError, match=r"task\.text_length 39 is beyond the 38 tokens of the text table"
+    ):
         fit_vocabulary(replace(given, text_length=39), tokenizer)
 
 
@@ -229,7 +326,9 @@ def test_configure_takes_answers_and_vocabulary_from_the_data(root):
 def test_soft_targets(task):
     task.labels = {"yes": 1, "no": 0}
     target = task.soft_target({"no": 0.3, "yes": 1.0, "never heard": 0.9})
-    assert target[:2].tolist() == pytest.approx([0.3, 1.0]) and float(target.sum()) == pytest.approx(1.3)
+    assert target[:2].tolist() == pytest.approx([0.3, 1.0]) and float(
+        target.sum()
+    ) == pytest.approx(1.3)
     assert task.soft_target({}).sum() == 0
 
 
@@ -239,11 +338,19 @@ def test_the_loss_is_the_releases(task, root):
     rows["target"] = torch.rand_like(rows["target"]).mul(4).round().div(4)
     logits = task.outputs(rows)["logits"]
     loss = task(rows)["losses"]["loss"] / task.targets(rows)["loss"]
-    official = F.binary_cross_entropy_with_logits(logits, rows["target"], reduction="mean") * task.config.num_answers
+    official = (
+        F.binary_cross_entropy_with_logits(logits, rows["target"], reduction="mean")
+        * task.config.num_answers
+    )
     torch.testing.assert_close(loss, official)
     slow = 0.0
-    for row, wanted in zip(logits.double().sigmoid().tolist(), rows["target"].tolist(), strict=True):
-        slow -= sum(t * torch.tensor(p).log() + (1 - t) * torch.tensor(1 - p).log() for p, t in zip(row, wanted, strict=True)) / len(logits)
+    for row, wanted in zip(
+        logits.double().sigmoid().tolist(), rows["target"].tolist(), strict=True
+    ):
+        slow -= sum(
+            t * torch.tensor(p).log() + (1 - t) * torch.tensor(1 - p).log()
+            for p, t in zip(row, wanted, strict=True)
+        ) / len(logits)
     assert float(loss.detach()) == pytest.approx(float(slow), rel=1e-4)
 
 
@@ -259,23 +366,30 @@ def test_accuracy_of_a_batch_is_the_soft_score_of_the_best_logit(task, root):
 def test_padding_changes_nothing(task, root):
     rows = batch(task, root)
     wider = rows | {
-        "text": F.pad(rows["text"], (0, 5), value=7), "text_padding": F.pad(rows["text_padding"], (0, 5), value=True),
-    }  # fmt: skip
-    torch.testing.assert_close(task.outputs(wider)["logits"], task.outputs(rows)["logits"], atol=1e-5, rtol=1e-5)
+        "text": F.pad(rows["text"], (0, 5), value=7),
+        "text_padding": F.pad(rows["text_padding"], (0, 5), value=True),
+    }
+    torch.testing.assert_close(
+        task.outputs(wider)["logits"], task.outputs(rows)["logits"], atol=1e-5, rtol=1e-5
+    )
 
 
 def test_image_and_question_both_count(task, root):
     rows = batch(task, root)
     logits = task.outputs(rows)["logits"]
     for key in ("image", "text"):
-        assert not torch.allclose(task.outputs(rows | {key: rows[key].roll(3, 0)})["logits"], logits)
+        assert not torch.allclose(
+            task.outputs(rows | {key: rows[key].roll(3, 0)})["logits"], logits
+        )
 
 
 def test_random_views_are_for_training_alone(root, task):
     record = Source(root / "vqa/main/train.jsonl", root)[0]
     moving = VQA(replace(task.config, crop=(0.3, 0.6), flip=1.0), tokenizer=task.tokenizer)
     assert torch.equal(moving.example(record, False)["image"], task.example(record, True)["image"])
-    assert not torch.equal(moving.example(record, True)["image"], task.example(record, False)["image"])
+    assert not torch.equal(
+        moving.example(record, True)["image"], task.example(record, False)["image"]
+    )
 
 
 # Predictions and score -----------------------------------------------------------------------------------------------
@@ -290,9 +404,11 @@ def test_the_answer_is_the_likeliest(task, root):
 
 
 RECORDS = [
-    {"id": "1", "answers": {"yes": 1.0, "no": 0.3}}, {"id": "2", "answers": {"no": 0.9}}, {"id": "3", "answers": {}},
+    {"id": "1", "answers": {"yes": 1.0, "no": 0.3}},
+    {"id": "2", "answers": {"no": 0.9}},
+    {"id": "3", "answers": {}},
     {"id": 4, "answers": {"no": 0.6, "2": 0.6}},
-]  # fmt: skip
+]
 
 
 def test_scores_by_hand():
@@ -309,10 +425,14 @@ def test_the_commonest_answer_is_what_its_guesser_would_get(root):
         VQA.score([{"id": r["id"], "answer": answer} for r in records], records)["accuracy"]
         for answer in read_answers(root / "vqa/main/answer2label.txt")
     )
-    wanted = Counter(answer for record in records for answer in record["answers"]).most_common(1)[0][1] / len(records)
+    wanted = Counter(answer for record in records for answer in record["answers"]).most_common(1)[
+        0
+    ][1] / len(records)
     assert VQA.score([{"id": r["id"], "answer": "?"} for r in records], records) == {
-        "accuracy": 0, "most_frequent": best, "official": 0,
-    }  # fmt: skip
+        "accuracy": 0,
+        "most_frequent": best,
+        "official": 0,
+    }
     assert best == pytest.approx(wanted)
 
 
@@ -332,16 +452,35 @@ def test_every_record_has_one_prediction(ids, message):
 # The released recipes ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("name", "model", "lr", "drop_path"), [("base_480", BASE, 3e-5, 0.1), ("large_480", LARGE, 2e-5, 0.15)])
+@pytest.mark.parametrize(
+    ("name", "model", "lr", "drop_path"),
+    [("base_480", BASE, 3e-5, 0.1), ("large_480", LARGE, 2e-5, 0.15)],
+)
 def test_recipes_carry_the_releases_numbers(name, model, lr, drop_path):
     recipe = VQA.recipes[name]
     task: Any = recipe.task
     assert task.model == replace(model, image_size=480, final_norm=False, drop_path_rate=drop_path)
-    assert (task.image.image_size, task.image.mean, task.image.std, task.image.resize) == (480, *VL, "squash")
+    assert (task.image.image_size, task.image.mean, task.image.std, task.image.resize) == (
+        480,
+        *VL,
+        "squash",
+    )
     assert (task.num_answers, task.text_length, task.crop, task.flip) == (3129, 64, (0.5, 1.0), 0.5)
     optim = recipe.optim
-    assert (optim.lr, optim.min_lr, optim.betas, optim.eps, optim.weight_decay) == (lr, 1e-6, (0.9, 0.98), 1e-8, 0.01)
-    assert (optim.warmup_epochs, optim.warmup_steps, optim.layer_decay, optim.head_lr_scale, optim.clip) == (1, 0, 1.0, 20, 0)
+    assert (optim.lr, optim.min_lr, optim.betas, optim.eps, optim.weight_decay) == (
+        lr,
+        1e-6,
+        (0.9, 0.98),
+        1e-8,
+        0.01,
+    )
+    assert (
+        optim.warmup_epochs,
+        optim.warmup_steps,
+        optim.layer_decay,
+        optim.head_lr_scale,
+        optim.clip,
+    ) == (1, 0, 1.0, 20, 0)
     assert recipe.data.batch == {"main": 128} and recipe.run.epochs == 10 and not recipe.run.steps
 
 
@@ -352,4 +491,6 @@ def test_unused_parameters_of_the_released_form():
         task = VQA(VQAConfig(model=replace(TINY_RELEASE, final_norm=False)))
     unused = tuple(f"{prefix}." for prefix in task.unused)
     names = [name for name, _ in task.trainable() if f"{name}.".startswith(unused)]
-    assert len(names) == 13 and all(".text." in name or name.endswith("mask_token") for name in names)
+    assert len(names) == 13 and all(
+        ".text." in name or name.endswith("mask_token") for name in names
+    )

@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from beit3.data.loader import Source
-from beit3.data.records import locate
+from beit3.data.stores.records import locate
 from beit3.predict import load
 from beit3.tasks.vqkd import VQKD, VQKDConfig
 from beit3.tokenizer.teacher import Gradients
-from beit3.train.evaluate import evaluate
+from beit3.training.evaluate import evaluate
 
 
 @pytest.fixture
@@ -31,7 +31,9 @@ def source(root: Path) -> Source:
 def test_loaded_weights_score_what_the_run_said(task, root, visual):
     """The default teacher needs no file, so an evaluation knows the distance too."""
     scores = json.loads((visual.parent / "scores.json").read_text())
-    assert {"step": 10, **evaluate(task, {"main": source(root)}, batch_size=3)} == pytest.approx(scores, rel=1e-5)
+    assert {"step": 10, **evaluate(task, {"main": source(root)}, batch_size=3)} == pytest.approx(
+        scores, rel=1e-5
+    )
 
 
 def test_the_distance_is_to_the_teacher(task, root):
@@ -40,7 +42,12 @@ def test_the_distance_is_to_the_teacher(task, root):
     decoded = task.backbone.decode(task.outputs(rows)["codes"])
     with torch.no_grad():
         for prediction, ours, theirs in zip(task.predict(rows), decoded, teacher, strict=True):
-            slow = np.mean([1 - float(a @ b / (a.norm() * b.norm())) for a, b in zip(ours, theirs, strict=True)])
+            slow = np.mean(
+                [
+                    1 - float(a @ b / (a.norm() * b.norm()))
+                    for a, b in zip(ours, theirs, strict=True)
+                ]
+            )
             assert prediction["distance"] == pytest.approx(slow, abs=1e-5)
 
 
@@ -57,26 +64,40 @@ def test_either_view_serves(task, root):
 
 
 def test_scores_by_hand():
-    predictions = [{"id": "a", "codes": [0, 0, 1, 1], "num_codes": 8, "distance": 0.2}, {"id": "b", "codes": [2, 2, 3, 3], "num_codes": 8}]
+    predictions = [
+        {"id": "a", "codes": [0, 0, 1, 1], "num_codes": 8, "distance": 0.2},
+        {"id": "b", "codes": [2, 2, 3, 3], "num_codes": 8},
+    ]
     predictions[1]["distance"] = 0.4
     scores = VQKD.score(predictions, [{"id": "b"}, {"id": "a"}])
-    assert scores == pytest.approx({"codebook_use": 0.5, "perplexity": 4.0, "num_codes": 8.0, "distance": 0.3, "score": 0.7})
+    assert scores == pytest.approx(
+        {"codebook_use": 0.5, "perplexity": 4.0, "num_codes": 8.0, "distance": 0.3, "score": 0.7}
+    )
     uneven = VQKD.score([{"id": "a", "codes": [0, 0, 0, 5], "num_codes": 8}], [{"id": "a"}])
-    assert uneven["perplexity"] == pytest.approx(np.exp(-(0.75 * np.log(0.75) + 0.25 * np.log(0.25)))) and "distance" not in uneven
+    assert (
+        uneven["perplexity"] == pytest.approx(np.exp(-(0.75 * np.log(0.75) + 0.25 * np.log(0.25))))
+        and "distance" not in uneven
+    )
 
 
 def test_evaluation_moves_no_code(task, root):
     before = {name: value.clone() for name, value in task.state_dict().items()}
     evaluate(task.train(), {"main": source(root)}, batch_size=4)
     assert task.training
-    assert all(torch.equal(before[name], value) for name, value in task.state_dict().items() if name in before)
+    assert all(
+        torch.equal(before[name], value)
+        for name, value in task.state_dict().items()
+        if name in before
+    )
 
 
 def test_a_teacher_of_another_width_is_refused(root):
     config: Any = VQKD.recipes["demo"].task
     task = VQKD(replace(config, model=replace(config.model, teacher_dim=44)))
     rows = task.collate([task.example(record, False) for record in source(root)])
-    with pytest.raises(ValueError, match=r"task\.model\.teacher_dim is 44, the gradients teacher has 45"):
+    with pytest.raises(
+        ValueError, match=r"task\.model\.teacher_dim is 44, the gradients teacher has 45"
+    ):
         task(rows)
 
 
@@ -85,12 +106,30 @@ def test_the_published_recipe():
     recipe = VQKD.recipes["base_224_clip"]
     task: Any = recipe.task
     model = task.model
-    assert (model.image_size, model.patch_size, model.dim, model.depth, model.num_heads, model.ffn_dim) == (224, 16, 768, 12, 12, 3072)
-    assert (model.decoder_depth, model.code_dim, model.num_codes, model.teacher_dim) == (3, 32, 8192, 512)
+    assert (
+        model.image_size,
+        model.patch_size,
+        model.dim,
+        model.depth,
+        model.num_heads,
+        model.ffn_dim,
+    ) == (224, 16, 768, 12, 12, 3072)
+    assert (model.decoder_depth, model.code_dim, model.num_codes, model.teacher_dim) == (
+        3,
+        32,
+        8192,
+        512,
+    )
     assert (model.decay, model.beta, model.revive_after, model.ln_eps) == (0.99, 1.0, 0, 1e-6)
     assert (task.teacher, task.crop, task.flip) == ("clip", (0.08, 1.0), 0.5)
     assert (task.image.mean, task.image.std) == ((0, 0, 0), (1, 1, 1)), "pixels stay in [0, 1]"
     optim = recipe.optim
-    assert (optim.lr, optim.min_lr, optim.betas, optim.weight_decay, optim.warmup_epochs) == (2e-4, 1e-5, (0.9, 0.99), 1e-4, 10)
+    assert (optim.lr, optim.min_lr, optim.betas, optim.weight_decay, optim.warmup_epochs) == (
+        2e-4,
+        1e-5,
+        (0.9, 0.99),
+        1e-4,
+        10,
+    )
     assert recipe.data.batch == {"main": 512} and recipe.run.epochs == 100
     assert VQKDConfig().model == model

@@ -32,7 +32,10 @@ def close(ours: Tensor, theirs: Tensor) -> None:
 
 
 def test_training_equals_the_official_quantizer():
-    inputs, outputs = tensors("norm_ema_quantizer", "inputs"), tensors("norm_ema_quantizer", "outputs")
+    inputs, outputs = (
+        tensors("norm_ema_quantizer", "inputs"),
+        tensors("norm_ema_quantizer", "outputs"),
+    )
     quantizer = golden_quantizer()
     maps = inputs["z"].requires_grad_()
     quantised, loss, codes = quantizer(sequence(maps))
@@ -53,7 +56,9 @@ def test_updates_equal_the_published_rule_code_by_code():
         vectors = sequence(inputs["z"] * scale + shift)
         _, _, codes = quantizer(vectors)
         unit = [v / v.norm() for v in vectors.flatten(0, 1)]
-        assert codes.flatten().tolist() == [int((codebook - v).square().sum(1).argmin()) for v in unit]
+        assert codes.flatten().tolist() == [
+            int((codebook - v).square().sum(1).argmin()) for v in unit
+        ]
         for k in range(128):
             mine = [v for v, code in zip(unit, codes.flatten().tolist(), strict=True) if code == k]
             counts[k] = 0.99 * counts[k] + 0.01 * len(mine)
@@ -66,10 +71,15 @@ def test_updates_equal_the_published_rule_code_by_code():
 
 
 def test_evaluation_equals_the_official_quantizer_and_changes_nothing():
-    inputs, outputs = tensors("norm_ema_quantizer", "inputs"), tensors("norm_ema_quantizer", "outputs")
+    inputs, outputs = (
+        tensors("norm_ema_quantizer", "inputs"),
+        tensors("norm_ema_quantizer", "outputs"),
+    )
     quantizer = golden_quantizer()
     before = {name: value.clone() for name, value in quantizer.state_dict().items()}
-    assert torch.equal(quantizer.codes(sequence(inputs["z"])).flatten(), outputs["eval.indices"])  # in train mode
+    assert torch.equal(
+        quantizer.codes(sequence(inputs["z"])).flatten(), outputs["eval.indices"]
+    )  # in train mode
     quantised, loss, codes = quantizer.eval()(sequence(inputs["z"]))
     assert torch.equal(codes.flatten(), outputs["eval.indices"])
     close(quantised, sequence(outputs["eval.z_q"]))
@@ -78,7 +88,10 @@ def test_evaluation_equals_the_official_quantizer_and_changes_nothing():
 
 
 def test_kmeans_equals_the_official_one():
-    inputs, outputs = tensors("norm_ema_quantizer", "inputs"), tensors("norm_ema_quantizer", "outputs")
+    inputs, outputs = (
+        tensors("norm_ema_quantizer", "inputs"),
+        tensors("norm_ema_quantizer", "outputs"),
+    )
     means, bins = kmeans(inputs["kmeans.samples"], inputs["kmeans.initial_means"], 10)
     close(means, outputs["kmeans.means_after_10_iters"])
     assert torch.equal(bins, outputs["kmeans.bins"])
@@ -89,7 +102,9 @@ def test_nearest_minds_the_length_of_codes(monkeypatch):
     generator = torch.Generator().manual_seed(0)
     vectors = torch.randn(30, 4, generator=generator)
     codebook = torch.randn(9, 4, generator=generator) * torch.linspace(0.2, 3, 9)[:, None]
-    expected = [min(range(9), key=lambda k: float((v - codebook[k]).square().sum())) for v in vectors]
+    expected = [
+        min(range(9), key=lambda k: float((v - codebook[k]).square().sum())) for v in vectors
+    ]
     assert nearest(vectors, codebook).tolist() == expected
     assert expected != (vectors @ codebook.T).argmax(1).tolist()
 
@@ -167,7 +182,9 @@ def test_a_restored_quantizer_continues_bit_for_bit():
     for seed in range(3, 6):
         first(blobs(seed))
         second(blobs(seed))
-    assert all(torch.equal(value, second.state_dict()[name]) for name, value in first.state_dict().items())
+    assert all(
+        torch.equal(value, second.state_dict()[name]) for name, value in first.state_dict().items()
+    )
 
 
 def test_float32_under_autocast():

@@ -9,7 +9,13 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from beit3.tokenizer.teacher import BackboneTeacher, CLIPTeacher, DINOTeacher, Gradients, load_teacher
+from beit3.tokenizer.teacher import (
+    BackboneTeacher,
+    CLIPTeacher,
+    DINOTeacher,
+    Gradients,
+    load_teacher,
+)
 from beit3.tokenizer.vit import resample_learned
 
 DIM, DEPTH, FFN, PATCH, GRID, OUT = 128, 2, 160, 4, 3, 24
@@ -33,14 +39,23 @@ def openai_state() -> dict[str, Tensor]:
         "token_embedding.weight": (7, 5),
         "logit_scale": (),
     }
-    for name in ("ln_pre", "ln_post", *(f"transformer.resblocks.{i}.ln_{n}" for i in range(DEPTH) for n in (1, 2))):
+    for name in (
+        "ln_pre",
+        "ln_post",
+        *(f"transformer.resblocks.{i}.ln_{n}" for i in range(DEPTH) for n in (1, 2)),
+    ):
         shapes |= {f"visual.{name}.weight": (DIM,), f"visual.{name}.bias": (DIM,)}
     for i in range(DEPTH):
         block = f"visual.transformer.resblocks.{i}"
-        shapes |= {f"{block}.attn.in_proj_weight": (3 * DIM, DIM), f"{block}.attn.in_proj_bias": (3 * DIM,)}
+        shapes |= {
+            f"{block}.attn.in_proj_weight": (3 * DIM, DIM),
+            f"{block}.attn.in_proj_bias": (3 * DIM,),
+        }
         for name, (rows, columns) in {
-            "attn.out_proj": (DIM, DIM), "mlp.c_fc": (FFN, DIM), "mlp.c_proj": (DIM, FFN)
-        }.items():  # fmt: skip
+            "attn.out_proj": (DIM, DIM),
+            "mlp.c_fc": (FFN, DIM),
+            "mlp.c_proj": (DIM, FFN),
+        }.items():
             shapes |= {f"{block}.{name}.weight": (rows, columns), f"{block}.{name}.bias": (rows,)}
     return random_state(shapes)
 
@@ -60,12 +75,17 @@ def hugging_face_state(openai: dict[str, Tensor]) -> dict[str, Tensor]:
         state[f"{v}.post_layernorm.{kind}"] = openai[f"visual.ln_post.{kind}"]
         for i in range(DEPTH):
             ours, theirs = f"{v}.encoder.layers.{i}", f"visual.transformer.resblocks.{i}"
-            for part, rows in zip("qkv", openai[f"{theirs}.attn.in_proj_{kind}"].chunk(3), strict=True):
+            for part, rows in zip(
+                "qkv", openai[f"{theirs}.attn.in_proj_{kind}"].chunk(3), strict=True
+            ):
                 state[f"{ours}.self_attn.{part}_proj.{kind}"] = rows.clone()
             for a, b in (
-                ("self_attn.out_proj", "attn.out_proj"), ("layer_norm1", "ln_1"), ("layer_norm2", "ln_2"),
-                ("mlp.fc1", "mlp.c_fc"), ("mlp.fc2", "mlp.c_proj"),
-            ):  # fmt: skip
+                ("self_attn.out_proj", "attn.out_proj"),
+                ("layer_norm1", "ln_1"),
+                ("layer_norm2", "ln_2"),
+                ("mlp.fc1", "mlp.c_fc"),
+                ("mlp.fc2", "mlp.c_proj"),
+            ):
                 state[f"{ours}.{a}.{kind}"] = openai[f"{theirs}.{b}.{kind}"]
     return state
 
@@ -77,7 +97,12 @@ def layer_norm(x: Tensor, state: dict[str, Tensor], name: str, eps: float) -> Te
 def attend(x: Tensor, weight: Tensor, bias: Tensor, out: Tensor, out_bias: Tensor) -> Tensor:
     attention = nn.MultiheadAttention(DIM, 2, batch_first=True)
     attention.load_state_dict(
-        {"in_proj_weight": weight, "in_proj_bias": bias, "out_proj.weight": out, "out_proj.bias": out_bias}
+        {
+            "in_proj_weight": weight,
+            "in_proj_bias": bias,
+            "out_proj.weight": out,
+            "out_proj.bias": out_bias,
+        }
     )
     return attention(x, x, x)[0]
 
@@ -92,12 +117,16 @@ def clip_features(state: dict[str, Tensor], images: Tensor) -> Tensor:
     std = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1)
     patches = F.unfold((images - mean) / std, PATCH, stride=PATCH).transpose(1, 2)
     x = patches @ state["visual.conv1.weight"].flatten(1).T
-    x = torch.cat((state["visual.class_embedding"].expand(len(x), 1, DIM), x), 1) + state["visual.positional_embedding"]
+    x = (
+        torch.cat((state["visual.class_embedding"].expand(len(x), 1, DIM), x), 1)
+        + state["visual.positional_embedding"]
+    )
     x = layer_norm(x, state, "visual.ln_pre", 1e-5)
     for i in range(DEPTH):
         block = f"visual.transformer.resblocks.{i}"
         attention = (
-            state[f"{block}.attn.{n}"] for n in ("in_proj_weight", "in_proj_bias", "out_proj.weight", "out_proj.bias")
+            state[f"{block}.attn.{n}"]
+            for n in ("in_proj_weight", "in_proj_bias", "out_proj.weight", "out_proj.bias")
         )
         x = x + attend(layer_norm(x, state, f"{block}.ln_1", 1e-5), *attention)
         hidden = linear(layer_norm(x, state, f"{block}.ln_2", 1e-5), state, f"{block}.mlp.c_fc")
@@ -116,9 +145,15 @@ def dino_state() -> dict[str, Tensor]:
         shapes |= {f"{name}.weight": (DIM,), f"{name}.bias": (DIM,)}
     for i in range(DEPTH):
         for name, (rows, columns) in {
-            "attn.qkv": (3 * DIM, DIM), "attn.proj": (DIM, DIM), "mlp.fc1": (FFN, DIM), "mlp.fc2": (DIM, FFN)
-        }.items():  # fmt: skip
-            shapes |= {f"blocks.{i}.{name}.weight": (rows, columns), f"blocks.{i}.{name}.bias": (rows,)}
+            "attn.qkv": (3 * DIM, DIM),
+            "attn.proj": (DIM, DIM),
+            "mlp.fc1": (FFN, DIM),
+            "mlp.fc2": (DIM, FFN),
+        }.items():
+            shapes |= {
+                f"blocks.{i}.{name}.weight": (rows, columns),
+                f"blocks.{i}.{name}.bias": (rows,),
+            }
     return random_state(shapes)
 
 
@@ -131,9 +166,14 @@ def dino_features(state: dict[str, Tensor], images: Tensor, grid: int = GRID) ->
         state["pos_embed"], (grid, grid)
     )
     for i in range(DEPTH):
-        attention = (state[f"blocks.{i}.attn.{n}"] for n in ("qkv.weight", "qkv.bias", "proj.weight", "proj.bias"))
+        attention = (
+            state[f"blocks.{i}.attn.{n}"]
+            for n in ("qkv.weight", "qkv.bias", "proj.weight", "proj.bias")
+        )
         x = x + attend(layer_norm(x, state, f"blocks.{i}.norm1", 1e-6), *attention)
-        hidden = linear(layer_norm(x, state, f"blocks.{i}.norm2", 1e-6), state, f"blocks.{i}.mlp.fc1")
+        hidden = linear(
+            layer_norm(x, state, f"blocks.{i}.norm2", 1e-6), state, f"blocks.{i}.mlp.fc1"
+        )
         x = x + linear(F.gelu(hidden), state, f"blocks.{i}.mlp.fc2")
     return layer_norm(x, state, "norm", 1e-6)[:, 1:].detach()
 
@@ -148,7 +188,9 @@ def test_clip_from_openai_names_in_half_precision(tmp_path: Path):
     teacher = load_teacher("clip", path=tmp_path / "clip.pth", patch_size=PATCH)
     features = teacher.features(pixels())
     assert teacher.dim == OUT and features.dtype == torch.float32
-    close(features, clip_features({name: tensor.float() for name, tensor in state.items()}, pixels()))
+    close(
+        features, clip_features({name: tensor.float() for name, tensor in state.items()}, pixels())
+    )
 
 
 def test_clip_from_hugging_face_names(tmp_path: Path):
@@ -163,7 +205,10 @@ def test_dino(tmp_path: Path, wrapping: str):
     state = dino_state()
     saved: dict = {**state, "head.mlp.weight": torch.ones(3)}
     if wrapping == "teacher":
-        saved = {"epoch": 3, "teacher": {f"module.backbone.{name}": tensor for name, tensor in state.items()}}
+        saved = {
+            "epoch": 3,
+            "teacher": {f"module.backbone.{name}": tensor for name, tensor in state.items()},
+        }
     torch.save(saved, tmp_path / "dino.pth")
     teacher = load_teacher("dino", path=tmp_path / "dino.pth", patch_size=PATCH)
     assert teacher.dim == DIM
@@ -213,7 +258,10 @@ def test_a_torchscript_archive_is_refused_with_a_remedy(tmp_path: Path):
 def test_states_of_other_networks_are_refused_by_name():
     dino = dino_state()
     with pytest.raises(ValueError, match=r"blocks\.1\.norm2\.bias"):
-        DINOTeacher({name: tensor for name, tensor in dino.items() if name != "blocks.1.norm2.bias"}, patch_size=4)
+        DINOTeacher(
+            {name: tensor for name, tensor in dino.items() if name != "blocks.1.norm2.bias"},
+            patch_size=4,
+        )
     with pytest.raises(ValueError, match="rope"):
         DINOTeacher({**dino, "rope": torch.ones(1)}, patch_size=4)
     with pytest.raises(ValueError, match="visual.proj"):
@@ -225,8 +273,12 @@ def test_gradients_are_per_patch_and_both_groups_count():
     images = pixels(32, 3)
     features = teacher.features(images)
     assert features.shape == (3, 16, teacher.dim)
-    means = [float(images[1, c, 8 + 4 * y : 12 + 4 * y, 16 + 4 * x : 20 + 4 * x].mean()) - 0.5
-             for c in range(3) for y in range(2) for x in range(2)]  # fmt: skip
+    means = [
+        float(images[1, c, 8 + 4 * y : 12 + 4 * y, 16 + 4 * x : 20 + 4 * x].mean()) - 0.5
+        for c in range(3)
+        for y in range(2)
+        for x in range(2)
+    ]
     close(features[1, 4 + 2, :12], torch.tensor(means) / 3**0.5)
     edges = features[:, :, 12:-1].norm(dim=2)
     assert edges.max() <= 1 and edges.min() > 0.5 and features[:, :, :12].norm(dim=2).max() <= 1
@@ -241,7 +293,9 @@ def test_gradients_tell_directions_apart(turn: int):
     angle = torch.tensor(turn * torch.pi / 8)
     y, x = torch.meshgrid(torch.arange(24.0), torch.arange(24.0), indexing="ij")
     ramp = 0.5 + 0.02 * ((x - 11.5) * torch.cos(angle) + (y - 11.5) * torch.sin(angle))
-    histogram = Gradients(8).features(ramp.expand(1, 3, 24, 24))[0, 4, 12:-1].view(8, 4).sum(1)  # the middle patch
+    histogram = (
+        Gradients(8).features(ramp.expand(1, 3, 24, 24))[0, 4, 12:-1].view(8, 4).sum(1)
+    )  # the middle patch
     assert histogram[turn] > 0.999 * histogram.sum()
     upside = Gradients(8).features((1 - ramp).expand(1, 3, 24, 24))[0, 4, 12:-1].view(8, 4).sum(1)
     close(upside, histogram, 1e-4)  # dark to light is light to dark

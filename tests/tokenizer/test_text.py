@@ -12,13 +12,17 @@ LOOKS = ("small red", "small blue", "big red", "big blue")
 CORPUS = [f"{look} cube is left of {n} balls" for look in LOOKS for n in range(20)]
 
 # transformers 4.44 tidies the decoded text once more (" ..." -> "..."); version 5 and the release's metric code do not.
-TIDIED_BY_TRANSFORMERS = {"smart uotes single  en  em... ellipsis": "smart uotes single  en  em ... ellipsis"}
+TIDIED_BY_TRANSFORMERS = {
+    "smart uotes single  en  em... ellipsis": "smart uotes single  en  em ... ellipsis"
+}
 
 
 @pytest.fixture(scope="module")
 def recorded():
     folder = golden("tokenizer")
-    return TextTokenizer(folder / "mini_unigram.spm"), json.loads((folder / "tokenizer_mini.json").read_text())
+    return TextTokenizer(folder / "mini_unigram.spm"), json.loads(
+        (folder / "tokenizer_mini.json").read_text()
+    )
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +42,9 @@ def test_ids_equal_the_release(recorded):
     assert len(expected["cases"]) >= 60
     for case in expected["cases"]:
         # A literal "<mask>" stays plain text, as in the transformers of the release's time (4.27).
-        assert text.pieces(case["text"]) == case.get("ids_transformers_4_27_4", case["ids"]), case["text"]
+        assert text.pieces(case["text"]) == case.get("ids_transformers_4_27_4", case["ids"]), case[
+            "text"
+        ]
 
 
 def test_segments_equal_the_release(recorded):
@@ -69,7 +75,15 @@ def test_decoding_equals_the_release(recorded):
 
 def test_specials_and_unused_rows_are_not_decoded(small):
     ids = small.encode("red cube")
-    noisy = [small.pad, *ids, small.mask, small.unk, small.vocab_size, small.vocab_size + 7, small.pad]
+    noisy = [
+        small.pad,
+        *ids,
+        small.mask,
+        small.unk,
+        small.vocab_size,
+        small.vocab_size + 7,
+        small.pad,
+    ]
     assert small.decode(noisy) == small.decode(ids) == "red cube"
 
 
@@ -103,7 +117,10 @@ def test_training_refuses(texts, vocab_size):
 def test_save_and_pickle(small, tmp_path):
     small.save(tmp_path / "weights" / "text.model")
     assert [path.name for path in (tmp_path / "weights").iterdir()] == ["text.model"]
-    for copy in (TextTokenizer(tmp_path / "weights" / "text.model"), pickle.loads(pickle.dumps(small))):
+    for copy in (
+        TextTokenizer(tmp_path / "weights" / "text.model"),
+        pickle.loads(pickle.dumps(small)),
+    ):
         assert copy.digest == small.digest and copy.encode("big cube") == small.encode("big cube")
 
 
@@ -117,7 +134,11 @@ def test_max_length(small):
 def test_refuses_what_is_no_model(small, tmp_path):
     whole = small.bytes
     end_of_pieces = whole.index(b"\x12", len(whole) // 3)
-    for name, content in {"empty": b"", "words": b"hello\n" * 50, "half": whole[: len(whole) // 2]}.items():
+    for name, content in {
+        "empty": b"",
+        "words": b"hello\n" * 50,
+        "half": whole[: len(whole) // 2],
+    }.items():
         (tmp_path / name).write_bytes(content)
         with pytest.raises(ValueError, match=str(tmp_path / name)) as error:
             TextTokenizer(tmp_path / name)

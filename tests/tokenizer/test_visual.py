@@ -7,13 +7,21 @@ import torch
 from torch import Tensor
 
 from beit3.tokenizer.visual import VisualTokenizer, VisualTokenizerConfig
-from beit3.weights.vqkd import read_vqkd
+from beit3.weights.beit2_format import read_vqkd
 from tests.golden import tensors
 
 TINY = VisualTokenizerConfig(
-    image_size=16, patch_size=4, dim=32, depth=2, num_heads=2, ffn_dim=48,
-    decoder_depth=1, code_dim=8, num_codes=24, teacher_dim=10,
-)  # fmt: skip
+    image_size=16,
+    patch_size=4,
+    dim=32,
+    depth=2,
+    num_heads=2,
+    ffn_dim=48,
+    decoder_depth=1,
+    code_dim=8,
+    num_codes=24,
+    teacher_dim=10,
+)
 BASE = VisualTokenizerConfig(224, 16, 768, 12, 12, 3072, 3, 32, 8192, 512)
 
 
@@ -69,10 +77,14 @@ def test_cosine_loss_of_the_official_recipe():
 def test_base_size():
     with torch.device("meta"):
         tokenizer = VisualTokenizer(BASE)
-    count = {name: sum(p.numel() for p in part.parameters()) for name, part in tokenizer.named_children()}
+    count = {
+        name: sum(p.numel() for p in part.parameters()) for name, part in tokenizer.named_children()
+    }
     assert round(count["encoder"] / 1e5) == 858
     assert round(count["decoder"] / 1e5) == 214
-    bookkeeping = 8192 + 8192 + 8192 * 32 + 1  # the official file's further copies beside the codebook
+    bookkeeping = (
+        8192 + 8192 + 8192 * 32 + 1
+    )  # the official file's further copies beside the codebook
     total = sum(count.values()) + tokenizer.quantizer.codebook.numel() + bookkeeping
     assert round(total / 1e5) == 1094
 
@@ -93,7 +105,9 @@ def test_a_training_step_reaches_every_parameter_and_moves_the_codebook():
     before = tokenizer.quantizer.codebook.clone()
     features, commitment, _ = tokenizer(pixels())
     (features.square().sum() + commitment).backward()
-    missing = [n for n, p in tokenizer.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
+    missing = [
+        n for n, p in tokenizer.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0
+    ]
     assert missing == []
     assert not torch.equal(before, tokenizer.quantizer.codebook)
 
@@ -121,12 +135,19 @@ def test_initial_values_depend_on_seed_and_name_alone():
     torch.manual_seed(2)
     two, other = tiny(5).state_dict(), tiny(6).state_dict()
     assert all(torch.equal(value, two[name]) for name, value in one.items())
-    weights = [name for name in one if name.endswith("weight") and "norm" not in name] + ["quantizer.codebook"]
+    weights = [name for name in one if name.endswith("weight") and "norm" not in name] + [
+        "quantizer.codebook"
+    ]
     assert len(weights) > 10 and all(not torch.equal(one[name], other[name]) for name in weights)
     assert abs(float(one["encoder.blocks.0.attention.qkv.weight"].std()) - 0.02) < 1e-3
-    assert abs(float(one["encoder.blocks.1.ffn.fc2.weight"].std()) - 0.02 / 2) < 1e-3  # sqrt(2 * layer 2)
+    assert (
+        abs(float(one["encoder.blocks.1.ffn.fc2.weight"].std()) - 0.02 / 2) < 1e-3
+    )  # sqrt(2 * layer 2)
     assert abs(float(one["encoder.blocks.0.attention.out.weight"].std()) - 0.02 / 2**0.5) < 1e-3
-    assert one["encoder.norm.weight"].eq(1).all() and one["encoder.blocks.0.attention.query_bias"].eq(0).all()
+    assert (
+        one["encoder.norm.weight"].eq(1).all()
+        and one["encoder.blocks.0.attention.query_bias"].eq(0).all()
+    )
 
 
 def test_materialising_from_meta_leaves_nothing_uninitialised():
@@ -136,7 +157,10 @@ def test_materialising_from_meta_leaves_nothing_uninitialised():
     for value in tokenizer.state_dict().values():
         value.fill_(1)
     tokenizer.init_weights(5)
-    assert all(torch.equal(value, tiny(5).state_dict()[name]) for name, value in tokenizer.state_dict().items())
+    assert all(
+        torch.equal(value, tiny(5).state_dict()[name])
+        for name, value in tokenizer.state_dict().items()
+    )
 
 
 @pytest.mark.parametrize(
@@ -150,9 +174,16 @@ def test_config_refuses(field: str, value: float):
 
 def test_read_drops_training_leftovers_and_reads_half_precision():
     state = {name: tensor.half() for name, tensor in tensors("vqkd", "model").items()}
-    leftovers = {name: torch.ones(1) for name in ("teacher_model.x", "scaling_layer.shift", "loss.y")}
+    leftovers = {
+        name: torch.ones(1) for name in ("teacher_model.x", "scaling_layer.shift", "loss.y")
+    }
     config, ours = read_vqkd({**state, **leftovers}, num_heads=4)
-    assert (config.depth, config.decoder_depth, config.image_size, config.teacher_dim) == (3, 2, 64, 24)
+    assert (config.depth, config.decoder_depth, config.image_size, config.teacher_dim) == (
+        3,
+        2,
+        64,
+        24,
+    )
     VisualTokenizer(config).load_state_dict(ours)
     assert ours["encoder.patch.weight"].dtype == torch.float32 and bool(ours["quantizer.started"])
 
@@ -163,7 +194,13 @@ def test_read_refuses_by_name():
     with pytest.raises(ValueError, match=r"unknown tensors encoder\.blocks\.0\.gamma_1"):
         read_vqkd({**state, "encoder.blocks.0.gamma_1": torch.ones(64)})
     with pytest.raises(ValueError, match=r"no tensors for decoder\.blocks\.0\.norm1\.bias"):
-        read_vqkd({name: tensor for name, tensor in state.items() if name != "decoder.blocks.0.norm1.bias"})
+        read_vqkd(
+            {
+                name: tensor
+                for name, tensor in state.items()
+                if name != "decoder.blocks.0.norm1.bias"
+            }
+        )
     with pytest.raises(ValueError, match=r"encode_task_layer\.0\.weight has shape \[3\]"):
         read_vqkd({**state, "encode_task_layer.0.weight": torch.ones(3)})
     with pytest.raises(ValueError, match=r"no tensor of 4 dimensions for encoder\.patch\.weight"):

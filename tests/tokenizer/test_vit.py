@@ -49,11 +49,21 @@ def slow(state: dict[str, Tensor], image: Tensor, style: str) -> Tensor:
         heads = []
         for h in range(4):
             part = slice(4 * h, 4 * h + 4)
-            heads.append(torch.softmax(query[:, part] @ key[:, part].T / math.sqrt(4), 1) @ value[:, part])
-        x = x + torch.cat(heads, 1) @ state[f"{block}.attention.out.weight"].T + state[f"{block}.attention.out.bias"]
+            heads.append(
+                torch.softmax(query[:, part] @ key[:, part].T / math.sqrt(4), 1) @ value[:, part]
+            )
+        x = (
+            x
+            + torch.cat(heads, 1) @ state[f"{block}.attention.out.weight"].T
+            + state[f"{block}.attention.out.bias"]
+        )
         n = layer_norm(x, state, f"{block}.norm2")
         n = n @ state[f"{block}.ffn.fc1.weight"].T + state[f"{block}.ffn.fc1.bias"]
-        n = n / (1 + torch.exp(-1.702 * n)) if style == "clip" else n * 0.5 * (1 + torch.erf(n / math.sqrt(2)))
+        n = (
+            n / (1 + torch.exp(-1.702 * n))
+            if style == "clip"
+            else n * 0.5 * (1 + torch.erf(n / math.sqrt(2)))
+        )
         x = x + n @ state[f"{block}.ffn.fc2.weight"].T + state[f"{block}.ffn.fc2.bias"]
     return layer_norm(x, state, "norm")
 
@@ -67,9 +77,12 @@ def test_equals_the_slow_form(style: str):
 
 
 def test_only_queries_and_values_have_a_bias_in_beit():
-    names = {name for name, _ in tiny("beit").named_parameters() if name.startswith("blocks.0.attention")}
+    names = {
+        name for name, _ in tiny("beit").named_parameters() if name.startswith("blocks.0.attention")
+    }
     assert names == {
-        f"blocks.0.attention.{n}" for n in ("query_bias", "value_bias", "qkv.weight", "out.weight", "out.bias")
+        f"blocks.0.attention.{n}"
+        for n in ("query_bias", "value_bias", "qkv.weight", "out.weight", "out.bias")
     }
 
 
@@ -115,6 +128,14 @@ def test_pixels_must_be_unnormalised():
     assert torch.equal(unit_pixels(exact), exact.float() / 255)
     ones = torch.ones(1, 3, 2, 2)
     assert unit_pixels(ones) is ones
-    for wrong in (ones * -0.5, ones * 1.2, ones * 255, ones * float("nan"), ones.long(), ones[0], ones[:, :1]):
+    for wrong in (
+        ones * -0.5,
+        ones * 1.2,
+        ones * 255,
+        ones * float("nan"),
+        ones.long(),
+        ones[0],
+        ones[:, :1],
+    ):
         with pytest.raises(ValueError, match="image"):
             unit_pixels(wrong)

@@ -16,7 +16,7 @@ from beit3.tasks.vqa import VQA
 from beit3.tasks.vqkd import VQKD, VQKDConfig
 from beit3.tokenizer.teacher import load_teacher
 from beit3.weights.convert import from_clip, from_official, to_file
-from beit3.weights.official import load_official, to_official
+from beit3.weights.release_format import load_official, to_official
 from beit3.weights.store import initialise_from, load, load_frozen, read_config, read_tensors, save
 from tests.golden import golden, tensors
 from tests.tokenizer.test_teacher import GRID, PATCH, hugging_face_state, openai_state, pixels
@@ -29,7 +29,11 @@ def names_of(folder: Path) -> list[str]:
 
 def answering() -> State:
     """A VQA file of three answers."""
-    state = {key: tensor for key, tensor in to_official(small()).items() if "encoder.layer_norm." not in key}
+    state = {
+        key: tensor
+        for key, tensor in to_official(small()).items()
+        if "encoder.layer_norm." not in key
+    }
     return to_official(load_official(state, "vqa", answers=("yes", "no", "two"))[0])
 
 
@@ -73,7 +77,10 @@ def file(tmp_path):
 def test_what_goes_back_is_the_file_to_the_byte(tmp_path, file, kind, precision):
     state = PRECISIONS[precision](MAKE[kind]())
     lines = from_official(file(state), tmp_path / "ours")
-    assert lines == [f"{len(read_tensors(tmp_path / 'ours'))} tensors loaded from a released {kind} file", f"{kind} at {tmp_path / 'ours'}"]
+    assert lines == [
+        f"{len(read_tensors(tmp_path / 'ours'))} tensors loaded from a released {kind} file",
+        f"{kind} at {tmp_path / 'ours'}",
+    ]
     lines = to_file(tmp_path / "ours", tmp_path / "sub" / "back.pth")
     assert lines[0].startswith(f"{len(state)} tensors of {tmp_path / 'ours'} ({kind}, ")
     back = torch.load(tmp_path / "sub" / "back.pth", weights_only=True)
@@ -95,18 +102,25 @@ def test_tensors_of_the_official_code_come_back(tmp_path, file, name, precision)
 def test_a_directory_in_half_precision_is_read_in_float32(tmp_path, file):
     state = PRECISIONS["half"](MAKE["vqa"]())
     from_official(file(state), tmp_path / "ours", answers=("yes", "no", "two"))
-    assert {tensor.dtype for tensor in read_tensors(tmp_path / "ours", as_stored=True).values()} == {torch.float16}
+    assert {
+        tensor.dtype for tensor in read_tensors(tmp_path / "ours", as_stored=True).values()
+    } == {torch.float16}
     task = load(tmp_path / "ours")
     assert isinstance(task, VQA) and task.config.answers == ("yes", "no", "two")
     same(to_official(task), {name: tensor.float() for name, tensor in state.items()})
     other = small(image_size=24)
     initialise_from(other, tmp_path / "ours")
-    assert other.backbone.image_embedding.positions.dtype == torch.float32, "resampled in full precision"
+    assert other.backbone.image_embedding.positions.dtype == torch.float32, (
+        "resampled in full precision"
+    )
 
 
 def test_bare_names_come_back_as_a_task_has_them(tmp_path, file):
     state = MAKE["backbone"]()
-    from_official(file({name.removeprefix("beit3."): tensor for name, tensor in state.items()}), tmp_path / "ours")
+    from_official(
+        file({name.removeprefix("beit3."): tensor for name, tensor in state.items()}),
+        tmp_path / "ours",
+    )
     to_file(tmp_path / "ours", tmp_path / "back.pth")
     same(torch.load(tmp_path / "back.pth", weights_only=True)["model"], state)
 
@@ -134,11 +148,16 @@ def test_names_of_every_released_model_survive(monkeypatch):
     """At full size and without memory: whatever a file holds of a task here goes out under the names it came with."""
     monkeypatch.setattr("beit3.weights.convert.refuse_existing", lambda out: None)
     written: dict[str, tuple] = {}
-    monkeypatch.setattr("beit3.weights.convert.save", lambda task, out, *, tensors: written.update({"last": (task, tensors)}))
+    monkeypatch.setattr(
+        "beit3.weights.convert.save",
+        lambda task, out, *, tensors: written.update({"last": (task, tensors)}),
+    )
     for name, shapes in wrappers().items():
         with torch.device("meta"):
             state = {key: torch.empty(shape, dtype=torch.float16) for key, shape in shapes.items()}
-            monkeypatch.setattr("beit3.weights.convert.read_file", lambda path, as_stored, state=state: state)
+            monkeypatch.setattr(
+                "beit3.weights.convert.read_file", lambda path, as_stored, state=state: state
+            )
             from_official(name, "out")
             found = to_official(*written["last"])
         assert {key: list(tensor.shape) for key, tensor in found.items()} == shapes, name
@@ -151,23 +170,38 @@ def test_names_of_every_released_model_survive(monkeypatch):
 def test_a_second_head_is_not_lost_unsaid(tmp_path, file):
     """A file with heads of two tasks is of the first; what the other one's would be is said before anything is written."""
     words = {"mlm_head.weight": torch.zeros(30, 64), "mlm_head.bias": torch.zeros(30)}
-    sides = {"vision_head.weight": torch.zeros(64, 64), "language_head.weight": torch.zeros(64, 64), "logit_scale": torch.zeros(())}
+    sides = {
+        "vision_head.weight": torch.zeros(64, 64),
+        "language_head.weight": torch.zeros(64, 64),
+        "logit_scale": torch.zeros(()),
+    }
     bare, names = MAKE["backbone"](), "vision_head.weight, language_head.weight"
     path = file(bare | words | sides)
-    with pytest.raises(ValueError, match=rf"3 tensors would be lost \(head of retrieval.*\): {names}.*; give --task captioning"):
+    with pytest.raises(
+        ValueError,
+        match=rf"3 tensors would be lost \(head of retrieval.*\): {names}.*; give --task captioning",
+    ):
         from_official(path, tmp_path / "ours")
     assert names_of(tmp_path) == ["given.pth"]
-    assert any(names in line and "ignored" in line for line in from_official(path, tmp_path / "ours", task="captioning"))
+    assert any(
+        names in line and "ignored" in line
+        for line in from_official(path, tmp_path / "ours", task="captioning")
+    )
     to_file(tmp_path / "ours", tmp_path / "back.pth")
     same(torch.load(tmp_path / "back.pth", weights_only=True)["model"], bare | words)
 
 
 def test_a_pretrained_file_as_vqa_holds_no_untrained_head(tmp_path, file):
-    lines = from_official(file(MAKE["pretrain"]()), tmp_path / "ours", task="vqa", answers=("yes", "no"))
+    lines = from_official(
+        file(MAKE["pretrain"]()), tmp_path / "ours", task="vqa", answers=("yes", "no")
+    )
     assert [line.split(" (")[0] for line in lines[1:4]] == ["4 ignored", "4 ignored", "10 fresh"]
     assert "what is fresh was not written" in lines[4]
     assert all(name.startswith("backbone.") for name in read_tensors(tmp_path / "ours"))
-    with pytest.raises(ValueError, match=r"10 tensors are missing: pooler.* train them with beit3 train vqa --init .*ours"):
+    with pytest.raises(
+        ValueError,
+        match=r"10 tensors are missing: pooler.* train them with beit3 train vqa --init .*ours",
+    ):
         load(tmp_path / "ours")
     with pytest.raises(ValueError, match="10 tensors are missing"):
         to_file(tmp_path / "ours", tmp_path / "back.pth")
@@ -176,7 +210,11 @@ def test_a_pretrained_file_as_vqa_holds_no_untrained_head(tmp_path, file):
 
 
 def test_the_image_side_alone_stays_alone(tmp_path, file):
-    state = {key: tensor for key, tensor in MAKE["backbone"]().items() if ".B." not in key and "text_embed" not in key}
+    state = {
+        key: tensor
+        for key, tensor in MAKE["backbone"]().items()
+        if ".B." not in key and "text_embed" not in key
+    }
     from_official(file(state), tmp_path / "ours")
     same(to_official(small(), read_tensors(tmp_path / "ours")), state)
     report = initialise_from(small(), tmp_path / "ours")
@@ -218,16 +256,28 @@ def test_a_conversion_that_dies_leaves_nothing(tmp_path, file, monkeypatch):
     monkeypatch.setattr("beit3.weights.store.save_file", full)
     monkeypatch.setattr("beit3.tokenizer.teacher.save_file", full)
     monkeypatch.setattr("torch.save", full)
-    for call, given, out in ((from_official, path, "a"), (to_file, tmp_path / "ours", "b.pth"), (from_clip, clip, "c")):
+    for call, given, out in (
+        (from_official, path, "a"),
+        (to_file, tmp_path / "ours", "b.pth"),
+        (from_clip, clip, "c"),
+    ):
         with pytest.raises(OSError, match="disk full"):
             call(given, tmp_path / out)
     assert names_of(tmp_path) == ["clip.pth", "given.pth", "ours"]
 
 
 def test_weights_in_a_form_without_released_names(tmp_path):
-    task = Backbone(TaskConfig(model=replace(TINY, dim=32, depth=1, num_heads=2, ffn_dim=48, vocab_size=64, text_positions=20)))
+    task = Backbone(
+        TaskConfig(
+            model=replace(
+                TINY, dim=32, depth=1, num_heads=2, ffn_dim=48, vocab_size=64, text_positions=20
+            )
+        )
+    )
     save(task, tmp_path / "w")
-    with pytest.raises(ValueError, match="has no counterpart in the released files: keep these weights as they are"):
+    with pytest.raises(
+        ValueError, match="has no counterpart in the released files: keep these weights as they are"
+    ):
         to_file(tmp_path / "w", tmp_path / "back.pth")
     with pytest.raises(ValueError, match="nowhere holds neither weights nor a run's best or last"):
         to_file(tmp_path / "nowhere", tmp_path / "back.pth")
@@ -237,10 +287,22 @@ def test_weights_in_a_form_without_released_names(tmp_path):
 def test_files_that_cannot_be_converted(tmp_path, file):
     torch.save({"conv1.weight": torch.zeros(1)}, tmp_path / "resnet.pth")
     for given, kind, message in (
-        (tmp_path / "resnet.pth", None, "resnet.pth: not BEiT-3 weights: the keys begin with conv1.weight; give a released BEiT-3 file"),
-        (file(MAKE["backbone"]()), "vqkd", "given.pth: a released backbone file cannot become vqkd"),
+        (
+            tmp_path / "resnet.pth",
+            None,
+            "resnet.pth: not BEiT-3 weights: the keys begin with conv1.weight; give a released BEiT-3 file",
+        ),
+        (
+            file(MAKE["backbone"]()),
+            "vqkd",
+            "given.pth: a released backbone file cannot become vqkd",
+        ),
         (tmp_path, None, "is a directory, a released file is needed"),
-        (tmp_path / "beit3_base_patch16_224.zip", None, "no weights at .*: that is the release's base network for pretrain"),
+        (
+            tmp_path / "beit3_base_patch16_224.zip",
+            None,
+            "no weights at .*: that is the release's base network for pretrain",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             from_official(given, tmp_path / "ours", task=kind)
@@ -253,8 +315,13 @@ def test_files_that_cannot_be_converted(tmp_path, file):
 def test_a_visual_tokenizer(tmp_path):
     given, expected = tensors("vqkd", "inputs"), tensors("vqkd", "outputs")
     heads = json.loads((golden("vqkd") / "config.json").read_text()).get("num_heads", 4)
-    lines = from_official(golden("vqkd") / "model.safetensors", tmp_path / "codes", task="vqkd", num_heads=heads)
-    assert "ignored (only its training used it)" in lines[1] and lines[-1] == f"vqkd at {tmp_path / 'codes'}"
+    lines = from_official(
+        golden("vqkd") / "model.safetensors", tmp_path / "codes", task="vqkd", num_heads=heads
+    )
+    assert (
+        "ignored (only its training used it)" in lines[1]
+        and lines[-1] == f"vqkd at {tmp_path / 'codes'}"
+    )
     task, file = load_frozen(str(tmp_path / "codes"), "vqkd")
     codes = task.outputs({"token_image": given["image_0_1"]})["codes"]
     assert torch.equal(codes.flatten(), expected["image_0_1.codebook_indices"].flatten())
@@ -268,12 +335,26 @@ NAMES = {"openai": lambda state: state, "hugging_face": hugging_face_state}
 def test_a_clip_teacher_from_a_directory_is_the_files(tmp_path, file, names):
     state: dict[str, Tensor] = NAMES[names](openai_state())
     lines = from_clip(file(state), tmp_path / "clip")
-    assert lines[0].startswith("image tower of CLIP, 2 x 128, 12 px / 4") and "--task.model.teacher_dim 24" in lines[1]
+    assert (
+        lines[0].startswith("image tower of CLIP, 2 x 128, 12 px / 4")
+        and "--task.model.teacher_dim 24" in lines[1]
+    )
     assert names_of(tmp_path / "clip") == ["config.json", "model.safetensors"]
-    foreign, ours = (load_teacher("clip", path=path, patch_size=PATCH) for path in (tmp_path / "given.pth", tmp_path / "clip"))
+    foreign, ours = (
+        load_teacher("clip", path=path, patch_size=PATCH)
+        for path in (tmp_path / "given.pth", tmp_path / "clip")
+    )
     assert torch.equal(foreign.features(pixels()), ours.features(pixels()))
     assert not [name for name, parameter in ours.named_parameters() if parameter.requires_grad]
-    model = replace(VQKDConfig().model, image_size=GRID * PATCH, patch_size=PATCH, dim=64, depth=1, num_heads=1, teacher_dim=24)
+    model = replace(
+        VQKDConfig().model,
+        image_size=GRID * PATCH,
+        patch_size=PATCH,
+        dim=64,
+        depth=1,
+        num_heads=1,
+        teacher_dim=24,
+    )
     task = VQKD(VQKDConfig(model=model, teacher_weights=str(tmp_path / "clip")))
     assert torch.equal(task.ask_teacher(pixels()), ours.features(pixels()))
 
@@ -288,12 +369,18 @@ def test_teachers_that_are_none(tmp_path, file):
     ):
         with pytest.raises(ValueError, match=message):
             load_teacher(name, path=path, patch_size=PATCH)
-    with pytest.raises(ValueError, match="clip holds a clip teacher, no BEiT-3: it is for --task.teacher_weights of vqkd"):
+    with pytest.raises(
+        ValueError,
+        match="clip holds a clip teacher, no BEiT-3: it is for --task.teacher_weights of vqkd",
+    ):
         initialise_from(small(), tmp_path / "clip")
     data = bytearray((tmp_path / "clip" / "model.safetensors").read_bytes())
     data[-1] ^= 1
     (tmp_path / "clip" / "model.safetensors").write_bytes(data)
-    with pytest.raises(ValueError, match="model.safetensors is not the file that config.json describes: convert it again"):
+    with pytest.raises(
+        ValueError,
+        match="model.safetensors is not the file that config.json describes: convert it again",
+    ):
         load_teacher("clip", path=tmp_path / "clip", patch_size=PATCH)
     with pytest.raises(ValueError, match="not a CLIP image tower"):
         from_clip(file(MAKE["backbone"](), "b.pth"), tmp_path / "other")

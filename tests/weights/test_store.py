@@ -19,12 +19,19 @@ from beit3.tasks.vqa import VQA, VQAConfig
 from beit3.tasks.vqkd import VQKD, VQKDConfig
 from beit3.tokenizer.text import TextTokenizer
 from beit3.tokenizer.visual import VisualTokenizerConfig
-from beit3.weights.official import to_official
+from beit3.weights.release_format import to_official
 from beit3.weights.store import initialise_from, load, load_as, load_frozen, read_config, save
 
 PAPER = replace(TINY, dim=32, depth=2, ffn_dim=48, image_size=16, vocab_size=64, text_positions=20)
 RELEASE = replace(
-    TINY_RELEASE, dim=64, num_heads=1, depth=2, ffn_dim=48, image_size=16, vocab_size=64, text_positions=20
+    TINY_RELEASE,
+    dim=64,
+    num_heads=1,
+    depth=2,
+    ffn_dim=48,
+    image_size=16,
+    vocab_size=64,
+    text_positions=20,
 )
 VISUAL = VisualTokenizerConfig(16, 8, 16, 1, 2, 32, 1, 4, 9, 12)
 
@@ -40,8 +47,15 @@ def other_tokenizer() -> TextTokenizer:
     return TextTokenizer.train(["how many rings are under this great yellow lamp"], vocab_size=60)
 
 
-def vqa(model: ModelConfig = PAPER, answers: tuple[str, ...] = ("yes", "no", "two"), **given) -> VQA:
-    config = VQAConfig(model=replace(model, final_norm=False), answers=answers, num_answers=len(answers), text_length=9)
+def vqa(
+    model: ModelConfig = PAPER, answers: tuple[str, ...] = ("yes", "no", "two"), **given
+) -> VQA:
+    config = VQAConfig(
+        model=replace(model, final_norm=False),
+        answers=answers,
+        num_answers=len(answers),
+        text_length=9,
+    )
     return filled(VQA(config, **given))
 
 
@@ -80,9 +94,15 @@ def test_what_is_saved_comes_back(tmp_path, tokenizer):
     same(again, task)
     assert again.tokenizer.bytes == tokenizer.bytes
     described = read_config(tmp_path / "w")
-    assert (described.task, described.config, described.tokenizer) == ("vqa", task.config, tokenizer.digest)
+    assert (described.task, described.config, described.tokenizer) == (
+        "vqa",
+        task.config,
+        tokenizer.digest,
+    )
     data = json.loads((tmp_path / "w" / "config.json").read_text())
-    assert data["config"]["image"]["mean"] == [0.5, 0.5, 0.5], "preprocessing is part of the weights"
+    assert data["config"]["image"]["mean"] == [0.5, 0.5, 0.5], (
+        "preprocessing is part of the weights"
+    )
 
 
 def test_a_task_without_tokenizer(tmp_path):
@@ -114,8 +134,12 @@ def test_a_save_that_was_interrupted_does_not_hinder_the_next(tmp_path):
 def test_a_failed_save_leaves_the_older_weights(tmp_path, monkeypatch):
     task = filled(Backbone(TaskConfig(model=PAPER)))
     save(task, tmp_path / "w")
-    (tmp_path / "w").rename(tmp_path / ".w.old")  # where a save that dies between its two renames leaves them
-    monkeypatch.setattr("beit3.weights.store.save_file", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    (tmp_path / "w").rename(
+        tmp_path / ".w.old"
+    )  # where a save that dies between its two renames leaves them
+    monkeypatch.setattr(
+        "beit3.weights.store.save_file", lambda *_: (_ for _ in ()).throw(OSError("disk full"))
+    )
     with pytest.raises(OSError, match="disk full"):
         save(filled(Backbone(TaskConfig(model=PAPER)), 1), tmp_path / "w")
     same(load(tmp_path / "w"), task)
@@ -134,7 +158,11 @@ def test_visual_tokenizers_keep_their_codebook(tmp_path):
     task.backbone.quantizer.codebook.add_(0.5)
     task.teacher = torch.nn.Linear(2, 2)
     save(task, tmp_path / "w")
-    assert not [name for name in load_file(tmp_path / "w" / "model.safetensors") if name.startswith("teacher")]
+    assert not [
+        name
+        for name in load_file(tmp_path / "w" / "model.safetensors")
+        if name.startswith("teacher")
+    ]
     again = load(tmp_path / "w")
     task.teacher = None
     same(again, task)
@@ -144,15 +172,24 @@ def test_visual_tokenizers_keep_their_codebook(tmp_path):
 
 
 def pretrain(tmp_path: Path) -> Pretrain:
-    save(filled(VQKD(VQKDConfig(model=VISUAL, image=replace(VQKDConfig().image, image_size=16)))), tmp_path / "visual")
-    config = PretrainConfig(model=PAPER, num_codes=9, token_size=16, visual_tokenizer=str(tmp_path / "visual"))
+    save(
+        filled(VQKD(VQKDConfig(model=VISUAL, image=replace(VQKDConfig().image, image_size=16)))),
+        tmp_path / "visual",
+    )
+    config = PretrainConfig(
+        model=PAPER, num_codes=9, token_size=16, visual_tokenizer=str(tmp_path / "visual")
+    )
     return filled(Pretrain(config))
 
 
 def test_frozen_parts_are_stored_as_path_and_digest(tmp_path):
     task = pretrain(tmp_path)
     save(task, tmp_path / "w")
-    assert not [name for name in load_file(tmp_path / "w" / "model.safetensors") if name.startswith("visual_tokenizer")]
+    assert not [
+        name
+        for name in load_file(tmp_path / "w" / "model.safetensors")
+        if name.startswith("visual_tokenizer")
+    ]
     file = read_config(tmp_path / "w").frozen["visual_tokenizer"]
     assert file == load_frozen(str(tmp_path / "visual"), "vqkd")[1]
     same(load(tmp_path / "w"), task)
@@ -160,10 +197,13 @@ def test_frozen_parts_are_stored_as_path_and_digest(tmp_path):
 
 def test_another_frozen_part_is_refused(tmp_path):
     save(pretrain(tmp_path), tmp_path / "w")
-    other = filled(VQKD(VQKDConfig(model=VISUAL, image=replace(VQKDConfig().image, image_size=16))), 1)
+    other = filled(
+        VQKD(VQKDConfig(model=VISUAL, image=replace(VQKDConfig().image, image_size=16))), 1
+    )
     save(other, tmp_path / "visual")
     with pytest.raises(
-        ValueError, match="visual_tokenizer .*visual is not the file that these weights were trained with"
+        ValueError,
+        match="visual_tokenizer .*visual is not the file that these weights were trained with",
     ):
         load(tmp_path / "w")
 
@@ -171,7 +211,9 @@ def test_another_frozen_part_is_refused(tmp_path):
 def test_load_frozen_gives_no_gradients_and_checks_the_kind(tmp_path):
     save(vqa(), tmp_path / "w")
     task, _ = load_frozen(str(tmp_path / "w"), "vqa")
-    assert not task.training and not [name for name, p in task.named_parameters() if p.requires_grad]
+    assert not task.training and not [
+        name for name, p in task.named_parameters() if p.requires_grad
+    ]
     with pytest.raises(ValueError, match="w holds weights of vqa, vqkd is needed here"):
         load_frozen(str(tmp_path / "w"), "vqkd")
     with pytest.raises(ValueError, match="no weights at .*absent"):
@@ -192,7 +234,10 @@ def rewrite(directory: Path, change) -> None:
     [
         (lambda t: t.pop("head.3.bias"), "1 tensors are missing: head.3.bias"),
         (lambda t: t.update({"head.4.bias": torch.zeros(1)}), "1 tensors are unknown: head.4.bias"),
-        (lambda t: t.update({"head.3.bias": torch.zeros(7)}), r"head.3.bias has shape \[7\], the config needs \[3\]"),
+        (
+            lambda t: t.update({"head.3.bias": torch.zeros(7)}),
+            r"head.3.bias has shape \[7\], the config needs \[3\]",
+        ),
     ],
 )
 def test_tensors_must_agree_with_the_config(tmp_path, change, message):
@@ -207,7 +252,10 @@ def test_tensors_must_agree_with_the_config(tmp_path, change, message):
     [
         ({"format": 2}, "config.json is of format 2, not 1"),
         ({"task": "vqaa"}, "unknown task 'vqaa'; did you mean vqa?"),
-        ({"config": {"modle": {}}}, "config.json: config: unknown field 'modle'; did you mean model?"),
+        (
+            {"config": {"modle": {}}},
+            "config.json: config: unknown field 'modle'; did you mean model?",
+        ),
         ({"tokenizer": ...}, "config.json lacks the field 'tokenizer'"),
     ],
 )
@@ -245,7 +293,9 @@ def test_a_tokenizer_that_does_not_fit(tmp_path, tokenizer, other_tokenizer):
     (tmp_path / "w" / "text.model").unlink()
     assert not load(tmp_path / "w").has_tokenizer
     tokenizer.save(tmp_path / "mine.spm")
-    assert load(tmp_path / "w", text_model=tmp_path / "mine.spm").tokenizer.digest == tokenizer.digest
+    assert (
+        load(tmp_path / "w", text_model=tmp_path / "mine.spm").tokenizer.digest == tokenizer.digest
+    )
 
 
 # Starting from other weights -----------------------------------------------------------------------------------------
@@ -255,7 +305,11 @@ def test_fine_tuning_starts_from_pretrained_weights(tmp_path):
     source = filled(Pretrain(PretrainConfig(model=PAPER, num_codes=9)), 1)
     save(source, tmp_path / "w")
     task = vqa()
-    head = {name: tensor.clone() for name, tensor in task.state_dict().items() if not name.startswith("backbone.")}
+    head = {
+        name: tensor.clone()
+        for name, tensor in task.state_dict().items()
+        if not name.startswith("backbone.")
+    }
     report = initialise_from(task, tmp_path / "w")
     state = task.state_dict()
     for name, tensor in source.backbone.state_dict().items():
@@ -263,14 +317,18 @@ def test_fine_tuning_starts_from_pretrained_weights(tmp_path):
             assert torch.equal(state[f"backbone.{name}"], tensor), name
     assert all(torch.equal(state[name], tensor) for name, tensor in head.items())
     assert set(report.fresh) == set(head)
-    heads = {f"{head}.{part}" for head in ("text_head", "image_head") for part in ("weight", "bias")}
+    heads = {
+        f"{head}.{part}" for head in ("text_head", "image_head") for part in ("weight", "bias")
+    }
     assert report.ignored.keys() == heads | {"backbone.norm.weight", "backbone.norm.bias"}
     assert set(report.loaded) == {name for name in state if name.startswith("backbone.")}
 
 
 def test_positions_are_resampled_to_the_tasks_image_size(tmp_path):
     save(vqa(), tmp_path / "w")
-    task = filled(VQA(replace(vqa().config, model=replace(PAPER, final_norm=False, image_size=40))), 1)
+    task = filled(
+        VQA(replace(vqa().config, model=replace(PAPER, final_norm=False, image_size=40))), 1
+    )
     initialise_from(task, tmp_path / "w")
     old = vqa().backbone.image_embedding.positions.data
     expected = resample_positions(old, (2, 2), (5, 5), keep=3)
@@ -292,10 +350,16 @@ def test_heads_are_taken_where_name_and_shape_agree(tmp_path):
 
 def test_an_official_file_starts_a_task_as_well(tmp_path):
     source = filled(Backbone(TaskConfig(model=RELEASE)), 1)
-    torch.save({"model": {key: tensor.half() for key, tensor in to_official(source).items()}}, tmp_path / "a.pth")
+    torch.save(
+        {"model": {key: tensor.half() for key, tensor in to_official(source).items()}},
+        tmp_path / "a.pth",
+    )
     task = vqa(replace(RELEASE, image_size=24))
     report = initialise_from(task, tmp_path / "a.pth")
-    assert all(reason == "the final norm: vqa reads the states before it" for reason in report.ignored.values())
+    assert all(
+        reason == "the final norm: vqa reads the states before it"
+        for reason in report.ignored.values()
+    )
     assert len(report.ignored) == 4 and "released backbone file" in report.source
     here: Tensor = task.backbone.blocks[1].attention.qkv.text.weight
     assert torch.equal(here, source.backbone.blocks[1].attention.qkv.text.weight.half().float())
@@ -312,9 +376,18 @@ def test_a_task_that_norms_starts_from_one_that_does_not(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"dim": 64}, r"another network \(dim is 32, here 64\): .* --task.model.dim 32; .* has shape \[.*\], this vqa needs \[.*\]"),
-        ({"num_heads": 2}, r"another network \(num_heads is 4, here 2\): .* --task.model.num_heads 4; their tensors have the same shapes"),
-        ({"vocab_size": 70}, r"backbone.text_embedding.tokens.weight has shape \[64, 32\], this vqa needs \[70, 32\]"),
+        (
+            {"dim": 64},
+            r"another network \(dim is 32, here 64\): .* --task.model.dim 32; .* has shape \[.*\], this vqa needs \[.*\]",
+        ),
+        (
+            {"num_heads": 2},
+            r"another network \(num_heads is 4, here 2\): .* --task.model.num_heads 4; their tensors have the same shapes",
+        ),
+        (
+            {"vocab_size": 70},
+            r"backbone.text_embedding.tokens.weight has shape \[64, 32\], this vqa needs \[70, 32\]",
+        ),
         ({"depth": 3, "fusion_layers": 2}, "tensors are missing: backbone.blocks.2."),
         ({"fusion_layers": 0}, "this vqa has no place for 6 tensors: backbone.blocks.1.ffn.fusion"),
         ({"fusion_layers": 2}, "6 tensors are missing: backbone.blocks.0.norm2.fusion.weight"),
@@ -326,16 +399,22 @@ def test_a_backbone_that_does_not_fit(tmp_path, change, message):
     before = {name: tensor.clone() for name, tensor in task.state_dict().items()}
     with pytest.raises(ValueError, match=message):
         initialise_from(task, tmp_path / "w")
-    assert all(torch.equal(tensor, before[name]) for name, tensor in task.state_dict().items()), "nothing was changed"
+    assert all(torch.equal(tensor, before[name]) for name, tensor in task.state_dict().items()), (
+        "nothing was changed"
+    )
 
 
 def test_a_network_of_another_kind(tmp_path):
     codes = filled(VQKD(VQKDConfig(model=VISUAL, image=replace(VQKDConfig().image, image_size=16))))
     save(codes, tmp_path / "codes")
     save(vqa(), tmp_path / "w")
-    with pytest.raises(ValueError, match="it holds a vqkd, whose network is of another kind than that of vqa"):
+    with pytest.raises(
+        ValueError, match="it holds a vqkd, whose network is of another kind than that of vqa"
+    ):
         initialise_from(vqa(), tmp_path / "codes")
-    with pytest.raises(ValueError, match="it holds a vqa, whose network is of another kind than that of vqkd"):
+    with pytest.raises(
+        ValueError, match="it holds a vqa, whose network is of another kind than that of vqkd"
+    ):
         initialise_from(codes, tmp_path / "w")
 
 
@@ -343,7 +422,10 @@ def test_a_released_text_table_needs_the_released_tokenizer(tmp_path, tokenizer)
     source = filled(Backbone(TaskConfig(model=replace(RELEASE, vocab_size=64010, depth=1))))
     torch.save({"model": to_official(source)}, tmp_path / "a.pth")
     task = vqa(replace(RELEASE, vocab_size=64010, depth=1), tokenizer=tokenizer)
-    with pytest.raises(ValueError, match="cannot start from .*a.pth: the text tokenizer has .* ids, the released one 64002"):
+    with pytest.raises(
+        ValueError,
+        match="cannot start from .*a.pth: the text tokenizer has .* ids, the released one 64002",
+    ):
         initialise_from(task, tmp_path / "a.pth")
 
 
@@ -358,15 +440,20 @@ def test_a_converted_release_knows_its_tokenizer_without_a_digest(tmp_path, toke
     with pytest.raises(ValueError, match=message):
         load_as(tmp_path / "w", "backbone", text_model=tmp_path / "mine.spm")
     with pytest.raises(ValueError, match=f"cannot start from .*{message}"):
-        initialise_from(vqa(replace(RELEASE, vocab_size=64010, depth=1), tokenizer=tokenizer), tmp_path / "w")
+        initialise_from(
+            vqa(replace(RELEASE, vocab_size=64010, depth=1), tokenizer=tokenizer), tmp_path / "w"
+        )
     save(vqa(replace(RELEASE, vocab_size=64010, depth=1), tokenizer=tokenizer), tmp_path / "own")
-    assert load(tmp_path / "own").tokenizer.digest == tokenizer.digest, "a large table trained with a tokenizer of one's own"
+    assert load(tmp_path / "own").tokenizer.digest == tokenizer.digest, (
+        "a large table trained with a tokenizer of one's own"
+    )
 
 
 def test_another_text_tokenizer_is_an_error(tmp_path, tokenizer, other_tokenizer):
     save(vqa(tokenizer=tokenizer), tmp_path / "w")
     with pytest.raises(
-        ValueError, match="cannot start from .*w: the text tokenizer is not the one that these weights know"
+        ValueError,
+        match="cannot start from .*w: the text tokenizer is not the one that these weights know",
     ):
         initialise_from(vqa(tokenizer=other_tokenizer), tmp_path / "w")
     initialise_from(vqa(tokenizer=tokenizer), tmp_path / "w")

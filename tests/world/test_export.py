@@ -40,7 +40,9 @@ def shows(path: Path, color: str) -> bool:
 
 def digests(root: Path) -> dict[str, str]:
     files = [path for path in root.rglob("*") if path.is_file()]
-    return {str(path.relative_to(root)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+    return {
+        str(path.relative_to(root)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files
+    }
 
 
 def test_same_arguments_same_bytes(world, tmp_path):
@@ -58,10 +60,16 @@ def test_no_picture_appears_twice(world):
 
 def test_images_and_texts(world):
     for split, count in (("train", 24), ("val", 8)):
-        assert [path.name for path in sorted((world / "images" / split).iterdir())][:1] == ["000000.png"]
+        assert [path.name for path in sorted((world / "images" / split).iterdir())][:1] == [
+            "000000.png"
+        ]
         assert len(list((world / "images" / split).glob("*.png"))) == count
-        documents = "".join(path.read_text() for path in (world / "texts" / split).glob("*.txt")).split("\n\n")
-        assert len(documents) == count and all(document.strip().endswith(" .") for document in documents)
+        documents = "".join(
+            path.read_text() for path in (world / "texts" / split).glob("*.txt")
+        ).split("\n\n")
+        assert len(documents) == count and all(
+            document.strip().endswith(" .") for document in documents
+        )
 
 
 def test_pairs_are_karpathys_format(world):
@@ -74,7 +82,10 @@ def test_pairs_are_karpathys_format(world):
         for sentence, sentid in zip(image["sentences"], image["sentids"], strict=True):
             assert sentence["imgid"] == image["imgid"] and sentence["sentid"] == sentid
             assert sentence["tokens"] == re.findall("[a-z]+", sentence["raw"])
-            assert all(shows(path, word) for word in sentence["tokens"] if word in COLORS), (path, sentence["raw"])
+            assert all(shows(path, word) for word in sentence["tokens"] if word in COLORS), (
+                path,
+                sentence["raw"],
+            )
 
 
 def test_vqa_is_vqav2s_format(world):
@@ -89,7 +100,9 @@ def test_vqa_is_vqav2s_format(world):
             assert question["image_id"] == annotation["image_id"]
             answer = annotation["multiple_choice_answer"]
             assert [vote["answer_id"] for vote in annotation["answers"]] == list(range(1, 11))
-            assert answer in ANSWERS and {vote["answer"] for vote in annotation["answers"]} == {answer}
+            assert answer in ANSWERS and {vote["answer"] for vote in annotation["answers"]} == {
+                answer
+            }
             assert question["question"].startswith(annotation["question_type"] + " ")
             assert (annotation["answer_type"] == "yes/no") == (answer in ("yes", "no"))
             assert (annotation["answer_type"] == "number") == (answer in ("0", "1", "2", "3"))
@@ -106,7 +119,9 @@ def test_nlvr2(world):
         assert len(lines) == count
         for record in map(json.loads, lines):
             stem = record["identifier"].rpartition("-")[0]
-            folder = f"nlvr2/images/train/{record['directory']}" if split == "train" else "nlvr2/dev"
+            folder = (
+                f"nlvr2/images/train/{record['directory']}" if split == "train" else "nlvr2/dev"
+            )
             paths = [world / folder / f"{stem}-img{side}.png" for side in (0, 1)]
             assert record["label"] in ("True", "False") and all(path.exists() for path in paths)
 
@@ -115,10 +130,17 @@ def test_nlvr2_sides_match_the_pictures(tmp_path):
     write_world(tmp_path / "w", num_train=360, num_val=1, num_test=1, num_questions=3)
     judged = Counter()
     for record in map(json.loads, (tmp_path / "w/nlvr2/train.json").read_text().splitlines()):
-        match = re.fullmatch(r"the (left|right) image contains an? (\w+) object \.", record["sentence"])
-        if match and match[2] in COLORS and match[2] not in ("white", "black"):  # those two are shades as well
+        match = re.fullmatch(
+            r"the (left|right) image contains an? (\w+) object \.", record["sentence"]
+        )
+        if (
+            match and match[2] in COLORS and match[2] not in ("white", "black")
+        ):  # those two are shades as well
             stem = record["identifier"].rpartition("-")[0]
-            path = tmp_path / f"w/nlvr2/images/train/{record['directory']}/{stem}-img{int(match[1] == 'right')}.png"
+            path = (
+                tmp_path
+                / f"w/nlvr2/images/train/{record['directory']}/{stem}-img{int(match[1] == 'right')}.png"
+            )
             judged[shows(path, match[2]) == (record["label"] == "True")] += 1
     assert judged[True] >= 3 and not judged[False]
 
@@ -137,9 +159,15 @@ def test_coco(world):
         images = {image["id"]: image for image in body["images"]}
         assert len(images) == count and [c["name"] for c in body["categories"]] == list(SHAPE_IDS)
         assert {annotation["image_id"] for annotation in body["annotations"]} == set(images)
-        assert len({annotation["id"] for annotation in body["annotations"]}) == len(body["annotations"])
+        assert len({annotation["id"] for annotation in body["annotations"]}) == len(
+            body["annotations"]
+        )
         for image in images.values():
-            assert pixels(world / "coco" / split / image["file_name"]).shape == (image["height"], image["width"], 3)
+            assert pixels(world / "coco" / split / image["file_name"]).shape == (
+                image["height"],
+                image["width"],
+                3,
+            )
     said = json.loads((world / "coco/annotations/captions_val.json").read_text())
     assert Counter(a["image_id"] for a in said["annotations"]) == {key: 3 for key in images}
 
@@ -148,7 +176,9 @@ def test_coco_instances_agree_with_the_masks():
     excess = defaultdict(list)
     for seed in range(400):
         scene = make_scene(seed)
-        for item, mask, box in zip(scene.objects, instance_masks(scene, 128), boxes(scene, 128), strict=True):
+        for item, mask, box in zip(
+            scene.objects, instance_masks(scene, 128), boxes(scene, 128), strict=True
+        ):
             record = _instance(item, 128)
             assert record["category_id"] == SHAPE_IDS[item.shape] and record["iscrowd"] == 0
             # The tips of triangles are thinner than a pixel; every other side is good to one.
@@ -157,7 +187,9 @@ def test_coco_instances_agree_with_the_masks():
             excess[item.shape].append(mask.sum() / record["area"] - 1)
     for shape, values in excess.items():
         assert max(map(abs, values)) < 0.12, shape  # one row of pixels along a small cross
-        expected = np.pi / (12 * np.sin(np.pi / 12)) - 1 if shape == "circle" else 0  # its polygon has 24 corners
+        expected = (
+            np.pi / (12 * np.sin(np.pi / 12)) - 1 if shape == "circle" else 0
+        )  # its polygon has 24 corners
         assert np.mean(values) == pytest.approx(expected, abs=0.008), shape
 
 
@@ -166,7 +198,9 @@ def test_coco_area_is_that_of_the_polygon():
         for item in make_scene(seed).objects:
             record = _instance(item, 128)
             canvas = Image.new("1", (2048, 2048))
-            ImageDraw.Draw(canvas).polygon([16 * value for value in record["segmentation"][0]], fill=1)
+            ImageDraw.Draw(canvas).polygon(
+                [16 * value for value in record["segmentation"][0]], fill=1
+            )
             assert record["area"] == pytest.approx(np.asarray(canvas).sum() / 256, rel=0.02), item
 
 
@@ -174,7 +208,9 @@ def test_ade20k(world):
     for split in ("training", "validation"):
         pictures = sorted((world / "ade20k/images" / split).iterdir())
         labels = sorted((world / "ade20k/annotations" / split).iterdir())
-        assert len(pictures) == 10 and [path.name for path in pictures] == [path.name for path in labels]
+        assert len(pictures) == 10 and [path.name for path in pictures] == [
+            path.name for path in labels
+        ]
         for path in labels:
             with Image.open(path) as label:
                 assert label.mode == "L"
@@ -201,12 +237,19 @@ def test_shards_lose_no_pair_at_a_border(tmp_path, monkeypatch):
     for path in sorted((tmp_path / "w/shards").glob("*.tar")):
         with tarfile.open(path) as tar:
             keys.append([name[:-4] for name in tar.getnames() if name.endswith(".txt")])
-    assert [len(part) for part in keys] == [4, 4, 2] and sum(keys, []) == [f"{k:09d}" for k in range(10)]
+    assert [len(part) for part in keys] == [4, 4, 2] and sum(keys, []) == [
+        f"{k:09d}" for k in range(10)
+    ]
 
 
 def test_progress_ends_at_the_total(tmp_path):
     calls = []
-    write_world(tmp_path / "w", **TINY, image_size=16, progress=lambda done, total: calls.append((done, total)))
+    write_world(
+        tmp_path / "w",
+        **TINY,
+        image_size=16,
+        progress=lambda done, total: calls.append((done, total)),
+    )
     assert [done for done, _ in calls] == list(range(1, len(calls) + 1))
     assert {total for _, total in calls} == {len(calls)}
     pixels(tmp_path / "w/images/train/000000.png", size=16)

@@ -4,7 +4,15 @@ from collections import Counter, defaultdict
 
 import numpy as np
 
-from beit3.world.language import ANSWERS, KIND_WEIGHTS, captions, name, paragraph, questions, statement
+from beit3.world.language import (
+    ANSWERS,
+    KIND_WEIGHTS,
+    captions,
+    name,
+    paragraph,
+    questions,
+    statement,
+)
 from beit3.world.scene import Object, make_scene
 from tests.world import truth
 
@@ -12,12 +20,18 @@ SCENES = [make_scene(seed) for seed in range(700)]
 
 
 def tidy(text: str) -> bool:
-    return text == text.lower() and text == " ".join(text.split()) and all(c.isalpha() or c in " ,.:?" for c in text)
+    return (
+        text == text.lower()
+        and text == " ".join(text.split())
+        and all(c.isalpha() or c in " ,.:?" for c in text)
+    )
 
 
 def test_name():
     assert name(Object("circle", "red", "large", "plain", 0.5, 0.5, 0.2)) == "large red circle"
-    assert name(Object("bar", "blue", "small", "striped", 0.5, 0.5, 0.2)) == "small striped blue bar"
+    assert (
+        name(Object("bar", "blue", "small", "striped", 0.5, 0.5, 0.2)) == "small striped blue bar"
+    )
 
 
 def test_captions_are_true_and_differ():
@@ -38,7 +52,8 @@ def test_captions_are_true_and_differ():
 def test_the_judge_rejects_captions_of_other_scenes():
     rng = np.random.default_rng(1)
     accepted = sum(
-        truth.caption_holds(captions(a, rng, 1)[0], b) for a, b in zip(SCENES[:200], SCENES[200:400], strict=True)
+        truth.caption_holds(captions(a, rng, 1)[0], b)
+        for a, b in zip(SCENES[:200], SCENES[200:400], strict=True)
     )
     assert accepted < 10
 
@@ -82,7 +97,13 @@ def test_answers_are_balanced():
     for kind in ("exists", "relation"):
         yes, no = found[kind]["yes"], found[kind]["no"]
         assert 0.43 < yes / (yes + no) < 0.57, (kind, yes, no)
-    for kind, most in (("color", 0.16), ("shape", 0.26), ("size", 0.62), ("texture", 0.5), ("count", 0.6)):
+    for kind, most in (
+        ("color", 0.16),
+        ("shape", 0.26),
+        ("size", 0.62),
+        ("texture", 0.5),
+        ("count", 0.6),
+    ):
         assert max(found[kind].values()) < most * found[kind].total(), (kind, found[kind])
 
 
@@ -92,7 +113,11 @@ def test_statements_are_judged_rightly_and_balanced():
     for left in SCENES:
         for right in (SCENES[i] for i in rng.integers(len(SCENES), size=8)):
             text, label = statement(left, right, rng)
-            assert tidy(text) and label == truth.statement_holds(text, left, right), (text, left, right)
+            assert tidy(text) and label == truth.statement_holds(text, left, right), (
+                text,
+                left,
+                right,
+            )
             by_text[text][label] += 1
     total = sum((counts for counts in by_text.values()), Counter())
     assert 0.47 < total[True] / total.total() < 0.53

@@ -5,7 +5,14 @@ from itertools import combinations
 import numpy as np
 import pytest
 
-from beit3.world.render import SEMANTIC_CLASSES, boxes, instance_masks, outline, render, semantic_map
+from beit3.world.render import (
+    SEMANTIC_CLASSES,
+    boxes,
+    instance_masks,
+    outline,
+    render,
+    semantic_map,
+)
 from beit3.world.scene import COLORS, make_scene
 
 SCENES = [make_scene(seed) for seed in range(120)]
@@ -18,7 +25,10 @@ def winding(item, size: int) -> np.ndarray:
         return np.hypot(x - item.x, y - item.y) <= item.radius
     corners = outline(item)
     towards = [np.arctan2(cy - y, cx - x) for cx, cy in corners]
-    turns = [(b - a + np.pi) % (2 * np.pi) - np.pi for a, b in zip(towards, [*towards[1:], towards[0]], strict=True)]
+    turns = [
+        (b - a + np.pi) % (2 * np.pi) - np.pi
+        for a, b in zip(towards, [*towards[1:], towards[0]], strict=True)
+    ]
     return abs(sum(turns)) > np.pi
 
 
@@ -50,7 +60,9 @@ def test_masks_are_disjoint_and_boxes_are_tight():
         masks = instance_masks(scene, 40)
         assert not any((a & b).any() for a, b in combinations(masks, 2))
         for mask, (x, y, width, height) in zip(masks, boxes(scene, 40), strict=True):
-            pixels = [(row, column) for row in range(40) for column in range(40) if mask[row, column]]
+            pixels = [
+                (row, column) for row in range(40) for column in range(40) if mask[row, column]
+            ]
             rows, columns = zip(*pixels, strict=True)
             assert (x, y) == (min(columns), min(rows))
             assert (x + width, y + height) == (max(columns) + 1, max(rows) + 1)

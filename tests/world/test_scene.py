@@ -35,7 +35,9 @@ def test_sizes_are_never_ambiguous():
 
 def test_frequencies():
     number = Counter(len(scene.objects) for scene in SCENES)
-    assert [number[k] / len(SCENES) for k in (1, 2, 3)] == pytest.approx([0.4, 0.45, 0.15], abs=0.06)
+    assert [number[k] / len(SCENES) for k in (1, 2, 3)] == pytest.approx(
+        [0.4, 0.45, 0.15], abs=0.06
+    )
     objects = [item for scene in SCENES for item in scene.objects]
     plain = sum(item.texture == "plain" for item in objects) / len(objects)
     assert plain == pytest.approx(0.7, abs=0.06)

@@ -26,7 +26,9 @@ def noun(text: str) -> dict[str, str]:
     read: dict[str, str] = {}
     for word in words:
         keys = [key for key, known in VOCABULARY.items() if word in known]
-        assert keys or (word in ("object", "objects") and word == words[-1]), f"{word!r} in {text!r}"
+        assert keys or (word in ("object", "objects") and word == words[-1]), (
+            f"{word!r} in {text!r}"
+        )
         read.update({key: word for key in keys})
     return read
 
@@ -34,14 +36,22 @@ def noun(text: str) -> dict[str, str]:
 def fitting(text: str, scene: Scene) -> list[Object]:
     """The objects that a simple noun phrase fits."""
     read = noun(text)
-    return [item for item in scene.objects if all(getattr(item, key) == word for key, word in read.items())]
+    return [
+        item
+        for item in scene.objects
+        if all(getattr(item, key) == word for key, word in read.items())
+    ]
 
 
 def the(text: str, scene: Scene) -> Object:
     """The one object of a definite phrase, "the object left of the red square" included."""
     if match := re.fullmatch(rf"(.+?) ({SIDES}) (.+)", text):
         landmark = the(match[3], scene)
-        found = [item for item in fitting(match[1], scene) if item is not landmark and leans(item, match[2], landmark)]
+        found = [
+            item
+            for item in fitting(match[1], scene)
+            if item is not landmark and leans(item, match[2], landmark)
+        ]
         assert len(found) == 1 and clearly(found[0], match[2], landmark), text
         return found[0]
     found = fitting(text, scene)
@@ -70,7 +80,11 @@ def placed(first: str, side: str, second: str, scene: Scene) -> bool:
     """Whether the first stands on that side of the second; fails where the answer would be a matter of taste."""
     item, landmark = the(first, scene), the(second, scene)
     truths = {name: clearly(item, name, landmark) for name in SIDES.split("|")}
-    assert any(truths.values()) and not (leans(item, side, landmark) and not truths[side]), (first, side, second)
+    assert any(truths.values()) and not (leans(item, side, landmark) and not truths[side]), (
+        first,
+        side,
+        second,
+    )
     return truths[side]
 
 
@@ -93,20 +107,28 @@ def full(mention: str, scene: Scene) -> Object | None:
     """The object that a full description names, None when there is none."""
     read = noun(mention)
     assert {"size", "color", "shape"} <= read.keys() and read.get("texture") != "plain", mention
-    found = [item for item in fitting(mention, scene) if item.texture == read.get("texture", "plain")]
+    found = [
+        item for item in fitting(mention, scene) if item.texture == read.get("texture", "plain")
+    ]
     return found[0] if len(found) == 1 else None
 
 
 def answer(text: str, scene: Scene) -> str:
     """The answer to a question; fails on one that is not understood or has no single answer."""
     if match := re.fullmatch(r"what (color|shape|size|texture) is (the .+) \?", text):
-        assert match[1] not in noun(re.split(f" (?:{SIDES}) ", match[2])[0]), f"gives itself away: {text}"
+        assert match[1] not in noun(re.split(f" (?:{SIDES}) ", match[2])[0]), (
+            f"gives itself away: {text}"
+        )
         return getattr(the(match[2], scene), match[1])
     if match := re.fullmatch(r"is (the .+) small or large \?", text):
         assert "size" not in noun(match[1]), f"gives itself away: {text}"
         return the(match[1], scene).size
     if match := re.fullmatch(r"on which side of (the .+) is (the .+) \?", text):
-        found = [side for side in SIDES.split("|") if clearly(the(match[2], scene), side, the(match[1], scene))]
+        found = [
+            side
+            for side in SIDES.split("|")
+            if clearly(the(match[2], scene), side, the(match[1], scene))
+        ]
         assert len(found) == 1, text
         return found[0].removesuffix(" of")
     if match := re.fullmatch(rf"is (the .+?) ({SIDES}) (the .+) \?", text):
@@ -120,7 +142,9 @@ def answer(text: str, scene: Scene) -> str:
 
 def sentence_holds(text: str, scene: Scene) -> bool:
     """One sentence of a paragraph, without its full stop."""
-    number = re.fullmatch(r"(?:there (?:is|are)|the picture shows|here (?:is|are)) (one|two|three) objects?.*", text)
+    number = re.fullmatch(
+        r"(?:there (?:is|are)|the picture shows|here (?:is|are)) (one|two|three) objects?.*", text
+    )
     if number:
         return NUMBERS[number[1]] == len(scene.objects)
     if match := re.fullmatch(r"(?:there is|this is|i see) (an? .+)", text):
@@ -137,14 +161,24 @@ def statement_holds(text: str, left: Scene, right: Scene) -> bool:
     scenes = {"left": left, "right": right}
     if match := re.fullmatch(r"the (left|right) image shows (one|two|three) objects? \.", text):
         return len(scenes[match[1]].objects) == NUMBERS[match[2]]
-    if match := re.fullmatch(rf"in the (left|right) image (the .+?) is ({SIDES}) (the .+) \.", text):
+    if match := re.fullmatch(
+        rf"in the (left|right) image (the .+?) is ({SIDES}) (the .+) \.", text
+    ):
         return placed(match[2], match[3], match[4], scenes[match[1]])
     if match := re.fullmatch(r"the (left|right) image contains (an? .+) \.", text):
         return bool(fitting(match[2], scenes[match[1]]))
-    if match := re.fullmatch(r"(both images|at least one image|only one image) contains? (an? .+) \.", text):
+    if match := re.fullmatch(
+        r"(both images|at least one image|only one image) contains? (an? .+) \.", text
+    ):
         hits = sum(bool(fitting(match[2], scene)) for scene in (left, right))
-        return {"both images": hits == 2, "at least one image": hits > 0, "only one image": hits == 1}[match[1]]
-    if match := re.fullmatch(r"the (left|right) image has more objects than the (left|right) image \.", text):
+        return {
+            "both images": hits == 2,
+            "at least one image": hits > 0,
+            "only one image": hits == 1,
+        }[match[1]]
+    if match := re.fullmatch(
+        r"the (left|right) image has more objects than the (left|right) image \.", text
+    ):
         assert match[1] != match[2], text
         return len(scenes[match[1]].objects) > len(scenes[match[2]].objects)
     assert text == "both images have the same number of objects .", f"not understood: {text}"

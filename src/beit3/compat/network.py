@@ -15,7 +15,7 @@ from beit3.model import beit3 as network
 from beit3.model.config import POSITION_OFFSET, ModelConfig
 from beit3.model.layers import Cache, LayerCache
 from beit3.ops.init import trunc_normal
-from beit3.weights.official import keys_of
+from beit3.weights.release_format import keys_of
 
 State = dict[int, dict[str, Tensor]]
 """Per layer `prev_key` and `prev_value` [B, H, K, D/H]: the caller reorders and cuts them between the steps."""
@@ -60,35 +60,69 @@ class EncoderConfig:
 
 
 FIXED = (
-    "multiway", "encoder_normalize_before", "activation_fn", "in_chans", "dropout", "attention_dropout", "activation_dropout",
-    "no_scale_embedding", "layernorm_embedding", "no_output_layer", "share_encoder_input_output_embed", "moe_freq",
-    "rel_pos_buckets", "deepnorm", "xpos_rel_pos",
-)  # fmt: skip
+    "multiway",
+    "encoder_normalize_before",
+    "activation_fn",
+    "in_chans",
+    "dropout",
+    "attention_dropout",
+    "activation_dropout",
+    "no_scale_embedding",
+    "layernorm_embedding",
+    "no_output_layer",
+    "share_encoder_input_output_embed",
+    "moe_freq",
+    "rel_pos_buckets",
+    "deepnorm",
+    "xpos_rel_pos",
+)
 """Fields of which this network knows one value, the default; no released model has another."""
 
 
 def _get_base_config(
-    img_size: int = 224, patch_size: int = 16, drop_path_rate: float = 0, checkpoint_activations: bool | None = None,
-    mlp_ratio: float = 4, vocab_size: int = 64010, **kwargs: Any,
-) -> EncoderConfig:  # fmt: skip
+    img_size: int = 224,
+    patch_size: int = 16,
+    drop_path_rate: float = 0,
+    checkpoint_activations: bool | None = None,
+    mlp_ratio: float = 4,
+    vocab_size: int = 64010,
+    **kwargs: Any,
+) -> EncoderConfig:
     """The released base network; what else is given is ignored, as upstream does."""
     return EncoderConfig(
-        encoder_embed_dim=768, encoder_attention_heads=12, encoder_ffn_embed_dim=int(768 * mlp_ratio), encoder_layers=12,
-        img_size=img_size, patch_size=patch_size, vocab_size=vocab_size, drop_path_rate=drop_path_rate,
+        encoder_embed_dim=768,
+        encoder_attention_heads=12,
+        encoder_ffn_embed_dim=int(768 * mlp_ratio),
+        encoder_layers=12,
+        img_size=img_size,
+        patch_size=patch_size,
+        vocab_size=vocab_size,
+        drop_path_rate=drop_path_rate,
         checkpoint_activations=checkpoint_activations,
-    )  # fmt: skip
+    )
 
 
 def _get_large_config(
-    img_size: int = 224, patch_size: int = 16, drop_path_rate: float = 0, checkpoint_activations: bool | None = None,
-    mlp_ratio: float = 4, vocab_size: int = 64010, **kwargs: Any,
-) -> EncoderConfig:  # fmt: skip
+    img_size: int = 224,
+    patch_size: int = 16,
+    drop_path_rate: float = 0,
+    checkpoint_activations: bool | None = None,
+    mlp_ratio: float = 4,
+    vocab_size: int = 64010,
+    **kwargs: Any,
+) -> EncoderConfig:
     """The released large network; what else is given is ignored, as upstream does."""
     return EncoderConfig(
-        encoder_embed_dim=1024, encoder_attention_heads=16, encoder_ffn_embed_dim=int(1024 * mlp_ratio), encoder_layers=24,
-        img_size=img_size, patch_size=patch_size, vocab_size=vocab_size, drop_path_rate=drop_path_rate,
+        encoder_embed_dim=1024,
+        encoder_attention_heads=16,
+        encoder_ffn_embed_dim=int(1024 * mlp_ratio),
+        encoder_layers=24,
+        img_size=img_size,
+        patch_size=patch_size,
+        vocab_size=vocab_size,
+        drop_path_rate=drop_path_rate,
         checkpoint_activations=checkpoint_activations,
-    )  # fmt: skip
+    )
 
 
 class BEiT3(network.BEiT3):
@@ -121,14 +155,26 @@ class BEiT3(network.BEiT3):
         incremental_state: keys and values of earlier calls, brought up to date in place; padding is refused with it.
         positions [1, L]: rows of the text's table, one after the other. Raises ValueError for what cannot be honoured.
         """
-        padding = None if textual_tokens is None or text_padding_position is None else text_padding_position.bool()
+        padding = (
+            None
+            if textual_tokens is None or text_padding_position is None
+            else text_padding_position.bool()
+        )
         if incremental_state is not None and padding is not None:
             if padding.any():
-                raise ValueError("text_padding_position with incremental_state: decode texts without padding")
+                raise ValueError(
+                    "text_padding_position with incremental_state: decode texts without padding"
+                )
             padding = None
-        cache = None if incremental_state is None and positions is None else _cache(incremental_state or {}, positions, len(self.blocks))
+        cache = (
+            None
+            if incremental_state is None and positions is None
+            else _cache(incremental_state or {}, positions, len(self.blocks))
+        )
         if positions is not None and visual_tokens is not None:
-            raise ValueError("positions beside visual_tokens: they are rows of the text's table, leave them out")
+            raise ValueError(
+                "positions beside visual_tokens: they are rows of the text's table, leave them out"
+            )
         encoded = super().forward(
             visual_tokens,
             textual_tokens,
@@ -141,14 +187,23 @@ class BEiT3(network.BEiT3):
             for index, layer in enumerate(cache.layers):
                 assert layer.key is not None and layer.value is not None
                 states = {"prev_key": layer.key, "prev_value": layer.value}
-                incremental_state.setdefault(index, {}).update({name: state[:, :, : layer.length] for name, state in states.items()})
-        split = -1 if textual_tokens is None else 0 if visual_tokens is None else encoded.spans[0][1]
-        hidden = torch.zeros(encoded.tokens.shape[:2], dtype=torch.bool, device=encoded.tokens.device)
+                incremental_state.setdefault(index, {}).update(
+                    {name: state[:, :, : layer.length] for name, state in states.items()}
+                )
+        split = (
+            -1 if textual_tokens is None else 0 if visual_tokens is None else encoded.spans[0][1]
+        )
+        hidden = torch.zeros(
+            encoded.tokens.shape[:2], dtype=torch.bool, device=encoded.tokens.device
+        )
         if padding is not None:
             hidden[:, split:] = padding
-        return {"encoder_out": encoded.tokens, "encoder_padding_mask": hidden, "encoder_states": [], "l_aux": []} | {
-            "multiway_split_position": split
-        }
+        return {
+            "encoder_out": encoded.tokens,
+            "encoder_padding_mask": hidden,
+            "encoder_states": [],
+            "l_aux": [],
+        } | {"multiway_split_position": split}
 
 
 class BEiT3Wrapper(nn.Module):
@@ -169,7 +224,11 @@ class BEiT3Wrapper(nn.Module):
 
     def no_weight_decay(self) -> set[str]:
         """Names of parameters that no optimizer should pull to zero."""
-        return {"beit3.image_embedding.positions", "beit3.image_embedding.class_token", "logit_scale"}
+        return {
+            "beit3.image_embedding.positions",
+            "beit3.image_embedding.class_token",
+            "logit_scale",
+        }
 
     def _init_weights(self, module: nn.Module) -> None:
         """For `apply` on a head: linear layers normal .02 cut at one deviation, biases 0, norms 1 and 0."""
@@ -191,13 +250,26 @@ def _model_config(args: Any) -> ModelConfig:
     for name in FIXED:
         known = getattr(default, name)
         if getattr(args, name, known) != known:
-            raise ValueError(f"{name}={getattr(args, name)!r} cannot be honoured: BEiT-3 has {name}={known!r}")
+            raise ValueError(
+                f"{name}={getattr(args, name)!r} cannot be honoured: BEiT-3 has {name}={known!r}"
+            )
     ours = {
-        "dim": "encoder_embed_dim", "depth": "encoder_layers", "num_heads": "encoder_attention_heads", "ffn_dim": "encoder_ffn_embed_dim",
-        "image_size": "img_size", "patch_size": "patch_size", "vocab_size": "vocab_size", "text_positions": "max_source_positions",
-        "sub_ln": "subln", "final_norm": "normalize_output", "norm_eps": "layernorm_eps", "drop_path_rate": "drop_path_rate",
-    }  # fmt: skip
-    values: dict[str, Any] = {name: getattr(args, theirs, getattr(default, theirs)) for name, theirs in ours.items()}
+        "dim": "encoder_embed_dim",
+        "depth": "encoder_layers",
+        "num_heads": "encoder_attention_heads",
+        "ffn_dim": "encoder_ffn_embed_dim",
+        "image_size": "img_size",
+        "patch_size": "patch_size",
+        "vocab_size": "vocab_size",
+        "text_positions": "max_source_positions",
+        "sub_ln": "subln",
+        "final_norm": "normalize_output",
+        "norm_eps": "layernorm_eps",
+        "drop_path_rate": "drop_path_rate",
+    }
+    values: dict[str, Any] = {
+        name: getattr(args, theirs, getattr(default, theirs)) for name, theirs in ours.items()
+    }
     return ModelConfig(**values)
 
 
@@ -205,8 +277,13 @@ def _cache(state: State, positions: Tensor | None, depth: int) -> Cache:
     """Keys and values of the caller's dictionaries, before a text whose first token has the first of `positions`."""
     rows = [POSITION_OFFSET] if positions is None else positions.flatten().tolist()
     if rows[0] < POSITION_OFFSET or rows != list(range(rows[0], rows[0] + len(rows))):
-        raise ValueError(f"positions {rows[:4]}: rows of the text's table one after the other, from {POSITION_OFFSET} on, are taken")
-    layers = [LayerCache(layer.get("prev_key"), layer.get("prev_value")) for layer in (state.get(index, {}) for index in range(depth))]
+        raise ValueError(
+            f"positions {rows[:4]}: rows of the text's table one after the other, from {POSITION_OFFSET} on, are taken"
+        )
+    layers = [
+        LayerCache(layer.get("prev_key"), layer.get("prev_value"))
+        for layer in (state.get(index, {}) for index in range(depth))
+    ]
     for layer in layers:
         layer.length = 0 if layer.key is None else layer.key.shape[2]
     return Cache(layers, num_text=rows[0] - POSITION_OFFSET)
@@ -215,7 +292,10 @@ def _cache(state: State, positions: Tensor | None, depth: int) -> Cache:
 def _released_names(module: BEiT3, prefix: str) -> list[tuple[str, Tensor, list[str]]]:
     """(our name, our parameter, its released keys) of all parameters."""
     keys = {name: keys_of(f"backbone.{name}", {}, "") for name, _ in module.named_parameters()}
-    return [(prefix + name, p, [prefix + key for key in keys[name]]) for name, p in module.named_parameters()]
+    return [
+        (prefix + name, p, [prefix + key for key in keys[name]])
+        for name, p in module.named_parameters()
+    ]
 
 
 def _to_released(module: BEiT3, state: dict[str, Tensor], prefix: str, metadata: Any) -> None:
@@ -226,23 +306,35 @@ def _to_released(module: BEiT3, state: dict[str, Tensor], prefix: str, metadata:
     """
     for name, _, keys in _released_names(module, prefix):
         tensor = state.pop(name)
-        state.update(zip(keys, tensor.chunk(len(keys)) if len(keys) > 1 else (tensor,), strict=True))
+        state.update(
+            zip(keys, tensor.chunk(len(keys)) if len(keys) > 1 else (tensor,), strict=True)
+        )
 
 
 def _from_released(
-    module: BEiT3, state: dict[str, Tensor], prefix: str, metadata: Any, strict: bool, missing: list[str], unexpected: list[str],
+    module: BEiT3,
+    state: dict[str, Tensor],
+    prefix: str,
+    metadata: Any,
+    strict: bool,
+    missing: list[str],
+    unexpected: list[str],
     errors: list[str],
-) -> None:  # fmt: skip
+) -> None:
     """Before loading: our names for the released ones. What is missing or misshapen keeps its values and is named as released."""
     given = {key: state.pop(key) for key in list(state) if key.startswith(prefix)}
     for name, parameter, keys in _released_names(module, prefix):
-        parts = list(parameter.detach().chunk(len(keys)) if len(keys) > 1 else (parameter.detach(),))
+        parts = list(
+            parameter.detach().chunk(len(keys)) if len(keys) > 1 else (parameter.detach(),)
+        )
         for index, key in enumerate(keys):
             value = given.pop(key, None)
             if value is None:
                 missing.append(key)
             elif value.shape != parts[index].shape:
-                errors.append(f"{key} has shape {list(value.shape)}, this network needs {list(parts[index].shape)}")
+                errors.append(
+                    f"{key} has shape {list(value.shape)}, this network needs {list(parts[index].shape)}"
+                )
             else:
                 parts[index] = value
         state[name] = torch.cat(parts) if len(parts) > 1 else parts[0]

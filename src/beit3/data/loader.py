@@ -15,12 +15,12 @@ from typing import Any, TypeAlias
 import numpy as np
 from torch.utils.data import DataLoader, Dataset
 
-from beit3.data.masking import rng
-from beit3.data.order import Mix, Windows
-from beit3.data.records import FILES, Records, split_files
-from beit3.data.shards import Shards
-from beit3.data.tokens import ENDING, Tokens
-from beit3.data.upstream import Index, is_index
+from beit3.data.sampling import Mix, Windows
+from beit3.data.stores.records import FILES, Records, split_files
+from beit3.data.stores.shards import Shards
+from beit3.data.stores.tokens import ENDING, Tokens
+from beit3.data.stores.upstream import Index, is_index
+from beit3.data.views.masking import rng
 
 PASSED_OVER = "passed_over"
 """Batch key: one line for every unreadable record that another one replaced."""
@@ -47,14 +47,26 @@ class Source:
     limit: > 0 keeps the first so many. window: of tars and ids. weights: set -> share of what training reads; {} = its size.
     """
 
-    def __init__(self, path: Path, root: Path, *, limit: int = 0, window: int = WINDOW, weights: Mapping[str, float] | None = None):
+    def __init__(
+        self,
+        path: Path,
+        root: Path,
+        *,
+        limit: int = 0,
+        window: int = WINDOW,
+        weights: Mapping[str, float] | None = None,
+    ):
         self.path, self.root, self.window = path, root, window
         files = [path] if path.suffix else split_files(path.parent, path.name)
         self.stores: list[Store] = [_open_store(file, root) for file in files]
-        self.names = [file.parent.name if len(files) > 1 or not path.suffix else "" for file in files]
+        self.names = [
+            file.parent.name if len(files) > 1 or not path.suffix else "" for file in files
+        ]
         for file, store in zip(files, self.stores, strict=True):
             if not len(store):
-                raise ValueError(f"{file} holds no records: run beit3 prepare again, or check the raw data")
+                raise ValueError(
+                    f"{file} holds no records: run beit3 prepare again, or check the raw data"
+                )
         whole = [len(store) for store in self.stores]
         self.size = min(limit, sum(whole)) if limit else sum(whole)
         self.even = Mix(whole)
@@ -77,12 +89,16 @@ class Source:
             record = record | {"id": f"{self.names[number]}/{record['id']}"}
         return record | {key: str(self.root / record[key]) for key in FILES if key in record}
 
-    def order(self, number: int, draw: Callable[[str], np.random.Generator]) -> np.ndarray | Windows:
+    def order(
+        self, number: int, draw: Callable[[str], np.random.Generator]
+    ) -> np.ndarray | Windows:
         """An epoch of set `number`: offset -> index. `draw`: the generator of a name."""
         store, size = self.stores[number], self.sizes[number]
         if not isinstance(store, Shards | Tokens):
             return draw("").permutation(size)
-        return Windows(np.diff(np.minimum(np.cumsum(store.runs), size), prepend=0), self.window, draw)
+        return Windows(
+            np.diff(np.minimum(np.cumsum(store.runs), size), prepend=0), self.window, draw
+        )
 
     def _weights(self, weights: Mapping[str, float]) -> list[float]:
         """One per set; ValueError where they do not name the sets."""
@@ -90,7 +106,9 @@ class Source:
             return list(self.sizes)
         if weights.keys() != set(self.names) or min(weights.values()) <= 0:
             known = ", ".join(filter(None, self.names)) or "none"
-            raise ValueError(f"data.weights gives {dict(weights)} for {self.path}, its sets are {known}: give each a weight above 0")
+            raise ValueError(
+                f"data.weights gives {dict(weights)} for {self.path}, its sets are {known}: give each a weight above 0"
+            )
         return [weights[name] for name in self.names]
 
 
@@ -105,13 +123,20 @@ def _open_store(path: Path, root: Path) -> Store:
 class Examples(Dataset):
     """Map-style access by `Place`. An unreadable record is replaced by the next of the same epoch, and named."""
 
-    def __init__(self, sources: Mapping[str, Source], make: Callable[..., dict[str, Any]], *, seed: int):
+    def __init__(
+        self, sources: Mapping[str, Source], make: Callable[..., dict[str, Any]], *, seed: int
+    ):
         self.sources, self.make, self.seed = sources, make, seed
         self.order = lru_cache(maxsize=ORDERS)(self._order)
 
     def _order(self, name: str, number: int, epoch: int) -> np.ndarray | Windows:
         source = self.sources[name]
-        return source.order(number, lambda what: rng(self.seed, epoch, "/".join(filter(None, (name, source.names[number], what)))))
+        return source.order(
+            number,
+            lambda what: rng(
+                self.seed, epoch, "/".join(filter(None, (name, source.names[number], what)))
+            ),
+        )
 
     def __getitem__(self, place: Place) -> dict[str, Any]:
         name, position = place
@@ -128,7 +153,9 @@ class Examples(Dataset):
                 return example | {PASSED_OVER: failures}
             except ValueError as error:
                 failures.append(f"{name} record {record['id']}: {error}")
-        raise ValueError(f"{len(failures)} records of {source.path} in a row cannot be read; the first: {failures[0]}")
+        raise ValueError(
+            f"{len(failures)} records of {source.path} in a row cannot be read; the first: {failures[0]}"
+        )
 
     def __getstate__(self) -> dict[str, Any]:
         return {key: value for key, value in self.__dict__.items() if key != "order"}
@@ -139,14 +166,22 @@ class Examples(Dataset):
 
 
 def step_places(
-    step: int, batch: Mapping[str, int], sources: Sequence[str], *, micro_batch: int, rank: int, world: int
+    step: int,
+    batch: Mapping[str, int],
+    sources: Sequence[str],
+    *,
+    micro_batch: int,
+    rank: int,
+    world: int,
 ) -> list[list[Place]]:
     """The micro-batches of one step on one process, in the order of `sources`."""
     pieces = []
     for name in sources:
         share, rest = divmod(batch[name], world)
         if rest:
-            raise ValueError(f"data.batch.{name} {batch[name]} does not divide over {world} processes")
+            raise ValueError(
+                f"data.batch.{name} {batch[name]} does not divide over {world} processes"
+            )
         first = step * batch[name] + rank * share
         size = min(micro_batch or share, share)
         pieces += [
@@ -168,17 +203,26 @@ class Stack:
 
 
 def step_batches(
-    examples: Examples, collate: Callable[..., dict[str, Any]], places: Callable[[int], list[list[Place]]], steps: range, *,
-    workers: int, pinned: bool = False,
-) -> Iterator[list[dict[str, Any]]]:  # fmt: skip
+    examples: Examples,
+    collate: Callable[..., dict[str, Any]],
+    places: Callable[[int], list[list[Place]]],
+    steps: range,
+    *,
+    workers: int,
+    pinned: bool = False,
+) -> Iterator[list[dict[str, Any]]]:
     """For each of `steps` its list of micro-batches; `places` gives theirs, asked only when their turn comes.
 
     pinned: in memory that CUDA copies from while it computes.
     """
     loader = DataLoader(
-        examples, batch_sampler=(piece for step in steps for piece in places(step)), collate_fn=Stack(collate), num_workers=workers,
-        prefetch_factor=4 if workers else None, pin_memory=pinned,
-    )  # fmt: skip
+        examples,
+        batch_sampler=(piece for step in steps for piece in places(step)),
+        collate_fn=Stack(collate),
+        num_workers=workers,
+        prefetch_factor=4 if workers else None,
+        pin_memory=pinned,
+    )
     batches = iter(loader)
     for step in steps:
         yield [next(batches) for _ in places(step)]

@@ -21,17 +21,17 @@ import torch
 from rich.console import Console
 
 from beit3.data.loader import Source
-from beit3.data.records import locate, write_text
+from beit3.data.stores.records import locate, write_text
 from beit3.demo.probes import pretraining_figures
 from beit3.demo.tour import OTHERS, others_here, with_tokenizer
 from beit3.recipe import Recipe
 from beit3.report.page import write_report
 from beit3.task import load
 from beit3.tasks.vqa import VQA
-from beit3.train.evaluate import predict
-from beit3.train.log import duration
-from beit3.train.loop import train
-from beit3.train.root import embedded_root
+from beit3.training.evaluate import predict
+from beit3.training.log import duration
+from beit3.training.loop import train
+from beit3.training.root import embedded_root
 from beit3.weights import store
 
 SEEDS = (0, 1, 2)
@@ -52,13 +52,19 @@ def run(out: Path) -> Path:
     others_known = others_here(console)
     for task in ("pretrain", "vqkd", "vqa", *others_known):
         embedded_root(load(task))  # once, before processes ask for it side by side
-    first = [(pretrain_seed, (out, seed)) for seed in SEEDS] + [(answer_questions, (out, labels, "scratch")) for labels in LABELS]
+    first = [(pretrain_seed, (out, seed)) for seed in SEEDS] + [
+        (answer_questions, (out, labels, "scratch")) for labels in LABELS
+    ]
     *figures, few, many = side_by_side(first)
     answers = few | many
-    for found in side_by_side([(answer_questions, (out, labels, "pretrained")) for labels in LABELS]):
+    for found in side_by_side(
+        [(answer_questions, (out, labels, "pretrained")) for labels in LABELS]
+    ):
         answers |= found
     others: dict[str, dict] = {}
-    for found in side_by_side([(other_task, (out, name, side)) for name, side in product(others_known, SIDES)]):
+    for found in side_by_side(
+        [(other_task, (out, name, side)) for name, side in product(others_known, SIDES)]
+    ):
         others |= found
     results = {
         "seeds": dict(zip(map(str, SEEDS), figures, strict=True)),
@@ -71,8 +77,12 @@ def run(out: Path) -> Path:
     write_text(out / "results.md", markdown(rows))
     console.print(markdown(rows))
     shown = [out / "seed0" / folder for folder in ("vqkd", "pairs", "pretrain")]
-    write_report(shown, out / "report.html", title="BEiT-3 in miniature, at full length", table=rows)
-    console.print(f"{out / 'results.md'} and {out / 'report.html'}   ({duration(time.monotonic() - started)})")
+    write_report(
+        shown, out / "report.html", title="BEiT-3 in miniature, at full length", table=rows
+    )
+    console.print(
+        f"{out / 'results.md'} and {out / 'report.html'}   ({duration(time.monotonic() - started)})"
+    )
     return out / "results.md"
 
 
@@ -82,10 +92,17 @@ def side_by_side(jobs: Sequence[tuple[Callable[..., dict], tuple]]) -> list[dict
     Networks this small share two cores badly: two runs side by side were measured to do 700 records a second, one run on
     two threads 400 to 550.
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
     workers = min(cores, len(jobs))
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        return [future.result() for future in [pool.submit(call, *arguments) for call, arguments in jobs]]
+    with ProcessPoolExecutor(
+        workers, mp_context=get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)
+    ) as pool:
+        return [
+            future.result()
+            for future in [pool.submit(call, *arguments) for call, arguments in jobs]
+        ]
 
 
 def pretrain_seed(out: Path, seed: int) -> dict:
@@ -93,9 +110,15 @@ def pretrain_seed(out: Path, seed: int) -> dict:
     vqkd, pretrain, folder = load("vqkd"), load("pretrain"), out / f"seed{seed}"
 
     def seeded(recipe: Recipe, task) -> Recipe:
-        return replace(recipe, data=replace(recipe.data, root=str(embedded_root(task))), run=replace(recipe.run, seed=seed))
+        return replace(
+            recipe,
+            data=replace(recipe.data, root=str(embedded_root(task))),
+            run=replace(recipe.run, seed=seed),
+        )
 
-    codes = train(seeded(vqkd.recipes["demo"], vqkd), vqkd, out=folder / "vqkd", label=f"seed{seed} vqkd")
+    codes = train(
+        seeded(vqkd.recipes["demo"], vqkd), vqkd, out=folder / "vqkd", label=f"seed{seed} vqkd"
+    )
     init = ""
     for name, stage in (("demo_pairs", "pairs"), ("demo", "pretrain")):
         recipe = with_tokenizer(seeded(pretrain.recipes[name], pretrain), folder / "vqkd" / "last")
@@ -113,7 +136,11 @@ def answer_questions(out: Path, labels: int, side: str) -> dict[str, dict]:
         name = f"{labels}-{side}-{length}x-seed{seed}"
         recipe = question_recipe(labels, rate, steps=STEPS * length, seed=seed)
         scores = train(recipe, VQA, out=out / "vqa" / name, init=start(out, side, seed), label=name)
-        found[name] = {"accuracy": scores["accuracy"], "most_frequent": scores["most_frequent"], "rate": named(rate)}
+        found[name] = {
+            "accuracy": scores["accuracy"],
+            "most_frequent": scores["most_frequent"],
+            "rate": named(rate),
+        }
     return found
 
 
@@ -124,9 +151,13 @@ def other_task(out: Path, name: str, side: str) -> dict[str, dict]:
     for seed in SEEDS:
         label = f"{name}-{side}-seed{seed}"
         seeded = replace(
-            recipe, data=replace(recipe.data, root=str(embedded_root(kind))), run=replace(recipe.run, seed=seed, save_every=0)
+            recipe,
+            data=replace(recipe.data, root=str(embedded_root(kind))),
+            run=replace(recipe.run, seed=seed, save_every=0),
         )
-        found[label] = train(seeded, kind, out=out / "tasks" / label, init=start(out, side, seed), label=label)
+        found[label] = train(
+            seeded, kind, out=out / "tasks" / label, init=start(out, side, seed), label=label
+        )
     return found
 
 
@@ -139,10 +170,11 @@ def question_recipe(labels: int, rate: tuple[float, float], *, steps: int, seed:
     """The VQA demo recipe with so many labels, at this rate and head's factor, and length."""
     recipe = VQA.recipes["demo"]
     return replace(
-        recipe, data=replace(recipe.data, root=str(embedded_root(VQA)), limit=labels),
+        recipe,
+        data=replace(recipe.data, root=str(embedded_root(VQA)), limit=labels),
         optim=replace(recipe.optim, lr=rate[0], head_lr_scale=rate[1]),
         run=replace(recipe.run, steps=steps, seed=seed, save_every=0),
-    )  # fmt: skip
+    )
 
 
 def tune(out: Path, labels: int, side: str) -> tuple[float, float]:
@@ -179,26 +211,55 @@ def learning_rows(results: Mapping) -> Iterator[dict[str, str]]:
         return spread([seed[name] for seed in seeds], form)
 
     yield row("visual tokenizer: codes in use", column("codebook_use", ".0%"), "")
-    yield row("visual tokenizer: perplexity", column("perplexity", ".1f"), f"of {seeds[0]['num_codes']:.0f} codes")
-    yield row("hidden patches: loss (nats)", column("image_loss"), f"{column('nearest_patch')} from the nearest visible patch")
-    yield row("hidden words of texts: loss (nats)", column("text_loss"), f"{column('frequency')} from word frequency")
-    yield row("hidden words of pairs: loss (nats)", column("text_right"), f"{column('text_wrong')} with another's image")
+    yield row(
+        "visual tokenizer: perplexity",
+        column("perplexity", ".1f"),
+        f"of {seeds[0]['num_codes']:.0f} codes",
+    )
+    yield row(
+        "hidden patches: loss (nats)",
+        column("image_loss"),
+        f"{column('nearest_patch')} from the nearest visible patch",
+    )
+    yield row(
+        "hidden words of texts: loss (nats)",
+        column("text_loss"),
+        f"{column('frequency')} from word frequency",
+    )
+    yield row(
+        "hidden words of pairs: loss (nats)",
+        column("text_right"),
+        f"{column('text_wrong')} with another's image",
+    )
     for prefix, how in (("single_", "one hidden at a time"), ("", "half of the caption hidden")):
         for kind in ("color", "shape", "size"):
             beside = f"{column(f'{prefix}wrong/{kind}', '.1%')} with another's image"
-            yield row(f"{kind} words filled correctly, {how}", column(f"{prefix}right/{kind}", ".1%"), beside)
+            yield row(
+                f"{kind} words filled correctly, {how}",
+                column(f"{prefix}right/{kind}", ".1%"),
+                beside,
+            )
 
 
 def question_rows(results: Mapping) -> Iterator[dict[str, str]]:
     """Questions answered from pretrained weights beside from scratch, per label count and length."""
     questions = results["questions"]
     for labels, length in product(LABELS, LENGTHS):
-        runs = {side: [questions[f"{labels}-{side}-{length}x-seed{seed}"] for seed in SEEDS] for side in SIDES}
+        runs = {
+            side: [questions[f"{labels}-{side}-{length}x-seed{seed}"] for seed in SEEDS]
+            for side in SIDES
+        }
         accuracy = {side: spread([run["accuracy"] for run in runs[side]]) for side in SIDES}
         what = f"questions answered, {labels} labels, {STEPS * length} steps, pretrained"
         rates = " and ".join(runs[side][0]["rate"] for side in SIDES)
-        yield row(what, accuracy["pretrained"], f"{accuracy['scratch']} from scratch (rates {rates})")
-    yield row("questions answered, most frequent answer", f"{next(iter(questions.values()))['most_frequent']:.1%}", "")
+        yield row(
+            what, accuracy["pretrained"], f"{accuracy['scratch']} from scratch (rates {rates})"
+        )
+    yield row(
+        "questions answered, most frequent answer",
+        f"{next(iter(questions.values()))['most_frequent']:.1%}",
+        "",
+    )
 
 
 def other_rows(results: Mapping) -> Iterator[dict[str, str]]:
@@ -207,8 +268,15 @@ def other_rows(results: Mapping) -> Iterator[dict[str, str]]:
         if f"{name}-{SIDES[0]}-seed{SEEDS[0]}" not in results["tasks"]:
             continue
         form = ".2f" if score == "cider" else ".1%"
-        sides = [spread([results["tasks"][f"{name}-{side}-seed{seed}"][score] for seed in SEEDS], form) for side in SIDES]
-        yield row(f"{what}, {load(name).recipes['demo'].run.steps} steps, pretrained", sides[0], f"{sides[1]} from scratch")
+        sides = [
+            spread([results["tasks"][f"{name}-{side}-seed{seed}"][score] for seed in SEEDS], form)
+            for side in SIDES
+        ]
+        yield row(
+            f"{what}, {load(name).recipes['demo'].run.steps} steps, pretrained",
+            sides[0],
+            f"{sides[1]} from scratch",
+        )
 
 
 def row(what: str, measured: str, beside: str) -> dict[str, str]:
@@ -217,5 +285,9 @@ def row(what: str, measured: str, beside: str) -> dict[str, str]:
 
 def markdown(rows: Sequence[Mapping[str, str]]) -> str:
     """A table whose figures are means over the seeds, with lowest and highest in brackets."""
-    lines = ["| what | measured | beside |", "|---|---|---|", *("| " + " | ".join(row.values()) + " |" for row in rows)]
+    lines = [
+        "| what | measured | beside |",
+        "|---|---|---|",
+        *("| " + " | ".join(row.values()) + " |" for row in rows),
+    ]
     return "\n".join(lines) + "\n"

@@ -14,14 +14,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from beit3.data.loader import Source
-from beit3.data.records import write_text
+from beit3.data.stores.records import write_text
 from beit3.recipe import Recipe
 from beit3.task import Batch
 from beit3.tasks.pretrain import IGNORE, Pretrain, PretrainConfig
 from beit3.tokenizer.text import TextTokenizer
-from beit3.train.evaluate import batches, evaluate
-from beit3.train.loop import open_source
-from beit3.train.root import embedded_root
+from beit3.training.evaluate import batches, evaluate
+from beit3.training.loop import open_source
+from beit3.training.root import embedded_root
 from beit3.weights import store
 from beit3.world.scene import COLORS, SHAPES, SIZES
 
@@ -35,7 +35,9 @@ def attribute_ids(tokenizer: TextTokenizer) -> dict[str, list[int]]:
     for kind, words in kinds.items():
         pieces = [tokenizer.pieces(f"a {word}")[1:] for word in words]
         if any(len(piece) != 1 for piece in pieces):
-            raise ValueError(f"the text tokenizer cuts {kind} words into several tokens: train it with a larger vocabulary")
+            raise ValueError(
+                f"the text tokenizer cuts {kind} words into several tokens: train it with a larger vocabulary"
+            )
         ids[kind] = [piece[0] for piece in pieces]
     return ids
 
@@ -54,7 +56,9 @@ def attribute_words(task: Pretrain, pairs: Source, *, limit: int = 1500) -> dict
         shift = len(batch["id"]) // 2  # far enough that the other image is of another scene
         for name, image in (("right", batch["image"]), ("wrong", batch["image"].roll(shift, 0))):
             logits = task.text_head(task.encode(batch | {"image": image}).of("text")[hidden])
-            hits.setdefault(f"text_{name}", []).extend(F.cross_entropy(logits, targets, reduction="none").tolist())
+            hits.setdefault(f"text_{name}", []).extend(
+                F.cross_entropy(logits, targets, reduction="none").tolist()
+            )
             correct = logits.argmax(-1) == targets
             for kind, ids in kinds.items():
                 chosen = correct[torch.isin(targets, torch.tensor(ids))].float().tolist()
@@ -72,7 +76,9 @@ def single_words(task: Pretrain, pairs: Source, *, limit: int = 1500) -> dict[st
     """
     kinds = attribute_ids(task.tokenizer)
     kind_of = {token: kind for kind, ids in kinds.items() for token in ids}
-    hits: dict[str, list[float]] = {f"single_{side}/{kind}": [] for kind in kinds for side in ("right", "wrong")}
+    hits: dict[str, list[float]] = {
+        f"single_{side}/{kind}": [] for kind in kinds for side in ("right", "wrong")
+    }
     for batch in batches(task, islice(pairs, limit), BATCH):
         text = torch.where(batch["text_target"] == IGNORE, batch["text"], batch["text_target"])
         rows, places = torch.isin(text, torch.tensor(list(kind_of))).nonzero(as_tuple=True)
@@ -81,7 +87,9 @@ def single_words(task: Pretrain, pairs: Source, *, limit: int = 1500) -> dict[st
         hidden[torch.arange(len(rows)), places] = task.tokenizer.mask
         images = task.pixels(batch)
         for side, image in (("right", images), ("wrong", images.roll(shift, 0))):
-            states = task.backbone(image[rows], hidden, text_padding=batch["text_padding"][rows]).of("text")
+            states = task.backbone(
+                image[rows], hidden, text_padding=batch["text_padding"][rows]
+            ).of("text")
             found = task.text_head(states[torch.arange(len(rows)), places]).argmax(-1)
             for token, correct in zip(truth.tolist(), (found == truth).tolist(), strict=True):
                 hits[f"single_{side}/{kind_of[token]}"].append(float(correct))
@@ -103,7 +111,9 @@ def nearest_visible(mask: np.ndarray) -> np.ndarray:
 
 
 @torch.no_grad()
-def nearest_patch_guess(task: Pretrain, train: Source, held_out: Source, *, limit: int = 2000) -> float:
+def nearest_patch_guess(
+    task: Pretrain, train: Source, held_out: Source, *, limit: int = 2000
+) -> float:
     """Cross-entropy in nats of the best guess of a hidden patch's code from its nearest visible patch's code.
 
     The table P(code | nearest visible code) is counted on training images under the same masking, with add-half
@@ -143,17 +153,23 @@ def pretraining_figures(run: Path, *, cache: Path) -> dict[str, float]:
         return json.loads(cache.read_text())
     task = store.load(run / "last")
     assert isinstance(task, Pretrain)
-    recipe = Recipe.from_dict(json.loads((run / "recipe.json").read_text())["recipe"], PretrainConfig)
+    recipe = Recipe.from_dict(
+        json.loads((run / "recipe.json").read_text())["recipe"], PretrainConfig
+    )
     root = Path(recipe.data.root) if recipe.data.root else embedded_root(Pretrain)
     train, held_out = (
-        {name: open_source(root, Pretrain, name, recipe, split) for name in Pretrain.sources} for split in ("train", "val")
+        {name: open_source(root, Pretrain, name, recipe, split) for name in Pretrain.sources}
+        for split in ("train", "val")
     )
     scores = evaluate(task.eval(), held_out, batch_size=BATCH)
     figures = {
-        "image_loss": scores["images/image_loss"], "image_accuracy": scores["images/image_accuracy"],
+        "image_loss": scores["images/image_loss"],
+        "image_accuracy": scores["images/image_accuracy"],
         "nearest_patch": nearest_patch_guess(task, train["images"], held_out["images"]),
-        "text_loss": scores["texts/text_loss"], "frequency": frequency_guess(task, train["texts"], held_out["texts"]),
-        **attribute_words(task, held_out["pairs"]), **single_words(task, held_out["pairs"]),
-    }  # fmt: skip
+        "text_loss": scores["texts/text_loss"],
+        "frequency": frequency_guess(task, train["texts"], held_out["texts"]),
+        **attribute_words(task, held_out["pairs"]),
+        **single_words(task, held_out["pairs"]),
+    }
     write_text(cache, json.dumps(figures, indent=1) + "\n")
     return figures

@@ -72,7 +72,9 @@ class Cascade(nn.Module):
         self.box_heads = nn.ModuleList(BoxHead(num_classes, config) for _ in config.stage_ious)
         self.mask_head = mask_head(num_classes, config) if config.masks else None
         self.coders = [BoxCoder((w, w, w / 2, w / 2)) for w in config.stage_box_weights]
-        self.sampler = BalancedPositiveNegativeSampler(config.roi_samples, config.roi_positive_share)
+        self.sampler = BalancedPositiveNegativeSampler(
+            config.roi_samples, config.roi_positive_share
+        )
 
     # Training --------------------------------------------------------------------------------------------------------
 
@@ -89,12 +91,18 @@ class Cascade(nn.Module):
             logits, deltas = self.predicted(stage, maps, boxes)
             labels = torch.cat([image.labels for image in rois])
             positive = labels < self.num_classes
-            wanted = coder.encode_single(torch.cat([image.wanted for image in rois])[positive], torch.cat(boxes)[positive])
+            wanted = coder.encode_single(
+                torch.cat([image.wanted for image in rois])[positive], torch.cat(boxes)[positive]
+            )
             sums[f"box{stage}_class"] = F.cross_entropy(logits, labels, reduction="sum")
-            sums[f"box{stage}_box"] = F.l1_loss(deltas[positive], wanted.to(deltas.dtype), reduction="sum")
+            sums[f"box{stage}_box"] = F.l1_loss(
+                deltas[positive], wanted.to(deltas.dtype), reduction="sum"
+            )
             counts |= {f"box{stage}_class": len(labels), f"box{stage}_box": len(labels)}
             if stage + 1 < len(self.coders):
-                boxes = [with_area(image) for image in self.refined(stage, deltas.detach(), boxes, sizes)]
+                boxes = [
+                    with_area(image) for image in self.refined(stage, deltas.detach(), boxes, sizes)
+                ]
                 rois = self.labelled(boxes, targets, stage + 1)
         if self.mask_head is not None:
             sums["mask"], counts["mask"] = self.mask_loss(maps, first, targets)
@@ -102,22 +110,41 @@ class Cascade(nn.Module):
 
     def sampled(self, proposals: list[Tensor], targets: Sequence[Target]) -> list[Labelled]:
         """The first stage's boxes: proposals and the objects themselves, at most `roi_samples` of an image."""
-        boxes = [torch.cat((mine, target.boxes.to(mine.dtype))) for mine, target in zip(proposals, targets, strict=True)]
+        boxes = [
+            torch.cat((mine, target.boxes.to(mine.dtype)))
+            for mine, target in zip(proposals, targets, strict=True)
+        ]
         rois = self.labelled(boxes, targets, 0)
-        chosen = zip(*self.sampler([(image.labels < self.num_classes).long() for image in rois]), strict=True)
-        return [Labelled(*(part[(yes + no).bool()] for part in image)) for image, (yes, no) in zip(rois, chosen, strict=True)]
+        chosen = zip(
+            *self.sampler([(image.labels < self.num_classes).long() for image in rois]), strict=True
+        )
+        return [
+            Labelled(*(part[(yes + no).bool()] for part in image))
+            for image, (yes, no) in zip(rois, chosen, strict=True)
+        ]
 
-    def labelled(self, boxes: list[Tensor], targets: Sequence[Target], stage: int) -> list[Labelled]:
+    def labelled(
+        self, boxes: list[Tensor], targets: Sequence[Target], stage: int
+    ) -> list[Labelled]:
         """Each box gets the label of the object that it overlaps most, if by the stage's IoU or more."""
         iou, background = self.config.stage_ious[stage], self.num_classes
-        return [label(mine, target, iou, background) for mine, target in zip(boxes, targets, strict=True)]
+        return [
+            label(mine, target, iou, background)
+            for mine, target in zip(boxes, targets, strict=True)
+        ]
 
-    def mask_loss(self, maps: list[Tensor], rois: Sequence[Labelled], targets: Sequence[Target]) -> tuple[Tensor, int]:
+    def mask_loss(
+        self, maps: list[Tensor], rois: Sequence[Labelled], targets: Sequence[Target]
+    ) -> tuple[Tensor, int]:
         """Binary cross-entropy of the right class's mask, a mean over pixels, summed over positive boxes; their number."""
-        positive = [Labelled(*(part[image.labels < self.num_classes] for part in image)) for image in rois]
+        positive = [
+            Labelled(*(part[image.labels < self.num_classes] for part in image)) for image in rois
+        ]
         labels = torch.cat([image.labels for image in positive])
         logits = self.mask_logits(maps, [image.boxes for image in positive], labels)
-        wanted = torch.cat([mask_targets(target, image) for target, image in zip(targets, positive, strict=True)])
+        wanted = torch.cat(
+            [mask_targets(target, image) for target, image in zip(targets, positive, strict=True)]
+        )
         loss = F.binary_cross_entropy_with_logits(logits, wanted.to(logits.dtype), reduction="sum")
         return loss / MASK_OUTPUT**2, len(labels)
 
@@ -140,7 +167,9 @@ class Cascade(nn.Module):
 
     # Both ------------------------------------------------------------------------------------------------------------
 
-    def predicted(self, stage: int, maps: list[Tensor], boxes: list[Tensor]) -> tuple[Tensor, Tensor]:
+    def predicted(
+        self, stage: int, maps: list[Tensor], boxes: list[Tensor]
+    ) -> tuple[Tensor, Tensor]:
         """Logits [R, C + 1] and deltas [R, 4] of all images' boxes, in float32.
 
         Each stage gives the maps its share of the gradient, lest their sum outweigh the proposals'.
@@ -151,9 +180,15 @@ class Cascade(nn.Module):
         logits, deltas = self.box_heads[stage](pooled)
         return at_least_float32(logits), at_least_float32(deltas)
 
-    def refined(self, stage: int, deltas: Tensor, boxes: list[Tensor], sizes: Tensor) -> list[Tensor]:
+    def refined(
+        self, stage: int, deltas: Tensor, boxes: list[Tensor], sizes: Tensor
+    ) -> list[Tensor]:
         """The boxes that a stage's deltas make of those it saw, clipped to their images."""
-        moved = self.coders[stage].decode_single(deltas, torch.cat(boxes)).split([len(mine) for mine in boxes])
+        moved = (
+            self.coders[stage]
+            .decode_single(deltas, torch.cat(boxes))
+            .split([len(mine) for mine in boxes])
+        )
         return [clip(mine, size) for mine, size in zip(moved, sizes, strict=True)]
 
     def mask_logits(self, maps: list[Tensor], boxes: list[Tensor], labels: Tensor) -> Tensor:
@@ -169,7 +204,9 @@ class BoxHead(nn.Module):
     def __init__(self, num_classes: int, config: DetectorConfig):
         super().__init__()
         dim, width = config.pyramid_dim, config.box_dim
-        self.body = FastRCNNConvFCHead((dim, BOX_SIDE, BOX_SIDE), [dim] * config.box_convs, [width], norm_layer=ChannelNorm)
+        self.body = FastRCNNConvFCHead(
+            (dim, BOX_SIDE, BOX_SIDE), [dim] * config.box_convs, [width], norm_layer=ChannelNorm
+        )
         self.class_logits = nn.Linear(width, num_classes + 1)
         self.box_deltas = nn.Linear(width, 4)
 
@@ -197,7 +234,9 @@ class Pool(nn.Module):
         self.level_of = LevelMapper(2, 2 + POOLED_LEVELS - 1, canonical_scale=cells * patch_size)  # type: ignore[arg-type]
 
     def forward(self, maps: Sequence[Tensor], boxes: list[Tensor], side: int) -> Tensor:
-        rois = torch.cat([F.pad(mine, (1, 0), value=float(image)) for image, mine in enumerate(boxes)])  # [R, 5]
+        rois = torch.cat(
+            [F.pad(mine, (1, 0), value=float(image)) for image, mine in enumerate(boxes)]
+        )  # [R, 5]
         levels = known(self.level_of(boxes))
         places, parts = [], []
         for level, (features, scale) in enumerate(zip(maps[:POOLED_LEVELS], SCALES, strict=False)):
@@ -205,7 +244,14 @@ class Pool(nn.Module):
             features = at_least_float32(features)  # there is no RoIAlign in bfloat16
             places.append(mine)
             parts.append(
-                roi_align(features, rois[mine].to(features.dtype), side, 1 / (scale * self.patch_size), sampling_ratio=0, aligned=True)
+                roi_align(
+                    features,
+                    rois[mine].to(features.dtype),
+                    side,
+                    1 / (scale * self.patch_size),
+                    sampling_ratio=0,
+                    aligned=True,
+                )
             )
         return torch.cat(parts)[torch.cat(places).argsort()].to(maps[0].dtype)
 
@@ -228,7 +274,9 @@ def mask_targets(target: Target, positive: Labelled) -> Tensor:
         place = positive.nearest - start * MASKS_AT_ONCE
         mine = (place >= 0) & (place < len(masks))
         rois = torch.cat((place[mine, None], positive.boxes[mine]), 1)
-        covered = roi_align(masks[:, None].to(rois.dtype), rois, MASK_OUTPUT, sampling_ratio=0, aligned=True)
+        covered = roi_align(
+            masks[:, None].to(rois.dtype), rois, MASK_OUTPUT, sampling_ratio=0, aligned=True
+        )
         wanted[mine] = (covered[:, 0] >= 0.5).to(wanted.dtype)
     return wanted
 

@@ -62,14 +62,27 @@ class DetectorConfig:
 
     def __post_init__(self) -> None:
         if len(self.anchor_sizes) != len(SCALES):
-            raise ValueError(f"anchor_sizes {self.anchor_sizes}: give {len(SCALES)}, one for each map of the pyramid")
+            raise ValueError(
+                f"anchor_sizes {self.anchor_sizes}: give {len(SCALES)}, one for each map of the pyramid"
+            )
         if not self.anchor_ratios or min(*self.anchor_sizes, *self.anchor_ratios) <= 0:
-            raise ValueError(f"anchor_sizes {self.anchor_sizes} and anchor_ratios {self.anchor_ratios}: give positive numbers")
+            raise ValueError(
+                f"anchor_sizes {self.anchor_sizes} and anchor_ratios {self.anchor_ratios}: give positive numbers"
+            )
         if not self.stage_ious or len(self.stage_ious) != len(self.stage_box_weights):
-            raise ValueError(f"stage_ious {self.stage_ious} and stage_box_weights {self.stage_box_weights}: give one of each per stage")
+            raise ValueError(
+                f"stage_ious {self.stage_ious} and stage_box_weights {self.stage_box_weights}: give one of each per stage"
+            )
         if self.pooled_cells <= 0:
             raise ValueError(f"pooled_cells {self.pooled_cells}: give a number above 0")
         if not 0 <= self.rpn_negative_iou <= self.rpn_positive_iou <= 1:
-            raise ValueError(f"rpn_negative_iou {self.rpn_negative_iou} must lie between 0 and rpn_positive_iou {self.rpn_positive_iou}")
-        if min(self.rpn_samples, self.roi_samples, self.rpn_proposals, self.detections_per_image) < 1:
-            raise ValueError("rpn_samples, roi_samples, rpn_proposals and detections_per_image: give at least 1 each")
+            raise ValueError(
+                f"rpn_negative_iou {self.rpn_negative_iou} must lie between 0 and rpn_positive_iou {self.rpn_positive_iou}"
+            )
+        if (
+            min(self.rpn_samples, self.roi_samples, self.rpn_proposals, self.detections_per_image)
+            < 1
+        ):
+            raise ValueError(
+                "rpn_samples, roi_samples, rpn_proposals and detections_per_image: give at least 1 each"
+            )

@@ -13,7 +13,12 @@ from beit3.detection.proposals import Proposals
 from beit3.detection.pyramid import FeaturePyramid
 from beit3.ops.collectives import all_reduce
 
-DEVIATIONS = {"proposals.": 0.01, "class_logits": 0.01, "box_deltas": 0.001, "mask_fcn_logits": 0.001}
+DEVIATIONS = {
+    "proposals.": 0.01,
+    "class_logits": 0.01,
+    "box_deltas": 0.001,
+    "mask_fcn_logits": 0.001,
+}
 """Normal initial weights, by part of the name (detectron2)."""
 
 
@@ -36,10 +41,14 @@ class Detector(nn.Module):
         maps = self.pyramid(features)
         proposals, losses = self.proposals(maps, sizes, [target.boxes for target in targets])
         sums, counts = self.cascade.losses(maps, proposals, sizes, targets)
-        own = torch.tensor([len(targets), *counts.values()], device=features.device, dtype=losses["rpn_box"].dtype)
+        own = torch.tensor(
+            [len(targets), *counts.values()], device=features.device, dtype=losses["rpn_box"].dtype
+        )
         totals = all_reduce(own)
         shares = totals[0] / totals[1:].clamp(min=1)  # images per box
-        return losses | {name: sums[name] * share for name, share in zip(counts, shares, strict=True)}
+        return losses | {
+            name: sums[name] * share for name, share in zip(counts, shares, strict=True)
+        }
 
     def detect(self, maps: list[Tensor], sizes: Tensor) -> list[Raw]:
         """Each image's boxes [R, 4] with probabilities [R, C] of all classes, from the pyramid's `maps`.
@@ -66,7 +75,9 @@ class Detector(nn.Module):
         module = self.get_submodule(name.rpartition(".")[0])
         deviations = [deviation for part, deviation in DEVIATIONS.items() if part in name]
         if parameter.ndim == 1:
-            nn.init.constant_(parameter, float(isinstance(module, nn.LayerNorm) and name.endswith("weight")))
+            nn.init.constant_(
+                parameter, float(isinstance(module, nn.LayerNorm) and name.endswith("weight"))
+            )
         elif deviations:
             nn.init.normal_(parameter, std=deviations[0], generator=generator)
         elif name.startswith("pyramid."):
@@ -74,4 +85,6 @@ class Detector(nn.Module):
         elif isinstance(module, nn.Linear):
             nn.init.kaiming_uniform_(parameter, a=1, generator=generator)
         else:
-            nn.init.kaiming_normal_(parameter, mode="fan_out", nonlinearity="relu", generator=generator)
+            nn.init.kaiming_normal_(
+                parameter, mode="fan_out", nonlinearity="relu", generator=generator
+            )

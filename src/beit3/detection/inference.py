@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from beit3.data.rle import RLE
+from beit3.data.stores.rle import RLE
 from beit3.detection.cascade import Raw
 from beit3.detection.config import DetectorConfig
 from beit3.detection.detector import Detector
@@ -47,7 +47,11 @@ class Detections:
 
 @torch.no_grad()
 def detect(
-    trunk: Callable[[Tensor], Tensor], detector: Detector, views: Sequence[View], originals: Tensor, config: DetectorConfig
+    trunk: Callable[[Tensor], Tensor],
+    detector: Detector,
+    views: Sequence[View],
+    originals: Tensor,
+    config: DetectorConfig,
 ) -> list[Detections]:
     """The objects of each image; `originals` [B, 2] are the images' own heights and widths.
 
@@ -56,10 +60,16 @@ def detect(
     pyramids = [detector.pyramid(trunk(view.pixels)) for view in views]  # kept for the masks
     raws = [detector.detect(maps, view.sizes) for maps, view in zip(pyramids, views, strict=True)]
     images = originals.tolist()
-    kept = [_merged([raw[place] for raw in raws], views, place, size, config) for place, size in enumerate(images)]
-    masks = _masks(detector, pyramids, views, kept, images) if config.masks else [None] * len(images)
+    kept = [
+        _merged([raw[place] for raw in raws], views, place, size, config)
+        for place, size in enumerate(images)
+    ]
+    masks = (
+        _masks(detector, pyramids, views, kept, images) if config.masks else [None] * len(images)
+    )
     return [
-        Detections(boxes.cpu(), scores.cpu(), labels.cpu(), own) for (boxes, scores, labels), own in zip(kept, masks, strict=True)
+        Detections(boxes.cpu(), scores.cpu(), labels.cpu(), own)
+        for (boxes, scores, labels), own in zip(kept, masks, strict=True)
     ]
 
 
@@ -68,15 +78,32 @@ def mirror(view: View) -> View:
     columns = torch.arange(view.pixels.shape[-1], device=view.pixels.device)
     widths = view.sizes[:, 1:].to(columns.device)
     source = torch.where(columns < widths, widths - 1 - columns, columns)  # [B, S]
-    return View(view.pixels.gather(3, source[:, None, None].expand_as(view.pixels)), view.sizes, not view.mirrored)
+    return View(
+        view.pixels.gather(3, source[:, None, None].expand_as(view.pixels)),
+        view.sizes,
+        not view.mirrored,
+    )
 
 
-def _merged(raws: Sequence[Raw], views: Sequence[View], place: int, size: Sequence[int], config: DetectorConfig) -> Kept:
+def _merged(
+    raws: Sequence[Raw],
+    views: Sequence[View],
+    place: int,
+    size: Sequence[int],
+    config: DetectorConfig,
+) -> Kept:
     """What is left of one image's boxes in all views."""
-    boxes = torch.cat([_to_image(at_least_float32(raw.boxes), view, place, size) for raw, view in zip(raws, views, strict=True)])
+    boxes = torch.cat(
+        [
+            _to_image(at_least_float32(raw.boxes), view, place, size)
+            for raw, view in zip(raws, views, strict=True)
+        ]
+    )
     scores = torch.cat([at_least_float32(raw.scores) for raw in raws])
     if not (boxes.isfinite().all() and scores.isfinite().all()):
-        raise ValueError("the detector gave boxes or scores that are not finite: take an earlier checkpoint, or float32")
+        raise ValueError(
+            "the detector gave boxes or scores that are not finite: take an earlier checkpoint, or float32"
+        )
     solid = (boxes[:, 2:] > boxes[:, :2]).all(1)
     return soft_nms(
         boxes[solid],
@@ -91,7 +118,11 @@ def _merged(raws: Sequence[Raw], views: Sequence[View], place: int, size: Sequen
 
 
 def _masks(
-    detector: Detector, pyramids: Sequence[list[Tensor]], views: Sequence[View], kept: Sequence[Kept], images: Sequence[Sequence[int]]
+    detector: Detector,
+    pyramids: Sequence[list[Tensor]],
+    views: Sequence[View],
+    kept: Sequence[Kept],
+    images: Sequence[Sequence[int]],
 ) -> list[list[RLE] | None]:
     """Each image's masks, averaged over the views and drawn at its own size."""
     labels = [label for _, _, label in kept]
@@ -99,10 +130,19 @@ def _masks(
         return [[] for _ in images]
     sums: list[Tensor] = []
     for maps, view in zip(pyramids, views, strict=True):
-        boxes = [_to_view(own, view, place, size) for place, ((own, _, _), size) in enumerate(zip(kept, images, strict=True))]
-        read = [at_least_float32(part.flip(-1) if view.mirrored else part) for part in detector.masks(maps, boxes, labels)]
+        boxes = [
+            _to_view(own, view, place, size)
+            for place, ((own, _, _), size) in enumerate(zip(kept, images, strict=True))
+        ]
+        read = [
+            at_least_float32(part.flip(-1) if view.mirrored else part)
+            for part in detector.masks(maps, boxes, labels)
+        ]
         sums = [total + part for total, part in zip(sums, read, strict=True)] if sums else read
-    return [paste(total / len(views), boxes, *size) for total, (boxes, _, _), size in zip(sums, kept, images, strict=True)]
+    return [
+        paste(total / len(views), boxes, *size)
+        for total, (boxes, _, _), size in zip(sums, kept, images, strict=True)
+    ]
 
 
 def _to_image(boxes: Tensor, view: View, place: int, size: Sequence[int]) -> Tensor:
@@ -121,7 +161,9 @@ def _to_view(boxes: Tensor, view: View, place: int, size: Sequence[int]) -> Tens
 def _scale(boxes: Tensor, view: View, place: int, size: Sequence[int]) -> tuple[Tensor, Tensor]:
     """Own pixels per pixel of the view, and the image's bounds: [4] each, for x1 y1 x2 y2."""
     (height, width), (tall, wide) = size, view.sizes[place].tolist()
-    return boxes.new_tensor([width / wide, height / tall] * 2), boxes.new_tensor([width, height] * 2)
+    return boxes.new_tensor([width / wide, height / tall] * 2), boxes.new_tensor(
+        [width, height] * 2
+    )
 
 
 def _mirrored(boxes: Tensor, width: int) -> Tensor:

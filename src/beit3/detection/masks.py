@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from beit3.data.rle import RLE, encode_window
+from beit3.data.stores.rle import RLE, encode_window
 from beit3.ops.precision import at_least_float32
 
 THRESHOLD = 0.5
@@ -26,14 +26,18 @@ def paste(probabilities: Tensor, boxes: Tensor, height: int, width: int) -> list
     assert len(probabilities) == len(boxes), (probabilities.shape, boxes.shape)
     probabilities, boxes = at_least_float32(probabilities), at_least_float32(boxes)
     pasted = []
-    for probability, box, (left, top, right, bottom) in zip(probabilities, boxes, boxes.tolist(), strict=True):
+    for probability, box, (left, top, right, bottom) in zip(
+        probabilities, boxes, boxes.tolist(), strict=True
+    ):
         # Pixel i has its centre at i + .5; a box reaches from its left edge up to, not including, its right one.
         rows = range(_first(top, height), _first(bottom, height))
         columns = range(_first(left, width), _first(right, width))
         window = torch.empty(len(rows), len(columns), dtype=torch.bool)
         step = max(1, STRIP // max(1, len(columns)))
         for start in range(0, len(rows) if len(columns) else 0, step):
-            window[start : start + step] = _read(probability, box, rows[start : start + step], columns).cpu()
+            window[start : start + step] = _read(
+                probability, box, rows[start : start + step], columns
+            ).cpu()
         pasted.append(encode_window(window, rows.start, columns.start, height=height, width=width))
     return pasted
 
@@ -44,10 +48,21 @@ def _read(probability: Tensor, box: Tensor, rows: range, columns: range) -> Tens
     Beyond the centres of the outermost cells their values hold on up to the box's edge. Fading to zero there, as detectron2
     does, would cut off the corners of a full mask, and a share of every edge.
     """
-    x = (torch.arange(columns.start, columns.stop, device=box.device) + 0.5 - box[0]) / (box[2] - box[0]) * 2 - 1
-    y = (torch.arange(rows.start, rows.stop, device=box.device) + 0.5 - box[1]) / (box[3] - box[1]) * 2 - 1
-    grid = torch.stack(torch.meshgrid(x, y, indexing="xy"), -1).to(probability.dtype)  # [rows, columns, 2]
-    return F.grid_sample(probability[None, None], grid[None], padding_mode="border", align_corners=False)[0, 0] >= THRESHOLD
+    x = (torch.arange(columns.start, columns.stop, device=box.device) + 0.5 - box[0]) / (
+        box[2] - box[0]
+    ) * 2 - 1
+    y = (torch.arange(rows.start, rows.stop, device=box.device) + 0.5 - box[1]) / (
+        box[3] - box[1]
+    ) * 2 - 1
+    grid = torch.stack(torch.meshgrid(x, y, indexing="xy"), -1).to(
+        probability.dtype
+    )  # [rows, columns, 2]
+    return (
+        F.grid_sample(
+            probability[None, None], grid[None], padding_mode="border", align_corners=False
+        )[0, 0]
+        >= THRESHOLD
+    )
 
 
 def _first(edge: float, size: int) -> int:

@@ -35,11 +35,20 @@ def soft_nms(
     exp(-o^2 / `sigma`) (gaussian), or is dropped where o > `iou` (hard). Only scores above `candidate_score` take part, and
     whatever is or falls below `min_score` is dropped. Defaults: EVA's (arXiv:2211.07636, its public configuration).
     """
-    assert scores.ndim == 2 and boxes.shape == (len(scores), 4) and min_score >= 0 < limit, (boxes.shape, scores.shape, min_score, limit)
+    assert scores.ndim == 2 and boxes.shape == (len(scores), 4) and min_score >= 0 < limit, (
+        boxes.shape,
+        scores.shape,
+        min_score,
+        limit,
+    )
     boxes, live = at_least_float32(boxes), at_least_float32(scores).T.contiguous()  # [C, R]
     live = live.where((live > candidate_score) & (live >= min_score), GONE)
     labels = torch.arange(len(live), device=live.device)  # of the classes still in the race
-    score, place, label = live.new_empty(0), labels.new_empty(0), labels.new_empty(0)  # of what was taken
+    score, place, label = (
+        live.new_empty(0),
+        labels.new_empty(0),
+        labels.new_empty(0),
+    )  # of what was taken
     for _ in range(limit if live.numel() else 0):
         best, chosen = live.max(1)  # [C], the first of equals
         bar = score.topk(limit).values[-1] if len(score) >= limit else GONE
@@ -47,9 +56,15 @@ def soft_nms(
         if not racing.any():
             break
         live, labels, chosen = live[racing], labels[racing], chosen[racing]
-        score, place, label = torch.cat([score, best[racing]]), torch.cat([place, chosen]), torch.cat([label, labels])
+        score, place, label = (
+            torch.cat([score, best[racing]]),
+            torch.cat([place, chosen]),
+            torch.cat([label, labels]),
+        )
         lowered = _lowered(live, pairwise_iou(boxes[chosen], boxes), kind, iou, sigma)
-        live = lowered.where((live > GONE) & (lowered >= min_score), GONE).scatter(1, chosen[:, None], GONE)
+        live = lowered.where((live > GONE) & (lowered >= min_score), GONE).scatter(
+            1, chosen[:, None], GONE
+        )
     order = (place * scores.shape[1] + label).argsort()
     order = order[score[order].argsort(descending=True, stable=True)][:limit]
     return boxes[place[order]], score[order], label[order]

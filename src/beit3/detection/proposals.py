@@ -9,7 +9,11 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead, concat_box_prediction_layers
+from torchvision.models.detection.rpn import (
+    RegionProposalNetwork,
+    RPNHead,
+    concat_box_prediction_layers,
+)
 from torchvision.ops import box_iou
 
 from beit3.detection.config import DetectorConfig
@@ -29,7 +33,9 @@ class Proposals(RegionProposalNetwork):
     def __init__(self, patch_size: int, *, config: DetectorConfig):
         super().__init__(
             Anchors(config.anchor_sizes, config.anchor_ratios, patch_size),
-            ProposalHead(config.pyramid_dim, len(config.anchor_ratios), conv_depth=config.rpn_convs),
+            ProposalHead(
+                config.pyramid_dim, len(config.anchor_ratios), conv_depth=config.rpn_convs
+            ),
             fg_iou_thresh=config.rpn_positive_iou,
             bg_iou_thresh=config.rpn_negative_iou,
             batch_size_per_image=config.rpn_samples,
@@ -49,20 +55,34 @@ class Proposals(RegionProposalNetwork):
         levels = self.head(maps)
         counts = [scores[0].numel() for scores in levels[0]]
         objectness, deltas = concat_box_prediction_layers(*levels)
-        objectness, deltas = objectness.view(len(sizes), -1), deltas.view(len(sizes), -1, 4)  # [B, N], [B, N, 4]
+        objectness, deltas = (
+            objectness.view(len(sizes), -1),
+            deltas.view(len(sizes), -1, 4),
+        )  # [B, N], [B, N, 4]
         anchors = self.anchor_generator(maps)
         inside = centred_inside(anchors, sizes)
 
-        decoded = self.box_coder.decode_single(deltas.detach().flatten(0, 1), anchors.repeat(len(sizes), 1)).view_as(deltas)
+        decoded = self.box_coder.decode_single(
+            deltas.detach().flatten(0, 1), anchors.repeat(len(sizes), 1)
+        ).view_as(deltas)
         ranked = objectness.detach().masked_fill(~inside, -torch.inf)
         proposals, _ = self.filter_proposals(decoded.nan_to_num(), ranked, sizes.tolist(), counts)
-        return proposals, {} if objects is None else self.losses(objectness, deltas, anchors, inside, objects)
+        return proposals, {} if objects is None else self.losses(
+            objectness, deltas, anchors, inside, objects
+        )
 
     def losses(
-        self, objectness: Tensor, deltas: Tensor, anchors: Tensor, inside: Tensor, objects: Sequence[Tensor]
+        self,
+        objectness: Tensor,
+        deltas: Tensor,
+        anchors: Tensor,
+        inside: Tensor,
+        objects: Sequence[Tensor],
     ) -> dict[str, Tensor]:
         """`rpn_objectness` and `rpn_box`: sums over sampled anchors, and positive ones, divided by `rpn_samples`."""
-        assigned = [self.assign(anchors, valid, boxes) for valid, boxes in zip(inside, objects, strict=True)]
+        assigned = [
+            self.assign(anchors, valid, boxes) for valid, boxes in zip(inside, objects, strict=True)
+        ]
         chosen = self.fg_bg_sampler([labels for labels, _ in assigned])
         positive, negative = (torch.stack(kind).bool() for kind in chosen)  # [B, N]
         sampled = positive | negative
@@ -70,14 +90,18 @@ class Proposals(RegionProposalNetwork):
         wanted = self.box_coder.encode_single(matched, anchors.expand_as(deltas)[positive])
         guesses, truth = objectness[sampled], positive[sampled].to(objectness.dtype)
         return {
-            "rpn_objectness": F.binary_cross_entropy_with_logits(guesses, truth, reduction="sum") / self.samples,
-            "rpn_box": F.l1_loss(deltas[positive], wanted.to(deltas.dtype), reduction="sum") / self.samples,
+            "rpn_objectness": F.binary_cross_entropy_with_logits(guesses, truth, reduction="sum")
+            / self.samples,
+            "rpn_box": F.l1_loss(deltas[positive], wanted.to(deltas.dtype), reduction="sum")
+            / self.samples,
         }
 
     def assign(self, anchors: Tensor, valid: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:
         """An image's labels [N] (1 object, 0 background, -1 neither or not `valid`), and each anchor's object [N, 4]."""
         labels, matched = anchors.new_full((len(anchors),), -1), torch.zeros_like(anchors)
-        found = self.assign_targets_to_anchors([anchors[valid]], [{"boxes": boxes.to(anchors.dtype)}])
+        found = self.assign_targets_to_anchors(
+            [anchors[valid]], [{"boxes": boxes.to(anchors.dtype)}]
+        )
         labels[valid], matched[valid] = found[0][0], found[1][0].to(anchors.dtype)
         return labels, matched
 
@@ -87,7 +111,9 @@ class ProposalHead(RPNHead):
 
     def forward(self, x: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         objectness, deltas = super().forward(x)
-        return [at_least_float32(level) for level in objectness], [at_least_float32(level) for level in deltas]
+        return [at_least_float32(level) for level in objectness], [
+            at_least_float32(level) for level in deltas
+        ]
 
 
 class Anchors(nn.Module):
@@ -103,10 +129,15 @@ class Anchors(nn.Module):
     def forward(self, maps: Sequence[Tensor]) -> Tensor:
         device = maps[0].device
         ratios = torch.tensor(self.ratios, device=device)
-        half = torch.stack((ratios.rsqrt(), ratios.sqrt()), 1) / 2  # [A, 2], width and height of the unit square
+        half = (
+            torch.stack((ratios.rsqrt(), ratios.sqrt()), 1) / 2
+        )  # [A, 2], width and height of the unit square
         levels = []
         for feature, size, scale in zip(maps, self.sizes, SCALES, strict=True):
-            rows, columns = (torch.arange(side, device=device) * (self.patch_size * scale) for side in feature.shape[2:])
+            rows, columns = (
+                torch.arange(side, device=device) * (self.patch_size * scale)
+                for side in feature.shape[2:]
+            )
             corners = torch.stack(torch.meshgrid(columns, rows, indexing="xy"), -1).view(-1, 1, 2)
             levels.append(torch.cat((corners - size * half, corners + size * half), -1).view(-1, 4))
         return torch.cat(levels)

@@ -26,15 +26,26 @@ class FeaturePyramid(nn.Module):
     def __init__(self, dim: int, out_dim: int):
         super().__init__()
         if dim % 4:
-            raise ValueError(f"a trunk {dim} units wide: the pyramid halves it twice, give a multiple of 4")
+            raise ValueError(
+                f"a trunk {dim} units wide: the pyramid halves it twice, give a multiple of 4"
+            )
         half, quarter = dim // 2, dim // 4
-        finest = nn.Sequential(_doubled(dim, half), ChannelNorm(half), nn.GELU(), _doubled(half, quarter))
-        self.resize = nn.ModuleList((finest, _doubled(dim, half), nn.Identity(), nn.MaxPool2d(2, ceil_mode=True)))
-        self.project = nn.ModuleList(_projection(width, out_dim) for width in (quarter, half, dim, dim))
+        finest = nn.Sequential(
+            _doubled(dim, half), ChannelNorm(half), nn.GELU(), _doubled(half, quarter)
+        )
+        self.resize = nn.ModuleList(
+            (finest, _doubled(dim, half), nn.Identity(), nn.MaxPool2d(2, ceil_mode=True))
+        )
+        self.project = nn.ModuleList(
+            _projection(width, out_dim) for width in (quarter, half, dim, dim)
+        )
 
     def forward(self, features: Tensor) -> list[Tensor]:
         features = features.permute(0, 3, 1, 2)  # [B, D, h, w]
-        maps = [project(resize(features)) for resize, project in zip(self.resize, self.project, strict=True)]
+        maps = [
+            project(resize(features))
+            for resize, project in zip(self.resize, self.project, strict=True)
+        ]
         return [*maps, F.max_pool2d(maps[-1], kernel_size=1, stride=2)]
 
 

@@ -26,7 +26,9 @@ SIGMA = 6.0
 Ngrams = Counter[tuple[str, ...]]
 
 
-def caption_scores(candidates: Mapping[str, str], references: Mapping[str, Sequence[str]]) -> dict[str, float]:
+def caption_scores(
+    candidates: Mapping[str, str], references: Mapping[str, Sequence[str]]
+) -> dict[str, float]:
     """Scores of one caption per image against those that people gave; both by image id, as plain text.
 
     Returns bleu1 to bleu4 and rouge_l (0 to 1), cider, cider_d and cider_unclipped (0 to 10; papers print BLEU, ROUGE-L
@@ -54,13 +56,21 @@ def tokenize_captions(
     ValueError where an id has no candidate or no reference, and where there are no ids.
     """
     if missing := sorted(references.keys() - candidates.keys()):
-        raise ValueError(f"image {missing[0]} has no predicted caption ({len(missing)} such): predict every image that is scored")
+        raise ValueError(
+            f"image {missing[0]} has no predicted caption ({len(missing)} such): predict every image that is scored"
+        )
     if extra := sorted(candidates.keys() - references.keys()):
-        raise ValueError(f"image {extra[0]} has a predicted caption but no references ({len(extra)} such): leave it out of the predictions")
+        raise ValueError(
+            f"image {extra[0]} has a predicted caption but no references ({len(extra)} such): leave it out of the predictions"
+        )
     if empty := [key for key, texts in references.items() if not texts]:
-        raise ValueError(f"image {empty[0]} has an empty list of references ({len(empty)} such): score a split that has captions")
+        raise ValueError(
+            f"image {empty[0]} has an empty list of references ({len(empty)} such): score a split that has captions"
+        )
     if not references:
-        raise ValueError("no captions to score: the references are empty, name a split that has some")
+        raise ValueError(
+            "no captions to score: the references are empty, name a split that has some"
+        )
     return (
         {key: tokenize_caption(candidates[key]) for key in references},
         {key: [tokenize_caption(text) for text in texts] for key, texts in references.items()},
@@ -71,7 +81,11 @@ def _ngrams(tokens: Sequence[str]) -> Ngrams:
     """How often each n-gram of up to ORDER words occurs."""
     # The official BLEU and CIDEr split tokens once more, at no-break spaces too; ROUGE-L does not.
     words = " ".join(tokens).split()
-    return Counter(tuple(words[at : at + order]) for order in range(1, ORDER + 1) for at in range(len(words) - order + 1))
+    return Counter(
+        tuple(words[at : at + order])
+        for order in range(1, ORDER + 1)
+        for at in range(len(words) - order + 1)
+    )
 
 
 def _total(counts: Ngrams, order: int) -> int:
@@ -85,7 +99,9 @@ def _bleu(texts: Sequence[Ngrams], truths: Sequence[Sequence[Ngrams]]) -> list[f
     for text, several in zip(texts, truths, strict=True):
         own = _total(text, 1)
         length += own
-        reference_length += min((abs(other - own), other) for other in (_total(counts, 1) for counts in several))[1]
+        reference_length += min(
+            (abs(other - own), other) for other in (_total(counts, 1) for counts in several)
+        )[1]
         for ngram, count in text.items():
             given[len(ngram) - 1] += count
             right[len(ngram) - 1] += min(count, max(counts[ngram] for counts in several))
@@ -123,7 +139,9 @@ def _cider(texts: Sequence[Ngrams], truths: Sequence[Sequence[Ngrams]]) -> tuple
     scores = []
     for text, several in zip(texts, truths, strict=True):
         own = _Vector(text, weight, unseen)
-        scores.append(np.mean([own.compare(_Vector(counts, weight, unseen)) for counts in several], axis=0))
+        scores.append(
+            np.mean([own.compare(_Vector(counts, weight, unseen)) for counts in several], axis=0)
+        )
     clipped, unclipped = np.mean(scores, axis=0)
     return float(clipped), float(unclipped)
 
@@ -148,4 +166,6 @@ class _Vector:
                 products[:, len(ngram) - 1] += min(value, other) * other, value * other
         norms = self.norms * reference.norms
         clipped, unclipped = 10 * (products / np.where(norms > 0, norms, 1.0)).mean(axis=1)
-        return float(clipped * exp(-((self.length - reference.length) ** 2) / (2 * SIGMA**2))), float(unclipped)
+        return float(
+            clipped * exp(-((self.length - reference.length) ** 2) / (2 * SIGMA**2))
+        ), float(unclipped)

@@ -11,19 +11,26 @@ from importlib.util import find_spec
 
 from beit3.metrics.caption import tokenize_captions
 
-SCORERS = {"meteor": ("pycocoevalcap.meteor.meteor", "Meteor"), "spice": ("pycocoevalcap.spice.spice", "Spice")}
+SCORERS = {
+    "meteor": ("pycocoevalcap.meteor.meteor", "Meteor"),
+    "spice": ("pycocoevalcap.spice.spice", "Spice"),
+}
 
 
 def java_missing() -> str:
     """What METEOR and SPICE lack here, and the remedy; "" where nothing is missing."""
     if not shutil.which("java"):
-        return "METEOR and SPICE need Java: put a runtime's `java` on the PATH (SPICE wants version 8)"
+        return (
+            "METEOR and SPICE need Java: put a runtime's `java` on the PATH (SPICE wants version 8)"
+        )
     if not find_spec("pycocoevalcap"):
         return "METEOR and SPICE need the package pycocoevalcap: pip install pycocoevalcap"
     return ""
 
 
-def java_scores(candidates: Mapping[str, str], references: Mapping[str, Sequence[str]]) -> dict[str, float]:
+def java_scores(
+    candidates: Mapping[str, str], references: Mapping[str, Sequence[str]]
+) -> dict[str, float]:
     """`meteor` and `spice`, 0 to 1, of the same input as `caption_scores`; {} where `java_missing` says why.
 
     One that fails, as SPICE does under a recent Java, is left out with a warning. ValueError as `caption_scores`.
@@ -36,7 +43,12 @@ def java_scores(candidates: Mapping[str, str], references: Mapping[str, Sequence
     scores = {}
     for name, (module, scorer) in SCORERS.items():
         try:
-            scores[name] = float(getattr(importlib.import_module(module), scorer)().compute_score(truth, results)[0])
+            scores[name] = float(
+                getattr(importlib.import_module(module), scorer)().compute_score(truth, results)[0]
+            )
         except Exception as fault:  # whatever a foreign program fails with
-            warnings.warn(f"{name} left out: pycocoevalcap failed with {type(fault).__name__}: {fault}", stacklevel=2)
+            warnings.warn(
+                f"{name} left out: pycocoevalcap failed with {type(fault).__name__}: {fault}",
+                stacklevel=2,
+            )
     return scores

@@ -17,7 +17,9 @@ def accuracy(correct: Sequence[bool]) -> float:
 def top_k_accuracy(ranked: Sequence[Sequence[T]], truth: Sequence[T], k: int) -> float:
     """Share of the records whose true class is among the first `k` of its candidates, best first; 0 to 1."""
     assert k > 0 and len(ranked) == len(truth) > 0, (k, len(ranked), len(truth))
-    return accuracy([label in candidates[:k] for candidates, label in zip(ranked, truth, strict=True)])
+    return accuracy(
+        [label in candidates[:k] for candidates, label in zip(ranked, truth, strict=True)]
+    )
 
 
 def consistency(correct: Sequence[bool], groups: Sequence[str]) -> float:
@@ -32,7 +34,9 @@ def consistency(correct: Sequence[bool], groups: Sequence[str]) -> float:
 def vqa_accuracy(predictions: Sequence[str], scores: Sequence[Mapping[str, float]]) -> float:
     """Mean soft score of the predicted answers, 0 to 1; `scores[i]` maps question i's answers to theirs."""
     assert len(predictions) == len(scores) > 0, (len(predictions), len(scores))
-    return sum(accepted.get(answer, 0.0) for answer, accepted in zip(predictions, scores, strict=True)) / len(scores)
+    return sum(
+        accepted.get(answer, 0.0) for answer, accepted in zip(predictions, scores, strict=True)
+    ) / len(scores)
 
 
 def vqa_official(answer: str, annotators: Sequence[str]) -> float:
@@ -43,10 +47,16 @@ def vqa_official(answer: str, annotators: Sequence[str]) -> float:
     ValueError without annotators.
     """
     if not annotators:
-        raise ValueError("a question has no annotators' answers: the official score needs those of all ten, as in the raw annotations")
-    answer, *given = (text.replace("\n", " ").replace("\t", " ").strip() for text in (answer, *annotators))
+        raise ValueError(
+            "a question has no annotators' answers: the official score needs those of all ten, as in the raw annotations"
+        )
+    answer, *given = (
+        text.replace("\n", " ").replace("\t", " ").strip() for text in (answer, *annotators)
+    )
     if len(set(given)) > 1:
         answer, *given = map(normalize_answer, (answer, *given))
     agree = given.count(answer)
     # Those who agree leave one fewer among the others.
-    return (agree * min(1.0, (agree - 1) / 3) + (len(given) - agree) * min(1.0, agree / 3)) / len(given)
+    return (agree * min(1.0, (agree - 1) / 3) + (len(given) - agree) * min(1.0, agree / 3)) / len(
+        given
+    )

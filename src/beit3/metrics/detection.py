@@ -12,9 +12,19 @@ from typing import Any, Literal
 import numpy as np
 
 FIGURES = (
-    "ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large",
-    "ar_1", "ar_10", "ar_100", "ar_small", "ar_medium", "ar_large",
-)  # fmt: skip
+    "ap",
+    "ap50",
+    "ap75",
+    "ap_small",
+    "ap_medium",
+    "ap_large",
+    "ar_1",
+    "ar_10",
+    "ar_100",
+    "ar_small",
+    "ar_medium",
+    "ar_large",
+)
 """COCO's twelve, in its order. Small is below 32 x 32 pixels of area, large from 96 x 96; `ar_10`: with 10 of a class per picture."""
 
 Kind = Literal["box", "mask"]
@@ -36,23 +46,44 @@ def coco_ap(predictions: Sequence[Item], records: Sequence[Item], *, kind: Kind)
     labels = sorted({item["category_id"] for item in truth})
     if not labels:
         return dict.fromkeys(FIGURES, -1.0) | {"per_class": {}}
-    images = [{"id": numbers[key], "width": record.get("width"), "height": record.get("height")} for key, record in known.items()]
+    images = [
+        {"id": numbers[key], "width": record.get("width"), "height": record.get("height")}
+        for key, record in known.items()
+    ]
     evaluation = _evaluated(images, labels, truth, found, kind)
-    precision = evaluation.eval["precision"][:, :, :, 0, -1]  # [thresholds, recalls, C]: of any area, among 100
+    precision = evaluation.eval["precision"][
+        :, :, :, 0, -1
+    ]  # [thresholds, recalls, C]: of any area, among 100
     figures: dict[str, Any] = dict(zip(FIGURES, map(float, evaluation.stats), strict=True))
-    return figures | {"per_class": {label: _mean(precision[:, :, place]) for place, label in enumerate(labels)}}
+    return figures | {
+        "per_class": {label: _mean(precision[:, :, place]) for place, label in enumerate(labels)}
+    }
 
 
-def _evaluated(images: list[Any], labels: Sequence[int], truth: list[Any], found: list[Any], kind: Kind) -> Any:
+def _evaluated(
+    images: list[Any], labels: Sequence[int], truth: list[Any], found: list[Any], kind: Kind
+) -> Any:
     """The evaluation, run over all images."""
     try:
         from faster_coco_eval import COCO, COCOeval_faster
     except ImportError:
-        raise ValueError("COCO's figures need faster-coco-eval, which is not there: pip install faster-coco-eval") from None
+        raise ValueError(
+            "COCO's figures need faster-coco-eval, which is not there: pip install faster-coco-eval"
+        ) from None
     sides = []
     for items in (truth, found):
-        numbered = [item | {"id": number} for number, item in enumerate(items, 1)]  # 0 would mean unmatched
-        sides.append(COCO({"images": images, "categories": [{"id": label} for label in labels], "annotations": numbered}))
+        numbered = [
+            item | {"id": number} for number, item in enumerate(items, 1)
+        ]  # 0 would mean unmatched
+        sides.append(
+            COCO(
+                {
+                    "images": images,
+                    "categories": [{"id": label} for label in labels],
+                    "annotations": numbered,
+                }
+            )
+        )
     evaluation = COCOeval_faster(*sides, iouType="bbox" if kind == "box" else "segm")
     evaluation.run()
     return evaluation
@@ -61,16 +92,25 @@ def _evaluated(images: list[Any], labels: Sequence[int], truth: list[Any], found
 def _truth(record: Item, number: int, kind: Kind) -> Iterator[dict[str, Any]]:
     """A record's objects as COCO's annotations of image `number`."""
     for item in record["objects"]:
-        annotation = {"image_id": number, "category_id": int(item["label"]), "bbox": item["box"], "area": item["area"]}
+        annotation = {
+            "image_id": number,
+            "category_id": int(item["label"]),
+            "bbox": item["box"],
+            "area": item["area"],
+        }
         annotation["iscrowd"] = int(item["crowd"])
         if kind == "mask":
             if "segmentation" not in item:
-                raise ValueError(f"record {record['id']} has an object without a segmentation: only boxes can be compared")
+                raise ValueError(
+                    f"record {record['id']} has an object without a segmentation: only boxes can be compared"
+                )
             annotation["segmentation"] = item["segmentation"]
         yield annotation
 
 
-def _found(predictions: Sequence[Item], known: Mapping[str, Item], numbers: Mapping[str, int], kind: Kind) -> Iterator[dict[str, Any]]:
+def _found(
+    predictions: Sequence[Item], known: Mapping[str, Item], numbers: Mapping[str, int], kind: Kind
+) -> Iterator[dict[str, Any]]:
     """All predicted objects as COCO's results; a box's area is that of the box, a mask's that of its pixels."""
     seen: set[str] = set()
     for prediction in predictions:
@@ -82,8 +122,15 @@ def _found(predictions: Sequence[Item], known: Mapping[str, Item], numbers: Mapp
         seen.add(key)
         for item in prediction["objects"]:
             if not math.isfinite(item["score"]):
-                raise ValueError(f"the prediction for record {key} has a score of {item['score']}: give finite numbers")
-            result = {"image_id": numbers[key], "category_id": int(item["label"]), "score": float(item["score"]), "iscrowd": 0}
+                raise ValueError(
+                    f"the prediction for record {key} has a score of {item['score']}: give finite numbers"
+                )
+            result = {
+                "image_id": numbers[key],
+                "category_id": int(item["label"]),
+                "score": float(item["score"]),
+                "iscrowd": 0,
+            }
             yield result | (_boxed(item) if kind == "box" else _masked(item, known[key]))
 
 
@@ -96,7 +143,9 @@ def _masked(item: Item, record: Item) -> dict[str, Any]:
 
     size = [record["height"], record["width"]]
     if "mask" not in item or list(item["mask"]["size"]) != size:
-        raise ValueError(f"the prediction for record {record['id']} has an object without a mask of size {size}: compare boxes alone")
+        raise ValueError(
+            f"the prediction for record {record['id']} has an object without a mask of size {size}: compare boxes alone"
+        )
     return {"segmentation": item["mask"], "area": float(mask.area(item["mask"]))}
 
 

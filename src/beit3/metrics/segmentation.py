@@ -11,21 +11,37 @@ from numpy.typing import NDArray
 Matrix = NDArray[np.int64]
 
 
-def confusion(predicted: NDArray[np.integer], truth: NDArray[np.integer], *, num_classes: int, ignore: int = 255, name: str = "") -> Matrix:
+def confusion(
+    predicted: NDArray[np.integer],
+    truth: NDArray[np.integer],
+    *,
+    num_classes: int,
+    ignore: int = 255,
+    name: str = "",
+) -> Matrix:
     """How many pixels [H, W] of each true class got each label; those whose truth is `ignore` count nowhere.
 
     Add the matrices of all images. ValueError naming the image for a prediction of another shape, or a label that is no class.
     """
     assert predicted.dtype.kind in "iu" and truth.dtype.kind in "iu", (predicted.dtype, truth.dtype)
     if predicted.shape != truth.shape:
-        raise ValueError(f"the prediction of {name} is {_size(predicted)}, its label map {_size(truth)}: predict at the map's own size")
+        raise ValueError(
+            f"the prediction of {name} is {_size(predicted)}, its label map {_size(truth)}: predict at the map's own size"
+        )
     kept = truth != ignore
-    rows, columns = truth[kept].astype(np.int64), predicted[kept].astype(np.int64)  # uint8 would overflow below
+    rows, columns = (
+        truth[kept].astype(np.int64),
+        predicted[kept].astype(np.int64),
+    )  # uint8 would overflow below
     for what, labels in (("label map", rows), ("prediction", columns)):
         wrong = labels[(labels < 0) | (labels >= num_classes)]
         if len(wrong):
-            raise ValueError(f"the {what} of {name} holds {wrong[0]}, which is no class: labels are 0 to {num_classes - 1}")
-    return np.bincount(rows * num_classes + columns, minlength=num_classes**2).reshape(num_classes, num_classes)
+            raise ValueError(
+                f"the {what} of {name} holds {wrong[0]}, which is no class: labels are 0 to {num_classes - 1}"
+            )
+    return np.bincount(rows * num_classes + columns, minlength=num_classes**2).reshape(
+        num_classes, num_classes
+    )
 
 
 def class_ious(matrix: Matrix) -> NDArray[np.float64]:
@@ -45,7 +61,9 @@ def figures(matrix: Matrix) -> dict[str, float]:
     ValueError where no pixel was counted.
     """
     if matrix.sum() == 0:
-        raise ValueError("no pixel has a class, all are ignored: check the label maps, and the label that is ignored")
+        raise ValueError(
+            "no pixel has a class, all are ignored: check the label maps, and the label that is ignored"
+        )
     return {
         "miou": float(np.nanmean(class_ious(matrix))),
         "aacc": float(np.diagonal(matrix).sum() / matrix.sum()),

@@ -56,4 +56,6 @@ def _forgotten(word: str) -> Iterable[str]:
 
 
 # The official table has one entry that removes an apostrophe.
-APOSTROPHES = {wrong: word for word in CONTRACTIONS for wrong in _forgotten(word)} | {"somebody'd": "somebodyd"}
+APOSTROPHES = {wrong: word for word in CONTRACTIONS for wrong in _forgotten(word)} | {
+    "somebody'd": "somebodyd"
+}

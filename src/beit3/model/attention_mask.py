@@ -12,7 +12,9 @@ def image_to_text(num_image: int, num_text: int, *, device: torch.device | None 
 
     Paper section 3.1 (image captioning), after UniLM's sequence-to-sequence mask.
     """
-    may = torch.ones(num_image + num_text, num_image + num_text, dtype=torch.bool, device=device).tril()
+    may = torch.ones(
+        num_image + num_text, num_image + num_text, dtype=torch.bool, device=device
+    ).tril()
     may[:num_image, :num_image] = True
     return may
 

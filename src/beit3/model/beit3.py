@@ -38,7 +38,9 @@ class Encoded:
         for part, (name, _) in zip(self.parts, self.spans, strict=True):
             if name == modality:
                 return part
-        raise ValueError(f"no {modality} in this input: it holds {[name for name, _ in self.spans]}")
+        raise ValueError(
+            f"no {modality} in this input: it holds {[name for name, _ in self.spans]}"
+        )
 
     def first(self, modality: str) -> Tensor:
         """The first state [B, D] of a modality: the class token's, or that of the text's begin mark."""
@@ -58,7 +60,11 @@ class BEiT3(Backbone):
         self.text_embedding = TextEmbedding(config)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.depth))
         experts = config.experts(config.depth - 1)
-        self.norm = norm(config.dim, config.norm_eps, experts, shared=config.shared_norms) if config.final_norm else None
+        self.norm = (
+            norm(config.dim, config.norm_eps, experts, shared=config.shared_norms)
+            if config.final_norm
+            else None
+        )
 
     def forward(
         self,
@@ -91,9 +97,15 @@ class BEiT3(Backbone):
         if attention_mask is not None:
             attention_mask = attention_mask.bool()
         parts, spans = self.embed(image, text, image_mask, text_padding, text_places, cache)
-        keys = None if text_padding is None else visible_keys(sum(n for name, n in spans if name == IMAGE), text_padding)
+        keys = (
+            None
+            if text_padding is None
+            else visible_keys(sum(n for name, n in spans if name == IMAGE), text_padding)
+        )
         mask = joint(attention_mask, keys)
-        layers: list[LayerCache] | list[None] = cache.layers if cache is not None else [None] * len(self.blocks)
+        layers: list[LayerCache] | list[None] = (
+            cache.layers if cache is not None else [None] * len(self.blocks)
+        )
         fused = len(spans) == 2 or (cache is not None and cache.fused)
 
         first_fusion, last = self.config.depth - self.config.fusion_layers, self.config.depth - 1
@@ -105,7 +117,11 @@ class BEiT3(Backbone):
             if fused and index == first_fusion:
                 parts, ragged = fuse(parts, text_padding, ragged)
                 route = ((FUSION, sum(count for _, count in spans)),)
-            wanted = rows_read(read, spans, route) if index == last and (read == "first" or read == "last") else None
+            wanted = (
+                rows_read(read, spans, route)
+                if index == last and (read == "first" or read == "last")
+                else None
+            )
             if wanted is not None and ragged is not None:
                 parts, ragged = ragged.padded(parts), None
             parts = block(parts, route, mask, layer_cache, wanted, ragged)
@@ -120,9 +136,14 @@ class BEiT3(Backbone):
         return Encoded(parts, end)
 
     def embed(
-        self, image: Tensor | None, text: Tensor | None, image_mask: Tensor | None, text_padding: Tensor | None,
-        text_places: Tensor | None, cache: Cache | None,
-    ) -> tuple[Parts, Spans]:  # fmt: skip
+        self,
+        image: Tensor | None,
+        text: Tensor | None,
+        image_mask: Tensor | None,
+        text_padding: Tensor | None,
+        text_places: Tensor | None,
+        cache: Cache | None,
+    ) -> tuple[Parts, Spans]:
         """The input of the first block, and a cache made ready for it."""
         parts: Parts = ()
         spans: Spans = ()
@@ -143,7 +164,9 @@ class BEiT3(Backbone):
         return parts, spans
 
 
-def fuse(parts: Parts, text_padding: Tensor | None, ragged: Ragged | None) -> tuple[Parts, Ragged | None]:
+def fuse(
+    parts: Parts, text_padding: Tensor | None, ragged: Ragged | None
+) -> tuple[Parts, Ragged | None]:
     """Image and text as one part; without the padding if the text came without it."""
     if ragged is None or text_padding is None:
         return (torch.cat(parts, 1),), None
@@ -155,7 +178,12 @@ def fuse(parts: Parts, text_padding: Tensor | None, ragged: Ragged | None) -> tu
 def rows_read(read: Literal["first", "last"], spans: Spans, route: Spans) -> Read:
     """The first or last token of each modality, by its place in the part of `route` that holds it."""
     ends = [sum(count for _, count in spans[: index + 1]) for index in range(len(spans))]
-    rows = tuple(end - 1 if read == "last" else end - count for end, (_, count) in zip(ends, spans, strict=True))
+    rows = tuple(
+        end - 1 if read == "last" else end - count
+        for end, (_, count) in zip(ends, spans, strict=True)
+    )
     if len(route) < len(spans):
         return (rows,)
-    return tuple((row - end + count,) for row, end, (_, count) in zip(rows, ends, spans, strict=True))
+    return tuple(
+        (row - end + count,) for row, end, (_, count) in zip(rows, ends, spans, strict=True)
+    )

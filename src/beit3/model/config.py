@@ -47,9 +47,13 @@ class ModelConfig:
         if self.dim % self.num_heads:
             raise ValueError(f"dim {self.dim} is not a multiple of num_heads {self.num_heads}")
         if self.image_size % self.patch_size:
-            raise ValueError(f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}")
+            raise ValueError(
+                f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}"
+            )
         if not 0 <= self.fusion_layers <= self.depth:
-            raise ValueError(f"fusion_layers {self.fusion_layers} lies outside 0..depth {self.depth}")
+            raise ValueError(
+                f"fusion_layers {self.fusion_layers} lies outside 0..depth {self.depth}"
+            )
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -72,26 +76,61 @@ class ModelConfig:
 
 
 TINY = ModelConfig(
-    dim=128, depth=4, num_heads=4, ffn_dim=512, image_size=32, patch_size=8, vocab_size=512, text_positions=130,
-    shared_attention=True, shared_norms=True, sub_ln=False, fusion_layers=1, init="magneto",
-)  # fmt: skip
+    dim=128,
+    depth=4,
+    num_heads=4,
+    ffn_dim=512,
+    image_size=32,
+    patch_size=8,
+    vocab_size=512,
+    text_positions=130,
+    shared_attention=True,
+    shared_norms=True,
+    sub_ln=False,
+    fusion_layers=1,
+    init="magneto",
+)
 """The paper's form at the size of a laptop's minute."""
 
 TINY_RELEASE = ModelConfig(
-    dim=128, depth=4, num_heads=4, ffn_dim=512, image_size=32, patch_size=8, vocab_size=512, text_positions=130,
-)  # fmt: skip
+    dim=128,
+    depth=4,
+    num_heads=4,
+    ffn_dim=512,
+    image_size=32,
+    patch_size=8,
+    vocab_size=512,
+    text_positions=130,
+)
 """The released form at the same size."""
 
 SMALL = replace(
-    TINY, dim=192, depth=6, num_heads=3, ffn_dim=768, image_size=112, patch_size=16, vocab_size=8010, text_positions=514,
+    TINY,
+    dim=192,
+    depth=6,
+    num_heads=3,
+    ffn_dim=768,
+    image_size=112,
+    patch_size=16,
+    vocab_size=8010,
+    text_positions=514,
     init="magneto",
-)  # fmt: skip
+)
 """The paper's form for real photographs on a laptop; texts of up to 512 tokens."""
 
 MEDIUM = ModelConfig(
-    dim=512, depth=12, num_heads=8, ffn_dim=2048, vocab_size=16010, text_positions=514,
-    shared_attention=True, shared_norms=True, sub_ln=False, fusion_layers=2, init="magneto",
-)  # fmt: skip
+    dim=512,
+    depth=12,
+    num_heads=8,
+    ffn_dim=2048,
+    vocab_size=16010,
+    text_positions=514,
+    shared_attention=True,
+    shared_norms=True,
+    sub_ln=False,
+    fusion_layers=2,
+    init="magneto",
+)
 """The paper's form at 224 pixels for an hour of one large GPU."""
 
 BASE = ModelConfig()
@@ -101,7 +140,15 @@ LARGE = ModelConfig(dim=1024, depth=24, num_heads=16, ffn_dim=4096)
 """Released large: 746.710M parameters with both pretraining heads."""
 
 GIANT = ModelConfig(
-    dim=1408, depth=40, num_heads=16, ffn_dim=6144, patch_size=14,
-    shared_attention=True, shared_norms=True, sub_ln=False, fusion_layers=3, init="beit",
-)  # fmt: skip
+    dim=1408,
+    depth=40,
+    num_heads=16,
+    ffn_dim=6144,
+    patch_size=14,
+    shared_attention=True,
+    shared_norms=True,
+    sub_ln=False,
+    fusion_layers=3,
+    init="beit",
+)
 """The paper's BEiT-3 (table 2): 692M vision, 692M language, 52M vision-language experts, 317M shared attention."""

@@ -70,13 +70,21 @@ class Slots:
     that is kept ever moves, whatever beams go on.
     """
 
-    def __init__(self, backbone: BEiT3, head: Callable[[Tensor], Tensor], image: Tensor, marks: Marks):
+    def __init__(
+        self, backbone: BEiT3, head: Callable[[Tensor], Tensor], image: Tensor, marks: Marks
+    ):
         self.backbone, self.head, self.marks = backbone, head, marks
         self.cache, self.step = Cache(), 0
-        self.num_image = 1 + (image.shape[-2] // backbone.config.patch_size) * (image.shape[-1] // backbone.config.patch_size)
-        self.seen = torch.ones(len(image), 1, 1, dtype=torch.bool, device=image.device)  # [B, beams, text kept]: a beam's words
+        self.num_image = 1 + (image.shape[-2] // backbone.config.patch_size) * (
+            image.shape[-1] // backbone.config.patch_size
+        )
+        self.seen = torch.ones(
+            len(image), 1, 1, dtype=torch.bool, device=image.device
+        )  # [B, beams, text kept]: a beam's words
         start = torch.full((len(image), 1), marks.bos, device=image.device)
-        self.log_probs = self._read(start, image, image_to_text(self.num_image, 2, device=image.device))
+        self.log_probs = self._read(
+            start, image, image_to_text(self.num_image, 2, device=image.device)
+        )
 
     def advance(self, rows: Tensor, words: Tensor) -> None:
         """Go on with sequences `rows`, equally many [B * beams] of each image in its order, each with one of `words` behind it."""
@@ -86,8 +94,13 @@ class Slots:
         own = torch.eye(rows.shape[1], dtype=torch.bool, device=rows.device).expand(count, -1, -1)
         self.seen = torch.cat((before, own), 2)
         image = self.seen.new_ones(count, rows.shape[1], self.num_image)
-        words_see, slots_see = torch.cat((image, self.seen, own & False), 2), torch.cat((image, self.seen, own), 2)
-        self.log_probs = self._read(words.view(count, -1), None, torch.cat((words_see, slots_see), 1)[:, None])
+        words_see, slots_see = (
+            torch.cat((image, self.seen, own & False), 2),
+            torch.cat((image, self.seen, own), 2),
+        )
+        self.log_probs = self._read(
+            words.view(count, -1), None, torch.cat((words_see, slots_see), 1)[:, None]
+        )
 
     def _read(self, words: Tensor, image: Tensor | None, mask: Tensor) -> Tensor:
         """Encode the newest word of each beam [B, beams] and a slot behind each, and read the slots."""
@@ -95,14 +108,18 @@ class Slots:
         text = torch.cat((words, torch.full_like(words, self.marks.mask)), 1)
         places = torch.tensor([place, place + 1], device=words.device).repeat_interleave(beams)
         read: Literal["all", "last"] = "all" if image is None else "last"
-        encoded = self.backbone(image, text, attention_mask=mask, text_places=places, cache=self.cache, read=read)
+        encoded = self.backbone(
+            image, text, attention_mask=mask, text_places=places, cache=self.cache, read=read
+        )
         self.cache.drop_last(beams)
         states = encoded.of("text")[:, -beams:].flatten(0, 1)  # [R, D]
         self.step += 1
         return self.head(states).float().log_softmax(-1)
 
 
-def generate(slots: Slots, max_length: int, decoding: Decoding, draws: Sequence[Callable[[], float]] = ()) -> list[Caption]:
+def generate(
+    slots: Slots, max_length: int, decoding: Decoding, draws: Sequence[Callable[[], float]] = ()
+) -> list[Caption]:
     """One caption per image, of at most `max_length` tokens, marks included; beams, as released, hold one word fewer.
 
     `draws`: for sampling, what gives each image its next number in [0, 1).
@@ -111,20 +128,28 @@ def generate(slots: Slots, max_length: int, decoding: Decoding, draws: Sequence[
     """
     longest, least = slots.backbone.config.max_text_length, 4 if decoding.method == "beam" else 3
     if not least <= max_length <= longest:
-        raise ValueError(f"captions of {max_length} tokens: at least {least} (marks, a word), at most {longest}, rows of the text table")
+        raise ValueError(
+            f"captions of {max_length} tokens: at least {least} (marks, a word), at most {longest}, rows of the text table"
+        )
     if decoding.method == "beam":
         return beam_search(slots, max_length, decoding.num_beams, decoding.length_penalty)
     return one_by_one(slots, max_length, decoding, draws)
 
 
-def one_by_one(slots: Slots, max_length: int, decoding: Decoding, draws: Sequence[Callable[[], float]]) -> list[Caption]:
+def one_by_one(
+    slots: Slots, max_length: int, decoding: Decoding, draws: Sequence[Callable[[], float]]
+) -> list[Caption]:
     """The likeliest next word each time, or a drawn one."""
     count, marks = len(slots.log_probs), slots.marks
     words: list[list[int]] = [[] for _ in range(count)]
     scores, open_rows = [0.0] * count, [True] * count
     rows = torch.arange(count, device=slots.log_probs.device)
     for length in range(3, max_length + 1):
-        chosen = slots.log_probs.argmax(1) if decoding.method == "greedy" else sample(slots.log_probs, decoding, draws)
+        chosen = (
+            slots.log_probs.argmax(1)
+            if decoding.method == "greedy"
+            else sample(slots.log_probs, decoding, draws)
+        )
         gained = slots.log_probs.gather(1, chosen[:, None])[:, 0].tolist()
         for row, word in enumerate(chosen.tolist()):
             if open_rows[row]:
@@ -144,7 +169,9 @@ def sample(log_probs: Tensor, decoding: Decoding, draws: Sequence[Callable[[], f
     probs = probs.masked_fill(summed - probs >= decoding.top_p, 0.0)
     summed = probs.cumsum(-1)
     drawn = torch.tensor([[draw()] for draw in draws], dtype=summed.dtype, device=summed.device)
-    place = torch.searchsorted(summed, drawn * summed[:, -1:], right=True).clamp_(max=probs.shape[-1] - 1)
+    place = torch.searchsorted(summed, drawn * summed[:, -1:], right=True).clamp_(
+        max=probs.shape[-1] - 1
+    )
     return order.gather(1, place)[:, 0]
 
 
@@ -165,9 +192,13 @@ class Search:
     best: Caption | None = None
     done: bool = False
 
-    def step(self, candidates: Sequence[tuple[int, int, float]], pad: int, eos: int, *, last: bool) -> list[tuple[int, int]]:
+    def step(
+        self, candidates: Sequence[tuple[int, int, float]], pad: int, eos: int, *, last: bool
+    ) -> list[tuple[int, int]]:
         """Take continuations (beam, word, log-probability), the likeliest first; returns the `num_beams` (beam, word) that go on."""
-        most = candidates[0][2] / (self.max_length - 1) ** self.penalty  # what the likeliest could still score
+        most = (
+            candidates[0][2] / (self.max_length - 1) ** self.penalty
+        )  # what the likeliest could still score
         self.done = self.done or (self.best is not None and self.best.score >= most)
         kept: list[tuple[int, int, float]] = []
         for beam, word, log_prob in () if self.done else candidates:
@@ -191,17 +222,33 @@ class Search:
 def beam_search(slots: Slots, max_length: int, num_beams: int, penalty: float) -> list[Caption]:
     """The best caption of each image among those that end, or reach `max_length`, on any of `num_beams` beams."""
     (count, vocab), device, marks = slots.log_probs.shape, slots.log_probs.device, slots.marks
-    searches, num_candidates = [Search(num_beams, penalty, max_length) for _ in range(count)], CANDIDATES * num_beams
+    searches, num_candidates = (
+        [Search(num_beams, penalty, max_length) for _ in range(count)],
+        CANDIDATES * num_beams,
+    )
     for length in range(2, max_length):
-        before = torch.tensor([search.log_probs for search in searches], device=device)  # [B, beams], or [B, 1] at first
-        likely, following = slots.log_probs.topk(min(num_candidates, vocab), dim=1)  # [R, C]: no more of a beam can be chosen
-        totals = (before[:, :, None] + likely.view(count, -1, likely.shape[1])).flatten(1)  # [B, beams * C]
+        before = torch.tensor(
+            [search.log_probs for search in searches], device=device
+        )  # [B, beams], or [B, 1] at first
+        likely, following = slots.log_probs.topk(
+            min(num_candidates, vocab), dim=1
+        )  # [R, C]: no more of a beam can be chosen
+        totals = (before[:, :, None] + likely.view(count, -1, likely.shape[1])).flatten(
+            1
+        )  # [B, beams * C]
         values, places = totals.topk(min(num_candidates, totals.shape[1]), dim=1)
-        chosen, of_beam = following.view(count, -1).gather(1, places).tolist(), (places // likely.shape[1]).tolist()
+        chosen, of_beam = (
+            following.view(count, -1).gather(1, places).tolist(),
+            (places // likely.shape[1]).tolist(),
+        )
         rows, words = [], []
         for index, search in enumerate(searches):
-            candidates = list(zip(of_beam[index], chosen[index], values[index].tolist(), strict=True))
-            for beam, word in search.step(candidates, marks.pad, marks.eos, last=length == max_length - 1):
+            candidates = list(
+                zip(of_beam[index], chosen[index], values[index].tolist(), strict=True)
+            )
+            for beam, word in search.step(
+                candidates, marks.pad, marks.eos, last=length == max_length - 1
+            ):
                 rows.append(index * before.shape[1] + beam)
                 words.append(word)
         if everyone(all(search.done for search in searches)) or length == max_length - 1:

@@ -34,7 +34,10 @@ class LayerCache:
         """Append this call's keys and values and return all of them."""
         start, self.length = self.length, self.length + key.shape[2]
         if self.key is None or self.value is None or self.length > self.key.shape[2]:
-            self.key, self.value = self._grown(self.key, key, start), self._grown(self.value, value, start)
+            self.key, self.value = (
+                self._grown(self.key, key, start),
+                self._grown(self.value, value, start),
+            )
         self.key[:, :, start : self.length], self.value[:, :, start : self.length] = key, value
         return self.key[:, :, : self.length], self.value[:, :, : self.length]
 
@@ -72,13 +75,22 @@ class Attention(nn.Module):
         super().__init__()
         self.num_heads = config.num_heads
         self.qkv = linear(config.dim, 3 * config.dim, experts, shared=config.shared_attention)
-        self.norm = norm(config.dim, config.norm_eps, experts, shared=config.shared_attention) if config.sub_ln else None
+        self.norm = (
+            norm(config.dim, config.norm_eps, experts, shared=config.shared_attention)
+            if config.sub_ln
+            else None
+        )
         self.out = linear(config.dim, config.dim, experts, shared=config.shared_attention)
 
     def forward(
-        self, parts: Parts, spans: Spans, mask: Tensor | None = None, cache: LayerCache | None = None, read: Read | None = None,
+        self,
+        parts: Parts,
+        spans: Spans,
+        mask: Tensor | None = None,
+        cache: LayerCache | None = None,
+        read: Read | None = None,
         ragged: Ragged | None = None,
-    ) -> Parts:  # fmt: skip
+    ) -> Parts:
         """With `read`, of those tokens alone: they attend to all, and nothing more is computed for the others.
 
         With `ragged`, the last part holds real tokens alone, [1, T, D], before and after.
@@ -86,7 +98,9 @@ class Attention(nn.Module):
         projected = self.qkv(parts, spans)
         qkv = joined(projected if ragged is None else ragged.padded(projected))  # [B, N, 3D]
         batch, length, width = qkv.shape
-        query, key, value = qkv.view(batch, length, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)  # [B, H, N, D/H]
+        query, key, value = qkv.view(batch, length, 3, self.num_heads, -1).permute(
+            2, 0, 3, 1, 4
+        )  # [B, H, N, D/H]
         if read is not None:
             rows = places(read, spans)
             query, spans = query[:, :, rows], reading(read, spans)  # [B, H, R, D/H]
@@ -149,9 +163,14 @@ class Block(nn.Module):
         self.ffn = Multiway(lambda: FeedForward(config), experts)
 
     def forward(
-        self, parts: Parts, spans: Spans, mask: Tensor | None = None, cache: LayerCache | None = None, read: Read | None = None,
+        self,
+        parts: Parts,
+        spans: Spans,
+        mask: Tensor | None = None,
+        cache: LayerCache | None = None,
+        read: Read | None = None,
         ragged: Ragged | None = None,
-    ) -> Parts:  # fmt: skip
+    ) -> Parts:
         """The next states of all tokens, or with `read` of those. `ragged`: the last part is without its padding."""
         attended = self.attention(self.norm1(parts, spans), spans, mask, cache, read, ragged)
         if read is not None:
@@ -169,5 +188,11 @@ class Block(nn.Module):
         samples = len(parts[0]) if ragged is None else len(ragged.sources)
         draws = torch.rand(samples, *[1] * (parts[0].ndim - 1), device=parts[0].device)
         scale = (draws < kept).to(parts[0].dtype) / kept
-        scales = [scale] * len(parts) if ragged is None else [scale] * (len(parts) - 1) + [ragged.per_token(scale)]
-        return tuple(part + change * each for part, change, each in zip(parts, branch, scales, strict=True))
+        scales = (
+            [scale] * len(parts)
+            if ragged is None
+            else [scale] * (len(parts) - 1) + [ragged.per_token(scale)]
+        )
+        return tuple(
+            part + change * each for part, change, each in zip(parts, branch, scales, strict=True)
+        )

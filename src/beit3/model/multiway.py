@@ -25,7 +25,9 @@ class Multiway(nn.Module):
             self.add_module(expert, make())
 
     def forward(self, parts: Parts, spans: Spans) -> Parts:
-        return tuple(self.get_submodule(expert)(part) for part, (expert, _) in zip(parts, spans, strict=True))
+        return tuple(
+            self.get_submodule(expert)(part) for part, (expert, _) in zip(parts, spans, strict=True)
+        )
 
 
 class SharedLinear(nn.Linear):
@@ -48,9 +50,17 @@ class SharedNorm(nn.LayerNorm):
 
 def linear(in_dim: int, out_dim: int, experts: tuple[str, ...], *, shared: bool) -> nn.Module:
     """A linear layer with bias per expert, or one for all."""
-    return SharedLinear(in_dim, out_dim) if shared else Multiway(lambda: nn.Linear(in_dim, out_dim), experts)
+    return (
+        SharedLinear(in_dim, out_dim)
+        if shared
+        else Multiway(lambda: nn.Linear(in_dim, out_dim), experts)
+    )
 
 
 def norm(dim: int, eps: float, experts: tuple[str, ...], *, shared: bool) -> nn.Module:
     """A layer norm per expert, or one for all."""
-    return SharedNorm(dim, eps=eps) if shared else Multiway(lambda: nn.LayerNorm(dim, eps=eps), experts)
+    return (
+        SharedNorm(dim, eps=eps)
+        if shared
+        else Multiway(lambda: nn.LayerNorm(dim, eps=eps), experts)
+    )

@@ -26,7 +26,11 @@ class PackedLinear(nn.Linear):
 
     def forward(self, states: Tensor) -> Tensor:
         """[..., in] -> [..., out]."""
-        return _compiled_product(states, self.weight, self.bias) if torch.compiler.is_compiling() else self.product(states)
+        return (
+            _compiled_product(states, self.weight, self.bias)
+            if torch.compiler.is_compiling()
+            else self.product(states)
+        )
 
     def product(self, states: Tensor) -> Tensor:
         """The same outside of a compiled program."""
@@ -34,7 +38,10 @@ class PackedLinear(nn.Linear):
         if torch.is_grad_enabled() or not 0 < rows <= MOST_ROWS:
             return F.linear(states, self.weight, self.bias)
         if rows == self.last != self.rows:
-            self.rows, self.layout = rows, torch.ops.mkl._mkl_reorder_linear_weight(self.weight.detach(), rows)
+            self.rows, self.layout = (
+                rows,
+                torch.ops.mkl._mkl_reorder_linear_weight(self.weight.detach(), rows),
+            )
         self.last = rows
         if rows != self.rows:
             return F.linear(states, self.weight, self.bias)
@@ -51,12 +58,16 @@ class PackedShared(PackedLinear, SharedLinear):
 def pack(network: nn.Module) -> None:
     """Let every linear layer of `network` keep its weights' layout. ValueError where this torch has no MKL, or off the processor."""
     if not torch.backends.mkl.is_available():
-        raise ValueError("packed weights need a torch with MKL (x86 processors): leave `packed` out")
+        raise ValueError(
+            "packed weights need a torch with MKL (x86 processors): leave `packed` out"
+        )
     for name, module in network.named_modules():
         if isinstance(module, nn.Linear):
             found = f"{module.weight.dtype} on {module.weight.device.type}"
             if found != "torch.float32 on cpu":
-                raise ValueError(f"packed weights are for float32 on a processor, and {name} is {found}: leave `packed` out")
+                raise ValueError(
+                    f"packed weights are for float32 on a processor, and {name} is {found}: leave `packed` out"
+                )
             module.__class__ = PackedShared if isinstance(module, SharedLinear) else PackedLinear
             _LAYERS[module.weight.data_ptr()] = module  # type: ignore[assignment]
 

@@ -21,21 +21,35 @@ class ImageTrunk(Backbone):
     `num_global` blocks of a windowed trunk see the whole map. `unused` names what no gradient reaches.
     """
 
-    unused = {"image_embedding.class_token": "a trunk has no class token", "image_embedding.mask_token": "nothing is masked"}
+    unused = {
+        "image_embedding.class_token": "a trunk has no class token",
+        "image_embedding.mask_token": "nothing is masked",
+    }
 
     def __init__(self, config: ModelConfig, *, window: int = 0, num_global: int = 4):
         super().__init__(config)
         if window < 0 or (window and not 0 < num_global <= config.depth):
-            raise ValueError(f"window {window} with {num_global} global blocks of {config.depth}: give a window >= 0 and 1 to all of them")
+            raise ValueError(
+                f"window {window} with {num_global} global blocks of {config.depth}: give a window >= 0 and 1 to all of them"
+            )
         whole = global_layers(config.depth, num_global) if window else ()
         self.image_embedding = ImageEmbedding(config)
-        self.blocks = nn.ModuleList(ImageBlock(config, layer, window=0 if layer in whole else window) for layer in range(config.depth))
-        self.norm = norm(config.dim, config.norm_eps, (IMAGE,), shared=config.shared_norms) if config.final_norm else None
+        self.blocks = nn.ModuleList(
+            ImageBlock(config, layer, window=0 if layer in whole else window)
+            for layer in range(config.depth)
+        )
+        self.norm = (
+            norm(config.dim, config.norm_eps, (IMAGE,), shared=config.shared_norms)
+            if config.final_norm
+            else None
+        )
 
     def embed(self, image: Tensor) -> Tensor:
         """Patches with their positions [B, h, w, D]: the first block's input."""
         size = self.config.patch_size
-        return self.image_embedding(image)[:, 1:].unflatten(1, (image.shape[2] // size, image.shape[3] // size))
+        return self.image_embedding(image)[:, 1:].unflatten(
+            1, (image.shape[2] // size, image.shape[3] // size)
+        )
 
     def forward(self, image: Tensor) -> Tensor:
         states = self.embed(image)
@@ -61,7 +75,9 @@ class ImageBlock(Block):
         normed = self.norm1((states,), spans)[0]
         windows = split_windows(normed, self.window) if self.window else normed
         side, across = windows.shape[1:3]
-        attended = self.attention((windows.flatten(1, 2),), ((IMAGE, side * across),))[0].unflatten(1, (side, across))
+        attended = self.attention((windows.flatten(1, 2),), ((IMAGE, side * across),))[0].unflatten(
+            1, (side, across)
+        )
         if self.window:
             attended = join_windows(attended, height, width)
         middle = self.add((states,), (attended,))
@@ -82,7 +98,11 @@ def split_windows(states: Tensor, window: int) -> Tensor:
     if height % window or width % window:
         states = F.pad(states, (0, 0, 0, -width % window, 0, -height % window))
     rows, columns = states.shape[1] // window, states.shape[2] // window
-    return states.view(batch, rows, window, columns, window, dim).transpose(2, 3).reshape(-1, window, window, dim)
+    return (
+        states.view(batch, rows, window, columns, window, dim)
+        .transpose(2, 3)
+        .reshape(-1, window, window, dim)
+    )
 
 
 def join_windows(windows: Tensor, height: int, width: int) -> Tensor:

@@ -89,7 +89,9 @@ def keep_shard(parameter: Tensor, values: Tensor) -> None:
     """Copy into `parameter` what this rank holds of `values`, which is whole and the same on every rank; no communication."""
     if isinstance(parameter, DTensor):
         mesh, placements = parameter.device_mesh, parameter.placements
-        values = distribute_tensor(values.to(parameter.device, parameter.dtype), mesh, placements, src_data_rank=None)
+        values = distribute_tensor(
+            values.to(parameter.device, parameter.dtype), mesh, placements, src_data_rank=None
+        )
     parameter.copy_(values)
 
 

@@ -21,5 +21,7 @@ def trunc_normal(tensor: Tensor, generator: torch.Generator | None, *, std: floa
     of 64,010 words.
     """
     share = math.erf(0.5**0.5)  # of a normal that lies within one deviation
-    values = torch.empty(tensor.shape, dtype=tensor.dtype).uniform_(-share, share, generator=generator)
+    values = torch.empty(tensor.shape, dtype=tensor.dtype).uniform_(
+        -share, share, generator=generator
+    )
     tensor.copy_(values.erfinv_().mul_(std * 2**0.5).clamp_(-std, std))

@@ -39,7 +39,12 @@ def cross_entropies(logits: Tensor, target: Tensor) -> Tensor:
 
 
 def over_vocabulary(
-    states: Tensor, target: Tensor, head: nn.Linear, loss: Callable[[Tensor, Tensor], Tensor], *, most: int = LOGITS
+    states: Tensor,
+    target: Tensor,
+    head: nn.Linear,
+    loss: Callable[[Tensor, Tensor], Tensor],
+    *,
+    most: int = LOGITS,
 ) -> tuple[Tensor, Tensor]:
     """Losses [n] of predictions and whether each is right, [n] bool, from states [n, D] and target [n] int64.
 
@@ -55,7 +60,9 @@ def over_vocabulary(
     if len(states) <= size:
         return piece(states, target)
     pieces = zip(states.split(size), target.split(size), strict=True)
-    found = [checkpoint(piece, *each, use_reentrant=False, preserve_rng_state=False) for each in pieces]
+    found = [
+        checkpoint(piece, *each, use_reentrant=False, preserve_rng_state=False) for each in pieces
+    ]
     losses, right = zip(*found, strict=True)
     return torch.cat(losses), torch.cat(right)
 
@@ -79,8 +86,14 @@ def contrastive(image: Tensor, text: Tensor, scale: Tensor) -> tuple[Tensor, Ten
     both directions. Rows here are compared with the columns of everyone, gathered with their gradient.
     """
     images, texts = all_gather_with_gradient(image), all_gather_with_gradient(text)
-    to_text, to_image = similarities(image, texts, scale), similarities(text, images, scale)  # [B, world * B]
+    to_text, to_image = (
+        similarities(image, texts, scale),
+        similarities(text, images, scale),
+    )  # [B, world * B]
     labels = torch.arange(len(image), device=image.device) + rank() * len(image)
-    loss = (F.cross_entropy(to_text, labels, reduction="sum") + F.cross_entropy(to_image, labels, reduction="sum")) / 2
+    loss = (
+        F.cross_entropy(to_text, labels, reduction="sum")
+        + F.cross_entropy(to_image, labels, reduction="sum")
+    ) / 2
     right = (to_text.argmax(1) == labels) & (to_image.argmax(1) == labels)
     return loss, right.sum()

@@ -13,4 +13,8 @@ def known(tensor: Tensor) -> Tensor:
     if not isinstance(tensor, FakeTensor):
         return tensor
     count = tensor.numel()
-    return (torch.arange(count, device=tensor.device) / max(1, count)).to(tensor.dtype).view(tensor.shape)
+    return (
+        (torch.arange(count, device=tensor.device) / max(1, count))
+        .to(tensor.dtype)
+        .view(tensor.shape)
+    )

@@ -29,12 +29,21 @@ class Device:
 DEVICES = {
     each.name: each
     for each in (
-        Device("a100-40", 40, 312), Device("a100-80", 80, 312), Device("h100-pcie", 80, 756), Device("h100", 80, 989),
-        Device("h200", 141, 989), Device("b200", 180, 2250), Device("mi300x", 192, 1307), Device("l4", 24, 121),
-        Device("l40s", 48, 362), Device("a6000", 48, 155), Device("rtx3090", 24, 71), Device("rtx4090", 24, 165),
+        Device("a100-40", 40, 312),
+        Device("a100-80", 80, 312),
+        Device("h100-pcie", 80, 756),
+        Device("h100", 80, 989),
+        Device("h200", 141, 989),
+        Device("b200", 180, 2250),
+        Device("mi300x", 192, 1307),
+        Device("l4", 24, 121),
+        Device("l40s", 48, 362),
+        Device("a6000", 48, 155),
+        Device("rtx3090", 24, 71),
+        Device("rtx4090", 24, 165),
         Device("rtx5090", 32, 209),
     )
-}  # fmt: skip
+}
 
 
 def device(name: str) -> Device:
@@ -43,7 +52,9 @@ def device(name: str) -> Device:
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         return Device("cpu", memory // GIB, processor_teraflops())
     if name not in DEVICES:
-        raise ValueError(f"--gpu {name} is not listed{suggestion(name, list(DEVICES))} (known: {', '.join(DEVICES)}, cpu)")
+        raise ValueError(
+            f"--gpu {name} is not listed{suggestion(name, list(DEVICES))} (known: {', '.join(DEVICES)}, cpu)"
+        )
     return DEVICES[name]
 
 

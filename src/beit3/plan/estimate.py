@@ -1,6 +1,6 @@
 """What a recipe takes on so many devices: memory of one of them, the micro-batch that fits, operations of a step.
 
-The loop's own choices are followed (train/parallel.py, train/step.py): weights, their gradients and AdamW's two moments are
+The loop's own choices are followed (training/parallel.py, training/step.py): weights, their gradients and AdamW's two moments are
 sharded, blocks are gathered one by one, the rest stays gathered during a step; gradients of all micro-batches but the last
 add up whole on every process. Figures are bytes.
 """
@@ -12,11 +12,11 @@ import torch
 
 from beit3.data.loader import step_places
 from beit3.plan.devices import GIB, Device
-from beit3.plan.standin import built, example, named
+from beit3.plan.dummy_inputs import built, example, named
 from beit3.plan.trace import Trace, trace
 from beit3.recipe import Recipe, TaskConfig
 from beit3.task import Example, Task
-from beit3.train.parallel import bfloat16, blocks_of, dtype
+from beit3.training.parallel import bfloat16, blocks_of, dtype
 
 GATHERED_BLOCKS = 3
 """Blocks that are whole at once: the one at work, the next on its way, and the buffer that it arrives in."""
@@ -76,7 +76,9 @@ class Estimate:
         self.recipe = replace(recipe, task=named(recipe.task, processes))
         self.sources = [name for name in kind.sources if recipe.data.batch.get(name)]
         if not self.sources:
-            raise ValueError(f"data.batch names none of the sources {', '.join(kind.sources)}: give each a number of records")
+            raise ValueError(
+                f"data.batch names none of the sources {', '.join(kind.sources)}: give each a number of records"
+            )
         self.pieces(1)
         self.traces: dict[tuple[str, int, int], Trace] = {}
         self.examples: dict[str, Example] = {}
@@ -86,7 +88,9 @@ class Estimate:
     def pieces(self, micro_batch: int) -> dict[str, list[int]]:
         """The micro-batches of a process, by source; `micro_batch` 0 = its whole share."""
         batch = self.recipe.data.batch
-        places = step_places(0, batch, self.sources, micro_batch=micro_batch, rank=0, world=self.processes)
+        places = step_places(
+            0, batch, self.sources, micro_batch=micro_batch, rank=0, world=self.processes
+        )
         found: dict[str, list[int]] = {name: [] for name in self.sources}
         for piece in places:
             found[piece[0][0]].append(len(piece))
@@ -123,10 +127,22 @@ class Estimate:
     def sizes(self) -> Sizes:
         task = self.task
         parameters = {name: parameter.numel() for name, parameter in task.trainable()}
-        learning = {id(parameter) for name, parameter in task.trainable() if not name.startswith(tuple(task.unused))}
-        blocks = [sum(parameter.numel() for parameter in block.parameters()) for block in blocks_of(task)]
-        blocks_used = [sum(p.numel() for p in block.parameters() if id(p) in learning) for block in blocks_of(task)]
-        trained, used = sum(parameters.values()), sum(p.numel() for _, p in task.trainable() if id(p) in learning)
+        learning = {
+            id(parameter)
+            for name, parameter in task.trainable()
+            if not name.startswith(tuple(task.unused))
+        }
+        blocks = [
+            sum(parameter.numel() for parameter in block.parameters()) for block in blocks_of(task)
+        ]
+        blocks_used = [
+            sum(p.numel() for p in block.parameters() if id(p) in learning)
+            for block in blocks_of(task)
+        ]
+        trained, used = (
+            sum(parameters.values()),
+            sum(p.numel() for _, p in task.trainable() if id(p) in learning),
+        )
         return Sizes(
             trained=trained,
             used=used,
@@ -157,7 +173,11 @@ class Estimate:
         model, low = self.recipe.task.model, shallow(self.recipe.task)
         if getattr(model, "depth", 0) <= WHOLE:
             return self.traced(source, count, 0)
-        return line(model.depth, (low, self.traced(source, count, low)), (low + 1, self.traced(source, count, low + 1)))
+        return line(
+            model.depth,
+            (low, self.traced(source, count, low)),
+            (low + 1, self.traced(source, count, low + 1)),
+        )
 
     def traced(self, source: str, count: int, depth: int) -> Trace:
         """The trace itself, made once; depth 0 = the network's own."""
@@ -166,13 +186,21 @@ class Estimate:
             config = self.recipe.task
             config = replace(config, model=replace(config.model, depth=depth)) if depth else config
             task = built(self.kind, config, self.recipe.run)
-            blocks = blocks_of(task) if self.processes > 1 and self.half and not self.on_processor else []
+            blocks = (
+                blocks_of(task)
+                if self.processes > 1 and self.half and not self.on_processor
+                else []
+            )
             self.traces[key] = trace(
-                task, self.example(source), count, torch.autocast("cpu", torch.bfloat16, enabled=self.half),
+                task,
+                self.example(source),
+                count,
+                torch.autocast("cpu", torch.bfloat16, enabled=self.half),
                 accelerator=not self.on_processor,
-                cached=self.kind.compares_examples and count < self.recipe.data.batch[source] // self.processes,
+                cached=self.kind.compares_examples
+                and count < self.recipe.data.batch[source] // self.processes,
                 half={id(parameter) for block in blocks for parameter in block.parameters()},
-            )  # fmt: skip
+            )
         return self.traces[key]
 
     def memory(self, micro_batch: int) -> Memory:
@@ -192,11 +220,18 @@ class Estimate:
         blocks = sizes.block * GATHERED_BLOCKS * half + sizes.block_used * (half + whole)
         gathered = sizes.rest * whole + blocks if count > 1 else 0
         tensors = Memory(
-            weights=sizes.trained * whole / count, gradients=gradients, optimizer=2 * sizes.used * whole / count,
-            frozen=sizes.frozen * whole, gathered=gathered, activations=kept,
-            batches=sum(traces[name].batch * (len(found) if self.on_processor else 1) for name, found in pieces.items()),
+            weights=sizes.trained * whole / count,
+            gradients=gradients,
+            optimizer=2 * sizes.used * whole / count,
+            frozen=sizes.frozen * whole,
+            gathered=gathered,
+            activations=kept,
+            batches=sum(
+                traces[name].batch * (len(found) if self.on_processor else 1)
+                for name, found in pieces.items()
+            ),
             reserve=0,
-        )  # fmt: skip
+        )
         return replace(tensors, reserve=self.reserve(tensors.total))
 
     def reserve(self, tensors: float) -> float:
@@ -212,11 +247,17 @@ class Estimate:
 
     def flops(self, micro_batch: int) -> float:
         """Operations of a step on one process, as they are run: with what is computed twice."""
-        return sum(self.measure(name, size).flops for name, sizes in self.pieces(micro_batch).items() for size in sizes)
+        return sum(
+            self.measure(name, size).flops
+            for name, sizes in self.pieces(micro_batch).items()
+            for size in sizes
+        )
 
     def waiting(self, micro_batch: int) -> float:
         """Bytes of batches in a process's loader, in the memory of the machine."""
-        largest = max(self.measure(name, max(sizes)).batch for name, sizes in self.pieces(micro_batch).items())
+        largest = max(
+            self.measure(name, max(sizes)).batch for name, sizes in self.pieces(micro_batch).items()
+        )
         return largest * (1 + PREFETCH * self.recipe.data.workers)
 
     def reads(self) -> dict[str, dict[str, int]]:
@@ -224,8 +265,13 @@ class Estimate:
         found = {}
         for name in self.sources:
             made = self.example(name)
-            images = made["image"].shape[:-3].numel() if "image" in made else int("token_image" in made)
-            found[name] = {"images": images, "tokens": made["text"].numel() if "text" in made else 0}
+            images = (
+                made["image"].shape[:-3].numel() if "image" in made else int("token_image" in made)
+            )
+            found[name] = {
+                "images": images,
+                "tokens": made["text"].numel() if "text" in made else 0,
+            }
         return found
 
 
@@ -234,12 +280,18 @@ def shallow(config: TaskConfig) -> int:
 
     Blocks that see the whole picture amid windows, groups that an adapter talks with; else layers of fusion, which no trunk has.
     """
-    groups = getattr(config, "num_global", 0), getattr(getattr(config, "adapter", None), "num_interactions", 0)
+    groups = (
+        getattr(config, "num_global", 0),
+        getattr(getattr(config, "adapter", None), "num_interactions", 0),
+    )
     return max(2, *groups) if any(groups) else 2 + getattr(config.model, "fusion_layers", 0)
 
 
 def line(at: float, one: tuple[float, Trace], other: tuple[float, Trace]) -> Trace:
     """What lies on the straight line through two traces at places of their own."""
     share = (at - one[0]) / (other[0] - one[0])
-    fields = {name: getattr(one[1], name) + share * (getattr(other[1], name) - getattr(one[1], name)) for name in NUMBERS}
+    fields = {
+        name: getattr(one[1], name) + share * (getattr(other[1], name) - getattr(one[1], name))
+        for name in NUMBERS
+    }
     return replace(one[1], **fields)

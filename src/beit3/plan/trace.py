@@ -23,11 +23,17 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import flop_registry
 
 from beit3.task import Batch, Example, Task
-from beit3.train.step import weigh
+from beit3.training.step import weigh
 
 aten = torch.ops.aten
 
-INDEXED = {aten.index.Tensor, aten._unsafe_index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default}
+INDEXED = {
+    aten.index.Tensor,
+    aten._unsafe_index.Tensor,
+    aten.index_put.default,
+    aten.index_put_.default,
+    aten._index_put_impl_.default,
+}
 """Operations whose second argument is a list of indices, masks among them."""
 
 
@@ -47,13 +53,19 @@ class Trace:
 
 
 def trace(
-    task: Task, example: Example, count: int, precision: torch.autocast, *, accelerator: bool, cached: bool = False,
+    task: Task,
+    example: Example,
+    count: int,
+    precision: torch.autocast,
+    *,
+    accelerator: bool,
+    cached: bool = False,
     half: Container[int] = (),
-) -> Trace:  # fmt: skip
+) -> Trace:
     """`count` times `example` through `task`, which was built on meta and is of no use afterwards.
 
     accelerator: norms as its autocast has them. cached: as one of several micro-batches of a loss that compares examples
-    (train/step.py). half: ids of the parameters that are gathered in bfloat16.
+    (training/step.py). half: ids of the parameters that are gathered in bfloat16.
     """
     counted = Allocations()
     dtype = next(task.parameters()).dtype
@@ -61,8 +73,15 @@ def trace(
     for _, parameter in task.trainable():
         parameter.register_post_accumulate_grad_hook(counted.set_aside)
     with counted, norms_in_float32(accelerator), warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # torchvision's, of how it tells that NMS has no size without values
-        batch = task.collate([{name: counted.valueless(value, dtype) for name, value in example.items()} for _ in range(count)])
+        warnings.simplefilter(
+            "ignore", FutureWarning
+        )  # torchvision's, of how it tells that NMS has no size without values
+        batch = task.collate(
+            [
+                {name: counted.valueless(value, dtype) for name, value in example.items()}
+                for _ in range(count)
+            ]
+        )
         counted.start()
         with precision:
             loss = of_features(task, batch) if cached else task(batch | {"step": 0, "steps": 1})
@@ -87,7 +106,13 @@ class Allocations(TorchDispatchMode):
         self.bytes = self.inputs = self.gradients = self.kept = self.peak = self.flops = 0
         self.largest = (0, "")
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None) -> Any:
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Any,
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
         if func is torch.ops.prim.device.default:
             return torch.device("cpu")  # two calls of three ask for it
         found = self.run(func, args, dict(kwargs or {}))
@@ -114,7 +139,9 @@ class Allocations(TorchDispatchMode):
         if not fakes and (tensors or not self.makes_floats(func, args, kwargs)):
             return func(*args, **kwargs)
         if func is aten._local_scalar_dense.default:
-            return torch.zeros((), dtype=fakes[0].dtype).item()  # a check of values, which finds nothing
+            return torch.zeros(
+                (), dtype=fakes[0].dtype
+            ).item()  # a check of values, which finds nothing
         if func in INDEXED:
             args = (args[0], [place for each in args[1] for place in places(each)], *args[2:])
         if len(fakes) < len(tensors):
@@ -143,7 +170,9 @@ class Allocations(TorchDispatchMode):
         if not isinstance(value, Tensor) or value.ndim < 3 or value.shape[-3] != 3:
             return value
         with self.fake:
-            return torch.empty(value.shape, dtype=dtype if value.is_floating_point() else value.dtype)
+            return torch.empty(
+                value.shape, dtype=dtype if value.is_floating_point() else value.dtype
+            )
 
     def leave_out(self, tensor: Tensor) -> None:
         """Never count the storage of a weight, though views of it are made."""
@@ -200,7 +229,9 @@ def without_memory(task: Task, counted: Allocations, half: Container[int]) -> No
 
 def fake_or_ones(tensor: Tensor, counted: Allocations) -> Tensor:
     if not tensor.is_floating_point():
-        return torch.ones(tensor.shape, dtype=tensor.dtype, device="cpu")  # as amid a run: a codebook has started
+        return torch.ones(
+            tensor.shape, dtype=tensor.dtype, device="cpu"
+        )  # as amid a run: a codebook has started
     with counted.fake:
         return torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
 
@@ -211,7 +242,9 @@ def norms_in_float32(wanted: bool) -> Iterator[None]:
     plain = F.layer_norm
 
     def norm(states: Tensor, *arguments: Any, **options: Any) -> Tensor:
-        return plain(states.float() if torch.is_autocast_enabled("cpu") else states, *arguments, **options)
+        return plain(
+            states.float() if torch.is_autocast_enabled("cpu") else states, *arguments, **options
+        )
 
     if wanted:
         F.layer_norm = norm  # type: ignore[assignment]

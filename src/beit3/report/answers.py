@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from beit3.report.curves import run_class
-from beit3.report.material import Panel, panel, records, spread, weights
+from beit3.report.panel_inputs import Panel, panel, records, spread, weights
 from beit3.report.pictures import picture, pixels
 from beit3.report.runs import Run
 from beit3.task import Prediction, Record, Task
@@ -22,7 +22,7 @@ from beit3.tasks.imagenet import ImageNet
 from beit3.tasks.nlvr2 import ANSWERS, NLVR2
 from beit3.tasks.retrieval import Retrieval
 from beit3.tasks.vqa import VQA
-from beit3.train.evaluate import batches
+from beit3.training.evaluate import batches
 
 SHOWN, SEARCHES = 12, 6
 """Cards of a panel: records that are answered, and searches, each with several results."""
@@ -65,9 +65,13 @@ def retrieval_panels(runs: Sequence[Run]) -> Iterator[Panel]:
     """Captions with the pictures nearest to them, and pictures with their nearest captions."""
     encoded = cache(partial(gallery, runs))
     lead = f"Held-out captions and the {NEAREST} pictures nearest to each{beside(runs)}; the right one is framed."
-    yield panel("Pictures found by a caption", lead, lambda: _searches(runs, encoded(), picture_search))
+    yield panel(
+        "Pictures found by a caption", lead, lambda: _searches(runs, encoded(), picture_search)
+    )
     lead = f"Held-out pictures and the {NEAREST} captions nearest to each{beside(runs)}; its own are marked ✓."
-    yield panel("Captions found by a picture", lead, lambda: _searches(runs, encoded(), caption_search))
+    yield panel(
+        "Captions found by a picture", lead, lambda: _searches(runs, encoded(), caption_search)
+    )
 
 
 def beside(runs: Sequence[Run]) -> str:
@@ -78,42 +82,94 @@ def beside(runs: Sequence[Run]) -> str:
 # One picture, one answer of each run -------------------------------------------------------------------------------------
 
 
-def question_card(task: Task, record: Record, image: np.ndarray, labels: Sequence[str], given: Sequence[Prediction]) -> str:
+def question_card(
+    task: Task,
+    record: Record,
+    image: np.ndarray,
+    labels: Sequence[str],
+    given: Sequence[Prediction],
+) -> str:
     """A picture, its question and the answers to it; right is what an annotator gave."""
     scores = record.get("answers", {})
-    right = sorted((answer for answer, score in scores.items() if score > 0), key=lambda answer: -scores[answer])
+    right = sorted(
+        (answer for answer, score in scores.items() if score > 0),
+        key=lambda answer: -scores[answer],
+    )
     question = words(task, record["text"])
-    answers = [[f"{marked(each['answer'], each['answer'] in right)} {each['score']:.0%}"] for each in given]
-    terms = said_by(labels, answers, "answer") + term("truth", [right[0] if right else "(not in the answer list)"])
+    answers = [
+        [f"{marked(each['answer'], each['answer'] in right)} {each['score']:.0%}"] for each in given
+    ]
+    terms = said_by(labels, answers, "answer") + term(
+        "truth", [right[0] if right else "(not in the answer list)"]
+    )
     return card(picture(image, f"picture asked about: {question}"), terms, question)
 
 
-def statement_card(task: Task, record: Record, images: np.ndarray, labels: Sequence[str], given: Sequence[Prediction]) -> str:
+def statement_card(
+    task: Task,
+    record: Record,
+    images: np.ndarray,
+    labels: Sequence[str],
+    given: Sequence[Prediction],
+) -> str:
     """Two pictures [2, H, W, 3] side by side, and below them the statement and the judgements."""
     truth = ANSWERS[int(record["label"])] if "label" in record else ""
     statement = words(task, record["text"])
-    answers = [[f"{marked(each['answer'], each['answer'] == truth if truth else None)} {each['score']:.0%}"] for each in given]
+    answers = [
+        [
+            f"{marked(each['answer'], each['answer'] == truth if truth else None)} {each['score']:.0%}"
+        ]
+        for each in given
+    ]
     terms = said_by(labels, answers, "judgement") + term("truth", [truth or "(no label)"])
     sides = zip(("left", "right"), images, strict=True)
-    shown = "".join(picture(image, f"{side} picture of the statement: {statement}") for side, image in sides)
+    shown = "".join(
+        picture(image, f"{side} picture of the statement: {statement}") for side, image in sides
+    )
     return card(f'<div class="row">{shown}</div>', terms, statement, above=True)
 
 
-def caption_card(task: Task, record: Record, image: np.ndarray, labels: Sequence[str], given: Sequence[Prediction]) -> str:
+def caption_card(
+    task: Task,
+    record: Record,
+    image: np.ndarray,
+    labels: Sequence[str],
+    given: Sequence[Prediction],
+) -> str:
     """A picture, the captions written for it, and those of people."""
     human = [words(task, caption) for caption in captioned(record)[:HUMAN]]
     written = [[escape(each["caption"]) or "<i>(no word)</i>"] for each in given]
     terms = said_by(labels, written, "written") + (term("by people", human) if human else "")
-    return card(picture(image, f"captioned picture: {human[0] if human else 'without captions of people'}"), terms)
+    return card(
+        picture(image, f"captioned picture: {human[0] if human else 'without captions of people'}"),
+        terms,
+    )
 
 
-def class_card(task: Task, record: Record, image: np.ndarray, labels: Sequence[str], given: Sequence[Prediction]) -> str:
+def class_card(
+    task: Task,
+    record: Record,
+    image: np.ndarray,
+    labels: Sequence[str],
+    given: Sequence[Prediction],
+) -> str:
     """A picture, its likeliest classes as each run has them, and the true one; a class without a name goes by its number."""
     assert isinstance(task, ImageNet)
     names, truth = task.config.classes, int(record.get("label", -1))
-    true = names[truth] if names and truth >= 0 else f"class {truth}" if truth >= 0 else "(no label)"
-    ranked = [[class_line(place, candidate, truth) for place, candidate in enumerate(each["candidates"][:NEAREST])] for each in given]
-    return card(picture(image, f"picture of the class {true}"), said_by(labels, ranked, "class") + term("truth", [true]))
+    true = (
+        names[truth] if names and truth >= 0 else f"class {truth}" if truth >= 0 else "(no label)"
+    )
+    ranked = [
+        [
+            class_line(place, candidate, truth)
+            for place, candidate in enumerate(each["candidates"][:NEAREST])
+        ]
+        for each in given
+    ]
+    return card(
+        picture(image, f"picture of the class {true}"),
+        said_by(labels, ranked, "class") + term("truth", [true]),
+    )
 
 
 def class_line(place: int, candidate: Prediction, truth: int) -> str:
@@ -126,7 +182,10 @@ def class_line(place: int, candidate: Prediction, truth: int) -> str:
 @torch.no_grad()
 def _cards(runs: Sequence[Run], kind: type[Task], draw: Callable[..., str]) -> str:
     """A card per record, with the predictions of all runs; the task and the pictures are those of the first."""
-    found, first = spread(records(runs[0], source_of(runs[0]), "val"), SHOWN), weights(runs[0], kind)
+    found, first = (
+        spread(records(runs[0], source_of(runs[0]), "val"), SHOWN),
+        weights(runs[0], kind),
+    )
     images: list[np.ndarray] = []
     given = []
     for run in runs:
@@ -135,7 +194,10 @@ def _cards(runs: Sequence[Run], kind: type[Task], draw: Callable[..., str]) -> s
         images = images or [*pixels(batch["image"])]
         given.append(task.predict(batch))
     labels = [run.label for run in runs]
-    drawn = (draw(first, *each[:2], labels, each[2]) for each in zip(found, images, zip(*given, strict=True), strict=True))
+    drawn = (
+        draw(first, *each[:2], labels, each[2])
+        for each in zip(found, images, zip(*given, strict=True), strict=True)
+    )
     return f'<div class="cards answers">{"".join(drawn)}</div>'
 
 
@@ -156,7 +218,13 @@ class Gallery:
 def gallery(runs: Sequence[Run]) -> Gallery:
     """Up to `GALLERY` distinct held-out pictures, encoded by every run."""
     evenly = spread(records(runs[0], source_of(runs[0]), "val"), GALLERY)
-    found = list({str(record.get("image_id", record["image"])): record for record in evenly if captioned(record)}.values())
+    found = list(
+        {
+            str(record.get("image_id", record["image"])): record
+            for record in evenly
+            if captioned(record)
+        }.values()
+    )
     if not found:
         raise ValueError("no held-out picture has a caption")
     images: list[np.ndarray] = []
@@ -168,8 +236,13 @@ def gallery(runs: Sequence[Run]) -> Gallery:
             encoded += task.predict(batch)
             if run is runs[0]:
                 images += [*pixels(batch["image"])]
-        captions = captions or [[words(task, caption) for caption in captioned(record)] for record in found]
-        likeness.append(np.concatenate([each["texts"] for each in encoded]) @ np.stack([each["image"] for each in encoded]).T)
+        captions = captions or [
+            [words(task, caption) for caption in captioned(record)] for record in found
+        ]
+        likeness.append(
+            np.concatenate([each["texts"] for each in encoded])
+            @ np.stack([each["image"] for each in encoded]).T
+        )
     owner = np.repeat(np.arange(len(found)), [len(each) for each in captions])
     return Gallery(images, [caption for each in captions for caption in each], owner, likeness)
 
@@ -182,7 +255,11 @@ def picture_search(encoded: Gallery, place: int, labels: Sequence[str]) -> str:
         order = np.argsort(-likeness[query], kind="stable")
         row = "".join(
             f'<figure class="{"hit" if each == place else ""}">'
-            + picture(encoded.images[each], f"{'right' if each == place else 'wrong'} picture at place {at}", largest=THUMBNAIL)
+            + picture(
+                encoded.images[each],
+                f"{'right' if each == place else 'wrong'} picture at place {at}",
+                largest=THUMBNAIL,
+            )
             + "</figure>"
             for at, each in enumerate(order[:NEAREST], start=1)
         )
@@ -197,7 +274,10 @@ def caption_search(encoded: Gallery, place: int, labels: Sequence[str]) -> str:
         order = np.argsort(-likeness[:, place], kind="stable")
         right = encoded.owner[order] == place
         nearest = enumerate(zip(order[:NEAREST], right, strict=False))
-        results.append([marked(encoded.captions[each], first_or_right(at, hit)) for at, (each, hit) in nearest] + beyond(right))
+        results.append(
+            [marked(encoded.captions[each], first_or_right(at, hit)) for at, (each, hit) in nearest]
+            + beyond(right)
+        )
     own = encoded.captions[int(np.flatnonzero(encoded.owner == place)[0])]
     shown = picture(encoded.images[place], f"searched picture: {own}")
     return card(shown, said_by(labels, results, "nearest") + term("its own", [own]))
@@ -209,7 +289,9 @@ def beyond(right: np.ndarray) -> list[str]:
     return [f"<small>right one at place {first + 1}</small>"] if first >= NEAREST else []
 
 
-def _searches(runs: Sequence[Run], encoded: Gallery, draw: Callable[[Gallery, int, Sequence[str]], str]) -> str:
+def _searches(
+    runs: Sequence[Run], encoded: Gallery, draw: Callable[[Gallery, int, Sequence[str]], str]
+) -> str:
     count = len(encoded.images)
     places = np.unique(np.linspace(0, count - 1, SEARCHES).round().astype(int))
     drawn = (draw(encoded, int(place), [run.label for run in runs]) for place in places)
@@ -228,7 +310,10 @@ def card(shown: str, terms: str, heading: str = "", *, above: bool = False) -> s
 
 def said_by(labels: Sequence[str], said: Sequence[Sequence[str]], alone: str) -> str:
     """What each run says, as lines of HTML under its name; the only run goes by `alone`."""
-    names = [f'<span class="run {run_class(index)}">{escape(label)}</span>' for index, label in enumerate(labels)]
+    names = [
+        f'<span class="run {run_class(index)}">{escape(label)}</span>'
+        for index, label in enumerate(labels)
+    ]
     names = names if len(labels) > 1 else [alone]
     lines = ("".join(f"<dd>{line}</dd>" for line in each) for each in said)
     return "".join(f"<dt>{name}</dt>{each}" for name, each in zip(names, lines, strict=True))
@@ -243,7 +328,11 @@ def marked(text: str, right: bool | None) -> str:
     """A text as HTML, marked right or wrong; None leaves it plain."""
     if right is None:
         return escape(text)
-    return f'<mark class="right">✓ {escape(text)}</mark>' if right else f'<mark class="wrong">✗ {escape(text)}</mark>'
+    return (
+        f'<mark class="right">✓ {escape(text)}</mark>'
+        if right
+        else f'<mark class="wrong">✗ {escape(text)}</mark>'
+    )
 
 
 def first_or_right(place: int, right: bool) -> bool | None:

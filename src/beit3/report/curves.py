@@ -16,7 +16,14 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator, PercentFormatter
+from matplotlib.ticker import (
+    FixedLocator,
+    FuncFormatter,
+    LogLocator,
+    MaxNLocator,
+    NullLocator,
+    PercentFormatter,
+)
 
 from beit3 import task as tasks
 from beit3.metrics.detection import FIGURES
@@ -59,14 +66,29 @@ NATS = ("pretrain", "vqa", "nlvr2", "captioning", "retrieval", "imagenet")
 """Tasks whose losses are cross-entropies."""
 
 DETECTION_SCORES = {
-    f"{kind}_{name}": f"{kind} {name[:2].upper()}{name[2:].replace('_', ' ')}" for kind in ("box", "mask") for name in FIGURES
-}  # fmt: skip
+    f"{kind}_{name}": f"{kind} {name[:2].upper()}{name[2:].replace('_', ' ')}"
+    for kind in ("box", "mask")
+    for name in FIGURES
+}
 """How COCO's figures are written: 'box AP50', 'mask AR small'; -1 stands for one that is not defined."""
 
 TABLED = tuple(name for name in DETECTION_SCORES if not name.endswith(("_ap", "_ap50")))
 """Scores that a table of their own shows, and that would hide the others elsewhere."""
 
-RATES = ("accuracy", "consistency", "official", "top5", "recall", "@1", "@5", "@10", "miou", "aacc", "macc", *DETECTION_SCORES)
+RATES = (
+    "accuracy",
+    "consistency",
+    "official",
+    "top5",
+    "recall",
+    "@1",
+    "@5",
+    "@10",
+    "miou",
+    "aacc",
+    "macc",
+    *DETECTION_SCORES,
+)
 """Ends of names whose values are shares of what is right."""
 
 SHARES = (*RATES, "codebook_use", "most_frequent")
@@ -74,16 +96,31 @@ SHARES = (*RATES, "codebook_use", "most_frequent")
 
 CAPTION_SCORES = {
     **{f"bleu{order}": f"BLEU-{order}" for order in range(1, 5)},
-    "rouge_l": "ROUGE-L", "cider": "CIDEr", "cider_d": "CIDEr-D", "cider_unclipped": "CIDEr unclipped", "meteor": "METEOR",
+    "rouge_l": "ROUGE-L",
+    "cider": "CIDEr",
+    "cider_d": "CIDEr-D",
+    "cider_unclipped": "CIDEr unclipped",
+    "meteor": "METEOR",
     "spice": "SPICE",
-}  # fmt: skip
+}
 """How captions' scores are written; plain numbers, of which papers print the hundredfold."""
 
 SPELLED = {
-    **CAPTION_SCORES, **DETECTION_SCORES, "top5": "top-5 accuracy", "official": "official accuracy",
-    "miou": "mIoU", "aacc": "aAcc", "macc": "mAcc", "rpn_objectness": "proposals, object or not", "rpn_box": "proposals, box",
-    **{f"box{stage}_{part}": f"stage {stage + 1}, {part}" for stage in range(3) for part in ("class", "box")},
-}  # fmt: skip
+    **CAPTION_SCORES,
+    **DETECTION_SCORES,
+    "top5": "top-5 accuracy",
+    "official": "official accuracy",
+    "miou": "mIoU",
+    "aacc": "aAcc",
+    "macc": "mAcc",
+    "rpn_objectness": "proposals, object or not",
+    "rpn_box": "proposals, box",
+    **{
+        f"box{stage}_{part}": f"stage {stage + 1}, {part}"
+        for stage in range(3)
+        for part in ("class", "box")
+    },
+}
 """Scores and losses whose names do not read by themselves."""
 
 
@@ -107,13 +144,31 @@ def run_class(index: int) -> str:
 def charts(runs: Sequence[Run]) -> list[Chart]:
     """Quantities of these runs of one task worth a picture: losses, accuracies, then scores that were taken twice and moved."""
     logged = list(dict.fromkeys(key for run in runs for key in run.names()))
-    losses = [key for key in logged if key.startswith("loss/")] or [key for key in logged if key == "loss"]
-    accuracies = [key for key in logged if key.rpartition("/")[2] == "accuracy" and not key.startswith("val/")]
-    found = [Chart(chart_title(key, runs[0].task), key, held_out_names(key)) for key in losses + accuracies]
+    losses = [key for key in logged if key.startswith("loss/")] or [
+        key for key in logged if key == "loss"
+    ]
+    accuracies = [
+        key for key in logged if key.rpartition("/")[2] == "accuracy" and not key.startswith("val/")
+    ]
+    found = [
+        Chart(chart_title(key, runs[0].task), key, held_out_names(key))
+        for key in losses + accuracies
+    ]
     paired = {name for chart in found for name in chart.held_out}
-    scores = [key for key in logged if key.startswith("val/") and key.count("/") == 1 and key not in paired]
+    scores = [
+        key
+        for key in logged
+        if key.startswith("val/") and key.count("/") == 1 and key not in paired
+    ]
     scores.sort(key=lambda key: key != f"val/{headline(runs[0].task)}")
-    moved = [key for key in scores if any(values.size and np.ptp(values) > MOVED for _, values in (run.series(key) for run in runs))]
+    moved = [
+        key
+        for key in scores
+        if any(
+            values.size and np.ptp(values) > MOVED
+            for _, values in (run.series(key) for run in runs)
+        )
+    ]
     return found + [Chart(chart_title(key, runs[0].task), held_out=(key,)) for key in moved]
 
 
@@ -176,17 +231,32 @@ def curve(runs: Sequence[Run], chart: Chart) -> str:
             smoothed, stride = smooth(values, len(values) // 20), math.ceil(len(steps) / MAX_POINTS)
             if len(runs) <= MAX_RAW:
                 axes.plot(steps[::stride], values[::stride], color=color, alpha=0.4, linewidth=0.8)
-            axes.plot(steps[::stride], smoothed[::stride], color=color, linestyle=dash, linewidth=1.8)
+            axes.plot(
+                steps[::stride], smoothed[::stride], color=color, linestyle=dash, linewidth=1.8
+            )
             drawn.append(smoothed)
             ends.append(f"{run.label} ends at {smoothed[-1]:.3g}")
         trained = not chart.training or len(steps) > 0
-        steps, values = run.series(next((name for name in chart.held_out if trained and len(run.series(name)[0])), ""))
+        steps, values = run.series(
+            next((name for name in chart.held_out if trained and len(run.series(name)[0])), "")
+        )
         if len(steps):
             width = 0.9 if chart.training else 1.8
-            axes.plot(steps, values, color=color, linestyle=dash, linewidth=width, marker="o", markersize=4, markerfacecolor="none")
+            axes.plot(
+                steps,
+                values,
+                color=color,
+                linestyle=dash,
+                linewidth=width,
+                marker="o",
+                markersize=4,
+                markerfacecolor="none",
+            )
             drawn.append(values)
             ends.append(f"{run.label} ends at {values[-1]:.3g} on held-out records")
-    _scale(axes, drawn, share=any(name.endswith(SHARES) for name in (chart.training, *chart.held_out)))
+    _scale(
+        axes, drawn, share=any(name.endswith(SHARES) for name in (chart.training, *chart.held_out))
+    )
     return _svg(figure, f"{chart.title} over steps: {', '.join(ends)}")
 
 
@@ -215,7 +285,11 @@ def part_looks(parts: Sequence[str]) -> dict[str, tuple[str, tuple, bool]]:
         rows.setdefault(re.sub(r"\d+", "#", part), []).append(part)
     looks: dict[str, tuple[str, tuple, bool]] = {}
     for index, part in enumerate(part for row in rows.values() if len(row) < 3 for part in row):
-        looks[part] = ((PALETTE[1], PALETTE[3], INK)[index % 3], _dash((index + 1) % len(DASHES)), True)
+        looks[part] = (
+            (PALETTE[1], PALETTE[3], INK)[index % 3],
+            _dash((index + 1) % len(DASHES)),
+            True,
+        )
     for index, row in enumerate(row for row in rows.values() if len(row) > 2):
         first, last = (np.array(to_rgb(color)) for color in (PALETTE[0], PALETTE[4]))
         for place, part in enumerate(row):
@@ -264,17 +338,27 @@ def usage_bars(counts: np.ndarray) -> str:
     figure, axes = _axes("patches given each code")
     axes.stairs(np.sort(counts)[::-1], fill=True, color=PALETTE[0], alpha=0.85)
     axes.axhline(counts.mean(), color=INK, linewidth=0.9, linestyle=(0, (4, 3)))
-    axes.text(len(counts), counts.mean(), "even use ", ha="right", va="bottom", fontsize=8, color=INK)
+    axes.text(
+        len(counts), counts.mean(), "even use ", ha="right", va="bottom", fontsize=8, color=INK
+    )
     axes.set_xlim(0, len(counts))
     axes.set_xlabel("codes, commonest first")
     share, perplexity = usage_figures(counts)
-    return _svg(figure, f"patches per code; {share:.0%} of {len(counts)} codes are used, perplexity {perplexity:.1f}")
+    return _svg(
+        figure,
+        f"patches per code; {share:.0%} of {len(counts)} codes are used, perplexity {perplexity:.1f}",
+    )
 
 
-def class_bars(title: str, rows: Sequence[tuple[str, Sequence[float]]], runs: Sequence[str]) -> list[str]:
+def class_bars(
+    title: str, rows: Sequence[tuple[str, Sequence[float]]], runs: Sequence[str]
+) -> list[str]:
     """SVGs of shares by class, (name, one of each run), those of the first run from the largest down, `MAX_BARS` classes in each."""
     ordered = sorted(rows, key=lambda row: -row[1][0])
-    return [_bars(title, ordered[start : start + MAX_BARS], runs) for start in range(0, len(ordered), MAX_BARS)]
+    return [
+        _bars(title, ordered[start : start + MAX_BARS], runs)
+        for start in range(0, len(ordered), MAX_BARS)
+    ]
 
 
 def _bars(title: str, rows: Sequence[tuple[str, Sequence[float]]], runs: Sequence[str]) -> str:
@@ -311,7 +395,9 @@ def _scale(axes: Axes, lines: Sequence[np.ndarray], *, share: bool = False) -> N
     """The vertical axis: per cent of shares, logarithmic over more than a decade, else plain."""
     if share:
         # Above 1 there is room for a ring at 100 %.
-        axes.set_ylim(0, max(0.01, min(1.04, 1.15 * max((values.max() for values in lines), default=1.0))))
+        axes.set_ylim(
+            0, max(0.01, min(1.04, 1.15 * max((values.max() for values in lines), default=1.0)))
+        )
         axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     elif spans_decades(lines):
         axes.set_yscale("log", nonpositive="mask")
@@ -326,14 +412,30 @@ def _name_ends(axes: Axes, ends: Sequence[tuple[str, str, float, float]]) -> Non
     """(name, colour, step, value) of each line's end, written to the right of the axes and joined to the line."""
     axes.autoscale_view()
     bottom, inside = axes.get_ylim()[0], axes.transScale + axes.transLimits
-    ends = [(name, color, step, max(value, bottom)) for name, color, step, value in ends]  # a logarithmic axis has no zero
+    ends = [
+        (name, color, step, max(value, bottom)) for name, color, step, value in ends
+    ]  # a logarithmic axis has no zero
     heights = [float(inside.transform((step, value))[1]) for _, _, step, value in ends]
     for (name, color, step, value), height in zip(ends, moved_apart(heights, LABEL), strict=True):
-        line = {"arrowstyle": "-", "relpos": (0, 0.5), "color": color, "linewidth": 0.9, "shrinkA": 1, "shrinkB": 0}
+        line = {
+            "arrowstyle": "-",
+            "relpos": (0, 0.5),
+            "color": color,
+            "linewidth": 0.9,
+            "shrinkA": 1,
+            "shrinkB": 0,
+        }
         axes.annotate(
-            name, xy=(step, value), xytext=(1.06, height), textcoords="axes fraction", arrowprops=line, annotation_clip=False,
-            fontsize=7, color=INK, va="center",
-        )  # fmt: skip
+            name,
+            xy=(step, value),
+            xytext=(1.06, height),
+            textcoords="axes fraction",
+            arrowprops=line,
+            annotation_clip=False,
+            fontsize=7,
+            color=INK,
+            va="center",
+        )
 
 
 def _axes(title: str) -> tuple[Figure, Axes]:

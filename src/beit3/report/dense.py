@@ -14,22 +14,31 @@ from typing import Any
 import numpy as np
 import torch
 
-from beit3.data.records import open_image
-from beit3.data.scenes import IGNORE, open_label_map
+from beit3.data.stores.records import open_image
+from beit3.data.views.label_maps import IGNORE, open_label_map
 from beit3.metrics.detection import FIGURES, Kind, coco_ap
 from beit3.metrics.segmentation import class_ious
 from beit3.metrics.segmentation import figures as segmentation_figures
 from beit3.report.answers import beside, source_of
 from beit3.report.compare import ABSENT
 from beit3.report.curves import class_bars, run_class, spelled
-from beit3.report.drawing import MIN_SCORE, color, draw_map, draw_objects, name_of, percent, shares, true_objects
-from beit3.report.material import Panel, panel, records, weights
+from beit3.report.drawing import (
+    MIN_SCORE,
+    color,
+    draw_map,
+    draw_objects,
+    name_of,
+    percent,
+    shares,
+    true_objects,
+)
+from beit3.report.panel_inputs import Panel, panel, records, weights
 from beit3.report.pictures import LARGEST, picture
 from beit3.report.runs import Run
 from beit3.task import Prediction, Record, Task
 from beit3.tasks.ade20k import Ade20k, decoded, matrix, meaning
 from beit3.tasks.coco import Coco
-from beit3.train.evaluate import batches
+from beit3.training.evaluate import batches
 
 SHOWN = 8
 """Pictures that are drawn."""
@@ -85,7 +94,11 @@ def ask(runs: Sequence[Run], kind: type[Task]) -> Asked:
         started, predictions = time.monotonic(), []
         for batch in batches(task, found, BATCH):
             predictions += task.predict(batch)
-            if run is runs[0] and len(predictions) >= SHOWN and time.monotonic() - started > SECONDS:
+            if (
+                run is runs[0]
+                and len(predictions) >= SHOWN
+                and time.monotonic() - started > SECONDS
+            ):
                 break
         found = found[: len(predictions)]
         said.append(predictions)
@@ -95,26 +108,40 @@ def ask(runs: Sequence[Run], kind: type[Task]) -> Asked:
 def _cards(runs: Sequence[Run], asked: Asked, draw: Any) -> str:
     """A card for each of the first records."""
     labels = [run.label for run in runs]
-    drawn = (draw(asked.task, record, labels, given) for record, *given in zip(asked.records[:SHOWN], *asked.said, strict=False))
+    drawn = (
+        draw(asked.task, record, labels, given)
+        for record, *given in zip(asked.records[:SHOWN], *asked.said, strict=False)
+    )
     return f'<div class="cards">{"".join(drawn)}</div>'
 
 
 def views(shown: Sequence[tuple[str, str]], below: str = "", *, lettered: bool = False) -> str:
     """Pictures side by side under their names, both HTML, and what stands below them. lettered: they are large enough to be read."""
     kind = " lettered" if lettered else ""
-    figures = "".join(f"<figure><figcaption>{name}</figcaption>{image}</figure>" for name, image in shown)
+    figures = "".join(
+        f"<figure><figcaption>{name}</figcaption>{image}</figure>" for name, image in shown
+    )
     return f'<div class="card tall"><div class="views{kind}">{figures}</div>{below}</div>'
 
 
 def run_names(labels: Sequence[str]) -> list[str]:
     """What each run's picture is called, as HTML."""
-    names = [f'<span class="run {run_class(index)}">{escape(label)}</span>' for index, label in enumerate(labels)]
+    names = [
+        f'<span class="run {run_class(index)}">{escape(label)}</span>'
+        for index, label in enumerate(labels)
+    ]
     return names if len(labels) > 1 else ["found"]
 
 
 def class_names(task: Task) -> Sequence[str]:
     """Names of the labels; empty where the weights know none."""
-    return task.config.categories if isinstance(task, Coco) else task.config.classes if isinstance(task, Ade20k) else ()
+    return (
+        task.config.categories
+        if isinstance(task, Coco)
+        else task.config.classes
+        if isinstance(task, Ade20k)
+        else ()
+    )
 
 
 # Objects -----------------------------------------------------------------------------------------------------------------
@@ -126,20 +153,34 @@ def figure_table(runs: Sequence[Run]) -> str:
     if not kinds:
         raise ValueError("there are no held-out scores yet")
     several = len(runs) > 1
-    heads = [f'<th scope="col" class="number">{escape(run.label) if several else ""} {kind}</th>' for run in runs for kind in kinds]
+    heads = [
+        f'<th scope="col" class="number">{escape(run.label) if several else ""} {kind}</th>'
+        for run in runs
+        for kind in kinds
+    ]
     rows = []
     for name in FIGURES:
         values = [run.scores.get(f"{kind}_{name}") for run in runs for kind in kinds]
-        cells = (f'<td class="number">{ABSENT if value is None or value < 0 else f"{100 * value:.1f}"}</td>' for value in values)
-        rows.append(f'<tr><th scope="row">{escape(spelled(f"box_{name}").removeprefix("box "))}</th>{"".join(cells)}</tr>')
+        cells = (
+            f'<td class="number">{ABSENT if value is None or value < 0 else f"{100 * value:.1f}"}</td>'
+            for value in values
+        )
+        rows.append(
+            f'<tr><th scope="row">{escape(spelled(f"box_{name}").removeprefix("box "))}</th>{"".join(cells)}</tr>'
+        )
     head = f'<th scope="col">percent</th>{"".join(heads)}'
     table = f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
     return f'<div class="scroll narrow" tabindex="0">{table}</div>'
 
 
-def object_card(task: Task, record: Record, labels: Sequence[str], given: Sequence[Prediction]) -> str:
+def object_card(
+    task: Task, record: Record, labels: Sequence[str], given: Sequence[Prediction]
+) -> str:
     """A picture with its true objects, and with those that each run is sure enough of."""
-    image, truth = open_image(record["image"]).permute(1, 2, 0).numpy(), true_objects(record, class_names(task))
+    image, truth = (
+        open_image(record["image"]).permute(1, 2, 0).numpy(),
+        true_objects(record, class_names(task)),
+    )
     shown = [(f"truth: {counted(truth)}", _drawn(image, truth, "what is there"))]
     for name, prediction in zip(run_names(labels), given, strict=True):
         found = [each for each in prediction["objects"] if each["score"] >= MIN_SCORE]
@@ -148,8 +189,13 @@ def object_card(task: Task, record: Record, labels: Sequence[str], given: Sequen
 
 
 def _drawn(image: np.ndarray, objects: Sequence[Mapping[str, Any]], what: str) -> str:
-    said = ", ".join(name_of(each["label"], (), each.get("name", "")) for each in objects) or "nothing"
-    return picture(np.asarray(draw_objects(image, objects, side=LARGEST)), f"held-out picture with {what}: {said}")
+    said = (
+        ", ".join(name_of(each["label"], (), each.get("name", "")) for each in objects) or "nothing"
+    )
+    return picture(
+        np.asarray(draw_objects(image, objects, side=LARGEST)),
+        f"held-out picture with {what}: {said}",
+    )
 
 
 def counted(objects: Sequence[Any]) -> str:
@@ -160,25 +206,34 @@ def _precisions(runs: Sequence[Run], asked: Asked) -> str:
     """Bars of each class's average precision, of boxes and, where there are any, of masks."""
     names, charts = class_names(asked.task), []
     outlined = all("mask" in each for said in asked.said for row in said for each in row["objects"])
-    outlined = outlined and all(each.get("segmentation") for record in asked.records for each in record["objects"])
+    outlined = outlined and all(
+        each.get("segmentation") for record in asked.records for each in record["objects"]
+    )
     kinds: tuple[Kind, ...] = ("box", "mask") if outlined else ("box",)
     for kind in kinds:
         found = [coco_ap(said, asked.records, kind=kind)["per_class"] for said in asked.said]
         known = [label for label in found[0] if found[0][label] >= 0]
         values = [(name_of(label, names), [each[label] for each in found]) for label in known]
-        charts += class_bars(f"{spelled(f'{kind}_ap')} of each class", values, [run.label for run in runs])
+        charts += class_bars(
+            f"{spelled(f'{kind}_ap')} of each class", values, [run.label for run in runs]
+        )
     return _over(runs, asked) + _grid(charts)
 
 
 # Scenes ------------------------------------------------------------------------------------------------------------------
 
 
-def scene_card(task: Task, record: Record, labels: Sequence[str], given: Sequence[Prediction]) -> str:
+def scene_card(
+    task: Task, record: Record, labels: Sequence[str], given: Sequence[Prediction]
+) -> str:
     """A picture, its true labels, and those that each run gives, over the names of their colours."""
     names, image = class_names(task), open_image(record["image"]).permute(1, 2, 0).numpy()
     truth = open_label_map(record["label_map"], **meaning(record)).numpy().astype(int)
     maps, known = [decoded(prediction) for prediction in given], truth != IGNORE
-    shown = [("picture", picture(image, "held-out picture", largest=LARGEST)), ("truth", _mapped(image, truth, names, "true"))]
+    shown = [
+        ("picture", picture(image, "held-out picture", largest=LARGEST)),
+        ("truth", _mapped(image, truth, names, "true")),
+    ]
     for name, found in zip(run_names(labels), maps, strict=True):
         right = f", {(found == truth)[known].mean():.0%} right" if known.any() else ""
         shown.append((f"{name}{right}", _mapped(image, found, names, "found")))
@@ -187,13 +242,24 @@ def scene_card(task: Task, record: Record, labels: Sequence[str], given: Sequenc
 
 
 def _mapped(image: np.ndarray, labels: np.ndarray, names: Sequence[str], what: str) -> str:
-    said = ", ".join(f"{row['name']} {percent(row['share'])}" for row in shares(labels, names, ignore=IGNORE)) or "none"
-    return picture(np.asarray(draw_map(image, labels, side=LARGEST, ignore=IGNORE)), f"the same in its {what} labels: {said}")
+    said = (
+        ", ".join(
+            f"{row['name']} {percent(row['share'])}" for row in shares(labels, names, ignore=IGNORE)
+        )
+        or "none"
+    )
+    return picture(
+        np.asarray(draw_map(image, labels, side=LARGEST, ignore=IGNORE)),
+        f"the same in its {what} labels: {said}",
+    )
 
 
 def legend(rows: Sequence[Mapping[str, Any]]) -> str:
     """The colours and names of classes."""
-    chips = [f'<span class="chip" style="--chip:rgb{color(row["label"])}">{escape(row["name"])}</span>' for row in rows[:CHIPS]]
+    chips = [
+        f'<span class="chip" style="--chip:rgb{color(row["label"])}">{escape(row["name"])}</span>'
+        for row in rows[:CHIPS]
+    ]
     chips += [f"and {len(rows) - CHIPS} more"] if len(rows) > CHIPS else []
     return f'<p class="chips">{" ".join(chips)}</p>'
 
@@ -203,15 +269,27 @@ def _overlaps(runs: Sequence[Run], asked: Asked) -> str:
     names, matrices = class_names(asked.task), [matrix(said, asked.records) for said in asked.said]
     ious, lines = [class_ious(each) for each in matrices], []
     for name, each in zip(run_names([run.label for run in runs]), matrices, strict=True):
-        said = "".join(f"<span><b>{value:.1%}</b> {escape(spelled(key))}</span> " for key, value in segmentation_figures(each).items())
+        said = "".join(
+            f"<span><b>{value:.1%}</b> {escape(spelled(key))}</span> "
+            for key, value in segmentation_figures(each).items()
+        )
         lines.append(f'<p class="figures">{name if len(runs) > 1 else ""} {said}</p>')
-    known = [label for label in range(len(ious[0])) if not all(np.isnan(each[label]) for each in ious)]
-    values = [(name_of(label, names), [float(np.nan_to_num(each[label])) for each in ious]) for label in known]
-    return "".join(lines) + _over(runs, asked) + _grid(class_bars("IoU of each class", values, [run.label for run in runs]))
+    known = [
+        label for label in range(len(ious[0])) if not all(np.isnan(each[label]) for each in ious)
+    ]
+    values = [
+        (name_of(label, names), [float(np.nan_to_num(each[label])) for each in ious])
+        for label in known
+    ]
+    return (
+        "".join(lines)
+        + _over(runs, asked)
+        + _grid(class_bars("IoU of each class", values, [run.label for run in runs]))
+    )
 
 
 def _over(runs: Sequence[Run], asked: Asked) -> str:
-    names = f' {" ".join(run_names([run.label for run in runs]))}' if len(runs) > 1 else ""
+    names = f" {' '.join(run_names([run.label for run in runs]))}" if len(runs) > 1 else ""
     return f'<p class="legend">Over {len(asked.records)} held-out pictures.{names}</p>'
 
 

@@ -14,8 +14,8 @@ import matplotlib
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from beit3.data.records import open_image, written_aside
-from beit3.data.rle import RLE, decode, encode, extent, rasterise
+from beit3.data.stores.records import open_image, written_aside
+from beit3.data.stores.rle import RLE, decode, encode, extent, rasterise
 from beit3.task import Prediction, Record
 from beit3.tasks.ade20k import decoded
 
@@ -52,7 +52,14 @@ EDGE, PAPER, INK = (16, 16, 16), (255, 255, 255), (24, 24, 24)
 LONGEST_NAME, LEGEND = 40, 24
 """Characters of a name, and classes in a legend; what is longer is cut."""
 
-MORE_LETTERS = ("NotoSansCJK-Regular.ttc", "NotoSans-Regular.ttf", "msyh.ttc", "PingFang.ttc", "Arial Unicode.ttf", "wqy-zenhei.ttc")
+MORE_LETTERS = (
+    "NotoSansCJK-Regular.ttc",
+    "NotoSans-Regular.ttf",
+    "msyh.ttc",
+    "PingFang.ttc",
+    "Arial Unicode.ttf",
+    "wqy-zenhei.ttc",
+)
 """Fonts of the system for letters that DejaVu, which comes with matplotlib, does not have."""
 
 
@@ -60,8 +67,12 @@ MORE_LETTERS = ("NotoSansCJK-Regular.ttc", "NotoSans-Regular.ttf", "msyh.ttc", "
 
 
 def predict_drawn(
-    predictor: "Predictor", inputs: Sequence[Any], out: str | Path, *, min_score: float | None = None
-) -> list[Prediction]:  # fmt: skip
+    predictor: "Predictor",
+    inputs: Sequence[Any],
+    out: str | Path,
+    *,
+    min_score: float | None = None,
+) -> list[Prediction]:
     """Ask, draw what is found in the picture `inputs[0]` into the file `out`, and return it in short: objects without masks,
     and of a map what share of the picture each class has.
 
@@ -72,18 +83,35 @@ def predict_drawn(
         raise ValueError("--min-score says which objects are drawn: give --out too")
     out = Path(out)
     if out.suffix.lower() not in FORMATS:  # before anything that takes time
-        raise ValueError(f"--out {out} has not the ending of a picture: give one of {', '.join(FORMATS)}")
-    if out.exists() and isinstance(inputs[0], str | Path) and Path(inputs[0]).exists() and out.samefile(inputs[0]):
+        raise ValueError(
+            f"--out {out} has not the ending of a picture: give one of {', '.join(FORMATS)}"
+        )
+    if (
+        out.exists()
+        and isinstance(inputs[0], str | Path)
+        and Path(inputs[0]).exists()
+        and out.samefile(inputs[0])
+    ):
         raise ValueError(f"--out {out} is the picture itself: give another name")
     found = predictor(*inputs)
-    image, names = open_image(inputs[0]).permute(1, 2, 0).numpy(), getattr(predictor.task.config, "classes", ())
-    drawn, short = drawing(image, found[0] if len(found) == 1 else {}, names, min_score=MIN_SCORE if min_score is None else min_score)
+    image, names = (
+        open_image(inputs[0]).permute(1, 2, 0).numpy(),
+        getattr(predictor.task.config, "classes", ()),
+    )
+    drawn, short = drawing(
+        image,
+        found[0] if len(found) == 1 else {},
+        names,
+        min_score=MIN_SCORE if min_score is None else min_score,
+    )
     with written_aside(out) as file:
         drawn.save(file, FORMATS[out.suffix.lower()], quality=QUALITY)
     return [short]
 
 
-def drawing(image: np.ndarray, prediction: Prediction, names: Sequence[str], *, min_score: float) -> tuple[Image.Image, Prediction]:
+def drawing(
+    image: np.ndarray, prediction: Prediction, names: Sequence[str], *, min_score: float
+) -> tuple[Image.Image, Prediction]:
     """A picture with its prediction drawn onto it, and the prediction in short. names: of a map's labels; objects carry theirs."""
     short = {key: prediction[key] for key in ("id", "height", "width") if key in prediction}
     if "objects" in prediction:
@@ -94,13 +122,17 @@ def drawing(image: np.ndarray, prediction: Prediction, names: Sequence[str], *, 
         labels = decoded(prediction)
         rows = shares(labels, names)
         return with_legend(draw_map(image, labels), rows), short | {"classes": rows}
-    raise ValueError("these weights find neither objects nor a map of labels: there is nothing to draw, leave --out and --min-score out")
+    raise ValueError(
+        "these weights find neither objects nor a map of labels: there is nothing to draw, leave --out and --min-score out"
+    )
 
 
 # Objects -----------------------------------------------------------------------------------------------------------------
 
 
-def draw_objects(image: np.ndarray, objects: Sequence[Mapping[str, Any]], *, side: int = 0) -> Image.Image:
+def draw_objects(
+    image: np.ndarray, objects: Sequence[Mapping[str, Any]], *, side: int = 0
+) -> Image.Image:
     """Objects, the best first, with `box` [x, y, w, h], `label`, and where they have them `name`, `score` and `mask`, an RLE.
 
     A name that would hide a better object's is left out. side: the longest side of what is returned, 0 = the picture's own or `LEAST`.
@@ -130,9 +162,20 @@ def true_objects(record: Record, names: Sequence[str]) -> list[dict[str, Any]]:
     found = []
     for each in sorted(record.get("objects", ()), key=lambda each: -each["area"]):
         crowd = " (crowd)" if each["crowd"] else ""
-        row = {"box": each["box"], "label": each["label"], "name": name_of(each["label"], names) + crowd}
+        row = {
+            "box": each["box"],
+            "label": each["label"],
+            "name": name_of(each["label"], names) + crowd,
+        }
         outline = each.get("segmentation")
-        found.append(row | ({"mask": encode(rasterise(outline, record["height"], record["width"]))} if outline else {}))
+        found.append(
+            row
+            | (
+                {"mask": encode(rasterise(outline, record["height"], record["width"]))}
+                if outline
+                else {}
+            )
+        )
     return found
 
 
@@ -143,7 +186,10 @@ def _tint(pixels: np.ndarray, mask: RLE, scale: float, paint: Color, line: int) 
         return
     inside = Image.fromarray(decode(mask).numpy()[top:bottom, left:right] * 255)
     x, y = round(left * scale), round(top * scale)
-    inside = inside.resize((max(1, round(right * scale) - x), max(1, round(bottom * scale) - y)), Image.Resampling.NEAREST)
+    inside = inside.resize(
+        (max(1, round(right * scale) - x), max(1, round(bottom * scale) - y)),
+        Image.Resampling.NEAREST,
+    )
     hit = np.array(inside)[: pixels.shape[0] - y, : pixels.shape[1] - x] > 0
     window = pixels[y : y + hit.shape[0], x : x + hit.shape[1]]
     window[hit] = _blend(window[hit], paint, TINT)
@@ -154,20 +200,36 @@ def _shrunk(hit: np.ndarray, by: int) -> np.ndarray:
     """bool [H, W] without what is nearer than `by` pixels to its edge, up, down or to a side."""
     padded = np.pad(hit, by)
     height, width = hit.shape
-    moves = [(by + step * down, by + step * right) for step in (by, -by) for down, right in ((1, 0), (0, 1))]
-    return np.logical_and.reduce([padded[row : row + height, column : column + width] for row, column in moves])
+    moves = [
+        (by + step * down, by + step * right)
+        for step in (by, -by)
+        for down, right in ((1, 0), (0, 1))
+    ]
+    return np.logical_and.reduce(
+        [padded[row : row + height, column : column + width] for row, column in moves]
+    )
 
 
 def _frame(pen: ImageDraw.ImageDraw, box: Box, paint: Color, line: int) -> None:
     """A box's lines, between dark ones of half their width; a box without an area is a point."""
     left, top, right, bottom = box[0], box[1], max(box[0], box[2] - 1), max(box[1], box[3] - 1)
     around = max(1, line // 2)
-    pen.rectangle((left - around, top - around, right + around, bottom + around), outline=EDGE, width=line + 2 * around)
+    pen.rectangle(
+        (left - around, top - around, right + around, bottom + around),
+        outline=EDGE,
+        width=line + 2 * around,
+    )
     pen.rectangle((left, top, right, bottom), outline=paint, width=line)
 
 
 def _tag(
-    pen: ImageDraw.ImageDraw, text: str, box: Sequence[float], room: tuple[int, int], paint: Color, size: int, taken: Sequence[Box]
+    pen: ImageDraw.ImageDraw,
+    text: str,
+    box: Sequence[float],
+    room: tuple[int, int],
+    paint: Color,
+    size: int,
+    taken: Sequence[Box],
 ) -> list[Box]:
     """Write a name at a corner of its box [x, y, w, h]; where all corners are `taken`, its colour has to do. Gives the place."""
     letters, margin = font(text, size), max(2, size // 5)
@@ -180,7 +242,13 @@ def _tag(
     for place in free:
         pen.rectangle((place[0], place[1], place[2] - 1, place[3] - 1), fill=paint, outline=EDGE)
         # Letters stand on one line in all tags, whatever their own height.
-        pen.text((place[0] + margin - left, place[3] - margin - size * 0.14), text, font=letters, fill=_legible(paint), anchor="ls")
+        pen.text(
+            (place[0] + margin - left, place[3] - margin - size * 0.14),
+            text,
+            font=letters,
+            fill=_legible(paint),
+            anchor="ls",
+        )
     return free
 
 
@@ -198,7 +266,9 @@ def _meet(one: Box, other: Box) -> bool:
 # Maps of labels ----------------------------------------------------------------------------------------------------------
 
 
-def draw_map(image: np.ndarray, labels: np.ndarray, *, side: int = 0, ignore: int = -1) -> Image.Image:
+def draw_map(
+    image: np.ndarray, labels: np.ndarray, *, side: int = 0, ignore: int = -1
+) -> Image.Image:
     """Every pixel in its label's colour, dark lines between labels; those that are `ignore` show the picture alone."""
     canvas, _ = _scaled(image, side)
     # Nearest pixels, read one by one: Pillow resizes no whole numbers beyond 8 bits.
@@ -225,27 +295,44 @@ def shares(labels: np.ndarray, names: Sequence[str], *, ignore: int = -1) -> lis
     found, counts = np.unique(labels[labels != ignore], return_counts=True)
     order = np.argsort(-counts, kind="stable")
     return [
-        {"label": int(found[place]), "name": name_of(int(found[place]), names), "share": round(float(counts[place]) / labels.size, 4)}
+        {
+            "label": int(found[place]),
+            "name": name_of(int(found[place]), names),
+            "share": round(float(counts[place]) / labels.size, 4),
+        }
         for place in order
-    ]  # fmt: skip
+    ]
 
 
 def with_legend(picture: Image.Image, rows: Sequence[Mapping[str, Any]]) -> Image.Image:
     """A picture above the colours, names and shares of its classes, in as many columns as fit."""
     size = _letters(picture)
     margin, step = size // 2, round(size * 1.6)
-    lines = [(color(row["label"]), f"{cut_short(row['name'])}  {percent(row['share'])}") for row in rows[:LEGEND]]
+    lines = [
+        (color(row["label"]), f"{cut_short(row['name'])}  {percent(row['share'])}")
+        for row in rows[:LEGEND]
+    ]
     lines += [(PAPER, f"and {len(rows) - LEGEND} more")] if len(rows) > LEGEND else []
-    wide = math.ceil(max((font(text, size).getlength(text) for _, text in lines), default=0)) + size + 3 * margin
+    wide = (
+        math.ceil(max((font(text, size).getlength(text) for _, text in lines), default=0))
+        + size
+        + 3 * margin
+    )
     columns = max(1, min(len(lines), (picture.width - margin) // wide))
     deep = math.ceil(len(lines) / columns)
-    whole = Image.new("RGB", (max(picture.width, wide + margin), picture.height + deep * step + 2 * margin), PAPER)
+    whole = Image.new(
+        "RGB", (max(picture.width, wide + margin), picture.height + deep * step + 2 * margin), PAPER
+    )
     whole.paste(picture, (0, 0))
     pen = ImageDraw.Draw(whole)
     for place, (paint, text) in enumerate(lines):
         x, y = margin + place // deep * wide, picture.height + margin + place % deep * step
-        pen.rectangle((x, y, x + size, y + size), fill=paint, outline=EDGE if paint != PAPER else PAPER)
-        pen.text((x + size + margin, y + size * 0.86), text, font=font(text, size), fill=INK, anchor="ls")
+        pen.rectangle(
+            (x, y, x + size, y + size), fill=paint, outline=EDGE if paint != PAPER else PAPER
+        )
+        pen.text(
+            (x + size + margin, y + size * 0.86), text, font=font(text, size), fill=INK, anchor="ls"
+        )
     return whole
 
 
@@ -298,13 +385,30 @@ def _oklab(rgb: np.ndarray, *, blind: bool = False) -> np.ndarray:
     part = rgb / 255
     linear = np.where(part <= 0.04045, part / 12.92, ((part + 0.055) / 1.055) ** 2.4)
     if blind:
-        linear = linear @ np.array([[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.01182, 0.04294, 0.968881]]).T
-    cones = np.array([
-        [0.4122214708, 0.5363325363, 0.0514459929], [0.2119034982, 0.6806995451, 0.1073969566], [0.0883024619, 0.2817188376, 0.6299787005],
-    ])  # fmt: skip
-    lab = np.array([
-        [0.2104542553, 0.793617785, -0.0040720468], [1.9779984951, -2.428592205, 0.4505937099], [0.0259040371, 0.7827717662, -0.808675766],
-    ])  # fmt: skip
+        linear = (
+            linear
+            @ np.array(
+                [
+                    [0.367322, 0.860646, -0.227968],
+                    [0.280085, 0.672501, 0.047413],
+                    [-0.01182, 0.04294, 0.968881],
+                ]
+            ).T
+        )
+    cones = np.array(
+        [
+            [0.4122214708, 0.5363325363, 0.0514459929],
+            [0.2119034982, 0.6806995451, 0.1073969566],
+            [0.0883024619, 0.2817188376, 0.6299787005],
+        ]
+    )
+    lab = np.array(
+        [
+            [0.2104542553, 0.793617785, -0.0040720468],
+            [1.9779984951, -2.428592205, 0.4505937099],
+            [0.0259040371, 0.7827717662, -0.808675766],
+        ]
+    )
     return np.cbrt(linear @ cones.T) @ lab.T
 
 
@@ -331,7 +435,9 @@ def font(text: str, size: int) -> ImageFont.FreeTypeFont:
 def _lacking(letters: ImageFont.FreeTypeFont, text: str) -> bool:
     """Whether some letter of a text would come out as the box that stands for unknown ones."""
     unknown = bytes(letters.getmask("\U0010fffe"))
-    return any(not letter.isspace() and bytes(letters.getmask(letter)) == unknown for letter in set(text))
+    return any(
+        not letter.isspace() and bytes(letters.getmask(letter)) == unknown for letter in set(text)
+    )
 
 
 # Sizes -------------------------------------------------------------------------------------------------------------------
@@ -343,7 +449,9 @@ def _scaled(image: np.ndarray, side: int) -> tuple[Image.Image, float]:
     longest = max(drawn.size)
     scale = side / longest if side else float(max(1, math.ceil(LEAST / longest)))
     size = (max(1, round(drawn.width * scale)), max(1, round(drawn.height * scale)))
-    return drawn.resize(size, Image.Resampling.NEAREST if scale >= 2 else Image.Resampling.LANCZOS) if scale != 1 else drawn, scale
+    return drawn.resize(
+        size, Image.Resampling.NEAREST if scale >= 2 else Image.Resampling.LANCZOS
+    ) if scale != 1 else drawn, scale
 
 
 def _line(canvas: Image.Image) -> int:

@@ -8,27 +8,74 @@ from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
 
-from beit3.data.records import write_text
-from beit3.report.compare import aligned, command, differences, fields, figure, score_table, scored_apart, state, texts
-from beit3.report.curves import DASHES, MAX_RAW, PALETTE, TABLED, Chart, charts, curve, headline, part_curve, run_class, spelled, unit
+from beit3.data.stores.records import write_text
+from beit3.report.compare import (
+    aligned,
+    command,
+    differences,
+    fields,
+    figure,
+    score_table,
+    scored_apart,
+    state,
+    texts,
+)
+from beit3.report.curves import (
+    DASHES,
+    MAX_RAW,
+    PALETTE,
+    TABLED,
+    Chart,
+    charts,
+    curve,
+    headline,
+    part_curve,
+    run_class,
+    spelled,
+    unit,
+)
 from beit3.report.panels import Panel, panels
 from beit3.report.runs import Run, read_runs, tails
-from beit3.train.log import duration
+from beit3.training.log import duration
 
 HEADINGS: Mapping[str, tuple[str, str]] = {
-    "vqkd": ("Visual tokenizer", "A codebook of patches learnt from a teacher: what its codes mean."),
-    "pretrain": ("Pretraining", "Hidden words and patches: how well they are guessed, and what the guesses look like."),
-    "vqa": ("Visual question answering", "Questions about pictures the network has not seen, and what it answers."),
-    "nlvr2": ("Visual reasoning", "Statements on two pictures: whether the network finds them true."),
-    "captioning": ("Image captioning", "Pictures the network has not seen, and what it writes of them."),
-    "retrieval": ("Image-text retrieval", "Captions and pictures as points: which of the one lie nearest to the other."),
-    "imagenet": ("Image classification", "Pictures the network has not seen, and what it takes them for."),
+    "vqkd": (
+        "Visual tokenizer",
+        "A codebook of patches learnt from a teacher: what its codes mean.",
+    ),
+    "pretrain": (
+        "Pretraining",
+        "Hidden words and patches: how well they are guessed, and what the guesses look like.",
+    ),
+    "vqa": (
+        "Visual question answering",
+        "Questions about pictures the network has not seen, and what it answers.",
+    ),
+    "nlvr2": (
+        "Visual reasoning",
+        "Statements on two pictures: whether the network finds them true.",
+    ),
+    "captioning": (
+        "Image captioning",
+        "Pictures the network has not seen, and what it writes of them.",
+    ),
+    "retrieval": (
+        "Image-text retrieval",
+        "Captions and pictures as points: which of the one lie nearest to the other.",
+    ),
+    "imagenet": (
+        "Image classification",
+        "Pictures the network has not seen, and what it takes them for.",
+    ),
     "coco": (
         "Detection and instance segmentation",
         "Objects in pictures the network has not seen. The losses of stages may rise at first: as proposals get better, there are "
         "more objects among them whose class and box are to be learnt.",
     ),
-    "ade20k": ("Semantic segmentation", "Pictures the network has not seen, and what it takes every pixel of them for."),
+    "ade20k": (
+        "Semantic segmentation",
+        "Pictures the network has not seen, and what it takes every pixel of them for.",
+    ),
 }
 
 SOURCES = {"main": "records"}
@@ -58,10 +105,16 @@ def write_report(
     for run in read_runs(runs):
         groups.setdefault(run.task, []).append(run)
     labels = [run.label for group in groups.values() for run in group]
-    title = title or (" and ".join(labels) if len(labels) <= NAMED else f"{len(labels)} runs of {' and '.join(groups)}")
+    title = title or (
+        " and ".join(labels)
+        if len(labels) <= NAMED
+        else f"{len(labels)} runs of {' and '.join(groups)}"
+    )
     parts = [f"<h1>{escape(title)}</h1>", *(f"<p>{escape(note)}</p>" for note in notes)]
     if table:
-        parts.append(section("At a glance", "The figures of these runs side by side.", [data_table(table)]))
+        parts.append(
+            section("At a glance", "The figures of these runs side by side.", [data_table(table)])
+        )
     parts += [task_section(group) for group in groups.values()]
     out = Path(out)
     write_text(out, document(title, "\n".join(parts)))
@@ -84,9 +137,17 @@ def section(title: str, lead: str, parts: Iterable[str]) -> str:
 
 def task_section(runs: Sequence[Run]) -> str:
     """Everything of the runs of one task."""
-    title, lead = HEADINGS.get(runs[0].task, (runs[0].task, f"Figures and curves of the task {runs[0].task}."))
+    title, lead = HEADINGS.get(
+        runs[0].task, (runs[0].task, f"Figures and curves of the task {runs[0].task}.")
+    )
     parts = [run_line(run, index, several=len(runs) > 1) for index, run in enumerate(runs)]
-    parts += [score_panel(runs), source_scores(runs), difference_panel(runs), curve_panel(runs), part_panel(runs)]
+    parts += [
+        score_panel(runs),
+        source_scores(runs),
+        difference_panel(runs),
+        curve_panel(runs),
+        part_panel(runs),
+    ]
     parts += [*map(panel_html, panels(ends(runs))), place_panel(runs)]
     return section(title, lead, parts)
 
@@ -94,7 +155,11 @@ def task_section(runs: Sequence[Run]) -> str:
 def ends(runs: Sequence[Run]) -> list[Run]:
     """The runs that no other one of these started from: an earlier part of the same training gets curves, not pictures."""
     begun = [Path(run.init).resolve() for run in runs if run.init]
-    return [run for run in runs if not any(run.path in start.parents or run.path == start for start in begun)]
+    return [
+        run
+        for run in runs
+        if not any(run.path in start.parents or run.path == start for start in begun)
+    ]
 
 
 def panel_html(panel: Panel) -> str:
@@ -104,13 +169,17 @@ def panel_html(panel: Panel) -> str:
 def run_line(run: Run, index: int, *, several: bool) -> str:
     """One line on a run: its name, length, batch, start and, where they were logged, time, pace and memory."""
     batch = run.recipe.get("data", {}).get("batch", {})
-    facts = [f"{run.steps} steps"] + [f"{count} {SOURCES.get(name, name)} a step" for name, count in batch.items() if count]
+    facts = [f"{run.steps} steps"] + [
+        f"{count} {SOURCES.get(name, name)} a step" for name, count in batch.items() if count
+    ]
     # Weights lie at RUN/best: the last two parts name them without the machine's folders.
     facts.append(f"from {tails([run.init], least=2)[0]}" if run.init else "from scratch")
     costs = (
-        (run.seconds(), duration), (run.waiting(), "{:.0%} of it waiting for records".format),
-        (run.rate(), "{:.0f} records/s".format), (run.memory(), "{:.1f} GB at its peak".format),
-    )  # fmt: skip
+        (run.seconds(), duration),
+        (run.waiting(), "{:.0%} of it waiting for records".format),
+        (run.rate(), "{:.0f} records/s".format),
+        (run.memory(), "{:.1f} GB at its peak".format),
+    )
     facts += [form(value) for value, form in costs if value]
     name = f'<span class="run {run_class(index) if several else ""}">{escape(run.label)}</span>'
     return f'<p class="facts">{name} {escape(" · ".join(facts))}</p>'
@@ -124,8 +193,14 @@ def score_panel(runs: Sequence[Run]) -> str:
         names = [name for name in score_names(runs) if "/" not in name and name not in TABLED]
         return f'<div class="tiles">{"".join(tile(runs[0], name) for name in names)}</div>'
     apart = scored_apart(runs)
-    lead = f"No best is marked: {' and '.join(apart)} are not the same in all runs." if apart else "★ marks the best of a column."
-    return f'<h3>Scores</h3><p class="lead">On held-out records. {escape(lead)}</p>{score_table(runs)}'
+    lead = (
+        f"No best is marked: {' and '.join(apart)} are not the same in all runs."
+        if apart
+        else "★ marks the best of a column."
+    )
+    return (
+        f'<h3>Scores</h3><p class="lead">On held-out records. {escape(lead)}</p>{score_table(runs)}'
+    )
 
 
 def score_names(runs: Sequence[Run]) -> list[str]:
@@ -146,8 +221,14 @@ def source_scores(runs: Sequence[Run]) -> str:
     for name in score_names(runs):
         if "/" in name:
             values = aligned(name, [run.scores.get(name) for run in runs])
-            rows.append({"score": name + unit(name, runs[0].task)} | dict(zip(labels, values, strict=True)))
-    return f"<details><summary>Scores of each source</summary>{data_table(rows)}</details>" if rows else ""
+            rows.append(
+                {"score": name + unit(name, runs[0].task)} | dict(zip(labels, values, strict=True))
+            )
+    return (
+        f"<details><summary>Scores of each source</summary>{data_table(rows)}</details>"
+        if rows
+        else ""
+    )
 
 
 def difference_panel(runs: Sequence[Run]) -> str:
@@ -156,7 +237,9 @@ def difference_panel(runs: Sequence[Run]) -> str:
         return ""
     found = [difference_table(runs, [kind(run) for run in runs]) for kind in (fields, state)]
     lead = "Fields of the recipe and what the runs read; what is not listed is the same in all."
-    body = found[0] or '<p class="none">Nothing: the recipes and what the runs read are the same.</p>'
+    body = (
+        found[0] or '<p class="none">Nothing: the recipes and what the runs read are the same.</p>'
+    )
     where = f"<h3>Machine and code</h3>{found[1]}" if found[1] else ""
     return f'<h3>What differs</h3><p class="lead">{lead}</p>{body}{where}'
 
@@ -164,7 +247,12 @@ def difference_panel(runs: Sequence[Run]) -> str:
 def difference_table(runs: Sequence[Run], values: Sequence[Mapping]) -> str:
     """A row per name whose values differ, a column per run; empty where none does."""
     labels = [run.label for run in runs]
-    return data_table([{"field": name} | dict(zip(labels, row, strict=True)) for name, row in differences(values).items()])
+    return data_table(
+        [
+            {"field": name} | dict(zip(labels, row, strict=True))
+            for name, row in differences(values).items()
+        ]
+    )
 
 
 def curve_panel(runs: Sequence[Run]) -> str:
@@ -172,7 +260,11 @@ def curve_panel(runs: Sequence[Run]) -> str:
     found = charts(runs)
     if not found:
         return '<p class="none">No steps logged yet.</p>'
-    others = [chart for chart in found if not chart.training and chart.held_out != (f"val/{headline(runs[0].task)}",)]
+    others = [
+        chart
+        for chart in found
+        if not chart.training and chart.held_out != (f"val/{headline(runs[0].task)}",)
+    ]
     folded = others if len(others) > UNFOLDED else []
     shown = figure_grid([curve(runs, chart) for chart in found if chart not in folded])
     if folded:
@@ -184,34 +276,59 @@ def curve_panel(runs: Sequence[Run]) -> str:
 
 def part_panel(runs: Sequence[Run]) -> str:
     """Gradient norms, whole and by part of the network, and the learning rates of groups; empty where none was logged."""
-    whole = [curve(runs, Chart("gradient norm", "gradient_norm"))] if any(len(run.series("gradient_norm")[0]) for run in runs) else []
+    whole = (
+        [curve(runs, Chart("gradient norm", "gradient_norm"))]
+        if any(len(run.series("gradient_norm")[0]) for run in runs)
+        else []
+    )
     parts = [
         part_curve(run, prefix, f"{title}: {run.label}" if len(runs) > 1 else title)
-        for prefix, title in (("gradient_norm", "gradient norm by part"), ("lr", "learning rate by group"))
-        for run in runs if len(run.names(f"{prefix}/")) > 1
-    ]  # fmt: skip
+        for prefix, title in (
+            ("gradient_norm", "gradient norm by part"),
+            ("lr", "learning rate by group"),
+        )
+        for run in runs
+        if len(run.names(f"{prefix}/")) > 1
+    ]
     if not whole and not parts:
         return ""
     lead = "Gradient norms before clipping, of the network and, where they were logged, of its parts; learning rates of its groups."
-    folded = f"<details><summary>Parts of each network</summary>{figure_grid(parts)}</details>" if parts and len(runs) > MAX_RAW else ""
+    folded = (
+        f"<details><summary>Parts of each network</summary>{figure_grid(parts)}</details>"
+        if parts and len(runs) > MAX_RAW
+        else ""
+    )
     shown = figure_grid(whole) + folded if folded else figure_grid(whole + parts)
     return f'<h3>Gradients and rates</h3><p class="lead">{lead}</p>{legend(runs)}{shown}'
 
 
 def place_panel(runs: Sequence[Run]) -> str:
     """Where the runs ran, by which code and command, folded away; empty where they did not keep it."""
-    rows = [{"run": run.label} | {name: texts([value])[0] for name, value in state(run).items()} for run in runs if run.environment]
+    rows = [
+        {"run": run.label} | {name: texts([value])[0] for name, value in state(run).items()}
+        for run in runs
+        if run.environment
+    ]
     lines = [
         f"<dt>{escape(run.label)}, started {escape(run.environment.get('started', 'at an unknown time'))}</dt>"
-        f"<dd><code>{escape(command(run))}</code></dd>" for run in runs if command(run)
-    ]  # fmt: skip
+        f"<dd><code>{escape(command(run))}</code></dd>"
+        for run in runs
+        if command(run)
+    ]
     said = f"<dl>{''.join(lines)}</dl>" if lines else ""
-    return f"<details><summary>Machine, code and command</summary>{data_table(rows)}{said}</details>" if rows or lines else ""
+    return (
+        f"<details><summary>Machine, code and command</summary>{data_table(rows)}{said}</details>"
+        if rows or lines
+        else ""
+    )
 
 
 def legend(runs: Sequence[Run]) -> str:
     """Each run's name beside its colour and dash; empty for one run."""
-    names = (f'<span class="run {run_class(index)}">{escape(run.label)}</span>' for index, run in enumerate(runs))
+    names = (
+        f'<span class="run {run_class(index)}">{escape(run.label)}</span>'
+        for index, run in enumerate(runs)
+    )
     return f'<p class="legend">{" ".join(names)}</p>' if len(runs) > 1 else ""
 
 
@@ -225,22 +342,31 @@ def data_table(rows: Sequence[Mapping[str, str]]) -> str:
         return ""
     columns = list(dict.fromkeys(name for row in rows for name in row))
     head = "".join(f'<th scope="col">{escape(str(name))}</th>' for name in columns)
-    cells = ("".join(f"<td>{escape(str(row.get(name, '')))}</td>" for name in columns) for row in rows)
+    cells = (
+        "".join(f"<td>{escape(str(row.get(name, '')))}</td>" for name in columns) for row in rows
+    )
     body = "".join(f"<tr>{row}</tr>" for row in cells)
     return f'<div class="scroll" tabindex="0"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
 def run_styles() -> str:
     """A stroke in the curves' colour and dash before everything that names a run."""
-    looks = ((PALETTE[index % len(PALETTE)], DASHES[index % len(DASHES)]) for index in range(len(PALETTE) * len(DASHES)))
-    return "".join(f".run{index}{{--run:{stroke(color, dash)}}}" for index, (color, dash) in enumerate(looks))
+    looks = (
+        (PALETTE[index % len(PALETTE)], DASHES[index % len(DASHES)])
+        for index in range(len(PALETTE) * len(DASHES))
+    )
+    return "".join(
+        f".run{index}{{--run:{stroke(color, dash)}}}" for index, (color, dash) in enumerate(looks)
+    )
 
 
 def stroke(color: str, dash: Sequence[float]) -> str:
     """A dash as CSS, the line 3 pixels wide."""
     stops, at = [], 0.0
     for index, length in enumerate(dash or (1, 0)):
-        stops.append(f"{'transparent' if index % 2 else color} {3 * at:g}px {3 * (at + length):g}px")
+        stops.append(
+            f"{'transparent' if index % 2 else color} {3 * at:g}px {3 * (at + length):g}px"
+        )
         at += length
     return f"repeating-linear-gradient(90deg,{','.join(stops)})"
 

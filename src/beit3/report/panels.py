@@ -15,10 +15,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from beit3.report.answers import captioning_panels, imagenet_panels, nlvr2_panels, retrieval_panels, vqa_panels
+from beit3.report.answers import (
+    captioning_panels,
+    imagenet_panels,
+    nlvr2_panels,
+    retrieval_panels,
+    vqa_panels,
+)
 from beit3.report.curves import usage_bars, usage_figures
 from beit3.report.dense import ade20k_panels, coco_panels
-from beit3.report.material import Panel, panel, records, spread, weights
+from beit3.report.panel_inputs import Panel, panel, records, spread, weights
 from beit3.report.pictures import assemble, cut, hatch, picture, pixels
 from beit3.report.runs import Run
 from beit3.task import Batch, Record, Task
@@ -26,7 +32,7 @@ from beit3.tasks.pretrain import IGNORE, Pretrain
 from beit3.tasks.vqkd import VQKD
 from beit3.tokenizer.text import TextTokenizer
 from beit3.tokenizer.visual import VisualTokenizer
-from beit3.train.evaluate import batches
+from beit3.training.evaluate import batches
 
 MAX_PATCHES = 20_000
 """Patches behind the mean patches: 1250 pictures of the embedded world or 102 of 224 pixels, both in seconds."""
@@ -101,7 +107,11 @@ def code_book(network: VisualTokenizer, task: Task, found: Iterable[Record]) -> 
     sums, counts = np.zeros((num_codes, side, side, 3)), np.zeros(num_codes, dtype=np.int64)
     for batch in batches(task, islice(iter(found), limit), 64):
         codes = network.codes(batch["token_image"]).numpy().reshape(-1)
-        np.add.at(sums, codes, np.concatenate([cut(image, side) for image in pixels(batch["token_image"])]))
+        np.add.at(
+            sums,
+            codes,
+            np.concatenate([cut(image, side) for image in pixels(batch["token_image"])]),
+        )
         counts += np.bincount(codes, minlength=num_codes)
     means = (sums / np.maximum(1, counts)[:, None, None, None]).round().astype(np.uint8)
     means[counts == 0] = hatch(side, side)
@@ -118,7 +128,10 @@ def _codebook(run: Run) -> str:
     caption = f"average patch of each code{rest}, commonest first; hatched = never given"
     mosaic = assemble(seen.patches[order], (-(-len(order) // 16), 16), gap=1)
     return (
-        figures((f"{share:.0%}", f"of {len(held_out.counts)} codes in use"), (f"{perplexity:.1f}", "perplexity"))
+        figures(
+            (f"{share:.0%}", f"of {len(held_out.counts)} codes in use"),
+            (f"{perplexity:.1f}", "perplexity"),
+        )
         + f'<div class="wide"><figure>{usage_bars(held_out.counts)}</figure>'
         + f"<figure>{picture(mosaic, caption, mosaic=True)}<figcaption>{caption}</figcaption></figure></div>"
     )
@@ -128,11 +141,15 @@ def _codebook(run: Run) -> str:
 def _code_maps(run: Run) -> str:
     tokenizer = weights(run, VQKD)
     book = code_book(tokenizer.backbone, tokenizer, records(run, "main", "train"))
-    batch = tokenizer.collate([tokenizer.example(record, False) for record in spread(records(run, "main", "val"), 12)])
+    batch = tokenizer.collate(
+        [tokenizer.example(record, False) for record in spread(records(run, "main", "val"), 12)]
+    )
     codes = tokenizer.outputs(batch)["codes"].numpy()
     side = tokenizer.config.model.patch_size
     shown = []
-    for number, (image, row) in enumerate(zip(pixels(batch["token_image"]), codes, strict=True), start=1):
+    for number, (image, row) in enumerate(
+        zip(pixels(batch["token_image"]), codes, strict=True), start=1
+    ):
         rebuilt = assemble(book.patches[row], (image.shape[0] // side, image.shape[1] // side))
         above, below = f"held-out picture {number}", f"picture {number} in average patches"
         shown.append(f"<figure>{picture(image, above)}{picture(rebuilt, below)}</figure>")
@@ -146,29 +163,43 @@ def trained_on(run: Run, kind: str) -> list[str]:
     """The sources in which this run hid `kind` ("image" or "text"), the source of that kind alone first."""
     visited = [name for name in (f"{kind}s", "pairs") if run.recipe["data"]["batch"].get(name)]
     other = {"image": "text_only", "text": "image_only"}[kind]
-    return [name for name in visited if name != "pairs" or run.recipe["task"].get("pair_masking") != other]
+    return [
+        name
+        for name in visited
+        if name != "pairs" or run.recipe["task"].get("pair_masking") != other
+    ]
 
 
 @torch.no_grad()
 def _hidden_patches(run: Run) -> str:
     sources = trained_on(run, "image")
     if not sources:
-        raise ValueError("this run hid no patches in training, so it has not learnt to fill them in")
+        raise ValueError(
+            "this run hid no patches in training, so it has not learnt to fill them in"
+        )
     task = weights(run, Pretrain)
     if task.visual_tokenizer is None:
         raise ValueError("these weights name no visual tokenizer, so their codes cannot be shown")
     book = code_book(task.visual_tokenizer, task, records(run, sources[0], "train"))
-    examples = (task.example(record, False) for record in spread(records(run, sources[0], "val"), 24))
+    examples = (
+        task.example(record, False) for record in spread(records(run, sources[0], "val"), 24)
+    )
     masked = [example for example in examples if example["image_mask"].any()]
     batch = task.collate(masked[:: max(1, len(masked) // 6)][:6])
     guesses = task.outputs(batch)["image_logits"].argmax(-1).numpy()
     truth, masks = task.codes(batch).numpy(), batch["image_mask"].numpy()
     rows = map(patch_row, pixels(batch["token_image"]), masks, guesses, truth, repeat(book))
-    heads = "".join(f"<span>{name}</span>" for name in ("picture", "as seen", "filled in", "true codes"))
-    return f'<div class="quads">{"".join(f"<div class=quad>{heads}{row}</div>" for row in rows)}</div>'
+    heads = "".join(
+        f"<span>{name}</span>" for name in ("picture", "as seen", "filled in", "true codes")
+    )
+    return (
+        f'<div class="quads">{"".join(f"<div class=quad>{heads}{row}</div>" for row in rows)}</div>'
+    )
 
 
-def patch_row(image: np.ndarray, mask: np.ndarray, guess: np.ndarray, true: np.ndarray, book: CodeBook) -> str:
+def patch_row(
+    image: np.ndarray, mask: np.ndarray, guess: np.ndarray, true: np.ndarray, book: CodeBook
+) -> str:
     """Four pictures of one masked image and how many of its hidden patches were named exactly.
 
     image [H, W, 3]; mask [P] bool; guess and true: codes [P].
@@ -183,7 +214,10 @@ def patch_row(image: np.ndarray, mask: np.ndarray, guess: np.ndarray, true: np.n
         picture(image, "a held-out picture"),
         picture(assemble(masked, grid), f"the same with {hidden} of {len(mask)} patches hidden"),
         picture(assemble(filled, grid), "its hidden patches filled in from predicted codes"),
-        picture(assemble(book.patches[true], grid), "the whole picture in average patches of its true codes"),
+        picture(
+            assemble(book.patches[true], grid),
+            "the whole picture in average patches of its true codes",
+        ),
     )
     return f"{''.join(shown)}<small>{right} of {hidden} hidden patches named exactly</small>"
 
@@ -191,16 +225,27 @@ def patch_row(image: np.ndarray, mask: np.ndarray, guess: np.ndarray, true: np.n
 @torch.no_grad()
 def _hidden_words(run: Run) -> str:
     if "pairs" not in trained_on(run, "text"):
-        raise ValueError("this run hid no words of image-text pairs in training, so it has not learnt to fill them in")
+        raise ValueError(
+            "this run hid no words of image-text pairs in training, so it has not learnt to fill them in"
+        )
     task = weights(run, Pretrain, frozen=False)
     batch = word_batch(task, spread(records(run, "pairs", "val"), COUNTED_PAIRS))
     guesses = (fill_words(task, batch, seeing=True), fill_words(task, batch, seeing=False))
     hidden = batch["text_target"] != IGNORE
-    seeing, blind = (float((guess == batch["text_target"])[hidden].float().mean()) for guess in guesses)
-    caveat = "" if run.recipe["data"]["batch"].get("texts") else " It has never trained on a text without a picture."
+    seeing, blind = (
+        float((guess == batch["text_target"])[hidden].float().mean()) for guess in guesses
+    )
+    caveat = (
+        ""
+        if run.recipe["data"]["batch"].get("texts")
+        else " It has never trained on a text without a picture."
+    )
     rows = np.unique(np.linspace(0, len(batch["id"]) - 1, 8).round().astype(int))
     return (
-        figures((f"{seeing:.0%}", "of hidden words right with the picture"), (f"{blind:.0%}", "without it"))
+        figures(
+            (f"{seeing:.0%}", "of hidden words right with the picture"),
+            (f"{blind:.0%}", "without it"),
+        )
         + f"<p>Over {len(batch['id'])} held-out pairs.{caveat} "
         + '<mark class="right">✓ right</mark> <mark class="wrong">✗ wrong <i>true word</i></mark></p>'
         + f'<div class="cards">{"".join(word_card(task, batch, guesses, row) for row in rows)}</div>'
@@ -214,7 +259,9 @@ def word_batch(task: Pretrain, found: Sequence[Record]) -> Batch:
     if not examples:
         raise ValueError("no held-out pair has a hidden word")
     batch = task.collate(examples)
-    return batch | {"text": batch["text"].masked_fill(batch["text_target"] != IGNORE, task.tokenizer.mask)}
+    return batch | {
+        "text": batch["text"].masked_fill(batch["text_target"] != IGNORE, task.tokenizer.mask)
+    }
 
 
 def fill_words(task: Pretrain, batch: Batch, *, seeing: bool) -> Tensor:
@@ -222,7 +269,12 @@ def fill_words(task: Pretrain, batch: Batch, *, seeing: bool) -> Tensor:
     chosen = ("text", "text_padding", "image", "image_mask") if seeing else ("text", "text_padding")
     names = [name for name in chosen if name in batch]
     parts = zip(*(batch[name].split(16) for name in names), strict=True)
-    return torch.cat([task.outputs(dict(zip(names, part, strict=True)))["text_logits"].argmax(-1) for part in parts])
+    return torch.cat(
+        [
+            task.outputs(dict(zip(names, part, strict=True)))["text_logits"].argmax(-1)
+            for part in parts
+        ]
+    )
 
 
 def word_card(task: Pretrain, batch: Batch, guesses: tuple[Tensor, Tensor], row: int) -> str:
@@ -231,7 +283,9 @@ def word_card(task: Pretrain, batch: Batch, guesses: tuple[Tensor, Tensor], row:
     if "image_mask" in batch:
         side = task.config.model.patch_size
         mask = batch["image_mask"][row].numpy()[:, None, None, None]
-        image = assemble(np.where(mask, hatch(side, side), cut(image, side)), task.config.model.grid)
+        image = assemble(
+            np.where(mask, hatch(side, side), cut(image, side)), task.config.model.grid
+        )
     target = batch["text_target"][row]
     whole = torch.where(target == IGNORE, batch["text"][row], target).tolist()
     hidden = (target != IGNORE).tolist()
@@ -243,7 +297,9 @@ def word_card(task: Pretrain, batch: Batch, guesses: tuple[Tensor, Tensor], row:
     return f'<div class="card">{picture(image, f"picture of: {task.tokenizer.decode(whole)}")}<dl>{body}</dl></div>'
 
 
-def sentence(tokenizer: TextTokenizer, ids: Sequence[int], hidden: Sequence[bool], guess: Sequence[int]) -> str:
+def sentence(
+    tokenizer: TextTokenizer, ids: Sequence[int], hidden: Sequence[bool], guess: Sequence[int]
+) -> str:
     """A caption as HTML: hidden pieces as guessed, marked right, or wrong beside the truth; as gaps without a guess."""
     parts = []
     for place, (true, is_hidden) in enumerate(zip(ids, hidden, strict=True)):

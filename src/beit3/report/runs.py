@@ -39,7 +39,11 @@ class Run:
 
     def names(self, prefix: str = "") -> list[str]:
         """Logged names that start with `prefix`, in the order in which they first came."""
-        return [name for name in dict.fromkeys(key for line in self.metrics for key in line) if name.startswith(prefix)]
+        return [
+            name
+            for name in dict.fromkeys(key for line in self.metrics for key in line)
+            if name.startswith(prefix)
+        ]
 
     @property
     def steps(self) -> int:
@@ -53,7 +57,11 @@ class Run:
 
     def rate(self) -> float:
         """Records a second, the median over the run's lines; 0 where the run did not log its seconds."""
-        found = [line["samples"] / line["seconds"] for line in self.metrics if line.get("seconds") and line.get("samples")]
+        found = [
+            line["samples"] / line["seconds"]
+            for line in self.metrics
+            if line.get("seconds") and line.get("samples")
+        ]
         return float(np.median(found)) if found else 0.0
 
     def waiting(self) -> float:
@@ -68,7 +76,9 @@ class Run:
 def read_runs(paths: Sequence[Path]) -> list[Run]:
     """Runs, each once, labelled by as many of their path's last parts as tell them apart; ValueError for what is no run."""
     paths = list(dict.fromkeys(Path(path).resolve() for path in paths))
-    return [_read_run(path, label) for path, label in zip(paths, tails(map(str, paths)), strict=True)]
+    return [
+        _read_run(path, label) for path, label in zip(paths, tails(map(str, paths)), strict=True)
+    ]
 
 
 def tails(paths: Iterable[str], least: int = 1) -> list[str]:
@@ -89,10 +99,21 @@ def _read_run(path: Path, label: str) -> Run:
     if recipe is None:
         raise ValueError(f"{path} is not a run: it has no recipe.json")
     if not isinstance(recipe, dict) or not {"task", "recipe"} <= recipe.keys():
-        raise ValueError(f"{path} holds no run (recipe.json with task and recipe): give one that beit3 train wrote")
+        raise ValueError(
+            f"{path} holds no run (recipe.json with task and recipe): give one that beit3 train wrote"
+        )
     scores = _json(path / "scores.json") or {}
     beside = [recipe.get(name) or {} for name in ("inputs", "environment")]
-    return Run(path, label, recipe["task"], recipe.get("init", ""), recipe["recipe"], _metrics(path / "metrics.jsonl"), scores, *beside)
+    return Run(
+        path,
+        label,
+        recipe["task"],
+        recipe.get("init", ""),
+        recipe["recipe"],
+        _metrics(path / "metrics.jsonl"),
+        scores,
+        *beside,
+    )
 
 
 def _metrics(path: Path) -> list[dict[str, float]]:
@@ -106,7 +127,9 @@ def _metrics(path: Path) -> list[dict[str, float]]:
             found.append(json.loads(line))
             int(found[-1]["step"])
         except (ValueError, TypeError, KeyError):
-            raise ValueError(f"{path} line {number} is no JSON object with a step: delete the line") from None
+            raise ValueError(
+                f"{path} line {number} is no JSON object with a step: delete the line"
+            ) from None
     return found
 
 
@@ -117,7 +140,9 @@ def _json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error}): delete it and run the training again") from None
+        raise ValueError(
+            f"{path} is not JSON ({error}): delete it and run the training again"
+        ) from None
 
 
 def _finite(value: Any) -> bool:

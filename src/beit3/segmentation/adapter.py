@@ -25,7 +25,13 @@ from torch.utils.checkpoint import checkpoint
 from beit3.model.config import ModelConfig
 from beit3.model.trunk import ImageTrunk, global_layers
 from beit3.ops.deformable import Grids
-from beit3.segmentation.interaction import DeformableAttention, Extractor, Injector, maps_to_sequence, sequence_to_maps
+from beit3.segmentation.interaction import (
+    DeformableAttention,
+    Extractor,
+    Injector,
+    maps_to_sequence,
+    sequence_to_maps,
+)
 from beit3.segmentation.prior import SpatialPrior, buffers_spared
 
 NUM_PRIORS = 3
@@ -66,17 +72,32 @@ class ViTAdapter(nn.Module):
         self.config, self.patch_size = config, model.patch_size
         self.stops = global_layers(model.depth, config.num_interactions)
         dim, inner = model.dim, int(model.dim * config.deform_ratio)
-        attend = partial(DeformableAttention, dim, inner, num_heads=config.num_heads or model.num_heads, num_points=config.num_points)
+        attend = partial(
+            DeformableAttention,
+            dim,
+            inner,
+            num_heads=config.num_heads or model.num_heads,
+            num_points=config.num_points,
+        )
 
         def extractor() -> Extractor:
             attention = attend(num_maps=1)
-            return Extractor(dim, attention, ffn_dim=int(dim * config.ffn_ratio), drop_path_rate=config.drop_path_rate)
+            return Extractor(
+                dim,
+                attention,
+                ffn_dim=int(dim * config.ffn_ratio),
+                drop_path_rate=config.drop_path_rate,
+            )
 
         self.prior = SpatialPrior(dim, config.inplanes, model.patch_size)
         self.level_embedding = nn.Parameter(torch.zeros(NUM_PRIORS, dim))
-        self.injectors = nn.ModuleList(Injector(dim, attend(num_maps=NUM_PRIORS)) for _ in self.stops)
+        self.injectors = nn.ModuleList(
+            Injector(dim, attend(num_maps=NUM_PRIORS)) for _ in self.stops
+        )
         self.extractors = nn.ModuleList(extractor() for _ in self.stops)
-        self.extra_extractors = nn.ModuleList(extractor() for _ in range(config.num_extra_extractors))
+        self.extra_extractors = nn.ModuleList(
+            extractor() for _ in range(config.num_extra_extractors)
+        )
         self.enlarge = nn.ConvTranspose2d(dim, dim, 2, stride=2)
         self.norms = nn.ModuleList(nn.BatchNorm2d(dim) for _ in self.strides)
 
@@ -93,7 +114,10 @@ class ViTAdapter(nn.Module):
         states, (finest, *priors) = self.interact(image, trunk)
         rows, columns = finest.shape[2:]
         maps = [finest + self.enlarge(priors[0])[:, :, :rows, :columns], *priors]
-        sums = [each + resized(states[depth], each) for each, depth in zip(maps, self.depths, strict=True)]
+        sums = [
+            each + resized(states[depth], each)
+            for each, depth in zip(maps, self.depths, strict=True)
+        ]
         return tuple(norm(each) for norm, each in zip(self.norms, sums, strict=True))
 
     @property
@@ -110,14 +134,27 @@ class ViTAdapter(nn.Module):
         finest, *maps = self._run(self.prior, image)
         states = trunk.embed(image)
         grid = states.shape[1:3]
-        here, there = Grids.of([(grid[0], grid[1])], image), Grids.of([(each.shape[2], each.shape[3]) for each in maps], image)
-        embedded = [each + level[:, None, None] for each, level in zip(maps, self.level_embedding, strict=True)]
+        here, there = (
+            Grids.of([(grid[0], grid[1])], image),
+            Grids.of([(each.shape[2], each.shape[3]) for each in maps], image),
+        )
+        embedded = [
+            each + level[:, None, None]
+            for each, level in zip(maps, self.level_embedding, strict=True)
+        ]
         priors, start, found = maps_to_sequence(embedded), 0, []
-        for stop, injector, extractor in zip(self.stops, self.injectors, self.extractors, strict=True):
-            states = self._run(injector, states.flatten(1, 2), here, priors, there).unflatten(1, grid)
+        for stop, injector, extractor in zip(
+            self.stops, self.injectors, self.extractors, strict=True
+        ):
+            states = self._run(injector, states.flatten(1, 2), here, priors, there).unflatten(
+                1, grid
+            )
             for layer in range(start, stop + 1):
                 states = trunk.blocks[layer](states)
-            priors, start = self._run(extractor, priors, there, states.flatten(1, 2), here), stop + 1
+            priors, start = (
+                self._run(extractor, priors, there, states.flatten(1, 2), here),
+                stop + 1,
+            )
             found.append(trunk.finished(states))
         for extractor in self.extra_extractors:
             priors = self._run(extractor, priors, there, states.flatten(1, 2), here)
@@ -150,7 +187,9 @@ class ViTAdapter(nn.Module):
         elif parameter.ndim == 1:
             values.fill_(1.0)  # a norm's weight
         elif isinstance(layer, nn.Conv2d | nn.ConvTranspose2d):
-            reached = layer.out_channels * layer.kernel_size[0] * layer.kernel_size[1] // layer.groups
+            reached = (
+                layer.out_channels * layer.kernel_size[0] * layer.kernel_size[1] // layer.groups
+            )
             values.normal_(0, (2 / reached) ** 0.5, generator=generator)
         elif part in ("value", "out"):
             nn.init.xavier_uniform_(values, generator=generator)
@@ -174,13 +213,19 @@ class ViTAdapter(nn.Module):
 
 def resized(states: Tensor, like: Tensor) -> Tensor:
     """States [B, h, w, D] of the trunk as a map [B, D, H, W] of the size of `like`."""
-    return F.interpolate(states.permute(0, 3, 1, 2), size=like.shape[2:], mode="bilinear", align_corners=False)
+    return F.interpolate(
+        states.permute(0, 3, 1, 2), size=like.shape[2:], mode="bilinear", align_corners=False
+    )
 
 
 def check(model: ModelConfig, config: AdapterConfig) -> None:
     """ValueError where an adapter does not fit its trunk."""
     heads, inner = config.num_heads or model.num_heads, model.dim * config.deform_ratio
     if inner < heads or inner % heads:
-        raise ValueError(f"deform_ratio {config.deform_ratio} of dim {model.dim} is no multiple of num_heads {heads}: change one of them")
+        raise ValueError(
+            f"deform_ratio {config.deform_ratio} of dim {model.dim} is no multiple of num_heads {heads}: change one of them"
+        )
     if not 0 < config.num_interactions <= model.depth:
-        raise ValueError(f"num_interactions {config.num_interactions} of a trunk of {model.depth} blocks: give 1 to {model.depth}")
+        raise ValueError(
+            f"num_interactions {config.num_interactions} of a trunk of {model.depth} blocks: give 1 to {model.depth}"
+        )

@@ -31,16 +31,24 @@ class HeadConfig:
 
     def __post_init__(self) -> None:
         if self.hidden_dim < 1 or self.hidden_dim % 32 or self.hidden_dim % self.num_heads:
-            raise ValueError(f"hidden_dim {self.hidden_dim}: give a multiple of 32 and of the {self.num_heads} heads")
+            raise ValueError(
+                f"hidden_dim {self.hidden_dim}: give a multiple of 32 and of the {self.num_heads} heads"
+            )
         for name in ("encoder_layers", "decoder_layers", "num_queries", "num_points"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} {getattr(self, name)}: give at least 1")
         if not 0 <= self.importance <= 1 or self.oversample < 1:
-            raise ValueError(f"importance {self.importance}, oversample {self.oversample}: give a share, and at least 1")
+            raise ValueError(
+                f"importance {self.importance}, oversample {self.oversample}: give a share, and at least 1"
+            )
         if not 0 < self.no_object_weight <= 1:
-            raise ValueError(f"no_object_weight {self.no_object_weight}: give a number above 0, at most 1")
+            raise ValueError(
+                f"no_object_weight {self.no_object_weight}: give a number above 0, at most 1"
+            )
 
 
 SMALL_HEAD = HeadConfig()
-LARGE_HEAD = HeadConfig(hidden_dim=1024, num_heads=32, encoder_ffn=4096, decoder_ffn=4096, num_queries=200)
+LARGE_HEAD = HeadConfig(
+    hidden_dim=1024, num_heads=32, encoder_ffn=4096, decoder_ffn=4096, num_queries=200
+)
 """ViT-Adapter's for BEiT-large and giant at 896 pixels."""

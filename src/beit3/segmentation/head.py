@@ -38,10 +38,14 @@ class MaskHead(nn.Module):
 
     def forward(self, features: Sequence[Tensor]) -> Predicted:
         """Four maps, largest first -> what the queries say before the first layer and after each."""
-        with torch.autocast(features[0].device.type, enabled=False):  # sampling locations need all bits
+        with torch.autocast(
+            features[0].device.type, enabled=False
+        ):  # sampling locations need all bits
             pixels = self.pixels([at_least_float32(each) for each in features])
         found = self.queries(pixels.multi_scale_features, pixels.mask_features)
-        classes = tuple(self.classes(states.transpose(0, 1)) for states in found.intermediate_hidden_states)
+        classes = tuple(
+            self.classes(states.transpose(0, 1)) for states in found.intermediate_hidden_states
+        )
         return Predicted(masks=tuple(found.masks_queries_logits), classes=classes)
 
     # Training --------------------------------------------------------------------------------------------------------
@@ -50,9 +54,15 @@ class MaskHead(nn.Module):
     def loss_weights(self) -> Mapping[str, float]:
         """Weights of the means of `losses`: with them the total is the published sum over all layers."""
         config, layers = self.config, self.config.decoder_layers + 1
-        return {"mask": config.mask_weight * layers, "dice": config.dice_weight * layers, "class": config.class_weight * layers}
+        return {
+            "mask": config.mask_weight * layers,
+            "dice": config.dice_weight * layers,
+            "class": config.class_weight * layers,
+        }
 
-    def losses(self, predicted: Predicted, label_map: Tensor, *, ignore: int = 255) -> dict[str, Tensor]:
+    def losses(
+        self, predicted: Predicted, label_map: Tensor, *, ignore: int = 255
+    ) -> dict[str, Tensor]:
         """Sums `mask`, `dice` and `class`, each the mean over layers; `counts` says over how many.
 
         label_map: integers [B, H, W] in 0..C-1, or `ignore`, whose pixels count nowhere. ValueError for any other label.
@@ -69,7 +79,9 @@ class MaskHead(nn.Module):
         """Scores [B, C, h, w] of the last layer: over all queries, the class's probability times the mask's."""
         with torch.autocast(predicted.masks[-1].device.type, enabled=False):
             classes = at_least_float32(predicted.classes[-1]).softmax(-1)[..., :-1]  # [B, Q, C]
-            return torch.einsum("bqc,bqhw->bchw", classes, at_least_float32(predicted.masks[-1]).sigmoid())
+            return torch.einsum(
+                "bqc,bqhw->bchw", classes, at_least_float32(predicted.masks[-1]).sigmoid()
+            )
 
     # Parameters ------------------------------------------------------------------------------------------------------
 
@@ -94,7 +106,11 @@ class MaskHead(nn.Module):
         from beit3.segmentation.mask2former import offsets
 
         module, _, kind = name.rpartition(".")
-        if kind == "level_embed" or "level_embed" in module or module.startswith("queries.queries_"):
+        if (
+            kind == "level_embed"
+            or "level_embed" in module
+            or module.startswith("queries.queries_")
+        ):
             parameter.normal_(generator=generator)
         elif module.endswith("sampling_offsets") and kind == "bias":
             parameter.copy_(offsets(self.config.num_heads))
@@ -119,4 +135,6 @@ def check_transformers() -> None:
     numbers = re.match(r"(\d+)\.(\d+)", found)
     if not numbers or (int(numbers[1]), int(numbers[2])) < OLDEST:
         wanted = ".".join(map(str, OLDEST))
-        raise ValueError(f"segmentation needs transformers {wanted} or later, here is {found}: pip install 'beit3[dense]'")
+        raise ValueError(
+            f"segmentation needs transformers {wanted} or later, here is {found}: pip install 'beit3[dense]'"
+        )

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from beit3.data.scenes import evaluation_size, resized
+from beit3.data.views.label_maps import evaluation_size, resized
 
 Scores = Callable[[Tensor], Tensor]
 
@@ -41,7 +41,9 @@ class Views:
 
     def __post_init__(self) -> None:
         if not 0 < self.stride <= self.crop:
-            raise ValueError(f"stride {self.stride} of windows of {self.crop} pixels: give 1 to {self.crop}, more leaves gaps")
+            raise ValueError(
+                f"stride {self.stride} of windows of {self.crop} pixels: give 1 to {self.crop}, more leaves gaps"
+            )
         if not 0 < self.short <= self.long or self.multiple < 1 or self.windows < 1:
             sizes = f"short {self.short}, long {self.long}, multiple {self.multiple}, windows {self.windows}"
             raise ValueError(f"{sizes}: give 1 or more, and no short above long")
@@ -50,14 +52,21 @@ class Views:
 
 
 @torch.no_grad()
-def segment(image: Tensor, scores: Scores, views: Views, *, normalize: Callable[[Tensor], Tensor]) -> Tensor:
+def segment(
+    image: Tensor, scores: Scores, views: Views, *, normalize: Callable[[Tensor], Tensor]
+) -> Tensor:
     """uint8 [3, H, W], on the device that computes -> labels [H, W] int64, the best class of the mean over all views.
 
     `normalize` makes the network's pixels of uint8. Views are added up at the image's size, or where that is larger than
     every view, at the largest view's, so that one map [C, ...] is held beside that of a view.
     """
     shape = image.shape[1], image.shape[2]
-    sizes = [evaluation_size(*shape, short=views.short * each, long=views.long * each, multiple=views.multiple) for each in views.scales]
+    sizes = [
+        evaluation_size(
+            *shape, short=views.short * each, long=views.long * each, multiple=views.multiple
+        )
+        for each in views.scales
+    ]
     canvas = min(shape, max(sizes, key=area), key=area)
     total: Tensor | None = None
     for size in sizes:
@@ -79,8 +88,12 @@ def passes(height: int, width: int, views: Views) -> int:
     """How often `segment` calls the network for an image of this size."""
     count = 0
     for each in views.scales:
-        size = evaluation_size(height, width, short=views.short * each, long=views.long * each, multiple=views.multiple)
-        tops, lefts = (len(starts(max(side, views.crop), views.crop, views.stride)) for side in size)
+        size = evaluation_size(
+            height, width, short=views.short * each, long=views.long * each, multiple=views.multiple
+        )
+        tops, lefts = (
+            len(starts(max(side, views.crop), views.crop, views.stride)) for side in size
+        )
         count += -(-tops * lefts // views.windows)
     return count * (1 + views.flip)
 
@@ -94,13 +107,18 @@ def slide(pixels: Tensor, scores: Scores, views: Views) -> Tensor:
     total: Tensor | None = None
     for first in range(0, len(corners), views.windows):
         some = corners[first : first + views.windows]
-        found = scores(torch.stack([pixels[:, top : top + crop, left : left + crop] for top, left in some]))
+        found = scores(
+            torch.stack([pixels[:, top : top + crop, left : left + crop] for top, left in some])
+        )
         if total is None:
             total = pixels.new_zeros((found.shape[1], *pixels.shape[1:]), dtype=torch.float32)
         for (top, left), each in zip(some, found, strict=True):
             add_resized(total[:, top : top + crop, left : left + crop], each)
     assert total is not None
-    rows, columns = (seen(begins, crop, side) for begins, side in zip((tops, lefts), pixels.shape[1:], strict=True))
+    rows, columns = (
+        seen(begins, crop, side)
+        for begins, side in zip((tops, lefts), pixels.shape[1:], strict=True)
+    )
     total /= torch.outer(rows, columns).to(total)
     return total[:, :height, :width]
 
@@ -124,7 +142,9 @@ def add_resized(total: Tensor, scores: Tensor) -> None:
     count = max(1, PIECE // area(size))
     for first in range(0, len(total), count):
         some = scores[None, first : first + count].float()
-        total[first : first + count] += F.interpolate(some, size=size, mode="bilinear", align_corners=False)[0]
+        total[first : first + count] += F.interpolate(
+            some, size=size, mode="bilinear", align_corners=False
+        )[0]
 
 
 def best(scores: Tensor, height: int, width: int) -> Tensor:
@@ -133,12 +153,20 @@ def best(scores: Tensor, height: int, width: int) -> Tensor:
         return scores.argmax(0)
     rows = max(1, PIECE // (len(scores) * width))
     last = scores.shape[1] - 1
-    position = ((torch.arange(height, device=scores.device) + 0.5) * scores.shape[1] / height - 0.5).clamp(0, last)
+    position = (
+        (torch.arange(height, device=scores.device) + 0.5) * scores.shape[1] / height - 0.5
+    ).clamp(0, last)
     labels = []
     for some in position.split(rows):
         above = some.long()
-        between = torch.lerp(scores[:, above], scores[:, (above + 1).clamp(max=last)], (some - above)[:, None])  # [C, rows, w]
-        labels.append(F.interpolate(between[None], size=(len(some), width), mode="bilinear", align_corners=False)[0].argmax(0))
+        between = torch.lerp(
+            scores[:, above], scores[:, (above + 1).clamp(max=last)], (some - above)[:, None]
+        )  # [C, rows, w]
+        labels.append(
+            F.interpolate(
+                between[None], size=(len(some), width), mode="bilinear", align_corners=False
+            )[0].argmax(0)
+        )
     return torch.cat(labels)
 
 

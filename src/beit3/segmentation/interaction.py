@@ -30,15 +30,23 @@ class DeformableAttention(nn.Module):
 
     def forward(self, query: Tensor, places: Tensor, features: Tensor, grids: Grids) -> Tensor:
         """query [B, Q, D] at places [Q, 2], features [B, N, D] on `grids` -> [B, Q, D]."""
-        offsets = self.offsets(query).unflatten(-1, (*self.shape, 2))  # in cells, [B, Q, H, L, K, 2]; as places, in the grids' precision
+        offsets = self.offsets(query).unflatten(
+            -1, (*self.shape, 2)
+        )  # in cells, [B, Q, H, L, K, 2]; as places, in the grids' precision
         places = places[:, None, None, None] + offsets * grids.cells[:, None]
-        weights = at_least_float32(self.weights(query)).unflatten(-1, (self.shape[0], -1)).softmax(-1)
+        weights = (
+            at_least_float32(self.weights(query)).unflatten(-1, (self.shape[0], -1)).softmax(-1)
+        )
         values = self.value(features).unflatten(-1, (self.shape[0], -1))  # [B, N, H, d]
-        return self.out(sample_deformable(values, grids.shapes, places, weights.unflatten(-1, self.shape[1:])))
+        return self.out(
+            sample_deformable(values, grids.shapes, places, weights.unflatten(-1, self.shape[1:]))
+        )
 
     def directions(self) -> Tensor:
         """The offsets' initial bias: head h looks h / H of the way round, its point k lies k + 1 cells away (on a square)."""
-        angles = torch.arange(self.shape[0], dtype=torch.float64, device="cpu") * (2 * math.pi / self.shape[0])
+        angles = torch.arange(self.shape[0], dtype=torch.float64, device="cpu") * (
+            2 * math.pi / self.shape[0]
+        )
         ways = torch.stack((angles.cos(), angles.sin()), -1)
         ways = ways / ways.abs().amax(-1, keepdim=True)  # [H, 2]
         steps = torch.arange(1, self.shape[2] + 1, dtype=torch.float64, device="cpu")
@@ -56,13 +64,17 @@ class Injector(nn.Module):
         self.gate = nn.Parameter(torch.zeros(dim))
 
     def forward(self, states: Tensor, here: Grids, priors: Tensor, there: Grids) -> Tensor:
-        return states + self.gate * self.attention(self.query_norm(states), here.centres, self.feature_norm(priors), there)
+        return states + self.gate * self.attention(
+            self.query_norm(states), here.centres, self.feature_norm(priors), there
+        )
 
 
 class Extractor(nn.Module):
     """Adds to the prior's maps what they read of the trunk's states, then a feed-forward network."""
 
-    def __init__(self, dim: int, attention: DeformableAttention, *, ffn_dim: int, drop_path_rate: float = 0.0):
+    def __init__(
+        self, dim: int, attention: DeformableAttention, *, ffn_dim: int, drop_path_rate: float = 0.0
+    ):
         super().__init__()
         self.query_norm = nn.LayerNorm(dim, eps=NORM_EPS)
         self.feature_norm = nn.LayerNorm(dim, eps=NORM_EPS)
@@ -72,7 +84,9 @@ class Extractor(nn.Module):
         self.drop_path_rate = drop_path_rate
 
     def forward(self, priors: Tensor, here: Grids, states: Tensor, there: Grids) -> Tensor:
-        priors = priors + self.attention(self.query_norm(priors), here.centres, self.feature_norm(states), there)
+        priors = priors + self.attention(
+            self.query_norm(priors), here.centres, self.feature_norm(states), there
+        )
         change = self.ffn(self.ffn_norm(priors), here.shapes)
         if self.training and self.drop_path_rate:
             kept = 1 - self.drop_path_rate
@@ -103,4 +117,6 @@ def maps_to_sequence(maps: list[Tensor]) -> Tensor:
 def sequence_to_maps(states: Tensor, shapes: tuple[Shape, ...]) -> list[Tensor]:
     """The inverse of `maps_to_sequence`."""
     parts = states.split([rows * columns for rows, columns in shapes], 1)
-    return [part.transpose(1, 2).unflatten(2, shape) for part, shape in zip(parts, shapes, strict=True)]
+    return [
+        part.transpose(1, 2).unflatten(2, shape) for part, shape in zip(parts, shapes, strict=True)
+    ]

@@ -19,7 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import Mask2FormerConfig
-from transformers.models.mask2former.modeling_mask2former import Mask2FormerPixelDecoder, Mask2FormerTransformerModule
+from transformers.models.mask2former.modeling_mask2former import (
+    Mask2FormerPixelDecoder,
+    Mask2FormerTransformerModule,
+)
 
 from beit3.segmentation.config import HeadConfig
 
@@ -30,14 +33,26 @@ POINTS = 4
 """Of each head on each map, which transformers sets."""
 
 
-def parts(dim: int, config: HeadConfig) -> tuple[Mask2FormerPixelDecoder, Mask2FormerTransformerModule]:
+def parts(
+    dim: int, config: HeadConfig
+) -> tuple[Mask2FormerPixelDecoder, Mask2FormerTransformerModule]:
     """Pixel decoder and query decoder for features of width `dim`."""
     theirs = Mask2FormerConfig(
-        feature_size=config.hidden_dim, mask_feature_size=config.hidden_dim, hidden_dim=config.hidden_dim,
-        num_attention_heads=config.num_heads, encoder_layers=config.encoder_layers, encoder_feedforward_dim=config.encoder_ffn,
-        decoder_layers=config.decoder_layers + 1, dim_feedforward=config.decoder_ffn, num_queries=config.num_queries, dropout=0.0,
-    )  # fmt: skip
-    pixels, queries = Mask2FormerPixelDecoder(theirs, [dim] * (LEVELS + 1)), Mask2FormerTransformerModule(config.hidden_dim, theirs)
+        feature_size=config.hidden_dim,
+        mask_feature_size=config.hidden_dim,
+        hidden_dim=config.hidden_dim,
+        num_attention_heads=config.num_heads,
+        encoder_layers=config.encoder_layers,
+        encoder_feedforward_dim=config.encoder_ffn,
+        decoder_layers=config.decoder_layers + 1,
+        dim_feedforward=config.decoder_ffn,
+        num_queries=config.num_queries,
+        dropout=0.0,
+    )
+    pixels, queries = (
+        Mask2FormerPixelDecoder(theirs, [dim] * (LEVELS + 1)),
+        Mask2FormerTransformerModule(config.hidden_dim, theirs),
+    )
     pixels.level_embed = nn.Parameter(torch.empty(LEVELS, config.hidden_dim))
     for part, name in ((pixels, "position_embedding"), (queries, "position_embedder")):
         setattr(part, name, SinePositions(config.hidden_dim))
@@ -54,15 +69,24 @@ class CrossAttention(nn.MultiheadAttention):
     """Queries [Q, B, D] to places [N, B, D] by a fused kernel, which never holds the weights [B, heads, Q, N]."""
 
     def forward(  # type: ignore[override]
-        self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor, key_padding_mask: None = None
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor,
+        key_padding_mask: None = None,
     ) -> tuple[Tensor, None]:
         """`attn_mask` [B, Q, N] bool, True = not attended to. There are no weights to return."""
         weights, biases = self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3)
         queries, keys, values = (
-            F.linear(states, weight, bias).unflatten(-1, (self.num_heads, -1)).permute(1, 2, 0, 3)  # [B, heads, N, D / heads]
+            F.linear(states, weight, bias)
+            .unflatten(-1, (self.num_heads, -1))
+            .permute(1, 2, 0, 3)  # [B, heads, N, D / heads]
             for states, weight, bias in zip((query, key, value), weights, biases, strict=True)
         )
-        attended = F.scaled_dot_product_attention(queries, keys, values, attn_mask=~attn_mask[:, None])
+        attended = F.scaled_dot_product_attention(
+            queries, keys, values, attn_mask=~attn_mask[:, None]
+        )
         return self.out_proj(attended.permute(2, 0, 1, 3).flatten(2)), None
 
 
@@ -75,7 +99,9 @@ class SinePositions(nn.Module):
         super().__init__()
         self.dim = dim
 
-    def forward(self, shape: Sequence[int], device: torch.device, dtype: torch.dtype, mask: None = None) -> Tensor:
+    def forward(
+        self, shape: Sequence[int], device: torch.device, dtype: torch.dtype, mask: None = None
+    ) -> Tensor:
         batch, _, height, width = shape
         pairs = torch.arange(self.dim // 4, device=device, dtype=dtype)
         periods = self.TEMPERATURE ** (4 * pairs / self.dim)
@@ -85,7 +111,11 @@ class SinePositions(nn.Module):
 
     def waves(self, side: int, periods: Tensor) -> Tensor:
         """Sine and cosine by turns, [side, D / 2]."""
-        turns = torch.arange(1, side + 1, device=periods.device, dtype=periods.dtype) / (side + 1e-6) * (2 * math.pi)
+        turns = (
+            torch.arange(1, side + 1, device=periods.device, dtype=periods.dtype)
+            / (side + 1e-6)
+            * (2 * math.pi)
+        )
         angles = turns[:, None] / periods
         return torch.stack((angles.sin(), angles.cos()), -1).flatten(1)
 

@@ -33,10 +33,16 @@ class SpatialPrior(nn.Module):
     def __init__(self, dim: int, inplanes: int, patch_size: int):
         super().__init__()
         halvings = max(0, round(math.log2(patch_size / 4)))
-        stem = [ConvNorm(3, inplanes, stride=2 if halvings else 1), ConvNorm(inplanes, inplanes), ConvNorm(inplanes, inplanes)]
+        stem = [
+            ConvNorm(3, inplanes, stride=2 if halvings else 1),
+            ConvNorm(inplanes, inplanes),
+            ConvNorm(inplanes, inplanes),
+        ]
         self.stem = nn.Sequential(*stem, *(nn.MaxPool2d(3, 2, 1) for _ in range(halvings - 1)))
         widths = (inplanes, 2 * inplanes, 4 * inplanes, 4 * inplanes)
-        self.halves = nn.ModuleList(ConvNorm(*pair, stride=2) for pair in zip(widths[:-1], widths[1:], strict=True))
+        self.halves = nn.ModuleList(
+            ConvNorm(*pair, stride=2) for pair in zip(widths[:-1], widths[1:], strict=True)
+        )
         self.projections = nn.ModuleList(nn.Conv2d(width, dim, 1) for width in widths)
         self.strides = tuple(2 ** (halvings + level) for level in range(4))
 
@@ -44,13 +50,19 @@ class SpatialPrior(nn.Module):
         maps = [self.stem(image)]
         for half in self.halves:
             maps.append(half(maps[-1]))
-        return tuple(projection(each) for projection, each in zip(self.projections, maps, strict=True))
+        return tuple(
+            projection(each) for projection, each in zip(self.projections, maps, strict=True)
+        )
 
 
 @contextmanager
 def buffers_spared(module: nn.Module) -> Iterator[None]:
     """Within, `module` works on copies of its buffers: what is computed again must not count twice in running averages."""
-    buffers = [(part, name, buffer) for part in module.modules() for name, buffer in part.named_buffers(recurse=False)]
+    buffers = [
+        (part, name, buffer)
+        for part in module.modules()
+        for name, buffer in part.named_buffers(recurse=False)
+    ]
     for part, name, buffer in buffers:
         setattr(part, name, buffer.clone())
     try:

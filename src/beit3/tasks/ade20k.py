@@ -18,11 +18,18 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from beit3.data.formats.scenes import scenes
-from beit3.data.prepare import write_splits
-from beit3.data.records import locate, open_image, write_text
-from beit3.data.scenes import IGNORE, SceneView, open_label_map, open_scene, pad, read_indices
-from beit3.data.transforms import IMAGENET, VL, Preprocessing, blanked
+from beit3.data.prepare.formats.scenes import scenes
+from beit3.data.prepare.splits import write_splits
+from beit3.data.stores.records import locate, open_image, write_text
+from beit3.data.views.label_maps import (
+    IGNORE,
+    SceneView,
+    open_label_map,
+    open_scene,
+    pad,
+    read_indices,
+)
+from beit3.data.views.transforms import IMAGENET, VL, Preprocessing, blanked
 from beit3.metrics.segmentation import Matrix, confusion, figures
 from beit3.model.config import BASE, GIANT, LARGE, SMALL, TINY, ModelConfig
 from beit3.model.trunk import ImageTrunk
@@ -64,34 +71,59 @@ class Ade20kConfig(TaskConfig):
 
 
 def _recipe(
-    model: ModelConfig, rate: float, crop: int, head: HeadConfig, optim: OptimConfig, steps: int, note: str, **fields: Any
+    model: ModelConfig,
+    rate: float,
+    crop: int,
+    head: HeadConfig,
+    optim: OptimConfig,
+    steps: int,
+    note: str,
+    **fields: Any,
 ) -> Recipe:
     """ViT-Adapter's settings: batch 16, linear decay after 1,500 steps, no clipping; everything that can be is recomputed."""
     return Recipe(
         task=Ade20kConfig(
-            model=replace(model, drop_path_rate=rate), adapter=AdapterConfig(drop_path_rate=rate, recompute=True),
-            head=replace(head, checkpointing=True), train_view=SceneView(crop, crop, 4 * crop),
-            views=Views(crop, crop * 4 // 7, crop, 4 * crop), **fields,
+            model=replace(model, drop_path_rate=rate),
+            adapter=AdapterConfig(drop_path_rate=rate, recompute=True),
+            head=replace(head, checkpointing=True),
+            train_view=SceneView(crop, crop, 4 * crop),
+            views=Views(crop, crop * 4 // 7, crop, 4 * crop),
+            **fields,
         ),
         data=DataConfig(batch={"main": 16}, workers=8),
         optim=replace(optim, min_lr=0.0, weight_decay=0.05, warmup_steps=1_500, schedule="linear"),
-        run=RunConfig(steps=steps, micro_batch=1, checkpointing="full", log_every=50, eval_every=8_000, save_every=2_000),
+        run=RunConfig(
+            steps=steps,
+            micro_batch=1,
+            checkpointing="full",
+            log_every=50,
+            eval_every=8_000,
+            save_every=2_000,
+        ),
         note=note,
-    )  # fmt: skip
+    )
 
 
-def _on_processor(model: ModelConfig, crop: int, head: HeadConfig, batch: int, steps: int, note: str) -> Recipe:
+def _on_processor(
+    model: ModelConfig, crop: int, head: HeadConfig, batch: int, steps: int, note: str
+) -> Recipe:
     return Recipe(
         task=Ade20kConfig(
-            model=model, image=Preprocessing(crop, *VL), adapter=AdapterConfig(inplanes=16), head=head,
-            num_classes=1, train_view=SceneView(crop, crop, 4 * crop, scale=(0.75, 1.5), largest_share=1.0, distort=False),
+            model=model,
+            image=Preprocessing(crop, *VL),
+            adapter=AdapterConfig(inplanes=16),
+            head=head,
+            num_classes=1,
+            train_view=SceneView(
+                crop, crop, 4 * crop, scale=(0.75, 1.5), largest_share=1.0, distort=False
+            ),
             views=Views(crop, crop * 3 // 4, crop, 4 * crop, windows=4),
         ),
         data=DataConfig(batch={"main": batch}),
         optim=OptimConfig(lr=1e-3, weight_decay=0.05, warmup_steps=20, clip=3.0),
         run=RunConfig(steps=steps, log_every=10, save_every=100),
         note=note,
-    )  # fmt: skip
+    )
 
 
 _DEMO = HeadConfig(64, 4, 2, 128, 3, 128, num_queries=10, num_points=256, class_weight=4.0)
@@ -104,21 +136,52 @@ class Ade20k(Task):
     Config = Ade20kConfig
     headline = "miou"
     names_file = CLASSES
-    unused: ClassVar[Mapping[str, str]] = {f"backbone.{name}": reason for name, reason in ImageTrunk.unused.items()}
+    unused: ClassVar[Mapping[str, str]] = {
+        f"backbone.{name}": reason for name, reason in ImageTrunk.unused.items()
+    }
     recipes: ClassVar[Mapping[str, Recipe]] = {
-        "demo": _on_processor(TINY, 64, _DEMO, 8, 1_400, "the embedded world's shapes, in minutes on two CPU cores"),
+        "demo": _on_processor(
+            TINY, 64, _DEMO, 8, 1_400, "the embedded world's shapes, in minutes on two CPU cores"
+        ),
         "laptop": _on_processor(SMALL, 256, _LAPTOP, 4, 400, "photographs on two CPU cores"),
-        "base_512": _recipe(BASE, 0.2, 512, SMALL_HEAD, OptimConfig(lr=6e-5, layer_decay=0.9), 160_000, "ours, from released weights"),
-        "large_512": _recipe(LARGE, 0.3, 512, SMALL_HEAD, OptimConfig(lr=2e-5, layer_decay=0.9), 160_000, "ours, the same of large"),
+        "base_512": _recipe(
+            BASE,
+            0.2,
+            512,
+            SMALL_HEAD,
+            OptimConfig(lr=6e-5, layer_decay=0.9),
+            160_000,
+            "ours, from released weights",
+        ),
+        "large_512": _recipe(
+            LARGE,
+            0.3,
+            512,
+            SMALL_HEAD,
+            OptimConfig(lr=2e-5, layer_decay=0.9),
+            160_000,
+            "ours, the same of large",
+        ),
         "large_896": _recipe(
-            LARGE, 0.3, 896, LARGE_HEAD, OptimConfig(lr=2e-5, layer_decay=0.9), 80_000,
+            LARGE,
+            0.3,
+            896,
+            LARGE_HEAD,
+            OptimConfig(lr=2e-5, layer_decay=0.9),
+            80_000,
             "ViT-Adapter's; of BEiT v2-L: mIoU 60.5 at several scales",
         ),
         "giant_896": _recipe(
-            replace(GIANT, patch_size=16), 0.5, 896, LARGE_HEAD, OptimConfig(lr=1e-5, layer_decay=0.95), 80_000,
-            "paper: mIoU 62.0, at several scales 62.8", resize_patch=True,
+            replace(GIANT, patch_size=16),
+            0.5,
+            896,
+            LARGE_HEAD,
+            OptimConfig(lr=1e-5, layer_decay=0.95),
+            80_000,
+            "paper: mIoU 62.0, at several scales 62.8",
+            resize_patch=True,
         ),
-    }  # fmt: skip
+    }
 
     backbone: ImageTrunk
 
@@ -126,7 +189,9 @@ class Ade20k(Task):
         super().__init__(config, tokenizer=tokenizer)
         self.config: Ade20kConfig = config
         if config.classes and len(config.classes) != config.num_classes:
-            raise ValueError(f"{len(config.classes)} class names for {config.num_classes} classes: give the list of these weights")
+            raise ValueError(
+                f"{len(config.classes)} class names for {config.num_classes} classes: give the list of these weights"
+            )
         self.backbone = ImageTrunk(config.model)
         self.adapter = ViTAdapter(config.model, config.adapter)
         self.head = MaskHead(config.model.dim, config.num_classes, config.head)
@@ -147,7 +212,13 @@ class Ade20k(Task):
     def layer_of(self, name: str) -> tuple[int, int]:
         """As everywhere, but for what `published_decay` asks for."""
         layer, head = super().layer_of(name)
-        return (0 if self.config.published_decay and name.startswith("head.") and any(part in name for part in QUIRK) else layer), head
+        return (
+            0
+            if self.config.published_decay
+            and name.startswith("head.")
+            and any(part in name for part in QUIRK)
+            else layer
+        ), head
 
     # Data ------------------------------------------------------------------------------------------------------------
 
@@ -156,8 +227,13 @@ class Ade20k(Task):
         """Folders of images and label maps -> records, and the names of the classes beside them."""
         names, options, rows = scenes(raw)
         labels = {"num_classes": len(names)} | options
-        report = write_splits(root, "ade20k", source, ((split, record | {"labels": labels}) for split, record in rows))
-        write_text(root / "ade20k" / source / CLASSES, json.dumps(names, indent=1, ensure_ascii=False) + "\n")
+        report = write_splits(
+            root, "ade20k", source, ((split, record | {"labels": labels}) for split, record in rows)
+        )
+        write_text(
+            root / "ade20k" / source / CLASSES,
+            json.dumps(names, indent=1, ensure_ascii=False) + "\n",
+        )
         return dict(report) | {"classes": len(names)}
 
     @staticmethod
@@ -174,7 +250,9 @@ class Ade20k(Task):
         """Raw inputs -> record."""
         return {"id": "0", "image": image}
 
-    def example(self, record: Record, train: bool, *, rng: np.random.Generator | None = None) -> Example:
+    def example(
+        self, record: Record, train: bool, *, rng: np.random.Generator | None = None
+    ) -> Example:
         """For evaluation `image` uint8 [3, H, W], whole. For training a view in a square: `image` uint8 [3, S, S], of which
         `size` [2] (height, width) is picture, and `label_map` uint8 or int32 [S, S], 255 for pixels that count nowhere.
         """
@@ -183,7 +261,9 @@ class Ade20k(Task):
                 self.meaning(record)
             return {"id": str(record["id"]), "image": open_image(record["image"])}
         if "label_map" not in record:
-            raise ValueError(f"record {record['id']} has no label map: train on a split that has them")
+            raise ValueError(
+                f"record {record['id']} has no label map: train on a split that has them"
+            )
         image, labels = open_scene(record["image"], record["label_map"], **self.meaning(record))
         view = self.config.train_view
         image, labels = view(image, labels, rng or record_rng(record))
@@ -196,7 +276,9 @@ class Ade20k(Task):
         options = meaning(record)
         if options["num_classes"] != self.config.num_classes:
             known = self.config.num_classes
-            raise ValueError(f"{options['num_classes']} classes in the records, {known} here: give records of the same classes")
+            raise ValueError(
+                f"{options['num_classes']} classes in the records, {known} here: give records of the same classes"
+            )
         return options
 
     def collate(self, examples: Sequence[Example]) -> Batch:
@@ -207,7 +289,11 @@ class Ade20k(Task):
 
     def pixels(self, batch: Batch) -> Tensor:
         """Those of every task, with zeros, the mean color, in the padding."""
-        return blanked(super().pixels(batch), batch["size"]) if "size" in batch else super().pixels(batch)
+        return (
+            blanked(super().pixels(batch), batch["size"])
+            if "size" in batch
+            else super().pixels(batch)
+        )
 
     # Training --------------------------------------------------------------------------------------------------------
 
@@ -223,7 +309,10 @@ class Ade20k(Task):
     def forward(self, batch: Batch) -> dict[str, dict[str, Tensor]]:
         """The head's three losses, each a mean over its layers."""
         predicted = self.head(self.adapter(self.pixels(batch), self.backbone))
-        return {"losses": self.head.losses(predicted, batch["label_map"], ignore=IGNORE), "metrics": {}}
+        return {
+            "losses": self.head.losses(predicted, batch["label_map"], ignore=IGNORE),
+            "metrics": {},
+        }
 
     def outputs(self, batch: Batch) -> dict[str, Tensor]:
         """`scores` [B, C, h, w] of pictures of one size, a quarter of a patch apart."""
@@ -233,7 +322,9 @@ class Ade20k(Task):
         """Scores of the classes, of the part of the maps that is picture."""
         height, width = pixels.shape[2:]
         scores = self.head.scores(self.head(self.adapter(pixels, self.backbone)))
-        sides = zip(scores.shape[2:], (height, width), self.adapter.padded_size(height, width), strict=True)
+        sides = zip(
+            scores.shape[2:], (height, width), self.adapter.padded_size(height, width), strict=True
+        )
         rows, columns = (-(-count * part // whole) for count, part, whole in sides)
         return scores[:, :, :rows, :columns]
 
@@ -243,13 +334,31 @@ class Ade20k(Task):
         """`map`: the labels of all pixels, a PNG in base64, at the picture's own size."""
         weights, views = next(self.backbone.parameters()), self.config.views
         mine = sum(passes(image.shape[1], image.shape[2], views) for image in batch["image"])
-        most = max(all_gather_objects(mine))  # asked before the first pass: all processes must call the same things in turn
+        most = max(
+            all_gather_objects(mine)
+        )  # asked before the first pass: all processes must call the same things in turn
         plain, found = super().pixels, []
         for key, image in zip(batch["id"], batch["image"], strict=True):
-            labels = segment(image.to(weights.device), self.scores, views, normalize=lambda image: plain({"image": image}))
-            found.append({"id": key, "height": labels.shape[0], "width": labels.shape[1], "map": encoded(labels)})
-        blank = torch.zeros(1, 3, views.crop, views.crop, device=weights.device, dtype=weights.dtype)
-        for _ in range(most - mine):  # sharded weights are gathered for every pass, by all processes
+            labels = segment(
+                image.to(weights.device),
+                self.scores,
+                views,
+                normalize=lambda image: plain({"image": image}),
+            )
+            found.append(
+                {
+                    "id": key,
+                    "height": labels.shape[0],
+                    "width": labels.shape[1],
+                    "map": encoded(labels),
+                }
+            )
+        blank = torch.zeros(
+            1, 3, views.crop, views.crop, device=weights.device, dtype=weights.dtype
+        )
+        for _ in range(
+            most - mine
+        ):  # sharded weights are gathered for every pass, by all processes
             self.scores(blank)
         return found
 
@@ -264,10 +373,18 @@ def matrix(predictions: Sequence[Prediction], records: Sequence[Record]) -> Matr
     total: Matrix | None = None
     for prediction, record in joined(predictions, records):
         if "label_map" not in record:
-            raise ValueError("some of these records hold no label map to compare with: score a split that has them")
+            raise ValueError(
+                "some of these records hold no label map to compare with: score a split that has them"
+            )
         options = meaning(record)
         truth = open_label_map(record["label_map"], **options).numpy()
-        found = confusion(decoded(prediction), truth, num_classes=options["num_classes"], ignore=IGNORE, name=str(record["id"]))
+        found = confusion(
+            decoded(prediction),
+            truth,
+            num_classes=options["num_classes"],
+            ignore=IGNORE,
+            name=str(record["id"]),
+        )
         total = found if total is None else total + found
     assert total is not None, "a split has records"
     return total
@@ -277,16 +394,20 @@ def meaning(record: Record) -> dict[str, Any]:
     """What the numbers of a record's label map mean, as `open_label_map` takes it."""
     labels = record["labels"]
     return {
-        "num_classes": labels["num_classes"], "reduce_zero": labels.get("reduce_zero", False),
-        "unlabelled": tuple({labels.get("ignore", IGNORE)} - {IGNORE}), "lookup": tuple(labels.get("lookup", ())),
-    }  # fmt: skip
+        "num_classes": labels["num_classes"],
+        "reduce_zero": labels.get("reduce_zero", False),
+        "unlabelled": tuple({labels.get("ignore", IGNORE)} - {IGNORE}),
+        "lookup": tuple(labels.get("lookup", ())),
+    }
 
 
 def encoded(labels: Tensor) -> str:
     """Labels [H, W] as a PNG in base64, of 8 bits where they fit, else of 16."""
     values = labels.cpu().numpy()
     file = io.BytesIO()
-    Image.fromarray(values.astype(np.uint8 if values.max(initial=0) <= 255 else np.uint16)).save(file, "PNG")
+    Image.fromarray(values.astype(np.uint8 if values.max(initial=0) <= 255 else np.uint16)).save(
+        file, "PNG"
+    )
     return base64.b64encode(file.getvalue()).decode("ascii")
 
 
@@ -295,4 +416,6 @@ def decoded(prediction: Prediction) -> np.ndarray:
     try:
         return read_indices(io.BytesIO(base64.b64decode(str(prediction["map"]), validate=True)))
     except ValueError:
-        raise ValueError(f"the map of prediction {prediction['id']} is no PNG of labels in base64: predict again") from None
+        raise ValueError(
+            f"the map of prediction {prediction['id']} is no PNG of labels in base64: predict again"
+        ) from None

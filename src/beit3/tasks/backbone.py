@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import numpy as np
 from torch import Tensor
 
-from beit3.data.records import open_image
+from beit3.data.stores.records import open_image
 from beit3.model.beit3 import BEiT3
 from beit3.recipe import Recipe, TaskConfig
 from beit3.task import Batch, Example, Prediction, Record, Task
@@ -32,15 +32,21 @@ class Backbone(Task):
     def record(self, image: Any = None, text: str | None = None) -> Record:
         """Raw inputs -> record: an image, a text or both; None or an empty string leaves one out."""
         given = {"image": image, "text": text}
-        return {"id": "0"} | {name: value for name, value in given.items() if value not in (None, "")}
+        return {"id": "0"} | {
+            name: value for name, value in given.items() if value not in (None, "")
+        }
 
-    def example(self, record: Record, train: bool, *, rng: np.random.Generator | None = None) -> Example:
+    def example(
+        self, record: Record, train: bool, *, rng: np.random.Generator | None = None
+    ) -> Example:
         """`image` uint8 [3, S, S], `text` and `text_padding` [L], of whatever the record holds."""
         example: Example = {"id": str(record["id"])}
         if "image" in record:
             example["image"] = self.config.image.fitted(open_image(record["image"]))
         if "text" in record:
-            example["text"], example["text_padding"] = self.read_text(record["text"], self.config.text_length)
+            example["text"], example["text_padding"] = self.read_text(
+                record["text"], self.config.text_length
+            )
         return example
 
     def outputs(self, batch: Batch) -> dict[str, Tensor]:
@@ -52,5 +58,12 @@ class Backbone(Task):
     def predict(self, batch: Batch) -> list[Prediction]:
         """`image`: the class token's feature, `text`: the begin mark's, each a list of D numbers."""
         outputs = self.outputs(batch)
-        features = {name: outputs[name][:, 0].float().tolist() for name in ("image", "text") if name in outputs}
-        return [{"id": key} | {name: rows[i] for name, rows in features.items()} for i, key in enumerate(batch["id"])]
+        features = {
+            name: outputs[name][:, 0].float().tolist()
+            for name in ("image", "text")
+            if name in outputs
+        }
+        return [
+            {"id": key} | {name: rows[i] for name, rows in features.items()}
+            for i, key in enumerate(batch["id"])
+        ]

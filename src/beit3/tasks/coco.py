@@ -17,11 +17,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from beit3.data.formats.instances import instances
-from beit3.data.jitter import Objects, Visible, large_scale_jitter, pad_square
-from beit3.data.prepare import BAD_SHARE, write_splits
-from beit3.data.records import locate, open_image, write_text
-from beit3.data.transforms import IMAGENET, VL, Preprocessing, blanked
+from beit3.data.prepare.formats.instances import instances
+from beit3.data.prepare.splits import BAD_SHARE, write_splits
+from beit3.data.stores.records import locate, open_image, write_text
+from beit3.data.views.jitter import Objects, Visible, large_scale_jitter, pad_square
+from beit3.data.views.transforms import IMAGENET, VL, Preprocessing, blanked
 from beit3.detection.cascade import Target
 from beit3.detection.config import DetectorConfig
 from beit3.detection.detector import Detector
@@ -70,8 +70,22 @@ def _vitdet(model: ModelConfig, rate: float, layer_decay: float, note: str) -> R
     return Recipe(
         task=CocoConfig(model=replace(model, drop_path_rate=rate, final_norm=False)),
         data=DataConfig(batch={"main": 64}, workers=8),
-        optim=OptimConfig(lr=1e-4, min_lr=0.0, weight_decay=0.1, warmup_steps=250, schedule="steps", layer_decay=layer_decay),
-        run=RunConfig(epochs=100, micro_batch=1, checkpointing="full", log_every=50, eval_every=10_000, save_every=2_000),
+        optim=OptimConfig(
+            lr=1e-4,
+            min_lr=0.0,
+            weight_decay=0.1,
+            warmup_steps=250,
+            schedule="steps",
+            layer_decay=layer_decay,
+        ),
+        run=RunConfig(
+            epochs=100,
+            micro_batch=1,
+            checkpointing="full",
+            log_every=50,
+            eval_every=10_000,
+            save_every=2_000,
+        ),
         note=note,
     )
 
@@ -80,35 +94,76 @@ def _giant(size: int, lr: float, epochs: float, detector: DetectorConfig, note: 
     """The paper's giant (tables 15 and 16), whose patches of 14 pixels become 16."""
     model = replace(GIANT, patch_size=16, drop_path_rate=0.6, final_norm=False)
     return Recipe(
-        task=CocoConfig(model=model, image=Preprocessing(size, *IMAGENET, resize="fit"), detector=detector, resize_patch=True),
+        task=CocoConfig(
+            model=model,
+            image=Preprocessing(size, *IMAGENET, resize="fit"),
+            detector=detector,
+            resize_patch=True,
+        ),
         data=DataConfig(batch={"main": 64}, workers=8),
-        optim=OptimConfig(lr=lr, min_lr=0.0, weight_decay=0.1, warmup_steps=250, schedule="steps", layer_decay=0.9),
-        run=RunConfig(epochs=epochs, micro_batch=1, checkpointing="full", log_every=50, eval_every=10_000, save_every=2_000),
+        optim=OptimConfig(
+            lr=lr, min_lr=0.0, weight_decay=0.1, warmup_steps=250, schedule="steps", layer_decay=0.9
+        ),
+        run=RunConfig(
+            epochs=epochs,
+            micro_batch=1,
+            checkpointing="full",
+            log_every=50,
+            eval_every=10_000,
+            save_every=2_000,
+        ),
         note=note,
     )
 
 
-def _on_processor(model: ModelConfig, size: int, detector: DetectorConfig, batch: int, steps: int, note: str) -> Recipe:
+def _on_processor(
+    model: ModelConfig, size: int, detector: DetectorConfig, batch: int, steps: int, note: str
+) -> Recipe:
     return Recipe(
         task=CocoConfig(
-            model=replace(model, final_norm=False), image=Preprocessing(size, *VL, resize="fit"), detector=detector, num_classes=1,
-            window=0, scale=(0.7, 1.3),
+            model=replace(model, final_norm=False),
+            image=Preprocessing(size, *VL, resize="fit"),
+            detector=detector,
+            num_classes=1,
+            window=0,
+            scale=(0.7, 1.3),
         ),
         data=DataConfig(batch={"main": batch}),
         optim=OptimConfig(lr=1e-3, weight_decay=0.05, warmup_steps=30, clip=3.0, layer_decay=0.8),
         run=RunConfig(steps=steps, log_every=10, save_every=100),
         note=note,
-    )  # fmt: skip
+    )
 
 
 _DEMO = DetectorConfig(
-    pyramid_dim=48, anchor_sizes=(8, 16, 24, 32, 48), rpn_convs=1, rpn_samples=64, rpn_top_train=200, rpn_top_test=100, rpn_proposals=50,
-    roi_samples=32, box_convs=1, box_dim=128, mask_convs=2, min_score=0.01, detections_per_image=20,
-)  # fmt: skip
+    pyramid_dim=48,
+    anchor_sizes=(8, 16, 24, 32, 48),
+    rpn_convs=1,
+    rpn_samples=64,
+    rpn_top_train=200,
+    rpn_top_test=100,
+    rpn_proposals=50,
+    roi_samples=32,
+    box_convs=1,
+    box_dim=128,
+    mask_convs=2,
+    min_score=0.01,
+    detections_per_image=20,
+)
 _LAPTOP = replace(
-    _DEMO, pyramid_dim=96, anchor_sizes=(16, 32, 64, 128, 256), rpn_samples=128, rpn_top_train=500, rpn_top_test=300, rpn_proposals=150,
-    pooled_cells=5.0, roi_samples=64, box_convs=2, box_dim=256, detections_per_image=100,
-)  # fmt: skip
+    _DEMO,
+    pyramid_dim=96,
+    anchor_sizes=(16, 32, 64, 128, 256),
+    rpn_samples=128,
+    rpn_top_train=500,
+    rpn_top_test=300,
+    rpn_proposals=150,
+    pooled_cells=5.0,
+    roi_samples=64,
+    box_convs=2,
+    box_dim=256,
+    detections_per_image=100,
+)
 
 
 class Coco(Task):
@@ -117,14 +172,31 @@ class Coco(Task):
     Config = CocoConfig
     headline = "box_ap"
     names_file = CATEGORIES
-    unused: ClassVar[Mapping[str, str]] = {f"backbone.{name}": reason for name, reason in ImageTrunk.unused.items()}
+    unused: ClassVar[Mapping[str, str]] = {
+        f"backbone.{name}": reason for name, reason in ImageTrunk.unused.items()
+    }
     recipes: ClassVar[Mapping[str, Recipe]] = {
-        "demo": _on_processor(TINY, 64, _DEMO, 16, 400, "the embedded world's shapes, in minutes on two CPU cores"),
+        "demo": _on_processor(
+            TINY, 64, _DEMO, 16, 400, "the embedded world's shapes, in minutes on two CPU cores"
+        ),
         "laptop": _on_processor(SMALL, 320, _LAPTOP, 4, 400, "photographs on two CPU cores"),
-        "base_1024": _vitdet(BASE, 0.1, 0.7, "ViTDet's settings for the released base; of MAE's: box AP 54.0, mask AP 46.7"),
+        "base_1024": _vitdet(
+            BASE,
+            0.1,
+            0.7,
+            "ViTDet's settings for the released base; of MAE's: box AP 54.0, mask AP 46.7",
+        ),
         "large_1024": _vitdet(LARGE, 0.4, 0.8, "the same for large; of MAE's: 57.6, 50.0"),
-        "giant_1024_objects365": _giant(1024, 1e-4, 15, DetectorConfig(masks=False), "paper: the Objects365 stage, boxes alone"),
-        "giant_1280": _giant(1280, 5e-5, 20, DetectorConfig(), "paper, from giant_1024_objects365: test-dev box AP 63.7, mask AP 54.8"),
+        "giant_1024_objects365": _giant(
+            1024, 1e-4, 15, DetectorConfig(masks=False), "paper: the Objects365 stage, boxes alone"
+        ),
+        "giant_1280": _giant(
+            1280,
+            5e-5,
+            20,
+            DetectorConfig(),
+            "paper, from giant_1024_objects365: test-dev box AP 63.7, mask AP 54.8",
+        ),
     }
 
     backbone: ImageTrunk
@@ -133,15 +205,24 @@ class Coco(Task):
         super().__init__(config, tokenizer=tokenizer)
         self.config: CocoConfig = config
         if config.image.resize != "fit":
-            raise ValueError(f"task.image.resize {config.image.resize}: detection fits whole pictures into a square, give fit")
+            raise ValueError(
+                f"task.image.resize {config.image.resize}: detection fits whole pictures into a square, give fit"
+            )
         if config.categories and len(config.categories) != config.num_classes:
-            raise ValueError(f"{len(config.categories)} categories for {config.num_classes} classes: give the list of these weights")
+            raise ValueError(
+                f"{len(config.categories)} categories for {config.num_classes} classes: give the list of these weights"
+            )
         for size in self.sizes:
             if size % config.model.patch_size:
-                raise ValueError(f"a square of {size} px is no multiple of the {config.model.patch_size} px patch: give one that is")
+                raise ValueError(
+                    f"a square of {size} px is no multiple of the {config.model.patch_size} px patch: give one that is"
+                )
         self.backbone = ImageTrunk(config.model, window=config.window, num_global=config.num_global)
         self.detector = Detector(
-            config.model.dim, patch_size=config.model.patch_size, num_classes=config.num_classes, config=config.detector
+            config.model.dim,
+            patch_size=config.model.patch_size,
+            num_classes=config.num_classes,
+            config=config.detector,
         )
 
     @property
@@ -159,7 +240,9 @@ class Coco(Task):
     # Data ------------------------------------------------------------------------------------------------------------
 
     @staticmethod
-    def prepare(raw: Path, root: Path, source: str, *, bad_share: float = BAD_SHARE) -> Mapping[str, Any]:
+    def prepare(
+        raw: Path, root: Path, source: str, *, bad_share: float = BAD_SHARE
+    ) -> Mapping[str, Any]:
         """COCO's instances_*.json or Objects365's files -> records, and the categories beside them.
 
         bad_share: images that may be missing or unreadable; Objects365 is seldom whole.
@@ -167,8 +250,15 @@ class Coco(Task):
         repaired: Counter[str] = Counter()
         categories, rows = instances(raw, repaired=repaired)
         report = write_splits(root, "coco", source, rows, bad_share=bad_share)
-        write_text(root / "coco" / source / CATEGORIES, json.dumps(categories, indent=1, ensure_ascii=False) + "\n")
-        return dict(report) | {"categories": len(categories)} | {f"repaired: {what}": count for what, count in sorted(repaired.items())}
+        write_text(
+            root / "coco" / source / CATEGORIES,
+            json.dumps(categories, indent=1, ensure_ascii=False) + "\n",
+        )
+        return (
+            dict(report)
+            | {"categories": len(categories)}
+            | {f"repaired: {what}": count for what, count in sorted(repaired.items())}
+        )
 
     @staticmethod
     def configure(config: TaskConfig, root: Path) -> TaskConfig:
@@ -185,7 +275,9 @@ class Coco(Task):
         """Raw inputs -> record."""
         return {"id": "0", "image": image}
 
-    def example(self, record: Record, train: bool, *, rng: np.random.Generator | None = None) -> Example:
+    def example(
+        self, record: Record, train: bool, *, rng: np.random.Generator | None = None
+    ) -> Example:
         """`image` uint8 [3, S, S], of which `size` [2] (height, width) is picture and the rest padding; `original` [2], its own size.
 
         For training what is seen of its objects: `boxes` [n, 4], `labels` [n], and `masks` uint8 [n, *size] where they are learnt.
@@ -197,26 +289,44 @@ class Coco(Task):
         example: Example = {"id": str(record["id"]), "original": torch.tensor(image.shape[1:])}
         if train:
             objects = self.objects(record)
-            view, seen = large_scale_jitter(image, objects, rng or record_rng(record), size=side, scale=config.scale, flip=config.flip)
+            view, seen = large_scale_jitter(
+                image,
+                objects,
+                rng or record_rng(record),
+                size=side,
+                scale=config.scale,
+                flip=config.flip,
+            )
             return example | _padded(view, side) | _seen(seen)
         for size in self.sizes:
             view = replace(config.image, image_size=size).fitted(image)
-            example |= {f"{name}{_at(size, side)}": value for name, value in _padded(view, size).items()}
+            example |= {
+                f"{name}{_at(size, side)}": value for name, value in _padded(view, size).items()
+            }
         return example
 
     def objects(self, record: Record) -> Objects:
         """What a record's picture teaches; ValueError where it says nothing of objects, or of masks that are to be learnt."""
         if "objects" not in record:
-            raise ValueError(f"record {record['id']} says nothing of objects: train on a split that has them")
+            raise ValueError(
+                f"record {record['id']} says nothing of objects: train on a split that has them"
+            )
         known = [each for each in record["objects"] if not each["crowd"]]
         if self.config.detector.masks and known:
             known = [each for each in known if each.get("segmentation")]
             if not known:
-                raise ValueError(f"record {record['id']} has boxes without outlines: learn boxes alone, --task.detector.masks False")
+                raise ValueError(
+                    f"record {record['id']} has boxes without outlines: learn boxes alone, --task.detector.masks False"
+                )
         boxes = torch.tensor([each["box"] for each in known], dtype=torch.float32).view(-1, 4)
         labels = torch.tensor([int(each["label"]) for each in known], dtype=torch.int64)
-        if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < self.config.num_classes:
-            raise ValueError(f"one of the labels {labels.tolist()[:20]} is none of the {self.config.num_classes} categories: prepare again")
+        if (
+            len(labels)
+            and not 0 <= int(labels.min()) <= int(labels.max()) < self.config.num_classes
+        ):
+            raise ValueError(
+                f"one of the labels {labels.tolist()[:20]} is none of the {self.config.num_classes} categories: prepare again"
+            )
         boxes[:, 2:] += boxes[:, :2]
         outlines = [each["segmentation"] for each in known] if self.config.detector.masks else None
         return Objects(boxes, labels, outlines)
@@ -224,7 +334,12 @@ class Coco(Task):
     def collate(self, examples: Sequence[Example]) -> Batch:
         """Objects of all images one after the other, `counts` [B] of each; masks [N, H, W] with H, W the largest size here."""
         ragged = ("boxes", "labels", "masks")
-        batch = super().collate([{key: value for key, value in example.items() if key not in ragged} for example in examples])
+        batch = super().collate(
+            [
+                {key: value for key, value in example.items() if key not in ragged}
+                for example in examples
+            ]
+        )
         if "boxes" not in examples[0]:
             return batch
         batch |= {key: torch.cat([example[key] for example in examples]) for key in ragged[:2]}
@@ -232,7 +347,9 @@ class Coco(Task):
         if "masks" in examples[0]:
             height, width = batch["size"].amax(0).tolist()
             batch["masks"] = torch.zeros(len(batch["labels"]), height, width, dtype=torch.uint8)
-            for room, example in zip(batch["masks"].split(batch["counts"].tolist()), examples, strict=True):
+            for room, example in zip(
+                batch["masks"].split(batch["counts"].tolist()), examples, strict=True
+            ):
                 room[:, : example["masks"].shape[1], : example["masks"].shape[2]] = example["masks"]
         return batch
 
@@ -245,23 +362,40 @@ class Coco(Task):
     def targets(self, batch: Batch) -> dict[str, int]:
         """Every loss is a mean over images."""
         stages = len(self.config.detector.stage_ious)
-        names = ["rpn_objectness", "rpn_box", *(f"box{stage}_{part}" for stage in range(stages) for part in ("class", "box"))]
+        names = [
+            "rpn_objectness",
+            "rpn_box",
+            *(f"box{stage}_{part}" for stage in range(stages) for part in ("class", "box")),
+        ]
         return dict.fromkeys(names + ["mask"] * self.config.detector.masks, len(batch["image"]))
 
     def forward(self, batch: Batch) -> dict[str, dict[str, Tensor]]:
         """The proposals', each stage's and the masks' losses, all of weight 1."""
         counts = batch["counts"].tolist()
         masks = batch["masks"].split(counts) if self.config.detector.masks else [None] * len(counts)
-        targets = [Target(*each) for each in zip(batch["boxes"].split(counts), batch["labels"].split(counts), masks, strict=True)]
-        return {"losses": self.detector.losses(self.backbone(self.pixels(batch)), batch["size"], targets), "metrics": {}}
+        targets = [
+            Target(*each)
+            for each in zip(
+                batch["boxes"].split(counts), batch["labels"].split(counts), masks, strict=True
+            )
+        ]
+        return {
+            "losses": self.detector.losses(
+                self.backbone(self.pixels(batch)), batch["size"], targets
+            ),
+            "metrics": {},
+        }
 
     def outputs(self, batch: Batch) -> dict[str, Tensor]:
         """`boxes` [R, 4] and `scores` [R, C] of all images before any NMS, one after the other, `counts` [B] of each."""
-        found = self.detector.detect(self.detector.pyramid(self.backbone(self.pixels(batch))), batch["size"])
+        found = self.detector.detect(
+            self.detector.pyramid(self.backbone(self.pixels(batch))), batch["size"]
+        )
         return {
-            "boxes": torch.cat([each.boxes for each in found]), "scores": torch.cat([each.scores for each in found]),
+            "boxes": torch.cat([each.boxes for each in found]),
+            "scores": torch.cat([each.scores for each in found]),
             "counts": torch.tensor([len(each.boxes) for each in found]),
-        }  # fmt: skip
+        }
 
     # Inference -------------------------------------------------------------------------------------------------------
 
@@ -275,7 +409,9 @@ class Coco(Task):
         found = detect(self.backbone, self.detector, views, batch["original"], self.config.detector)
         return [
             {"id": key, "height": height, "width": width, "objects": self.named(each)}
-            for key, (height, width), each in zip(batch["id"], batch["original"].tolist(), found, strict=True)
+            for key, (height, width), each in zip(
+                batch["id"], batch["original"].tolist(), found, strict=True
+            )
         ]
 
     def named(self, found: Detections) -> list[dict[str, Any]]:
@@ -283,7 +419,9 @@ class Coco(Task):
         config, boxes = self.config, found.boxes.clone()
         boxes[:, 2:] -= boxes[:, :2]
         rows = []
-        for place, (box, label, score) in enumerate(zip(boxes.tolist(), found.labels.tolist(), found.scores.tolist(), strict=True)):
+        for place, (box, label, score) in enumerate(
+            zip(boxes.tolist(), found.labels.tolist(), found.scores.tolist(), strict=True)
+        ):
             row = {"box": box, "label": label, "score": score}
             row |= {"name": config.categories[label]} if config.categories else {}
             row |= {"category": config.category_ids[label]} if config.category_ids else {}
@@ -295,22 +433,35 @@ class Coco(Task):
         """COCO's twelve figures of boxes, `box_ap` and so on, and of masks where both sides have them."""
         joined(predictions, records)
         if any("objects" not in row for row in records):
-            raise ValueError("some of these records hold no objects to compare with: score a split that has them")
+            raise ValueError(
+                "some of these records hold no objects to compare with: score a split that has them"
+            )
         outlined = all("mask" in each for row in predictions for each in row["objects"])
-        outlined = outlined and all(each.get("segmentation") for row in records for each in row["objects"])
+        outlined = outlined and all(
+            each.get("segmentation") for row in records for each in row["objects"]
+        )
         kinds: tuple[Kind, ...] = ("box", "mask") if outlined else ("box",)
         figures = {kind: coco_ap(predictions, records, kind=kind) for kind in kinds}
         return {f"{kind}_{name}": figures[kind][name] for kind in kinds for name in FIGURES}
 
     @staticmethod
-    def submission(predictions: Sequence[Prediction], records: Sequence[Record]) -> list[dict[str, Any]]:
+    def submission(
+        predictions: Sequence[Prediction], records: Sequence[Record]
+    ) -> list[dict[str, Any]]:
         """COCO's result list."""
         rows = []
         for prediction, record in joined(predictions, records):
             for each in prediction["objects"]:
                 if "category" not in each:
-                    raise ValueError("these weights know no category ids: fine-tune them on records of `beit3 prepare coco`")
-                row = {"image_id": numbered(record), "category_id": each["category"], "bbox": each["box"], "score": each["score"]}
+                    raise ValueError(
+                        "these weights know no category ids: fine-tune them on records of `beit3 prepare coco`"
+                    )
+                row = {
+                    "image_id": numbered(record),
+                    "category_id": each["category"],
+                    "bbox": each["box"],
+                    "score": each["score"],
+                }
                 rows.append(row | ({"segmentation": each["mask"]} if "mask" in each else {}))
         return rows
 
@@ -327,4 +478,6 @@ def _padded(view: Tensor, side: int) -> Example:
 
 def _seen(seen: Visible) -> Example:
     """What a view shows, as tensors."""
-    return {"boxes": seen.boxes, "labels": seen.labels} | ({} if seen.masks is None else {"masks": seen.masks})
+    return {"boxes": seen.boxes, "labels": seen.labels} | (
+        {} if seen.masks is None else {"masks": seen.masks}
+    )

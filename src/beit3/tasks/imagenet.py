@@ -18,13 +18,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from beit3.data import formats
-from beit3.data.augment import auto_augment, erase, random_erasing
 from beit3.data.loader import Source
-from beit3.data.mixing import mix
-from beit3.data.prepare import write_splits
-from beit3.data.records import locate, open_image, write_text
-from beit3.data.transforms import IMAGENET, Preprocessing, training_view
+from beit3.data.prepare import formats
+from beit3.data.prepare.splits import write_splits
+from beit3.data.stores.records import locate, open_image, write_text
+from beit3.data.views.augment import auto_augment, erase, random_erasing
+from beit3.data.views.mixup import mix
+from beit3.data.views.transforms import IMAGENET, Preprocessing, training_view
 from beit3.metrics.classification import top_k_accuracy
 from beit3.model.beit3 import BEiT3
 from beit3.model.config import BASE, GIANT, LARGE, SMALL, TINY, ModelConfig
@@ -32,7 +32,16 @@ from beit3.ops.collectives import all_gather_with_gradient, rank, world_size
 from beit3.ops.losses import LOGIT_SCALE, similarities
 from beit3.ops.precision import at_least_float32
 from beit3.recipe import DataConfig, OptimConfig, Recipe, RunConfig, TaskConfig
-from beit3.task import Batch, Example, Prediction, Record, Task, experts_left_out, labelled, record_rng
+from beit3.task import (
+    Batch,
+    Example,
+    Prediction,
+    Record,
+    Task,
+    experts_left_out,
+    labelled,
+    record_rng,
+)
 from beit3.tokenizer.text import TextTokenizer
 
 Names = tuple[tuple[str, ...], str]
@@ -72,7 +81,9 @@ class ImageNetConfig(TaskConfig):
     label_smoothing: float = 0.1
 
 
-def _finetuning(model: ModelConfig, lr: float, layer_decay: float, drop: float, note: str) -> Recipe:
+def _finetuning(
+    model: ModelConfig, lr: float, layer_decay: float, drop: float, note: str
+) -> Recipe:
     """The release's commands: batch 1024, 50 epochs, 5 of warmup."""
     return Recipe(
         task=ImageNetConfig(model=replace(model, final_norm=False, drop_path_rate=drop)),
@@ -87,25 +98,51 @@ def _by_names(size: int, batch: int, optim: OptimConfig, epochs: float, note: st
     """The paper's giant (appendix): stochastic depth .4, label smoothing .1."""
     model = replace(GIANT, image_size=size, drop_path_rate=0.4)
     return Recipe(
-        task=ImageNetConfig(model=model, image=replace(PIXELS, image_size=size), head="names", mixup=0.0, cutmix=0.0),
+        task=ImageNetConfig(
+            model=model, image=replace(PIXELS, image_size=size), head="names", mixup=0.0, cutmix=0.0
+        ),
         data=DataConfig(batch={"main": batch}, workers=8),
         optim=optim,
-        run=RunConfig(epochs=epochs, micro_batch=16, checkpointing="full", log_every=50, eval_every=2_000, save_every=1_000),
+        run=RunConfig(
+            epochs=epochs,
+            micro_batch=16,
+            checkpointing="full",
+            log_every=50,
+            eval_every=2_000,
+            save_every=1_000,
+        ),
         note=note,
     )
 
 
-def _small(model: ModelConfig, size: int, head: Literal["linear", "names"], steps: int, note: str, *, crop: float) -> Recipe:
+def _small(
+    model: ModelConfig,
+    size: int,
+    head: Literal["linear", "names"],
+    steps: int,
+    note: str,
+    *,
+    crop: float,
+) -> Recipe:
     return Recipe(
         task=ImageNetConfig(
-            model=replace(model, image_size=size, final_norm=head == "names"), image=Preprocessing(size), text_length=12, head=head,
-            num_classes=1, crop=(crop, 1.0), flip=0.5 if crop < 1 else 0.0, auto_augment=False, erasing=0.0, mixup=0.0, cutmix=0.0,
+            model=replace(model, image_size=size, final_norm=head == "names"),
+            image=Preprocessing(size),
+            text_length=12,
+            head=head,
+            num_classes=1,
+            crop=(crop, 1.0),
+            flip=0.5 if crop < 1 else 0.0,
+            auto_augment=False,
+            erasing=0.0,
+            mixup=0.0,
+            cutmix=0.0,
         ),
         data=DataConfig(batch={"main": 64}),
         optim=OptimConfig(lr=5e-4, betas=(0.9, 0.98), weight_decay=0.05, warmup_steps=20, clip=3.0),
         run=RunConfig(steps=steps, log_every=10, save_every=100),
         note=note,
-    )  # fmt: skip
+    )
 
 
 class ImageNet(Task):
@@ -114,25 +151,47 @@ class ImageNet(Task):
     Config = ImageNetConfig
     headline = "accuracy"
     official_names: ClassVar[Mapping[str, str]] = {
-        "fc_norm": "fc_norm", "head": "head",
-        "image_projection": "vision_head", "text_projection": "language_head", "logit_scale": "logit_scale",
-    }  # fmt: skip
+        "fc_norm": "fc_norm",
+        "head": "head",
+        "image_projection": "vision_head",
+        "text_projection": "language_head",
+        "logit_scale": "logit_scale",
+    }
     recipes: ClassVar[Mapping[str, Recipe]] = {
-        "demo": _small(TINY, 32, "linear", 200, "the embedded world's ten kinds of objects", crop=1.0),
+        "demo": _small(
+            TINY, 32, "linear", 200, "the embedded world's ten kinds of objects", crop=1.0
+        ),
         "demo_names": _small(TINY, 32, "names", 200, "the same by their names", crop=1.0),
-        "laptop": _small(SMALL, 112, "linear", 400, "folders of photographs on two CPU cores", crop=0.6),
-        "laptop_names": _small(SMALL, 112, "names", 400, "the same by the folders' names", crop=0.6),
+        "laptop": _small(
+            SMALL, 112, "linear", 400, "folders of photographs on two CPU cores", crop=0.6
+        ),
+        "laptop_names": _small(
+            SMALL, 112, "names", 400, "the same by the folders' names", crop=0.6
+        ),
         "base_224": _finetuning(BASE, 7e-4, 0.65, 0.15, "release: ImageNet-1k top-1 85.4"),
         "large_224": _finetuning(LARGE, 2e-4, 0.8, 0.25, "release: ImageNet-1k top-1 87.6"),
         "giant_224_in21k": _by_names(
-            224, 16_384, OptimConfig(lr=5e-5, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.05, warmup_epochs=5, layer_decay=0.85), 50,
+            224,
+            16_384,
+            OptimConfig(
+                lr=5e-5,
+                betas=(0.9, 0.98),
+                eps=1e-6,
+                weight_decay=0.05,
+                warmup_epochs=5,
+                layer_decay=0.85,
+            ),
+            50,
             "paper: the ImageNet-21k stage, by names",
         ),
         "giant_336": _by_names(
-            336, 2_048, OptimConfig(lr=3e-5, weight_decay=0.05, warmup_epochs=3, layer_decay=0.95), 15,
+            336,
+            2_048,
+            OptimConfig(lr=3e-5, weight_decay=0.05, warmup_epochs=3, layer_decay=0.95),
+            15,
             "paper, from giant_224_in21k: ImageNet-1k top-1 89.6, by names",
         ),
-    }  # fmt: skip
+    }
 
     backbone: BEiT3
 
@@ -140,9 +199,13 @@ class ImageNet(Task):
         super().__init__(config, tokenizer=tokenizer)
         self.config: ImageNetConfig = config
         if config.classes and len(config.classes) != config.num_classes:
-            raise ValueError(f"{len(config.classes)} class names for {config.num_classes} classes: give the list of these weights")
+            raise ValueError(
+                f"{len(config.classes)} class names for {config.num_classes} classes: give the list of these weights"
+            )
         if config.model.final_norm != (config.head == "names"):
-            raise ValueError(f"task.model.final_norm must be {config.head == 'names'} with task.head {config.head}")
+            raise ValueError(
+                f"task.model.final_norm must be {config.head == 'names'} with task.head {config.head}"
+            )
         self.backbone = BEiT3(config.model)
         dim = config.model.dim
         if config.head == "linear":
@@ -158,7 +221,9 @@ class ImageNet(Task):
     @property
     def unused(self) -> Mapping[str, str]:  # type: ignore[override]
         """With a linear head no text is read; nothing is ever fused."""
-        return experts_left_out(self.backbone, "fusion", *(("text",) if self.config.head == "linear" else ()))
+        return experts_left_out(
+            self.backbone, "fusion", *(("text",) if self.config.head == "linear" else ())
+        )
 
     def init_parameter(self, name: str, parameter: Tensor, generator: torch.Generator) -> None:
         """The linear head starts a thousand times smaller, the temperature at the release's."""
@@ -188,7 +253,9 @@ class ImageNet(Task):
         """Folders of one class each, or a table of images and class names -> records with labels, and the names beside them."""
         names, rows = formats.classes(raw)
         report = write_splits(root, "imagenet", source, rows)
-        write_text(root / "imagenet" / source / "classes.txt", "".join(f"{name}\n" for name in names))
+        write_text(
+            root / "imagenet" / source / "classes.txt", "".join(f"{name}\n" for name in names)
+        )
         return dict(report) | {"classes": len(names)} | doubtful(names)
 
     @staticmethod
@@ -198,7 +265,10 @@ class ImageNet(Task):
         records = locate(root, "imagenet", "main", "train")
         file = records.with_name("classes.txt")
         if config.head == "linear" and not file.exists():
-            largest = max((int(record["label"]) for record in Source(records, root) if "label" in record), default=None)
+            largest = max(
+                (int(record["label"]) for record in Source(records, root) if "label" in record),
+                default=None,
+            )
             if largest is None:
                 raise ValueError(f"{records} holds no labels: run beit3 prepare imagenet again")
             return replace(config, classes=(), num_classes=largest + 1)
@@ -209,24 +279,33 @@ class ImageNet(Task):
         """Raw inputs -> record."""
         return {"id": "0", "image": image}
 
-    def example(self, record: Record, train: bool, *, rng: np.random.Generator | None = None) -> Example:
+    def example(
+        self, record: Record, train: bool, *, rng: np.random.Generator | None = None
+    ) -> Example:
         """`image` uint8 [3, S, S], of training `erased`, and `target`, the label, where the record holds one."""
         rng = rng or record_rng(record)
         image, config = open_image(record["image"]), self.config
-        example: Example = {"id": str(record["id"]), "image": config.image.fitted(self.view(image, rng) if train else image)}
+        example: Example = {
+            "id": str(record["id"]),
+            "image": config.image.fitted(self.view(image, rng) if train else image),
+        }
         if train and config.erasing:
             example["erased"] = random_erasing(example["image"], rng, rate=config.erasing)
         if "label" not in record:
             return example
         label = int(record["label"])
         if not 0 <= label < self.config.num_classes:
-            raise ValueError(f"label {label} is none of the {self.config.num_classes} classes: give records of the same classes")
+            raise ValueError(
+                f"label {label} is none of the {self.config.num_classes} classes: give records of the same classes"
+            )
         return example | {"target": torch.tensor(label)}
 
     def view(self, image: Tensor, rng: np.random.Generator) -> Tensor:
         """The training view, uint8 [3, H, W]: crop, flip, RandAugment as far as the config asks for them."""
         config = self.config
-        image = training_view(image, rng, image_size=config.image.image_size, crop=config.crop, flip=config.flip)
+        image = training_view(
+            image, rng, image_size=config.image.image_size, crop=config.crop, flip=config.flip
+        )
         return auto_augment(image, rng) if config.auto_augment else image
 
     def pixels(self, batch: Batch) -> Tensor:
@@ -239,10 +318,18 @@ class ImageNet(Task):
     def outputs(self, batch: Batch) -> dict[str, Tensor]:
         """`logits` [B, C]."""
         if self.config.head == "linear":
-            return {"logits": self.head(self.fc_norm(self.backbone(image=self.pixels(batch)).of("image")[:, 1:].mean(1)))}
+            return {
+                "logits": self.head(
+                    self.fc_norm(self.backbone(image=self.pixels(batch)).of("image")[:, 1:].mean(1))
+                )
+            }
         states = self.backbone(image=self.pixels(batch), read="first").first("image")
         image = F.normalize(at_least_float32(self.image_projection(states)), dim=-1)
-        return {"logits": similarities(image, self.name_features(), at_least_float32(self.logit_scale).exp())}
+        return {
+            "logits": similarities(
+                image, self.name_features(), at_least_float32(self.logit_scale).exp()
+            )
+        }
 
     def forward(self, batch: Batch) -> dict[str, dict[str, Tensor]]:
         """Cross-entropy of the label, in training smoothed, and mixed where the config says so."""
@@ -250,11 +337,18 @@ class ImageNet(Task):
         images, smoothing = self.pixels(batch), config.label_smoothing if self.training else 0.0
         target = F.one_hot(label, config.num_classes).to(at_least_float32(images).dtype)
         if self.training and (config.mixup or config.cutmix):
-            images, target = mix(images, target, None, mixup=config.mixup, cutmix=config.cutmix, smoothing=smoothing)
+            images, target = mix(
+                images, target, None, mixup=config.mixup, cutmix=config.cutmix, smoothing=smoothing
+            )
             smoothing = 0.0
         logits = at_least_float32(self.outputs({"image": images})["logits"])
-        loss = F.cross_entropy(logits, target.to(logits.dtype), reduction="sum", label_smoothing=smoothing)
-        return {"losses": {"loss": loss}, "metrics": {"loss/accuracy": (logits.argmax(1) == target.argmax(1)).sum()}}
+        loss = F.cross_entropy(
+            logits, target.to(logits.dtype), reduction="sum", label_smoothing=smoothing
+        )
+        return {
+            "losses": {"loss": loss},
+            "metrics": {"loss/accuracy": (logits.argmax(1) == target.argmax(1)).sum()},
+        }
 
     # Names -----------------------------------------------------------------------------------------------------------
 
@@ -271,8 +365,13 @@ class ImageNet(Task):
         text, padding = (part.to(self.logit_scale.device) for part in self.name_tensors())
         count, world = len(text), world_size()
         share = -(-count // world)
-        mine = [min(rank() * share + place, count - 1) for place in range(share)]  # the last name fills up uneven shares
-        features = [self.encode_names(text[rows], padding[rows], share > self.config.names_per_pass) for rows in self.passes(mine)]
+        mine = [
+            min(rank() * share + place, count - 1) for place in range(share)
+        ]  # the last name fills up uneven shares
+        features = [
+            self.encode_names(text[rows], padding[rows], share > self.config.names_per_pass)
+            for rows in self.passes(mine)
+        ]
         everyone = all_gather_with_gradient(torch.cat(features))[:count]
         if kept:
             self._features = {self.names: everyone}
@@ -286,9 +385,14 @@ class ImageNet(Task):
     def name_tensors(self) -> tuple[Tensor, Tensor]:
         """`text` and `text_padding` [C, L] of the prompts, as long as the longest."""
         if not self.config.classes:
-            raise ValueError("classification by names needs the class names: give classes=FILE, one name per line")
+            raise ValueError(
+                "classification by names needs the class names: give classes=FILE, one name per line"
+            )
         if self.names not in self._texts:  # seconds for ImageNet-21k's
-            texts = [self.read_text(self.config.prompt.replace("{}", name), self.config.text_length) for name in self.config.classes]
+            texts = [
+                self.read_text(self.config.prompt.replace("{}", name), self.config.text_length)
+                for name in self.config.classes
+            ]
             text, padding = (torch.stack(part) for part in zip(*texts, strict=True))
             longest = int((~padding).sum(1).max())
             self._texts = {self.names: (text[:, :longest], padding[:, :longest])}
@@ -301,18 +405,31 @@ class ImageNet(Task):
             states = self.backbone(text=text, text_padding=padding, read="first").first("text")
             return F.normalize(at_least_float32(self.text_projection(states)), dim=-1)
 
-        return checkpoint(encode, text, padding, use_reentrant=False) if recompute and torch.is_grad_enabled() else encode(text, padding)
+        return (
+            checkpoint(encode, text, padding, use_reentrant=False)
+            if recompute and torch.is_grad_enabled()
+            else encode(text, padding)
+        )
 
     # Inference -------------------------------------------------------------------------------------------------------
 
     def predict(self, batch: Batch) -> list[Prediction]:
         """The likeliest `label`, its `name` where names are known, its probability, and the first `CANDIDATES` of all."""
         config = self.config
-        scores, labels = self.outputs(batch)["logits"].float().softmax(1).topk(min(CANDIDATES, config.num_classes), dim=1)
+        scores, labels = (
+            self.outputs(batch)["logits"]
+            .float()
+            .softmax(1)
+            .topk(min(CANDIDATES, config.num_classes), dim=1)
+        )
         predictions = []
-        for key, chosen, probabilities in zip(batch["id"], labels.tolist(), scores.tolist(), strict=True):
+        for key, chosen, probabilities in zip(
+            batch["id"], labels.tolist(), scores.tolist(), strict=True
+        ):
             ranked = [
-                {"label": label} | ({"name": config.classes[label]} if config.classes else {}) | {"score": p}
+                {"label": label}
+                | ({"name": config.classes[label]} if config.classes else {})
+                | {"score": p}
                 for label, p in zip(chosen, probabilities, strict=True)
             ]
             predictions.append({"id": key} | ranked[0] | {"candidates": ranked})
@@ -323,7 +440,10 @@ class ImageNet(Task):
         """Top-1 and top-5 accuracy, and beside them the share of the commonest class."""
         pairs = labelled(predictions, records)
         truth = [int(record["label"]) for _, record in pairs]
-        ranked = [[candidate["label"] for candidate in prediction["candidates"]] for prediction, _ in pairs]
+        ranked = [
+            [candidate["label"] for candidate in prediction["candidates"]]
+            for prediction, _ in pairs
+        ]
         return {
             "accuracy": top_k_accuracy(ranked, truth, 1),
             "top5": top_k_accuracy(ranked, truth, 5),
@@ -335,7 +455,13 @@ def doubtful(names: Sequence[str]) -> dict[str, str]:
     """A line for the report where names say little, or are of several classes."""
     bare = [name for name in names if re.fullmatch(r"n\d{8}", name)]
     doubled = [name for name, count in Counter(names).items() if count > 1]
-    said = [f"{len(bare)} are WordNet's numbers, such as {bare[0]}: put LOC_synset_mapping.txt beside the folders"] if bare else []
+    said = (
+        [
+            f"{len(bare)} are WordNet's numbers, such as {bare[0]}: put LOC_synset_mapping.txt beside the folders"
+        ]
+        if bare
+        else []
+    )
     said += [f"{len(doubled)} stand for several classes, such as {doubled[0]}"] if doubled else []
     return {"names": "; ".join(said)} if said else {}
 
@@ -343,5 +469,9 @@ def doubtful(names: Sequence[str]) -> dict[str, str]:
 def read_classes(path: Path) -> tuple[str, ...]:
     """Class names, one per line in the order of the labels."""
     if not path.exists():
-        raise ValueError(f"no class names at {path}: run beit3 prepare imagenet, or give one name per line")
-    return tuple(line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
+        raise ValueError(
+            f"no class names at {path}: run beit3 prepare imagenet, or give one name per line"
+        )
+    return tuple(
+        line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()
+    )

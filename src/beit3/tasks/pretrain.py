@@ -14,18 +14,28 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from beit3.data import formats
-from beit3.data.masking import IGNORE, block_mask, text_mask
-from beit3.data.prepare import write_splits
-from beit3.data.records import open_image
-from beit3.data.shards import write_shards
-from beit3.data.tokenise import drop_unused, write_tokens
-from beit3.data.transforms import Preprocessing, two_views
+from beit3.data.prepare import formats
+from beit3.data.prepare.splits import write_splits
+from beit3.data.stores.records import open_image
+from beit3.data.stores.shards import write_shards
+from beit3.data.text.tokenize import drop_unused, write_tokens
+from beit3.data.views.masking import IGNORE, block_mask, text_mask
+from beit3.data.views.transforms import Preprocessing, two_views
 from beit3.model.beit3 import BEiT3, Encoded
 from beit3.model.config import BASE, GIANT, LARGE, MEDIUM, SMALL, TINY
 from beit3.ops.losses import cross_entropies, over_vocabulary
 from beit3.recipe import DataConfig, OptimConfig, Recipe, RunConfig, TaskConfig
-from beit3.task import Batch, Example, Prediction, Record, Task, joined, padded, record_rng, text_lengths
+from beit3.task import (
+    Batch,
+    Example,
+    Prediction,
+    Record,
+    Task,
+    joined,
+    padded,
+    record_rng,
+    text_lengths,
+)
 from beit3.tokenizer.text import FILE, TextTokenizer
 from beit3.tokenizer.visual import VisualTokenizer
 from beit3.weights.store import FrozenFile, load_frozen
@@ -64,7 +74,10 @@ class PretrainConfig(TaskConfig):
     @property
     def fixed_views(self) -> bool:
         """Whether every epoch shows an image in the same view."""
-        crops, rates = (self.image_crop, self.pair_crop), (self.image_flip, self.pair_flip, self.color_jitter)
+        crops, rates = (
+            (self.image_crop, self.pair_crop),
+            (self.image_flip, self.pair_flip, self.color_jitter),
+        )
         return all(crop[0] >= 1 for crop in crops) and not any(rates)
 
 
@@ -74,40 +87,81 @@ def _paper(model, *, token_size: int = 224, note: str) -> Recipe:
         task=PretrainConfig(model=replace(model, drop_path_rate=0.1), token_size=token_size),
         data=DataConfig(batch={"images": 2048, "texts": 2048, "pairs": 2048}, workers=8),
         optim=OptimConfig(
-            lr=1e-3, min_lr=1e-5, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.05, warmup_steps=10_000, clip=3.0,
+            lr=1e-3,
+            min_lr=1e-5,
+            betas=(0.9, 0.98),
+            eps=1e-6,
+            weight_decay=0.05,
+            warmup_steps=10_000,
+            clip=3.0,
             no_decay=PRETRAIN_NO_DECAY,
         ),
-        run=RunConfig(steps=1_000_000, micro_batch=32, checkpointing="full", log_every=100, eval_every=20_000, save_every=2_000),
+        run=RunConfig(
+            steps=1_000_000,
+            micro_batch=32,
+            checkpointing="full",
+            log_every=100,
+            eval_every=20_000,
+            save_every=2_000,
+        ),
         note=note,
-    )  # fmt: skip
+    )
 
 
 PRETRAIN_NO_DECAY = (
-    "image_embedding.positions", "text_embedding.positions", "image_embedding.class_token", "image_embedding.mask_token",
-)  # fmt: skip
+    "image_embedding.positions",
+    "text_embedding.positions",
+    "image_embedding.class_token",
+    "image_embedding.mask_token",
+)
 """Pretraining also spares both position tables and the mask token from decay, as BEiT's scripts do."""
 
 
 DEMO = Recipe(
     task=PretrainConfig(
-        model=TINY, image=Preprocessing(32), num_codes=64, token_size=32, min_mask_block=1, text_length=20,
-        monomodal_text_length=48, pair_masking="text_only", image_crop=(1.0, 1.0), pair_crop=(1.0, 1.0), image_flip=0.0,
-        pair_flip=0.0, color_jitter=0.0,
+        model=TINY,
+        image=Preprocessing(32),
+        num_codes=64,
+        token_size=32,
+        min_mask_block=1,
+        text_length=20,
+        monomodal_text_length=48,
+        pair_masking="text_only",
+        image_crop=(1.0, 1.0),
+        pair_crop=(1.0, 1.0),
+        image_flip=0.0,
+        pair_flip=0.0,
+        color_jitter=0.0,
     ),
     data=DataConfig(batch={"images": 32, "texts": 32, "pairs": 64}),
     optim=OptimConfig(
-        lr=1e-3, min_lr=1e-5, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.05, warmup_steps=50, clip=3.0, no_decay=PRETRAIN_NO_DECAY,
+        lr=1e-3,
+        min_lr=1e-5,
+        betas=(0.9, 0.98),
+        eps=1e-6,
+        weight_decay=0.05,
+        warmup_steps=50,
+        clip=3.0,
+        no_decay=PRETRAIN_NO_DECAY,
     ),
     run=RunConfig(steps=600, log_every=10, save_every=200, eval_records=500),
     note="the embedded world on a laptop CPU; in pairs only the text is hidden, which grounds words far sooner here",
-)  # fmt: skip
+)
 """No random views: the world's language names colors, places and sizes, and codes stay the same over epochs."""
 
 
 PHOTOGRAPHS = PretrainConfig(
-    model=SMALL, image=Preprocessing(112), num_codes=256, token_size=112, min_mask_block=4, text_length=32,
-    pair_masking="text_only", image_crop=(0.4, 1.0), pair_crop=(0.6, 1.0), color_jitter=0.0,
-)  # fmt: skip
+    model=SMALL,
+    image=Preprocessing(112),
+    num_codes=256,
+    token_size=112,
+    min_mask_block=4,
+    text_length=32,
+    pair_masking="text_only",
+    image_crop=(0.4, 1.0),
+    pair_crop=(0.6, 1.0),
+    color_jitter=0.0,
+)
 """Small sets of real photographs. No color jitter: captions name colors."""
 
 
@@ -115,11 +169,18 @@ LAPTOP = Recipe(
     task=PHOTOGRAPHS,
     data=DataConfig(batch={"images": 16, "texts": 2, "pairs": 32}),
     optim=OptimConfig(
-        lr=1e-3, min_lr=1e-5, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.05, warmup_steps=200, clip=3.0, no_decay=PRETRAIN_NO_DECAY,
+        lr=1e-3,
+        min_lr=1e-5,
+        betas=(0.9, 0.98),
+        eps=1e-6,
+        weight_decay=0.05,
+        warmup_steps=200,
+        clip=3.0,
+        no_decay=PRETRAIN_NO_DECAY,
     ),
     run=RunConfig(steps=2000, log_every=20, eval_every=500, save_every=200),
     note="photographs, books and captions on two CPU cores in about 40 minutes; in pairs only the text is hidden",
-)  # fmt: skip
+)
 """Four texts of 512 tokens cost as much as 32 pictures."""
 
 
@@ -129,30 +190,47 @@ class Pretrain(Task):
     Config = PretrainConfig
     sources = ("images", "texts", "pairs")
     headline = "negative_loss"
-    official_names: ClassVar[Mapping[str, str]] = {"text_head": "mlm_head", "image_head": "mim_head"}
+    official_names: ClassVar[Mapping[str, str]] = {
+        "text_head": "mlm_head",
+        "image_head": "mim_head",
+    }
     frozen = ("visual_tokenizer",)
     recipes: ClassVar[Mapping[str, Recipe]] = {
         "demo": DEMO,
         "demo_pairs": replace(
-            DEMO, data=DataConfig(batch={"pairs": 64}), optim=replace(DEMO.optim, lr=1.5e-3), run=replace(DEMO.run, steps=2500),
+            DEMO,
+            data=DataConfig(batch={"pairs": 64}),
+            optim=replace(DEMO.optim, lr=1.5e-3),
+            run=replace(DEMO.run, steps=2500),
             note="the first part of the demo's pretraining: pairs alone, until words follow the picture",
         ),
         "laptop": LAPTOP,
         "gpu_hour": replace(
             LAPTOP,
             task=replace(
-                PHOTOGRAPHS, model=replace(MEDIUM, drop_path_rate=0.1), image=Preprocessing(224), num_codes=1024, token_size=224,
-                min_mask_block=16, text_length=64,
+                PHOTOGRAPHS,
+                model=replace(MEDIUM, drop_path_rate=0.1),
+                image=Preprocessing(224),
+                num_codes=1024,
+                token_size=224,
+                min_mask_block=16,
+                text_length=64,
             ),
             data=DataConfig(batch={"images": 512, "texts": 128, "pairs": 512}, workers=14),
             run=RunConfig(steps=8000, compile=True, log_every=50, eval_every=2000, save_every=1000),
             note="the same records at 224 px on one large GPU, bfloat16 and compiled",
         ),
         "base_224": _paper(BASE, note="paper's numbers on the released base network"),
-        "base_224_indomain": _paper(BASE, note="the same with COCO and Visual Genome among the pairs (released `indomain`)"),
+        "base_224_indomain": _paper(
+            BASE, note="the same with COCO and Visual Genome among the pairs (released `indomain`)"
+        ),
         "large_224": _paper(LARGE, note="paper's numbers on the released large network"),
-        "giant_224": _paper(GIANT, token_size=256, note="the paper's BEiT-3 (section 2.3): 1M steps of 6144 records, patch 14"),
-    }  # fmt: skip
+        "giant_224": _paper(
+            GIANT,
+            token_size=256,
+            note="the paper's BEiT-3 (section 2.3): 1M steps of 6144 records, patch 14",
+        ),
+    }
 
     def __init__(self, config: PretrainConfig, *, tokenizer: TextTokenizer | None = None):
         super().__init__(config, tokenizer=tokenizer)
@@ -164,21 +242,33 @@ class Pretrain(Task):
         self.frozen_files: Mapping[str, FrozenFile] = {}
         self.known_codes: dict[tuple[str, str], Tensor] = {}
         if config.cache_codes and not config.fixed_views:
-            raise ValueError("task.cache_codes needs fixed views: set the crops to 1.0 1.0 and flips and color_jitter to 0")
-        if config.visual_tokenizer and Path(config.visual_tokenizer).exists():  # weights alone may be used elsewhere
+            raise ValueError(
+                "task.cache_codes needs fixed views: set the crops to 1.0 1.0 and flips and color_jitter to 0"
+            )
+        if (
+            config.visual_tokenizer and Path(config.visual_tokenizer).exists()
+        ):  # weights alone may be used elsewhere
             task, file = load_frozen(config.visual_tokenizer, "vqkd")
             assert isinstance(task.backbone, VisualTokenizer)
             self.visual_tokenizer, self.frozen_files = task.backbone, {"visual_tokenizer": file}
             found = self.visual_tokenizer.config.num_codes
             if found != config.num_codes:
-                raise ValueError(f"task.num_codes is {config.num_codes}, but {config.visual_tokenizer} has {found} codes")
+                raise ValueError(
+                    f"task.num_codes is {config.num_codes}, but {config.visual_tokenizer} has {found} codes"
+                )
 
     # Data ------------------------------------------------------------------------------------------------------------
 
     @staticmethod
     def prepare(
-        raw: Path, root: Path, source: str, *, pack: int = 512, field: str = "text", workers: int = 0
-    ) -> Mapping[str, Any]:  # fmt: skip
+        raw: Path,
+        root: Path,
+        source: str,
+        *,
+        pack: int = 512,
+        field: str = "text",
+        workers: int = 0,
+    ) -> Mapping[str, Any]:
         """`images`: a folder of images; `texts`: .txt, .jsonl and .parquet files; `pairs`: images with captions; or tars of images.
 
         source: with a set's own name behind it, pairs/coco, where a source is to be several sets.
@@ -188,27 +278,50 @@ class Pretrain(Task):
         kind = source.partition("/")[0]
         if kind == "texts":
             if pack and not (root / FILE).exists():
-                raise ValueError(f"packing counts tokens: write {root / FILE} first (beit3 tokenizer train), or give --pack 0")
+                raise ValueError(
+                    f"packing counts tokens: write {root / FILE} first (beit3 tokenizer train), or give --pack 0"
+                )
             if pack:
-                return write_tokens(raw, root / "pretrain" / source, TextTokenizer(root / FILE), pack=pack, field=field, workers=workers)
+                return write_tokens(
+                    raw,
+                    root / "pretrain" / source,
+                    TextTokenizer(root / FILE),
+                    pack=pack,
+                    field=field,
+                    workers=workers,
+                )
             lengths = text_lengths(root, PretrainConfig.monomodal_text_length)
-            report = write_splits(root, "pretrain", source, formats.texts(raw, field=field), lengths=lengths)
+            report = write_splits(
+                root, "pretrain", source, formats.texts(raw, field=field), lengths=lengths
+            )
             drop_unused(root / "pretrain" / source)
             return report
         lengths, captions = text_lengths(root, PretrainConfig.text_length), kind == "pairs"
         if formats.lies_in_tars(raw, captions=captions):
-            return write_shards(root, "pretrain", source, raw, captions=captions, lengths=lengths, workers=workers)
-        return write_splits(root, "pretrain", source, formats.pairs(raw) if captions else formats.images(raw), lengths=lengths)
+            return write_shards(
+                root, "pretrain", source, raw, captions=captions, lengths=lengths, workers=workers
+            )
+        return write_splits(
+            root,
+            "pretrain",
+            source,
+            formats.pairs(raw) if captions else formats.images(raw),
+            lengths=lengths,
+        )
 
     @staticmethod
     def configure(config: TaskConfig, root: Path) -> TaskConfig:
         """Nothing to complete; a run whose visual tokenizer is missing ends here."""
         assert isinstance(config, PretrainConfig)
         if config.visual_tokenizer and not Path(config.visual_tokenizer).exists():
-            raise ValueError(f"task.visual_tokenizer: {config.visual_tokenizer} is not there (beit3 train vqkd writes one)")
+            raise ValueError(
+                f"task.visual_tokenizer: {config.visual_tokenizer} is not there (beit3 train vqkd writes one)"
+            )
         return config
 
-    def example(self, record: Record, train: bool, *, rng: np.random.Generator | None = None) -> Example:
+    def example(
+        self, record: Record, train: bool, *, rng: np.random.Generator | None = None
+    ) -> Example:
         """`text` and/or `image` with what was hidden of them; `token_image` where codes will be wanted."""
         rng = rng or record_rng(record)
         example: Example = {"id": str(record["id"])}
@@ -230,24 +343,38 @@ class Pretrain(Task):
             return image, not image
         return how == "image_only", how == "text_only"
 
-    def image_example(self, record: Record, train: bool, rng: np.random.Generator, *, pair: bool, hide: bool) -> Example:
+    def image_example(
+        self, record: Record, train: bool, rng: np.random.Generator, *, pair: bool, hide: bool
+    ) -> Example:
         """`image` uint8 [3, S, S], and with masking in use `image_mask` [P] and `token_image` uint8 [3, T, T]."""
         config = self.config
         view, token_view = two_views(
-            open_image(record["image"]), rng, image_size=config.image.image_size, token_size=config.token_size,
+            open_image(record["image"]),
+            rng,
+            image_size=config.image.image_size,
+            token_size=config.token_size,
             scale=(config.pair_crop if pair else config.image_crop) if train else (1.0, 1.0),
             hflip=(config.pair_flip if pair else config.image_flip) if train else 0.0,
             color_jitter=config.color_jitter if train else 0.0,
-        )  # fmt: skip
+        )
         example: Example = {"image": view}
         if pair and config.pair_masking == "text_only":
             return example
         grid = config.model.grid
         count = int(config.image_mask_rate * grid[0] * grid[1]) if hide else 0
-        mask = block_mask(grid, count, rng, min_block=config.min_mask_block) if count else np.zeros(grid, dtype=bool)
-        return example | {"image_mask": torch.from_numpy(mask.reshape(-1)), "token_image": token_view}
+        mask = (
+            block_mask(grid, count, rng, min_block=config.min_mask_block)
+            if count
+            else np.zeros(grid, dtype=bool)
+        )
+        return example | {
+            "image_mask": torch.from_numpy(mask.reshape(-1)),
+            "token_image": token_view,
+        }
 
-    def text_example(self, record: Record, rng: np.random.Generator, *, pair: bool, hide: bool) -> Example:
+    def text_example(
+        self, record: Record, rng: np.random.Generator, *, pair: bool, hide: bool
+    ) -> Example:
         """`text` [L] with words hidden, `text_padding` [L], and `text_target` [L] where any may be hidden."""
         config, tokenizer = self.config, self.tokenizer
         length = config.text_length if pair else config.monomodal_text_length
@@ -255,10 +382,20 @@ class Pretrain(Task):
         targets = np.full(length, IGNORE, dtype=np.int64)
         if hide:
             rate = config.pair_text_mask_rate if pair else config.text_mask_rate
-            ids, targets[: len(ids)] = text_mask(ids, rng, rate=rate, mask_id=tokenizer.mask, vocab=(tokenizer.first_piece, tokenizer.mask))
+            ids, targets[: len(ids)] = text_mask(
+                ids,
+                rng,
+                rate=rate,
+                mask_id=tokenizer.mask,
+                vocab=(tokenizer.first_piece, tokenizer.mask),
+            )
         text, padding = padded(ids.tolist(), length, tokenizer.pad)
         example: Example = {"text": text, "text_padding": padding}
-        return example if pair and config.pair_masking == "image_only" else example | {"text_target": torch.from_numpy(targets)}
+        return (
+            example
+            if pair and config.pair_masking == "image_only"
+            else example | {"text_target": torch.from_numpy(targets)}
+        )
 
     # Training --------------------------------------------------------------------------------------------------------
 
@@ -266,9 +403,11 @@ class Pretrain(Task):
     def loss_weights(self) -> Mapping[str, float]:
         config = self.config
         return {
-            "image": config.image_weight, "text": config.text_weight,
-            "pair_image": config.pair_image_weight, "pair_text": config.pair_text_weight,
-        }  # fmt: skip
+            "image": config.image_weight,
+            "text": config.text_weight,
+            "pair_image": config.pair_image_weight,
+            "pair_text": config.pair_text_weight,
+        }
 
     @staticmethod
     def prefix(batch: Batch) -> str:
@@ -287,7 +426,9 @@ class Pretrain(Task):
         """The backbone's states of whatever the batch holds, those of padding among them if all are read."""
         image = self.pixels(batch) if "image" in batch else None
         text, padding = batch.get("text"), batch.get("text_padding")
-        return self.backbone(image, text, image_mask=batch.get("image_mask"), text_padding=padding, read=read)
+        return self.backbone(
+            image, text, image_mask=batch.get("image_mask"), text_padding=padding, read=read
+        )
 
     def codes(self, batch: Batch) -> Tensor:
         """Targets [B, P] int64: the batch's own `image_codes`, else the frozen tokenizer's."""
@@ -296,10 +437,14 @@ class Pretrain(Task):
         if self.visual_tokenizer is None:
             where = self.config.visual_tokenizer
             reason = f"{where} is not there" if where else "none is given"
-            raise ValueError(f"image targets need a visual tokenizer and {reason}: --task.visual_tokenizer WEIGHTS (beit3 train vqkd)")
+            raise ValueError(
+                f"image targets need a visual tokenizer and {reason}: --task.visual_tokenizer WEIGHTS (beit3 train vqkd)"
+            )
         if not self.config.cache_codes:
             return self.visual_tokenizer.codes(batch["token_image"])
-        keys = [(f"{self.prefix(batch)}{self.training}", key) for key in batch["id"]]  # ids may recur in another split
+        keys = [
+            (f"{self.prefix(batch)}{self.training}", key) for key in batch["id"]
+        ]  # ids may recur in another split
         new = [row for row, key in enumerate(keys) if key not in self.known_codes]
         if new:
             found = self.visual_tokenizer.codes(batch["token_image"][new])
@@ -314,12 +459,18 @@ class Pretrain(Task):
             losses[prefix + name], metrics[f"{prefix}{name}/accuracy"] = each.sum(), right.sum()
         return {"losses": losses, "metrics": metrics}
 
-    def predicted(self, batch: Batch, encoded: Encoded) -> Iterator[tuple[str, Tensor, Tensor, Tensor]]:
+    def predicted(
+        self, batch: Batch, encoded: Encoded
+    ) -> Iterator[tuple[str, Tensor, Tensor, Tensor]]:
         """(modality, losses [M], whether right [M], hidden [B, P or L]) for every modality with hidden positions."""
         if "image_mask" in batch:
             hidden = batch["image_mask"].bool()
             states, target = encoded.of("image")[:, 1:][hidden], self.codes(batch)[hidden]
-            yield "image", *over_vocabulary(states, target, self.image_head, cross_entropies), hidden
+            yield (
+                "image",
+                *over_vocabulary(states, target, self.image_head, cross_entropies),
+                hidden,
+            )
         if "text_target" in batch:
             hidden = batch["text_target"] != IGNORE
             states, target = encoded.of("text")[hidden], batch["text_target"][hidden]
@@ -344,8 +495,14 @@ class Pretrain(Task):
             sums = torch.zeros(3, len(predictions), dtype=torch.float64, device=losses.device)
             values = torch.stack((losses, torch.ones_like(losses), right.to(losses.dtype)))
             sums.index_add_(1, hidden.nonzero()[:, 0], values.double())
-            for prediction, (loss, count, correct) in zip(predictions, sums.T.tolist(), strict=True):
-                prediction |= {f"{name}_loss": loss, f"{name}_targets": int(count), f"{name}_correct": int(correct)}
+            for prediction, (loss, count, correct) in zip(
+                predictions, sums.T.tolist(), strict=True
+            ):
+                prediction |= {
+                    f"{name}_loss": loss,
+                    f"{name}_targets": int(count),
+                    f"{name}_correct": int(correct),
+                }
         return predictions
 
     @staticmethod
@@ -358,4 +515,6 @@ class Pretrain(Task):
             if total:
                 scores[f"{name}_loss"] = sum(p[f"{name}_loss"] for p, _ in pairs) / total
                 scores[f"{name}_accuracy"] = sum(p[f"{name}_correct"] for p, _ in pairs) / total
-        return scores | {"negative_loss": -sum(value for name, value in scores.items() if name.endswith("_loss"))}
+        return scores | {
+            "negative_loss": -sum(value for name, value in scores.items() if name.endswith("_loss"))
+        }

@@ -14,11 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from beit3.data import formats
-from beit3.data.prepare import write_splits
-from beit3.data.records import open_image
-from beit3.data.shards import write_shards
-from beit3.data.transforms import Preprocessing, two_views
+from beit3.data.prepare import formats
+from beit3.data.prepare.splits import write_splits
+from beit3.data.stores.records import open_image
+from beit3.data.stores.shards import write_shards
+from beit3.data.views.transforms import Preprocessing, two_views
 from beit3.ops.init import seeded
 from beit3.ops.precision import at_least_float32
 from beit3.recipe import DataConfig, OptimConfig, Recipe, RunConfig, TaskConfig
@@ -39,7 +39,9 @@ def unit(image_size: int) -> Preprocessing:
 class VQKDConfig(TaskConfig):
     """Defaults are BEiT v2's (its table on tokenizer training)."""
 
-    model: VisualTokenizerConfig = VisualTokenizerConfig(224, 16, 768, 12, 12, 3072, 3, 32, 8192, 512)  # type: ignore[assignment]
+    model: VisualTokenizerConfig = VisualTokenizerConfig(
+        224, 16, 768, 12, 12, 3072, 3, 32, 8192, 512
+    )  # type: ignore[assignment]
     image: Preprocessing = unit(224)
     teacher: Literal["gradients", "clip", "dino", "beit3"] = "clip"
     teacher_weights: str = ""
@@ -59,31 +61,48 @@ class VQKD(Task):
     recipes: ClassVar[Mapping[str, Recipe]] = {
         "demo": Recipe(
             task=VQKDConfig(
-                teacher="gradients", model=VisualTokenizerConfig(32, 8, 96, 2, 4, 384, 1, 16, 64, 45, revive_after=20),
-                image=unit(32), crop=(1.0, 1.0), flip=0.0,
+                teacher="gradients",
+                model=VisualTokenizerConfig(32, 8, 96, 2, 4, 384, 1, 16, 64, 45, revive_after=20),
+                image=unit(32),
+                crop=(1.0, 1.0),
+                flip=0.0,
             ),
             data=DataConfig(batch={"main": 64}),
-            optim=OptimConfig(lr=1e-3, min_lr=1e-5, betas=(0.9, 0.99), weight_decay=1e-4, warmup_steps=20),
+            optim=OptimConfig(
+                lr=1e-3, min_lr=1e-5, betas=(0.9, 0.99), weight_decay=1e-4, warmup_steps=20
+            ),
             run=RunConfig(steps=400, log_every=10, save_every=100),
             note="the embedded world; teacher: colour and gradient statistics, no weights needed",
         ),
         "laptop": Recipe(
             task=VQKDConfig(
-                teacher="gradients", model=VisualTokenizerConfig(112, 16, 128, 3, 4, 512, 1, 16, 256, 45, revive_after=20),
-                image=unit(112), crop=(0.4, 1.0),
+                teacher="gradients",
+                model=VisualTokenizerConfig(
+                    112, 16, 128, 3, 4, 512, 1, 16, 256, 45, revive_after=20
+                ),
+                image=unit(112),
+                crop=(0.4, 1.0),
             ),
             data=DataConfig(batch={"main": 64}),
-            optim=OptimConfig(lr=1e-3, min_lr=1e-5, betas=(0.9, 0.99), weight_decay=1e-4, warmup_steps=50),
+            optim=OptimConfig(
+                lr=1e-3, min_lr=1e-5, betas=(0.9, 0.99), weight_decay=1e-4, warmup_steps=50
+            ),
             run=RunConfig(steps=800, log_every=20, save_every=200),
             note="photographs on two CPU cores in about 5 minutes; teacher: colour and gradient statistics",
         ),
         "gpu_hour": Recipe(
             task=VQKDConfig(
-                teacher="gradients", model=VisualTokenizerConfig(224, 16, 384, 6, 6, 1536, 1, 32, 1024, 45, revive_after=100),
-                image=unit(224), crop=(0.2, 1.0),
+                teacher="gradients",
+                model=VisualTokenizerConfig(
+                    224, 16, 384, 6, 6, 1536, 1, 32, 1024, 45, revive_after=100
+                ),
+                image=unit(224),
+                crop=(0.2, 1.0),
             ),
             data=DataConfig(batch={"main": 512}, workers=14),
-            optim=OptimConfig(lr=1e-3, min_lr=1e-5, betas=(0.9, 0.99), weight_decay=1e-4, warmup_steps=200),
+            optim=OptimConfig(
+                lr=1e-3, min_lr=1e-5, betas=(0.9, 0.99), weight_decay=1e-4, warmup_steps=200
+            ),
             run=RunConfig(steps=3000, log_every=50, save_every=1000),
             note="the visual tokenizer for pretrain gpu_hour",
         ),
@@ -91,12 +110,17 @@ class VQKD(Task):
             task=VQKDConfig(),
             data=DataConfig(batch={"main": 512}, workers=8),
             optim=OptimConfig(
-                lr=2e-4, min_lr=1e-5, betas=(0.9, 0.99), weight_decay=1e-4, warmup_epochs=10, no_decay=("class_token", "positions"),
+                lr=2e-4,
+                min_lr=1e-5,
+                betas=(0.9, 0.99),
+                weight_decay=1e-4,
+                warmup_epochs=10,
+                no_decay=("class_token", "positions"),
             ),
             run=RunConfig(epochs=100, log_every=100, eval_every=5_000, save_every=2_000),
             note="BEiT v2's tokenizer: CLIP ViT-B/16 teacher, 8192 codes of 32, three decoder layers, ImageNet-1k",
         ),
-    }  # fmt: skip
+    }
 
     def __init__(self, config: VQKDConfig, *, tokenizer: TextTokenizer | None = None):
         super().__init__(config)
@@ -124,14 +148,20 @@ class VQKD(Task):
     def record(self, image: str) -> Record:
         return {"id": str(image), "image": image}
 
-    def example(self, record: Record, train: bool, *, rng: np.random.Generator | None = None) -> Example:
+    def example(
+        self, record: Record, train: bool, *, rng: np.random.Generator | None = None
+    ) -> Example:
         """`token_image` uint8 [3, S, S]."""
         config = self.config
         view, _ = two_views(
-            open_image(record["image"]), rng or record_rng(record), image_size=config.image.image_size,
-            token_size=config.image.image_size, scale=config.crop if train else (1.0, 1.0), hflip=config.flip if train else 0.0,
+            open_image(record["image"]),
+            rng or record_rng(record),
+            image_size=config.image.image_size,
+            token_size=config.image.image_size,
+            scale=config.crop if train else (1.0, 1.0),
+            hflip=config.flip if train else 0.0,
             color_jitter=0.0,
-        )  # fmt: skip
+        )
         return {"id": str(record["id"]), "token_image": view}
 
     # Training --------------------------------------------------------------------------------------------------------
@@ -149,12 +179,19 @@ class VQKD(Task):
         """Cosine distance to the teacher, and the commitment of the encoder to its codes."""
         images = self.pixels(batch)
         features, commitment, codes = self.backbone(images)
-        distance = 1 - F.cosine_similarity(at_least_float32(features), self.ask_teacher(images), dim=-1)
+        distance = 1 - F.cosine_similarity(
+            at_least_float32(features), self.ask_teacher(images), dim=-1
+        )
         count = codes.numel()
-        statistics = {"codebook_use": self.backbone.quantizer.usage(), "perplexity": self.backbone.quantizer.perplexity()}
+        statistics = {
+            "codebook_use": self.backbone.quantizer.usage(),
+            "perplexity": self.backbone.quantizer.perplexity(),
+        }
         return {
             "losses": {"reconstruction": distance.sum(), "commitment": commitment * count},
-            "metrics": {f"reconstruction/{name}": value * count for name, value in statistics.items()},
+            "metrics": {
+                f"reconstruction/{name}": value * count for name, value in statistics.items()
+            },
         }
 
     def ask_teacher(self, images: Tensor) -> Tensor:
@@ -162,11 +199,19 @@ class VQKD(Task):
         if self.teacher is None:
             config = self.config
             if config.teacher == "beit3":
-                teacher: Teacher = BackboneTeacher(load_backbone(config.teacher_weights), patch_size=config.model.patch_size)
+                teacher: Teacher = BackboneTeacher(
+                    load_backbone(config.teacher_weights), patch_size=config.model.patch_size
+                )
             else:
-                teacher = load_teacher(config.teacher, path=config.teacher_weights or None, patch_size=config.model.patch_size)
+                teacher = load_teacher(
+                    config.teacher,
+                    path=config.teacher_weights or None,
+                    patch_size=config.model.patch_size,
+                )
             if teacher.dim != config.model.teacher_dim:
-                raise ValueError(f"task.model.teacher_dim is {config.model.teacher_dim}, the {config.teacher} teacher has {teacher.dim}")
+                raise ValueError(
+                    f"task.model.teacher_dim is {config.model.teacher_dim}, the {config.teacher} teacher has {teacher.dim}"
+                )
             self.teacher = teacher.to(images.device)
         return self.teacher.features(images)
 
@@ -181,12 +226,15 @@ class VQKD(Task):
         codes = self.outputs(batch)["codes"]
         size = self.config.model.num_codes
         predictions = [
-            {"id": key, "codes": row, "num_codes": size} for key, row in zip(batch["id"], codes.tolist(), strict=True)
+            {"id": key, "codes": row, "num_codes": size}
+            for key, row in zip(batch["id"], codes.tolist(), strict=True)
         ]
         if self.teacher is not None or self.config.teacher == "gradients":
             features = self.ask_teacher(self.pixels(batch))
             grid = patch_grid(self.pixels(batch), self.config.model.patch_size)
-            distance = 1 - F.cosine_similarity(at_least_float32(self.backbone.decode(codes, grid)), features, dim=-1).mean(1)
+            distance = 1 - F.cosine_similarity(
+                at_least_float32(self.backbone.decode(codes, grid)), features, dim=-1
+            ).mean(1)
             for prediction, value in zip(predictions, distance.tolist(), strict=True):
                 prediction["distance"] = value
         return predictions

@@ -30,7 +30,15 @@ class Quantizer(nn.Module):
     counts: Tensor  # [K] running average of vectors per update
     last_used: Tensor  # [K] int64: the update that last chose the code, 0 = never
 
-    def __init__(self, num_codes: int, dim: int, *, decay: float = 0.99, beta: float = 1.0, revive_after: int = 0):
+    def __init__(
+        self,
+        num_codes: int,
+        dim: int,
+        *,
+        decay: float = 0.99,
+        beta: float = 1.0,
+        revive_after: int = 0,
+    ):
         super().__init__()
         self.decay, self.beta, self.revive_after = decay, beta, revive_after
         self.register_buffer("codebook", F.normalize(torch.randn(num_codes, dim), dim=1))
@@ -42,7 +50,9 @@ class Quantizer(nn.Module):
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator) -> None:
         """Random unit vectors, to be replaced by k-means, and empty statistics."""
-        self.codebook.copy_(F.normalize(torch.randn(self.codebook.shape, generator=generator), dim=1))
+        self.codebook.copy_(
+            F.normalize(torch.randn(self.codebook.shape, generator=generator), dim=1)
+        )
         for state in (self.started, self.updates, self.counts, self.last_used):
             state.zero_()
 
@@ -100,7 +110,9 @@ class Quantizer(nn.Module):
         totals = collectives.all_reduce(torch.cat((sums, bins[:, None]), 1))
         sums, bins = totals[:, :-1], totals[:, -1]
         means = _directions(sums, bins, self.codebook)
-        self.codebook.copy_(F.normalize(self.decay * self.codebook + (1 - self.decay) * means, dim=1))
+        self.codebook.copy_(
+            F.normalize(self.decay * self.codebook + (1 - self.decay) * means, dim=1)
+        )
         self.counts.mul_(self.decay).add_(bins, alpha=1 - self.decay)
         self.updates.add_(1)
         self.last_used.copy_(torch.where(bins > 0, self.updates, self.last_used))
@@ -113,7 +125,9 @@ class Quantizer(nn.Module):
             return
         dead = self.last_used <= update - self.revive_after
         pool = collectives.all_gather(vectors)
-        picks = torch.randint(len(pool), (len(dead),), generator=torch.Generator().manual_seed(update))
+        picks = torch.randint(
+            len(pool), (len(dead),), generator=torch.Generator().manual_seed(update)
+        )
         self.codebook.copy_(torch.where(dead[:, None], pool[picks.to(pool.device)], self.codebook))
 
 
@@ -148,4 +162,6 @@ def _totals(vectors: Tensor, codes: Tensor, num_codes: int) -> tuple[Tensor, Ten
 
 def _directions(sums: Tensor, bins: Tensor, fallback: Tensor) -> Tensor:
     """Unit mean per code, `fallback` where nothing was assigned."""
-    return torch.where(bins[:, None] > 0, F.normalize(sums / bins.clamp_min(1)[:, None], dim=1), fallback)
+    return torch.where(
+        bins[:, None] > 0, F.normalize(sums / bins.clamp_min(1)[:, None], dim=1), fallback
+    )

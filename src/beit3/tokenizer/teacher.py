@@ -30,7 +30,9 @@ IMAGENET_PIXELS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 TeacherName = Literal["gradients", "clip", "dino"]
 
 
-def load_teacher(name: TeacherName, *, path: Path | str | None = None, patch_size: int) -> "Teacher":
+def load_teacher(
+    name: TeacherName, *, path: Path | str | None = None, patch_size: int
+) -> "Teacher":
     """The teacher of this name for a tokenizer of `patch_size`; `path`: the weights of CLIP and DINO, a file or directory.
 
     ValueError for an unknown name, or a file that is missing, unreadable or of another network.
@@ -40,9 +42,15 @@ def load_teacher(name: TeacherName, *, path: Path | str | None = None, patch_siz
     if name not in ("clip", "dino"):
         raise ValueError(f"unknown teacher {name!r}: choose gradients, clip or dino")
     if path is None:
-        raise ValueError(f"teacher {name!r} has no weights: give the path of its .pt, .pth or .safetensors file")
+        raise ValueError(
+            f"teacher {name!r} has no weights: give the path of its .pt, .pth or .safetensors file"
+        )
     state = _read_directory(Path(path), name) if Path(path).is_dir() else _read(Path(path))
-    return CLIPTeacher(state, patch_size=patch_size) if name == "clip" else DINOTeacher(state, patch_size=patch_size)
+    return (
+        CLIPTeacher(state, patch_size=patch_size)
+        if name == "clip"
+        else DINOTeacher(state, patch_size=patch_size)
+    )
 
 
 class Teacher(nn.Module):
@@ -72,7 +80,9 @@ class Gradients(Teacher):
     def __init__(self, patch_size: int):
         super().__init__()
         if patch_size < 4 or patch_size % 2:
-            raise ValueError(f"patch_size {patch_size} has no 2 x 2 cells: the gradients teacher needs an even one")
+            raise ValueError(
+                f"patch_size {patch_size} has no 2 x 2 cells: the gradients teacher needs an even one"
+            )
         self.patch_size = patch_size
         self.dim = 4 * 3 + 4 * self.orientations + 1
 
@@ -85,14 +95,18 @@ class Gradients(Teacher):
             colors = self._cells(pixels - 0.5) / math.sqrt(3)  # 12 values within +-0.5
             edges = self._cells(self._directed(pixels.mean(1)))
             edges = edges / (edges.norm(dim=2, keepdim=True) + self.softening)
-            return torch.cat((colors, edges, colors.new_full((*colors.shape[:2], 1), self.constant)), 2)
+            return torch.cat(
+                (colors, edges, colors.new_full((*colors.shape[:2], 1), self.constant)), 2
+            )
 
     def _directed(self, gray: Tensor) -> Tensor:
         """[B, H, W] -> [B, 8, H, W]: strength of the edge at each pixel, shared by the two nearest directions."""
         padded = F.pad(gray[:, None], (1, 1, 1, 1), mode="replicate")[:, 0]
         across = (padded[:, 1:-1, 2:] - padded[:, 1:-1, :-2]) / 2
         down = (padded[:, 2:, 1:-1] - padded[:, :-2, 1:-1]) / 2
-        angle = torch.atan2(down, across) * (self.orientations / math.pi)  # one turn by 180 degrees is 8
+        angle = torch.atan2(down, across) * (
+            self.orientations / math.pi
+        )  # one turn by 180 degrees is 8
         bins = torch.arange(self.orientations, device=gray.device).view(1, -1, 1, 1)
         offset = (angle[:, None] - bins).remainder(self.orientations)
         weight = (1 - torch.minimum(offset, self.orientations - offset)).clamp_min(0)
@@ -109,7 +123,9 @@ def resized(pixels: Tensor, patch_size: int, own: int) -> Tensor:
     if own == patch_size:
         return pixels
     rows, columns = patch_grid(pixels, patch_size)
-    return F.interpolate(pixels, size=(rows * own, columns * own), mode="bicubic", antialias=True).clamp(0, 1)
+    return F.interpolate(
+        pixels, size=(rows * own, columns * own), mode="bicubic", antialias=True
+    ).clamp(0, 1)
 
 
 class ViTTeacher(Teacher):
@@ -118,7 +134,14 @@ class ViTTeacher(Teacher):
     Where its patches are not the tokenizer's, images are resized so that both have the same grid.
     """
 
-    def __init__(self, vit: ViT, projection: Tensor | None, *, pixels: tuple[tuple[float, ...], ...], patch_size: int):
+    def __init__(
+        self,
+        vit: ViT,
+        projection: Tensor | None,
+        *,
+        pixels: tuple[tuple[float, ...], ...],
+        patch_size: int,
+    ):
         super().__init__()
         self.vit, self.patch_size = vit, patch_size
         self.projection = None if projection is None else nn.Parameter(projection)  # [D, F]
@@ -144,7 +167,9 @@ class CLIPTeacher(ViTTeacher):
         if "class_token" in state:
             tensors = dict(state)
         elif any(name.startswith("vision_model.") for name in state):
-            tensors = _merged_qkv(_renamed(state, HF_CLIP, keep=("vision_model.", "visual_projection.")))
+            tensors = _merged_qkv(
+                _renamed(state, HF_CLIP, keep=("vision_model.", "visual_projection."))
+            )
             if "projection" in tensors:
                 tensors["projection"] = tensors["projection"].T.contiguous()
         else:
@@ -153,17 +178,25 @@ class CLIPTeacher(ViTTeacher):
             if name in tensors:
                 tensors[name] = tensors[name][(None,) * (3 - tensors[name].ndim)]
         if "projection" not in tensors:
-            raise ValueError("not a CLIP image tower: no tensor visual.proj or visual_projection.weight; give CLIP's own file")
+            raise ValueError(
+                "not a CLIP image tower: no tensor visual.proj or visual_projection.weight; give CLIP's own file"
+            )
         projection = tensors.pop("projection")
-        super().__init__(_build(tensors, "clip", 1e-5), projection, pixels=CLIP_PIXELS, patch_size=patch_size)
+        super().__init__(
+            _build(tensors, "clip", 1e-5), projection, pixels=CLIP_PIXELS, patch_size=patch_size
+        )
 
 
 class DINOTeacher(ViTTeacher):
     """DINO's ViT in the names of facebookresearch/dino; its projection head is left out."""
 
     def __init__(self, state: Mapping[str, Tensor], *, patch_size: int):
-        tensors = _renamed({name: tensor for name, tensor in state.items() if not name.startswith("head.")}, DINO)
-        super().__init__(_build(tensors, "dino", 1e-6), None, pixels=IMAGENET_PIXELS, patch_size=patch_size)
+        tensors = _renamed(
+            {name: tensor for name, tensor in state.items() if not name.startswith("head.")}, DINO
+        )
+        super().__init__(
+            _build(tensors, "dino", 1e-6), None, pixels=IMAGENET_PIXELS, patch_size=patch_size
+        )
 
 
 class BackboneTeacher(Teacher):
@@ -233,7 +266,13 @@ def save_clip(teacher: CLIPTeacher, directory: Path) -> None:
     """Fill an empty `directory` with what `load_teacher` reads: the tensors under our names, and their digest."""
     assert teacher.projection is not None
     tensors = teacher.vit.state_dict() | {"projection": teacher.projection.detach()}
-    save_file({name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}, directory / MODEL)
+    save_file(
+        {
+            name: tensor.clone(memory_format=torch.contiguous_format)
+            for name, tensor in tensors.items()
+        },
+        directory / MODEL,
+    )
     about = {"format": FORMAT, "teacher": "clip", "sha256": _digest(directory / MODEL)}
     (directory / CONFIG).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
 
@@ -250,9 +289,13 @@ def _read_directory(directory: Path, name: str) -> dict[str, Tensor]:
     except (OSError, ValueError):
         about = None
     if not isinstance(about, dict) or (about.get("format"), about.get("teacher")) != (FORMAT, name):
-        raise ValueError(f"{directory} holds no {name} teacher: give its weight file, or a directory of beit3 convert clip")
+        raise ValueError(
+            f"{directory} holds no {name} teacher: give its weight file, or a directory of beit3 convert clip"
+        )
     if not (directory / MODEL).is_file() or _digest(directory / MODEL) != about.get("sha256"):
-        raise ValueError(f"{directory / MODEL} is not the file that {CONFIG} describes: convert it again with beit3 convert clip")
+        raise ValueError(
+            f"{directory / MODEL} is not the file that {CONFIG} describes: convert it again with beit3 convert clip"
+        )
     return load_file(directory / MODEL)
 
 
@@ -279,14 +322,20 @@ def _read(path: Path) -> dict[str, Tensor]:
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
         except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-            raise ValueError(f"{path} is not a file of plain tensors: save the network's state_dict() alone") from error
+            raise ValueError(
+                f"{path} is not a file of plain tensors: save the network's state_dict() alone"
+            ) from error
     for wrapping in ("state_dict", "model", "teacher"):
         if isinstance(state, Mapping) and isinstance(state.get(wrapping), Mapping):
             state = state[wrapping]
     if not isinstance(state, Mapping):
-        raise ValueError(f"{path} holds a {type(state).__name__}, not a state dict: save the network's state_dict()")
+        raise ValueError(
+            f"{path} holds a {type(state).__name__}, not a state dict: save the network's state_dict()"
+        )
     tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
-    return {re.sub(r"^(module\.)?(backbone\.)?", "", name): value for name, value in tensors.items()}
+    return {
+        re.sub(r"^(module\.)?(backbone\.)?", "", name): value for name, value in tensors.items()
+    }
 
 
 def is_torchscript(path: Path) -> bool:
@@ -297,7 +346,9 @@ def is_torchscript(path: Path) -> bool:
         return any(name.endswith("/constants.pkl") for name in archive.namelist())
 
 
-def _renamed(state: Mapping[str, Tensor], names: Renames, *, keep: Iterable[str] = ("",)) -> dict[str, Tensor]:
+def _renamed(
+    state: Mapping[str, Tensor], names: Renames, *, keep: Iterable[str] = ("",)
+) -> dict[str, Tensor]:
     """The tensors whose names begin with one of `keep`, in float32, under our names; saved position numbers go."""
     tensors = {}
     for name, tensor in state.items():
@@ -325,10 +376,14 @@ def _build(tensors: dict[str, Tensor], style: Literal["dino", "clip"], ln_eps: f
     """The network of these tensors, 64 units a head as all published ones. ValueError names what does not fit."""
     for name, rank in (("patch.weight", 4), ("positions", 3), ("blocks.0.ffn.fc1.weight", 2)):
         if name not in tensors or tensors[name].ndim != rank:
-            raise ValueError(f"not a {style.upper()} Vision Transformer: no tensor of {rank} dimensions for {name}")
+            raise ValueError(
+                f"not a {style.upper()} Vision Transformer: no tensor of {rank} dimensions for {name}"
+            )
     dim, _, patch, _ = tensors["patch.weight"].shape
     if dim % 64:
-        raise ValueError(f"the {style.upper()} network is {dim} wide, not a multiple of 64 units a head")
+        raise ValueError(
+            f"the {style.upper()} network is {dim} wide, not a multiple of 64 units a head"
+        )
     config = ViTConfig(
         image_size=isqrt(tensors["positions"].shape[1] - 1) * patch,
         patch_size=patch,
@@ -342,9 +397,15 @@ def _build(tensors: dict[str, Tensor], style: Literal["dino", "clip"], ln_eps: f
     with torch.device("meta"):
         vit = ViT(config)
     expected = {name: value.shape for name, value in vit.state_dict().items()}
-    wrong = sorted(name for name in expected.keys() | tensors.keys() if _shape(tensors, name) != expected.get(name))
+    wrong = sorted(
+        name
+        for name in expected.keys() | tensors.keys()
+        if _shape(tensors, name) != expected.get(name)
+    )
     if wrong:
-        raise ValueError(f"not a {style.upper()} Vision Transformer: missing, unknown or misshapen {', '.join(wrong)}")
+        raise ValueError(
+            f"not a {style.upper()} Vision Transformer: missing, unknown or misshapen {', '.join(wrong)}"
+        )
     vit.load_state_dict(tensors, assign=True)
     return vit
 

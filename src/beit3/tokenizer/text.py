@@ -31,19 +31,29 @@ class TextTokenizer:
     first_piece = 4
 
     def __init__(self, model: Model) -> None:
-        self._bytes, name = (model, "the given bytes") if isinstance(model, bytes) else (_read(Path(model)), str(model))
+        self._bytes, name = (
+            (model, "the given bytes")
+            if isinstance(model, bytes)
+            else (_read(Path(model)), str(model))
+        )
         if not WHOLE <= _top_level_fields(self._bytes):
-            raise ValueError(f"{name} is not a whole SentencePiece model: download the .spm file again")
+            raise ValueError(
+                f"{name} is not a whole SentencePiece model: download the .spm file again"
+            )
         try:
             self._pieces = sentencepiece.SentencePieceProcessor(model_proto=self._bytes)
         except RuntimeError as error:
             raise ValueError(f"{name} is not a SentencePiece model: give the .spm file") from error
         first = tuple(self._pieces.id_to_piece(i) for i in range(min(3, len(self._pieces))))
         if first != ("<unk>", "<s>", "</s>"):
-            raise ValueError(f"{name} starts with the pieces {first}: BEiT-3's ids need <unk>, <s>, </s>")
+            raise ValueError(
+                f"{name} starts with the pieces {first}: BEiT-3's ids need <unk>, <s>, </s>"
+            )
 
     @classmethod
-    def train(cls, texts: Iterable[str], *, vocab_size: int, model_type: str = "unigram") -> "TextTokenizer":
+    def train(
+        cls, texts: Iterable[str], *, vocab_size: int, model_type: str = "unigram"
+    ) -> "TextTokenizer":
         """A model of at most `vocab_size` pieces over `texts`. The same texts always give the same bytes.
 
         `model_type`: "unigram", or "bpe" for small closed vocabularies, whose words unigram would cut: it only knows
@@ -65,7 +75,9 @@ class TextTokenizer:
             )
         except RuntimeError as error:
             reason = str(error).split("] ")[-1].strip() or "the texts hold no character"
-            raise ValueError(f"cannot train a text tokenizer with vocab_size {vocab_size}: {reason}") from error
+            raise ValueError(
+                f"cannot train a text tokenizer with vocab_size {vocab_size}: {reason}"
+            ) from error
         return cls(written.getvalue())
 
     @property
@@ -96,16 +108,22 @@ class TextTokenizer:
         """BOS, pieces, EOS: at most `max_length` ids, the last pieces dropped. ValueError for an empty text."""
         pieces = self.pieces(text)
         if not pieces:
-            raise ValueError(f"text {text!r} is empty: every text needs at least one visible character")
+            raise ValueError(
+                f"text {text!r} is empty: every text needs at least one visible character"
+            )
         if max_length is not None:
             if max_length < 3:
-                raise ValueError(f"max_length {max_length} leaves no room between BOS and EOS: use at least 3")
+                raise ValueError(
+                    f"max_length {max_length} leaves no room between BOS and EOS: use at least 3"
+                )
             pieces = pieces[: max_length - 2]
         return [self.bos, *pieces, self.eos]
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of `ids`; specials, <mask> and unused rows are left out."""
-        return self._pieces.decode([int(i) - 1 for i in ids if self.first_piece <= i < self.mask]).strip()
+        return self._pieces.decode(
+            [int(i) - 1 for i in ids if self.first_piece <= i < self.mask]
+        ).strip()
 
     def word(self, id: int) -> str:
         """The surface of one id, a leading space where it starts a word; specials by their names."""
@@ -160,7 +178,11 @@ def texts_of(paths: Iterable[str]) -> Iterator[str]:
         try:
             with path.open(encoding="utf-8") as lines:
                 for line in lines:
-                    text = json.loads(line).get("text", "") if path.suffix == ".jsonl" else line.strip()
+                    text = (
+                        json.loads(line).get("text", "")
+                        if path.suffix == ".jsonl"
+                        else line.strip()
+                    )
                     if text:
                         yield text
         except (OSError, ValueError) as error:

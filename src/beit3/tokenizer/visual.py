@@ -41,12 +41,20 @@ class VisualTokenizerConfig:
         if not 0 <= self.decay < 1:
             raise ValueError(f"decay {self.decay} lies outside 0 <= decay < 1")
         if self.revive_after < 0:
-            raise ValueError(f"revive_after {self.revive_after} is negative: give a number of updates, 0 for never")
+            raise ValueError(
+                f"revive_after {self.revive_after} is negative: give a number of updates, 0 for never"
+            )
 
     @property
     def encoder(self) -> ViTConfig:
         return ViTConfig(
-            self.image_size, self.patch_size, self.dim, self.depth, self.num_heads, self.ffn_dim, ln_eps=self.ln_eps
+            self.image_size,
+            self.patch_size,
+            self.dim,
+            self.depth,
+            self.num_heads,
+            self.ffn_dim,
+            ln_eps=self.ln_eps,
         )
 
     @property
@@ -54,7 +62,14 @@ class VisualTokenizerConfig:
         """Its image is the map of quantised vectors, its patch one of them."""
         side = self.image_size // self.patch_size
         return ViTConfig(
-            side, 1, self.dim, self.decoder_depth, self.num_heads, self.ffn_dim, self.code_dim, self.ln_eps
+            side,
+            1,
+            self.dim,
+            self.decoder_depth,
+            self.num_heads,
+            self.ffn_dim,
+            self.code_dim,
+            self.ln_eps,
         )
 
 
@@ -104,7 +119,9 @@ class VisualTokenizer(nn.Module):
             raise ValueError(
                 f"{vectors.shape[1]} codes do not fill a {rows} x {columns} grid: give its rows and columns"
             )
-        states = self.decoder(vectors.transpose(1, 2).unflatten(2, (rows, columns)))  # [B, 1 + P, D]
+        states = self.decoder(
+            vectors.transpose(1, 2).unflatten(2, (rows, columns))
+        )  # [B, 1 + P, D]
         return self.to_feature(states[:, 1:])
 
     @torch.no_grad()
@@ -122,7 +139,11 @@ class VisualTokenizer(nn.Module):
         if "norm" in name or name.endswith("bias"):
             nn.init.constant_(parameter, float("norm" in name and name.endswith("weight")))
             return
-        parameter.copy_(torch.empty(parameter.shape, dtype=parameter.dtype).normal_(std=0.02, generator=generator))
+        parameter.copy_(
+            torch.empty(parameter.shape, dtype=parameter.dtype).normal_(
+                std=0.02, generator=generator
+            )
+        )
         if name.endswith((".attention.out.weight", ".ffn.fc2.weight")):
             parameter.div_(math.sqrt(2 * (int(name.split(".")[2]) + 1)))
 

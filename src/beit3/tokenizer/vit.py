@@ -40,7 +40,9 @@ class ViTConfig:
 
     def __post_init__(self) -> None:
         if self.image_size % self.patch_size:
-            raise ValueError(f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}")
+            raise ValueError(
+                f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}"
+            )
         if self.dim % self.num_heads:
             raise ValueError(f"dim {self.dim} is not a multiple of num_heads {self.num_heads}")
 
@@ -57,7 +59,11 @@ class ViT(nn.Module):
         self.config = config
         clip = config.style == "clip"
         self.patch = nn.Conv2d(
-            config.in_channels, config.dim, config.patch_size, stride=config.patch_size, bias=not clip
+            config.in_channels,
+            config.dim,
+            config.patch_size,
+            stride=config.patch_size,
+            bias=not clip,
         )
         self.class_token = nn.Parameter(torch.zeros(1, 1, config.dim))
         self.positions = nn.Parameter(torch.zeros(1, 1 + config.num_patches, config.dim))
@@ -108,7 +114,9 @@ class Attention(nn.Module):
         bias: Tensor | None = self.qkv.bias
         if self.query_bias is not None and self.value_bias is not None:
             bias = torch.cat((self.query_bias, torch.zeros_like(self.query_bias), self.value_bias))
-        qkv = F.linear(states, self.qkv.weight, bias).unflatten(2, (3, self.num_heads, -1))  # [B, N, 3, H, D/H]
+        qkv = F.linear(states, self.qkv.weight, bias).unflatten(
+            2, (3, self.num_heads, -1)
+        )  # [B, N, 3, H, D/H]
         query, key, value = qkv.permute(2, 0, 3, 1, 4)
         mixed = F.scaled_dot_product_attention(query, key, value)  # [B, H, N, D/H]
         return self.out(mixed.transpose(1, 2).flatten(2))
@@ -132,7 +140,9 @@ def patch_grid(images: Tensor, patch_size: int) -> Grid:
     """Rows and columns of patches of [B, C, H, W]; ValueError where patches do not tile the image."""
     height, width = images.shape[2:]
     if height % patch_size or width % patch_size or not height or not width:
-        raise ValueError(f"image of {height} x {width} px is not a multiple of the {patch_size} px patch: resize it")
+        raise ValueError(
+            f"image of {height} x {width} px is not a multiple of the {patch_size} px patch: resize it"
+        )
     return height // patch_size, width // patch_size
 
 
@@ -166,5 +176,7 @@ def unit_pixels(images: Tensor) -> Tensor:
     if images.numel():
         low, high = torch.stack(torch.aminmax(images.detach())).tolist()
         if not (low >= -1e-3 and high <= 1 + 1e-3):
-            raise ValueError(f"image values span {low:.3g} to {high:.3g}: give pixels in [0, 1], not normalised ones")
+            raise ValueError(
+                f"image values span {low:.3g} to {high:.3g}: give pixels in [0, 1], not normalised ones"
+            )
     return images

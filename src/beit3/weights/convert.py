@@ -12,8 +12,8 @@ import torch
 
 from beit3.tokenizer.teacher import CLIPTeacher, load_teacher, save_clip
 from beit3.tokenizer.text import TextTokenizer
-from beit3.weights.fill import first_few, task_name
-from beit3.weights.official import load_official, read_file, to_official, translate
+from beit3.weights.matching import first_few, task_name
+from beit3.weights.release_format import load_official, read_file, to_official, translate
 from beit3.weights.store import find, in_place_of, load, read_tensors, save
 
 
@@ -37,17 +37,29 @@ def from_official(
     state = read_file(path, as_stored=True)
     try:
         built, report = load_official(
-            state, task, num_heads=num_heads, answers=answers, classes=classes, prompt=prompt, tokenizer=tokenizer
-        )  # fmt: skip
+            state,
+            task,
+            num_heads=num_heads,
+            answers=answers,
+            classes=classes,
+            prompt=prompt,
+            tokenizer=tokenizer,
+        )
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     if report.ignored and task is None:
         reason, kind = next(iter(report.ignored.values())), task_name(type(built))
-        lost = f"{len(report.ignored)} tensors would be lost ({reason}): {first_few(report.ignored)}"
+        lost = (
+            f"{len(report.ignored)} tensors would be lost ({reason}): {first_few(report.ignored)}"
+        )
         raise ValueError(f"{path}: {lost}; give --task {kind} to convert the rest")
     tensors = translate(state, built)[0]
-    save(built, out, tensors={name: tensor.clone() for name, tensor in tensors.items()})  # files may share memory between tensors
-    left_out = ["what is fresh was not written: fine-tuning starts it (--init)"] if report.fresh else []
+    save(
+        built, out, tensors={name: tensor.clone() for name, tensor in tensors.items()}
+    )  # files may share memory between tensors
+    left_out = (
+        ["what is fresh was not written: fine-tuning starts it (--init)"] if report.fresh else []
+    )
     return [*report.lines(), *left_out, f"{task_name(type(built))} at {out}"]
 
 
@@ -58,7 +70,9 @@ def to_file(path: str | Path, out: str | Path) -> list[str]:
     """
     directory, out = find(path), Path(out)
     if out.suffix != ".pth":
-        raise ValueError(f"--out {out}: weights of ours go back into one file, give a name that ends in .pth")
+        raise ValueError(
+            f"--out {out}: weights of ours go back into one file, give a name that ends in .pth"
+        )
     refuse_existing(out)
     task = load(directory)
     state = to_official(task, read_tensors(directory, as_stored=True))
@@ -72,7 +86,9 @@ def to_file(path: str | Path, out: str | Path) -> list[str]:
         temporary.rename(out)
     finally:
         temporary.unlink(missing_ok=True)
-    kinds = ", ".join(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in state.values()}))
+    kinds = ", ".join(
+        sorted({str(tensor.dtype).removeprefix("torch.") for tensor in state.values()})
+    )
     return [
         f"{len(state)} tensors of {directory} ({task_name(type(task))}, {kinds}) at {out}",
         "a released file has no place for the preprocessing, the text tokenizer and the names of answers: keep the directory",
@@ -86,7 +102,9 @@ def from_clip(path: str | Path, out: str | Path) -> list[str]:
     """
     refuse_existing(out)
     with in_place_of(Path(out)) as new:
-        teacher = load_teacher("clip", path=path, patch_size=16)  # of who asks it: its own patches stay what they are
+        teacher = load_teacher(
+            "clip", path=path, patch_size=16
+        )  # of who asks it: its own patches stay what they are
         assert isinstance(teacher, CLIPTeacher)
         save_clip(teacher, new)
     network = teacher.vit.config

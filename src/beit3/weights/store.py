@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from beit3.config import from_dict, to_dict
-from beit3.data.records import flush
+from beit3.data.stores.records import flush
 from beit3.model.beit3 import BEiT3
 from beit3.model.trunk import ImageTrunk
 from beit3.recipe import TaskConfig
@@ -27,7 +27,7 @@ from beit3.task import Task
 from beit3.task import load as load_task
 from beit3.tokenizer.text import FILE, TextTokenizer
 from beit3.weights.adapt import adapted, with_names
-from beit3.weights.fill import (
+from beit3.weights.matching import (
     FINAL_NORM,
     Report,
     assign,
@@ -40,7 +40,7 @@ from beit3.weights.fill import (
     stored,
     task_name,
 )
-from beit3.weights.official import (
+from beit3.weights.release_format import (
     family,
     in_float32,
     known_pictures,
@@ -85,7 +85,9 @@ def find(path: str | Path) -> Path:
     for place in (path, path / "best", path / "last"):
         if is_weights(place):
             return place
-    raise ValueError(f"{path} holds neither weights nor a run's best or last: give one that beit3 train wrote")
+    raise ValueError(
+        f"{path} holds neither weights nor a run's best or last: give one that beit3 train wrote"
+    )
 
 
 def save(task: Task, directory: str | Path, *, tensors: Mapping[str, Tensor] | None = None) -> None:
@@ -95,15 +97,24 @@ def save(task: Task, directory: str | Path, *, tensors: Mapping[str, Tensor] | N
     than weights, OSError where it cannot be written.
     """
     directory = Path(directory)
-    if directory.exists() and not is_weights(directory) and (directory.is_file() or any(directory.iterdir())):
+    if (
+        directory.exists()
+        and not is_weights(directory)
+        and (directory.is_file() or any(directory.iterdir()))
+    ):
         raise ValueError(f"{directory} exists and does not hold weights: give another directory")
     values = stored(task) if tensors is None else tensors
     with in_place_of(directory) as new:
         try:
-            save_file({name: tensor.detach().cpu().contiguous() for name, tensor in values.items()}, new / MODEL)
+            save_file(
+                {name: tensor.detach().cpu().contiguous() for name, tensor in values.items()},
+                new / MODEL,
+            )
         except SafetensorError as error:  # its own kind of error for a disk that is full or gone
             raise OSError(f"{new / MODEL} cannot be written: {error}") from error
-        (new / CONFIG).write_text(json.dumps(_description(task), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        (new / CONFIG).write_text(
+            json.dumps(_description(task), indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
+        )
         if task.has_tokenizer:
             task.tokenizer.save(new / TEXT)
 
@@ -113,7 +124,9 @@ def in_place_of(directory: Path) -> Iterator[Path]:
     """An empty directory to fill, which then takes the place of `directory`; an error leaves the older one alone."""
     new, old = (directory.with_name(f".{directory.name}.{age}") for age in ("new", "old"))
     if old.exists() and not directory.exists():
-        old.rename(directory)  # the last save died between its two renames: keep what it had set aside
+        old.rename(
+            directory
+        )  # the last save died between its two renames: keep what it had set aside
     for path in (new, old):
         shutil.rmtree(path, ignore_errors=True)
     new.mkdir(parents=True)
@@ -131,7 +144,9 @@ def in_place_of(directory: Path) -> Iterator[Path]:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def load(directory: str | Path, *, text_model: str | Path | None = None, config: TaskConfig | None = None) -> Task:
+def load(
+    directory: str | Path, *, text_model: str | Path | None = None, config: TaskConfig | None = None
+) -> Task:
     """The task that `save` wrote, on the CPU. Strict: ValueError naming what is missing, unknown, misshapen or unfit.
 
     text_model: the text tokenizer's file, where the directory came without. config: used in place of the stored one.
@@ -139,10 +154,14 @@ def load(directory: str | Path, *, text_model: str | Path | None = None, config:
     directory = Path(directory)
     description = read_config(directory)
     tokenizer = _tokenizer(directory, description, text_model)
-    task = load_task(description.task)(_with_frozen(config or description.config, description.frozen), tokenizer=tokenizer)
+    task = load_task(description.task)(
+        _with_frozen(config or description.config, description.frozen), tokenizer=tokenizer
+    )
     for name, file in getattr(task, "frozen_files", {}).items():
         if name in description.frozen and description.frozen[name].sha256 != file.sha256:
-            raise ValueError(f"{name} {file.path} is not the file that these weights were trained with: put that back")
+            raise ValueError(
+                f"{name} {file.path} is not the file that these weights were trained with: put that back"
+            )
     tensors, here = read_tensors(directory), stored(task)
     unknown = [name for name in tensors if name not in here]
     missing = [name for name in here if name not in tensors]
@@ -150,20 +169,31 @@ def load(directory: str | Path, *, text_model: str | Path | None = None, config:
         verb, names = ("unknown", unknown) if unknown else ("missing", missing)
         # `beit3 convert` leaves out what its file did not hold; fine-tuning fills it in.
         start = not unknown and all(may_lack(name, images_alone=True) for name in missing)
-        remedy = f"; train them with beit3 train {description.task} --init {directory}" if start else ""
-        raise ValueError(f"{directory / MODEL}: {len(names)} tensors are {verb}: {first_few(names)}{remedy}")
+        remedy = (
+            f"; train them with beit3 train {description.task} --init {directory}" if start else ""
+        )
+        raise ValueError(
+            f"{directory / MODEL}: {len(names)} tensors are {verb}: {first_few(names)}{remedy}"
+        )
     for name, tensor in tensors.items():
         shape, needed = list(tensor.shape), list(here[name].shape)
         if shape != needed:
-            raise ValueError(f"{directory / MODEL}: {name} has shape {shape}, the config needs {needed}")
+            raise ValueError(
+                f"{directory / MODEL}: {name} has shape {shape}, the config needs {needed}"
+            )
     task.load_state_dict(tensors, strict=False)
     return task
 
 
 def load_as(
-    directory: str | Path, task: str, *, text_model: str | Path | None = None, answers: Sequence[str] = (),
-    classes: Sequence[str] = (), prompt: str = "",
-) -> tuple[Task, Report]:  # fmt: skip
+    directory: str | Path,
+    task: str,
+    *,
+    text_model: str | Path | None = None,
+    answers: Sequence[str] = (),
+    classes: Sequence[str] = (),
+    prompt: str = "",
+) -> tuple[Task, Report]:
     """Weights of one task as another, with their network, pictures, texts' length and tokenizer: (the task on the CPU, the report).
 
     Heads go by their names, so those of retrieval serve imagenet, which then classifies into any `classes`. What the
@@ -173,10 +203,13 @@ def load_as(
     description, kind = read_config(directory), load_task(task)
     there: Any = description.config
     if type(there.model) is not type(kind.Config().model):
-        raise ValueError(f"{directory} holds weights of {description.task}, whose network cannot become {task}: give other weights")
+        raise ValueError(
+            f"{directory} holds weights of {description.task}, whose network cannot become {task}: give other weights"
+        )
     tensors = read_tensors(directory)
     config = replace(
-        adapted(kind, there.model, there.image, by_names="image_projection.weight" in tensors), text_length=there.text_length
+        adapted(kind, there.model, there.image, by_names="image_projection.weight" in tensors),
+        text_length=there.text_length,
     )
     config = with_names(config, kind, answers=answers, classes=classes, prompt=prompt, fixed={})
     built = kind(config, tokenizer=_tokenizer(Path(directory), description, text_model))
@@ -184,7 +217,9 @@ def load_as(
         ignored = _unused(built, tensors)
         values, fresh = match(built, tensors, exact=True)
     except ValueError as error:
-        raise ValueError(f"{directory} holds weights of {description.task}, which cannot become {task}: {error}") from None
+        raise ValueError(
+            f"{directory} holds weights of {description.task}, which cannot become {task}: {error}"
+        ) from None
     complete(built, values, fresh)
     return built, Report(f"{directory} ({description.task})", tuple(values), ignored, fresh)
 
@@ -192,7 +227,9 @@ def load_as(
 def _with_frozen(config: TaskConfig, frozen: Mapping[str, FrozenFile]) -> TaskConfig:
     """`config` with the absolute path of a frozen part where the relative one leads nowhere from this directory."""
     moved: dict[str, Any] = {
-        name: file.path for name, file in frozen.items() if not Path(getattr(config, name)).exists() and Path(file.path).exists()
+        name: file.path
+        for name, file in frozen.items()
+        if not Path(getattr(config, name)).exists() and Path(file.path).exists()
     }
     return replace(config, **moved) if moved else config
 
@@ -207,17 +244,24 @@ def read_config(directory: str | Path) -> Stored:
     except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}") from None
     if isinstance(data, dict) and "teacher" in data:
-        raise ValueError(f"{directory} holds a {data['teacher']} teacher, no BEiT-3: it is for --task.teacher_weights of vqkd")
+        raise ValueError(
+            f"{directory} holds a {data['teacher']} teacher, no BEiT-3: it is for --task.teacher_weights of vqkd"
+        )
     fields = ("format", "task", "config", "tokenizer", "frozen")
     missing = [field for field in fields if not isinstance(data, dict) or field not in data]
     if missing:
-        raise ValueError(f"{path} lacks the field {missing[0]!r}: weights as `beit3 train` writes them are expected")
+        raise ValueError(
+            f"{path} lacks the field {missing[0]!r}: weights as `beit3 train` writes them are expected"
+        )
     if data["format"] != FORMAT:
         raise ValueError(
             f"{path} is of format {data['format']!r}, not {FORMAT}: read it with the version that wrote it"
         )
     config = from_dict(load_task(data["task"]).Config, data["config"], f"{path}: config")
-    frozen = {name: from_dict(FrozenFile, file, f"{path}: frozen.{name}") for name, file in data["frozen"].items()}
+    frozen = {
+        name: from_dict(FrozenFile, file, f"{path}: frozen.{name}")
+        for name, file in data["frozen"].items()
+    }
     return Stored(data["task"], config, data["tokenizer"], frozen)
 
 
@@ -225,7 +269,10 @@ def read_tensors(directory: str | Path, *, as_stored: bool = False) -> dict[str,
     """The tensors of a weights directory by our names, floating ones in float32 or, `as_stored`, as they are."""
     path = Path(directory) / MODEL
     try:
-        return {name: tensor if as_stored else in_float32(tensor) for name, tensor in load_file(path).items()}
+        return {
+            name: tensor if as_stored else in_float32(tensor)
+            for name, tensor in load_file(path).items()
+        }
     except FileNotFoundError:
         raise ValueError(f"no weights at {directory}: {MODEL} is missing") from None
     except (SafetensorError, OSError):
@@ -278,9 +325,13 @@ def _from_directory(task: Task, path: Path) -> Report:
     description, name = read_config(path), task_name(type(task))
     there, here = description.config.model, task.config.model
     if type(there) is not type(here):
-        raise ValueError(f"it holds a {description.task}, whose network is of another kind than that of {name}: give other weights")
+        raise ValueError(
+            f"it holds a {description.task}, whose network is of another kind than that of {name}: give other weights"
+        )
     if task.has_tokenizer and description.tokenizer not in (None, task.tokenizer.digest):
-        raise ValueError(f"the text tokenizer is not the one that these weights know: use {path / TEXT}")
+        raise ValueError(
+            f"the text tokenizer is not the one that these weights know: use {path / TEXT}"
+        )
     if task.has_tokenizer and description.tokenizer is None:
         refuse_other_tokenizer(task.tokenizer, description.config)
     tensors = read_tensors(path)
@@ -309,7 +360,11 @@ def _from_file(task: Task, path: Path) -> Report:
         with suppress(ValueError):  # tensors that imply no network: the first error says enough
             there, here = sizes(state), task.config.model
             # At one width the heads are this network's to say: no shape tells them.
-            reason = _differences(replace(there, num_heads=here.num_heads) if there.dim == here.dim else there, here, reason)
+            reason = _differences(
+                replace(there, num_heads=here.num_heads) if there.dim == here.dim else there,
+                here,
+                reason,
+            )
         raise ValueError(reason) from None
     assign(task, values)
     pictures = known_pictures(state)
@@ -322,20 +377,37 @@ def recipe_for(kind: type[Task], init: str | Path) -> str:
     if not init:
         return "demo"
     try:
-        model = read_config(find(init)).config.model if Path(init).is_dir() else sizes(read_file(init))
+        model = (
+            read_config(find(init)).config.model if Path(init).is_dir() else sizes(read_file(init))
+        )
     except ValueError:  # the run that starts from them says what is wrong
         return "demo"
     same = ("dim", "depth", "patch_size", "shared_attention", "fusion_layers")
     for name, recipe in kind.recipes.items():
-        if type(recipe.task.model) is type(model) and all(getattr(recipe.task.model, f, None) == getattr(model, f, None) for f in same):
+        if type(recipe.task.model) is type(model) and all(
+            getattr(recipe.task.model, f, None) == getattr(model, f, None) for f in same
+        ):
             return name
     return "demo"
 
 
 NETWORK = (
-    "dim", "depth", "num_heads", "ffn_dim", "patch_size", "vocab_size", "text_positions", "shared_attention", "shared_norms", "sub_ln",
-    "fusion_layers", "decoder_depth", "code_dim", "num_codes", "teacher_dim",
-)  # fmt: skip
+    "dim",
+    "depth",
+    "num_heads",
+    "ffn_dim",
+    "patch_size",
+    "vocab_size",
+    "text_positions",
+    "shared_attention",
+    "shared_norms",
+    "sub_ln",
+    "fusion_layers",
+    "decoder_depth",
+    "code_dim",
+    "num_codes",
+    "teacher_dim",
+)
 """Fields of a network's config that its weights cannot do without: BEiT-3's, and the visual tokenizer's."""
 
 
@@ -344,7 +416,9 @@ def _differences(there: Any, here: Any, reason: str) -> str:
     names = [name for name in NETWORK if getattr(there, name, None) != getattr(here, name, None)]
     if not names:
         return reason
-    listed = "; ".join(f"{name} is {getattr(there, name)}, here {getattr(here, name)}" for name in names)
+    listed = "; ".join(
+        f"{name} is {getattr(there, name)}, here {getattr(here, name)}" for name in names
+    )
     flags = " ".join(f"--task.model.{name} {getattr(there, name)}" for name in names)
     return f"another network ({listed}): take a recipe of its size, or give {flags}; {reason}"
 
@@ -363,7 +437,9 @@ def _unused(task: Task, tensors: Mapping[str, Tensor]) -> dict[str, str]:
             reasons[key] = f"a head that {name} does not have"
     unknown = [key for key in left if key not in reasons]
     if unknown:
-        raise ValueError(f"this {name} has no place for {len(unknown)} tensors: {first_few(unknown)}")
+        raise ValueError(
+            f"this {name} has no place for {len(unknown)} tensors: {first_few(unknown)}"
+        )
     return reasons
 
 
@@ -377,13 +453,17 @@ def _description(task: Task) -> dict[str, Any]:
     }
 
 
-def _tokenizer(directory: Path, description: Stored, text_model: str | Path | None) -> TextTokenizer | None:
+def _tokenizer(
+    directory: Path, description: Stored, text_model: str | Path | None
+) -> TextTokenizer | None:
     file = Path(text_model) if text_model is not None else directory / TEXT
     if text_model is None and not file.is_file():
         return None
     tokenizer = TextTokenizer(file)
     if description.tokenizer not in (None, tokenizer.digest):
-        raise ValueError(f"{file} is a tokenizer that does not fit the weights: give the one they were trained with")
+        raise ValueError(
+            f"{file} is a tokenizer that does not fit the weights: give the one they were trained with"
+        )
     if description.tokenizer is None:  # a released file that was converted without one
         try:
             refuse_other_tokenizer(tokenizer, description.config)

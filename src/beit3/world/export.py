@@ -35,7 +35,10 @@ CAPTIONS_PER_IMAGE = 3
 QUESTIONS_PER_IMAGE = 3
 DOCUMENTS_PER_FILE = 1000
 PAIRS_PER_SHARD = 300
-STREAM, SEED = 2**32, 2**40  # scene seeds set aside for one stream, and for all streams of one world
+STREAM, SEED = (
+    2**32,
+    2**40,
+)  # scene seeds set aside for one stream, and for all streams of one world
 
 
 @dataclass(frozen=True)
@@ -89,9 +92,13 @@ def write_world(
     out = Path(out).absolute()
     _check(out, seed, num_train=num_train, num_val=num_val, num_test=num_test)
     if num_questions < QUESTIONS_PER_IMAGE:
-        raise ValueError(f"num_questions: {num_questions} is below the {QUESTIONS_PER_IMAGE} of one picture")
+        raise ValueError(
+            f"num_questions: {num_questions} is below the {QUESTIONS_PER_IMAGE} of one picture"
+        )
     sizes = WorldSizes(num_train, num_val, num_test, num_questions)
-    partial = out.with_name(f".{out.name}.partial-{os.getpid()}")  # a sibling, so that the rename is atomic
+    partial = out.with_name(
+        f".{out.name}.partial-{os.getpid()}"
+    )  # a sibling, so that the rename is atomic
     try:
         shutil.rmtree(partial, ignore_errors=True)
         camera = _Camera(partial, image_size, seed)
@@ -138,9 +145,25 @@ class _Camera:
 
 # A stream's place decides its scenes: append only.
 STREAMS = (
-    *("images/train", "images/val", "texts/train", "texts/val", "pairs/train", "pairs/val", "pairs/test"),
+    *(
+        "images/train",
+        "images/val",
+        "texts/train",
+        "texts/val",
+        "pairs/train",
+        "pairs/val",
+        "pairs/test",
+    ),
     *("vqa/train", "vqa/val", "nlvr2/train", "nlvr2/train/right", "nlvr2/dev", "nlvr2/dev/right"),
-    *("imagenet/train", "imagenet/val", "coco/train", "coco/val", "ade20k/train", "ade20k/val", "shards/train"),
+    *(
+        "imagenet/train",
+        "imagenet/val",
+        "coco/train",
+        "coco/val",
+        "ade20k/train",
+        "ade20k/val",
+        "shards/train",
+    ),
 )
 
 
@@ -159,7 +182,9 @@ def _parts(camera: _Camera, sizes: WorldSizes) -> Iterator[None]:
     for split, count in (("train", sizes.num_train), ("val", sizes.num_val)):
         yield from _images(camera, split, count)
         yield from _texts(camera, split, count)
-    yield from _pairs(camera, {"train": sizes.num_train, "val": sizes.num_val, "test": sizes.num_test})
+    yield from _pairs(
+        camera, {"train": sizes.num_train, "val": sizes.num_val, "test": sizes.num_test}
+    )
     for split, count in zip(("train", "val"), sizes.vqa, strict=True):
         yield from _vqa(camera, split, count)
     for split, count in zip(("train", "dev"), sizes.nlvr2, strict=True):
@@ -182,7 +207,10 @@ def _texts(camera: _Camera, split: str, count: int) -> Iterator[None]:
     for index, scene, rng in camera.scenes(f"texts/{split}", count):
         documents.append(paragraph(scene, rng))
         if len(documents) == DOCUMENTS_PER_FILE or index == count - 1:
-            camera.text("\n\n".join(documents) + "\n", f"texts/{split}/{index // DOCUMENTS_PER_FILE:03d}.txt")
+            camera.text(
+                "\n\n".join(documents) + "\n",
+                f"texts/{split}/{index // DOCUMENTS_PER_FILE:03d}.txt",
+            )
             documents = []
         yield
 
@@ -197,9 +225,17 @@ def _pairs(camera: _Camera, counts: dict[str, int]) -> Iterator[None]:
             sentids = [imgid * CAPTIONS_PER_IMAGE + k for k in range(CAPTIONS_PER_IMAGE)]
             sentences = [
                 {"tokens": _tokens(raw), "raw": raw, "imgid": imgid, "sentid": sentid}
-                for raw, sentid in zip(captions(scene, rng, CAPTIONS_PER_IMAGE), sentids, strict=True)
+                for raw, sentid in zip(
+                    captions(scene, rng, CAPTIONS_PER_IMAGE), sentids, strict=True
+                )
             ]
-            head = {"filepath": "images", "filename": filename, "split": split, "imgid": imgid, "cocoid": imgid}
+            head = {
+                "filepath": "images",
+                "filename": filename,
+                "split": split,
+                "imgid": imgid,
+                "cocoid": imgid,
+            }
             records.append({**head, "sentids": sentids, "sentences": sentences})
             yield
     camera.text(json.dumps({"dataset": "world", "images": records}), "pairs/dataset_world.json")
@@ -214,17 +250,26 @@ def _vqa(camera: _Camera, split: str, count: int) -> Iterator[None]:
     subset = f"{split}2014"
     asked, answered = [], []
     for index, scene, rng in camera.scenes(f"vqa/{split}", count):
-        image_id = 2 * (index + 1) + (split == "val")  # like COCO's, unique over both splits and not consecutive
+        image_id = 2 * (index + 1) + (
+            split == "val"
+        )  # like COCO's, unique over both splits and not consecutive
         camera.shoot(scene, f"vqa/{subset}/COCO_{subset}_{image_id:012d}.png")
         for k, question in enumerate(questions(scene, rng, QUESTIONS_PER_IMAGE)):
             ids = {"image_id": image_id, "question_id": 1000 * image_id + k}
             asked.append({**ids, "question": question.text})
             answered.append({**ids, **_annotation(question)})
         yield
-    head = {"info": {"description": "embedded world"}, "license": {}, "data_type": "mscoco", "data_subtype": subset}
+    head = {
+        "info": {"description": "embedded world"},
+        "license": {},
+        "data_type": "mscoco",
+        "data_subtype": subset,
+    }
     body = {**head, "task_type": "Open-Ended", "questions": asked}
     camera.text(json.dumps(body), f"vqa/v2_OpenEnded_mscoco_{subset}_questions.json")
-    camera.text(json.dumps({**head, "annotations": answered}), f"vqa/v2_mscoco_{subset}_annotations.json")
+    camera.text(
+        json.dumps({**head, "annotations": answered}), f"vqa/v2_mscoco_{subset}_annotations.json"
+    )
 
 
 def _annotation(question: Question) -> dict[str, Any]:
@@ -233,7 +278,12 @@ def _annotation(question: Question) -> dict[str, Any]:
     kind = "yes/no" if answer in ("yes", "no") else "number" if answer.isdigit() else "other"
     votes = [{"answer": answer, "answer_confidence": "yes", "answer_id": k} for k in range(1, 11)]
     opening = " ".join(question.text.split()[:2])
-    return {"question_type": opening, "answer_type": kind, "multiple_choice_answer": answer, "answers": votes}
+    return {
+        "question_type": opening,
+        "answer_type": kind,
+        "multiple_choice_answer": answer,
+        "answers": votes,
+    }
 
 
 def _nlvr2(camera: _Camera, split: str, count: int) -> Iterator[None]:
@@ -247,7 +297,9 @@ def _nlvr2(camera: _Camera, split: str, count: int) -> Iterator[None]:
         for side, scene in enumerate((left, right)):
             camera.shoot(scene, f"{folder}/{split}-{index}-0-img{side}.png")
         record = {"sentence": sentence, "label": str(label), "identifier": f"{split}-{index}-0-0"}
-        lines.append({**record, "directory": directory} if split == "train" else record)  # dev has no directory
+        lines.append(
+            {**record, "directory": directory} if split == "train" else record
+        )  # dev has no directory
         yield
     camera.text(_lines(lines), f"nlvr2/{split}.json")
 
@@ -276,11 +328,16 @@ def _coco(camera: _Camera, split: str, count: int) -> Iterator[None]:
         camera.shoot(scene, f"coco/{split}/{file_name}")
         images.append({"id": image_id, "file_name": file_name, "height": size, "width": size})
         for item in scene.objects:
-            instances.append({"id": len(instances) + 1, "image_id": image_id, **_instance(item, size)})
+            instances.append(
+                {"id": len(instances) + 1, "image_id": image_id, **_instance(item, size)}
+            )
         for caption in captions(scene, rng, CAPTIONS_PER_IMAGE):
             said.append({"id": len(said) + 1, "image_id": image_id, "caption": caption})
         yield
-    categories = [{"id": k, "name": shape, "supercategory": "shape"} for k, shape in enumerate(SHAPES, start=1)]
+    categories = [
+        {"id": k, "name": shape, "supercategory": "shape"}
+        for k, shape in enumerate(SHAPES, start=1)
+    ]
     head = {"info": {"description": "embedded world"}, "licenses": [], "images": images}
     body = {**head, "annotations": instances, "categories": categories}
     camera.text(json.dumps(body), f"coco/annotations/instances_{split}.json")
@@ -309,7 +366,9 @@ def _ade20k(camera: _Camera, split: str, count: int) -> Iterator[None]:
     for index, scene, _ in camera.scenes(f"ade20k/{split}", count):
         stem = f"{folder}/ADE_{split}_{index + 1:08d}.png"
         camera.shoot(scene, f"ade20k/images/{stem}")
-        camera.picture(Image.fromarray(semantic_map(scene, camera.image_size)), f"ade20k/annotations/{stem}")
+        camera.picture(
+            Image.fromarray(semantic_map(scene, camera.image_size)), f"ade20k/annotations/{stem}"
+        )
         yield
 
 
@@ -321,7 +380,11 @@ def _shards(camera: _Camera, count: int) -> Iterator[None]:
         with tarfile.open(camera.root / path, "w") as tar:
             for index, scene, rng in islice(dealt, PAIRS_PER_SHARD):
                 caption = captions(scene, rng, 1)[0]
-                record = {"key": f"{index:09d}", "caption": caption, "objects": [name(item) for item in scene.objects]}
+                record = {
+                    "key": f"{index:09d}",
+                    "caption": caption,
+                    "objects": [name(item) for item in scene.objects],
+                }
                 buffer = io.BytesIO()
                 render(scene, camera.image_size).save(buffer, format="PNG", compress_level=1)
                 _add(tar, f"{index:09d}.png", buffer.getvalue())

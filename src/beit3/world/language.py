@@ -12,12 +12,33 @@ from typing import TypeAlias
 
 from numpy.random import Generator
 
-from beit3.world.scene import COLORS, RELATIONS, SHAPES, SIZES, TEXTURES, Object, Scene, opposite, pick, relation
+from beit3.world.scene import (
+    COLORS,
+    RELATIONS,
+    SHAPES,
+    SIZES,
+    TEXTURES,
+    Object,
+    Scene,
+    opposite,
+    pick,
+    relation,
+)
 
-NUMBERS = ("zero", "one", "two", "three")  # in captions; answers use digits, as VQA's own normalisation does
+NUMBERS = (
+    "zero",
+    "one",
+    "two",
+    "three",
+)  # in captions; answers use digits, as VQA's own normalisation does
 SIDES = {"left of": "left", "right of": "right", "above": "above", "below": "below"}
 ANSWERS = (*COLORS, *SHAPES, *SIZES, *TEXTURES, "0", "1", "2", "3", "yes", "no", *SIDES.values())
-WORDS = {"size": SIZES, "texture": TEXTURES, "color": tuple(COLORS), "shape": SHAPES}  # in the order of English
+WORDS = {
+    "size": SIZES,
+    "texture": TEXTURES,
+    "color": tuple(COLORS),
+    "shape": SHAPES,
+}  # in the order of English
 KIND_WEIGHTS = {
     "color": 0.26,
     "shape": 0.22,
@@ -57,7 +78,9 @@ def paragraph(scene: Scene, rng: Generator) -> str:
     number = NUMBERS[len(objects)] + (" object" if len(objects) == 1 else " objects")
     opening = pick(rng, ("there {is} {n} in the picture", "the picture shows {n}", "here {is} {n}"))
     sentences = [opening.format(n=number, **{"is": "is" if len(objects) == 1 else "are"})]
-    sentences += [pick(rng, ("there is {}", "this is {}", "i see {}")).format(_a(name(o))) for o in objects]
+    sentences += [
+        pick(rng, ("there is {}", "this is {}", "i see {}")).format(_a(name(o))) for o in objects
+    ]
     facts = [f"the {name(a)} is {r} the {name(b)}" for a, r, b in _pairs(scene)]
     for item in objects:
         facts += [f"the {ref} is {item.color}" for ref in _refer(scene, item, hidden="color")]
@@ -131,7 +154,10 @@ def _pairs(scene: Scene) -> list[tuple[Object, str, Object]]:
 def _captions(scene: Scene) -> list[str]:
     names = [_a(name(item)) for item in scene.objects]
     if len(names) == 1:
-        return [form.format(*names) for form in ("{}", "there is {}", "a picture of {}", "one object : {}")]
+        return [
+            form.format(*names)
+            for form in ("{}", "there is {}", "a picture of {}", "one object : {}")
+        ]
     said = [f"{_a(name(a))} {where} {_a(name(b))}" for a, where, b in _pairs(scene)]
     if len(names) == 2:
         for first, second in permutations(names):
@@ -144,7 +170,9 @@ def _captions(scene: Scene) -> list[str]:
 # ------------------------------------------------------------------------------------------------------- questions
 
 
-def _ask_attribute(key: str, forms: tuple[str, ...]) -> Callable[[Scene, Generator], Question | None]:
+def _ask_attribute(
+    key: str, forms: tuple[str, ...]
+) -> Callable[[Scene, Generator], Question | None]:
     """The asker of one attribute: `forms` have {} where the object is referred to without it."""
 
     def ask(scene: Scene, rng: Generator) -> Question | None:
@@ -173,11 +201,15 @@ def _ask_count(scene: Scene, rng: Generator) -> Question:
 
 
 def _ask_exists(scene: Scene, rng: Generator) -> Question:
-    keys = pick(rng, (("color",), ("shape",), ("color", "shape"), ("size", "shape"), ("size", "color")))
+    keys = pick(
+        rng, (("color",), ("shape",), ("color", "shape"), ("size", "shape"), ("size", "color"))
+    )
     item = pick(rng, scene.objects)
     description = {key: getattr(item, key) for key in keys}
     answer = "yes" if rng.random() < 0.5 else "no"
-    while answer == "no" and _any(scene, description):  # ends: no scene shows all colors, or all shapes
+    while answer == "no" and _any(
+        scene, description
+    ):  # ends: no scene shows all colors, or all shapes
         key = pick(rng, keys)
         description[key] = pick(rng, WORDS[key])
     return Question(f"is there {_a(_words(description))} ?", answer, "exists")
@@ -199,7 +231,9 @@ def _ask_relation(scene: Scene, rng: Generator) -> Question | None:
     if any(_leans(other, where, second) for other in scene.objects if other not in (first, second)):
         return None
     key = pick(rng, ("color", "shape"))
-    return Question(f"what {key} is the object {where} the {landmark} ?", getattr(first, key), "relation")
+    return Question(
+        f"what {key} is the object {where} the {landmark} ?", getattr(first, key), "relation"
+    )
 
 
 def _named(item: Object) -> str:
@@ -241,14 +275,27 @@ def _claims(left: Scene, right: Scene) -> Iterator[list[tuple[str, bool]]]:
         yield [(f"the {side} image shows {said}", len(scene.objects) == n) for n, said in _FEW]
         for a, where, b in _pairs(scene):
             told = (where, opposite(where))
-            yield [(f"in the {side} image the {_named(a)} is {w} the {_named(b)}", w == where) for w in told]
+            yield [
+                (f"in the {side} image the {_named(a)} is {w} the {_named(b)}", w == where)
+                for w in told
+            ]
     for key in ("color", "shape", "size"):
-        found = [(_a(_words({key: w})), _any(left, {key: w}), _any(right, {key: w})) for w in WORDS[key]]
+        found = [
+            (_a(_words({key: w})), _any(left, {key: w}), _any(right, {key: w})) for w in WORDS[key]
+        ]
         yield [(f"the left image contains {it}", in_left) for it, in_left, _ in found]
         yield [(f"the right image contains {it}", in_right) for it, _, in_right in found]
-        yield [(f"both images contain {it}", in_left and in_right) for it, in_left, in_right in found]
-        yield [(f"at least one image contains {it}", in_left or in_right) for it, in_left, in_right in found]
-        yield [(f"only one image contains {it}", in_left != in_right) for it, in_left, in_right in found]
+        yield [
+            (f"both images contain {it}", in_left and in_right) for it, in_left, in_right in found
+        ]
+        yield [
+            (f"at least one image contains {it}", in_left or in_right)
+            for it, in_left, in_right in found
+        ]
+        yield [
+            (f"only one image contains {it}", in_left != in_right)
+            for it, in_left, in_right in found
+        ]
     more = len(left.objects) - len(right.objects)
     yield [
         ("the left image has more objects than the right image", more > 0),

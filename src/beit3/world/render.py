@@ -10,9 +10,15 @@ from PIL import Image
 
 from beit3.world.scene import COLORS, RGB, SHAPES, Object, Scene
 
-SEMANTIC_CLASSES = ("background", *SHAPES)  # label = 1 + index; 0 would be "ignore", which a drawn world never needs
+SEMANTIC_CLASSES = (
+    "background",
+    *SHAPES,
+)  # label = 1 + index; 0 would be "ignore", which a drawn world never needs
 SUPERSAMPLING = 4
-PERIODS = {"striped": 0.16, "dotted": 0.125}  # 5 and 4 pixels of a 32-pixel picture, the finest that survive there
+PERIODS = {
+    "striped": 0.16,
+    "dotted": 0.125,
+}  # 5 and 4 pixels of a 32-pixel picture, the finest that survive there
 
 
 def render(scene: Scene, image_size: int = 32) -> Image.Image:
@@ -64,7 +70,16 @@ def _unit_outlines() -> dict[str, NDArray[np.float64]]:
     """Outlines in the square from -1 to 1: five that a few pixels tell apart."""
     turns = np.arange(24) * np.pi / 12
     arm = 0.3  # half the width of the cross's arms
-    cross = [(-arm, -1), (arm, -1), (arm, -arm), (1, -arm), (1, arm), (arm, arm), (arm, 1), (-arm, 1)]
+    cross = [
+        (-arm, -1),
+        (arm, -1),
+        (arm, -arm),
+        (1, -arm),
+        (1, arm),
+        (arm, arm),
+        (arm, 1),
+        (-arm, 1),
+    ]
     cross += [(-arm, arm), (-1, arm), (-1, -arm), (-arm, -arm)]
     return {
         "circle": np.stack([np.cos(turns), np.sin(turns)], axis=1),
@@ -89,7 +104,9 @@ def _background(scene: Scene, side: int) -> NDArray[np.uint8]:
     look = scene.background
     centres = (np.arange(side, dtype=np.float32) + 0.5) / side
     dx, dy = np.cos(look.angle), np.sin(look.angle)
-    along = (dx * (centres[None, :] - 0.5) + dy * (centres[:, None] - 0.5)) / (abs(dx) + abs(dy)) + 0.5  # 0 to 1
+    along = (dx * (centres[None, :] - 0.5) + dy * (centres[:, None] - 0.5)) / (
+        abs(dx) + abs(dy)
+    ) + 0.5  # 0 to 1
     start, end = np.array(look.start, dtype=np.float32), np.array(look.end, dtype=np.float32)
     canvas = start + along[..., None].astype(np.float32) * (end - start)
     if look.horizon is not None:
@@ -112,7 +129,9 @@ def _coverage(item: Object, side: int) -> tuple[slice, slice, NDArray[np.bool_]]
     return slice(top, bottom), slice(left, right), inside
 
 
-def _inside(corners: NDArray[np.float64], x: NDArray[np.float64], y: NDArray[np.float64]) -> NDArray[np.bool_]:
+def _inside(
+    corners: NDArray[np.float64], x: NDArray[np.float64], y: NDArray[np.float64]
+) -> NDArray[np.bool_]:
     """Even-odd rule: a point lies inside when an odd number of edges crosses its row on its left."""
     inside = np.zeros((len(y), len(x)), dtype=bool)
     for (x1, y1), (x2, y2) in zip(corners, np.roll(corners, -1, axis=0), strict=True):
@@ -126,8 +145,12 @@ def _texture(item: Object, rows: slice, columns: slice, side: int) -> NDArray[np
     """[rows, columns]: where the shade replaces the color; the pattern is centred on the object."""
     if item.texture == "plain":
         return np.zeros((rows.stop - rows.start, columns.stop - columns.start), dtype=bool)
-    across = ((np.arange(columns.start, columns.stop) + 0.5) / side - item.x) / PERIODS[item.texture]
-    down = (((np.arange(rows.start, rows.stop) + 0.5) / side - item.y) / PERIODS[item.texture])[:, None]
+    across = ((np.arange(columns.start, columns.stop) + 0.5) / side - item.x) / PERIODS[
+        item.texture
+    ]
+    down = (((np.arange(rows.start, rows.stop) + 0.5) / side - item.y) / PERIODS[item.texture])[
+        :, None
+    ]
     if item.texture == "striped":
         # Half a period off the centre, so that even a small object shows two stripes and a cross keeps its bar.
         return np.broadcast_to(abs(down % 1 - 0.5) < 0.18, (len(down), len(across)))

@@ -92,7 +92,9 @@ def make_scene(seed: int, *, num_objects: tuple[float, float, float] = NUM_OBJEC
     if seed < 0:
         raise ValueError(f"seed: {seed} is negative; give 0 or more")
     if len(num_objects) != 3 or min(num_objects) < 0 or abs(sum(num_objects) - 1) > 1e-6:
-        raise ValueError(f"num_objects: {num_objects} must be three probabilities (of 1, 2, 3 objects) that sum to 1")
+        raise ValueError(
+            f"num_objects: {num_objects} must be three probabilities (of 1, 2, 3 objects) that sum to 1"
+        )
     rng = np.random.default_rng(seed)
     count = int(np.searchsorted(np.cumsum(num_objects)[:2], rng.random(), side="right")) + 1
     background = _background(rng)
@@ -134,7 +136,9 @@ def _place(rng: np.random.Generator, count: int) -> tuple[Object, ...] | None:
     placed: list[Object] = []
     for size in sorted(sizes):  # large ones first, while there is room
         thrown = (_throw(rng, size) for _ in range(100))
-        fitting = next((item for item in thrown if all(_apart(item, other) for other in placed)), None)
+        fitting = next(
+            (item for item in thrown if all(_apart(item, other) for other in placed)), None
+        )
         if fitting is None:
             return None
         placed.append(fitting)

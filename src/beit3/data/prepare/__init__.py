@@ -1,0 +1,1 @@
+"""Public annotation files to records: readers of formats, checks, splits and statistics."""

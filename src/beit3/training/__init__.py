@@ -1,0 +1,1 @@
+"""One loop for every task. It knows the contract (`beit3.task`) and never a task."""

@@ -1,0 +1,259 @@
+"""Packing: a document's pieces in their order and nothing else, records full but never beyond the limit."""
+
+import io
+import re
+from collections.abc import Callable
+from pathlib import Path
+from unittest.mock import patch
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from beit3.data.text import packing
+from beit3.data.text.packing import CLOSING, FULL, LONGEST_WORD, MARKS, SENTENCE_END, Packer, blocks
+from beit3.tokenizer.text import TextTokenizer
+
+DATA = Path(__file__).resolve().parents[3] / "shared" / "data" / "text_corpus"
+DOCUMENTS = sorted((Path(__file__).resolve().parents[2] / "docs").glob("*.md"))
+BOOKS = (
+    "blake-poems.txt",
+    "burgess-busterbrown.txt",
+    "milton-paradise.txt",
+    "shakespeare-hamlet.txt",
+)
+KINDS = ("unigram", "bpe")
+
+# Letters that normalisation widens, joins or removes, marks that end sentences, and words of any length.
+LONG = st.builds(str.__mul__, st.sampled_from("ab語x-"), st.integers(1, 60))
+WORD = LONG | st.text('abé.!?"”語´\u0301\u200b\u00adﷺ①', min_size=1, max_size=8)
+LINES = st.lists(
+    st.lists(WORD, max_size=8).map("  ".join).map(lambda line: line + "\n"), max_size=8
+).map("".join)
+
+
+def letters(text: str) -> list[int]:
+    """A tokenizer that can be counted by hand: a piece a letter."""
+    return [ord(letter) for letter in text]
+
+
+def pack(
+    text: str, pieces: Callable[[str], list[int]], room: int, typecode: str = "H"
+) -> list[list[int]]:
+    """The ids of each record."""
+    records = Packer(pieces, room + MARKS, typecode=typecode).records(
+        io.StringIO(text, newline=None)
+    )
+    return [
+        np.frombuffer(ids, {"H": np.uint16, "I": np.uint32}[typecode]).tolist() for ids in records
+    ]
+
+
+def spelled(text: str, room: int) -> list[str]:
+    """The letters of each record."""
+    return ["".join(map(chr, ids)) for ids in pack(text, letters, room)]
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def tokenizer(request) -> TextTokenizer:
+    """Trained on this project's documents, which are always at hand."""
+    texts = [line for path in DOCUMENTS for line in path.read_text().splitlines()]
+    return TextTokenizer.train(texts, vocab_size=800, model_type=request.param)
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def reader(request) -> TextTokenizer:
+    """Trained on verse, prose and a play."""
+    if not DATA.exists():
+        pytest.skip(f"real sample not at hand: {DATA}")
+    texts = [
+        line
+        for name in BOOKS
+        for line in (DATA / "gutenberg" / name).read_text().splitlines()[:1500]
+    ]
+    return TextTokenizer.train(texts, vocab_size=3000, model_type=request.param)
+
+
+# Real texts ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("limit", [16, 64, 512])
+def test_real_books_are_kept_whole_in_full_records(reader, limit):
+    inner = []
+    for name in BOOKS:
+        text = (DATA / "gutenberg" / name).read_text()
+        records = pack(text, reader.pieces, limit - MARKS)
+        words = " ".join(text.split())
+        assert [id for ids in records for id in ids] == [
+            id for line in text.splitlines() for id in reader.pieces(line)
+        ]
+        assert " ".join(reader.decode(ids) for ids in records) == words or reader.unk in {
+            id for ids in records for id in ids
+        }
+        sizes = [len(ids) + MARKS for ids in records]
+        assert max(sizes) <= limit
+        inner += sizes[:-1]
+    assert sum(inner) / len(inner) >= 0.95 * limit
+    assert min(inner) >= 0.9 * (limit - 2) - 10, (
+        "a word that does not fit leaves its own pieces empty at most"
+    )
+
+
+def test_records_end_with_sentences_where_they_can(reader):
+    """Prose of short sentences: one in ten words or fewer ends one, most records do."""
+    records = pack((DATA / "gutenberg" / "burgess-busterbrown.txt").read_text(), reader.pieces, 510)
+    assert sum(
+        bool(re.search(r"[.!?][\"')\]]*$", reader.decode(ids))) for ids in records
+    ) >= 0.75 * len(records)
+
+
+# Any text ------------------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=100, deadline=None)
+@given(text=LINES, room=st.integers(1, 200))
+def test_pieces_of_any_text_keep_their_order(tokenizer, text, room):
+    """And are those of the words as the tokenizer gives them for the whole line."""
+    records = pack(text, tokenizer.pieces, room)
+    assert all(0 < len(ids) <= room for ids in records)
+    assert [id for ids in records for id in ids] == [
+        id for word in text.split() for id in tokenizer.pieces(word)
+    ]
+    assert [id for ids in records for id in ids] == [
+        id for line in text.splitlines() for id in tokenizer.pieces(line)
+    ]
+
+
+def slowly(text: str, room: int) -> list[str]:
+    """The same from the rule as it is written: look at every number of words that could come next."""
+    words, starts, new = [], [], True
+    for line in text.split("\n"):
+        new = new or not line.strip()
+        for word in line.split():
+            while len(word) > room:  # fills records of its own
+                words, starts, new, word = [*words, word[:room]], [*starts, new], False, word[room:]
+            words.append(word)
+            starts.append(new)
+            new = word.rstrip(CLOSING)[-1:] in SENTENCE_END
+    texts = []
+    while words:
+        fitting = [n for n in range(1, len(words) + 1) if sum(map(len, words[:n])) <= room]
+        count = fitting[-1]
+        if count < len(words):
+            count = max(
+                (n for n in fitting if starts[n] and sum(map(len, words[:n])) >= FULL * room),
+                default=count,
+            )
+        texts.append("".join(words[:count]))
+        words, starts = words[count:], starts[count:]
+    return texts
+
+
+LETTERS = st.lists(
+    st.lists(st.text("a.)", min_size=1, max_size=5) | st.just("a" * 40), max_size=6).map(" ".join),
+    max_size=10,
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(text=LETTERS.map("\n".join), room=st.integers(5, 30))
+def test_packing_equals_a_slow_second_implementation(text, room):
+    assert spelled(text, room) == slowly(text, room)
+
+
+@settings(max_examples=300, deadline=None)
+@given(text=st.text("aaa.  \n", max_size=60), room=st.integers(3, 12), block=st.integers(1, 20))
+def test_how_much_is_read_at_once_changes_no_record(text, room, block):
+    """Words that are longer than a block are cut where it ends; here none is."""
+    text = re.sub(rf"\S{{{block},}}", "b", text)
+    with patch.object(packing, "BLOCK", block):
+        assert " ".join(blocks(io.StringIO(text))).split() == text.split()
+        assert spelled(text, room) == slowly(text, room)
+
+
+@pytest.mark.parametrize(
+    ("lines", "texts"),
+    [
+        (["aaa bbb ccc ddd eee"], ["aaabbbccc", "dddeee"]),
+        (["aaa bbb cc. ddd eee"], ["aaabbbcc.", "dddeee"]),
+        (["aaa bbb cccc. dd eee"], ["aaabbb", "cccc.ddeee"]),
+        (
+            ["aaaa bbbb. c ddd"],
+            ["aaaabbbb.", "cddd"],
+        ),  # nine of ten pieces: the sentence ends the record
+        (["aaaa bbb. cc ddd"], ["aaaabbb.cc", "ddd"]),  # eight: it does not
+        (
+            ["aaaa bbb.\u201d c ddd"],
+            ["aaaabbb.\u201d", "cddd"],
+        ),  # behind a closing quote it ends too
+        (
+            ["aaaa bbbbb", "", "c ddd"],
+            ["aaaabbbbb", "cddd"],
+        ),  # so does a paragraph without a full stop
+        (["aaaa bbbbb\r", " \t\r", "c ddd"], ["aaaabbbbb", "cddd"]),
+        (["aaaa bbbbb", "c ddd"], ["aaaabbbbbc", "ddd"]),  # but no mere line
+        (["aaaa bbbb. c"], ["aaaabbbb.c"]),  # what fits whole is not cut
+        (["aa bbbbbbbbbbbbbbb cc"], ["aa", "bbbbbbbbbb", "bbbbbcc"]),
+        (["", "  \t ", "\n"], []),
+        ([], []),
+    ],
+)
+def test_records_of_ten_letters_worked_by_hand(lines, texts):
+    assert spelled("\n".join(lines), 10) == texts
+
+
+# Limits --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "word",
+    [
+        "a" * 50_000,
+        "語" * 50_000,
+        "https://example.org/" + "x7" * 24_990,
+        "ab" * 10_000 + "ﷺ" * 1000,
+    ],
+)
+@pytest.mark.parametrize("room", [18, 510])
+def test_a_huge_word_is_cut_between_its_pieces(tokenizer, word, room):
+    parts = [word[at : at + LONGEST_WORD] for at in range(0, len(word), LONGEST_WORD)]
+    records = pack(f"one {word} two", tokenizer.pieces, room)
+    whole = [id for part in ("one", *parts, "two") for id in tokenizer.pieces(part)]
+    assert [id for ids in records for id in ids] == whole
+    assert all(len(ids) == room for ids in records[1:-2]), "its records are full"
+
+
+def test_a_text_without_a_space_is_read_in_blocks():
+    with patch.object(packing, "BLOCK", 8):
+        assert [*blocks(io.StringIO("x" * 20))] == ["x" * 8, "x" * 8, "x" * 4]
+        spaces = [*blocks(io.StringIO(" " * 30 + "\n" * 30 + "x"))]
+        assert spaces[-1].endswith("\n\nx") and max(map(len, spaces)) < 16, (
+            "whitespace does not pile up"
+        )
+
+
+def test_remembered_words_are_few_and_short():
+    asked = []
+
+    def pieces(word: str) -> list[int]:
+        asked.append(word)
+        return [len(word)]
+
+    with patch.object(packing, "KEPT_WORDS", 2), patch.object(packing, "KEPT_LETTERS", 3):
+        assert pack("a b a b longer longer a c a c", pieces, 100) == [
+            [1, 1, 1, 1, 6, 6, 1, 1, 1, 1]
+        ]
+    assert asked == ["a", "b", "longer", "longer", "c", "a"]
+
+
+def test_ids_beyond_16_bits():
+    assert pack("a b c", lambda word: [70_000 + ord(word)], 2, "I") == [[70_097, 70_098], [70_099]]
+    with pytest.raises(OverflowError):
+        pack("a", lambda word: [70_000], 2)
+
+
+@pytest.mark.parametrize("length", [-1, 1, 2])
+def test_lengths_without_room(length):
+    with pytest.raises(ValueError, match=f"pack {length} leaves no room .* use 512"):
+        Packer(letters, length)

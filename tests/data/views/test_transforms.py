@@ -1,0 +1,238 @@
+"""Transforms: evaluation against the recorded release and Pillow; views against torchvision, their bounds and seeds."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.transforms.v2 import functional as F
+
+from beit3.data.views import transforms
+from beit3.data.views.masking import rng
+from beit3.data.views.transforms import IMAGENET, VL, Preprocessing, random_resized_crop, two_views
+from tests.golden import config, tensors
+
+
+@pytest.fixture(scope="module")
+def photo():
+    y, x = torch.meshgrid(torch.arange(60), torch.arange(80), indexing="ij")
+    return torch.stack([x * 3, y * 4, (80 - x) * y // 19]).to(torch.uint8)  # [3, 60, 80]
+
+
+def from_pillow(image, size, box=None):
+    pillow = Image.fromarray(image.permute(1, 2, 0).numpy())
+    resized = np.array(pillow.resize((size, size), Image.Resampling.BICUBIC, box=box))
+    return torch.from_numpy(resized).permute(2, 0, 1)
+
+
+@pytest.mark.parametrize(
+    "name, statistics, resize", [("vl", VL, "squash"), ("imagenet", IMAGENET, "crop")]
+)
+def test_evaluation_equals_the_release(name, statistics, resize):
+    size = config("preprocess")["input_size"]
+    preprocessing = Preprocessing(size, *statistics, resize=resize)
+    expected = tensors("preprocess", "outputs")
+    for image, pixels in tensors("preprocess", "inputs").items():
+        found, wanted = preprocessing(pixels.permute(2, 0, 1)), expected[f"{image}.{name}"]
+        assert found.shape == wanted.shape and found.dtype == torch.float32
+        assert (
+            (found - wanted).abs() <= 1.5 / 255 / torch.tensor(statistics[1]).view(3, 1, 1)
+        ).all(), image
+
+
+def test_crop_pct(photo):
+    # 48 / 0.8: the shorter side 60 is kept, and the middle 48 x 48 of 60 x 80 remains.
+    found = Preprocessing(48, (0, 0, 0), (1, 1, 1), resize="crop", crop_pct=0.8)(photo)
+    assert torch.allclose(found, photo[:, 6:54, 16:64] / 255)
+
+
+def test_fitting_size_is_not_resized(photo, monkeypatch):
+    monkeypatch.setattr(F, "resize_image", None)
+    square = photo[:, :, :60]
+    expected = (square / 255 - 0.5) / 0.5
+    assert torch.allclose(Preprocessing(60)(square), expected, atol=1e-6)
+    sizes = {"image_size": 60, "token_size": 60}
+    patches, tokens = two_views(
+        square, rng(0, 0, 0), **sizes, scale=(1, 1), hflip=0, color_jitter=0
+    )
+    assert torch.equal(patches, square) and torch.equal(patches, tokens)
+
+
+def test_interleaved_and_separate_colors_give_the_same(photo):
+    """As decoders lay them out, and as everything else does; cut out of a larger picture, too."""
+    interleaved = photo.permute(1, 2, 0).contiguous().permute(2, 0, 1)
+    assert interleaved.stride() != photo.stride()
+    for preprocessing in (Preprocessing(32), Preprocessing(32, *IMAGENET, resize="crop")):
+        for cut in (slice(None), slice(3, 50)):
+            assert torch.equal(
+                preprocessing(interleaved[:, cut, cut]), preprocessing(photo[:, cut, cut])
+            )
+    one, two = (
+        two_views(image, rng(0, 0, 4), image_size=32, token_size=24)
+        for image in (photo, interleaved)
+    )
+    assert torch.equal(one[0], two[0]) and torch.equal(one[1], two[1])
+
+
+def test_fitted_is_what_is_normalised(photo):
+    for preprocessing in (Preprocessing(32), Preprocessing(32, *IMAGENET, resize="crop")):
+        fitted = preprocessing.fitted(photo)
+        assert fitted.dtype == torch.uint8 and torch.equal(
+            preprocessing(photo), preprocessing.normalize(fitted)
+        )
+
+
+def test_normalize_takes_bytes_and_fractions(photo):
+    preprocessing = Preprocessing(8, *IMAGENET)
+    expected = (photo / 255 - torch.tensor(IMAGENET[0]).view(3, 1, 1)) / torch.tensor(
+        IMAGENET[1]
+    ).view(3, 1, 1)
+    before = photo.clone()
+    assert torch.allclose(preprocessing.normalize(photo), expected, atol=1e-6)
+    fractions = photo / 255
+    assert torch.allclose(preprocessing.normalize(fractions[None])[0], expected, atol=1e-6)
+    assert torch.equal(photo, before) and torch.equal(fractions, before / 255)
+
+
+def test_preprocessing_survives_json():
+    preprocessing = Preprocessing(224, *IMAGENET, resize="crop", crop_pct=0.875)
+    copy = Preprocessing(**json.loads(json.dumps(dataclasses.asdict(preprocessing))))
+    assert copy == preprocessing and hash(copy) == hash(preprocessing)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"image_size": 0},
+        {"resize": "pad"},
+        {"interpolation": "cubic"},
+        {"crop_pct": 0.0},
+        {"mean": (0.5,)},
+        {"std": (0.5, 0.0, 0.5)},
+    ],
+)
+def test_preprocessing_names_the_wrong_field(wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        Preprocessing(**{"image_size": 32, **wrong})
+
+
+def test_views_share_one_crop(photo):
+    for key in range(20):
+        draw = dict(scale=(0.2, 1.0), color_jitter=0.0, hflip=0.5)
+        patches, tokens = two_views(photo, rng(0, 0, key), image_size=28, token_size=32, **draw)
+        assert patches.shape == (3, 28, 28) and tokens.shape == (3, 32, 32)
+        assert patches.dtype == tokens.dtype == torch.uint8
+        generator = rng(0, 0, key)
+        top, left, tall, wide = transforms._draw_box(
+            photo, generator, draw["scale"], (3 / 4, 4 / 3)
+        )
+        crop = photo[:, top : top + tall, left : left + wide]
+        crop = crop.flip(-1) if generator.random() < 0.5 else crop
+        for view, size in ((patches, 28), (tokens, 32)):
+            assert (view.int() - from_pillow(crop, size).int()).abs().max() <= 2
+
+
+def test_boxes_stay_inside_and_keep_scale_and_ratio(photo):
+    boxes = np.array(
+        [
+            transforms._draw_box(photo, rng(0, 0, key), (0.2, 1.0), (3 / 4, 4 / 3))
+            for key in range(3000)
+        ]
+    )
+    top, left, tall, wide = boxes.T
+    assert (boxes[:, :2] >= 0).all() and (top + tall).max() == 60 and (left + wide).max() == 80
+    area, shape = tall * wide / 4800, wide / tall
+    assert 0.18 < area.min() < 0.23 and area.max() > 0.95
+    assert shape.min() > 0.7 and shape.max() < 1.4 and abs(np.log(shape).mean()) < 0.1
+    assert (top == 0).any() and (left == 0).any() and len(np.unique(top)) > 25
+
+
+WHOLE = {
+    **{(10, 10): (0, 0, 10, 10), (10, 13): (0, 0, 10, 13), (10, 40): (0, 13, 10, 13)},
+    **{(40, 10): (13, 0, 13, 10), (1, 1): (0, 0, 1, 1), (1, 9): (0, 4, 1, 1)},
+}
+
+
+@pytest.mark.parametrize("size, expected", WHOLE.items())
+def test_whole_image_keeps_the_ratio(size, expected):
+    image = torch.zeros((3, *size), dtype=torch.uint8)
+    assert transforms._draw_box(image, rng(0, 0, 0), (1.0, 1.0), (3 / 4, 4 / 3)) == expected
+
+
+def test_one_pixel_and_narrow_images():
+    for size in ((1, 1), (1, 50), (50, 1), (2, 3)):
+        image = torch.full((3, *size), 200, dtype=torch.uint8)
+        for key in range(10):
+            patches, tokens = two_views(
+                image, rng(0, 0, key), image_size=16, token_size=8, color_jitter=0
+            )
+            assert (patches == 200).all() and tokens.shape == (3, 8, 8)
+
+
+def test_jitter_equals_torchvision(photo):
+    operations = (F.adjust_brightness_image, F.adjust_contrast_image, F.adjust_saturation_image)
+    seen = set()
+    for key in range(12):
+        generator, expected = rng(0, 0, key), photo.float() / 255
+        order = generator.permutation(3).tolist()
+        for change in order:
+            expected = operations[change](expected, 0.6 + 0.8 * generator.random())
+        changes = transforms._draw_changes(rng(0, 0, key), 0.4)
+        found = transforms._jitter(photo, changes, (0, 0, 60, 80))
+        assert found.dtype == torch.uint8 and (found - expected * 255).abs().max() < 0.6
+        assert torch.equal(
+            transforms._jitter(photo, changes, (5, 7, 20, 30)), found[:, 5:25, 7:37]
+        ), "its contrast is the whole picture's"
+        seen.add(tuple(order))
+    assert len(seen) > 3
+
+
+def test_all_chance_comes_from_the_generator(photo):
+    def views(seed):
+        return two_views(photo, rng(seed, 0, "x"), image_size=16, token_size=8)
+
+    torch.manual_seed(0)
+    first = views(0)
+    torch.manual_seed(1)
+    np.random.seed(1)
+    assert all(torch.equal(a, b) for a, b in zip(first, views(0), strict=True))
+    assert not torch.equal(first[0], views(1)[0])
+
+
+def test_fine_tuning_crop(photo):
+    crops = [random_resized_crop(photo, rng(0, 0, key), image_size=24) for key in range(8)]
+    assert all(crop.shape == (3, 24, 24) and crop.dtype == torch.uint8 for crop in crops)
+    whole = random_resized_crop(photo, rng(0, 0, 0), image_size=24, scale=(1, 1), hflip=0)
+    assert (whole.int() - from_pillow(photo, 24).int()).abs().max() <= 1
+    mirrored = random_resized_crop(photo, rng(0, 0, 0), image_size=24, scale=(1, 1), hflip=1)
+    assert (mirrored.int() - whole.flip(-1).int()).abs().max() <= 1
+    # Red rises from left to right in the photo, so its order in the crop tells which ones were mirrored.
+    flips = [
+        random_resized_crop(photo, rng(1, 0, key), image_size=8)[0].float() for key in range(400)
+    ]
+    assert 0.4 < np.mean([(view[:, 0] > view[:, -1]).all().item() for view in flips]) < 0.6
+
+
+def test_transforms_leave_the_image_alone(photo):
+    before = photo.clone()
+    square = photo[:, :, :60].contiguous()
+    for image in (photo, square):
+        two_views(image, rng(0, 0, 3), image_size=60, token_size=60)
+        two_views(image, rng(0, 0, 3), image_size=60, token_size=60, scale=(1, 1), color_jitter=0)
+        Preprocessing(60)(image)
+        random_resized_crop(image, rng(0, 0, 1), image_size=60)
+    assert torch.equal(photo, before) and torch.equal(square, before[:, :, :60])
+
+
+def test_squares_of_every_size_stay_square():
+    """In floating point some sides came out a pixel short: 107 x 107 as 224 x 223."""
+    prepare = Preprocessing(28, resize="crop")
+    for side in (*range(1, 60), 71, 107, 110, 222, 1999):
+        assert prepare(torch.zeros(3, side, side, dtype=torch.uint8)).shape == (3, 28, 28), side
+    assert Preprocessing(224, resize="crop")(torch.zeros(3, 111, 222, dtype=torch.uint8)).shape == (
+        3,
+        224,
+        224,
+    )

@@ -1,0 +1,61 @@
+"""What a run says of itself."""
+
+import json
+
+import pytest
+
+from beit3.training.log import Log, duration, memory, truncate
+
+VALUES = {"loss": 1.75, "loss/image": 1.25, "loss/text": 0.5, "lr": 1e-3}
+
+
+def test_lines_of_a_killed_run_are_dropped_from_the_checkpoint_on(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    lines = [json.dumps({"step": step}) for step in (1, 2, 2, 3)]
+    path.write_text("\n".join(lines) + '\n{"step": 2, "cut')
+    truncate(path, 2)
+    assert path.read_text().splitlines() == lines[:3]
+    truncate(tmp_path / "absent.jsonl", 2)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["metrics.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"),
+    [(0.4, "0s"), (59.9, "59s"), (60, "1m00s"), (3599, "59m59s"), (7500, "2h05m")],
+)
+def test_durations(seconds, said):
+    assert duration(seconds) == said
+
+
+def test_memory_is_this_processes():
+    assert 0.05 < memory() < 1000
+
+
+def test_a_step_is_one_line_in_the_file_and_on_the_console(tmp_path, capsys):
+    log = Log(tmp_path, "name", 20)
+    log.begin(0)
+    log.samples = 8
+    log.write(1, VALUES)
+    for step in (1, 2, 20):
+        log.show(step, VALUES)
+    log.say("passed over: images[3] record a[/b]")
+    log.close()
+    assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {"step": 1, **VALUES}
+    said = capsys.readouterr().out.splitlines()
+    assert len(said) == 3 and said[-1] == "passed over: images[3] record a[/b]", (
+        "first and last step; the rest waits ten seconds"
+    )
+    assert said[0].startswith(
+        "name  step 1/20  loss 1.750  image 1.250  text 0.500  lr 1.0e-03"
+    ) and said[0].endswith("left")
+    assert list((tmp_path / "tensorboard").iterdir())
+
+
+def test_only_one_process_speaks(tmp_path, capsys):
+    log = Log(tmp_path, "name", 20, speak=False)
+    log.begin(0)
+    log.write(1, VALUES)
+    log.show(20, VALUES)
+    log.say("a remark")
+    log.close()
+    assert capsys.readouterr().out == "" and not list(tmp_path.iterdir())

@@ -1,0 +1,198 @@
+"""One step gives one number however it is cut, and says what was wrong with it."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from beit3.data.loader import Source
+from beit3.recipe import Recipe
+from beit3.task import Batch, Task, fit_vocabulary
+from beit3.tasks.pretrain import IGNORE, Pretrain
+from beit3.tasks.retrieval import Retrieval
+from beit3.tokenizer.text import TextTokenizer
+from beit3.training.step import backward, check_finite, gradient_norms, part_of, sum_targets
+from tests.world_root import pretrain_recipe, tuning_recipe
+
+FLOAT32 = torch.autocast("cpu", enabled=False)
+
+
+def built(recipe: Recipe, kind: type[Task], root: Path) -> Task:
+    """The task of a recipe in double precision but for its frozen parts, in training mode."""
+    tokenizer = TextTokenizer(root / "text.model")
+    task = kind(kind.configure(fit_vocabulary(recipe.task, tokenizer), root), tokenizer=tokenizer)
+    task.init_weights(0)
+    for name, child in task.named_children():
+        child.to(torch.float32 if name in kind.frozen else torch.float64)
+    return task.train()
+
+
+def gradients(task: Task, batches: list[Batch]) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
+    task.zero_grad()
+    values, _ = backward(task, batches, sum_targets(task, batches), FLOAT32)
+    return values, {name: p.grad.clone() for name, p in task.trainable() if p.grad is not None}
+
+
+# One number ----------------------------------------------------------------------------------------------------------
+
+
+def cut(batch: Batch, *sizes: int) -> list[Batch]:
+    """The batch in parts of these sizes."""
+    parts, start = [], 0
+    for size in sizes:
+        parts.append({key: value[start : start + size] for key, value in batch.items()})
+        start += size
+    return parts
+
+
+@pytest.mark.parametrize("depth_drop", [0.0, 0.3])
+def test_features_in_parts_give_the_loss_of_all_pairs(root, depth_drop):
+    """Gradient caching equals the one big batch; with stochastic depth the same random draws are needed, so parts of it."""
+    recipe = tuning_recipe("retrieval", root)
+    recipe = replace(
+        recipe,
+        task=replace(recipe.task, model=replace(recipe.task.model, drop_path_rate=depth_drop)),
+    )
+    task = built(recipe, Retrieval, root)
+    source = Source(root / "retrieval/main/train.jsonl", root)
+    batch = task.collate([task.example(source[3 * i], True) for i in range(7)])
+    parts = cut(batch, 3, 3, 1)
+
+    def forward_in_parts() -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        """The slow way: all graphs at once."""
+        task.zero_grad()
+        outputs = [task.outputs(part) for part in parts]
+        loss = (
+            task.compare(
+                {name: torch.cat([each[name] for each in outputs]) for name in outputs[0]}
+            )["losses"]["loss"]
+            / 7
+        )
+        loss.backward()
+        return {
+            name: p.grad.clone() for name, p in task.trainable() if p.grad is not None
+        }, loss.detach()
+
+    torch.manual_seed(3)
+    slow, loss = forward_in_parts()
+    torch.manual_seed(3)
+    values, found = gradients(task, parts)
+    assert values["loss"] == pytest.approx(float(loss), rel=1e-9) and values["accuracy"] <= 1
+    if not depth_drop:
+        whole_values, whole = gradients(task, [batch])
+        assert whole_values == pytest.approx(values, rel=1e-9)
+        slow = whole
+    assert found.keys() == slow.keys() and "logit_scale" in found
+    for name, gradient in slow.items():
+        torch.testing.assert_close(
+            found[name], gradient, rtol=1e-9, atol=1e-9 * float(gradient.abs().max()), msg=name
+        )
+
+
+@pytest.fixture(scope="module")
+def pretrain_step(root, visual) -> tuple[Task, list[Batch]]:
+    """The three batches of a step, whose records have different numbers of targets."""
+    recipe = pretrain_recipe(root, visual)
+    task = built(recipe, Pretrain, root)
+    records = {name: Source(root / f"pretrain/{name}/val.jsonl", root) for name in Pretrain.sources}
+    return task, [
+        task.collate([task.example(source[i], True) for i in range(6)])
+        for source in records.values()
+    ]
+
+
+def test_micro_batches_make_one_step(pretrain_step):
+    task, step = pretrain_step
+    counts = (step[2]["text_target"] != IGNORE).sum(1)
+    assert len(set(counts.tolist())) > 1, (
+        "averaging means of micro-batches would give another number"
+    )
+    whole, whole_gradients = gradients(task, step)
+    for sizes in ((3, 3), (1, 5), (2, 2, 2)):
+        values, parts = gradients(task, [part for batch in step for part in cut(batch, *sizes)])
+        assert values == pytest.approx(whole, rel=1e-6)
+        assert parts.keys() == whole_gradients.keys()
+        for name, gradient in parts.items():
+            torch.testing.assert_close(gradient, whole_gradients[name], rtol=1e-5, atol=1e-8)
+
+
+def test_the_loss_is_the_plain_sum_of_means(pretrain_step):
+    task, step = pretrain_step
+    values, _ = gradients(task, step)
+    means = {}
+    for batch, prefix in zip(step, ("", "", "pair_"), strict=True):
+        outputs = task.outputs(batch)
+        if "image" in batch:
+            logits, codes = (
+                outputs["image_logits"][batch["image_mask"]],
+                task.codes(batch)[batch["image_mask"]],
+            )
+            means[prefix + "image"] = torch.nn.functional.cross_entropy(logits, codes)
+        if "text" in batch:
+            means[prefix + "text"] = torch.nn.functional.cross_entropy(
+                outputs["text_logits"].transpose(1, 2), batch["text_target"]
+            )
+    assert sorted(means) == ["image", "pair_image", "pair_text", "text"]
+    for name, mean in means.items():
+        assert values[f"loss/{name}"] == pytest.approx(mean.item(), rel=1e-6)
+    assert values["loss"] == pytest.approx(sum(means.values()).item(), rel=1e-6)
+
+
+def test_loss_weights_scale_loss_and_gradient(pretrain_step, monkeypatch):
+    task, step = pretrain_step
+    values, plain = gradients(task, step[:1])
+    monkeypatch.setattr(task, "config", replace(task.config, image_weight=3.0))
+    weighted, scaled = gradients(task, step[:1])
+    assert weighted["loss"] == pytest.approx(3 * values["loss"]) and weighted[
+        "loss/image"
+    ] == pytest.approx(values["loss/image"])
+    torch.testing.assert_close(scaled["image_head.weight"], 3 * plain["image_head.weight"])
+
+
+def test_norms_of_parts_make_the_norm(pretrain_step):
+    task, step = pretrain_step
+    _, found = gradients(task, step)
+    norms = gradient_norms(task)
+    assert {name.removeprefix("gradient_norm/") for name in norms} == {
+        "image_embedding",
+        "text_embedding",
+        "blocks.0",
+        "blocks.1",
+        "norm",
+        "text_head",
+        "image_head",
+    }
+    total = sum(gradient.square().sum() for gradient in found.values()).sqrt()
+    assert sum(norm**2 for norm in norms.values()) ** 0.5 == pytest.approx(float(total))
+    blocks = sum(
+        gradient.square().sum()
+        for name, gradient in found.items()
+        if name.startswith("backbone.blocks.1.")
+    ).sqrt()
+    assert norms["gradient_norm/blocks.1"] == pytest.approx(float(blocks))
+
+
+@pytest.mark.parametrize(
+    ("name", "part"),
+    [
+        ("backbone.blocks.3.ffn.image.fc1.weight", "blocks.3"),
+        ("backbone.encoder.blocks.0.norm1.bias", "encoder"),
+        ("head.3.bias", "head"),
+    ],
+)
+def test_parts(name, part):
+    assert part_of(name) == part
+
+
+def test_the_micro_batch_that_is_not_finite_is_named():
+    batches = [{"id": [f"{kind}{index}" for index in range(10)]} for kind in "ab"]
+    losses = [torch.tensor(1.0), torch.tensor(float("nan"))]
+    with pytest.raises(
+        FloatingPointError,
+        match=r"^step 5: loss nan, gradient norm 1.0; records b0, b1, .*b7 \.\.\.; lower optim.lr",
+    ):
+        check_finite(4, float("nan"), 1.0, batches, losses)
+    with pytest.raises(FloatingPointError, match=r"records a0, a1"):
+        check_finite(4, 1.0, float("inf"), batches, losses[:1] * 2)
+    check_finite(4, 1.0, 1.0, batches, losses)
