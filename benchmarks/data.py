@@ -37,9 +37,10 @@ from torchvision import transforms
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))  # for a call by path
 
 from beit3.data.loader import Examples, Source, step_batches, step_places
-from beit3.data.stores.records import locate, open_image, write_records
+from beit3.data.stores.records import locate, write_records
 from beit3.data.stores.shards import write_shards
 from beit3.data.views.transforms import Preprocessing, two_views
+from beit3.images import open_image
 
 SIZE, TOKENS, BATCH, SCALE, JITTER, CORES = 224, 112, 32, (0.2, 1.0), 0.4, os.cpu_count() or 1
 SHARDS = 1000

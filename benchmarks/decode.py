@@ -1,4 +1,4 @@
-"""Captions on a processor: what the image costs, what each word costs, beside encoding everything anew for each word.
+"""Captions on CPU: what the image costs, what each word costs, beside encoding everything anew for each word.
 
     python benchmarks/decode.py --json benchmarks/decode.json
 

@@ -29,7 +29,7 @@ from beit3.data.views.label_maps import open_label_map
 from beit3.demo.comparison import markdown, row
 from beit3.metrics.segmentation import Matrix, class_ious, confusion, figures
 from beit3.recipe import Recipe
-from beit3.task import Record, load
+from beit3.task import Record, load_task
 from beit3.tasks.ade20k import CLASSES, Ade20k, Ade20kConfig, encoded, matrix, meaning
 from beit3.tasks.coco import CATEGORIES, Coco, CocoConfig
 from beit3.training.evaluate import predict
@@ -136,13 +136,13 @@ def records(task: str, raw: str, known: argparse.Namespace) -> Path:
     """The root of the records of a data set."""
     root = known.out / "records" / raw
     if not (root / task).exists():
-        load(task).prepare(known.data / raw, root, "main")
+        load_task(task).prepare(known.data / raw, root, "main")
     return root
 
 
 def recipe_of(task: str, root: Path, steps: int) -> Recipe:
     """`laptop` on the records of `root`; steps 0: its own."""
-    recipe = load(task).recipes["laptop"]
+    recipe = load_task(task).recipes["laptop"]
     return replace(
         recipe,
         data=replace(recipe.data, root=str(root)),
@@ -153,7 +153,7 @@ def recipe_of(task: str, root: Path, steps: int) -> Recipe:
 def tuned(task: str, recipe: Recipe, out: Path, init: str = "") -> Found:
     """Final scores of a run and the processor seconds that it took, evaluation included."""
     with counted(out.with_suffix(".seconds")) as spent:
-        scores = train(recipe, load(task), out=out, init=init)
+        scores = train(recipe, load_task(task), out=out, init=init)
     return scores | {"processor": sum(map(float, spent.read_text().split()))}
 
 
@@ -310,7 +310,9 @@ def main() -> None:
         if not file.exists():
             write_text(file, json.dumps(PARTS[name](known), indent=1) + "\n")
     files = {name: known.out / f"{name}.json" for name in PARTS}
-    found = {name: json.loads(file.read_text()) for name, file in files.items() if file.exists()}
+    found = {
+        name: json.loads(file.read_text()) for name, file in files.items() if file.exists()
+    }
     print(table(found))
     if known.json:
         save(known.json, table(found), found)

@@ -36,7 +36,7 @@ from beit3.model.config import BASE, TINY
 from beit3.plan.dummy_inputs import SIDE, built, label_map, objects
 from beit3.recipe import Recipe
 from beit3.segmentation.inference import Views
-from beit3.task import Batch, Task, load
+from beit3.task import Batch, Task, load_task
 from beit3.training.evaluate import to_device
 from beit3.training.optim import make_optimizer
 from beit3.training.parallel import autocast, materialise
@@ -67,7 +67,7 @@ class Case:
 
 def recipe_of(case: Case) -> Recipe:
     """The published-size recipe at the case's model and size of picture."""
-    recipe = load(case.task).recipes[RECIPES[case.task]]
+    recipe = load_task(case.task).recipes[RECIPES[case.task]]
     size = case.size
     task: Any = recipe.task
     model = replace(
@@ -110,7 +110,7 @@ def measure(case: Case) -> dict[str, Any]:
     recipe, device = recipe_of(case), torch.device(case.device)
     torch.set_num_threads(case.threads)
     torch.manual_seed(0)
-    task = built(load(case.task), recipe.task, recipe.run)
+    task = built(load_task(case.task), recipe.task, recipe.run)
     materialise(task, device, 0)
     calls = steps(task, recipe, case, device) if case.train else passes(task, case, device)
     found: dict[str, Any] = {"before": memory(device), "processor": {}, "wall": {}}

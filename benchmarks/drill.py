@@ -406,11 +406,11 @@ def how_it_ended(status: int, out: Path, output: str, errors: str) -> tuple[str,
 
 def demo_job(out: Path) -> Job:
     """The demo's pretraining, small: its world and a visual tokenizer of ten steps, made once."""
-    from beit3.task import load
+    from beit3.task import load_task
     from beit3.training.root import embedded_root
 
     os.environ["BEIT3_CACHE"] = str(out / "cache")
-    root = [embedded_root(load(name), "small") for name in ("vqkd", "pretrain")][0]
+    root = [embedded_root(load_task(name), "small") for name in ("vqkd", "pretrain")][0]
     command = [
         sys.executable,
         "-m",

@@ -5,7 +5,7 @@
 BASE, LARGE and GIANT in bfloat16, each with images, texts of 512 and pairs in one step of three micro-batches, codes given.
 Utilisation is the model's FLOPs (recomputation not counted) over 989 TFLOP/s, an H100's dense bfloat16 peak; beside it
 stands what the step's own matrix products alone reach. torchscale has BASE's and LARGE's form and for GIANT the same sizes
-unshared; the faster of plain and compiled counts on both sides. On a processor (--device cpu --sizes tiny) it only proves
+unshared; the faster of plain and compiled counts on both sides. On CPU (--device cpu --sizes tiny) it only proves
 that the program runs.
 """
 

@@ -1,4 +1,4 @@
-"""int8 beside float32 on a processor: how fast BASE encodes at 224 px, and what trained weights score.
+"""int8 beside float32 on CPU: how fast BASE encodes at 224 px, and what trained weights score.
 
     python benchmarks/int8.py --json benchmarks/int8.json --score runs/demo/retrieval runs/flickr/best=data/flickr
 
@@ -30,7 +30,7 @@ from beit3.model.config import BASE
 from beit3.model.packed import pack
 from beit3.predict import load
 from beit3.quantize import quantize
-from beit3.task import Prediction, Task, trimmed
+from beit3.task import Prediction, Task, trim_padding
 from beit3.tasks.retrieval import Retrieval, RetrievalConfig
 from beit3.training.evaluate import predict_sources, score_sources
 from beit3.training.parallel import wrap_blocks
@@ -55,7 +55,7 @@ def inputs() -> dict[str, dict[str, Tensor]]:
         "1 image": {"image": image[:1]},
         "8 images": {"image": image},
         f"8 texts of {PADDED}": {"text": text, "text_padding": torch.zeros_like(padding)},
-        "8 captions": trimmed({"text": text.masked_fill(padding, 1), "text_padding": padding}),
+        "8 captions": trim_padding({"text": text.masked_fill(padding, 1), "text_padding": padding}),
     }
 
 

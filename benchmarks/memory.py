@@ -28,7 +28,7 @@ from beit3.plan.devices import Device
 from beit3.plan.dummy_inputs import built, example
 from beit3.plan.estimate import Estimate, shallow
 from beit3.recipe import Recipe
-from beit3.task import Task, load
+from beit3.task import Task, load_task
 from beit3.training.launch import start
 from beit3.training.optim import make_optimizer
 from beit3.training.parallel import autocast, materialise
@@ -92,8 +92,8 @@ def named(case: Case) -> str:
 
 
 def recipe_of(case: Case) -> Recipe:
-    """The recipe with the case's batch, on a processor."""
-    recipe = load(case.task).recipes[case.recipe]
+    """The recipe with the case's batch, on CPU."""
+    recipe = load_task(case.task).recipes[case.recipe]
     batch = {name: case.micro_batch * case.pieces * case.processes for name in recipe.data.batch}
     run = replace(
         recipe.run,
@@ -115,7 +115,7 @@ def recipe_of(case: Case) -> Recipe:
 def estimated(case: Case) -> float:
     """Bytes."""
     return (
-        Estimate(load(case.task), recipe_of(case), PROCESSOR, case.processes)
+        Estimate(load_task(case.task), recipe_of(case), PROCESSOR, case.processes)
         .memory(case.micro_batch)
         .total
     )
@@ -148,7 +148,7 @@ def measured(case: Case, *, returned: bool = True) -> float:
 
 def measure(case: Case) -> None:
     """In the fresh process: prints the bytes."""
-    recipe, kind = recipe_of(case), load(case.task)
+    recipe, kind = recipe_of(case), load_task(case.task)
     start(recipe.run)
     model: Any = recipe.task.model
     fused = {"fusion_layers": 0} if hasattr(model, "fusion_layers") else {}

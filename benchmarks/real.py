@@ -18,7 +18,7 @@ from beit3.data.stores.records import write_text
 from beit3.demo.comparison import markdown, row, side_by_side, spread
 from beit3.demo.tour import with_tokenizer
 from beit3.recipe import Recipe
-from beit3.task import load
+from beit3.task import load_task
 from beit3.tokenizer.text import TextTokenizer, texts_of
 from beit3.training.loop import train
 from beit3.weights.store import is_weights
@@ -65,7 +65,7 @@ def pretrained(data: Path, out: Path, init: str) -> Path:
     weights, root = out / "laptop" / "last", out / "data"
     if is_weights(weights):
         return weights
-    vqkd, pretrain = load("vqkd"), load("pretrain")
+    vqkd, pretrain = load_task("vqkd"), load_task("pretrain")
     pretrain.prepare(data / "flickr8k_mini", root, "pairs")
     pretrain.prepare(data / "imagenet_sample_1k", root, "images")
     vqkd.prepare(data / "imagenet_sample_1k", root, "main")
@@ -85,9 +85,9 @@ def pretrained(data: Path, out: Path, init: str) -> Path:
 
 def contrastive(data: Path, out: Path, weights: Path) -> Path:
     """The contrastive stage on the pretraining pairs, from the pretrained weights."""
-    retrieval, root = load("retrieval"), out / "pairs"
+    retrieval, root = load_task("retrieval"), out / "pairs"
     if not (root / "pretrain" / "pairs").exists():
-        load("pretrain").prepare(data / "flickr8k_mini", root, "pairs")
+        load_task("pretrain").prepare(data / "flickr8k_mini", root, "pairs")
     shutil.copyfile(weights / "text.model", root / "text.model")
     train(
         at(retrieval.recipes["laptop_itc"], root), retrieval, out=out / "contrastive", init=weights
@@ -106,13 +106,13 @@ def prepare(data: Path, out: Path, name: str, weights: Path) -> None:
     if not (root / this.task).exists():
         root.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(weights / "text.model", root / "text.model")
-        load(this.task).prepare(data / this.raw, root, "main")
+        load_task(this.task).prepare(data / this.raw, root, "main")
 
 
 def tune(out: Path, name: str, side: str, seed: int, init: str) -> dict[str, float]:
     """One run of a row."""
     this = ROWS[name]
-    kind = load(this.task)
+    kind = load_task(this.task)
     recipe = at(kind.recipes[this.recipe], out / "records" / name)
     run = replace(recipe.run, seed=seed, steps=STEPS.get(name, recipe.run.steps))
     label = f"{name}-{side}-{seed}"

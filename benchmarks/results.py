@@ -25,7 +25,9 @@ def main() -> None:
     page = HERE / "RESULTS.md"
     write_text(
         page,
-        MARKS.sub(lambda match: match[1] + rendered(HERE / match[2]) + match[3], page.read_text()),
+        MARKS.sub(
+            lambda match: match[1] + rendered(HERE / match[2]) + match[3], page.read_text()
+        ),
     )
 
 

@@ -1,4 +1,4 @@
-"""BASE at 224 beside torchscale's BEiT-3 with the same weights and inputs, on a processor in float32.
+"""BASE at 224 beside torchscale's BEiT-3 with the same weights and inputs, on CPU in float32.
 
     pip install --no-deps --target TORCHSCALE torchscale==0.3.0
     python benchmarks/versus_torchscale.py --torchscale TORCHSCALE --json benchmarks/versus_torchscale.json
@@ -40,7 +40,7 @@ from beit3.model.beit3 import BEiT3
 from beit3.model.config import BASE, ModelConfig
 from beit3.model.generation import Decoding, Marks, Slots, generate
 from beit3.model.packed import pack
-from beit3.task import Batch, Task, trimmed
+from beit3.task import Batch, Task, trim_padding
 from beit3.tasks.captioning import Captioning, CaptioningConfig
 from beit3.tasks.vqa import VQA, VQAConfig
 from beit3.training.parallel import wrap_blocks
@@ -215,7 +215,7 @@ def first(
     network: BEiT3, image: Tensor | None, text: Tensor | None = None, padding: Tensor | None = None
 ) -> Tensor:
     """The first state [B, D] of images and pairs, of the texts where they are alone."""
-    batch: Batch = {} if padding is None else trimmed({"text": text, "text_padding": padding})
+    batch: Batch = {} if padding is None else trim_padding({"text": text, "text_padding": padding})
     encoded = network(
         image, batch.get("text"), text_padding=batch.get("text_padding"), read="first"
     )
@@ -270,7 +270,7 @@ def in_form(form: str, call: Callable[[], Tensor]) -> Tensor:
 
 
 def our_loss(task: VQA, batch: Batch) -> Tensor:
-    return task(trimmed(batch))["losses"]["loss"]
+    return task(trim_padding(batch))["losses"]["loss"]
 
 
 def their_steps(theirs: Released, forms: Sequence[str]) -> dict[str, Callable[[], Tensor]]:

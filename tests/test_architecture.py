@@ -12,6 +12,10 @@ FILES = sorted(SOURCE.rglob("*.py"))
 BANNED = {"utils", "util", "common", "helpers", "helper", "misc", "base"}
 
 FLOOR = {
+    "files": 0,
+    "images": 0,
+    "machine": 0,
+    "seeding": 0,
     "config": 0,
     "ops": 0,
     "metrics": 0,
@@ -43,6 +47,7 @@ FLOOR = {
 """Room -> floor. A room is a package or a module right below beit3."""
 
 SIDEWAYS = {
+    ("images", "files"),
     ("tokenizer", "model"),
     ("task", "recipe"),
     ("weights", "recipe"),

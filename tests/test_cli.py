@@ -14,7 +14,7 @@ from beit3.cli import main
 from beit3.data.stores.records import Records, write_records
 from beit3.data.stores.tokens import Tokens
 from beit3.recipe import Recipe
-from beit3.task import names
+from beit3.task import list_tasks
 from beit3.tasks.pretrain import Pretrain
 from beit3.tasks.vqa import VQA
 from beit3.tokenizer.text import TextTokenizer
@@ -166,7 +166,9 @@ def test_the_same_command_goes_on(vqa, root, say):
         *NETWORK,
         *overrides(root, 3, "--data.batch.main", "8"),
     )
-    assert json.loads(said[: said.index("}") + 1]) == json.loads((vqa / "scores.json").read_text())
+    assert json.loads(said[: said.index("}") + 1]) == json.loads(
+        (vqa / "scores.json").read_text()
+    )
     assert f"weights at {vqa}/last and {vqa}/best" in said and digest(vqa) == before
 
 
@@ -216,7 +218,8 @@ def test_pretraining_and_fine_tuning_from_it(root, visual, tmp_path, say):
 def test_recipes_are_listed_and_shown_whole(say):
     listed = say("recipes")
     assert (
-        all(f"{task} " in listed for task in names() if task != "backbone") and "base_480" in listed
+        all(f"{task} " in listed for task in list_tasks() if task != "backbone")
+        and "base_480" in listed
     )
     shown = json.loads(say("recipes", "vqa", "--show", "base_480"))
     assert Recipe.from_dict(shown, VQA.Config) == VQA.recipes["base_480"]
@@ -504,20 +507,20 @@ def test_a_released_file_needs_a_tokenizer_and_its_answers(root, tmp_path, say, 
     tokenizer = ["--text-model", root / "text.model"]
     assert "text_model" in refused("predict", *file)
     assert "answers=FILE" in refused("predict", *file, *tokenizer)
-    names = tmp_path / "answers.txt"
-    names.write_text("yes\nno\n")
+    list_tasks = tmp_path / "answers.txt"
+    list_tasks.write_text("yes\nno\n")
     assert "2 answers given, the file's head has 37 outputs" in refused(
-        "predict", *file, *tokenizer, "--answers", names
+        "predict", *file, *tokenizer, "--answers", list_tasks
     )
     assert "no answer list at" in refused(
         "predict", *file, *tokenizer, "--answers", tmp_path / "absent.txt"
     )
-    names.write_text("".join(f"answer {i}\n" for i in range(37)))
-    assert json.loads(say("predict", *file, *tokenizer, "--answers", names))[0][
+    list_tasks.write_text("".join(f"answer {i}\n" for i in range(37)))
+    assert json.loads(say("predict", *file, *tokenizer, "--answers", list_tasks))[0][
         "answer"
     ].startswith("answer ")
     assert "num_heads" in refused(
-        "predict", *file[:3], *tokenizer, "--answers", names, "--num-heads", "5"
+        "predict", *file[:3], *tokenizer, "--answers", list_tasks, "--num-heads", "5"
     )
 
 

@@ -580,6 +580,8 @@ def test_the_remedy_of_another_network_works(root, tmp_path, refused, say):
     flags = refused(*call).split("or give ")[1].split(";")[0].split()
     say(*call, *flags)
     assert (
-        json.loads((tmp_path / "run" / "recipe.json").read_text())["recipe"]["task"]["model"]["dim"]
+        json.loads((tmp_path / "run" / "recipe.json").read_text())["recipe"]["task"]["model"][
+            "dim"
+        ]
         == 64
     )

@@ -19,7 +19,7 @@ from beit3.compat import (
     create_model,
 )
 from beit3.compat import beit3_base_patch16_480_vqav2 as vqav2
-from beit3.weights.matching import task_name
+from beit3.task import task_name
 from beit3.weights.release_format import RELEASED_ROWS, keys_of, load_official
 from tests.golden import config, golden, tensors
 
@@ -193,7 +193,7 @@ def test_captions_step_by_step():
         for length, words in enumerate([*given["decode.forced_tokens"].T, None], start=2):
             logits, state = model(
                 image=image,
-                text_ids=text,
+                encode_text=text,
                 language_masked_pos=None,
                 padding_mask=torch.zeros_like(text),
                 text_len=length,

@@ -11,11 +11,11 @@ import pytest
 from beit3.config import flags, from_dict, override, suggestion, to_dict
 from beit3.model.config import GIANT, ModelConfig
 from beit3.recipe import Recipe
-from beit3.task import load, names
+from beit3.task import list_tasks, load_task
 from beit3.tasks.pretrain import PretrainConfig
 from beit3.tasks.vqa import VQA
 
-ALL = [(task, recipe) for task in names() for recipe in load(task).recipes]
+ALL = [(task, recipe) for task in list_tasks() for recipe in load_task(task).recipes]
 DEMO = VQA.recipes["demo"]
 
 
@@ -38,7 +38,7 @@ class Outer:
 
 @pytest.mark.parametrize(("task", "name"), ALL)
 def test_every_recipe_survives_json(task, name):
-    recipe, config = load(task).recipes[name], load(task).Config
+    recipe, config = load_task(task).recipes[name], load_task(task).Config
     again = Recipe.from_dict(json.loads(json.dumps(recipe.to_dict())), config)
     assert again == recipe and type(again.task) is config
     assert again.to_dict() == recipe.to_dict()
@@ -153,23 +153,25 @@ def test_no_override_changes_nothing():
 
 @pytest.mark.parametrize(("task", "name"), ALL)
 def test_every_recipe_can_be_overridden(task, name):
-    recipe = load(task).recipes[name]
+    recipe = load_task(task).recipes[name]
     assert override(recipe, ["--run.steps", "3"]) == replace(
         recipe, run=replace(recipe.run, steps=3)
     )
 
 
 def test_flags_name_every_field_once():
-    names = flags(DEMO)
-    assert len(names) == len(set(names))
+    list_tasks = flags(DEMO)
+    assert len(list_tasks) == len(set(list_tasks))
     assert {
         "--optim.lr",
         "--task.model.dim",
         "--data.batch.main",
         "--run.steps",
         "--task.image.mean",
-    } <= set(names)
-    assert {"--batch.images", "--batch.texts"} <= set(flags(load("pretrain").recipes["demo"].data))
+    } <= set(list_tasks)
+    assert {"--batch.images", "--batch.texts"} <= set(
+        flags(load_task("pretrain").recipes["demo"].data)
+    )
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ from beit3.config import keyword_options, override
 from beit3.data.loader import Source
 from beit3.data.stores.records import Records
 from beit3.recipe import Recipe
-from beit3.task import Task, load, names
+from beit3.task import Task, list_tasks, load_task
 from beit3.tasks.pretrain import PretrainConfig
 from beit3.tasks.vqa import VQA, read_answers
 
@@ -74,7 +74,7 @@ COMMANDS = {f"{named(path)}: {' '.join(words)}": words for path in DOCS for word
 @pytest.mark.parametrize("words", COMMANDS.values(), ids=COMMANDS)
 def test_commands_are_those_of_the_command_line(words):
     known, rest = make_parser().parse_known_args(words)
-    task = load(known.task) if getattr(known, "task", None) and "." not in known.task else None
+    task = load_task(known.task) if getattr(known, "task", None) and "." not in known.task else None
     if known.name in ("train", "plan"):
         if task is None:
             return  # a task of the reader's own
@@ -88,12 +88,12 @@ def test_commands_are_those_of_the_command_line(words):
     if (
         known.name in ("eval", "predict") and rest
     ):  # how weights are used: the task is in the words before
-        fields = [task for task in names() if f"/{task}/" in known.weights]
-        override(load(fields[0]).recipes["demo"], rest)
+        fields = [task for task in list_tasks() if f"/{task}/" in known.weights]
+        override(load_task(fields[0]).recipes["demo"], rest)
         return
     if known.name == "prepare":
         keyword_options(task.prepare, rest)  # ValueError for one that it does not take
-        own = [source for source in task.sources if source not in task.borrowed]
+        own = [source for source in task.sources if source not in task.records_from]
         source = known.source.partition("/")[0]  # pairs/coco: a set of its own
         assert source in own if len(own) > 1 else source in ("", *own)
     else:
@@ -174,7 +174,7 @@ def row(task: str, name: str, recipe: Recipe) -> str:
 def test_table_of_recipes():
     text = (PROJECT / "docs/pretraining.md").read_text(encoding="utf-8")
     for task in ("vqkd", "pretrain"):
-        for name, recipe in load(task).recipes.items():
+        for name, recipe in load_task(task).recipes.items():
             assert row(task, name, recipe) in text
 
 
@@ -189,7 +189,7 @@ def tuning_row(task: str, name: str, recipe: Recipe) -> str:
 def test_tables_of_the_tasks():
     text = (PROJECT / "docs/tasks.md").read_text(encoding="utf-8")
     for task in ("vqa", "nlvr2", "captioning", "retrieval", "imagenet"):
-        for name, recipe in load(task).recipes.items():
+        for name, recipe in load_task(task).recipes.items():
             assert tuning_row(task, name, recipe) in text
 
 
@@ -206,13 +206,14 @@ def dense_row(task: str, name: str, recipe: Recipe) -> str:
 def test_tables_of_the_dense_tasks():
     text = (PROJECT / "docs/dense.md").read_text(encoding="utf-8")
     for task in ("coco", "ade20k"):
-        for name, recipe in load(task).recipes.items():
+        for name, recipe in load_task(task).recipes.items():
             assert dense_row(task, name, recipe) in text
 
 
 def test_citation_is_of_this_version():
     citation, changes = (
-        (PROJECT / name).read_text(encoding="utf-8") for name in ("CITATION.cff", "CHANGELOG.md")
+        (PROJECT / name).read_text(encoding="utf-8")
+        for name in ("CITATION.cff", "CHANGELOG.md")
     )
     assert re.search(rf"^version: {re.escape(beit3.__version__)}$", citation, re.MULTILINE)
     assert f"## [{beit3.__version__}]" in changes
@@ -259,20 +260,20 @@ def rating(tmp_path, monkeypatch) -> Iterator[type[Task]]:
     (tmp_path / "mine/rating.py").write_text(code)
     monkeypatch.syspath_prepend(str(tmp_path))
     importlib.invalidate_caches()
-    yield load("mine.rating")
+    yield load_task("mine.rating")
     for name in ("mine.rating", "mine"):
         sys.modules.pop(name, None)
 
 
 def test_the_task_of_the_guide_trains_and_predicts(rating, tmp_path):
     raw, root = tmp_path / "raw", tmp_path / "data"
-    names = [f"{split}/{number}.png" for split in ("train", "val") for number in range(4)]
-    for number, name in enumerate(names):
+    list_tasks = [f"{split}/{number}.png" for split in ("train", "val") for number in range(4)]
+    for number, name in enumerate(list_tasks):
         (raw / name).parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (40, 32), (30 * number, 0, 0)).save(raw / name)
     with (raw / "ratings.csv").open("w", newline="") as file:
         csv.writer(file).writerows(
-            [("file", "rating"), *((name, number) for number, name in enumerate(names))]
+            [("file", "rating"), *((name, number) for number, name in enumerate(list_tasks))]
         )
     assert rating.prepare(raw, root, "main")["records"] == {"train": 4, "val": 4}
 
@@ -290,8 +291,8 @@ def test_the_task_of_the_guide_trains_and_predicts(rating, tmp_path):
     scores = beit3.train(override(rating.recipes["demo"], fields), rating, out=tmp_path / "run")
     assert scores["negative_error"] == -scores["error"] < 0
     predictor = beit3.load(tmp_path / "run")
-    assert predictor(str(raw / names[0]))[0]["rating"] == pytest.approx(
-        predictor(Image.open(raw / names[0]))[0]["rating"]
+    assert predictor(str(raw / list_tasks[0]))[0]["rating"] == pytest.approx(
+        predictor(Image.open(raw / list_tasks[0]))[0]["rating"]
     )
     assert json.loads((tmp_path / "run/recipe.json").read_text())["task"] == "mine.rating"
 
@@ -304,4 +305,4 @@ def test_the_task_of_the_guide_names_what_it_leaves_unused(rating):
     ].backward()
     for name, parameter in task.trainable():
         used = parameter.grad is not None and bool(parameter.grad.any())
-        assert used != name.startswith(tuple(task.unused)), name
+        assert used != name.startswith(tuple(task.unused_parameters)), name

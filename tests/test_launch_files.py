@@ -11,7 +11,7 @@ from torch.distributed.run import get_args_parser
 
 from beit3.cli import make_parser
 from beit3.config import override
-from beit3.task import load
+from beit3.task import load_task
 
 LAUNCH = Path(__file__).resolve().parents[1] / "launch"
 SCRIPTS = ("torchrun.sh", "slurm.sbatch")
@@ -20,7 +20,7 @@ SCRIPTS = ("torchrun.sh", "slurm.sbatch")
 def check_training(words: list[str]) -> None:
     """`words` after `beit3 train` name a task, one of its recipes, and fields that it has."""
     known, rest = make_parser().parse_known_args(["train", *words])
-    override(load(known.task).recipes[rest[0]], rest[1:])
+    override(load_task(known.task).recipes[rest[0]], rest[1:])
 
 
 @pytest.mark.parametrize("name", SCRIPTS)

@@ -8,7 +8,7 @@ from PIL import Image
 
 from beit3.data.views.transforms import Preprocessing
 from beit3.model.config import BASE, GIANT, LARGE, SMALL, TINY
-from beit3.task import load
+from beit3.task import load_task
 from beit3.tasks.pretrain import Pretrain, PretrainConfig
 from beit3.tokenizer.text import TextTokenizer
 from beit3.weights import store
@@ -102,4 +102,4 @@ def test_the_recipe_follows_the_weights(model, wanted, monkeypatch, tmp_path):
         lambda path: store.Stored("pretrain", PretrainConfig(model=model), None, {}),
     )
     monkeypatch.setattr(store, "find", lambda path: path)
-    assert [store.recipe_for(load(task), tmp_path) for task in TABLES] == wanted
+    assert [store.recipe_for(load_task(task), tmp_path) for task in TABLES] == wanted

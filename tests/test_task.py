@@ -3,7 +3,7 @@
 import torch
 
 from beit3.model.config import TINY
-from beit3.task import trimmed
+from beit3.task import trim_padding
 from beit3.tasks.retrieval import Retrieval, RetrievalConfig
 
 
@@ -27,7 +27,7 @@ def test_texts_end_with_the_longest_in_steps_of_eight():
         ([1], 5, 5),
     ):
         given = batch(lengths, width)
-        found = trimmed(given)
+        found = trim_padding(given)
         assert {key: value.shape[1] for key, value in found.items()} == {
             "text": expected,
             "text_padding": expected,
@@ -38,7 +38,7 @@ def test_texts_end_with_the_longest_in_steps_of_eight():
             torch.equal(found["text"], given["text"][:, :expected])
             and given["text"].shape[1] == width
         )
-    assert trimmed({"image": torch.zeros(2)}).keys() == {"image"}
+    assert trim_padding({"image": torch.zeros(2)}).keys() == {"image"}
 
 
 @torch.no_grad()
@@ -48,5 +48,5 @@ def test_what_is_cut_off_changes_no_feature():
     given = {
         key: value for key, value in batch([3, 9, 5], 20).items() if key in ("text", "text_padding")
     }
-    whole, cut = (task.outputs(each)["text_features"] for each in (given, trimmed(given)))
+    whole, cut = (task.outputs(each)["text_features"] for each in (given, trim_padding(given)))
     torch.testing.assert_close(cut, whole, rtol=0, atol=1e-12)

@@ -9,7 +9,7 @@ from beit3.data.stores.records import Records
 from beit3.data.views.transforms import Preprocessing
 from beit3.model.config import TINY, ModelConfig
 from beit3.recipe import DataConfig, OptimConfig, Recipe, RunConfig
-from beit3.task import Task, load, names
+from beit3.task import Task, list_tasks, load_task
 from beit3.tasks.pretrain import PretrainConfig
 from beit3.tasks.vqa import VQAConfig
 from beit3.tasks.vqkd import VQKDConfig
@@ -25,7 +25,7 @@ SMALL = replace(TINY, dim=32, depth=2, num_heads=2, ffn_dim=48, text_positions=4
 
 def trained() -> list[type[Task]]:
     """Every task that has recipes."""
-    return [task for task in map(load, names()) if task.recipes]
+    return [task for task in map(load_task, list_tasks()) if task.recipes]
 
 
 def write_raw(folder: Path) -> Path:
@@ -91,7 +91,7 @@ def tuning_recipe(
     name: str, root: Path, *, steps: int = 6, task: Mapping[str, Any] | None = None, **run
 ) -> Recipe:
     """A fine-tuning task's demo recipe with a smaller network, and `task` fields changed."""
-    demo = load(name).recipes["demo"]
+    demo = load_task(name).recipes["demo"]
     settings: Any = demo.task
     model = replace(SMALL, final_norm=settings.model.final_norm)
     return Recipe(

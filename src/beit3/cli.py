@@ -166,7 +166,7 @@ def make_parser() -> argparse.ArgumentParser:
         help="METEOR and SPICE too, by pycocoevalcap's Java programs (captioning; minutes)",
     )
     sub.add_argument(
-        "--int8", action="store_true", help="in 8-bit integers, on a processor (docs/speed.md)"
+        "--int8", action="store_true", help="in 8-bit integers, on CPU (docs/speed.md)"
     )
     released(sub)
 
@@ -290,9 +290,9 @@ def world(known: argparse.Namespace, rest: list[str]) -> None:
 def prepare(known: argparse.Namespace, rest: list[str]) -> None:
     from beit3.config import keyword_options
     from beit3.data.prepare.statistics import describe
-    from beit3.task import load
+    from beit3.task import load_task
 
-    task = load(known.task)
+    task = load_task(known.task)
     if not task.sources:
         raise ValueError(f"task {known.task} reads no records: there is nothing to prepare")
     source = known.source or task.sources[0]
@@ -300,12 +300,12 @@ def prepare(known: argparse.Namespace, rest: list[str]) -> None:
         raise ValueError(
             f"--source {source} is none of {', '.join(task.sources)} of task {known.task}"
         )
-    own = [name for name in task.sources if name not in task.borrowed]
+    own = [name for name in task.sources if name not in task.records_from]
     if len(own) > 1 and not known.source:
         raise ValueError(f"task {known.task} has several sources: give --source {' or '.join(own)}")
-    if source in task.borrowed:
+    if source in task.records_from:
         raise ValueError(
-            f"--source {source} of {known.task} are the records of {task.borrowed[source]}: prepare those"
+            f"--source {source} of {known.task} are the records of {task.records_from[source]}: prepare those"
         )
     options = keyword_options(task.prepare, rest)
     report = task.prepare(Path(known.raw), Path(known.root), source, **options)
@@ -329,12 +329,12 @@ def tokenizer(known: argparse.Namespace, rest: list[str]) -> None:
 
 def train(known: argparse.Namespace, rest: list[str]) -> None:
     from beit3.ops.collectives import rank
-    from beit3.task import load
+    from beit3.task import load_task
     from beit3.training.loop import train as run
 
     name, recipe = recipe_with(known, rest, init=known.init)
     out = known.out or f"runs/{known.task}-{name}"
-    scores = run(recipe, load(known.task), out=out, init=known.init)
+    scores = run(recipe, load_task(known.task), out=out, init=known.init)
     if rank() == 0:
         print(json.dumps(scores, indent=1))
         print(f"weights at {out}/last and {out}/best")
@@ -343,14 +343,14 @@ def train(known: argparse.Namespace, rest: list[str]) -> None:
 def plan(known: argparse.Namespace, rest: list[str]) -> None:
     from beit3.plan.table import plan as planned
     from beit3.plan.table import table
-    from beit3.task import load
+    from beit3.task import load_task
 
     name, recipe = recipe_with(known, rest)
     options = {
         option: getattr(known, option)
         for option in ("gpus", "gpu", "utilisation", "price", "records")
     }
-    found = planned(load(known.task), recipe, **options)
+    found = planned(load_task(known.task), recipe, **options)
     print(
         json.dumps(found, indent=1)
         if known.json
@@ -361,10 +361,10 @@ def plan(known: argparse.Namespace, rest: list[str]) -> None:
 def recipe_with(known: argparse.Namespace, rest: list[str], init: str = "") -> tuple[str, Any]:
     """The recipe that `rest` begins with, or the one that suits the weights to start from, with its fields overridden."""
     from beit3.config import override, suggestion
-    from beit3.task import load
+    from beit3.task import load_task
     from beit3.weights.store import recipe_for
 
-    task = load(known.task)
+    task = load_task(known.task)
     # An optional word before options: argparse's own rule for it changed between Python versions.
     name, fields = (
         (rest[0], rest[1:])
@@ -372,9 +372,9 @@ def recipe_with(known: argparse.Namespace, rest: list[str], init: str = "") -> t
         else (recipe_for(task, init), rest)
     )
     if name not in task.recipes:
-        names = list(task.recipes)
+        list_tasks = list(task.recipes)
         raise ValueError(
-            f"{known.task} has no recipe {name}{suggestion(name, names)} (known: {', '.join(names)})"
+            f"{known.task} has no recipe {name}{suggestion(name, list_tasks)} (known: {', '.join(list_tasks)})"
         )
     return name, override(task.recipes[name], fields)
 
@@ -385,12 +385,12 @@ def evaluate(known: argparse.Namespace, rest: list[str]) -> None:
     from beit3.ops.collectives import leader_first, rank
     from beit3.progress import bar
     from beit3.recipe import RunConfig
+    from beit3.task import task_name
     from beit3.tasks.captioning import java_scorer
     from beit3.training.evaluate import predict_sources, score_sources
     from beit3.training.launch import start
     from beit3.training.parallel import autocast
     from beit3.training.root import split_sources
-    from beit3.weights.matching import task_name
 
     device = start(RunConfig())  # under torchrun the processes share the records
     predictor = load_predictor(known, rest)
@@ -437,11 +437,11 @@ def evaluate(known: argparse.Namespace, rest: list[str]) -> None:
 
 def score(known: argparse.Namespace, rest: list[str]) -> None:
     from beit3.data.stores.predictions import read_predictions
-    from beit3.task import load
+    from beit3.task import load_task
     from beit3.tasks.captioning import java_scorer
     from beit3.training.root import split_sources
 
-    task = load(known.task)
+    task = load_task(known.task)
     java = java_scorer(task) if known.java else None
     sources = split_sources(task, known.root, known.split)
     if known.source not in sources:
@@ -531,13 +531,15 @@ def convert(known: argparse.Namespace, rest: list[str]) -> None:
 
 def recipes(known: argparse.Namespace, rest: list[str]) -> None:
     from beit3.config import suggestion
-    from beit3.task import load, names
+    from beit3.task import list_tasks, load_task
     from beit3.weights.catalog import table
 
     if known.released:
         print(*table(known.task), sep="\n")
         return
-    tasks = {name: load(name).recipes for name in ([known.task] if known.task else names())}
+    tasks = {
+        name: load_task(name).recipes for name in ([known.task] if known.task else list_tasks())
+    }
     labels = {label for recipes in tasks.values() for label in recipes}
     if known.show and known.show not in labels:
         raise ValueError(

@@ -1,6 +1,6 @@
 """What this machine has, and what stands in the way: one line a finding, `ok`, `note` or `FAULT`, the remedy with it.
 
-Nothing outside the standard library is imported before the line that needs it: this must speak where torch does not import,
+Only the standard library, and modules of this package that need no more, are imported at the top: this must speak where torch does not import,
 so everything that can be told without torch is told first.
 """
 
@@ -18,6 +18,9 @@ from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from typing import Any
+
+from beit3.files import cache_directory
+from beit3.machine import count_cores
 
 RELEASED_IDS = 64002
 """Ids of the tokenizer released with BEiT-3: 64000 pieces, <mask> and the shift by one."""
@@ -132,7 +135,7 @@ def package(name: str, have: str, least: str) -> str:
 
 def processors(system: Path = Path("/")) -> str:
     """Cores of this process by affinity and by its control group's share of time."""
-    cores, quota = cores_here(), group_limits(system)[0]
+    cores, quota = count_cores(), group_limits(system)[0]
     all_cores = os.cpu_count() or cores
     said = f"{cores} processor cores" + (
         f" of the machine's {all_cores}" if cores < all_cores else ""
@@ -147,10 +150,6 @@ def processors(system: Path = Path("/")) -> str:
             f"ok    {said}, the control group gives the time of {quota:g}; OMP_NUM_THREADS={chosen}"
         )
     return f"note  {said}, but the control group gives the time of {quota:g}: set OMP_NUM_THREADS={fit}, or threads wait for each other"
-
-
-def cores_here() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def memory(system: Path = Path("/")) -> str:
@@ -202,7 +201,7 @@ def disk() -> Iterator[str]:
     """Room and permission where worlds are cached and where runs go."""
     runs = Path("runs") if Path("runs").is_dir() else Path(".")
     for what, place, remedy in (
-        ("the cache", cache(), "set BEIT3_CACHE to another place"),
+        ("the cache", cache_directory(), "set BEIT3_CACHE to another place"),
         ("runs", runs.resolve(), "train with --out on another disk"),
     ):
         there = next(
@@ -218,12 +217,6 @@ def disk() -> Iterator[str]:
         yield f"{verdict} {free / 2**30:.1f} GB free for {what} at {place}" + (
             f": {remedy}" if verdict == "FAULT" else ""
         )
-
-
-def cache() -> Path:
-    """Where `beit3.training.root` keeps the embedded worlds; that module imports torch."""
-    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "beit3"
-    return Path(os.environ.get("BEIT3_CACHE") or default).absolute()
 
 
 def compiler() -> str:
@@ -263,7 +256,11 @@ def _addresses(name: str) -> list[str]:
 
 def text_tokenizers(text_model: str = "") -> Iterator[str]:
     """Ids and digest of the given tokenizer, else of the cached worlds'; nothing where there is none yet."""
-    files = [Path(text_model)] if text_model else sorted(cache().glob("world-*-records/text.model"))
+    files = (
+        [Path(text_model)]
+        if text_model
+        else sorted(cache_directory().glob("world-*-records/text.model"))
+    )
     for path in files:
         try:
             from beit3.tokenizer.text import TextTokenizer
@@ -343,7 +340,7 @@ def threads() -> str:
 
     used, cores, chosen = (
         torch.get_num_threads(),
-        cores_here(),
+        count_cores(),
         os.environ.get("OMP_NUM_THREADS", ""),
     )
     said = f"torch computes with {used} threads" + (

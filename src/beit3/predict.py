@@ -16,15 +16,15 @@ import torch
 
 from beit3.model.packed import pack
 from beit3.quantize import quantize, require
-from beit3.task import Prediction, Record, Task
-from beit3.task import load as load_task
+from beit3.task import Prediction, Record, Task, task_name
+from beit3.task import load_task as load_task
 from beit3.tokenizer.text import TextTokenizer
 from beit3.training.evaluate import batches, to_device
 from beit3.training.parallel import wrap_blocks
 from beit3.weights import release_format as official
 from beit3.weights import store
 from beit3.weights.adapt import COUNTS, with_names
-from beit3.weights.matching import Report, beyond_images, stored, task_name
+from beit3.weights.matching import Report, beyond_images, stored
 
 CLASSES = "imagenet/main/classes.txt"
 """Class names below a root of records."""
@@ -202,7 +202,7 @@ def load(
     what the weights are; parts that they do not hold are at their initial values then, and the predictor refuses to
     use them. num_heads: where 64 units a head is wrong. text_model: the SentencePiece file of released weights.
     answers: names of the VQA head's outputs. classes: names of imagenet's, for weights of retrieval any names, which
-    `prompt` may put into a sentence in place of {}. int8: in 8-bit integers, two to four times faster on processors that
+    `prompt` may put into a sentence in place of {}. int8: in 8-bit integers, two to four times faster on CPUs that
     have instructions for them. packed: weights laid out for batches that recur, for a third more speed on single images and
     captions, and up to twice the memory of the weights. compiled: each block a program, for many batches of one size; half a minute
     at the start (docs/speed.md has all three). Raises ValueError, in one line.

@@ -1,4 +1,4 @@
-"""8-bit integers for inference on a processor: the same network, two to four times faster.
+"""8-bit integers for inference on CPU: the same network, two to four times faster.
 
 Every linear layer of the Transformer blocks keeps its weights as int8, one scale per output channel; its inputs are rounded
 to int8 as they come, one scale per token, so that a prediction does not depend on what else is in the batch. Embeddings,
@@ -8,9 +8,8 @@ comes before it: uncompiled, rounding costs what the products gain. Weights on d
 
 import torch
 
-from beit3.task import Task
+from beit3.task import Task, task_name
 from beit3.training.parallel import blocks_of, wrap_blocks
-from beit3.weights.matching import task_name
 
 INSTRUCTIONS = ("avx512_vnni", "avx_vnni")
 """Either multiplies bytes and adds them up in 32 bits. Without them int8 is no faster, and oneDNN's sums may overflow."""

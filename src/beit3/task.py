@@ -18,13 +18,14 @@ from torch.utils.data import default_collate
 
 from beit3.config import suggestion
 from beit3.data.prepare.statistics import Lengths
-from beit3.data.views.masking import rng as seeded_rng
 from beit3.model.backbone import Backbone
 from beit3.model.beit3 import BEiT3
 from beit3.model.config import IMAGE, TEXT, ModelConfig
 from beit3.ops.collectives import keep_shard
-from beit3.ops.init import seeded, trunc_normal
+from beit3.ops.init import trunc_normal
 from beit3.recipe import Recipe, TaskConfig
+from beit3.seeding import make_generator
+from beit3.seeding import make_rng as seeded_rng
 from beit3.tokenizer.text import FILE, TextTokenizer
 
 Record = dict[str, Any]
@@ -47,15 +48,15 @@ class Task(nn.Module):
     """The score that decides which weights are best; larger is better."""
     official_names: ClassVar[Mapping[str, str]] = {}
     """Head parameters: our name prefix -> the prefix in released checkpoints."""
-    moves_in_forward: ClassVar[bool] = False
+    updates_buffers: ClassVar[bool] = False
     """Whether a training forward changes buffers, so that a process must see its share of a step at once."""
-    borrowed: ClassVar[Mapping[str, str]] = {}
+    records_from: ClassVar[Mapping[str, str]] = {}
     """Sources that are records of another task -> that task."""
     compares_examples: ClassVar[bool] = False
     """Whether the loss compares the examples of a step with each other: `compare` makes it of the features that `outputs` gives."""
     frozen: ClassVar[tuple[str, ...]] = ()
     """Children that never train and are not stored with the weights."""
-    unused: ClassVar[Mapping[str, str]] = {}
+    unused_parameters: ClassVar[Mapping[str, str]] = {}
     """Parameter prefixes without a gradient by design -> the reason; a property where the config decides."""
 
     backbone: nn.Module
@@ -103,16 +104,16 @@ class Task(nn.Module):
 
     def collate(self, examples: Sequence[Example]) -> Batch:
         """Stack tensors by key; everything else becomes a list. Texts are as long as the longest of them."""
-        same_fields(examples)
+        check_same_fields(examples)
         batch: Batch = {}
         for key in examples[0]:
             values = [example[key] for example in examples]
             batch[key] = (
                 default_collate(values) if isinstance(values[0], Tensor) else values
             )  # in a worker, in shared memory
-        return trimmed(batch)
+        return trim_padding(batch)
 
-    def pixels(self, batch: Batch) -> Tensor:
+    def normalize_images(self, batch: Batch) -> Tensor:
         """The batch's images [..., 3, H, W] as the network takes them: bytes are normalised here, floats already are."""
         images = batch["image"]
         return (
@@ -121,11 +122,11 @@ class Task(nn.Module):
             else self.config.image.normalize(images).to(next(self.backbone.parameters()).dtype)
         )
 
-    def read_text(self, text: str | Sequence[int], length: int) -> tuple[Tensor, Tensor]:
+    def tokenize_text(self, text: str | Sequence[int], length: int) -> tuple[Tensor, Tensor]:
         """A text, in words or ids, -> (text [length] int64, text_padding [length] bool)."""
-        return padded(self.text_ids(text, length), length, TextTokenizer.pad)
+        return pad_token_ids(self.encode_text(text, length), length, TextTokenizer.pad)
 
-    def text_ids(self, text: str | Sequence[int], length: int) -> list[int]:
+    def encode_text(self, text: str | Sequence[int], length: int) -> list[int]:
         """At most `length` ids with marks, of a text or of its piece ids as index files and `.tokens` hold them."""
         if isinstance(text, str):
             return self.tokenizer.encode(text, length)
@@ -140,7 +141,7 @@ class Task(nn.Module):
 
     def targets(self, batch: Batch) -> dict[str, int]:
         """How many targets each loss sums over in this batch."""
-        return {"loss": batch_size(batch)}
+        return {"loss": count_examples(batch)}
 
     @property
     def loss_weights(self) -> Mapping[str, float]:
@@ -199,7 +200,7 @@ class Task(nn.Module):
         """Every trainable parameter from a generator of its own, so that nothing depends on order or processes."""
         for name, parameter in self.trainable():
             values = torch.empty(parameter.shape, dtype=parameter.dtype)
-            self.init_parameter(name, values, seeded(seed, name))
+            self.init_parameter(name, values, make_generator(seed, name))
             keep_shard(parameter, values)
 
     @torch.no_grad()
@@ -238,7 +239,7 @@ class Task(nn.Module):
         ), head
 
 
-def fit_vocabulary(config: TaskConfig, tokenizer: TextTokenizer | None) -> TaskConfig:
+def grow_vocabulary(config: TaskConfig, tokenizer: TextTokenizer | None) -> TaskConfig:
     """`config` with a text embedding as large as the tokenizer, if it was smaller. ValueError for texts beyond its positions."""
     if tokenizer is None or not isinstance(config.model, ModelConfig):
         return config
@@ -254,7 +255,7 @@ def fit_vocabulary(config: TaskConfig, tokenizer: TextTokenizer | None) -> TaskC
     return replace(config, model=replace(config.model, vocab_size=tokenizer.vocab_size))
 
 
-def text_lengths(root: Path, limit: int) -> Lengths | None:
+def make_length_counter(root: Path, limit: int) -> Lengths | None:
     """How `prepare` measures texts: in tokens of the root's tokenizer, cut at `limit`; None where there is none."""
     if not (root / FILE).exists():
         return None
@@ -262,7 +263,7 @@ def text_lengths(root: Path, limit: int) -> Lengths | None:
     return Lengths(tokenizer.pieces, limit, tokenizer.unk, tokenizer.mask - tokenizer.first_piece)
 
 
-def same_fields(examples: Sequence[Example]) -> None:
+def check_same_fields(examples: Sequence[Example]) -> None:
     """ValueError where one example of a batch has what another lacks, naming both."""
     first = examples[0]
     for example in examples[1:]:
@@ -273,7 +274,7 @@ def same_fields(examples: Sequence[Example]) -> None:
             )
 
 
-def trimmed(batch: Batch) -> Batch:
+def trim_padding(batch: Batch) -> Batch:
     """`batch` without the places [B, L] that are padding in all its texts, but for a length that 8 divides.
 
     Eights suit the hardware and leave few lengths for `run.compile` to see.
@@ -289,7 +290,7 @@ def trimmed(batch: Batch) -> Batch:
     }
 
 
-def batch_size(batch: Batch) -> int:
+def count_examples(batch: Batch) -> int:
     """Examples in a batch."""
     return len(next(value for value in batch.values() if isinstance(value, Tensor)))
 
@@ -334,19 +335,19 @@ def experts_left_out(backbone: BEiT3, *modalities: str) -> dict[str, str]:
     return {f"backbone.{name}": reason for name, reason in reasons.items()}
 
 
-def record_rng(record: Record) -> np.random.Generator:
+def make_record_rng(record: Record) -> np.random.Generator:
     """The generator of a record outside training: the same masks and views at every evaluation."""
     return seeded_rng(0, 0, str(record["id"]))
 
 
-def padded(ids: Sequence[int], length: int, pad: int) -> tuple[Tensor, Tensor]:
+def pad_token_ids(ids: Sequence[int], length: int, pad: int) -> tuple[Tensor, Tensor]:
     """Ids -> (text [length] int64, text_padding [length] bool, True = padding)."""
     text = torch.full((length,), pad, dtype=torch.int64)
     text[: len(ids)] = torch.as_tensor(ids, dtype=torch.int64)
     return text, torch.arange(length) >= len(ids)
 
 
-def joined(
+def join_by_id(
     predictions: Sequence[Prediction], records: Sequence[Record]
 ) -> list[tuple[Prediction, Record]]:
     """Predictions beside their records; ValueError unless every record has exactly one."""
@@ -369,11 +370,11 @@ def joined(
     return pairs
 
 
-def labelled(
+def join_labels(
     predictions: Sequence[Prediction], records: Sequence[Record]
 ) -> list[tuple[Prediction, Record]]:
     """`joined`, for records that all hold a `label`; ValueError where one does not."""
-    pairs = joined(predictions, records)
+    pairs = join_by_id(predictions, records)
     if any("label" not in record for _, record in pairs):
         raise ValueError(
             "some of these records hold no label to compare with: score a split that has them"
@@ -381,7 +382,7 @@ def labelled(
     return pairs
 
 
-def numbered(record: Record, key: str = "id") -> int:
+def read_server_id(record: Record, key: str = "id") -> int:
     """The number that an evaluation server knows a record by; ValueError where its `key` is none."""
     if not str(record[key]).isdecimal():
         raise ValueError(
@@ -390,19 +391,19 @@ def numbered(record: Record, key: str = "id") -> int:
     return int(record[key])
 
 
-def names() -> list[str]:
+def list_tasks() -> list[str]:
     """The tasks of this package."""
     return sorted(
         module.name for module in pkgutil.iter_modules([str(Path(__file__).with_name("tasks"))])
     )
 
 
-def load(name: str) -> type[Task]:
+def load_task(name: str) -> type[Task]:
     """The `Task` subclass of module `beit3.tasks.<name>`, or of the dotted path `name`."""
     path = name if "." in name else f"beit3.tasks.{name}"
-    if "." not in name and name not in names():
+    if "." not in name and name not in list_tasks():
         raise ValueError(
-            f"unknown task {name!r}{suggestion(name, names())} (known: {', '.join(names())})"
+            f"unknown task {name!r}{suggestion(name, list_tasks())} (known: {', '.join(list_tasks())})"
         )
     try:
         module = importlib.import_module(path)
@@ -419,3 +420,11 @@ def load(name: str) -> type[Task]:
             f"module {path} defines {len(found)} Task classes: exactly one is expected"
         )
     return found[0]
+
+
+def task_name(kind: type[Task]) -> str:
+    """The name under which `beit3.task.load` finds a task: its module's, whole for modules of others."""
+    own = next(
+        each for each in kind.__mro__ if not each.__module__.startswith("torch.")
+    )  # sharding puts a class in front
+    return own.__module__.removeprefix("beit3.tasks.")

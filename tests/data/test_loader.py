@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from beit3.data.loader import PASSED_OVER, Examples, Source, Stack, step_batches, step_places
-from beit3.data.stores.records import open_image, write_records
+from beit3.data.stores.records import write_records
+from beit3.images import open_image
 
 SIZES = {"images": 7, "texts": 10}
 BATCH = {"images": 4, "texts": 6}

@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 
 from beit3.data.sampling import Mix, Windows
-from beit3.data.views.masking import rng
+from beit3.seeding import make_rng
 
 RUNS = np.array([5, 1, 9, 4, 0, 7])
 
 
 def draw(name: str, epoch: int = 0) -> np.random.Generator:
-    return rng(0, epoch, name)
+    return make_rng(0, epoch, name)
 
 
 def slow(runs: np.ndarray, window: int) -> list[int]:

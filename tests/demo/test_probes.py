@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from beit3.data.stores.records import open_image
 from beit3.demo import probes
 from beit3.demo.comparison import markdown, row, spread
-from beit3.task import fit_vocabulary
+from beit3.images import open_image
+from beit3.task import grow_vocabulary
 from beit3.tasks.pretrain import Pretrain
 from beit3.tokenizer.text import TextTokenizer
 from beit3.training.loop import open_source
@@ -80,7 +80,7 @@ def test_single_words_equal_one_caption_at_a_time(root, visual):
         pair_crop=(1.0, 1.0),
         color_jitter=0.0,
     )
-    task = Pretrain(fit_vocabulary(config, tokenizer), tokenizer=tokenizer)
+    task = Pretrain(grow_vocabulary(config, tokenizer), tokenizer=tokenizer)
     task.init_weights(1)
     task.eval()
     pairs = open_source(root, Pretrain, "pairs", recipe, "val")

@@ -16,7 +16,7 @@ from beit3.detection.config import DetectorConfig
 from beit3.detection.detector import Detector
 from beit3.model.config import GIANT, ModelConfig
 from beit3.model.trunk import ImageTrunk
-from beit3.ops.init import seeded
+from beit3.seeding import make_generator
 from tests.detection.test_proposals import overlaps, random_boxes
 
 SMALL = DetectorConfig(
@@ -48,7 +48,7 @@ def detector(config: DetectorConfig = SMALL, dtype: torch.dtype = torch.float32)
 
 def initialise(network: Detector, seed: int = 0) -> None:
     for name, parameter in network.named_parameters():
-        network.init_parameter(name, parameter.data, seeded(seed, name))
+        network.init_parameter(name, parameter.data, make_generator(seed, name))
 
 
 def features_of(batch: int, seed: int = 0) -> tuple[Tensor, Tensor]:

@@ -154,7 +154,7 @@ def test_every_parameter_but_the_unused_learns():
         for name, parameter in trunk.named_parameters()
         if parameter.grad is None or not parameter.grad.any()
     }
-    assert without == set(trunk.unused)
+    assert without == set(trunk.unused_parameters)
 
 
 def test_the_giant_sees_large_pictures_on_no_memory():

@@ -6,19 +6,19 @@ import numpy as np
 import pytest
 
 from beit3.plan.dummy_inputs import LABELS, OBJECTS, SIDE, built, example, label_map, objects
-from beit3.task import load
+from beit3.task import load_task
 
 
 @pytest.mark.parametrize("masks", [True, False])
 def test_objects_fill_the_square(masks):
     """The widest jitter, on a small square: the picture is enlarged, and every object seen."""
-    recipe = load("coco").recipes["base_1024"]
+    recipe = load_task("coco").recipes["base_1024"]
     task = replace(
         recipe.task,
         image=replace(recipe.task.image, image_size=128),
         detector=replace(recipe.task.detector, masks=masks),
     )
-    seen = example(built(load("coco"), task, recipe.run), "main")
+    seen = example(built(load_task("coco"), task, recipe.run), "main")
     assert (
         seen["size"].tolist() == [128, 128] and len(seen["boxes"]) == len(seen["labels"]) == OBJECTS
     )
@@ -39,7 +39,7 @@ def test_any_half_of_the_picture_shows_all():
 @pytest.mark.parametrize(("num_classes", "shown"), [(150, LABELS), (11, 11)])
 def test_labels_fill_the_view(num_classes, shown):
     """Of as many classes as there are, up to a limit."""
-    kind = load("ade20k")
+    kind = load_task("ade20k")
     recipe = kind.recipes["large_896"]
     view = replace(recipe.task.train_view, crop=128, short=128, long=512)
     seen = example(

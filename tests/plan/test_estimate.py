@@ -9,14 +9,14 @@ from beit3.plan import estimate
 from beit3.plan.devices import DEVICES, GIB, Device, device
 from beit3.plan.estimate import Estimate
 from beit3.recipe import Recipe
-from beit3.task import load, names
+from beit3.task import list_tasks, load_task
 from beit3.tasks.vqa import VQA
 from benchmarks.memory import Case, estimated, measured
 
 H100 = DEVICES["h100"]
 DENSE = ("coco", "ade20k")
 """Tasks of which the demo is planned here; of a large picture a trace takes seconds."""
-RECIPES = [(name, label) for name in names() for label in load(name).recipes]
+RECIPES = [(name, label) for name in list_tasks() for label in load_task(name).recipes]
 
 
 def changed(recipe: Recipe, **run: object) -> Recipe:
@@ -40,16 +40,16 @@ def planned(name: str, label: str, monkeypatch: pytest.MonkeyPatch) -> Estimate:
         source, count, estimate.shallow(self.recipe.task)
     )  # noqa: E731
     monkeypatch.setattr(Estimate, "deep", once)
-    recipe = load(name).recipes[label]
+    recipe = load_task(name).recipes[label]
     count = next(
         n for n in (8, 4, 2, 1) if not any(size % n for size in recipe.data.batch.values())
     )
-    return Estimate(load(name), recipe, H100, count)
+    return Estimate(load_task(name), recipe, H100, count)
 
 
 def form(name: str, label: str) -> tuple:
     """What makes a recipe run other code than its neighbours', sizes aside."""
-    recipe = load(name).recipes[label]
+    recipe = load_task(name).recipes[label]
     model = recipe.task.model
     own = [
         getattr(model, field, None)
@@ -120,14 +120,14 @@ def test_a_deep_network_follows_from_shallow_ones(monkeypatch, checkpointing, pr
 @pytest.mark.parametrize("name", DENSE)
 def test_blocks_of_a_fixed_number_are_in_all_depths(name, monkeypatch):
     """Four that see the whole picture, or after which an adapter talks; the others, amid windows, differ in number alone."""
-    recipe = changed(load(name).recipes["demo"], micro_batch=1)
+    recipe = changed(load_task(name).recipes["demo"], micro_batch=1)
     task = replace(
         recipe.task,
         model=replace(recipe.task.model, depth=8),
         **({"window": 2} if name == "coco" else {}),
     )
     recipe = replace(recipe, task=task, data=replace(recipe.data, batch={"main": 1}))
-    short, long = (Estimate(load(name), recipe, H100, 1) for _ in range(2))
+    short, long = (Estimate(load_task(name), recipe, H100, 1) for _ in range(2))
     flops, total = short.flops(1), short.memory(1).total
     monkeypatch.setattr(estimate, "WHOLE", 8)
     assert flops == long.flops(1) and total == pytest.approx(long.memory(1).total, rel=1e-3)
@@ -175,7 +175,7 @@ def test_weights_by_hand():
     unused = sum(
         parameter.numel()
         for name, parameter in task.named_parameters()
-        if name.startswith(tuple(task.unused))
+        if name.startswith(tuple(task.unused_parameters))
     )
     memory = found.memory(8)
     assert (
@@ -187,11 +187,11 @@ def test_weights_by_hand():
 
 
 def test_frozen_parts_count_though_they_are_not_there():
-    pretrain = load("pretrain")
+    pretrain = load_task("pretrain")
     found = Estimate(pretrain, pretrain.recipes["base_224"], H100, 8)
     assert found.sizes.frozen == pytest.approx(109e6, rel=0.02), "the published visual tokenizer"
     assert Estimate(
-        load("vqkd"), load("vqkd").recipes["base_224_clip"], H100, 8
+        load_task("vqkd"), load_task("vqkd").recipes["base_224_clip"], H100, 8
     ).sizes.frozen == pytest.approx(86e6, rel=0.02)
 
 

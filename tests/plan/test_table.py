@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from beit3.plan.table import length, plan
-from beit3.task import load
+from beit3.task import load_task
 from beit3.tasks.vqa import VQA
 from tests.test_cli import NETWORK
 
@@ -72,4 +72,4 @@ def test_what_can_be_mended_is_one_line(arguments, said, capsys):
 def test_hours_are_unknown_without_records(say):
     table = say("plan", "vqkd", "base_224_clip", "--gpus", 8, "--task.model.depth", 2)
     assert "give --records N, or --data.root" in table and "hours," not in table
-    assert load("vqkd").recipes["base_224_clip"].run.steps == 0
+    assert load_task("vqkd").recipes["base_224_clip"].run.steps == 0

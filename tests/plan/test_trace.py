@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from beit3.plan.dummy_inputs import built, example
 from beit3.plan.trace import Allocations, norms_in_float32, trace
-from beit3.task import load
+from beit3.task import load_task
 from beit3.training.parallel import materialise
 from beit3.training.step import weigh
 
@@ -99,7 +99,7 @@ def test_norms_of_an_accelerator_are_in_float32():
     [("vqa", "none"), ("vqa", "full"), ("vqkd", "none"), ("coco", "full"), ("ade20k", "none")],
 )
 def test_operations_are_those_of_a_real_step(name, checkpointing):
-    kind = load(name)
+    kind = load_task(name)
     recipe = kind.recipes["demo"]
     run = replace(recipe.run, checkpointing=checkpointing)
     found = trace(
@@ -121,7 +121,7 @@ def test_operations_are_those_of_a_real_step(name, checkpointing):
 
 
 def test_recomputing_keeps_less():
-    kind = load("vqa")
+    kind = load_task("vqa")
     recipe = kind.recipes["demo"]
     kept = {}
     for way in ("none", "selective", "full"):

@@ -20,7 +20,7 @@ from beit3.recipe import DataConfig, Recipe, TaskConfig
 from beit3.segmentation.adapter import AdapterConfig
 from beit3.segmentation.config import HeadConfig
 from beit3.segmentation.inference import Views
-from beit3.task import Task
+from beit3.task import Task, task_name
 from beit3.tasks.ade20k import Ade20k, Ade20kConfig
 from beit3.tasks.captioning import Captioning, CaptioningConfig
 from beit3.tasks.coco import Coco, CocoConfig
@@ -33,7 +33,6 @@ from beit3.tasks.vqkd import VQKD, VQKDConfig
 from beit3.tokenizer.text import TextTokenizer
 from beit3.tokenizer.visual import VisualTokenizerConfig
 from beit3.weights import store
-from beit3.weights.matching import task_name
 
 MODEL = replace(
     TINY, dim=32, depth=2, num_heads=2, ffn_dim=32, image_size=16, patch_size=4, vocab_size=64

@@ -10,7 +10,7 @@ from torch import nn
 from beit3.model.config import GIANT, IMAGE, ModelConfig
 from beit3.model.trunk import ImageTrunk
 from beit3.ops.deformable import Grids
-from beit3.ops.init import seeded
+from beit3.seeding import make_generator
 from beit3.segmentation import interaction
 from beit3.segmentation.adapter import AdapterConfig, ViTAdapter
 from beit3.segmentation.interaction import ConvFeedForward, DeformableAttention, Extractor
@@ -24,7 +24,7 @@ SMALL = AdapterConfig(inplanes=8, num_interactions=3)
 def filled(module):
     """Initial values as a task gives them."""
     for name, parameter in module.named_parameters():
-        module.init_parameter(name, parameter, seeded(0, name))
+        module.init_parameter(name, parameter, make_generator(0, name))
     if isinstance(module, ViTAdapter):
         module.reset_buffers()
     return module
@@ -111,7 +111,7 @@ def test_every_parameter_learns():
     maps = adapter.eval()(torch.randn(1, 3, 64, 80), trunk)
     sum((each * torch.randn_like(each)).sum() for each in maps).backward()
     for name, parameter in [*adapter.named_parameters(), *trunk.named_parameters()]:
-        if name not in ImageTrunk.unused:
+        if name not in ImageTrunk.unused_parameters:
             assert parameter.grad.abs().sum() > 0, name
 
 

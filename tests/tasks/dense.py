@@ -12,7 +12,7 @@ from PIL import Image
 from beit3.data.views.transforms import Preprocessing
 from beit3.model.config import TINY
 from beit3.segmentation.inference import Views
-from beit3.task import Task, load
+from beit3.task import Task, load_task
 from beit3.tasks.ade20k import Ade20k, Ade20kConfig
 from beit3.tasks.coco import Coco, CocoConfig
 
@@ -55,7 +55,7 @@ CONFIGS = {"coco": coco_config, "ade20k": ade20k_config}
 
 def made(name: str, seed: int = 0, **fields: Any) -> Any:
     """A task at its initial values."""
-    task = load(name)(CONFIGS[name](**fields))
+    task = load_task(name)(CONFIGS[name](**fields))
     task.init_weights(seed)
     return task
 

@@ -61,7 +61,7 @@ def step(task: Ade20k, *rows: dict) -> tuple[dict[str, Tensor], dict[str, int]]:
     known = [
         p.grad
         for name, p in task.trainable()
-        if not any(name.startswith(each) for each in task.unused)
+        if not any(name.startswith(each) for each in task.unused_parameters)
     ]
     assert all(gradient is not None and gradient.isfinite().all() for gradient in known)
     assert losses.keys() == counts.keys() and all(value.isfinite() for value in losses.values())
@@ -268,9 +268,9 @@ def test_what_is_filled_up_says_nothing(ade20k, tmp_path):
     noisy = batch["image"].clone()
     noisy[:, :, height:], noisy[:, :, :, width:] = 77, 99
     with torch.no_grad():
-        pixels = low.pixels(batch | {"image": noisy})
+        pixels = low.normalize_images(batch | {"image": noisy})
     assert (
-        torch.equal(pixels, low.pixels(batch))
+        torch.equal(pixels, low.normalize_images(batch))
         and not pixels[:, :, height:].any()
         and pixels[:, :, :height, :width].any()
     )

@@ -9,7 +9,7 @@ import torch
 
 from beit3.data.loader import Source
 from beit3.data.prepare.formats import one_per_caption
-from beit3.task import fit_vocabulary
+from beit3.task import grow_vocabulary
 from beit3.tasks.captioning import Captioning
 from beit3.tokenizer.text import TextTokenizer
 from tests.world_root import tuning_recipe
@@ -19,7 +19,7 @@ from tests.world_root import tuning_recipe
 def task(root) -> Captioning:
     tokenizer = TextTokenizer(root / "text.model")
     config = tuning_recipe("captioning", root).task
-    task = Captioning(fit_vocabulary(config, tokenizer), tokenizer=tokenizer)
+    task = Captioning(grow_vocabulary(config, tokenizer), tokenizer=tokenizer)
     task.init_weights(0)
     return task.eval()
 

@@ -51,7 +51,7 @@ def step(task: Coco, *rows: dict) -> dict[str, Tensor]:
     known = [
         p.grad
         for name, p in task.trainable()
-        if not any(name.startswith(each) for each in task.unused)
+        if not any(name.startswith(each) for each in task.unused_parameters)
     ]
     assert all(gradient is not None and gradient.isfinite().all() for gradient in known)
     assert (
@@ -372,7 +372,9 @@ def test_from_files_to_the_servers_results_and_back(files, tmp_path, say, refuse
 
 def perfect(root) -> list[dict[str, Any]]:
     """COCO's results of predictions that are the records' own objects."""
-    records = [json.loads(line) for line in (root / "coco/main/val.jsonl").read_text().splitlines()]
+    records = [
+        json.loads(line) for line in (root / "coco/main/val.jsonl").read_text().splitlines()
+    ]
     predictions = []
     for record in records:
         size = record["height"], record["width"]
@@ -440,7 +442,8 @@ def test_real_coco(tmp_path, say):
     assert report["categories"] == 80 and report["records"]["train"] >= 75
     task = stirred(Coco(Coco.configure(coco_config(), tmp_path)))
     records = [
-        json.loads(line) for line in (tmp_path / "coco/main/train.jsonl").read_text().splitlines()
+        json.loads(line)
+        for line in (tmp_path / "coco/main/train.jsonl").read_text().splitlines()
     ][:16]
     for record in records:
         record["image"] = str(tmp_path / record["image"])

@@ -18,10 +18,9 @@ from beit3.data.stores.predictions import read_predictions, write_predictions
 from beit3.data.views.transforms import blanked
 from beit3.model.config import TINY, TINY_RELEASE, ModelConfig
 from beit3.recipe import OptimConfig, TaskConfig
-from beit3.task import Batch, Task, fit_vocabulary
+from beit3.task import Batch, Task, grow_vocabulary, task_name
 from beit3.tokenizer.text import TextTokenizer
 from beit3.training.optim import clip_gradients, learning_rate, make_optimizer, set_learning_rate
-from beit3.weights.matching import task_name
 from beit3.weights.store import load, save
 from tests.world_root import NUM_CODES, trained
 
@@ -63,7 +62,7 @@ class Case:
         self.kind = kind
         tokenizer = TextTokenizer(root / "text.model")
         self.task = kind(
-            kind.configure(fit_vocabulary(small(kind, form, visual), tokenizer), root),
+            kind.configure(grow_vocabulary(small(kind, form, visual), tokenizer), root),
             tokenizer=tokenizer,
         )
         self.task.init_weights(0)
@@ -71,7 +70,7 @@ class Case:
             for index, (_, parameter) in enumerate(self.task.trainable()):
                 if not parameter.any():
                     parameter.data.normal_(std=0.01, generator=torch.Generator().manual_seed(index))
-        own = {name: kind.borrowed.get(name, task_name(kind)) for name in kind.sources}
+        own = {name: kind.records_from.get(name, task_name(kind)) for name in kind.sources}
         paths = {name: root / folder / name / "train.jsonl" for name, folder in own.items()}
         self.records = {
             name: list(islice(self.rows(Source(path, root)), RECORDS))
@@ -142,13 +141,13 @@ def test_pictures_are_bytes_until_the_network_reads_them(case):
             batch[name].dtype == torch.uint8 for name in ("image", "token_image") if name in batch
         )
         if "image" in batch:
-            pixels = case.task.eval().pixels(batch)
+            pixels = case.task.eval().normalize_images(batch)
             plain = (batch["image"].double() / 255 - mean) / std
             plain = blanked(plain, batch["size"]) if "size" in batch else plain
             assert pixels.dtype == torch.float32 and pixels.is_contiguous()
             torch.testing.assert_close(pixels.double(), plain, rtol=0, atol=1e-6)
             normalised = batch | {"image": pixels}
-            assert torch.equal(case.task.pixels(normalised), pixels)
+            assert torch.equal(case.task.normalize_images(normalised), pixels)
             one, two = (case.task.outputs(each) for each in (batch, normalised))
             assert all(torch.equal(one[key], two[key]) for key in one)
 
@@ -175,10 +174,10 @@ def test_a_fresh_network_guesses_evenly(case):
 def test_every_parameter_learns_or_is_said_not_to(case):
     case.task.train()
     case.loss(case.batches()).backward()
-    unused = tuple(f"{prefix}." for prefix in case.task.unused)
+    unused = tuple(f"{prefix}." for prefix in case.task.unused_parameters)
     still = {name for name, p in case.task.trainable() if p.grad is None or not p.grad.any()}
     assert still == {name for name, _ in case.task.trainable() if f"{name}.".startswith(unused)}
-    for prefix, reason in case.task.unused.items():
+    for prefix, reason in case.task.unused_parameters.items():
         assert reason and any(f"{name}.".startswith(f"{prefix}.") for name in still), (
             f"{prefix} names nothing"
         )
@@ -338,8 +337,8 @@ def test_examples_depend_on_their_generator_alone(case):
 def test_the_task_is_found_by_its_name(case):
     from beit3 import task as contract
 
-    assert contract.load(task_name(case.kind)) is case.kind
-    assert contract.load(case.kind.__module__) is case.kind, (
+    assert contract.load_task(task_name(case.kind)) is case.kind
+    assert contract.load_task(case.kind.__module__) is case.kind, (
         "a dotted path works for tasks of others"
     )
     assert "demo" in case.kind.recipes and all(

@@ -26,7 +26,7 @@ from beit3.ops.positions import resample_patches, resample_positions
 from beit3.predict import load as load_predictor
 from beit3.recipe import RunConfig, TaskConfig
 from beit3.segmentation import losses, prior
-from beit3.task import Batch, Task, load
+from beit3.task import Batch, Task, load_task
 from beit3.tasks.ade20k import decoded
 from beit3.tasks.backbone import Backbone
 from beit3.tasks.coco import CocoConfig
@@ -193,7 +193,7 @@ def test_boxes_alone_come_before_masks(tmp_path):
         for masks in (False, True)
     )
     for first, then in ((boxes, outlines), (outlines, boxes)):
-        source, task = load("coco")(first), load("coco")(then)
+        source, task = load_task("coco")(first), load_task("coco")(then)
         source.init_weights(1), task.init_weights(2)
         save(source, tmp_path / "w")
         report = initialise_from(task, tmp_path / "w")
@@ -221,7 +221,7 @@ def test_weights_of_others_are_loaded_as_these(release, tmp_path, name):
     torch.save(to_official(release), tmp_path / "release.pth")
     for path, heads in ((tmp_path / "retrieval", None), (tmp_path / "release.pth", 2)):
         predictor = load_predictor(path, task=name, num_heads=heads)
-        assert predictor.report.fresh and type(predictor.task) is load(name)
+        assert predictor.report.fresh and type(predictor.task) is load_task(name)
         with pytest.raises(ValueError, match=f"the head of {name} is untrained"):
             predictor("picture.png")
 
@@ -318,7 +318,7 @@ def measured(folder: Path, rank: int, processes: int) -> dict[str, Any]:
     """Losses, gradients and predictions of both tasks by the path of every run: `<task> <what>` -> value."""
     device, found = torch.device("cpu"), {}
     for name, rows in json.loads((folder / "records.json").read_text()).items():
-        task: Any = parallel.build(load(name), configs()[name], None, EXACT, device)
+        task: Any = parallel.build(load_task(name), configs()[name], None, EXACT, device)
         parallel.materialise(task, device, 0)
         assign(task, load_file(folder / f"{name}.safetensors"))
         for module in task.modules():  # statistics of a batch are of one process's
@@ -359,7 +359,7 @@ def runs(tmp_path_factory) -> tuple[dict[str, Any], dict[str, Any], dict[str, An
     folder = tmp_path_factory.mktemp("processes")
     (folder / "records.json").write_text(json.dumps(records(folder)))
     for name, config in configs().items():
-        task = load(name)(config)
+        task = load_task(name)(config)
         task.init_weights(0)
         save_file(stored(stirred(task)), folder / f"{name}.safetensors")
     mp.spawn(_process, (folder,), nprocs=2)
@@ -411,7 +411,7 @@ def test_batch_norms_see_all_processes_where_these_have_accelerators(monkeypatch
     monkeypatch.setattr(parallel, "shard", lambda *_: None)
     for device, kind in (("cuda", nn.SyncBatchNorm), ("cpu", nn.BatchNorm2d)):
         task = parallel.build(
-            load("ade20k"), configs()["ade20k"], None, RunConfig(), torch.device(device)
+            load_task("ade20k"), configs()["ade20k"], None, RunConfig(), torch.device(device)
         )
         norms = [
             module
@@ -428,7 +428,7 @@ def test_batch_norms_see_all_processes_where_these_have_accelerators(monkeypatch
 def test_the_giants_on_meta():
     """The paper's recipes: 1280 px with windows up to the pyramid (what is found decides the rest), 896 px to the scores."""
     with torch.device("meta"):
-        coco = load("coco")(load("coco").recipes["giant_1280"].task).eval()
+        coco = load_task("coco")(load_task("coco").recipes["giant_1280"].task).eval()
     assert [block.window for block in coco.backbone.blocks].count(
         0
     ) == 4 and coco.config.model.patch_size == 16
@@ -437,7 +437,7 @@ def test_the_giants_on_meta():
         (1, 256, side, side) for side in (320, 160, 80, 40, 20)
     ]
     with FakeTensorMode():  # transformers asks for a type of autocast, which meta has none of
-        ade20k = load("ade20k")(load("ade20k").recipes["giant_896"].task).eval()
+        ade20k = load_task("ade20k")(load_task("ade20k").recipes["giant_896"].task).eval()
         scores = ade20k.scores(torch.empty(1, 3, 896, 896))
     assert scores.shape == (1, 150, 224, 224) and ade20k.config.model.dim == GIANT.dim
 
@@ -445,7 +445,7 @@ def test_the_giants_on_meta():
 @pytest.mark.parametrize("name", DENSE)
 def test_bfloat16_is_near_float32(tmp_path, name):
     """Losses in float32 and near those of float32, gradients finite; 8 bits of products: 5 %."""
-    task = load(name)(configs()[name])
+    task = load_task(name)(configs()[name])
     task.init_weights(0)
     task = stirred(task)
     batch = task.collate([task.example(row, True) for row in records(tmp_path)[name]])
@@ -471,7 +471,7 @@ def test_recomputed_blocks_give_the_same_gradients(tmp_path, name):
     found = []
     for recompute in ("none", "full", "selective"):
         task = parallel.build(
-            load(name),
+            load_task(name),
             configs()[name],
             None,
             replace(EXACT, checkpointing=recompute),

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from beit3.data.loader import Source
 from beit3.model.config import TINY
-from beit3.task import fit_vocabulary
+from beit3.task import grow_vocabulary
 from beit3.tasks.imagenet import ImageNet, ImageNetConfig, doubtful, read_classes
 from beit3.tokenizer.text import TextTokenizer
 from tests.world_root import SMALL, tuning_recipe
@@ -20,7 +20,7 @@ def built(root, **fields) -> ImageNet:
     tokenizer = TextTokenizer(root / "text.model")
     config = replace(tuning_recipe("imagenet", root).task, **fields)
     task = ImageNet(
-        ImageNet.configure(fit_vocabulary(config, tokenizer), root), tokenizer=tokenizer
+        ImageNet.configure(grow_vocabulary(config, tokenizer), root), tokenizer=tokenizer
     )
     task.init_weights(0)
     return task.eval()
@@ -46,7 +46,8 @@ def test_names_one_by_one_give_the_same_logits(root, batch):
     task = by_names(root, prompt="a {}")
     with torch.no_grad():
         image = F.normalize(
-            task.image_projection(task.backbone(image=task.pixels(batch)).first("image")), dim=-1
+            task.image_projection(task.backbone(image=task.normalize_images(batch)).first("image")),
+            dim=-1,
         )
         names = []
         for name in task.config.classes:
@@ -92,7 +93,7 @@ def test_names_are_encoded_once_for_an_evaluation_and_anew_after_training(root, 
 def test_the_linear_head_reads_the_mean_of_the_patches(root, batch):
     task = built(root)
     with torch.no_grad():
-        states = task.backbone(image=task.pixels(batch)).of("image")
+        states = task.backbone(image=task.normalize_images(batch)).of("image")
         expected = task.head(task.fc_norm(states[:, 1:].mean(1)))
         torch.testing.assert_close(task.outputs(batch)["logits"], expected)
 
@@ -119,7 +120,7 @@ def test_erased_boxes_hold_noise_in_the_networks_pixels(root, batch):
     examples = [task.example(row, True) for row in rows]
     drawn = task.collate(examples)
     boxes = drawn.pop("erased")
-    plain, found = task.pixels(drawn), task.pixels(drawn | {"erased": boxes})
+    plain, found = task.normalize_images(drawn), task.normalize_images(drawn | {"erased": boxes})
     assert 4 < sum(box is not None for box in boxes) < 20
     for before, after, box in zip(plain, found, boxes, strict=True):
         if box is not None:

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from beit3.data.loader import Source
-from beit3.task import fit_vocabulary
+from beit3.task import grow_vocabulary
 from beit3.tasks.nlvr2 import NLVR2, cut
 from beit3.tokenizer.text import TextTokenizer
 from tests.world_root import tuning_recipe
@@ -17,7 +17,7 @@ from tests.world_root import tuning_recipe
 @pytest.fixture(scope="module")
 def task(root) -> NLVR2:
     tokenizer = TextTokenizer(root / "text.model")
-    task = NLVR2(fit_vocabulary(tuning_recipe("nlvr2", root).task, tokenizer), tokenizer=tokenizer)
+    task = NLVR2(grow_vocabulary(tuning_recipe("nlvr2", root).task, tokenizer), tokenizer=tokenizer)
     task.init_weights(0)
     return task.eval()
 
@@ -34,7 +34,7 @@ def test_the_head_reads_both_pairs_in_order(task, root):
             for side in range(2):
                 text, padding = batch["text"][row : row + 1], batch["text_padding"][row : row + 1]
                 encoded = task.backbone(
-                    task.pixels(batch)[row : row + 1, side], text, text_padding=padding
+                    task.normalize_images(batch)[row : row + 1, side], text, text_padding=padding
                 )
                 states += [encoded.first("image"), encoded.first("text")]
             torch.testing.assert_close(

@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 
 from beit3.data.loader import Source
-from beit3.data.stores.records import open_image
-from beit3.data.views.masking import rng
 from beit3.data.views.transforms import VL, Preprocessing
+from beit3.images import open_image
 from beit3.model.config import BASE, GIANT, LARGE
+from beit3.seeding import make_rng
 from beit3.task import Batch
 from beit3.tasks.pretrain import IGNORE, Pretrain, PretrainConfig
 from beit3.tasks.vqkd import VQKD, VQKDConfig
@@ -67,7 +67,7 @@ def task(root, visual) -> Pretrain:
 @pytest.mark.parametrize(("name", "rate"), [("texts", 0.15), ("pairs", 0.5)])
 def test_text_hides_its_share_of_pieces_and_never_a_mark(task, root, name, rate):
     for record in records(root, name)[:20]:
-        example = task.example(record, True, rng=rng(0, 0, record["id"]))
+        example = task.example(record, True, rng=make_rng(0, 0, record["id"]))
         length = 24 if name == "pairs" else 48
         whole = task.tokenizer.encode(record["text"], length)
         hidden = example["text_target"] != IGNORE
@@ -90,7 +90,7 @@ def test_forty_percent_of_the_patches_exactly(root, model, cells, hidden):
     with torch.device("meta"):
         large = Pretrain(config(model=model, image=Preprocessing(model.image_size)))
     for record in records(root, "images")[:5]:
-        example = large.example(record, True, rng=rng(0, 0, record["id"]))
+        example = large.example(record, True, rng=make_rng(0, 0, record["id"]))
         assert example["image_mask"].shape == (cells,) and example["image_mask"].dtype == torch.bool
         assert int(example["image_mask"].sum()) == hidden
 
@@ -101,7 +101,7 @@ def test_blocks_are_as_large_as_asked(root):
         large = Pretrain(PretrainConfig(model=replace(BASE, depth=1)))
     for record in records(root, "images")[:5]:
         mask = (
-            large.example(record, True, rng=rng(0, 0, record["id"]))["image_mask"]
+            large.example(record, True, rng=make_rng(0, 0, record["id"]))["image_mask"]
             .reshape(14, 14)
             .numpy()
         )
@@ -114,7 +114,7 @@ def test_blocks_are_as_large_as_asked(root):
 def test_what_a_pair_hides(root, how):
     task = built(root, pair_masking=how)
     for record in records(root, "pairs")[:10]:
-        example = task.example(record, True, rng=rng(0, 0, record["id"]))
+        example = task.example(record, True, rng=make_rng(0, 0, record["id"]))
         whole = task.tokenizer.encode(record["text"], 24)
         assert ("image_mask" in example) == ("token_image" in example) == (how != "text_only")
         assert ("text_target" in example) == (how != "image_only")
@@ -136,7 +136,7 @@ def test_alternating_pairs_toss_their_own_coin(root):
     sides = Counter()
     for epoch in range(2):
         for record in records(root, "pairs")[:60]:
-            example = task.example(record, True, rng=rng(0, epoch, record["id"]))
+            example = task.example(record, True, rng=make_rng(0, epoch, record["id"]))
             image, text = (
                 int(example["image_mask"].sum()),
                 int((example["text_target"] != IGNORE).sum()),
@@ -147,14 +147,14 @@ def test_alternating_pairs_toss_their_own_coin(root):
     assert any(count == 1 for count in sides.values()), (
         "a record's coin is tossed anew in the next epoch"
     )
-    assert len({task.hidden(True, rng(0, 0, "a")) for _ in range(5)}) == 1
+    assert len({task.hidden(True, make_rng(0, 0, "a")) for _ in range(5)}) == 1
 
 
 def test_both_views_show_the_same_crop(root):
     """Equal sizes: the network's view is the tokenizer's."""
     task = built(root)
     for record in records(root, "images")[:4]:
-        example = task.example(record, True, rng=rng(0, 1, record["id"]))
+        example = task.example(record, True, rng=make_rng(0, 1, record["id"]))
         assert (
             torch.equal(example["image"], example["token_image"])
             and example["image"].dtype == torch.uint8

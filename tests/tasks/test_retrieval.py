@@ -6,7 +6,7 @@ import torch
 
 from beit3.data.loader import Source
 from beit3.ops.losses import contrastive
-from beit3.task import fit_vocabulary
+from beit3.task import grow_vocabulary
 from beit3.tasks.retrieval import Retrieval
 from beit3.tokenizer.text import TextTokenizer
 from tests.world_root import tuning_recipe
@@ -16,7 +16,7 @@ from tests.world_root import tuning_recipe
 def task(root) -> Retrieval:
     tokenizer = TextTokenizer(root / "text.model")
     task = Retrieval(
-        fit_vocabulary(tuning_recipe("retrieval", root).task, tokenizer), tokenizer=tokenizer
+        grow_vocabulary(tuning_recipe("retrieval", root).task, tokenizer), tokenizer=tokenizer
     )
     task.init_weights(0)
     return task.eval()

@@ -15,7 +15,7 @@ from beit3.data.loader import Source
 from beit3.data.stores.records import locate
 from beit3.data.views.transforms import VL, Preprocessing
 from beit3.model.config import BASE, LARGE, TINY_RELEASE
-from beit3.task import Batch, fit_vocabulary
+from beit3.task import Batch, grow_vocabulary
 from beit3.tasks.vqa import MIN_ANSWER_COUNT, VQA, VQAConfig, build_answers, read_answers, to_record
 from beit3.tokenizer.text import TextTokenizer
 from tests.world_root import SMALL
@@ -35,7 +35,7 @@ def task(root) -> VQA:
         flip=0.0,
     )
     tokenizer = TextTokenizer(root / "text.model")
-    built = VQA(VQA.configure(fit_vocabulary(given, tokenizer), root), tokenizer=tokenizer)
+    built = VQA(VQA.configure(grow_vocabulary(given, tokenizer), root), tokenizer=tokenizer)
     built.init_weights(0)
     return built.eval()
 
@@ -134,12 +134,15 @@ def test_preparing_writes_the_list_and_soft_answers(raw, root):
     """Against the files themselves: every question's commonest answer, in the order train, val."""
     names = [f"v2_mscoco_{split}2014_annotations.json" for split in ("train", "val")]
     rows = [
-        row for name in names for row in json.loads((raw / "vqa" / name).read_text())["annotations"]
+        row
+        for name in names
+        for row in json.loads((raw / "vqa" / name).read_text())["annotations"]
     ]
     expected = tuple(dict.fromkeys(row["multiple_choice_answer"] for row in rows))
     assert read_answers(root / "vqa/main/answer2label.txt") == expected
     lines = [
-        json.loads(line) for line in (root / "vqa/main/answer2label.txt").read_text().splitlines()
+        json.loads(line)
+        for line in (root / "vqa/main/answer2label.txt").read_text().splitlines()
     ]
     assert lines == [{"answer": answer, "label": label} for label, answer in enumerate(expected)]
     records = {
@@ -304,20 +307,20 @@ def test_answer_files_that_are_none(tmp_path, text, message):
 def test_configure_takes_answers_and_vocabulary_from_the_data(root):
     tokenizer = TextTokenizer(root / "text.model")
     given = VQAConfig(model=replace(SMALL, vocab_size=50), num_answers=1, text_length=16)
-    config: Any = VQA.configure(fit_vocabulary(given, tokenizer), root)
+    config: Any = VQA.configure(grow_vocabulary(given, tokenizer), root)
     assert config.answers == read_answers(
         root / "vqa/main/answer2label.txt"
     ) and config.num_answers == len(config.answers)
     assert config.model == replace(given.model, vocab_size=tokenizer.vocab_size)
-    assert fit_vocabulary(replace(given, model=SMALL), tokenizer).model == SMALL, (
+    assert grow_vocabulary(replace(given, model=SMALL), tokenizer).model == SMALL, (
         "a larger table is kept: weights may fill it"
     )
     assert SMALL.max_text_length == 38
-    fit_vocabulary(replace(given, text_length=38), tokenizer)
+    grow_vocabulary(replace(given, text_length=38), tokenizer)
     with pytest.raises(
         ValueError, match=r"task\.text_length 39 is beyond the 38 tokens of the text table"
     ):
-        fit_vocabulary(replace(given, text_length=39), tokenizer)
+        grow_vocabulary(replace(given, text_length=39), tokenizer)
 
 
 # Targets and loss ----------------------------------------------------------------------------------------------------
@@ -489,7 +492,7 @@ def test_unused_parameters_of_the_released_form():
     text's queries, which here are rows of a tensor that is used."""
     with torch.device("meta"):
         task = VQA(VQAConfig(model=replace(TINY_RELEASE, final_norm=False)))
-    unused = tuple(f"{prefix}." for prefix in task.unused)
+    unused = tuple(f"{prefix}." for prefix in task.unused_parameters)
     names = [name for name, _ in task.trainable() if f"{name}.".startswith(unused)]
     assert len(names) == 13 and all(
         ".text." in name or name.endswith("mask_token") for name in names

@@ -13,7 +13,7 @@ import pytest
 from safetensors.torch import save_file
 
 from beit3.recipe import Recipe
-from beit3.task import Task, fit_vocabulary
+from beit3.task import Task, grow_vocabulary
 from beit3.tasks.pretrain import Pretrain
 from beit3.tasks.vqa import VQA
 from beit3.tasks.vqkd import VQKD
@@ -261,7 +261,9 @@ def test_damaged_checkpoints_do_not_crowd_out_whole_ones(root, tmp_path):
             b""
         )
     checkpoints = checkpoint.Checkpoints(tmp_path / "run", keep=2, say=lambda text: None)
-    task = VQA(VQA.configure(fit_vocabulary(recipe.task, TextTokenizer(root / "text.model")), root))
+    task = VQA(
+        VQA.configure(grow_vocabulary(recipe.task, TextTokenizer(root / "text.model")), root)
+    )
     optimizer = make_optimizer(task, recipe.optim)
     assert checkpoints.restore(task, optimizer)[0] == 6
     checkpoints.save(6, task, optimizer, None)

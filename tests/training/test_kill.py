@@ -65,7 +65,9 @@ def test_the_drill_sees_one_bit(trials, place):
     name = next(name for name in state if name.endswith(".exp_avg"))
     state[name].numpy().reshape(-1).view("uint8")[0] ^= 1
     save_file(state, file)
-    rows = [json.loads(line) for line in (place / "other/metrics.jsonl").read_text().splitlines()]
+    rows = [
+        json.loads(line) for line in (place / "other/metrics.jsonl").read_text().splitlines()
+    ]
     rows[2]["loss"] += 1e-9
     (place / "other/metrics.jsonl").write_text(
         "".join(json.dumps(row | {"seconds": 0}) + "\n" for row in rows)

@@ -8,7 +8,7 @@ import torch
 
 from beit3.model.config import BASE, TINY, TINY_RELEASE
 from beit3.recipe import OptimConfig, TaskConfig
-from beit3.task import Task, load, names
+from beit3.task import Task, list_tasks, load_task
 from beit3.tasks.backbone import Backbone
 from beit3.tasks.pretrain import Pretrain, PretrainConfig
 from beit3.tasks.vqa import VQA, VQAConfig
@@ -68,9 +68,9 @@ def as_released(task: Task, found: dict[str, tuple[float, bool]]) -> dict[str, l
 @pytest.mark.parametrize("name", WRAPPERS)
 def test_layer_decay_is_the_releases(name):
     expected = json.loads((golden("optim") / "layer_decay.json").read_text())
-    if name not in names():
+    if name not in list_tasks():
         pytest.skip(f"no task {name} yet")
-    kind = load(name)
+    kind = load_task(name)
     config = kind.Config()
     config = replace(config, model=replace(RELEASE, final_norm=config.model.final_norm))
     with torch.device("meta"):
@@ -138,9 +138,9 @@ def test_what_the_paper_spares_from_decay():
     )
 
 
-@pytest.mark.parametrize("name", [name for name in names() if name != "backbone"])
+@pytest.mark.parametrize("name", [name for name in list_tasks() if name != "backbone"])
 def test_every_recipe_of_pretraining_spares_them(name):
-    for label, recipe in load(name).recipes.items():
+    for label, recipe in load_task(name).recipes.items():
         spares = {"text_embedding.positions", "image_embedding.mask_token"} <= set(
             recipe.optim.no_decay
         )

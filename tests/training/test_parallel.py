@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 from beit3.cli import main
 from beit3.recipe import Recipe, RunConfig
-from beit3.task import Task, load
+from beit3.task import Task, load_task
 from beit3.tasks.captioning import Captioning
 from beit3.tasks.imagenet import ImageNet
 from beit3.tasks.nlvr2 import NLVR2
@@ -294,7 +294,9 @@ def test_one_goes_on_with_a_run_of_two(place, root, visual, tmp_path, name):
 def test_two_go_on_with_a_run_of_one(place, name):
     folder = place / "float32" / name
     assert (
-        json.loads((newest(folder / "one_then_two") / "checkpoint.json").read_text())["processes"]
+        json.loads((newest(folder / "one_then_two") / "checkpoint.json").read_text())[
+            "processes"
+        ]
         == 2
     )
     close(lines(folder / "one_then_two"), lines(folder / "one"), 1e-5)
@@ -369,7 +371,7 @@ def test_a_task_is_built_without_its_frozen_part_being_emptied(root, visual):
 def test_a_task_built_on_meta_is_the_task(root, visual):
     """Every parameter, and the buffers of a codebook, have the values that a task built in place gets."""
     for name, recipe in recipes(root, visual, "float32").items():
-        config = load(name).configure(recipe.task, root)
+        config = load_task(name).configure(recipe.task, root)
         built = build(TASKS[name], config, None, recipe.run, torch.device("cpu"))
         materialise(built, torch.device("cpu"), recipe.run.seed)
         plain = TASKS[name](config)

@@ -8,12 +8,13 @@ import pytest
 
 from beit3.data.loader import Source
 from beit3.data.stores.records import Records
+from beit3.files import cache_directory
 from beit3.tasks.pretrain import Pretrain
 from beit3.tasks.vqa import VQA
 from beit3.tasks.vqkd import VQKD
 from beit3.tokenizer.text import TextTokenizer
 from beit3.training import root as module
-from beit3.training.root import WORLDS, cache, embedded_root
+from beit3.training.root import WORLDS, embedded_root
 
 TINY = {"num_train": 12, "num_val": 3, "num_test": 1, "num_questions": 9}
 
@@ -26,13 +27,13 @@ def place(tmp_path, monkeypatch) -> Path:
 
 
 def test_the_cache_is_where_it_was_asked_for(place, monkeypatch):
-    assert cache() == place
+    assert cache_directory() == place
     monkeypatch.delenv("BEIT3_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(place / "xdg"))
-    assert cache() == place / "xdg" / "beit3"
+    assert cache_directory() == place / "xdg" / "beit3"
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(place))
-    assert cache() == place / ".cache" / "beit3"
+    assert cache_directory() == place / ".cache" / "beit3"
 
 
 def test_records_are_made_on_first_use_and_kept(place):

@@ -8,7 +8,7 @@ import torch
 
 from beit3.data.loader import Source
 from beit3.recipe import Recipe
-from beit3.task import Batch, Task, fit_vocabulary
+from beit3.task import Batch, Task, grow_vocabulary
 from beit3.tasks.pretrain import IGNORE, Pretrain
 from beit3.tasks.retrieval import Retrieval
 from beit3.tokenizer.text import TextTokenizer
@@ -21,7 +21,7 @@ FLOAT32 = torch.autocast("cpu", enabled=False)
 def built(recipe: Recipe, kind: type[Task], root: Path) -> Task:
     """The task of a recipe in double precision but for its frozen parts, in training mode."""
     tokenizer = TextTokenizer(root / "text.model")
-    task = kind(kind.configure(fit_vocabulary(recipe.task, tokenizer), root), tokenizer=tokenizer)
+    task = kind(kind.configure(grow_vocabulary(recipe.task, tokenizer), root), tokenizer=tokenizer)
     task.init_weights(0)
     for name, child in task.named_children():
         child.to(torch.float32 if name in kind.frozen else torch.float64)

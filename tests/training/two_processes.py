@@ -15,7 +15,7 @@ import torch
 
 from beit3.ops.collectives import all_gather_objects, rank, whole
 from beit3.recipe import Recipe
-from beit3.task import Batch, Task, load
+from beit3.task import Batch, Task, load_task
 from beit3.training import loop
 
 
@@ -72,7 +72,7 @@ def main() -> None:
         loop.learning_rate = killing(jobs.with_name("killed"))
     originals = loop.gradient_norms, loop.sum_targets
     for name, recipe, out, record in json.loads(jobs.read_text()):
-        task = load(name)
+        task = load_task(name)
         loop.gradient_norms, loop.sum_targets = (
             (recording(Path(out)), noting(Path(out))) if record else originals
         )

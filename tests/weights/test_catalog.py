@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from beit3.model.config import BASE, LARGE
-from beit3.task import load
+from beit3.task import load_task
 from beit3.tasks.pretrain import Pretrain, PretrainConfig
 from beit3.tasks.vqkd import VQKDConfig
 from beit3.tokenizer.visual import VisualTokenizer
@@ -71,7 +71,7 @@ def test_rows_agree_with_their_names_and_with_this_version():
         assert file.starts or file.score, "each row says what the file is good for"
         for start in file.starts:
             task, recipe = start.split(" ")
-            assert recipe in load(task).recipes, start
+            assert recipe in load_task(task).recipes, start
             assert file.task == "vqkd" or file.size == recipe.split("_")[0]
             assert ("indomain" in recipe) <= ("indomain" in file.name)
 
@@ -81,7 +81,7 @@ def test_every_recipe_of_the_release_starts_from_some_file():
     for task in ("vqa", "nlvr2", "captioning", "retrieval", "imagenet"):
         ours = {
             f"{task} {recipe}"
-            for recipe in load(task).recipes
+            for recipe in load_task(task).recipes
             if recipe.startswith(("base_", "large_"))
         }
         assert ours <= started, ours - started

@@ -15,11 +15,10 @@ from beit3.model.beit3 import BEiT3
 from beit3.model.config import TINY, TINY_RELEASE
 from beit3.model.generation import Decoding
 from beit3.recipe import TaskConfig
-from beit3.task import Task
+from beit3.task import Task, task_name
 from beit3.tasks.backbone import Backbone
 from beit3.tasks.pretrain import Pretrain
 from beit3.tasks.vqa import VQA
-from beit3.weights.matching import task_name
 from beit3.weights.release_format import family, load_official, read_file, sizes, to_official
 from tests.golden import golden, tensors
 

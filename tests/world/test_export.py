@@ -91,7 +91,9 @@ def test_pairs_are_karpathys_format(world):
 def test_vqa_is_vqav2s_format(world):
     ids = set()
     for split, count in (("train2014", 60), ("val2014", 24)):
-        asked = json.loads((world / f"vqa/v2_OpenEnded_mscoco_{split}_questions.json").read_text())
+        asked = json.loads(
+            (world / f"vqa/v2_OpenEnded_mscoco_{split}_questions.json").read_text()
+        )
         answered = json.loads((world / f"vqa/v2_mscoco_{split}_annotations.json").read_text())
         assert asked["data_subtype"] == answered["data_subtype"] == split
         assert len(asked["questions"]) == len(answered["annotations"]) == count

@@ -20,7 +20,7 @@ from beit3.data.stores.records import FILES, Records, split_files
 from beit3.data.stores.shards import Shards
 from beit3.data.stores.tokens import ENDING, Tokens
 from beit3.data.stores.upstream import Index, is_index
-from beit3.data.views.masking import rng
+from beit3.seeding import make_rng
 
 PASSED_OVER = "passed_over"
 """Batch key: one line for every unreadable record that another one replaced."""
@@ -133,7 +133,7 @@ class Examples(Dataset):
         source = self.sources[name]
         return source.order(
             number,
-            lambda what: rng(
+            lambda what: make_rng(
                 self.seed, epoch, "/".join(filter(None, (name, source.names[number], what)))
             ),
         )
@@ -149,7 +149,7 @@ class Examples(Dataset):
         for turn in range(min(TRIES, size)):
             record = source.record(number, int(order[(offset + turn) % size]))
             try:
-                example = self.make(record, True, rng=rng(self.seed, epoch, str(record["id"])))
+                example = self.make(record, True, rng=make_rng(self.seed, epoch, str(record["id"])))
                 return example | {PASSED_OVER: failures}
             except ValueError as error:
                 failures.append(f"{name} record {record['id']}: {error}")

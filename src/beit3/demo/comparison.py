@@ -26,7 +26,7 @@ from beit3.demo.probes import pretraining_figures
 from beit3.demo.tour import OTHERS, others_here, with_tokenizer
 from beit3.recipe import Recipe
 from beit3.report.page import write_report
-from beit3.task import load
+from beit3.task import load_task
 from beit3.tasks.vqa import VQA
 from beit3.training.evaluate import predict
 from beit3.training.log import duration
@@ -51,7 +51,7 @@ def run(out: Path) -> Path:
     started, console = time.monotonic(), Console(highlight=False)
     others_known = others_here(console)
     for task in ("pretrain", "vqkd", "vqa", *others_known):
-        embedded_root(load(task))  # once, before processes ask for it side by side
+        embedded_root(load_task(task))  # once, before processes ask for it side by side
     first = [(pretrain_seed, (out, seed)) for seed in SEEDS] + [
         (answer_questions, (out, labels, "scratch")) for labels in LABELS
     ]
@@ -107,7 +107,7 @@ def side_by_side(jobs: Sequence[tuple[Callable[..., dict], tuple]]) -> list[dict
 
 def pretrain_seed(out: Path, seed: int) -> dict:
     """Visual tokenizer and pretraining of one seed at full length; its figures."""
-    vqkd, pretrain, folder = load("vqkd"), load("pretrain"), out / f"seed{seed}"
+    vqkd, pretrain, folder = load_task("vqkd"), load_task("pretrain"), out / f"seed{seed}"
 
     def seeded(recipe: Recipe, task) -> Recipe:
         return replace(
@@ -146,7 +146,7 @@ def answer_questions(out: Path, labels: int, side: str) -> dict[str, dict]:
 
 def other_task(out: Path, name: str, side: str) -> dict[str, dict]:
     """One side of another task by its demo recipe, every seed; scores by name of the run."""
-    kind, found = load(name), {}
+    kind, found = load_task(name), {}
     recipe = kind.recipes["demo"]
     for seed in SEEDS:
         label = f"{name}-{side}-seed{seed}"
@@ -273,7 +273,7 @@ def other_rows(results: Mapping) -> Iterator[dict[str, str]]:
             for side in SIDES
         ]
         yield row(
-            f"{what}, {load(name).recipes['demo'].run.steps} steps, pretrained",
+            f"{what}, {load_task(name).recipes['demo'].run.steps} steps, pretrained",
             sides[0],
             f"{sides[1]} from scratch",
         )

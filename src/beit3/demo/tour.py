@@ -18,7 +18,7 @@ from beit3.progress import bar
 from beit3.recipe import Recipe
 from beit3.report.page import write_report
 from beit3.segmentation.head import check_transformers
-from beit3.task import load
+from beit3.task import load_task
 from beit3.tasks.pretrain import PretrainConfig
 from beit3.tokenizer.visual import VisualTokenizerConfig
 from beit3.training.log import duration
@@ -83,8 +83,8 @@ def run(out: Path, *, fast: bool = False) -> Path:
     """Run or go on with the tour in `out`; returns the report's path."""
     started, length = time.monotonic(), FAST if fast else USUAL
     console = Console(highlight=False)
-    vqkd, pretrain, vqa = load("vqkd"), load("pretrain"), load("vqa")
-    kinds = {name: load(name) for name in others_here(console)}
+    vqkd, pretrain, vqa = load_task("vqkd"), load_task("pretrain"), load_task("vqa")
+    kinds = {name: load_task(name) for name in others_here(console)}
     with bar("writing the world") as advance:
         for task in (vqkd, pretrain, vqa, *kinds.values()):
             root = embedded_root(task, length.world, progress=advance)

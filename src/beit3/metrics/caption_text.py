@@ -1,7 +1,7 @@
 """Captions as tokens, as the COCO scores see them: Stanford's PTBTokenizer without Java.
 
 The official scorer (coco-caption, pycocoevalcap) sends its captions through CoreNLP 3.4.1 with -preserveLines -lowerCase
-and then drops a list of marks. Here are the same tokens. Across the border: a caption -> its tokens.
+and then drops a list of marks. Here are the same tokens. Shapes: a caption -> its tokens.
 
 What surprises, and is kept because scores depend on it:
 - Brackets stay, as -lrb- and -rrb- (the official list has them in capitals, after everything became lower case). Runs such

@@ -1,4 +1,4 @@
-"""Scores of answers and classes. Across the border: what was predicted and what is true, one entry per record -> 0 to 1."""
+"""Scores of answers and classes. Shapes: what was predicted and what is true, one entry per record -> 0 to 1."""
 
 from collections.abc import Mapping, Sequence
 from typing import TypeVar

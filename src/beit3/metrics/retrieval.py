@@ -1,4 +1,4 @@
-"""Recall of retrieval, both ways. Across the border: features of images [I, D] and of texts [T, D] -> shares from 0 to 1.
+"""Recall of retrieval, both ways. Shapes: features of images [I, D] and of texts [T, D] -> shares from 0 to 1.
 
 The similarity is the product of the features as they come: normalise them first. Products are summed in float64 and
 rounded to float32, so that equal features tie whatever blocks the sums are taken in.

@@ -1,7 +1,7 @@
 """Semantic segmentation: one confusion matrix over all pixels of a data set -> mIoU, pixel accuracy, mean class accuracy.
 
 As mmsegmentation counts them (Cityscapes' and ADE20K's benchmarks): intersections and unions are added up over the images at
-the size of their label maps, never averaged per image. Across the border: integers [H, W]; the matrix int64 [C, C], rows
+the size of their label maps, never averaged per image. Shapes: integers [H, W]; the matrix int64 [C, C], rows
 what is true and columns what was predicted; figures from 0 to 1.
 """
 

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from beit3.model.config import ModelConfig
-from beit3.ops.init import seeded, trunc_normal
+from beit3.ops.init import trunc_normal
+from beit3.seeding import make_generator
 
 
 class Backbone(nn.Module):
@@ -27,7 +28,7 @@ class Backbone(nn.Module):
         | qkv, out, fc1, fc2             | the same; out, fc2 / sqrt(2 * layer)    | Xavier; value, out, fc1, fc2 * sqrt(ln(2 * depth)) |
         """
         for name, parameter in self.named_parameters():
-            self.init_parameter(name, parameter, seeded(seed, name))
+            self.init_parameter(name, parameter, make_generator(seed, name))
 
     def init_parameter(self, name: str, parameter: Tensor, generator: torch.Generator) -> None:
         """The table of `init_weights`, for the parameter of this name."""

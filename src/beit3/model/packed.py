@@ -1,4 +1,4 @@
-"""Linear layers on a processor with their weights laid out for a number of rows that recurs (float32 inference).
+"""Linear layers on CPU with their weights laid out for a number of rows that recurs (float32 inference).
 
 A plain product lays the weights out anew in every call, which for the 197 rows of one image costs as much as a third of
 it. Here the layout is kept once the same number of rows came twice in a row, besides the weights: the result is equal up
@@ -56,7 +56,7 @@ class PackedShared(PackedLinear, SharedLinear):
 
 
 def pack(network: nn.Module) -> None:
-    """Let every linear layer of `network` keep its weights' layout. ValueError where this torch has no MKL, or off the processor."""
+    """Let every linear layer of `network` keep its weights' layout. ValueError where this torch has no MKL, or off the CPU."""
     if not torch.backends.mkl.is_available():
         raise ValueError(
             "packed weights need a torch with MKL (x86 processors): leave `packed` out"
@@ -66,7 +66,7 @@ def pack(network: nn.Module) -> None:
             found = f"{module.weight.dtype} on {module.weight.device.type}"
             if found != "torch.float32 on cpu":
                 raise ValueError(
-                    f"packed weights are for float32 on a processor, and {name} is {found}: leave `packed` out"
+                    f"packed weights are for float32 on CPU, and {name} is {found}: leave `packed` out"
                 )
             module.__class__ = PackedShared if isinstance(module, SharedLinear) else PackedLinear
             _LAYERS[module.weight.data_ptr()] = module  # type: ignore[assignment]

@@ -21,7 +21,7 @@ class ImageTrunk(Backbone):
     `num_global` blocks of a windowed trunk see the whole map. `unused` names what no gradient reaches.
     """
 
-    unused = {
+    unused_parameters = {
         "image_embedding.class_token": "a trunk has no class token",
         "image_embedding.mask_token": "nothing is masked",
     }

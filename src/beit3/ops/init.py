@@ -1,16 +1,9 @@
 """Initial values that depend on a parameter's name and a seed alone, never on the order or the process that draws them."""
 
-import hashlib
 import math
 
 import torch
 from torch import Tensor
-
-
-def seeded(seed: int, name: str) -> torch.Generator:
-    """A CPU generator of its own for every (seed, name)."""
-    digest = hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
 
 
 @torch.no_grad()

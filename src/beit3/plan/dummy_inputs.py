@@ -15,13 +15,12 @@ from PIL import Image
 from torch import nn
 
 from beit3.recipe import RunConfig, TaskConfig
-from beit3.task import Example, Task, load
+from beit3.task import Example, Task, load_task, task_name
 from beit3.tokenizer.teacher import CLIP_PIXELS, ViTTeacher
 from beit3.tokenizer.text import TextTokenizer
 from beit3.tokenizer.visual import VisualTokenizer
 from beit3.tokenizer.vit import ViT
 from beit3.training.parallel import build
-from beit3.weights.matching import task_name
 
 LONGEST = 4096
 """Pieces of every text, before the task cuts it."""
@@ -67,7 +66,7 @@ def frozen_part(name: str, config: Any) -> nn.Module | None:
     """A visual tokenizer as a recipe of vqkd with as many codes has it, or a teacher as large as the encoder; on meta."""
     with torch.device("meta"):
         if name == "visual_tokenizer":
-            sizes = [recipe.task.model for recipe in load("vqkd").recipes.values()]
+            sizes = [recipe.task.model for recipe in load_task("vqkd").recipes.values()]
             fitting = [size for size in sizes if getattr(size, "num_codes", 0) == config.num_codes]
             return VisualTokenizer((fitting or sizes)[-1])  # type: ignore[arg-type]
         if (

@@ -103,7 +103,7 @@ class Estimate:
 
     def micro_batches(self) -> list[int]:
         """Divisors of the share, largest first; the whole share alone where a forward pass moves buffers."""
-        if self.kind.moves_in_forward:
+        if self.kind.updates_buffers:
             return [self.share]
         return [size for size in range(self.share, 0, -1) if self.share % size == 0]
 
@@ -130,7 +130,7 @@ class Estimate:
         learning = {
             id(parameter)
             for name, parameter in task.trainable()
-            if not name.startswith(tuple(task.unused))
+            if not name.startswith(tuple(task.unused_parameters))
         }
         blocks = [
             sum(parameter.numel() for parameter in block.parameters()) for block in blocks_of(task)

@@ -1,6 +1,6 @@
 """Pictures of a run's numbers: curves of one or several runs, of the parts of one network, and codebook usage, as inline SVG.
 
-Across the border: runs and numbers -> str, one `<svg>` element without ids of ours, scripts or links. Text and axes take
+Shapes: runs and numbers -> str, one `<svg>` element without ids of ours, scripts or links. Text and axes take
 the page's own colour, so that one picture serves light and dark pages. Runs differ in colour and in dash.
 """
 
@@ -190,7 +190,7 @@ def held_out_names(key: str) -> tuple[str, ...]:
 def headline(task: str) -> str:
     """The score that a task's best weights are chosen by; empty for a task that is not installed here."""
     try:
-        return tasks.load(task).headline
+        return tasks.load_task(task).headline
     except (ImportError, ValueError):
         return ""
 

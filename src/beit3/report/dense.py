@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from beit3.data.stores.records import open_image
 from beit3.data.views.label_maps import IGNORE, open_label_map
+from beit3.images import open_image
 from beit3.metrics.detection import FIGURES, Kind, coco_ap
 from beit3.metrics.segmentation import class_ious
 from beit3.metrics.segmentation import figures as segmentation_figures

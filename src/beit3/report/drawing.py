@@ -1,6 +1,6 @@
 """What was found in a picture, drawn onto it: boxes with names and scores, masks, and maps of labels with a legend.
 
-Across the border: pictures uint8 [H, W, 3], labels int [H, W], objects as predictions hold them -> Pillow pictures. A label
+Shapes: pictures uint8 [H, W, 3], labels int [H, W], objects as predictions hold them -> Pillow pictures. A label
 has one colour everywhere. Lines and letters grow with the picture; small pictures are enlarged, so that names can be read.
 """
 
@@ -14,8 +14,9 @@ import matplotlib
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from beit3.data.stores.records import open_image, written_aside
 from beit3.data.stores.rle import RLE, decode, encode, extent, rasterise
+from beit3.files import atomic_write
+from beit3.images import open_image
 from beit3.task import Prediction, Record
 from beit3.tasks.ade20k import decoded
 
@@ -104,7 +105,7 @@ def predict_drawn(
         names,
         min_score=MIN_SCORE if min_score is None else min_score,
     )
-    with written_aside(out) as file:
+    with atomic_write(out) as file:
         drawn.save(file, FORMATS[out.suffix.lower()], quality=QUALITY)
     return [short]
 

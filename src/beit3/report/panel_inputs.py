@@ -1,6 +1,6 @@
 """What panels are made of: a run's weights, its held-out records, and the titled fragment itself.
 
-Across the border: Run -> task in evaluation mode, Source of records with absolute image paths, Panel of HTML.
+Shapes: Run -> task in evaluation mode, Source of records with absolute image paths, Panel of HTML.
 """
 
 from collections.abc import Callable
@@ -58,9 +58,9 @@ def weights(run: Run, kind: type[T], *, frozen: bool = True) -> T:
 
 def records(run: Run, source: str, split: str) -> Source:
     """The run's records of one split; ValueError where they are no longer there."""
-    kind = tasks.load(run.task)
+    kind = tasks.load_task(run.task)
     root = Path(run.recipe["data"]["root"] or embedded_root(kind))
-    return Source(locate(root, kind.borrowed.get(source, run.task), source, split), root)
+    return Source(locate(root, kind.records_from.get(source, run.task), source, split), root)
 
 
 def spread(source: Source, count: int) -> list[Record]:

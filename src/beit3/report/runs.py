@@ -1,6 +1,6 @@
 """Run directories as `beit3 train` leaves them, read once.
 
-Across the border: paths -> Run. What a run did not log (older versions log less) is empty, never an error; what cannot be
+Shapes: paths -> Run. What a run did not log (older versions log less) is empty, never an error; what cannot be
 read is a ValueError that names the file.
 """
 

@@ -13,8 +13,8 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 from torch import Tensor, nn
 
-from beit3.ops.init import seeded
 from beit3.ops.precision import at_least_float32
+from beit3.seeding import make_generator
 from beit3.segmentation import losses
 from beit3.segmentation.config import HeadConfig
 from beit3.segmentation.losses import Predicted
@@ -89,7 +89,7 @@ class MaskHead(nn.Module):
     def init_weights(self, seed: int = 0) -> None:
         """Initial values, each parameter from its own generator."""
         for name, parameter in self.named_parameters():
-            self.init_parameter(name, parameter, seeded(seed, name))
+            self.init_parameter(name, parameter, make_generator(seed, name))
 
     @torch.no_grad()
     def init_parameter(self, name: str, parameter: Tensor, generator: torch.Generator) -> None:

@@ -75,7 +75,7 @@ def buffers_spared(module: nn.Module) -> Iterator[None]:
 def synchronised(module: nn.Module, device: torch.device) -> nn.Module:
     """`module` with batch norms over all processes if these compute on accelerators, else as it is. On meta too; before sharding.
 
-    torch's own would raise on a processor, and without a process group quietly be plain ones.
+    torch's own would raise on CPU, and without a process group quietly be plain ones.
     """
     if world_size() > 1 and device.type == "cuda":
         return nn.SyncBatchNorm.convert_sync_batchnorm(module)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from beit3.data.prepare.formats.scenes import scenes
 from beit3.data.prepare.splits import write_splits
-from beit3.data.stores.records import locate, open_image, write_text
+from beit3.data.stores.records import locate, write_text
 from beit3.data.views.label_maps import (
     IGNORE,
     SceneView,
@@ -30,6 +30,7 @@ from beit3.data.views.label_maps import (
     read_indices,
 )
 from beit3.data.views.transforms import IMAGENET, VL, Preprocessing, blanked
+from beit3.images import open_image
 from beit3.metrics.segmentation import Matrix, confusion, figures
 from beit3.model.config import BASE, GIANT, LARGE, SMALL, TINY, ModelConfig
 from beit3.model.trunk import ImageTrunk
@@ -39,7 +40,7 @@ from beit3.segmentation.adapter import AdapterConfig, ViTAdapter
 from beit3.segmentation.config import LARGE_HEAD, SMALL_HEAD, HeadConfig
 from beit3.segmentation.head import MaskHead
 from beit3.segmentation.inference import Views, passes, segment
-from beit3.task import Batch, Example, Prediction, Record, Task, joined, record_rng
+from beit3.task import Batch, Example, Prediction, Record, Task, join_by_id, make_record_rng
 from beit3.tokenizer.text import TextTokenizer
 
 CLASSES = "classes.json"
@@ -136,8 +137,8 @@ class Ade20k(Task):
     Config = Ade20kConfig
     headline = "miou"
     names_file = CLASSES
-    unused: ClassVar[Mapping[str, str]] = {
-        f"backbone.{name}": reason for name, reason in ImageTrunk.unused.items()
+    unused_parameters: ClassVar[Mapping[str, str]] = {
+        f"backbone.{name}": reason for name, reason in ImageTrunk.unused_parameters.items()
     }
     recipes: ClassVar[Mapping[str, Recipe]] = {
         "demo": _on_processor(
@@ -266,7 +267,7 @@ class Ade20k(Task):
             )
         image, labels = open_scene(record["image"], record["label_map"], **self.meaning(record))
         view = self.config.train_view
-        image, labels = view(image, labels, rng or record_rng(record))
+        image, labels = view(image, labels, rng or make_record_rng(record))
         size = torch.tensor(labels.shape)
         image, labels = pad(image, labels, view.crop)
         return {"id": str(record["id"]), "image": image, "size": size, "label_map": labels}
@@ -287,12 +288,12 @@ class Ade20k(Task):
             return super().collate(examples)
         return {key: [example[key] for example in examples] for key in examples[0]}
 
-    def pixels(self, batch: Batch) -> Tensor:
+    def normalize_images(self, batch: Batch) -> Tensor:
         """Those of every task, with zeros, the mean color, in the padding."""
         return (
-            blanked(super().pixels(batch), batch["size"])
+            blanked(super().normalize_images(batch), batch["size"])
             if "size" in batch
-            else super().pixels(batch)
+            else super().normalize_images(batch)
         )
 
     # Training --------------------------------------------------------------------------------------------------------
@@ -308,7 +309,7 @@ class Ade20k(Task):
 
     def forward(self, batch: Batch) -> dict[str, dict[str, Tensor]]:
         """The head's three losses, each a mean over its layers."""
-        predicted = self.head(self.adapter(self.pixels(batch), self.backbone))
+        predicted = self.head(self.adapter(self.normalize_images(batch), self.backbone))
         return {
             "losses": self.head.losses(predicted, batch["label_map"], ignore=IGNORE),
             "metrics": {},
@@ -316,7 +317,7 @@ class Ade20k(Task):
 
     def outputs(self, batch: Batch) -> dict[str, Tensor]:
         """`scores` [B, C, h, w] of pictures of one size, a quarter of a patch apart."""
-        return {"scores": self.scores(self.pixels(batch))}
+        return {"scores": self.scores(self.normalize_images(batch))}
 
     def scores(self, pixels: Tensor) -> Tensor:
         """Scores of the classes, of the part of the maps that is picture."""
@@ -337,7 +338,7 @@ class Ade20k(Task):
         most = max(
             all_gather_objects(mine)
         )  # asked before the first pass: all processes must call the same things in turn
-        plain, found = super().pixels, []
+        plain, found = super().normalize_images, []
         for key, image in zip(batch["id"], batch["image"], strict=True):
             labels = segment(
                 image.to(weights.device),
@@ -371,7 +372,7 @@ class Ade20k(Task):
 def matrix(predictions: Sequence[Prediction], records: Sequence[Record]) -> Matrix:
     """The confusion matrix of a split, [C, C], at the size of the label maps."""
     total: Matrix | None = None
-    for prediction, record in joined(predictions, records):
+    for prediction, record in join_by_id(predictions, records):
         if "label_map" not in record:
             raise ValueError(
                 "some of these records hold no label map to compare with: score a split that has them"

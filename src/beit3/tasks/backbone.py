@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import numpy as np
 from torch import Tensor
 
-from beit3.data.stores.records import open_image
+from beit3.images import open_image
 from beit3.model.beit3 import BEiT3
 from beit3.recipe import Recipe, TaskConfig
 from beit3.task import Batch, Example, Prediction, Record, Task
@@ -42,16 +42,16 @@ class Backbone(Task):
         """`image` uint8 [3, S, S], `text` and `text_padding` [L], of whatever the record holds."""
         example: Example = {"id": str(record["id"])}
         if "image" in record:
-            example["image"] = self.config.image.fitted(open_image(record["image"]))
+            example["image"] = self.config.image.preprocess(open_image(record["image"]))
         if "text" in record:
-            example["text"], example["text_padding"] = self.read_text(
+            example["text"], example["text_padding"] = self.tokenize_text(
                 record["text"], self.config.text_length
             )
         return example
 
     def outputs(self, batch: Batch) -> dict[str, Tensor]:
         """`tokens` [B, N, D], and its parts `image` [B, 1 + P, D] and `text` [B, L, D] as far as they are present."""
-        image = self.pixels(batch) if "image" in batch else None
+        image = self.normalize_images(batch) if "image" in batch else None
         encoded = self.backbone(image, batch.get("text"), text_padding=batch.get("text_padding"))
         return {"tokens": encoded.tokens} | {name: encoded.of(name) for name, _ in encoded.spans}
 

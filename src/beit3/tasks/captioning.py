@@ -16,11 +16,10 @@ from torch import Tensor, nn
 
 from beit3.data.prepare import formats
 from beit3.data.prepare.splits import write_splits
-from beit3.data.stores.records import open_image
 from beit3.data.views.augment import rand_augment
 from beit3.data.views.masking import IGNORE, text_mask
-from beit3.data.views.masking import rng as seeded_rng
 from beit3.data.views.transforms import Preprocessing, training_view
+from beit3.images import open_image
 from beit3.metrics.caption import caption_scores
 from beit3.metrics.caption_java import java_missing, java_scores
 from beit3.model.attention_mask import image_to_text
@@ -29,20 +28,21 @@ from beit3.model.config import BASE, GIANT, LARGE, SMALL, TINY, ModelConfig
 from beit3.model.generation import Decoding, Marks, Slots, generate
 from beit3.ops.losses import over_vocabulary, smoothed_divergence, without_worst
 from beit3.recipe import DataConfig, OptimConfig, Recipe, RunConfig, TaskConfig
+from beit3.seeding import make_rng as seeded_rng
 from beit3.task import (
     Batch,
     Example,
     Prediction,
     Record,
     Task,
-    joined,
-    numbered,
+    join_by_id,
+    make_length_counter,
+    make_record_rng,
     pairs_leave_out,
-    record_rng,
-    text_lengths,
+    read_server_id,
+    task_name,
 )
 from beit3.tokenizer.text import TextTokenizer
-from beit3.weights.matching import task_name
 
 
 @dataclass(frozen=True)
@@ -152,7 +152,7 @@ class Captioning(Task):
         self.text_head = nn.Linear(config.model.dim, config.model.vocab_size)
 
     @property
-    def unused(self) -> Mapping[str, str]:  # type: ignore[override]
+    def unused_parameters(self) -> Mapping[str, str]:  # type: ignore[override]
         """Only the words' last states are read."""
         return pairs_leave_out(self.config.model, unread="image")
 
@@ -167,7 +167,7 @@ class Captioning(Task):
             "captioning",
             source,
             rows,
-            lengths=text_lengths(root, CaptioningConfig.text_length),
+            lengths=make_length_counter(root, CaptioningConfig.text_length),
         )
 
     def record(self, image: Any) -> Record:
@@ -178,15 +178,15 @@ class Captioning(Task):
         self, record: Record, train: bool, *, rng: np.random.Generator | None = None
     ) -> Example:
         """`image` uint8 [3, S, S]; where the record holds a caption also `text`, partly hidden, `text_padding` and `text_target` [L]."""
-        rng = rng or record_rng(record)
+        rng = rng or make_record_rng(record)
         image = open_image(record["image"])
         example = {
             "id": str(record["id"]),
-            "image": self.config.image.fitted(self.view(image, rng) if train else image),
+            "image": self.config.image.preprocess(self.view(image, rng) if train else image),
         }
         if "text" not in record:
             return example
-        text, padding = self.read_text(record["text"], self.config.text_length)
+        text, padding = self.tokenize_text(record["text"], self.config.text_length)
         hidden, target = self.hide(text.numpy(), int((~padding).sum()), rng)
         return example | {
             "text": torch.from_numpy(hidden),
@@ -230,7 +230,7 @@ class Captioning(Task):
         text, padding = batch["text"], batch.get("text_padding")
         mask = image_to_text(1 + self.config.model.num_patches, text.shape[1], device=text.device)
         return self.backbone(
-            self.pixels(batch), text, text_padding=padding, attention_mask=mask, read=read
+            self.normalize_images(batch), text, text_padding=padding, attention_mask=mask, read=read
         ).of("text")
 
     def outputs(self, batch: Batch) -> dict[str, Tensor]:
@@ -259,7 +259,7 @@ class Captioning(Task):
         marks = Marks(tokenizer.bos, tokenizer.eos, tokenizer.pad, tokenizer.mask)
         draws = [seeded_rng(decoding.seed, 0, key).random for key in batch["id"]]
         captions = generate(
-            Slots(self.backbone, self.text_head, self.pixels(batch), marks),
+            Slots(self.backbone, self.text_head, self.normalize_images(batch), marks),
             self.config.text_length,
             decoding,
             draws,
@@ -287,9 +287,9 @@ class Captioning(Task):
         predictions: Sequence[Prediction], records: Sequence[Record]
     ) -> list[dict[str, Any]]:
         """What the COCO and NoCaps servers take: image_id and caption."""
-        pairs = joined(predictions, records)
+        pairs = join_by_id(predictions, records)
         return [
-            {"image_id": numbered(record, "image_id"), "caption": prediction["caption"]}
+            {"image_id": read_server_id(record, "image_id"), "caption": prediction["caption"]}
             for prediction, record in pairs
         ]
 
@@ -314,7 +314,7 @@ def compared(
     predictions: Sequence[Prediction], records: Sequence[Record]
 ) -> tuple[dict[str, str], dict[str, list[str]]]:
     """Captions written, and those that people gave, by the record's id."""
-    pairs = joined(predictions, records)
+    pairs = join_by_id(predictions, records)
     candidates = {str(record["id"]): prediction["caption"] for prediction, record in pairs}
     return candidates, {str(record["id"]): references_of(record) for _, record in pairs}
 

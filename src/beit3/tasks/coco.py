@@ -19,18 +19,28 @@ from torch import Tensor
 
 from beit3.data.prepare.formats.instances import instances
 from beit3.data.prepare.splits import BAD_SHARE, write_splits
-from beit3.data.stores.records import locate, open_image, write_text
+from beit3.data.stores.records import locate, write_text
 from beit3.data.views.jitter import Objects, Visible, large_scale_jitter, pad_square
 from beit3.data.views.transforms import IMAGENET, VL, Preprocessing, blanked
 from beit3.detection.cascade import Target
 from beit3.detection.config import DetectorConfig
 from beit3.detection.detector import Detector
 from beit3.detection.inference import Detections, View, detect, mirror
+from beit3.images import open_image
 from beit3.metrics.detection import FIGURES, Kind, coco_ap
 from beit3.model.config import BASE, GIANT, LARGE, SMALL, TINY, ModelConfig
 from beit3.model.trunk import ImageTrunk
 from beit3.recipe import DataConfig, OptimConfig, Recipe, RunConfig, TaskConfig
-from beit3.task import Batch, Example, Prediction, Record, Task, joined, numbered, record_rng
+from beit3.task import (
+    Batch,
+    Example,
+    Prediction,
+    Record,
+    Task,
+    join_by_id,
+    make_record_rng,
+    read_server_id,
+)
 from beit3.tokenizer.text import TextTokenizer
 
 CATEGORIES = "categories.json"
@@ -172,8 +182,8 @@ class Coco(Task):
     Config = CocoConfig
     headline = "box_ap"
     names_file = CATEGORIES
-    unused: ClassVar[Mapping[str, str]] = {
-        f"backbone.{name}": reason for name, reason in ImageTrunk.unused.items()
+    unused_parameters: ClassVar[Mapping[str, str]] = {
+        f"backbone.{name}": reason for name, reason in ImageTrunk.unused_parameters.items()
     }
     recipes: ClassVar[Mapping[str, Recipe]] = {
         "demo": _on_processor(
@@ -292,14 +302,14 @@ class Coco(Task):
             view, seen = large_scale_jitter(
                 image,
                 objects,
-                rng or record_rng(record),
+                rng or make_record_rng(record),
                 size=side,
                 scale=config.scale,
                 flip=config.flip,
             )
             return example | _padded(view, side) | _seen(seen)
         for size in self.sizes:
-            view = replace(config.image, image_size=size).fitted(image)
+            view = replace(config.image, image_size=size).preprocess(image)
             example |= {
                 f"{name}{_at(size, side)}": value for name, value in _padded(view, size).items()
             }
@@ -353,9 +363,9 @@ class Coco(Task):
                 room[:, : example["masks"].shape[1], : example["masks"].shape[2]] = example["masks"]
         return batch
 
-    def pixels(self, batch: Batch, at: str = "") -> Tensor:
+    def normalize_images(self, batch: Batch, at: str = "") -> Tensor:
         """Those of every task, with zeros, the mean color, in the padding; `at`: of a further test size, "@1280"."""
-        return blanked(super().pixels({"image": batch[f"image{at}"]}), batch[f"size{at}"])
+        return blanked(super().normalize_images({"image": batch[f"image{at}"]}), batch[f"size{at}"])
 
     # Training --------------------------------------------------------------------------------------------------------
 
@@ -381,7 +391,7 @@ class Coco(Task):
         ]
         return {
             "losses": self.detector.losses(
-                self.backbone(self.pixels(batch)), batch["size"], targets
+                self.backbone(self.normalize_images(batch)), batch["size"], targets
             ),
             "metrics": {},
         }
@@ -389,7 +399,7 @@ class Coco(Task):
     def outputs(self, batch: Batch) -> dict[str, Tensor]:
         """`boxes` [R, 4] and `scores` [R, C] of all images before any NMS, one after the other, `counts` [B] of each."""
         found = self.detector.detect(
-            self.detector.pyramid(self.backbone(self.pixels(batch))), batch["size"]
+            self.detector.pyramid(self.backbone(self.normalize_images(batch))), batch["size"]
         )
         return {
             "boxes": torch.cat([each.boxes for each in found]),
@@ -404,7 +414,7 @@ class Coco(Task):
         views = []
         for size in self.sizes:
             at = _at(size, self.config.image.image_size)
-            view = View(self.pixels(batch, at), batch[f"size{at}"])
+            view = View(self.normalize_images(batch, at), batch[f"size{at}"])
             views += [view, mirror(view)] if self.config.test_flip else [view]
         found = detect(self.backbone, self.detector, views, batch["original"], self.config.detector)
         return [
@@ -431,7 +441,7 @@ class Coco(Task):
     @staticmethod
     def score(predictions: Sequence[Prediction], records: Sequence[Record]) -> dict[str, float]:
         """COCO's twelve figures of boxes, `box_ap` and so on, and of masks where both sides have them."""
-        joined(predictions, records)
+        join_by_id(predictions, records)
         if any("objects" not in row for row in records):
             raise ValueError(
                 "some of these records hold no objects to compare with: score a split that has them"
@@ -450,14 +460,14 @@ class Coco(Task):
     ) -> list[dict[str, Any]]:
         """COCO's result list."""
         rows = []
-        for prediction, record in joined(predictions, records):
+        for prediction, record in join_by_id(predictions, records):
             for each in prediction["objects"]:
                 if "category" not in each:
                     raise ValueError(
                         "these weights know no category ids: fine-tune them on records of `beit3 prepare coco`"
                     )
                 row = {
-                    "image_id": numbered(record),
+                    "image_id": read_server_id(record),
                     "category_id": each["category"],
                     "bbox": each["box"],
                     "score": each["score"],

@@ -21,10 +21,11 @@ from torch.utils.checkpoint import checkpoint
 from beit3.data.loader import Source
 from beit3.data.prepare import formats
 from beit3.data.prepare.splits import write_splits
-from beit3.data.stores.records import locate, open_image, write_text
+from beit3.data.stores.records import locate, write_text
 from beit3.data.views.augment import auto_augment, erase, random_erasing
 from beit3.data.views.mixup import mix
 from beit3.data.views.transforms import IMAGENET, Preprocessing, training_view
+from beit3.images import open_image
 from beit3.metrics.classification import top_k_accuracy
 from beit3.model.beit3 import BEiT3
 from beit3.model.config import BASE, GIANT, LARGE, SMALL, TINY, ModelConfig
@@ -39,8 +40,8 @@ from beit3.task import (
     Record,
     Task,
     experts_left_out,
-    labelled,
-    record_rng,
+    join_labels,
+    make_record_rng,
 )
 from beit3.tokenizer.text import TextTokenizer
 
@@ -219,7 +220,7 @@ class ImageNet(Task):
         self._texts: dict[Names, tuple[Tensor, Tensor]] = {}
 
     @property
-    def unused(self) -> Mapping[str, str]:  # type: ignore[override]
+    def unused_parameters(self) -> Mapping[str, str]:  # type: ignore[override]
         """With a linear head no text is read; nothing is ever fused."""
         return experts_left_out(
             self.backbone, "fusion", *(("text",) if self.config.head == "linear" else ())
@@ -283,11 +284,11 @@ class ImageNet(Task):
         self, record: Record, train: bool, *, rng: np.random.Generator | None = None
     ) -> Example:
         """`image` uint8 [3, S, S], of training `erased`, and `target`, the label, where the record holds one."""
-        rng = rng or record_rng(record)
+        rng = rng or make_record_rng(record)
         image, config = open_image(record["image"]), self.config
         example: Example = {
             "id": str(record["id"]),
-            "image": config.image.fitted(self.view(image, rng) if train else image),
+            "image": config.image.preprocess(self.view(image, rng) if train else image),
         }
         if train and config.erasing:
             example["erased"] = random_erasing(example["image"], rng, rate=config.erasing)
@@ -308,9 +309,9 @@ class ImageNet(Task):
         )
         return auto_augment(image, rng) if config.auto_augment else image
 
-    def pixels(self, batch: Batch) -> Tensor:
+    def normalize_images(self, batch: Batch) -> Tensor:
         """Those of every task, with noise in the boxes that training erases."""
-        pixels = super().pixels(batch)
+        pixels = super().normalize_images(batch)
         return erase(pixels, batch["erased"]) if "erased" in batch else pixels
 
     # Training --------------------------------------------------------------------------------------------------------
@@ -320,10 +321,12 @@ class ImageNet(Task):
         if self.config.head == "linear":
             return {
                 "logits": self.head(
-                    self.fc_norm(self.backbone(image=self.pixels(batch)).of("image")[:, 1:].mean(1))
+                    self.fc_norm(
+                        self.backbone(image=self.normalize_images(batch)).of("image")[:, 1:].mean(1)
+                    )
                 )
             }
-        states = self.backbone(image=self.pixels(batch), read="first").first("image")
+        states = self.backbone(image=self.normalize_images(batch), read="first").first("image")
         image = F.normalize(at_least_float32(self.image_projection(states)), dim=-1)
         return {
             "logits": similarities(
@@ -334,7 +337,10 @@ class ImageNet(Task):
     def forward(self, batch: Batch) -> dict[str, dict[str, Tensor]]:
         """Cross-entropy of the label, in training smoothed, and mixed where the config says so."""
         config, label = self.config, batch["target"]
-        images, smoothing = self.pixels(batch), config.label_smoothing if self.training else 0.0
+        images, smoothing = (
+            self.normalize_images(batch),
+            config.label_smoothing if self.training else 0.0,
+        )
         target = F.one_hot(label, config.num_classes).to(at_least_float32(images).dtype)
         if self.training and (config.mixup or config.cutmix):
             images, target = mix(
@@ -390,7 +396,7 @@ class ImageNet(Task):
             )
         if self.names not in self._texts:  # seconds for ImageNet-21k's
             texts = [
-                self.read_text(self.config.prompt.replace("{}", name), self.config.text_length)
+                self.tokenize_text(self.config.prompt.replace("{}", name), self.config.text_length)
                 for name in self.config.classes
             ]
             text, padding = (torch.stack(part) for part in zip(*texts, strict=True))
@@ -438,7 +444,7 @@ class ImageNet(Task):
     @staticmethod
     def score(predictions: Sequence[Prediction], records: Sequence[Record]) -> dict[str, float]:
         """Top-1 and top-5 accuracy, and beside them the share of the commonest class."""
-        pairs = labelled(predictions, records)
+        pairs = join_labels(predictions, records)
         truth = [int(record["label"]) for _, record in pairs]
         ranked = [
             [candidate["label"] for candidate in prediction["candidates"]]

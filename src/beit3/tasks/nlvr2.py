@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from beit3.data.prepare import formats
 from beit3.data.prepare.splits import write_splits
-from beit3.data.stores.records import open_image
 from beit3.data.views.transforms import Preprocessing, training_view
+from beit3.images import open_image
 from beit3.metrics.classification import accuracy, consistency
 from beit3.model.beit3 import BEiT3
 from beit3.model.config import BASE, GIANT, LARGE, SMALL, TINY, ModelConfig
@@ -30,10 +30,10 @@ from beit3.task import (
     Prediction,
     Record,
     Task,
-    labelled,
+    join_labels,
+    make_length_counter,
+    make_record_rng,
     pairs_leave_out,
-    record_rng,
-    text_lengths,
 )
 from beit3.tokenizer.text import TextTokenizer
 
@@ -133,7 +133,7 @@ class NLVR2(Task):
         self.head = Head(config.model.dim, config.model.norm_eps)
 
     @property
-    def unused(self) -> Mapping[str, str]:  # type: ignore[override]
+    def unused_parameters(self) -> Mapping[str, str]:  # type: ignore[override]
         """Both modalities are read."""
         return pairs_leave_out(self.config.model)
 
@@ -153,7 +153,7 @@ class NLVR2(Task):
             "nlvr2",
             source,
             formats.statements(raw),
-            lengths=text_lengths(root, NLVR2Config.text_length),
+            lengths=make_length_counter(root, NLVR2Config.text_length),
         )
 
     def record(self, image: Any, image2: Any, statement: str) -> Record:
@@ -164,7 +164,7 @@ class NLVR2(Task):
         self, record: Record, train: bool, *, rng: np.random.Generator | None = None
     ) -> Example:
         """`image` uint8 [2, 3, S, S], `text` and `text_padding` [L], and `target`, 1 for true, where the record holds a label."""
-        rng = rng or record_rng(record)
+        rng = rng or make_record_rng(record)
         images = [open_image(record[key]) for key in ("image", "image2")]
         images = [
             cut(image, box)
@@ -175,8 +175,8 @@ class NLVR2(Task):
             images = [
                 training_view(image, rng, image_size=size, crop=crop, flip=flip) for image in images
             ]
-        text, padding = self.read_text(record["text"], self.config.text_length)
-        pair = torch.stack([self.config.image.fitted(image) for image in images])
+        text, padding = self.tokenize_text(record["text"], self.config.text_length)
+        pair = torch.stack([self.config.image.preprocess(image) for image in images])
         example = {"id": str(record["id"]), "image": pair, "text": text, "text_padding": padding}
         if "label" in record and record["label"] not in (0, 1):
             raise ValueError(f"label {record['label']!r} is neither 0 (false) nor 1 (true)")
@@ -191,7 +191,7 @@ class NLVR2(Task):
     def outputs(self, batch: Batch) -> dict[str, Tensor]:
         """`logits` [B, 2], false and true, from `image` [B, 2, 3, H, W]."""
         pairs = (
-            self.pixels(batch).transpose(0, 1).flatten(0, 1)
+            self.normalize_images(batch).transpose(0, 1).flatten(0, 1)
         )  # [2B, 3, H, W]: all first images, then all second ones
         text, padding = batch["text"], batch.get("text_padding")
         padding = None if padding is None else padding.repeat(2, 1)
@@ -226,7 +226,7 @@ class NLVR2(Task):
     @staticmethod
     def score(predictions: Sequence[Prediction], records: Sequence[Record]) -> dict[str, float]:
         """Accuracy; consistency, the share of statements that are judged right on all their images; the commonest answer's share."""
-        pairs = labelled(predictions, records)
+        pairs = join_labels(predictions, records)
         right = [
             prediction["answer"] == ANSWERS[int(record["label"])] for prediction, record in pairs
         ]

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 from beit3.data.prepare import formats
 from beit3.data.prepare.splits import write_splits
-from beit3.data.stores.records import open_image
 from beit3.data.stores.shards import write_shards
 from beit3.data.text.tokenize import drop_unused, write_tokens
 from beit3.data.views.masking import IGNORE, block_mask, text_mask
 from beit3.data.views.transforms import Preprocessing, two_views
+from beit3.images import open_image
 from beit3.model.beit3 import BEiT3, Encoded
 from beit3.model.config import BASE, GIANT, LARGE, MEDIUM, SMALL, TINY
 from beit3.ops.losses import cross_entropies, over_vocabulary
@@ -31,10 +31,10 @@ from beit3.task import (
     Prediction,
     Record,
     Task,
-    joined,
-    padded,
-    record_rng,
-    text_lengths,
+    join_by_id,
+    make_length_counter,
+    make_record_rng,
+    pad_token_ids,
 )
 from beit3.tokenizer.text import FILE, TextTokenizer
 from beit3.tokenizer.visual import VisualTokenizer
@@ -290,13 +290,13 @@ class Pretrain(Task):
                     field=field,
                     workers=workers,
                 )
-            lengths = text_lengths(root, PretrainConfig.monomodal_text_length)
+            lengths = make_length_counter(root, PretrainConfig.monomodal_text_length)
             report = write_splits(
                 root, "pretrain", source, formats.texts(raw, field=field), lengths=lengths
             )
             drop_unused(root / "pretrain" / source)
             return report
-        lengths, captions = text_lengths(root, PretrainConfig.text_length), kind == "pairs"
+        lengths, captions = make_length_counter(root, PretrainConfig.text_length), kind == "pairs"
         if formats.lies_in_tars(raw, captions=captions):
             return write_shards(
                 root, "pretrain", source, raw, captions=captions, lengths=lengths, workers=workers
@@ -323,7 +323,7 @@ class Pretrain(Task):
         self, record: Record, train: bool, *, rng: np.random.Generator | None = None
     ) -> Example:
         """`text` and/or `image` with what was hidden of them; `token_image` where codes will be wanted."""
-        rng = rng or record_rng(record)
+        rng = rng or make_record_rng(record)
         example: Example = {"id": str(record["id"])}
         pair = "image" in record and "text" in record
         hide_image, hide_text = self.hidden(pair, rng)
@@ -378,7 +378,7 @@ class Pretrain(Task):
         """`text` [L] with words hidden, `text_padding` [L], and `text_target` [L] where any may be hidden."""
         config, tokenizer = self.config, self.tokenizer
         length = config.text_length if pair else config.monomodal_text_length
-        ids = np.asarray(self.text_ids(record["text"], length), dtype=np.int64)
+        ids = np.asarray(self.encode_text(record["text"], length), dtype=np.int64)
         targets = np.full(length, IGNORE, dtype=np.int64)
         if hide:
             rate = config.pair_text_mask_rate if pair else config.text_mask_rate
@@ -389,7 +389,7 @@ class Pretrain(Task):
                 mask_id=tokenizer.mask,
                 vocab=(tokenizer.first_piece, tokenizer.mask),
             )
-        text, padding = padded(ids.tolist(), length, tokenizer.pad)
+        text, padding = pad_token_ids(ids.tolist(), length, tokenizer.pad)
         example: Example = {"text": text, "text_padding": padding}
         return (
             example
@@ -424,7 +424,7 @@ class Pretrain(Task):
 
     def encode(self, batch: Batch, read: Literal["real", "all"] = "real") -> Encoded:
         """The backbone's states of whatever the batch holds, those of padding among them if all are read."""
-        image = self.pixels(batch) if "image" in batch else None
+        image = self.normalize_images(batch) if "image" in batch else None
         text, padding = batch.get("text"), batch.get("text_padding")
         return self.backbone(
             image, text, image_mask=batch.get("image_mask"), text_padding=padding, read=read
@@ -508,7 +508,7 @@ class Pretrain(Task):
     @staticmethod
     def score(predictions: Sequence[Prediction], records: Sequence[Record]) -> dict[str, float]:
         """Mean loss in nats and accuracy over all hidden positions of each modality; `negative_loss` is the headline."""
-        pairs = joined(predictions, records)
+        pairs = join_by_id(predictions, records)
         scores: dict[str, float] = {}
         for name in ("image", "text"):
             total = sum(p.get(f"{name}_targets", 0) for p, _ in pairs)

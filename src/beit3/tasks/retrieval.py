@@ -18,8 +18,8 @@ from torch.utils.data import default_collate
 
 from beit3.data.prepare import formats
 from beit3.data.prepare.splits import write_splits
-from beit3.data.stores.records import open_image
 from beit3.data.views.transforms import Preprocessing, training_view
+from beit3.images import open_image
 from beit3.metrics.retrieval import recall
 from beit3.model.beit3 import BEiT3
 from beit3.model.config import BASE, GIANT, LARGE, SMALL, TINY, ModelConfig
@@ -32,12 +32,12 @@ from beit3.task import (
     Prediction,
     Record,
     Task,
+    check_same_fields,
     experts_left_out,
-    joined,
-    record_rng,
-    same_fields,
-    text_lengths,
-    trimmed,
+    join_by_id,
+    make_length_counter,
+    make_record_rng,
+    trim_padding,
 )
 from beit3.tokenizer.text import TextTokenizer
 
@@ -123,7 +123,7 @@ class Retrieval(Task):
 
     Config = RetrievalConfig
     sources = ("main", "pairs")
-    borrowed: ClassVar[Mapping[str, str]] = {"pairs": "pretrain"}
+    records_from: ClassVar[Mapping[str, str]] = {"pairs": "pretrain"}
     headline = "mean_recall"
     compares_examples = True
     official_names: ClassVar[Mapping[str, str]] = {
@@ -232,7 +232,7 @@ class Retrieval(Task):
         )  # one dimension, because FSDP2 shards no scalars
 
     @property
-    def unused(self) -> Mapping[str, str]:  # type: ignore[override]
+    def unused_parameters(self) -> Mapping[str, str]:  # type: ignore[override]
         """A text and an image never meet in one sequence."""
         return experts_left_out(self.backbone, "fusion")
 
@@ -249,7 +249,11 @@ class Retrieval(Task):
         """Karpathy's, COCO's or Flickr8k's files, or a table of one's own -> a record per training caption, else per image."""
         rows = formats.one_per_caption(formats.captioned(raw))
         return write_splits(
-            root, "retrieval", source, rows, lengths=text_lengths(root, RetrievalConfig.text_length)
+            root,
+            "retrieval",
+            source,
+            rows,
+            lengths=make_length_counter(root, RetrievalConfig.text_length),
         )
 
     def record(self, image: Any = None, text: str | None = None) -> Record:
@@ -269,12 +273,12 @@ class Retrieval(Task):
             if train:
                 size, crop, flip = self.config.image.image_size, self.config.crop, self.config.flip
                 image = training_view(
-                    image, rng or record_rng(record), image_size=size, crop=crop, flip=flip
+                    image, rng or make_record_rng(record), image_size=size, crop=crop, flip=flip
                 )
-            example["image"] = self.config.image.fitted(image)
+            example["image"] = self.config.image.preprocess(image)
         captions = record.get("captions") or ([record["text"]] if "text" in record else [])
         if captions:
-            texts = [self.read_text(caption, self.config.text_length) for caption in captions]
+            texts = [self.tokenize_text(caption, self.config.text_length) for caption in captions]
             example["text"], example["text_padding"] = (
                 torch.stack(part) for part in zip(*texts, strict=True)
             )
@@ -282,7 +286,7 @@ class Retrieval(Task):
 
     def collate(self, examples: Sequence[Example]) -> Batch:
         """Images stacked [B, 3, S, S]; all captions one after the other [T, L], `num_texts` of each record."""
-        same_fields(examples)
+        check_same_fields(examples)
         batch: Batch = {"id": [example["id"] for example in examples]}
         if "image" in examples[0]:
             batch["image"] = default_collate([example["image"] for example in examples])
@@ -292,7 +296,7 @@ class Retrieval(Task):
                 for name in ("text", "text_padding")
             }
             batch["num_texts"] = [len(example["text"]) for example in examples]
-        return trimmed(batch)
+        return trim_padding(batch)
 
     # Training --------------------------------------------------------------------------------------------------------
 
@@ -300,7 +304,7 @@ class Retrieval(Task):
         """Unit features `image_features` [B, D] and `text_features` [T, D] of whatever is present."""
         outputs = {}
         if "image" in batch:
-            states = self.backbone(image=self.pixels(batch), read="first").first("image")
+            states = self.backbone(image=self.normalize_images(batch), read="first").first("image")
             outputs["image_features"] = F.normalize(
                 at_least_float32(self.image_projection(states)), dim=-1
             )
@@ -341,7 +345,7 @@ class Retrieval(Task):
     @staticmethod
     def score(predictions: Sequence[Prediction], records: Sequence[Record]) -> dict[str, float]:
         """Recall at 1, 5 and 10 both ways, over distinct images: records of one `image_id` are one image."""
-        pairs = joined(predictions, records)
+        pairs = join_by_id(predictions, records)
         place: dict[str, int] = {}
         images: list[np.ndarray] = []
         texts: list[np.ndarray] = []

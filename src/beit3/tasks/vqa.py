@@ -18,9 +18,10 @@ from torch import Tensor, nn
 
 from beit3.data.prepare import formats
 from beit3.data.prepare.splits import write_splits
-from beit3.data.stores.records import locate, open_image, write_text
+from beit3.data.stores.records import locate, write_text
 from beit3.data.views.augment import rand_augment
 from beit3.data.views.transforms import Preprocessing, training_view
+from beit3.images import open_image
 from beit3.metrics.classification import vqa_accuracy, vqa_official
 from beit3.metrics.text import normalize_answer, soft_scores
 from beit3.model.beit3 import BEiT3
@@ -33,11 +34,11 @@ from beit3.task import (
     Prediction,
     Record,
     Task,
-    joined,
-    numbered,
+    join_by_id,
+    make_length_counter,
+    make_record_rng,
     pairs_leave_out,
-    record_rng,
-    text_lengths,
+    read_server_id,
 )
 from beit3.tokenizer.text import TextTokenizer
 
@@ -178,7 +179,7 @@ class VQA(Task):
             )
 
     @property
-    def unused(self) -> Mapping[str, str]:  # type: ignore[override]
+    def unused_parameters(self) -> Mapping[str, str]:  # type: ignore[override]
         """Only the class token's last state is read."""
         return pairs_leave_out(self.config.model, unread="text")
 
@@ -208,7 +209,7 @@ class VQA(Task):
             if split != "train" or record.get("answers") or "fault" in record
         ]
         report = write_splits(
-            root, "vqa", source, records, lengths=text_lengths(root, VQAConfig.text_length)
+            root, "vqa", source, records, lengths=make_length_counter(root, VQAConfig.text_length)
         )
         lines = (
             json.dumps({"answer": answer, "label": label}, ensure_ascii=False)
@@ -254,11 +255,11 @@ class VQA(Task):
         config = self.config
         image = open_image(record["image"])
         if train:
-            image = self.view(image, rng or record_rng(record))
-        text, padding = self.read_text(record["text"], config.text_length)
+            image = self.view(image, rng or make_record_rng(record))
+        text, padding = self.tokenize_text(record["text"], config.text_length)
         example = {
             "id": str(record["id"]),
-            "image": config.image.fitted(image),
+            "image": config.image.preprocess(image),
             "text": text,
             "text_padding": padding,
         }
@@ -289,7 +290,10 @@ class VQA(Task):
     def outputs(self, batch: Batch) -> dict[str, Tensor]:
         """`logits` [B, A]."""
         encoded = self.backbone(
-            self.pixels(batch), batch["text"], text_padding=batch.get("text_padding"), read="first"
+            self.normalize_images(batch),
+            batch["text"],
+            text_padding=batch.get("text_padding"),
+            read="first",
         )
         return {"logits": self.head(self.pooler(encoded.first("image")))}
 
@@ -330,7 +334,7 @@ class VQA(Task):
         Where several annotators' answers are known also `official`: VQA accuracy by leave-one-out with the official
         normalisation, as the test server gives it.
         """
-        pairs = joined(predictions, records)
+        pairs = join_by_id(predictions, records)
         if not any(record["answers"] for _, record in pairs):
             raise ValueError(
                 "these records hold no answers to compare with: score a split that has them"
@@ -356,8 +360,8 @@ class VQA(Task):
     ) -> list[dict[str, Any]]:
         """What the VQA server takes: question_id and answer."""
         return [
-            {"question_id": numbered(record), "answer": prediction["answer"]}
-            for prediction, record in joined(predictions, records)
+            {"question_id": read_server_id(record), "answer": prediction["answer"]}
+            for prediction, record in join_by_id(predictions, records)
         ]
 
 

@@ -16,13 +16,13 @@ from torch import Tensor
 
 from beit3.data.prepare import formats
 from beit3.data.prepare.splits import write_splits
-from beit3.data.stores.records import open_image
 from beit3.data.stores.shards import write_shards
 from beit3.data.views.transforms import Preprocessing, two_views
-from beit3.ops.init import seeded
+from beit3.images import open_image
 from beit3.ops.precision import at_least_float32
 from beit3.recipe import DataConfig, OptimConfig, Recipe, RunConfig, TaskConfig
-from beit3.task import Batch, Example, Prediction, Record, Task, joined, record_rng
+from beit3.seeding import make_generator
+from beit3.task import Batch, Example, Prediction, Record, Task, join_by_id, make_record_rng
 from beit3.tokenizer.teacher import BackboneTeacher, Teacher, load_teacher
 from beit3.tokenizer.text import TextTokenizer
 from beit3.tokenizer.visual import VisualTokenizer, VisualTokenizerConfig
@@ -57,7 +57,7 @@ class VQKD(Task):
     backbone: VisualTokenizer
     headline = "score"
     frozen = ("teacher",)
-    moves_in_forward = True
+    updates_buffers = True
     recipes: ClassVar[Mapping[str, Recipe]] = {
         "demo": Recipe(
             task=VQKDConfig(
@@ -131,7 +131,7 @@ class VQKD(Task):
     def init_weights(self, seed: int = 0) -> None:
         """BEiT's initial values; the codebook's directions are drawn too, until k-means replaces them."""
         super().init_weights(seed)
-        self.backbone.quantizer.init_weights(seeded(seed, "quantizer.codebook"))
+        self.backbone.quantizer.init_weights(make_generator(seed, "quantizer.codebook"))
 
     def init_parameter(self, name: str, parameter: Tensor, generator: torch.Generator) -> None:
         self.backbone.init_parameter(name.removeprefix("backbone."), parameter, generator)
@@ -155,7 +155,7 @@ class VQKD(Task):
         config = self.config
         view, _ = two_views(
             open_image(record["image"]),
-            rng or record_rng(record),
+            rng or make_record_rng(record),
             image_size=config.image.image_size,
             token_size=config.image.image_size,
             scale=config.crop if train else (1.0, 1.0),
@@ -168,16 +168,16 @@ class VQKD(Task):
 
     def targets(self, batch: Batch) -> dict[str, int]:
         """One reconstruction and one commitment per patch."""
-        patches = len(self.pixels(batch)) * self.config.model.encoder.num_patches
+        patches = len(self.normalize_images(batch)) * self.config.model.encoder.num_patches
         return {"reconstruction": patches, "commitment": patches}
 
-    def pixels(self, batch: Batch) -> Tensor:
+    def normalize_images(self, batch: Batch) -> Tensor:
         """Bytes, or floats in [0, 1], which tokenizer and teachers take alike; `image` serves where there is no separate `token_image`."""
         return batch["token_image"] if "token_image" in batch else batch["image"]
 
     def forward(self, batch: Batch) -> dict[str, dict[str, Tensor]]:
         """Cosine distance to the teacher, and the commitment of the encoder to its codes."""
-        images = self.pixels(batch)
+        images = self.normalize_images(batch)
         features, commitment, codes = self.backbone(images)
         distance = 1 - F.cosine_similarity(
             at_least_float32(features), self.ask_teacher(images), dim=-1
@@ -217,7 +217,7 @@ class VQKD(Task):
 
     def outputs(self, batch: Batch) -> dict[str, Tensor]:
         """`codes` [B, P] int64."""
-        return {"codes": self.backbone.codes(self.pixels(batch))}
+        return {"codes": self.backbone.codes(self.normalize_images(batch))}
 
     # Inference -------------------------------------------------------------------------------------------------------
 
@@ -230,8 +230,8 @@ class VQKD(Task):
             for key, row in zip(batch["id"], codes.tolist(), strict=True)
         ]
         if self.teacher is not None or self.config.teacher == "gradients":
-            features = self.ask_teacher(self.pixels(batch))
-            grid = patch_grid(self.pixels(batch), self.config.model.patch_size)
+            features = self.ask_teacher(self.normalize_images(batch))
+            grid = patch_grid(self.normalize_images(batch), self.config.model.patch_size)
             distance = 1 - F.cosine_similarity(
                 at_least_float32(self.backbone.decode(codes, grid)), features, dim=-1
             ).mean(1)
@@ -242,7 +242,7 @@ class VQKD(Task):
     @staticmethod
     def score(predictions: Sequence[Prediction], records: Sequence[Record]) -> dict[str, float]:
         """Share of the codebook in use and perplexity of the codes; where a teacher was at hand, `score` = 1 - distance to it."""
-        pairs = [prediction for prediction, _ in joined(predictions, records)]
+        pairs = [prediction for prediction, _ in join_by_id(predictions, records)]
         num_codes = pairs[0]["num_codes"]
         counts = np.bincount(np.concatenate([p["codes"] for p in pairs]), minlength=num_codes)
         shares = counts[counts > 0] / counts.sum()

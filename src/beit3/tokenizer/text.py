@@ -2,7 +2,7 @@
 
 Ids: <s> 0, <pad> 1, </s> 2, <unk> 3, then SentencePiece id + 1 for every real piece (first 4), and <mask> = pieces + 1.
 The released model has 64000 pieces, so its mask is 64001; its embedding has 64010 rows, the last eight unused.
-Across the border: str <-> list[int].
+Shapes: str <-> list[int].
 """
 
 import io

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from beit3.ops.init import seeded
 from beit3.ops.precision import at_least_float32
+from beit3.seeding import make_generator
 from beit3.tokenizer.quantizer import Quantizer
 from beit3.tokenizer.vit import Grid, ViT, ViTConfig, patch_grid, unit_pixels
 
@@ -128,8 +128,8 @@ class VisualTokenizer(nn.Module):
     def init_weights(self, seed: int = 0) -> None:
         """BEiT's initial values, each parameter from its own generator: no process or order changes them."""
         for name, parameter in self.named_parameters():
-            self.init_parameter(name, parameter, seeded(seed, name))
-        self.quantizer.init_weights(seeded(seed, "quantizer.codebook"))
+            self.init_parameter(name, parameter, make_generator(seed, name))
+        self.quantizer.init_weights(make_generator(seed, "quantizer.codebook"))
 
     def init_parameter(self, name: str, parameter: Tensor, generator: torch.Generator) -> None:
         """Norms 1, biases 0, the rest normal .02; each block's two outputs divided by sqrt(2 * layer).

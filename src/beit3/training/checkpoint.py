@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.api import CheckpointException
 
-from beit3.data.stores.records import flush
+from beit3.files import flush_to_disk
 from beit3.ops.collectives import all_gather_objects, barrier, rank, world_size
 from beit3.task import Task
 from beit3.weights.matching import first_few, stored
@@ -117,10 +117,10 @@ class Checkpoints:
         )
         (part / DESCRIPTION).write_text(text + "\n")
         for each in (*files, part / DESCRIPTION, part):
-            flush(each)
+            flush_to_disk(each)
         shutil.rmtree(path, ignore_errors=True)
         part.rename(path)
-        flush(self.folder)
+        flush_to_disk(self.folder)
         kept = [each for each in self.paths() if each <= path][-self.keep :]
         for each in self.paths():
             if each not in kept:  # an old one, or a newer one that was damaged and passed over

@@ -17,8 +17,8 @@ import torch
 from filelock import FileLock, Timeout
 
 from beit3.config import to_dict
-from beit3.data.prepare.formats.files import read_json
 from beit3.data.stores.records import write_text
+from beit3.files import read_json
 from beit3.ops.collectives import all_gather_objects, rank, world_size
 from beit3.task import Task
 

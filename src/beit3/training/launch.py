@@ -9,8 +9,8 @@ import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
 from beit3.ops.collectives import rank
-from beit3.ops.init import seeded
 from beit3.recipe import RunConfig
+from beit3.seeding import make_generator
 
 LEAVE = 0.5
 """Seconds before the interpreter ends, in which gloo's thread lets go of the last collective's tensors. Without them one run
@@ -62,4 +62,4 @@ def join() -> None:
 
 def seed_step(seed: int, step: int) -> None:
     """Everything random in a step that is not seeded by record: a function of (seed, step, rank), so nothing is saved."""
-    torch.manual_seed(seeded(seed, f"step {step} rank {rank()}").initial_seed())
+    torch.manual_seed(make_generator(seed, f"step {step} rank {rank()}").initial_seed())

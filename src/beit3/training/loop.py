@@ -16,7 +16,7 @@ from beit3.data.stores.records import locate, write_text
 from beit3.ops.collectives import all_gather_objects, barrier, leader_first, rank, world_size
 from beit3.progress import bar
 from beit3.recipe import Recipe
-from beit3.task import Task, fit_vocabulary
+from beit3.task import Task, grow_vocabulary, task_name
 from beit3.tokenizer.text import TextTokenizer
 from beit3.training.checkpoint import Checkpoints, full_disk
 from beit3.training.directory import claimed, finished, inputs_of, refuse_other_run
@@ -29,7 +29,7 @@ from beit3.training.root import records_root
 from beit3.training.step import backward, check_finite, gradient_norms, note_broken, sum_targets
 from beit3.training.watch import Watch
 from beit3.weights import store
-from beit3.weights.matching import Report, gathered, task_name
+from beit3.weights.matching import Report, gathered
 
 
 class Interrupted(KeyboardInterrupt):
@@ -75,7 +75,7 @@ def train(
         raise ValueError(
             f"no text tokenizer: give --data.text_model FILE, or write {root / store.TEXT} with beit3 tokenizer train"
         )
-    config = task_class.configure(fit_vocabulary(recipe.task, tokenizer), root)
+    config = task_class.configure(grow_vocabulary(recipe.task, tokenizer), root)
     task = build(task_class, config, tokenizer, run, device)
     refuse_other_ids(task, sources)
     mine = {
@@ -241,7 +241,7 @@ def open_source(
     """The records of one split under `root`."""
     data, path = (
         recipe.data,
-        locate(str(root), task_class.borrowed.get(name, task_name(task_class)), name, split),
+        locate(str(root), task_class.records_from.get(name, task_name(task_class)), name, split),
     )
     if split != "train":
         return Source(path, root)
@@ -289,7 +289,7 @@ def count_steps(recipe: Recipe, sizes: Mapping[str, int]) -> tuple[int, int]:
 def refuse_accumulation(task_class: type[Task], recipe: Recipe) -> None:
     """ValueError for several micro-batches a step where the task's forward changes state (a codebook's moving average)."""
     share = max(recipe.data.batch.values()) // world_size()
-    if task_class.moves_in_forward and 0 < recipe.run.micro_batch < share:
+    if task_class.updates_buffers and 0 < recipe.run.micro_batch < share:
         raise ValueError(
             f"run.micro_batch {recipe.run.micro_batch}: {task_name(task_class)} needs its share of {share} records at once"
         )

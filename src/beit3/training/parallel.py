@@ -25,9 +25,8 @@ from torch.utils.checkpoint import checkpoint as recomputed
 from beit3.ops.collectives import all_reduce, world_size
 from beit3.recipe import RunConfig, TaskConfig
 from beit3.segmentation.prior import synchronised
-from beit3.task import Task
+from beit3.task import Task, task_name
 from beit3.tokenizer.text import TextTokenizer
-from beit3.weights.matching import task_name
 
 RECOMPILATIONS = 64
 """Programs of one block's code: blocks with and without stochastic depth or fusion, each for images, texts and pairs. Beyond
@@ -126,7 +125,7 @@ def keep_products(
 def shard(task: Task, run: RunConfig, device: torch.device) -> None:
     """One FSDP group per block, one for the rest; gradients are summed, because losses are parts of the step's means.
 
-    Blocks are gathered in bfloat16 where autocast would cast them anyway (not on a processor, where it leaves norms alone);
+    Blocks are gathered in bfloat16 where autocast would cast them anyway (not on CPU, where it leaves norms alone);
     inputs keep their precision, so that the residual stream is float32 as on one process. The rest is gathered as it is
     kept: a codebook's projections and norms are computed in float32.
     """

@@ -3,7 +3,6 @@
 The world is written once to the cache in public formats, then prepared like any raw data.
 """
 
-import os
 import shutil
 import sys
 import tempfile
@@ -14,9 +13,9 @@ from filelock import FileLock
 
 from beit3.data.loader import Source
 from beit3.data.stores.records import locate, split_files
-from beit3.task import Task, load
+from beit3.files import cache_directory
+from beit3.task import Task, load_task, task_name
 from beit3.tokenizer.text import TextTokenizer
-from beit3.weights.matching import task_name
 from beit3.world.export import write_world
 
 VERSION = 3
@@ -42,12 +41,6 @@ RAW = {
 """Folder of the raw world for a task or source; the others are called like their task."""
 
 
-def cache() -> Path:
-    """`$BEIT3_CACHE`, else the user's cache directory."""
-    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "beit3"
-    return Path(os.environ.get("BEIT3_CACHE") or default)
-
-
 def records_root(
     task: type[Task],
     root: str,
@@ -63,7 +56,7 @@ def records_root(
     """
     if not root:
         return embedded_root(task, progress=progress)
-    place, own = Path(root), [source for source in task.sources if source not in task.borrowed]
+    place, own = Path(root), [source for source in task.sources if source not in task.records_from]
     if len(own) > 1 or own[0] not in sources or (place / task_name(task) / own[0]).exists():
         return place
     try:
@@ -80,12 +73,12 @@ def records_root(
 def split_sources(task: type[Task], root: str, split: str) -> dict[str, Source]:
     """The sources of a task that have this split, under `root` or in the embedded world."""
     place = records_root(task, root, task.sources, split)
-    names = {source: task.borrowed.get(source, task_name(task)) for source in task.sources}
+    names = {source: task.records_from.get(source, task_name(task)) for source in task.sources}
     there = {
         source: name for source, name in names.items() if split_files(place / name / source, split)
     }
     own = {
-        source: name for source, name in there.items() if source not in task.borrowed
+        source: name for source, name in there.items() if source not in task.records_from
     }  # they win over another task's
     chosen = own or there or {task.sources[0]: names[task.sources[0]]}
     return {
@@ -97,13 +90,13 @@ def embedded_root(
     task: type[Task], world: str = "default", *, progress: Callable[[int, int], None] | None = None
 ) -> Path:
     """Records of an embedded world for this task, with a text tokenizer; made on first use, by one process at a time."""
-    raw = cache() / f"world-{VERSION}-{world}"
+    raw = cache_directory() / f"world-{VERSION}-{world}"
     root = raw.with_name(raw.name + "-records")
     raw.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(raw.with_name(raw.name + ".lock")):
         if not raw.exists():
             write_world(raw, **WORLDS[world], progress=progress)
-        for kind in [task, *map(load, task.borrowed.values())]:
+        for kind in [task, *map(load_task, task.records_from.values())]:
             if not (root / task_name(kind)).exists():
                 prepare_world(raw, root, kind)
         if not (root / "text.model").exists():
@@ -116,7 +109,7 @@ def prepare_world(raw: Path, root: Path, task: type[Task]) -> None:
     name = task_name(task)
     root.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=root.parent) as scratch:
-        for source in (each for each in task.sources if each not in task.borrowed):
+        for source in (each for each in task.sources if each not in task.records_from):
             options = {"pack": 0} if source == "texts" else {}  # its texts are single sentences
             task.prepare(
                 raw / RAW.get(source, RAW.get(name, name)), Path(scratch), source, **options
@@ -133,7 +126,7 @@ def train_text_tokenizer(raw: Path, root: Path) -> None:
         ("nlvr2", ("main",)),
     ):
         if not (root / name).exists():
-            prepare_world(raw, root, load(name))
+            prepare_world(raw, root, load_task(name))
         paths = [locate(root, name, source, "train") for source in sources]
         texts += [record["text"] for path in paths for record in Source(path, root)]
     TextTokenizer.train(texts, vocab_size=VOCABULARY, model_type="bpe").save(root / "text.model")

@@ -6,8 +6,7 @@ from typing import Any
 
 from beit3.data.views.transforms import Preprocessing
 from beit3.model.config import ModelConfig
-from beit3.task import Task
-from beit3.weights.matching import task_name
+from beit3.task import Task, task_name
 
 COUNTS = {"answers": "num_answers", "classes": "num_classes"}
 """Config fields of names -> those that say how many there are."""

@@ -1,7 +1,7 @@
 """Every file that was released with BEiT-3 and for BEiT v2's tokenizer: what it is and what it is good for.
 
 Names, sizes and scores are those of the release's README; parameters are counted from the networks. Nothing is fetched:
-a file is the reader's to download. The giant of the paper was never released. Across the border: names and text.
+a file is the reader's to download. The giant of the paper was never released. Shapes: names and text.
 """
 
 from dataclasses import dataclass

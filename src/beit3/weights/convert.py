@@ -1,7 +1,7 @@
 """Foreign files to our directories and back, without resampling anything and in each file's own precision.
 
 `model.safetensors` keeps the types of the file's tensors (reading makes them float32), so what goes back is equal to the
-byte, names included. What a file does not hold is not written. Across the border: paths, and report lines for a person.
+byte, names included. What a file does not hold is not written. Shapes: paths, and report lines for a person.
 """
 
 import os
@@ -10,9 +10,10 @@ from pathlib import Path
 
 import torch
 
+from beit3.task import task_name
 from beit3.tokenizer.teacher import CLIPTeacher, load_teacher, save_clip
 from beit3.tokenizer.text import TextTokenizer
-from beit3.weights.matching import first_few, task_name
+from beit3.weights.matching import first_few
 from beit3.weights.release_format import load_official, read_file, to_official, translate
 from beit3.weights.store import find, in_place_of, load, read_tensors, save
 

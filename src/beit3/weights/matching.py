@@ -1,6 +1,6 @@
 """Tensors from a file into a task: what fits, what is left over, what starts fresh, and a report of all three.
 
-Across the border: dict[str, Tensor] under our parameter names.
+Shapes: dict[str, Tensor] under our parameter names.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -13,9 +13,9 @@ from torch import Tensor
 from beit3.data.views.transforms import Preprocessing
 from beit3.model.config import POSITION_OFFSET
 from beit3.ops.collectives import keep_shard, rank, whole
-from beit3.ops.init import seeded
 from beit3.ops.positions import resample_patches, resample_positions
-from beit3.task import Task
+from beit3.seeding import make_generator
+from beit3.task import Task, task_name
 
 IMAGE_POSITIONS = "backbone.image_embedding.positions"
 PATCHES = "backbone.image_embedding.patch.weight"
@@ -81,7 +81,7 @@ def complete(task: Task, values: Mapping[str, Tensor], fresh: Iterable[str]) -> 
     parameters = dict(task.named_parameters())
     for name in fresh:
         if name in parameters:  # statistics are as they were built, of no image yet
-            task.init_parameter(name, parameters[name], seeded(0, name))
+            task.init_parameter(name, parameters[name], make_generator(0, name))
     task.load_state_dict(values, strict=False)
 
 
@@ -150,14 +150,6 @@ def beyond_images(name: str) -> bool:
     return name.startswith("backbone.") and any(
         part in name for part in (".text_embedding.", ".text.", ".fusion.")
     )
-
-
-def task_name(kind: type[Task]) -> str:
-    """The name under which `beit3.task.load` finds a task: its module's, whole for modules of others."""
-    own = next(
-        each for each in kind.__mro__ if not each.__module__.startswith("torch.")
-    )  # sharding puts a class in front
-    return own.__module__.removeprefix("beit3.tasks.")
 
 
 def may_lack(name: str, *, images_alone: bool) -> str:

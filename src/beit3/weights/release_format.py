@@ -1,7 +1,7 @@
 """Released BEiT-3 files: read safely, recognise by their keys, load into a task, and give back under their names.
 
 The release names everything twice, `.A` for images and `.B` for texts, keeps query, key and value apart and mislabels
-two norms; TABLE is the whole correspondence. Across the border: dict[str, Tensor] under the released names, in float32
+two norms; TABLE is the whole correspondence. Shapes: dict[str, Tensor] under the released names, in float32
 unless asked otherwise.
 """
 
@@ -23,14 +23,14 @@ from beit3.data.views.transforms import Preprocessing
 from beit3.model.config import ModelConfig
 from beit3.model.trunk import ImageTrunk
 from beit3.recipe import TaskConfig
-from beit3.task import Task
-from beit3.task import load as load_task
+from beit3.task import Task, task_name
+from beit3.task import load_task as load_task
 from beit3.tokenizer.teacher import is_torchscript
 from beit3.tokenizer.text import TextTokenizer
 from beit3.weights.adapt import adapted, fields_of, with_names
 from beit3.weights.beit2_format import DROPPED, read_vqkd
 from beit3.weights.catalog import about
-from beit3.weights.matching import KEEP, Report, complete, first_few, match, stored, task_name
+from beit3.weights.matching import KEEP, Report, complete, first_few, match, stored
 
 PREFIX = "beit3."
 """In front of the backbone's names in files of a task; a bare backbone has none."""

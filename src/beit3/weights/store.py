@@ -19,12 +19,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from beit3.config import from_dict, to_dict
-from beit3.data.stores.records import flush
+from beit3.files import flush_to_disk
 from beit3.model.beit3 import BEiT3
 from beit3.model.trunk import ImageTrunk
 from beit3.recipe import TaskConfig
-from beit3.task import Task
-from beit3.task import load as load_task
+from beit3.task import Task, task_name
+from beit3.task import load_task as load_task
 from beit3.tokenizer.text import FILE, TextTokenizer
 from beit3.weights.adapt import adapted, with_names
 from beit3.weights.matching import (
@@ -38,7 +38,6 @@ from beit3.weights.matching import (
     may_lack,
     prepared_differently,
     stored,
-    task_name,
 )
 from beit3.weights.release_format import (
     family,
@@ -136,11 +135,11 @@ def in_place_of(directory: Path) -> Iterator[Path]:
         shutil.rmtree(new, ignore_errors=True)
         raise
     for path in (*new.iterdir(), new):
-        flush(path)
+        flush_to_disk(path)
     if directory.exists():
         directory.rename(old)
     new.rename(directory)
-    flush(directory.parent)
+    flush_to_disk(directory.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 

@@ -66,7 +66,9 @@ def test_real_texts():
     assert max(len(record["text"]) for record in records) <= formats.LONGEST_TEXT
     speech = next(record for record in records if record["id"] == "tinyshakespeare/input.txt:1")
     assert speech["text"] == "First Citizen: Before we proceed any further, hear me speak."
-    written = sum(len(path.read_text().split()) for path in sample("text_corpus").rglob("*.txt"))
+    written = sum(
+        len(path.read_text().split()) for path in sample("text_corpus").rglob("*.txt")
+    )
     assert sum(len(record["text"].split()) for record in records) == written
 
 

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from beit3.data.stores.records import Records
-from beit3.task import load
+from beit3.task import load_task
 
 PAGE = (Path(__file__).resolve().parents[2] / "docs/records.md").read_text(encoding="utf-8")
 SHOWN = {
@@ -25,7 +25,7 @@ def prepared(tmp_path: Path, task: str, file: str) -> dict[str, list[dict]]:
     for name in {*re.findall(r"photos/\w+\.jpg", SHOWN[file])}:
         (tmp_path / file).with_name("photos").mkdir(exist_ok=True)
         Image.new("RGB", (8, 8)).save((tmp_path / file).parent / name)
-    report = load(task).prepare((tmp_path / file).parent, tmp_path / "data", "main")
+    report = load_task(task).prepare((tmp_path / file).parent, tmp_path / "data", "main")
     assert report["passed_over"] == []
     splits = {
         split: list(Records(tmp_path / f"data/{task}/main/{split}.jsonl"))

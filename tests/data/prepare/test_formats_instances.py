@@ -89,7 +89,9 @@ def test_real_coco_is_what_its_files_say():
     ]
     assert sum(found["crowd"] for _, record in records for found in record["objects"]) == 13
     for split in ("train", "val"):
-        content = json.loads((COCO_MINI / f"annotations/instances_{split}2017.json").read_text())
+        content = json.loads(
+            (COCO_MINI / f"annotations/instances_{split}2017.json").read_text()
+        )
         mine = {record["id"]: record for side, record in records if side == split}
         assert list(mine) == [str(entry["id"]) for entry in content["images"]]
         for record in mine.values():

@@ -12,7 +12,7 @@ from PIL import Image
 from beit3.data.prepare import formats
 from beit3.data.prepare.formats import tars
 from beit3.data.prepare.splits import write_splits
-from beit3.data.stores.records import in_tar, read_member
+from beit3.files import parse_tar_member, read_tar_member
 from tests.data.prepare.test_formats import counts, files, refused, sample
 
 
@@ -54,7 +54,7 @@ def many(count: int) -> list[tuple[str, bytes | str]]:
 
 def content(record: dict[str, Any]) -> bytes:
     """The bytes that a record's image names."""
-    return read_member(*in_tar(record["image"]))
+    return read_tar_member(*parse_tar_member(record["image"]))
 
 
 def good(pairs: Iterable[tuple[str, dict]]) -> list[dict]:
@@ -93,7 +93,9 @@ def test_records_of_tars_can_be_written_as_any_others(tmp_path):
         and report["images"]["distinct"] == 40
         and not report["passed_over"]
     )
-    line = json.loads((tmp_path / "root/pretrain/pairs/train.jsonl").read_text().splitlines()[0])
+    line = json.loads(
+        (tmp_path / "root/pretrain/pairs/train.jsonl").read_text().splitlines()[0]
+    )
     assert (
         line["image"].startswith("../raw/00000.tar@")
         and content({"image": str(tmp_path / "root" / line["image"])}) == picture()
@@ -221,7 +223,9 @@ def test_names_lead_nowhere_else(tmp_path):
     assert len({record["id"] for record in found}) == len(found) == len(keys) - 1, (
         "'...png' has no name before its dot"
     )
-    assert {in_tar(record["image"])[0] for record in found} == {str(tmp_path / "raw/00000.tar")}
+    assert {parse_tar_member(record["image"])[0] for record in found} == {
+        str(tmp_path / "raw/00000.tar")
+    }
     names = [record["id"].removeprefix("00000/") for record in found]
     assert all(
         name.isascii() and len(name) < 120 and not set(name) & set("/\\ \n.") for name in names

@@ -12,7 +12,8 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from beit3.data.stores import records as module
-from beit3.data.stores.records import Records, locate, open_image, write_records
+from beit3.data.stores.records import Records, locate, write_records
+from beit3.images import open_image
 
 ROWS = [{"id": str(i), "text": "snow ☃ " * (i % 5), "image": f"a/{i}.png"} for i in range(50)]
 

@@ -18,8 +18,10 @@ from beit3.data.prepare.formats import tars
 from beit3.data.prepare.splits import write_splits
 from beit3.data.prepare.statistics import Lengths
 from beit3.data.stores import shards
-from beit3.data.stores.records import Records, in_tar, locate, member, open_image, read_member
+from beit3.data.stores.records import Records, locate
 from beit3.data.stores.shards import Shards, write_shards
+from beit3.files import format_tar_member, parse_tar_member, read_tar_member
+from beit3.images import open_image
 from beit3.tasks.vqkd import VQKD
 from beit3.tokenizer.text import TextTokenizer
 from tests.data.prepare.test_formats import sample
@@ -92,7 +94,7 @@ def test_a_real_shard(tmp_path, root):
         for side in report["records"]
     }
     for record in Source(locate(tmp_path / "one", "pretrain", "pairs", "train"), tmp_path / "one"):
-        (tmp_path / "file").write_bytes(read_member(*in_tar(record["image"])))
+        (tmp_path / "file").write_bytes(read_tar_member(*parse_tar_member(record["image"])))
         assert torch.equal(open_image(record["image"]), open_image(tmp_path / "file"))
 
 
@@ -280,11 +282,11 @@ def test_members_that_cannot_be_read_are_named(tmp_path):
     tar = shard(tmp_path / "x.tar", [("0.png", picture())])
     size = tar.stat().st_size
     wrong = {
-        member(tar, 512, 1 << 40): "more than",
-        member(tar, size - 10, 100): "ends before byte",
-        member(tar, 10**17, 5): "ends before",
-        member(tar, 0, 512): "not an image",
-        member(tmp_path / "no.tar", 0, 9): "cannot read image",
+        format_tar_member(tar, 512, 1 << 40): "more than",
+        format_tar_member(tar, size - 10, 100): "ends before byte",
+        format_tar_member(tar, 10**17, 5): "ends before",
+        format_tar_member(tar, 0, 512): "not an image",
+        format_tar_member(tmp_path / "no.tar", 0, 9): "cannot read image",
     }
     for image, words in wrong.items():
         with pytest.raises(ValueError, match=words) as error:
@@ -355,7 +357,7 @@ def test_any_number_of_processes_reads_the_same_in_the_same_order(source, world)
 def test_an_unreadable_image_is_replaced_by_the_next_of_the_epoch(source, tarred):
     good = [line.partition(" 0.")[0] for line in chain(*batches(source, range(12)))]
     broken = next(record for record in source if record["id"] == "00000/0007")
-    tar, start, size = in_tar(broken["image"])
+    tar, start, size = parse_tar_member(broken["image"])
     with Path(tar).open("r+b") as file:
         file.seek(start)
         file.write(bytes(size))

@@ -13,7 +13,7 @@ from beit3.data.stores.records import locate
 from beit3.data.stores.tokens import RUN, About, Tokens
 from beit3.data.text.packing import Packer
 from beit3.data.text.tokenize import write_tokens
-from beit3.task import load
+from beit3.task import load_task
 from beit3.tasks.pretrain import Pretrain, PretrainConfig
 from beit3.tokenizer.text import TextTokenizer
 from beit3.training.evaluate import refuse_other_ids
@@ -109,7 +109,7 @@ def test_as_a_source(root, tokenizer):
 def test_an_example_of_ids_is_that_of_their_words(root, tokenizer):
     """Masks are drawn from the id, so the two records need the same."""
     config = PretrainConfig(
-        model=load("pretrain").recipes["demo"].task.model, monomodal_text_length=16
+        model=load_task("pretrain").recipes["demo"].task.model, monomodal_text_length=16
     )
     task = Pretrain(config, tokenizer=tokenizer)
     for record in Tokens(root / "pretrain/texts/train.tokens"):
@@ -123,7 +123,7 @@ def test_another_tokenizer_is_refused(root, tokenizer):
         ["Another text altogether. One two."], vocab_size=40, model_type="bpe"
     )
     sources = {"texts": Source(locate(root, "pretrain", "texts", "val"), root)}
-    config = PretrainConfig(model=load("pretrain").recipes["demo"].task.model)
+    config = PretrainConfig(model=load_task("pretrain").recipes["demo"].task.model)
     refuse_other_ids(Pretrain(config, tokenizer=tokenizer), sources)
     with pytest.raises(
         ValueError,

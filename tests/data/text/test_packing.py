@@ -102,7 +102,9 @@ def test_real_books_are_kept_whole_in_full_records(reader, limit):
 
 def test_records_end_with_sentences_where_they_can(reader):
     """Prose of short sentences: one in ten words or fewer ends one, most records do."""
-    records = pack((DATA / "gutenberg" / "burgess-busterbrown.txt").read_text(), reader.pieces, 510)
+    records = pack(
+        (DATA / "gutenberg" / "burgess-busterbrown.txt").read_text(), reader.pieces, 510
+    )
     assert sum(
         bool(re.search(r"[.!?][\"')\]]*$", reader.decode(ids))) for ids in records
     ) >= 0.75 * len(records)

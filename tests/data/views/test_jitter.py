@@ -8,7 +8,7 @@ from torchvision.ops import masks_to_boxes
 from beit3.data.stores.rle import encode, rasterise
 from beit3.data.views import jitter
 from beit3.data.views.jitter import MIN_SIDE, Objects, View, large_scale_jitter, pad_square
-from beit3.data.views.masking import rng
+from beit3.seeding import make_rng
 
 
 def box_polygon(x1, y1, x2, y2):
@@ -35,7 +35,7 @@ def test_the_draw_covers_its_ranges(monkeypatch):
     views = []
     monkeypatch.setattr(View, "image", lambda view, image: views.append(view) or image)
     for seed in range(400):
-        large_scale_jitter(blank(60, 80), objects(), rng(seed, 0, 0), size=100)
+        large_scale_jitter(blank(60, 80), objects(), make_rng(seed, 0, 0), size=100)
     factors = np.array([max(view.scaled) / 100 for view in views])
     assert (
         0.1 <= factors.min() < 0.15
@@ -64,10 +64,10 @@ def test_the_draw_covers_its_ranges(monkeypatch):
 def test_seeds_and_rates():
     image = torch.arange(3 * 40 * 50).remainder(251).to(torch.uint8).view(3, 40, 50)
     shown = objects([4, 4, 30, 30], segmentations=[[box_polygon(4, 4, 30, 30)]])
-    first, second = (large_scale_jitter(image, shown, rng(7, 0, 0), size=48) for _ in range(2))
+    first, second = (large_scale_jitter(image, shown, make_rng(7, 0, 0), size=48) for _ in range(2))
     assert torch.equal(first[0], second[0]) and torch.equal(first[1].masks, second[1].masks)
     plain, seen = large_scale_jitter(
-        image, shown, rng(0, 0, 0), size=50, scale=(1.0, 1.0), flip=0.0
+        image, shown, make_rng(0, 0, 0), size=50, scale=(1.0, 1.0), flip=0.0
     )
     assert (
         torch.equal(plain, image)
@@ -75,7 +75,7 @@ def test_seeds_and_rates():
         and seen.labels.tolist() == [0]
     )
     mirrored, seen = large_scale_jitter(
-        image, shown, rng(0, 0, 0), size=50, scale=(1.0, 1.0), flip=1.0
+        image, shown, make_rng(0, 0, 0), size=50, scale=(1.0, 1.0), flip=1.0
     )
     assert torch.equal(mirrored, image.flip(-1)) and seen.boxes.tolist() == [[20, 4, 46, 30]]
 
@@ -99,7 +99,7 @@ def test_objects_go_with_their_pixels(seed, form):
     view, seen = large_scale_jitter(
         image,
         objects(*places, segmentations=segmentations),
-        rng(seed, 0, 0),
+        make_rng(seed, 0, 0),
         size=64,
         scale=(0.8, 2.0),
     )
@@ -212,7 +212,7 @@ def test_what_is_not_seen_is_dropped():
 def test_nothing_to_see():
     for segmentations in (None, []):
         _, seen = large_scale_jitter(
-            blank(20, 30), objects(segmentations=segmentations), rng(0, 0, 0), size=16
+            blank(20, 30), objects(segmentations=segmentations), make_rng(0, 0, 0), size=16
         )
         assert seen.boxes.shape == (0, 4) and seen.labels.shape == (0,)
     assert seen.masks.shape[0] == 0
@@ -228,7 +228,7 @@ def test_extreme_pictures(height, width, seed):
         view, seen = large_scale_jitter(
             blank(height, width),
             objects(place, segmentations=segmentations),
-            rng(seed, 0, 0),
+            make_rng(seed, 0, 0),
             size=64,
         )
         assert view.dtype == torch.uint8 and 1 <= min(view.shape[1:]) and max(view.shape[1:]) <= 64

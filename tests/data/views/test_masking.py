@@ -5,13 +5,14 @@ import math
 import numpy as np
 import pytest
 
-from beit3.data.views.masking import IGNORE, _add_block, block_mask, rng, text_mask
+from beit3.data.views.masking import IGNORE, _add_block, block_mask, text_mask
+from beit3.seeding import make_rng
 
 MASK = 64001
 
 
 def generators(count, seed=0):
-    return [rng(seed, 0, key) for key in range(count)]
+    return [make_rng(seed, 0, key) for key in range(count)]
 
 
 SIZES = [((14, 14), 75), ((14, 14), 78), ((16, 16), 102), ((4, 4), 6), ((8, 8), 25), ((5, 9), 20)]
@@ -27,18 +28,18 @@ def test_exact_count(grid, masked):
 @pytest.mark.parametrize("grid", [(1, 1), (1, 7), (2, 2), (3, 3), (14, 14)])
 def test_every_possible_count(grid):
     for masked in range(grid[0] * grid[1] + 1):
-        assert block_mask(grid, masked, rng(0, 0, masked)).sum() == masked
+        assert block_mask(grid, masked, make_rng(0, 0, masked)).sum() == masked
     with pytest.raises(ValueError, match="num_masked"):
-        block_mask(grid, grid[0] * grid[1] + 1, rng(0, 0, 0))
+        block_mask(grid, grid[0] * grid[1] + 1, make_rng(0, 0, 0))
 
 
 def test_seeds():
-    one = block_mask((14, 14), 78, rng(3, 1, "a/b.jpg"))
-    assert (one == block_mask((14, 14), 78, rng(3, 1, "a/b.jpg"))).all()
-    for other in (rng(4, 1, "a/b.jpg"), rng(3, 2, "a/b.jpg"), rng(3, 1, "a/c.jpg")):
+    one = block_mask((14, 14), 78, make_rng(3, 1, "a/b.jpg"))
+    assert (one == block_mask((14, 14), 78, make_rng(3, 1, "a/b.jpg"))).all()
+    for other in (make_rng(4, 1, "a/b.jpg"), make_rng(3, 2, "a/b.jpg"), make_rng(3, 1, "a/c.jpg")):
         assert (one != block_mask((14, 14), 78, other)).any()
     # Written down once: a mask must never depend on the process (PYTHONHASHSEED) or the machine.
-    assert rng(0, 0, "x").integers(1 << 30) == 71608040
+    assert make_rng(0, 0, "x").integers(1 << 30) == 71608040
 
 
 def obvious_block(mask, cap, smallest, generator):
@@ -75,8 +76,8 @@ def test_blocks_equal_the_obvious_rules(grid, cap, smallest):
     for key in range(300):
         start = np.random.default_rng(key).random(grid) < 0.3
         fast, slow = start.copy(), start.copy()
-        added = _add_block(fast, cap, smallest, (0.3, 1 / 0.3), rng(1, 0, key))
-        assert added == obvious_block(slow, cap, smallest, rng(1, 0, key))
+        added = _add_block(fast, cap, smallest, (0.3, 1 / 0.3), make_rng(1, 0, key))
+        assert added == obvious_block(slow, cap, smallest, make_rng(1, 0, key))
         assert (fast == slow).all() and 0 <= added <= cap and added == fast.sum() - start.sum()
         outcomes.add(added)
     assert len(outcomes) > 3
@@ -119,7 +120,7 @@ def test_text_mask_counts_and_positions():
     ids = np.array([0, 10, 11, 3, 12, 13, 14, 15, 16, 17, 18, 19, 2, 1, 1], dtype=np.int64)
     for rate, count in ((0.15, 2), (0.5, 5), (0.01, 1), (1.0, 10)):
         for key in range(50):
-            corrupted, targets = text_mask(ids, rng(0, 0, key), rate=rate, mask_id=MASK)
+            corrupted, targets = text_mask(ids, make_rng(0, 0, key), rate=rate, mask_id=MASK)
             chosen = targets != IGNORE
             assert chosen.sum() == count == max(1, round(rate * 10))
             assert (ids[chosen] >= 4).all() and (targets[chosen] == ids[chosen]).all()
@@ -132,16 +133,16 @@ def test_text_mask_counts_and_positions():
 def test_text_mask_keep_and_nothing_to_mask():
     ids = np.array([0, 10, 11, 2])
     _, targets = text_mask(
-        ids, rng(0, 0, 0), rate=1.0, mask_id=MASK, keep=np.array([True, True, False, True])
+        ids, make_rng(0, 0, 0), rate=1.0, mask_id=MASK, keep=np.array([True, True, False, True])
     )
     assert targets.tolist() == [IGNORE, IGNORE, 11, IGNORE]
-    corrupted, targets = text_mask(np.array([0, 3, 2]), rng(0, 0, 0), rate=0.5, mask_id=MASK)
+    corrupted, targets = text_mask(np.array([0, 3, 2]), make_rng(0, 0, 0), rate=0.5, mask_id=MASK)
     assert corrupted.tolist() == [0, 3, 2] and (targets == IGNORE).all()
 
 
 def test_text_mask_fates():
     ids = np.full(40_000, 7, dtype=np.int64)
-    corrupted, targets = text_mask(ids, rng(0, 0, "fates"), rate=0.5, mask_id=MASK)
+    corrupted, targets = text_mask(ids, make_rng(0, 0, "fates"), rate=0.5, mask_id=MASK)
     seen = corrupted[targets != IGNORE]
     masked, random = seen == MASK, (seen != MASK) & (seen != 7)
     assert len(seen) == 20_000
@@ -149,5 +150,5 @@ def test_text_mask_fates():
     assert abs(masked.mean() - 0.8) < 0.012 and abs(random.mean() - 0.1) < 0.009
     assert seen[random].min() >= 4 and seen[random].max() <= MASK - 1
     assert seen[random].min() < 400 and seen[random].max() > MASK - 400
-    narrow, _ = text_mask(ids, rng(0, 0, "fates"), rate=0.5, mask_id=MASK, vocab=(100, 103))
+    narrow, _ = text_mask(ids, make_rng(0, 0, "fates"), rate=0.5, mask_id=MASK, vocab=(100, 103))
     assert set(narrow.tolist()) == {7, MASK, 100, 101, 102}

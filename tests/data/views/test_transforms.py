@@ -10,8 +10,8 @@ from PIL import Image
 from torchvision.transforms.v2 import functional as F
 
 from beit3.data.views import transforms
-from beit3.data.views.masking import rng
 from beit3.data.views.transforms import IMAGENET, VL, Preprocessing, random_resized_crop, two_views
+from beit3.seeding import make_rng
 from tests.golden import config, tensors
 
 
@@ -55,7 +55,7 @@ def test_fitting_size_is_not_resized(photo, monkeypatch):
     assert torch.allclose(Preprocessing(60)(square), expected, atol=1e-6)
     sizes = {"image_size": 60, "token_size": 60}
     patches, tokens = two_views(
-        square, rng(0, 0, 0), **sizes, scale=(1, 1), hflip=0, color_jitter=0
+        square, make_rng(0, 0, 0), **sizes, scale=(1, 1), hflip=0, color_jitter=0
     )
     assert torch.equal(patches, square) and torch.equal(patches, tokens)
 
@@ -70,7 +70,7 @@ def test_interleaved_and_separate_colors_give_the_same(photo):
                 preprocessing(interleaved[:, cut, cut]), preprocessing(photo[:, cut, cut])
             )
     one, two = (
-        two_views(image, rng(0, 0, 4), image_size=32, token_size=24)
+        two_views(image, make_rng(0, 0, 4), image_size=32, token_size=24)
         for image in (photo, interleaved)
     )
     assert torch.equal(one[0], two[0]) and torch.equal(one[1], two[1])
@@ -78,7 +78,7 @@ def test_interleaved_and_separate_colors_give_the_same(photo):
 
 def test_fitted_is_what_is_normalised(photo):
     for preprocessing in (Preprocessing(32), Preprocessing(32, *IMAGENET, resize="crop")):
-        fitted = preprocessing.fitted(photo)
+        fitted = preprocessing.preprocess(photo)
         assert fitted.dtype == torch.uint8 and torch.equal(
             preprocessing(photo), preprocessing.normalize(fitted)
         )
@@ -121,10 +121,12 @@ def test_preprocessing_names_the_wrong_field(wrong):
 def test_views_share_one_crop(photo):
     for key in range(20):
         draw = dict(scale=(0.2, 1.0), color_jitter=0.0, hflip=0.5)
-        patches, tokens = two_views(photo, rng(0, 0, key), image_size=28, token_size=32, **draw)
+        patches, tokens = two_views(
+            photo, make_rng(0, 0, key), image_size=28, token_size=32, **draw
+        )
         assert patches.shape == (3, 28, 28) and tokens.shape == (3, 32, 32)
         assert patches.dtype == tokens.dtype == torch.uint8
-        generator = rng(0, 0, key)
+        generator = make_rng(0, 0, key)
         top, left, tall, wide = transforms._draw_box(
             photo, generator, draw["scale"], (3 / 4, 4 / 3)
         )
@@ -137,7 +139,7 @@ def test_views_share_one_crop(photo):
 def test_boxes_stay_inside_and_keep_scale_and_ratio(photo):
     boxes = np.array(
         [
-            transforms._draw_box(photo, rng(0, 0, key), (0.2, 1.0), (3 / 4, 4 / 3))
+            transforms._draw_box(photo, make_rng(0, 0, key), (0.2, 1.0), (3 / 4, 4 / 3))
             for key in range(3000)
         ]
     )
@@ -158,7 +160,7 @@ WHOLE = {
 @pytest.mark.parametrize("size, expected", WHOLE.items())
 def test_whole_image_keeps_the_ratio(size, expected):
     image = torch.zeros((3, *size), dtype=torch.uint8)
-    assert transforms._draw_box(image, rng(0, 0, 0), (1.0, 1.0), (3 / 4, 4 / 3)) == expected
+    assert transforms._draw_box(image, make_rng(0, 0, 0), (1.0, 1.0), (3 / 4, 4 / 3)) == expected
 
 
 def test_one_pixel_and_narrow_images():
@@ -166,7 +168,7 @@ def test_one_pixel_and_narrow_images():
         image = torch.full((3, *size), 200, dtype=torch.uint8)
         for key in range(10):
             patches, tokens = two_views(
-                image, rng(0, 0, key), image_size=16, token_size=8, color_jitter=0
+                image, make_rng(0, 0, key), image_size=16, token_size=8, color_jitter=0
             )
             assert (patches == 200).all() and tokens.shape == (3, 8, 8)
 
@@ -175,11 +177,11 @@ def test_jitter_equals_torchvision(photo):
     operations = (F.adjust_brightness_image, F.adjust_contrast_image, F.adjust_saturation_image)
     seen = set()
     for key in range(12):
-        generator, expected = rng(0, 0, key), photo.float() / 255
+        generator, expected = make_rng(0, 0, key), photo.float() / 255
         order = generator.permutation(3).tolist()
         for change in order:
             expected = operations[change](expected, 0.6 + 0.8 * generator.random())
-        changes = transforms._draw_changes(rng(0, 0, key), 0.4)
+        changes = transforms._draw_changes(make_rng(0, 0, key), 0.4)
         found = transforms._jitter(photo, changes, (0, 0, 60, 80))
         assert found.dtype == torch.uint8 and (found - expected * 255).abs().max() < 0.6
         assert torch.equal(
@@ -191,7 +193,7 @@ def test_jitter_equals_torchvision(photo):
 
 def test_all_chance_comes_from_the_generator(photo):
     def views(seed):
-        return two_views(photo, rng(seed, 0, "x"), image_size=16, token_size=8)
+        return two_views(photo, make_rng(seed, 0, "x"), image_size=16, token_size=8)
 
     torch.manual_seed(0)
     first = views(0)
@@ -202,15 +204,16 @@ def test_all_chance_comes_from_the_generator(photo):
 
 
 def test_fine_tuning_crop(photo):
-    crops = [random_resized_crop(photo, rng(0, 0, key), image_size=24) for key in range(8)]
+    crops = [random_resized_crop(photo, make_rng(0, 0, key), image_size=24) for key in range(8)]
     assert all(crop.shape == (3, 24, 24) and crop.dtype == torch.uint8 for crop in crops)
-    whole = random_resized_crop(photo, rng(0, 0, 0), image_size=24, scale=(1, 1), hflip=0)
+    whole = random_resized_crop(photo, make_rng(0, 0, 0), image_size=24, scale=(1, 1), hflip=0)
     assert (whole.int() - from_pillow(photo, 24).int()).abs().max() <= 1
-    mirrored = random_resized_crop(photo, rng(0, 0, 0), image_size=24, scale=(1, 1), hflip=1)
+    mirrored = random_resized_crop(photo, make_rng(0, 0, 0), image_size=24, scale=(1, 1), hflip=1)
     assert (mirrored.int() - whole.flip(-1).int()).abs().max() <= 1
     # Red rises from left to right in the photo, so its order in the crop tells which ones were mirrored.
     flips = [
-        random_resized_crop(photo, rng(1, 0, key), image_size=8)[0].float() for key in range(400)
+        random_resized_crop(photo, make_rng(1, 0, key), image_size=8)[0].float()
+        for key in range(400)
     ]
     assert 0.4 < np.mean([(view[:, 0] > view[:, -1]).all().item() for view in flips]) < 0.6
 
@@ -219,10 +222,12 @@ def test_transforms_leave_the_image_alone(photo):
     before = photo.clone()
     square = photo[:, :, :60].contiguous()
     for image in (photo, square):
-        two_views(image, rng(0, 0, 3), image_size=60, token_size=60)
-        two_views(image, rng(0, 0, 3), image_size=60, token_size=60, scale=(1, 1), color_jitter=0)
+        two_views(image, make_rng(0, 0, 3), image_size=60, token_size=60)
+        two_views(
+            image, make_rng(0, 0, 3), image_size=60, token_size=60, scale=(1, 1), color_jitter=0
+        )
         Preprocessing(60)(image)
-        random_resized_crop(image, rng(0, 0, 1), image_size=60)
+        random_resized_crop(image, make_rng(0, 0, 1), image_size=60)
     assert torch.equal(photo, before) and torch.equal(square, before[:, :, :60])
 
 

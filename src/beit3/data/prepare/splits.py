@@ -15,7 +15,9 @@ from typing import Any, BinaryIO
 
 from beit3.data.prepare.formats.files import Expected
 from beit3.data.prepare.statistics import NAMED, Lengths, Survey, describe
-from beit3.data.stores.records import FILES, IMAGES, STORES, header_fault, in_tar, read_member
+from beit3.data.stores.records import FILES, IMAGES, STORES
+from beit3.files import parse_tar_member, read_tar_member
+from beit3.images import find_header_fault
 from beit3.progress import bar
 
 __all__ = ["BAD_SHARE", "Lengths", "describe", "find_fault", "image_fault", "write_splits"]
@@ -109,12 +111,14 @@ def doubled(split: str, record: dict[str, Any], seen: set[tuple[str, str]]) -> s
 
 def image_fault(path: str, size: tuple[int, int] | None = None) -> str:
     """'' for an image whose header can be read, and is of this width and height where they are given; else one line with its name."""
-    tar, start, length = in_tar(path)
+    tar, start, length = parse_tar_member(path)
     if not os.path.exists(tar or path):
         return f"image {path} is missing" + (
             f", looked for in {path.searched}" if isinstance(path, Expected) else ""
         )
-    fault = header_fault(io.BytesIO(read_member(tar, start, length)) if tar else path, size)
+    fault = find_header_fault(
+        io.BytesIO(read_tar_member(tar, start, length)) if tar else path, size
+    )
     return f"image {path} {fault}" if fault else ""
 
 

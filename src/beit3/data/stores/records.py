@@ -3,36 +3,19 @@
 Image paths inside a record are relative to `root` (".." allowed), so `Path(root) / record["image"]` is the file; an image
 may also be a range of bytes of a tar, "photos/00000.tar@1536+20480" (start and size). A source may be several sets in
 folders below its own. In place of a folder of ours, a root may hold upstream's index files as they are
-(`beit3.data.stores.upstream`). Across the border: dict; image uint8 [3, H, W] RGB.
+(`beit3.data.stores.upstream`). Shapes: dict; image uint8 [3, H, W] RGB.
 """
 
-import io
 import json
 import mmap
 import operator
-import os
-import re
-import struct
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
-import torch
-from PIL import ExifTags, Image, ImageOps
-from torch import Tensor
-from torchvision.io import ImageReadMode, decode_image
 
-# Pillow's own limit against decompression bombs (2 x 89.5 million pixels), and a file no photograph reaches.
-MAX_PIXELS = 178_956_970
-MAX_BYTES = 1 << 29
-TINY_BYTES = 4096
-
-UNREADABLE = (OSError, RuntimeError, SyntaxError, ValueError, OverflowError, struct.error)
-"""What Pillow raises on files that are damaged or none."""
+from beit3.files import atomic_write
 
 IMAGES = ("image", "image2")
 """Fields of a record that name an image."""
@@ -42,9 +25,6 @@ FILES = (*IMAGES, "label_map")
 STORES = (".jsonl", ".shards", ".tokens")
 """Endings of a split's records: one JSON object a line, an index of tars (`beit3.data.stores.shards`), or of ids (`beit3.data.stores.tokens`)."""
 
-MEMBER = re.compile(r"(.+\.tar)@(\d{1,18})\+(\d{1,18})", re.DOTALL)
-OPEN_TARS = 64
-"""Tars that a process keeps open, the last ones used."""
 
 # Upstream's index files of a task, and what they call our splits where it differs: the first that is there counts.
 INDEX_FILES = {
@@ -127,7 +107,7 @@ class Records:
 def write_records(path: str | Path, records: Iterable[dict]) -> int:
     """Write `records` to `path`, one per line, and return their number; a reader never sees half a file."""
     count = 0
-    with written_aside(Path(path)) as file:
+    with atomic_write(Path(path)) as file:
         for record in records:
             file.write(f"{json.dumps(record, ensure_ascii=False)}\n".encode())
             count += 1
@@ -136,7 +116,7 @@ def write_records(path: str | Path, records: Iterable[dict]) -> int:
 
 def write_text(path: str | Path, text: str) -> None:
     """Write `text` to `path`; a reader never sees half a file."""
-    with written_aside(Path(path)) as file:
+    with atomic_write(Path(path)) as file:
         file.write(text.encode())
 
 
@@ -186,141 +166,3 @@ def locate(root: str | Path, task: str, source: str, split: str) -> Path:
         f" --source {source}" if source != "main" else ""
     )
     raise ValueError(f"no {task}/{source}/{split}.jsonl under {root}: write it with `{remedy}`")
-
-
-def open_image(image: str | Path | Image.Image) -> Tensor:
-    """A file, a member of a tar or a Pillow image, upright as its EXIF orientation says: uint8 [3, H, W] RGB.
-
-    Of an animation the first frame. ValueError naming the file when it is absent, no image, damaged, or beyond 178 million
-    pixels or 512 MiB. Callers must not write into the tensor: those of tiny files are shared.
-    """
-    if isinstance(image, Image.Image):
-        return _convert(image)
-    tar, _, size = in_tar(str(image))
-    try:
-        status = os.stat(tar or image)
-    except OSError as error:
-        raise ValueError(f"cannot read image {image}: {error.strerror}") from error
-    size = size if tar else status.st_size
-    if size > MAX_BYTES:
-        raise ValueError(f"image {image} has {size} bytes, more than {MAX_BYTES}: make it smaller")
-    return _open_tiny(str(image), status.st_mtime_ns) if size <= TINY_BYTES else _open(image)
-
-
-def member(tar: str | Path, start: int, size: int) -> str:
-    """The name by which records know an image inside a tar."""
-    return f"{tar}@{start}+{size}"
-
-
-def in_tar(image: str) -> tuple[str, int, int]:
-    """(tar, start, size) of the name of a member; the tar is '' for any other file."""
-    found = MEMBER.fullmatch(image)
-    return (found[1], int(found[2]), int(found[3])) if found else ("", 0, 0)
-
-
-def read_member(tar: str | Path, start: int, size: int) -> bytes:
-    """`size` bytes of a tar from `start`. ValueError where it ends before; OSError where it cannot be read."""
-    content = os.pread(_opened(str(tar)).fileno(), size, start)
-    if len(content) != size:
-        raise ValueError(
-            f"{tar} ends before byte {start + size}: it was changed, run `beit3 prepare` again"
-        )
-    return content
-
-
-@lru_cache(maxsize=OPEN_TARS)
-def _opened(tar: str) -> BinaryIO:
-    """Processes that are forked share the descriptor, which reading at a place does not move."""
-    return open(tar, "rb", buffering=0)  # type: ignore[return-value]
-
-
-@lru_cache(maxsize=16384)
-def _open_tiny(path: str, modified: int) -> Tensor:
-    """Files of a few KB stay decoded: opening them takes longer than a small network needs to look at them."""
-    return _open(path)
-
-
-def _open(path: str | Path) -> Tensor:
-    tar, start, size = in_tar(str(path))
-    try:
-        data = read_member(tar, start, size) if tar else Path(path).read_bytes()
-    except OSError as error:
-        raise ValueError(f"cannot read image {path}: {error.strerror}") from error
-    try:
-        with Image.open(io.BytesIO(data)) as header:
-            if header.width * header.height > MAX_PIXELS:
-                raise Image.DecompressionBombError
-            if header.format in ("JPEG", "PNG") and header.mode in ("RGB", "L"):
-                return _decode(data)
-            return _convert(header)
-    except Image.DecompressionBombError:
-        raise ValueError(
-            f"image {path} has more than {MAX_PIXELS} pixels: make it smaller"
-        ) from None
-    except UNREADABLE as error:
-        raise ValueError(f"{path} is not an image that can be read: {error}") from error
-
-
-def header_fault(image: str | BinaryIO, size: tuple[int, int] | None = None) -> str:
-    """'' for an image whose header can be read, and is of this width and height where they are given; else what is wrong with it."""
-    try:
-        with Image.open(image) as header:
-            found = header.size if size is None else upright_size(header)
-    except (*UNREADABLE, Image.DecompressionBombError) as error:
-        return f"cannot be read ({type(error).__name__})"
-    if min(found) <= 0:
-        return "is empty"
-    return (
-        ""
-        if size in (None, found)
-        else f"has {found[0]} x {found[1]} pixels, its annotations are of {size[0]} x {size[1]}"
-    )
-
-
-def upright_size(header: Image.Image) -> tuple[int, int]:
-    """Width and height of an image, opened but not read, as `open_image` turns it by its EXIF orientation."""
-    # Asked for EXIF it does not have, a PNG is read whole.
-    quarter = "exif" in header.info and header.getexif().get(ExifTags.Base.Orientation) in (
-        5,
-        6,
-        7,
-        8,
-    )
-    return (header.height, header.width) if quarter else header.size
-
-
-def flush(path: str | Path) -> None:
-    """Make what was written to a file or folder durable."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-@contextmanager
-def written_aside(path: Path) -> Iterator[BinaryIO]:
-    """A file beside `path` that takes its place when it is written whole, and vanishes otherwise."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    try:
-        with partial.open("wb") as file:
-            yield file
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def _decode(data: bytes) -> Tensor:
-    """The common cases by torchvision, about twice as fast as Pillow and equal to it within 1/255."""
-    buffer = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-    return decode_image(buffer, mode=ImageReadMode.RGB, apply_exif_orientation=True)
-
-
-def _convert(image: Image.Image) -> Tensor:
-    """Every other mode by Pillow: palettes, alpha (dropped), CMYK, and 16 bits, of which the upper 8 are kept."""
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):
-        image = Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
-    pixels = np.array(image.convert("RGB"))  # [H, W, 3]
-    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()

@@ -24,7 +24,8 @@ from beit3.data.prepare.formats.tars import Sample, caption, plain, samples, sha
 from beit3.data.prepare.splits import BAD_SHARE, find_fault, judge, printable, split_writers
 from beit3.data.prepare.statistics import Lengths, Survey
 from beit3.data.process_pool import finished
-from beit3.data.stores.records import member, read_member, written_aside
+from beit3.files import atomic_write, format_tar_member, read_tar_member
+from beit3.machine import count_cores
 from beit3.progress import bar
 
 FORMAT = "beit3 shards 1"
@@ -72,7 +73,7 @@ class Shards:
         shard = int(np.searchsorted(self._ends, index, side="right"))
         tar, row = self._tar(shard), self._mapped()[index]
         record = {"id": f"{self.tars[shard]['name']}/{row['key'].decode()}"}
-        record["image"] = member(
+        record["image"] = format_tar_member(
             self.tars[shard]["path"], int(row["image"]), int(row["image_size"])
         )
         if "text" not in (self.columns.names or ()):
@@ -80,7 +81,8 @@ class Shards:
         try:
             return record | {
                 "text": caption(
-                    read_member(tar, int(row["text"]), int(row["text_size"])), bool(row["in_json"])
+                    read_tar_member(tar, int(row["text"]), int(row["text_size"])),
+                    bool(row["in_json"]),
                 )
             }
         except (OSError, ValueError) as error:
@@ -220,7 +222,7 @@ def _all(
         for number, head in finished(
             read,
             dict(enumerate(jobs)),
-            1 if small else workers or os.cpu_count() or 1,
+            1 if small else workers or count_cores(),
             module=__name__,
         ):
             heads[number] = head
@@ -253,7 +255,7 @@ def _read(tar: Path, part: Path, *, captions: bool, lengths: Lengths | None) -> 
     made = np.array(rows, dtype=_columns(width, captions=captions, held_out=True))
     head = {"of": of, "width": width, "records": len(rows), "held_out": int(made["held_out"].sum())}
     head |= {"faults": faults, "cut": cut, "texts": survey.texts()}
-    with written_aside(part) as file:
+    with atomic_write(part) as file:
         file.write(f"{json.dumps(head)}\n".encode())
         file.write(made.tobytes())
     return head

@@ -2,7 +2,7 @@
 
 `<split>.tokens` is a small JSON file that names the folder of the arrays beside it and the tokenizer; the folder holds
 `<split>.ids.npy` (uint16, or uint32 for large vocabularies), `<split>.records.npy` (RECORD) and `<split>.names.npy` (bytes).
-Across the border: index -> record {id, text: list of ids without marks}.
+Shapes: index -> record {id, text: list of ids without marks}.
 """
 
 import json

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from beit3.data.prepare.formats.captions import captions_by_image
-from beit3.data.prepare.formats.files import field, read_json
+from beit3.data.prepare.formats.files import field
 from beit3.data.prepare.formats.nlvr import sentence_of
 from beit3.data.stores.records import Records
+from beit3.files import read_json
 
 Record: TypeAlias = dict[str, Any]
 

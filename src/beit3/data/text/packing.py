@@ -1,6 +1,6 @@
 """Documents -> records of full length: the pieces of a document's words in their order, as many as fit.
 
-A record never mixes two documents, and a document never loses or repeats a piece. Across the border: a text file, or a
+A record never mixes two documents, and a document never loses or repeats a piece. Shapes: a text file, or a
 string opened as one -> the ids of each record as bytes of unsigned integers, begin and end marks not among them.
 """
 

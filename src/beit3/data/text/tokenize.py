@@ -21,13 +21,14 @@ import numpy as np
 from filelock import FileLock, Timeout
 
 from beit3.data.prepare.formats.corpora import PART, Corpus, Fault, Span
-from beit3.data.prepare.formats.files import read_json
 from beit3.data.prepare.splits import BAD_SHARE, judge, printable, split_writers
 from beit3.data.prepare.statistics import NAMED, Lengths, Survey
 from beit3.data.process_pool import finished
 from beit3.data.stores.records import write_text
 from beit3.data.stores.tokens import ARRAYS, ENDING, RECORD, About, read_about
 from beit3.data.text.packing import MARKS, Packer
+from beit3.files import read_json
+from beit3.machine import count_cores
 from beit3.progress import bar
 
 PLAN, LOCK = "plan.json", "lock"
@@ -82,12 +83,7 @@ def write_tokens(
     with _workplace(folder, plan) as place:
         job = _Job(replace(corpus, spans=()), tokenizer, replace(about, arrays=place.name), place)
         parts = _parts(corpus.spans)
-        cores = (
-            len(os.sched_getaffinity(0))
-            if hasattr(os, "sched_getaffinity")
-            else os.cpu_count() or 1
-        )
-        _work(job, parts, workers or cores)
+        _work(job, parts, workers or count_cores())
         report = _report(job, len(parts), bad_share)
         with split_writers(folder, ENDING) as file_of:
             for split in report["records"]:

@@ -1,6 +1,6 @@
 """What the release does to fine-tuning pictures: its RandAugment for VQA and captioning, timm's and erasing for ImageNet.
 
-Across the border: uint8 [3, H, W] RGB in and out, of erasing normalised float [B, 3, S, S]; all chance comes from the given
+Shapes: uint8 [3, H, W] RGB in and out, of erasing normalised float [B, 3, S, S]; all chance comes from the given
 numpy generator.
 """
 

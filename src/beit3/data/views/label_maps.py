@@ -1,6 +1,6 @@
 """Pictures with a label for every pixel: reading, and the views of semantic segmentation.
 
-Across the border: uint8 [3, H, W] RGB and its label map [H, W], uint8 or int32, in which `ignore` marks pixels without a
+Shapes: uint8 [3, H, W] RGB and its label map [H, W], uint8 or int32, in which `ignore` marks pixels without a
 label. All chance comes from the given numpy generator. The training view is mmseg's for ADE20K, which ViT-Adapter uses.
 """
 
@@ -18,14 +18,8 @@ from torch import Tensor
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
-from beit3.data.stores.records import (
-    MAX_BYTES,
-    MAX_PIXELS,
-    UNREADABLE,
-    in_tar,
-    open_image,
-    read_member,
-)
+from beit3.files import parse_tar_member, read_tar_member
+from beit3.images import MAX_BYTES, MAX_PIXELS, UNREADABLE, open_image
 
 IGNORE = 255
 
@@ -249,9 +243,9 @@ def read_indices(path: str | Path | io.BytesIO) -> np.ndarray:
 
 
 def _bytes(path: str | Path) -> bytes:
-    tar, start, size = in_tar(str(path))
+    tar, start, size = parse_tar_member(str(path))
     if tar:
-        return read_member(tar, start, size)
+        return read_tar_member(tar, start, size)
     path = Path(path)
     if path.stat().st_size > MAX_BYTES:
         raise ValueError(f"it has more than {MAX_BYTES} bytes")

@@ -1,22 +1,15 @@
 """What masked data modelling hides: block-wise image masks (BEiT v2's generator) and BERT-style text masks.
 
 BEiT-3 paper section 2.2: 40 % of the patches block-wise, 15 % of the tokens of a text, 50 % of those of a pair's text.
-Across the border, numpy: mask [h, w] bool, True = masked; ids [L] int64 -> corrupted [L], targets [L] (-100 = ignore).
+Shapes, numpy: mask [h, w] bool, True = masked; ids [L] int64 -> corrupted [L], targets [L] (-100 = ignore).
 """
 
 import math
-from hashlib import blake2b
 
 import numpy as np
 
 IGNORE = -100
 TRIES = 10
-
-
-def rng(seed: int, epoch: int, key: str | int) -> np.random.Generator:
-    """The generator of one record in one epoch: the same on every machine, process and run."""
-    digest = blake2b(f"{seed}\n{epoch}\n{key}".encode(), digest_size=16).digest()
-    return np.random.default_rng(int.from_bytes(digest, "little"))
 
 
 def block_mask(

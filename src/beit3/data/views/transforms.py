@@ -62,9 +62,9 @@ class Preprocessing:
 
     def __call__(self, image: Tensor) -> Tensor:
         """uint8 [3, H, W] -> normalised float [3, S, S]."""
-        return self.normalize(self.fitted(image))
+        return self.normalize(self.preprocess(image))
 
-    def fitted(self, image: Tensor) -> Tensor:
+    def preprocess(self, image: Tensor) -> Tensor:
         """uint8 [3, H, W] -> uint8 [3, S, S], with "fit" [3, h, w] of at most S: what evaluation sees of it, yet to be normalised."""
         size = self.image_size
         if self.resize == "squash":
@@ -85,7 +85,7 @@ class Preprocessing:
     def normalize(self, pixels: Tensor) -> Tensor:
         """uint8, or float in [0, 1], of any shape [..., 3, H, W] -> float, channel means off and deviations one."""
         scale, shift = _affine(self.mean, self.std, pixels.dtype == torch.uint8, pixels.device)
-        # Converted first: a product of bytes and floats takes a third longer on a processor.
+        # Converted first: a product of bytes and floats takes a third longer on CPU.
         floats = pixels.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
         return floats.mul_(scale).sub_(shift)
 

@@ -17,15 +17,14 @@ from beit3.data.prepare.formats.files import (
     field,
     folder,
     found,
-    lines,
     named_split,
     nothing_known,
     only,
     or_held_out,
-    read_json,
     split_name,
     subset,
 )
+from beit3.files import read_json, read_lines
 
 # COCO's and NoCaps' captions; and the test images of both, which have none.
 COCO_FILES = ("captions_*.json", "nocaps_*.json", "image_info_*.json")
@@ -62,12 +61,12 @@ def flickr8k(raw: str | Path) -> Iterator[Pair]:
     for name in ("train", "dev", "test"):
         path = tokens.with_name(f"Flickr_8k.{name}Images.txt")
         if path.is_file():
-            splits.update({line.strip(): SPLITS[name] for line in lines(path) if line.strip()})
+            splits.update({line.strip(): SPLITS[name] for line in read_lines(path) if line.strip()})
     if not splits:
         raise ValueError(
             f"no Flickr_8k.trainImages.txt beside {tokens}: put the official split lists there"
         )
-    for number, line in enumerate(lines(tokens), 1):
+    for number, line in enumerate(read_lines(tokens), 1):
         key, tab, text = line.rstrip("\n").partition("\t")
         name, hash_, _ = key.rpartition("#")
         if line.strip() and not (tab and hash_):

@@ -3,7 +3,6 @@
 What is wrong with a file is a ValueError of one line that names the file, the place in it and the remedy.
 """
 
-import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -65,45 +64,6 @@ def only(raw: str | Path, pattern: str, what: str) -> Path:
 def nothing_known(raw: Path, wanted: str) -> ValueError:
     """The error to raise for a folder or file that no reader understands."""
     return ValueError(f"nothing known in {raw}: it should hold one of {wanted}")
-
-
-def lines(path: Path) -> Iterator[str]:
-    """The lines of a UTF-8 file, with or without a byte order mark; ValueError for another encoding."""
-    try:
-        with path.open(encoding="utf-8-sig") as file:
-            yield from file
-    except UnicodeDecodeError as error:
-        wrong = f"{error.reason} 0x{error.object[error.start]:02x}"
-        raise ValueError(f"{path} is not UTF-8 ({wrong}): convert it to UTF-8") from error
-
-
-def read_json(file: Path) -> Any:
-    """What a JSON file holds; ValueError naming it."""
-    try:
-        return json.loads(file.read_text(encoding="utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file} is not JSON: {error}") from error
-
-
-def json_lines(file: Path) -> Iterator[tuple[str, Any]]:
-    """(where, value) of each line that is not blank; ValueError naming file and line."""
-    for number, line in enumerate(lines(file), 1):
-        if line.strip():
-            where = f"{file} line {number}"
-            try:
-                yield where, json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise ValueError(
-                    f"{where} is not JSON ({error}): check that the file is whole"
-                ) from None
-
-
-def json_list(file: Path) -> Iterator[tuple[str, Any]]:
-    """(where, value) of each entry of a JSON list; ValueError for anything else."""
-    content = read_json(file)
-    if not isinstance(content, list):
-        raise ValueError(f"{file} holds a {type(content).__name__}: it should be a list")
-    yield from ((f"{file} [{number}]", entry) for number, entry in enumerate(content))
 
 
 def field(entry: Any, name: str, kind: type, where: str | Path) -> Any:

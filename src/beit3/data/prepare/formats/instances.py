@@ -28,10 +28,10 @@ from beit3.data.prepare.formats.files import (
     named_split,
     nothing_known,
     or_held_out,
-    read_json,
     subset,
 )
 from beit3.data.stores.rle import FARTHEST
+from beit3.files import read_json
 
 Category = dict[str, Any]
 Instances = tuple[list[Category], Iterator[Pair]]

@@ -16,13 +16,13 @@ from beit3.data.prepare.formats.files import (
     Pair,
     folder,
     found,
-    lines,
     nothing_known,
     or_held_out,
     walk,
 )
 from beit3.data.prepare.formats.folders import IMAGES
 from beit3.data.prepare.formats.tables import IMAGE_COLUMNS, Row, table_rows
+from beit3.files import read_lines
 
 Classes = tuple[tuple[str, ...], Iterator[Pair]]
 
@@ -59,7 +59,7 @@ def class_list(raw: str | Path) -> Classes:
     file = raw / "classes.tsv"
     rows = [
         (number, line.rstrip("\r\n").split("\t"))
-        for number, line in enumerate(lines(file), 1)
+        for number, line in enumerate(read_lines(file), 1)
         if line.strip()
     ]
     for number, cells in rows:
@@ -124,7 +124,7 @@ def is_class_folders(raw: Path) -> bool:
 def is_class_list(raw: Path) -> bool:
     """Whether `raw` holds a classes.tsv that names image files."""
     file = raw / "classes.tsv"
-    return file.is_file() and _is_image(Path(next(lines(file), "").strip()))
+    return file.is_file() and _is_image(Path(next(read_lines(file), "").strip()))
 
 
 def _inside(raw: Path) -> Path:
@@ -195,7 +195,7 @@ def _val_classes(raw: Path, place: Path) -> dict[str, str]:
         raise ValueError(
             f"{place} holds no class folders: sort its images into {place}/<class>/, or put {VAL_CLASSES} beside it"
         )
-    rows = [row for row in csv.reader(lines(file)) if row][1:]
+    rows = [row for row in csv.reader(read_lines(file)) if row][1:]
     if not all(len(row) == 2 and row[1].split() for row in rows):
         raise ValueError(
             f"{file} has lines that are not `image,class and boxes`: download it again"
@@ -249,7 +249,7 @@ def _names_files(raw: Path) -> list[Path]:
 def _numbered(raw: Path, rows: Sequence[Row]) -> list[str]:
     """The classes 0, 1, ... of a table of numbers: as many as `NAMES` has lines, else up to the largest label."""
     file = next(iter(found(raw, NAMES[2])), None)
-    count = sum(1 for line in lines(file) if line.strip()) if file else MOST_CLASSES
+    count = sum(1 for line in read_lines(file) if line.strip()) if file else MOST_CLASSES
     numbers = {
         row.where: int(row.cells["label"])
         for row in rows
@@ -270,7 +270,7 @@ def _numbered(raw: Path, rows: Sequence[Row]) -> list[str]:
 
 def _named(file: Path, classes: Sequence[str]) -> dict[str, str]:
     """Class -> name: from lines that hold a class and its name, else from as many lines as there are classes, in their order."""
-    rows = [line.strip() for line in lines(file) if line.strip()]
+    rows = [line.strip() for line in read_lines(file) if line.strip()]
     known = set(classes)
     named: dict[str, str] = {}
     for row in rows:

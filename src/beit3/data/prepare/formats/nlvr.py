@@ -17,7 +17,6 @@ from beit3.data.prepare.formats.files import (
     field,
     folder,
     found,
-    json_lines,
     nothing_known,
 )
 from beit3.data.prepare.formats.tables import (
@@ -27,6 +26,7 @@ from beit3.data.prepare.formats.tables import (
     find_image,
     table_rows,
 )
+from beit3.files import read_json_lines
 
 # Their files -> our splits. test1 is the public test of NLVR2 (test-P), test2 the one that was held back first (test-U);
 # test is NLVR1's, and in NLVR2's folder somebody's own: both are one split here, so that they cannot stand side by side.
@@ -54,7 +54,7 @@ def nlvr2(raw: str | Path) -> Iterator[Pair]:
     listing = Listing(raw, "images", "")
     for name, file in files.items():
         place = f"images/{name}" if (raw / "images" / name).is_dir() else name
-        for where, row in json_lines(file):
+        for where, row in read_json_lines(file):
             identifier = field(row, "identifier", str, where)
             if identifier.count("-") < 3:
                 raise ValueError(
@@ -87,7 +87,7 @@ def nlvr1(raw: str | Path) -> Iterator[Pair]:
         raise nothing_known(Path(raw), "dev/dev.json (nlvr1)")
     for name, file in files.items():
         listing = Listing(file.parent, "images")
-        for where, row in json_lines(file):
+        for where, row in read_json_lines(file):
             identifier, directory = (
                 field(row, "identifier", str, where),
                 field(row, "directory", str, where),
@@ -156,7 +156,7 @@ def is_nlvr2(raw: Path) -> bool:
 
 def is_nlvr1(raw: Path) -> bool:
     """Whether `raw` holds {train,dev,test}.json with the drawn boxes of NLVR1 in their first lines."""
-    firsts = (next(json_lines(file), ("", None))[1] for file in _files(raw).values())
+    firsts = (next(read_json_lines(file), ("", None))[1] for file in _files(raw).values())
     return any(isinstance(row, dict) and "structured_rep" in row for row in firsts)
 
 

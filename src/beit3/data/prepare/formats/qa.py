@@ -20,15 +20,13 @@ from beit3.data.prepare.formats.files import (
     folder,
     found,
     holdout,
-    json_list,
-    lines,
     nothing_known,
     only,
-    read_json,
     split_name,
     subset,
 )
 from beit3.data.prepare.formats.tables import IMAGE_COLUMNS, Columns, table_rows
+from beit3.files import read_json, read_json_list, read_lines
 
 QUESTION_COLUMNS: Columns = {
     "image": IMAGE_COLUMNS,
@@ -101,7 +99,7 @@ def easy_vqa(raw: str | Path) -> Iterator[Pair]:
         raise nothing_known(raw, "{train,test}/questions.json (easy_vqa)")
     for place, name in (("train", "train"), ("test", "val")):
         file = raw / place / "questions.json"
-        for number, (where, row) in enumerate(json_list(file) if file.is_file() else ()):
+        for number, (where, row) in enumerate(read_json_list(file) if file.is_file() else ()):
             if not (
                 isinstance(row, list)
                 and len(row) == 3
@@ -175,7 +173,7 @@ def visual_genome(raw: str | Path) -> Iterator[Pair]:
         Listing(raw, "VG_100K", "VG_100K_2", "images", "images/VG_100K", "images/VG_100K_2"),
         _genome_of_val(raw),
     )
-    for where, entry in json_list(file):
+    for where, entry in read_json_list(file):
         image = field(entry, "id", int, where)
         if image in held_out:
             continue
@@ -290,7 +288,7 @@ def _whole(file: Path) -> Record:
 def _daquar_files(raw: Path) -> dict[str, Path]:
     files: dict[str, Path] = {}
     tables = (
-        file for file in sorted(raw.glob("data_*.csv")) if "image_id" in next(lines(file), "")
+        file for file in sorted(raw.glob("data_*.csv")) if "image_id" in next(read_lines(file), "")
     )
     for file in [*sorted(raw.glob("qa.*.txt")), *tables]:
         name = SPLITS.get(re.split(r"[._]", file.stem)[-1], "")
@@ -305,7 +303,7 @@ def _daquar_files(raw: Path) -> dict[str, Path]:
 
 
 def _daquar_txt(file: Path) -> Iterator[tuple[str, str, str]]:
-    rows = [line.strip() for line in lines(file) if line.strip()]
+    rows = [line.strip() for line in read_lines(file) if line.strip()]
     for number in range(0, len(rows), 2):
         names = DAQUAR_IMAGE.findall(rows[number])
         if not names or number + 1 == len(rows):
@@ -315,7 +313,7 @@ def _daquar_txt(file: Path) -> Iterator[tuple[str, str, str]]:
 
 
 def _daquar_csv(file: Path) -> Iterator[tuple[str, str, str]]:
-    rows = enumerate(csv.DictReader(lines(file)), 2)
+    rows = enumerate(csv.DictReader(read_lines(file)), 2)
     try:
         for number, row in rows:
             question, answer, image = (row.get(name) for name in ("question", "answer", "image_id"))
@@ -387,7 +385,8 @@ def _genome_of_val(raw: Path) -> set[int]:
             f"{questions[0].name} from those to train on: download it, or move question_answers.json away"
         )
     rows = (
-        (field(row, "image_id", int, where), row.get("coco_id")) for where, row in json_list(file)
+        (field(row, "image_id", int, where), row.get("coco_id"))
+        for where, row in read_json_list(file)
     )
     return {image for image, number in rows if isinstance(number, int) and number in coco}
 

@@ -13,18 +13,11 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 
-from beit3.data.prepare.formats.files import (
-    SPLITS,
-    Pair,
-    folder,
-    lines,
-    nothing_known,
-    or_held_out,
-    walk,
-)
+from beit3.data.prepare.formats.files import SPLITS, Pair, folder, nothing_known, or_held_out, walk
 from beit3.data.prepare.formats.folders import IMAGES
-from beit3.data.stores.records import UNREADABLE, upright_size
 from beit3.data.views.label_maps import IGNORE, INDEXED, read_indices
+from beit3.files import read_lines
+from beit3.images import UNREADABLE, read_upright_size
 
 Options = dict[str, Any]
 Scenes = tuple[tuple[str, ...], Options, Iterator[Pair]]
@@ -253,7 +246,7 @@ def _fault(image: Path, key: str, part: Part, label_maps: Mapping[str, Path]) ->
         return f"its label map {label_maps[key]} is a picture ({mode}): one channel of numbers is needed"
     try:
         with Image.open(image) as header:
-            found = upright_size(header)
+            found = read_upright_size(header)
     except (*UNREADABLE, Image.DecompressionBombError):
         return ""
     differ = f"its label map {label_maps[key]} has {size[0]} x {size[1]} pixels, the image {found[0]} x {found[1]}"
@@ -273,7 +266,7 @@ def _object_info(file: Path) -> tuple[str, ...]:
     """The names in ADE20K's objectInfo150.txt, each the first of its synonyms unless two classes share it; () without the file."""
     if not file.is_file():
         return ()
-    rows = [line.rstrip().split("\t") for line in lines(file) if line.strip()][1:]
+    rows = [line.rstrip().split("\t") for line in read_lines(file) if line.strip()][1:]
     if not rows or [row[0].strip() for row in rows] != [
         str(number) for number in range(1, len(rows) + 1)
     ]:
@@ -288,7 +281,7 @@ def _object_info(file: Path) -> tuple[str, ...]:
 def _listed(file: Path) -> tuple[str, ...]:
     """The lines of a classes.txt; () without the file."""
     return (
-        tuple(" ".join(line.split()) for line in lines(file) if line.strip())
+        tuple(" ".join(line.split()) for line in read_lines(file) if line.strip())
         if file.is_file()
         else ()
     )

@@ -17,14 +17,12 @@ from beit3.data.prepare.formats.files import (
     Pair,
     expected,
     field,
-    json_lines,
-    json_list,
-    lines,
     named_split,
     nothing_known,
     or_held_out,
     split_name,
 )
+from beit3.files import read_json_lines, read_json_list, read_lines
 
 Columns = Mapping[str, tuple[str, ...]]
 """A reader's name for a column -> the names that a table may give it. Case is ignored; of several the first counts."""
@@ -168,7 +166,7 @@ def _given_splits(file: Path, needed: Columns, also: Columns) -> Iterator[str]:
     """The splits that the rows of a table name; a CSV without such a column is not read for it."""
     if (
         file.suffix.lower() in (".json", ".jsonl")
-        or _columns(_heads(next(lines(file), ""), file)[0], needed, also, file)["split"]
+        or _columns(_heads(next(read_lines(file), ""), file)[0], needed, also, file)["split"]
     ):
         for where, cells, _ in _cells(file, needed, also):
             if cells.get("split"):
@@ -184,7 +182,7 @@ def _cells(file: Path, needed: Columns, also: Columns) -> Iterator[Cells]:
     if kind not in (".json", ".jsonl"):
         yield from _csv_cells(file, needed, also)
         return
-    for where, entry in json_lines(file) if kind == ".jsonl" else json_list(file):
+    for where, entry in read_json_lines(file) if kind == ".jsonl" else read_json_list(file):
         if not isinstance(entry, dict):
             raise ValueError(
                 f"{where} holds a {type(entry).__name__}: it should be an object with an {', a '.join(needed)}"
@@ -203,7 +201,7 @@ def _cells(file: Path, needed: Columns, also: Columns) -> Iterator[Cells]:
 
 
 def _csv_cells(file: Path, needed: Columns, also: Columns) -> Iterator[Cells]:
-    given = lines(file)
+    given = read_lines(file)
     heads, delimiter = _heads(next(given, ""), file)
     names = _columns(heads, needed, also, file)
     reader = csv.reader(given, delimiter=delimiter)

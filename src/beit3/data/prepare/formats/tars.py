@@ -15,7 +15,8 @@ from typing import BinaryIO, NamedTuple, cast
 
 from beit3.data.prepare.formats.files import Pair, found, named_split, nothing_known, or_held_out
 from beit3.data.prepare.formats.folders import IMAGES
-from beit3.data.stores.records import MAX_BYTES, header_fault, member
+from beit3.files import format_tar_member
+from beit3.images import MAX_BYTES, find_header_fault
 
 MAX_TEXT = 1 << 20
 """Bytes of a caption or a .json."""
@@ -112,7 +113,9 @@ def fields(sample: Sample, file: Path, *, captions: bool) -> dict[str, str]:
     if sample.fault:
         return {"fault": sample.fault}
     assert sample.image
-    return {"image": member(file, *sample.image)} | ({"text": sample.text} if captions else {})
+    return {"image": format_tar_member(file, *sample.image)} | (
+        {"text": sample.text} if captions else {}
+    )
 
 
 def caption(content: bytes, in_json: bool) -> str:
@@ -196,7 +199,7 @@ def _add(
         assert content is not None
         span = Span(entry.offset_data, entry.size)
         if image:
-            sample.image, fault = span, header_fault(cast(BinaryIO, content))
+            sample.image, fault = span, find_header_fault(cast(BinaryIO, content))
             sample.fault = f"{entry.name[-80:]!r} {fault}" if fault else sample.fault
         else:
             _take_caption(sample, span, content.read(), in_json=ending == "json")
