@@ -8,13 +8,15 @@ RUN := $(VENV)/bin
 demo: $(VENV)/.package
 	$(RUN)/beit3 demo
 
+# Two processes of one thread each: the tests' networks are too small to share a thread.
 test: install
-	$(RUN)/pytest
+	OMP_NUM_THREADS=1 $(RUN)/pytest --numprocesses 2 --dist loadfile
 
 install: $(VENV)/.development
 
 check: install
 	$(RUN)/ruff check .
+	$(RUN)/ruff format --check .
 	$(RUN)/mypy
 
 $(VENV)/bin/python:

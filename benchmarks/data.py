@@ -1,16 +1,22 @@
-"""Input: images a second of our loader beside a plain one, shards beside files, and the first batch of a resume.
+"""Input: images a second of our loader beside a plain one, shards beside files, and the first batch
+of a resume.
 
     python benchmarks/data.py --images DIR --json benchmarks/data.json
 
-1. decode: open, crop, flip, resize and stack JPEGs by our loader, and by Pillow and torchvision's transforms in a DataLoader,
-   as training scripts have it; the same views of the same files, as many worker processes each. Plain workers normalise;
-   we do it on the device, which `ours` leaves out and `normalised` counts, in this process on this processor.
+1. decode: open, crop, flip, resize and stack JPEGs by our loader, and by Pillow and torchvision's
+   transforms in a DataLoader,
+   as training scripts have it; the same views of the same files, as many worker processes each.
+   Plain workers normalise;
+   we do it on the device, which `ours` leaves out and `normalised` counts, in this process on this
+   processor.
 2. two views: the same with jittered colors and a second view, of 112 pixels, as pretraining has it.
 3. shards: the same images by our loader from files, and from tars.
 4. resume: a fresh loader over 1,000 shards until its first batch, at random places.
 
-All take turns in one process; medians over rounds, ratios to the last of them with quartiles. `busy` is processor time over
-wall time times cores. Beside each round stands what a plain matrix product reached in it: where that sinks, other work was
+All take turns in one process; medians over rounds, ratios to the last of them with quartiles.
+`busy` is processor time over
+wall time times cores. Beside each round stands what a plain matrix product reached in it: where
+that sinks, other work was
 going on.
 """
 
@@ -36,10 +42,12 @@ from torchvision import transforms
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))  # for a call by path
 
-from beit3.data.loader import Examples, Source, step_batches, step_places
-from beit3.data.stores.records import locate, write_records
-from beit3.data.stores.shards import write_shards
-from beit3.data.views.transforms import Preprocessing, two_views
+from beit3.data.loader import ExampleDataset, RecordDataset, load_batches, sample_micro_batches
+from beit3.data.stores.records import write_records
+from beit3.data.stores.shard_writer import write_shards
+from beit3.data.stores.split_files import locate_split
+from beit3.data.views.preprocessing import Preprocessing
+from beit3.data.views.transforms import make_two_views
 from beit3.images import open_image
 
 SIZE, TOKENS, BATCH, SCALE, JITTER, CORES = 224, 112, 32, (0.2, 1.0), 0.4, os.cpu_count() or 1
@@ -49,7 +57,7 @@ OURS = Preprocessing(SIZE)
 
 def ours(record: dict[str, Any], train: bool, *, rng: np.random.Generator) -> dict[str, Any]:
     """An image: the network's view of 224 x 224."""
-    view, _ = two_views(
+    view, _ = make_two_views(
         open_image(record["image"]),
         rng,
         image_size=SIZE,
@@ -64,7 +72,7 @@ def ours(record: dict[str, Any], train: bool, *, rng: np.random.Generator) -> di
 def ours_twice(record: dict[str, Any], train: bool, *, rng: np.random.Generator) -> dict[str, Any]:
     """An image of pretraining: with the visual tokenizer's view."""
     image = open_image(record["image"])
-    view, tokens = two_views(
+    view, tokens = make_two_views(
         image, rng, image_size=SIZE, token_size=TOKENS, scale=SCALE, hflip=0.5, color_jitter=JITTER
     )
     return {"id": record["id"], "image": view, "token_image": tokens}
@@ -109,17 +117,22 @@ class Plain(Dataset):
 
 
 def read_ours(
-    source: Source,
+    source: RecordDataset,
     count: int,
     workers: int,
     make: Callable[..., dict[str, Any]] = ours,
     normalise: bool = False,
 ) -> None:
     places = partial(
-        step_places, batch={"images": BATCH}, sources=["images"], micro_batch=0, rank=0, world=1
+        sample_micro_batches,
+        batch={"images": BATCH},
+        sources=["images"],
+        micro_batch=0,
+        rank=0,
+        world=1,
     )
-    examples = Examples({"images": source}, make, seed=0)
-    for batches in step_batches(
+    examples = ExampleDataset({"images": source}, make, seed=0)
+    for batches in load_batches(
         examples, default_collate, places, range(count // BATCH), workers=workers
     ):
         pixels = OURS.normalize(batches[0]["image"]) if normalise else batches[0]["image"]
@@ -180,7 +193,7 @@ def rounds(sides: dict[str, Callable[[], None]], count: int, number: int) -> dic
     return {"matrix_product_gflops": products, "medians": medians, "ratios": ratios}
 
 
-def write_files(place: Path, files: Sequence[Path]) -> tuple[Source, Source]:
+def write_files(place: Path, files: Sequence[Path]) -> tuple[RecordDataset, RecordDataset]:
     """The same images as records of files and as tars of 500."""
     names = [(f"{number:06d}", file) for number, file in enumerate(files)]
     write_records(
@@ -192,13 +205,14 @@ def write_files(place: Path, files: Sequence[Path]) -> tuple[Source, Source]:
             for key, file in names[start : start + 500]:
                 tar.add(file, f"{key}.jpg")
     write_shards(place, "vqkd", "main", place / "raw", captions=False)
-    return Source(place / "files/train.jsonl", place), Source(
-        locate(place, "vqkd", "main", "train"), place
+    return RecordDataset(place / "files/train.jsonl", place), RecordDataset(
+        locate_split(place, "vqkd", "main", "train"), place
     )
 
 
 def resumes(place: Path, file: Path, number: int) -> dict[str, Any]:
-    """Seconds from nothing to the first batch, at random places of an epoch of 1,000 shards of 20 images."""
+    """Seconds from nothing to the first batch, at random places of an epoch of 1,000 shards of 20
+    images."""
     first = place / "many/train-00000.tar"
     first.parent.mkdir()
     with tarfile.open(first, "w") as tar:
@@ -209,14 +223,19 @@ def resumes(place: Path, file: Path, number: int) -> dict[str, Any]:
     start = time.perf_counter()
     write_shards(place, "pretrain", "images", first.parent, captions=False)
     prepared, seconds = time.perf_counter() - start, []
-    path = locate(place, "pretrain", "images", "train")
+    path = locate_split(place, "pretrain", "images", "train")
     for step in np.random.default_rng(0).integers(0, SHARDS * 20 // BATCH, number).tolist():
         start = time.perf_counter()
-        examples = Examples({"images": Source(path, place)}, ours, seed=0)
+        examples = ExampleDataset({"images": RecordDataset(path, place)}, ours, seed=0)
         places = partial(
-            step_places, batch={"images": BATCH}, sources=["images"], micro_batch=0, rank=0, world=1
+            sample_micro_batches,
+            batch={"images": BATCH},
+            sources=["images"],
+            micro_batch=0,
+            rank=0,
+            world=1,
         )
-        next(step_batches(examples, default_collate, places, range(step, step + 1), workers=CORES))
+        next(load_batches(examples, default_collate, places, range(step, step + 1), workers=CORES))
         seconds.append(time.perf_counter() - start)
     return {
         "shards": SHARDS,

@@ -1,8 +1,10 @@
-"""Captions on CPU: what the image costs, what each word costs, beside encoding everything anew for each word.
+"""Captions on CPU: what the image costs, what each word costs, beside encoding everything anew for
+each word.
 
     python benchmarks/decode.py --json benchmarks/decode.json
 
-BASE at 224, 16 tokens, random weights. In one process, alternating: the cached search, plain and with packed weights, and
+BASE at 224, 16 tokens, random weights. In one process, alternating: the cached search, plain and
+with packed weights, and
 the time of encoding image and caption once a word, which is what a search without a cache does.
 """
 
@@ -16,24 +18,26 @@ import torch
 from probe import probe, save, seconds
 from torch import Tensor
 
-from beit3.model.attention_mask import image_to_text
+from beit3.model.attention_mask import make_image_to_text_mask
 from beit3.model.config import BASE
-from beit3.model.generation import Decoding, Marks, Slots, generate
+from beit3.model.generation import DecoderState, Decoding, SpecialTokens, generate
 from beit3.model.packed import pack
 from beit3.tasks.captioning import Captioning, CaptioningConfig
 
-LENGTH, MARKS = 16, Marks(bos=0, eos=2, pad=1, mask=64001)
+LENGTH, MARKS = 16, SpecialTokens(bos=0, eos=2, pad=1, mask=64001)
 ROWS = ((1, 1), (1, 3), (1, 5), (4, 3))
 """(images, beams)."""
 
 
 def search(task: Captioning, image: Tensor, beams: int) -> None:
-    generate(Slots(task.backbone, task.text_head, image, MARKS), LENGTH, Decoding("beam", beams))
+    generate(
+        DecoderState(task.backbone, task.text_head, image, MARKS), LENGTH, Decoding("beam", beams)
+    )
 
 
 def first(task: Captioning, image: Tensor) -> None:
     """The image and the first slot."""
-    Slots(task.backbone, task.text_head, image, MARKS)
+    DecoderState(task.backbone, task.text_head, image, MARKS)
 
 
 def anew(task: Captioning, image: Tensor, beams: int) -> None:
@@ -42,7 +46,10 @@ def anew(task: Captioning, image: Tensor, beams: int) -> None:
         rows = image if length == 2 else image.repeat_interleave(beams, 0)
         text = torch.full((len(rows), length), MARKS.mask)
         states = task.backbone(
-            rows, text, attention_mask=image_to_text(1 + BASE.num_patches, length), read="last"
+            rows,
+            text,
+            attention_mask=make_image_to_text_mask(1 + BASE.num_patches, length),
+            read="last",
         ).of("text")
         task.text_head(states[:, -1]).log_softmax(-1)
 
@@ -87,8 +94,10 @@ def main() -> None:
             {"images": count, "beams": beams, "seconds": times, "anew": slow, "probe": rates}
         )
         lines.append(
-            f"| {count}, {beams} | {middle['search'] * 1e3:.0f} ms | {middle['first'] * 1e3:.0f} ms | {word * 1e3:.0f} ms "
-            f"| {middle['packed'] * 1e3:.0f} ms | {slow * 1e3:.0f} ms ({slow / middle['search']:.1f}x) |"
+            f"| {count}, {beams} | {middle['search'] * 1e3:.0f} ms | {middle['first'] * 1e3:.0f} "
+            f"ms | {word * 1e3:.0f} ms "
+            f"| {middle['packed'] * 1e3:.0f} ms | {slow * 1e3:.0f} ms "
+            f"({slow / middle['search']:.1f}x) |"
         )
     print("\n".join(lines))
     if options.json:

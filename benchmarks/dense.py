@@ -1,12 +1,18 @@
-"""Detection and segmentation on small real data sets: what `laptop` learns by heart, what it learns, and what a guess scores.
+"""Detection and segmentation on small real data sets: what `laptop` learns by heart, what it
+learns, and what a guess scores.
 
     python benchmarks/dense.py --data ../shared/data --out runs/dense --json benchmarks/dense.json
 
-Four parts, of which `--only` names some; on one thread `overfit` takes 12 minutes, `coco` half an hour, each side of `camvid`
-9 minutes, the last seconds. `overfit`: eight pictures of coco_mini without jitter, scored on themselves. `coco`: its 80
-training pictures, scored on the 79 others and on themselves. `camvid`: 180 training pictures, 50 others; beside them the most
-frequent label of each place. With --init, weights of `pretrain laptop`, `coco` starts from them and `camvid` from both.
-`ade20k`: three pictures through reader and score. Parts that are finished are kept, stopped ones go on; the table holds all
+Four parts, of which `--only` names some; on one thread `overfit` takes 12 minutes, `coco` half an
+hour, each side of `camvid`
+9 minutes, the last seconds. `overfit`: eight pictures of coco_mini without jitter, scored on
+themselves. `coco`: its 80
+training pictures, scored on the 79 others and on themselves. `camvid`: 180 training pictures, 50
+others; beside them the most
+frequent label of each place. With --init, weights of `pretrain laptop`, `coco` starts from them and
+`camvid` from both.
+`ade20k`: three pictures through reader and score. Parts that are finished are kept, stopped ones go
+on; the table holds all
 that --out has.
 """
 
@@ -23,18 +29,31 @@ import numpy as np
 import torch
 from probe import save
 
-from beit3.data.loader import Source
-from beit3.data.stores.records import locate, write_text
+from beit3.data.loader import RecordDataset
+from beit3.data.stores.split_files import locate_split
 from beit3.data.views.label_maps import open_label_map
 from beit3.demo.comparison import markdown, row
-from beit3.metrics.segmentation import Matrix, class_ious, confusion, figures
+from beit3.files import write_text
+from beit3.metrics.segmentation import (
+    ConfusionMatrix,
+    compute_class_ious,
+    compute_confusion,
+    summarize_confusion,
+)
 from beit3.recipe import Recipe
 from beit3.task import Record, load_task
-from beit3.tasks.ade20k import CLASSES, Ade20k, Ade20kConfig, encoded, matrix, meaning
-from beit3.tasks.coco import CATEGORIES, Coco, CocoConfig
+from beit3.tasks.ade20k import (
+    CLASSES_FILE,
+    Ade20k,
+    Ade20kConfig,
+    encode_label_map,
+    label_map_options,
+    sum_confusion,
+)
+from beit3.tasks.coco import CATEGORIES_FILE, Coco, CocoConfig
 from beit3.training.evaluate import predict
 from beit3.training.loop import train
-from beit3.weights import store
+from beit3.weights import loading
 
 EIGHT = {
     "37666": "person, skateboard",
@@ -46,7 +65,8 @@ EIGHT = {
     "330993": "two cars, two parking meters",
     "420862": "four cows",
 }
-"""Pictures of coco_mini's training split whose objects are all at least 32 px wide and high, none of them a crowd."""
+"""Pictures of coco_mini's training split whose objects are all at least 32 px wide and high, none
+of them a crowd."""
 OVERFIT_STEPS = 1000
 """Of two pictures each."""
 COCO_STEPS = 1500
@@ -55,11 +75,12 @@ Found = dict[str, Any]
 
 
 def overfit(known: argparse.Namespace) -> Found:
-    """AP of the eight pictures by a network that was trained on them alone, always whole and the same way round."""
+    """AP of the eight pictures by a network that was trained on them alone, always whole and the
+    same way round."""
     source, root = records("coco", "coco_mini", known), known.out / "records" / "eight"
     rows = [
         each
-        for each in Source(locate(source, "coco", "main", "train"), source)
+        for each in RecordDataset(locate_split(source, "coco", "main", "train"), source)
         if each["id"] in EIGHT
     ]
     assert len(rows) == len(EIGHT), f"coco_mini lacks some of {list(EIGHT)}"
@@ -69,7 +90,8 @@ def overfit(known: argparse.Namespace) -> Found:
             "".join(json.dumps(each) + "\n" for each in rows),
         )
     write_text(
-        root / "coco" / "main" / CATEGORIES, (source / "coco" / "main" / CATEGORIES).read_text()
+        root / "coco" / "main" / CATEGORIES_FILE,
+        (source / "coco" / "main" / CATEGORIES_FILE).read_text(),
     )
     recipe = recipe_of("coco", root, known.steps or OVERFIT_STEPS)
     assert isinstance(recipe.task, CocoConfig)
@@ -87,8 +109,8 @@ def coco(known: argparse.Namespace) -> Found:
     root = records("coco", "coco_mini", known)
     run = known.out / "runs" / "coco"
     found = tuned("coco", recipe_of("coco", root, known.steps or COCO_STEPS), run, known.init)
-    seen = list(Source(locate(root, "coco", "main", "train"), root))
-    task = store.load(run / "last")
+    seen = list(RecordDataset(locate_split(root, "coco", "main", "train"), root))
+    task = loading.load_weights(run / "last")
     return found | {"seen": Coco.score(predict(task, seen, batch_size=4), seen)}
 
 
@@ -96,23 +118,27 @@ def camvid(known: argparse.Namespace) -> Found:
     """mIoU and each class's IoU of each side, and of maps that know nothing of the picture."""
     root = records("ade20k", "camvid_mini", known)
     train_rows, rows = (
-        list(Source(locate(root, "ade20k", "main", split), root)) for split in ("train", "val")
+        list(RecordDataset(locate_split(root, "ade20k", "main", split), root))
+        for split in ("train", "val")
     )
-    names = json.loads((root / "ade20k" / "main" / CLASSES).read_text())
+    names = json.loads((root / "ade20k" / "main" / CLASSES_FILE).read_text())
     found: Found = {"names": names, "sides": {}, "guesses": guesses(train_rows, rows, len(names))}
     for side, init in {"scratch": "", **({"pretrained": known.init} if known.init else {})}.items():
         run = known.out / "runs" / f"camvid-{side}"
         scores = tuned("ade20k", recipe_of("ade20k", root, known.steps), run, init)
-        counts = matrix(predict(store.load(run / "last"), rows, batch_size=4), rows)
+        counts = sum_confusion(
+            predict(loading.load_weights(run / "last"), rows, batch_size=4), rows
+        )
         found["sides"][side] = scores | {"ious": listed(counts)}
         found["share"] = (counts.sum(1) / counts.sum()).tolist()
     return found
 
 
 def ade20k(known: argparse.Namespace) -> Found:
-    """Every record as an example of training and of evaluation, and the score of its own map and of one class everywhere."""
+    """Every record as an example of training and of evaluation, and the score of its own map and of
+    one class everywhere."""
     root = records("ade20k", "ade20k_sample", known)
-    rows = list(Source(locate(root, "ade20k", "main", "val"), root))
+    rows = list(RecordDataset(locate_split(root, "ade20k", "main", "val"), root))
     config = Ade20k.recipes["demo"].task
     assert isinstance(config, Ade20kConfig)
     task = Ade20k(replace(config, num_classes=rows[0]["labels"]["num_classes"]))
@@ -170,7 +196,8 @@ def counted(file: Path) -> Iterator[Path]:
 
 
 def guesses(train_rows: Sequence[Record], rows: Sequence[Record], num_classes: int) -> Found:
-    """What the most frequent label of each place over the training maps scores, and the most frequent of all."""
+    """What the most frequent label of each place over the training maps scores, and the most
+    frequent of all."""
     maps = [truth(each) for each in train_rows]
     counts = np.stack(
         [sum((each == label).astype(np.int64) for each in maps) for label in range(num_classes)]
@@ -183,29 +210,31 @@ def guesses(train_rows: Sequence[Record], rows: Sequence[Record], num_classes: i
 
 
 def truth(record: Record) -> np.ndarray:
-    return open_label_map(record["label_map"], **meaning(record)).numpy()
+    return open_label_map(record["label_map"], **label_map_options(record)).numpy()
 
 
 def scored(maps: Sequence[np.ndarray], rows: Sequence[Record]) -> Found:
     """Figures of label maps through the task's own predictions and score, and each class's IoU."""
     predictions = [
-        {"id": each["id"], "map": encoded(torch.from_numpy(found))}
+        {"id": each["id"], "map": encode_label_map(torch.from_numpy(found))}
         for found, each in zip(maps, rows, strict=True)
     ]
     classes = rows[0]["labels"]["num_classes"]
     pairs = zip(maps, rows, strict=True)
-    counts = sum(confusion(found, truth(each), num_classes=classes) for found, each in pairs)
+    counts = sum(
+        compute_confusion(found, truth(each), num_classes=classes) for found, each in pairs
+    )
     score = Ade20k.score(predictions, rows)
-    assert score == figures(counts), "the score counts what the matrices count"
+    assert score == summarize_confusion(counts), "the score counts what the matrices count"
     return score | {"ious": listed(counts)}
 
 
-def listed(counts: Matrix) -> list[float | None]:
+def listed(counts: ConfusionMatrix) -> list[float | None]:
     """Each class's IoU; None for one that is neither there nor predicted."""
-    return [None if np.isnan(each) else float(each) for each in class_ious(counts)]
+    return [None if np.isnan(each) else float(each) for each in compute_class_ious(counts)]
 
 
-# The table -----------------------------------------------------------------------------------------------------------
+# The table ----------------------------------------------------------------------------------------
 
 
 def table(found: Found) -> str:
@@ -279,7 +308,8 @@ def by_class(found: Found) -> str:
     lines = [f"| class | pixels | {' | '.join(sides)} |", "|---" * (2 + len(sides)) + "|"]
     for place, (name, share) in enumerate(zip(found["names"], found["share"], strict=True)):
         lines.append(
-            f"| {name} | {share:.1%} | {' | '.join(shown(ious[place]) for ious in sides.values())} |"
+            f"| {name} | {share:.1%} | "
+            f"{' | '.join(shown(ious[place]) for ious in sides.values())} |"
         )
     return "\n".join(lines) + "\n"
 
@@ -310,9 +340,7 @@ def main() -> None:
         if not file.exists():
             write_text(file, json.dumps(PARTS[name](known), indent=1) + "\n")
     files = {name: known.out / f"{name}.json" for name in PARTS}
-    found = {
-        name: json.loads(file.read_text()) for name, file in files.items() if file.exists()
-    }
+    found = {name: json.loads(file.read_text()) for name, file in files.items() if file.exists()}
     print(table(found))
     if known.json:
         save(known.json, table(found), found)

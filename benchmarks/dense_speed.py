@@ -1,15 +1,22 @@
-"""Detection and segmentation of BASE: time and memory of a forward pass and of a training step, and the trunk's share.
+"""Detection and segmentation of BASE: time and memory of a forward pass and of a training step, and
+the trunk's share.
 
     python benchmarks/dense_speed.py --json benchmarks/dense_speed.json
     python benchmarks/dense_speed.py --gpu --json benchmarks/dense_gpu.json
 
-One picture, random weights, float32, one thread; times are medians in processor seconds, which on an idle core are those of
-the clock. The networks are those of `coco base_1024` (windowed trunk, detector, 80 classes) and `ade20k base_512` (adapter,
-small head, 150 classes). A forward pass of detection scores the boxes of 1,000 proposals; a prediction adds Soft-NMS, masks
-and their outlines, or labels at the picture's size. Pictures for training are crowded: 63 objects, 32 classes. Each case is
-measured in a process of its own; its peak is that of the whole process, libraries and weights included.
+One picture, random weights, float32, one thread; times are medians in processor seconds, which on
+an idle core are those of
+the clock. The networks are those of `coco base_1024` (windowed trunk, detector, 80 classes) and
+`ade20k base_512` (adapter,
+small head, 150 classes). A forward pass of detection scores the boxes of 1,000 proposals; a
+prediction adds Soft-NMS, masks
+and their outlines, or labels at the picture's size. Pictures for training are crowded: 63 objects,
+32 classes. Each case is
+measured in a process of its own; its peak is that of the whole process, libraries and weights
+included.
 
---gpu: steps of BASE in bfloat16 with and without checkpointing, of trunk, adapter and head alike. With --device cpu, --model
+--gpu: steps of BASE in bfloat16 with and without checkpointing, of trunk, adapter and head alike.
+With --device cpu, --model
 tiny and --sizes 64 it only proves that the program runs.
 """
 
@@ -30,16 +37,16 @@ import torch
 from PIL import Image
 from probe import peak_memory, save
 
-from beit3.data.views.label_maps import SceneView
-from beit3.data.views.transforms import Preprocessing
+from beit3.data.views.preprocessing import Preprocessing
+from beit3.data.views.segmentation import SegmentationAugmentation
 from beit3.model.config import BASE, TINY
-from beit3.plan.dummy_inputs import SIDE, built, label_map, objects
+from beit3.plan.dummy_inputs import IMAGE_SIZE, build_meta_task, make_label_map, make_objects
 from beit3.recipe import Recipe
-from beit3.segmentation.inference import Views
+from beit3.segmentation.inference import InferenceConfig
 from beit3.task import Batch, Task, load_task
 from beit3.training.evaluate import to_device
 from beit3.training.optim import make_optimizer
-from beit3.training.parallel import autocast, materialise
+from beit3.training.parallel import make_autocast, materialize
 from beit3.training.step import backward, sum_targets
 
 RECIPES = {"coco": "base_1024", "ade20k": "base_512"}
@@ -81,7 +88,10 @@ def recipe_of(case: Case) -> Recipe:
             task, image=Preprocessing(size, task.image.mean, task.image.std, resize="fit")
         )
     else:
-        view, views = SceneView(size, size, 4 * size), Views(size, size, size, 4 * size)
+        view, views = (
+            SegmentationAugmentation(size, size, 4 * size),
+            InferenceConfig(size, size, size, 4 * size),
+        )
         adapter, head = (
             replace(task.adapter, recompute=case.recompute),
             replace(task.head, checkpointing=case.recompute),
@@ -110,8 +120,8 @@ def measure(case: Case) -> dict[str, Any]:
     recipe, device = recipe_of(case), torch.device(case.device)
     torch.set_num_threads(case.threads)
     torch.manual_seed(0)
-    task = built(load_task(case.task), recipe.task, recipe.run)
-    materialise(task, device, 0)
+    task = build_meta_task(load_task(case.task), recipe.task, recipe.run)
+    materialize(task, device, 0)
     calls = steps(task, recipe, case, device) if case.train else passes(task, case, device)
     found: dict[str, Any] = {"before": memory(device), "processor": {}, "wall": {}}
     for name, call in calls.items():
@@ -147,15 +157,15 @@ def steps(
     classes = CLASSES[case.task]
     record = {
         "id": "0",
-        "image": picture(SIDE),
-        "objects": list(objects()),
-        "label_map": label_map(classes),
+        "image": picture(IMAGE_SIZE),
+        "objects": list(make_objects()),
+        "label_map": make_label_map(classes),
         "labels": {"num_classes": classes},
     }
     batch: Batch = task.collate(
         [task.example(record, True, rng=np.random.default_rng(1))] * case.batch
     ) | {"step": 0, "steps": 1}
-    optimizer, precision = make_optimizer(task, recipe.optim), autocast(recipe.run, device)
+    optimizer, precision = make_optimizer(task, recipe.optim), make_autocast(recipe.run, device)
 
     def whole() -> None:
         backward(
@@ -190,7 +200,8 @@ def memory(device: torch.device) -> float:
 
 
 def alone(case: Case) -> dict[str, Any]:
-    """`measure` in a process of its own; `peak` 0 where the accelerator's memory does not hold the case."""
+    """`measure` in a process of its own; `peak` 0 where the accelerator's memory does not hold the
+    case."""
     command = [sys.executable, str(Path(__file__).resolve()), "--one", json.dumps(asdict(case))]
     done = subprocess.run(command, capture_output=True, text=True)
     if "OutOfMemoryError" in done.stderr:
@@ -235,7 +246,8 @@ def main() -> None:
     device = known.device or ("cuda" if known.gpu else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
         parser.error(
-            "--gpu finds no CUDA device: give --device cpu --model tiny --sizes 64 to see that it runs"
+            "--gpu finds no CUDA device: give --device cpu --model tiny --sizes 64 to see that it "
+            "runs"
         )
     general: dict[str, Any] = {
         "model": known.model,

@@ -1,11 +1,15 @@
-"""Kills a pretraining at random moments, or fills its disk, and shows that the same command ends as if nothing had been.
+"""Kills a pretraining at random moments, or fills its disk, and shows that the same command ends as
+if nothing had been.
 
     python benchmarks/drill.py --kills 20 --out DIR
     python benchmarks/drill.py --full-disk --out DIR        as root: it mounts a small tmpfs
 
-A trial starts `beit3 train pretrain demo` on the small embedded world, waits for a moment, kills the process (SIGKILL)
-and starts the same command again to its end. Then weights, checkpoint with optimizer, metrics without timings and scores
-are compared, bit for bit, with a run that was left alone. What a process was doing is read from the files it left.
+A trial starts `beit3 train pretrain demo` on the small embedded world, waits for a moment, kills
+the process (SIGKILL)
+and starts the same command again to its end. Then weights, checkpoint with optimizer, metrics
+without timings and scores
+are compared, bit for bit, with a run that was left alone. What a process was doing is read from the
+files it left.
 """
 
 import argparse
@@ -31,7 +35,7 @@ from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for a call by path
 
-from tests.training.runs import lines, newest
+from tests.training.runs import find_newest_checkpoint, read_metrics
 
 HOME = Path(__file__).resolve().parents[1]
 AIMS = (
@@ -48,7 +52,8 @@ AIMS = (
     "file",
     "resume",
 )
-"""What kills aim at, by turns. `checkpoint`: one is begun and not yet on the disk; `file`: its bytes are being written, digested
+"""What kills aim at, by turns. `checkpoint`: one is begun and not yet on the disk; `file`: its
+bytes are being written, digested
 or flushed. `resume` kills in a step, then again while the second process starts."""
 FILLS = ("small", "start-up", "step", "checkpoint", "file", "evaluation", "best", "last")
 """When a disk fills: by itself, being too small, or at once at one of these moments."""
@@ -86,7 +91,8 @@ class Job:
 
 @dataclass
 class Trial:
-    """One row of the table. doing: what the kill fell into; writing: whether that was the writing of a checkpoint."""
+    """One row of the table. doing: what the kill fell into; writing: whether that was the writing
+    of a checkpoint."""
 
     aim: str
     seconds: float = 0.0
@@ -106,11 +112,12 @@ def environment() -> dict[str, str]:
     }
 
 
-# What a run is doing -------------------------------------------------------------------------------------------------
+# What a run is doing ------------------------------------------------------------------------------
 
 
 def going_on(job: Job, out: Path, said: Path) -> str:
-    """What the process that prints to `said` is doing, or did when it was killed, by the traces of each activity.
+    """What the process that prints to `said` is doing, or did when it was killed, by the traces of
+    each activity.
 
     Every process shows its first step, so one that has shown none is starting.
     """
@@ -143,7 +150,8 @@ def written(part: Path) -> int:
 def episodes(
     job: Job, process: subprocess.Popen, out: Path, said: Path
 ) -> Iterator[tuple[str, int, float]]:
-    """While `process` runs, a thousand times a second: activity, how many times it has begun that, seconds in it."""
+    """While `process` runs, a thousand times a second: activity, how many times it has begun that,
+    seconds in it."""
     counts: Counter[str] = Counter()
     before, since = "", 0.0
     while process.poll() is None:
@@ -169,7 +177,8 @@ def rehearse(job: Job, out: Path) -> Usual:
     }
     if process.returncode:
         raise RuntimeError(
-            f"the run to compare with ended with {process.returncode}: {said.with_suffix('.err').read_text()[-2000:]}"
+            f"the run to compare with ended with {process.returncode}: "
+            f"{said.with_suffix('.err').read_text()[-2000:]}"
         )
     usual: Usual = {}
     for (activity, _), seconds in sorted(lasted.items()):
@@ -196,15 +205,15 @@ def await_moment(
     return False
 
 
-# Comparing -----------------------------------------------------------------------------------------------------------
+# Comparing ----------------------------------------------------------------------------------------
 
 
 def contents(out: Path) -> dict[str, Any]:
     """What two equal runs have in common, by name; tensors as their bytes."""
     groups = {folder: load_file(out / folder / "model.safetensors") for folder in ("last", "best")}
-    shards = sorted(newest(out).glob("*.safetensors"))  # one of each process
+    shards = sorted(find_newest_checkpoint(out).glob("*.safetensors"))  # one of each process
     groups |= {
-        newest(out).name + (f"/{index}" if index else ""): load_file(shard)
+        find_newest_checkpoint(out).name + (f"/{index}" if index else ""): load_file(shard)
         for index, shard in enumerate(shards)
     }
     found: dict[str, Any] = {
@@ -212,7 +221,9 @@ def contents(out: Path) -> dict[str, Any]:
         for group, state in groups.items()
         for name, tensor in state.items()
     }
-    found |= {f"metrics.jsonl line {number}": row for number, row in enumerate(lines(out), start=1)}
+    found |= {
+        f"metrics.jsonl line {number}": row for number, row in enumerate(read_metrics(out), start=1)
+    }
     return found | {"scores.json": (out / "scores.json").read_text()}
 
 
@@ -237,7 +248,8 @@ def files(out: Path) -> set[str]:
 
 
 def go_on(job: Job, whole: Path, out: Path, said: Path, trial: Trial) -> Trial:
-    """Start the same command again to its end, and note where it went on, what differs and what was left behind."""
+    """Start the same command again to its end, and note where it went on, what differs and what was
+    left behind."""
     good = [int(path.name[5:]) for path in out.glob("checkpoints/step_*") if path.suffix != ".part"]
     status = job.finish(out, said)
     shown = re.search(
@@ -254,7 +266,7 @@ def go_on(job: Job, whole: Path, out: Path, said: Path, trial: Trial) -> Trial:
     return trial
 
 
-# Killing -------------------------------------------------------------------------------------------------------------
+# Killing ------------------------------------------------------------------------------------------
 
 
 def kill_and_go_on(job: Job, whole: Path, usual: Usual, place: Path, aim: str, seed: str) -> Trial:
@@ -314,12 +326,13 @@ def told(activity: str, out: Path) -> str:
     return f"checkpoint {int(part.stem[5:])}: {state}"
 
 
-# A full disk ---------------------------------------------------------------------------------------------------------
+# A full disk --------------------------------------------------------------------------------------
 
 
 @contextmanager
 def small_disk(place: Path, size: int) -> Iterator[Callable[[int], bool]]:
-    """A tmpfs of `size` bytes at `place`, and a function that resizes it (0 = to what it holds) and says whether that went."""
+    """A tmpfs of `size` bytes at `place`, and a function that resizes it (0 = to what it holds) and
+    says whether that went."""
 
     def resize(wanted: int) -> bool:
         status = os.statvfs(place)
@@ -355,7 +368,7 @@ def mount(*arguments: str) -> bool:
 def fill_and_go_on(job: Job, whole: Path, usual: Usual, place: Path, aim: str, seed: str) -> Trial:
     """One trial on a disk that fills while the run does `aim`, then has room again."""
     rng, out, roomy = random.Random(seed), place / "disk" / "run", 2**30
-    size = sum(path.stat().st_size for path in newest(whole).iterdir())
+    size = sum(path.stat().st_size for path in find_newest_checkpoint(whole).iterdir())
     shutil.rmtree(place, ignore_errors=True)
     with small_disk(place / "disk", size * 5 // 2 if aim == "small" else roomy) as resize:
         began, process = time.monotonic(), job.start(out, place / "1.txt")
@@ -379,8 +392,9 @@ def fill_and_go_on(job: Job, whole: Path, usual: Usual, place: Path, aim: str, s
 
 
 def how_it_ended(status: int, out: Path, output: str, errors: str) -> tuple[str, str]:
-    """What a run on a full disk called its last good checkpoint, and what was wrong with its end ('' = nothing)."""
-    from beit3.training.checkpoint import damage
+    """What a run on a full disk called its last good checkpoint, and what was wrong with its end
+    ('' = nothing)."""
+    from beit3.training.checkpoint import find_damage
 
     last = errors.splitlines()[-1] if errors else ""
     named = re.fullmatch(
@@ -396,21 +410,21 @@ def how_it_ended(status: int, out: Path, output: str, errors: str) -> tuple[str,
         "a traceback": "Traceback" in output + errors,
         f"last line: {last}": named is None,
         f"{good} is the newest": named is not None and named[2] != good,
-        f"{good} is damaged": good is not None and damage(out / "checkpoints" / good) != "",
+        f"{good} is damaged": good is not None and find_damage(out / "checkpoints" / good) != "",
     }
     return named[1] if named else "", "; ".join(text for text, found in faults.items() if found)
 
 
-# The command ---------------------------------------------------------------------------------------------------------
+# The command --------------------------------------------------------------------------------------
 
 
 def demo_job(out: Path) -> Job:
     """The demo's pretraining, small: its world and a visual tokenizer of ten steps, made once."""
     from beit3.task import load_task
-    from beit3.training.root import embedded_root
+    from beit3.training.embedded_world import prepare_embedded_world
 
     os.environ["BEIT3_CACHE"] = str(out / "cache")
-    root = [embedded_root(load_task(name), "small") for name in ("vqkd", "pretrain")][0]
+    root = [prepare_embedded_world(load_task(name), "small") for name in ("vqkd", "pretrain")][0]
     command = [
         sys.executable,
         "-m",
@@ -436,7 +450,8 @@ def demo_job(out: Path) -> Job:
 def drill(
     job: Job, place: Path, one: Callable[..., Trial], aims: Sequence[str], *, seed: int, jobs: int
 ) -> tuple[Usual, list[Trial]]:
-    """The run left alone, then a trial per aim, `jobs` at a time; prints each as a line of the table."""
+    """The run left alone, then a trial per aim, `jobs` at a time; prints each as a line of the
+    table."""
     whole, line = place / "whole", "{:>5}  {:10}  {:>7}  {:40}  {:>4}  {:>12}  {}"
     usual = rehearse(job, whole)
     print(

@@ -1,11 +1,16 @@
-"""Kills one of several processes of a pretraining at random moments; torchrun starts all again, and nothing is lost.
+"""Kills one of several processes of a pretraining at random moments; torchrun starts all again, and
+nothing is lost.
 
     python benchmarks/drill_group.py --kills 6 --processes 2 --out DIR
 
-A trial starts `beit3 train pretrain demo` under `torchrun --max-restarts`, waits for a moment of an activity, kills one
-process (SIGKILL), sometimes another one after the restart, and lets torchrun bring the run to its end. With `--signals` it
-tells torchrun to stop instead (SIGTERM, as a scheduler does), and starts the same command again. Then weights, checkpoint
-with optimizer, metrics without timings and scores are compared, bit for bit, with a run of as many processes that was left
+A trial starts `beit3 train pretrain demo` under `torchrun --max-restarts`, waits for a moment of an
+activity, kills one
+process (SIGKILL), sometimes another one after the restart, and lets torchrun bring the run to its
+end. With `--signals` it
+tells torchrun to stop instead (SIGTERM, as a scheduler does), and starts the same command again.
+Then weights, checkpoint
+with optimizer, metrics without timings and scores are compared, bit for bit, with a run of as many
+processes that was left
 alone. Moments and comparison are those of drill.py.
 """
 
@@ -28,7 +33,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for a call by path
 
-from beit3.data.stores.records import write_text
+from beit3.files import write_text
 from benchmarks.drill import (
     Job,
     Trial,
@@ -44,7 +49,8 @@ from benchmarks.drill import (
 )
 
 AIMS = ("step", "file", "checkpoint", "evaluation", "start-up", "twice", "last", "best")
-"""What kills aim at, by turns; `twice` kills in a step, and again in the first steps after the restart."""
+"""What kills aim at, by turns; `twice` kills in a step, and again in the first steps after the
+restart."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +112,8 @@ def killed(
     rng: random.Random,
     began: float,
 ) -> tuple[Trial, int] | None:
-    """Kill a process of the group at a random point of `aim`; what it was doing, and how much had been printed by then.
+    """Kill a process of the group at a random point of `aim`; what it was doing, and how much had
+    been printed by then.
 
     None where the moment did not come.
     """
@@ -134,7 +141,8 @@ def killed(
 
 
 def wait_for_step(process: subprocess.Popen, said: Path, length: int) -> list[int]:
-    """The processes once a step has been shown behind the first `length` letters; none where the run ends before."""
+    """The processes once a step has been shown behind the first `length` letters; none where the
+    run ends before."""
     while process.poll() is None:
         if re.search(r"step \d+/", said.read_text()[length:]):
             return workers(process.pid)
@@ -143,7 +151,8 @@ def wait_for_step(process: subprocess.Popen, said: Path, length: int) -> list[in
 
 
 def stop_all(job: Job, whole: Path, usual: Usual, place: Path, aim: str, seed: str) -> Trial:
-    """Tell torchrun to stop at a random point, as a scheduler does, and start the same command again."""
+    """Tell torchrun to stop at a random point, as a scheduler does, and start the same command
+    again."""
     rng, out, said = random.Random(seed), place / "run", place / "said.txt"
     shutil.rmtree(place, ignore_errors=True)
     began, process = time.monotonic(), job.start(out, said)
@@ -172,7 +181,8 @@ def stop_all(job: Job, whole: Path, usual: Usual, place: Path, aim: str, seed: s
 
 
 def compared(trial: Trial, status: int, whole: Path, out: Path, said: Path) -> Trial:
-    """What differs from the run left alone, and what was left behind; the folder goes where nothing is wrong."""
+    """What differs from the run left alone, and what was left behind; the folder goes where nothing
+    is wrong."""
     if status:
         trial.wrong += f" status {status}: {said.with_suffix('.err').read_text()[-300:]}"
         return trial

@@ -1,11 +1,16 @@
-"""On an accelerator: forward and pretraining step beside torchscale, and what share of the chip's peak they use.
+"""On an accelerator: forward and pretraining step beside torchscale, and what share of the chip's
+peak they use.
 
     benchmarks/gpu.sh
 
-BASE, LARGE and GIANT in bfloat16, each with images, texts of 512 and pairs in one step of three micro-batches, codes given.
-Utilisation is the model's FLOPs (recomputation not counted) over 989 TFLOP/s, an H100's dense bfloat16 peak; beside it
-stands what the step's own matrix products alone reach. torchscale has BASE's and LARGE's form and for GIANT the same sizes
-unshared; the faster of plain and compiled counts on both sides. On CPU (--device cpu --sizes tiny) it only proves
+BASE, LARGE and GIANT in bfloat16, each with images, texts of 512 and pairs in one step of three
+micro-batches, codes given.
+Utilisation is the model's FLOPs (recomputation not counted) over 989 TFLOP/s, an H100's dense
+bfloat16 peak; beside it
+stands what the step's own matrix products alone reach. torchscale has BASE's and LARGE's form and
+for GIANT the same sizes
+unshared; the faster of plain and compiled counts on both sides. On CPU (--device cpu --sizes tiny)
+it only proves
 that the program runs.
 """
 
@@ -27,7 +32,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from versus_torchscale import Released, import_torchscale
 
-from beit3.data.views.masking import IGNORE
+from beit3.data.views.masking import IGNORE_INDEX
 from beit3.model.config import BASE, GIANT, LARGE, TINY, ModelConfig
 from beit3.tasks.pretrain import Pretrain, PretrainConfig
 from beit3.training.parallel import wrap_blocks
@@ -85,7 +90,7 @@ class TheirPretraining(nn.Module):
                 (self.mim_head(states[:, 1:num_image][hidden]), batch["image_codes"][hidden])
             )
         if "text" in batch:
-            hidden = batch["text_target"] != IGNORE
+            hidden = batch["text_target"] != IGNORE_INDEX
             found.append(
                 (self.network.mlm_head(states[:, num_image:][hidden]), batch["text_target"][hidden])
             )
@@ -115,7 +120,8 @@ def step_of(
 
 
 def products_rate(batches_flops: dict[tuple[int, int, int], int], clock: Clock) -> float:
-    """FLOP/s of the step's matrix products alone, by shape (rows, in, out) and how often each occurs."""
+    """FLOP/s of the step's matrix products alone, by shape (rows, in, out) and how often each
+    occurs."""
     total, spent = 0.0, 0.0
     for (rows, inner, outer), times in batches_flops.items():
         one = torch.randn(rows, inner, device=clock.device, dtype=torch.bfloat16)
@@ -146,7 +152,8 @@ def shapes(task: Pretrain, batches: Sequence[dict[str, Tensor]]) -> dict[tuple[i
 
 
 def measure(size: str, device: torch.device, rounds: int) -> dict[str, Any]:
-    """One network: steps of both sides in interleaved rounds, forward passes, utilisation, memory."""
+    """One network: steps of both sides in interleaved rounds, forward passes, utilisation,
+    memory."""
     model, counts, recompute = SIZES[size]
     clock, config = Clock(device), PretrainConfig(model=model)
     torch.manual_seed(0)
@@ -219,7 +226,8 @@ def measure(size: str, device: torch.device, rounds: int) -> dict[str, Any]:
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
     lines = [
-        "| network | step | torchscale | ratio | utilisation | products alone | memory, GB | torchscale |",
+        "| network | step | torchscale | ratio | utilisation | products alone | memory, GB | "
+        "torchscale |",
         "|---" * 8 + "|",
     ]
     for row in rows:

@@ -1,9 +1,12 @@
 """The `gpu_hour` recipes, visual tokenizer first, then pretraining: throughput, memory and losses.
 
-    python benchmarks/gpu_hour.py data --out runs/gpu_hour            # one large GPU, 30 to 60 minutes
-    python benchmarks/gpu_hour.py data --out runs/dry --dry           # the same script in a few steps, also on a CPU
+    python benchmarks/gpu_hour.py data --out runs/gpu_hour            # one large GPU, 30 to 60
+    minutes
+    python benchmarks/gpu_hour.py data --out runs/dry --dry           # the same script in a few
+    steps, also on a CPU
 
-`data` holds prepared records (docs/records.md) with `text.model`. Neither tyro nor a network is needed. Stopped, it
+`data` holds prepared records (docs/records.md) with `text.model`. Neither tyro nor a network is
+needed. Stopped, it
 goes on when it is started again.
 """
 
@@ -14,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from beit3.data.stores.records import write_text
+from beit3.files import write_text
 from beit3.recipe import Recipe
 from beit3.tasks.pretrain import Pretrain
 from beit3.tasks.vqkd import VQKD

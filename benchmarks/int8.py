@@ -1,11 +1,16 @@
 """int8 beside float32 on CPU: how fast BASE encodes at 224 px, and what trained weights score.
 
-    python benchmarks/int8.py --json benchmarks/int8.json --score runs/demo/retrieval runs/flickr/best=data/flickr
+    python benchmarks/int8.py --json benchmarks/int8.json --score runs/demo/retrieval
+    runs/flickr/best=data/flickr
 
-Speed: retrieval's network at its initial values, which do not matter to it. A round takes the rate of a plain float32
-product, then every form of the network once on the same input, so a noisy round is seen and hits all alike. Beside int8
-stand float32 with packed weights, and compiled, which says what compilation alone gives, and bfloat16, which is fast where
-the processor has tiles for it (AMX) and slow elsewhere. `--score WEIGHTS[=ROOT]`: a split of ROOT, or of the embedded world,
+Speed: retrieval's network at its initial values, which do not matter to it. A round takes the rate
+of a plain float32
+product, then every form of the network once on the same input, so a noisy round is seen and hits
+all alike. Beside int8
+stand float32 with packed weights, and compiled, which says what compilation alone gives, and
+bfloat16, which is fast where
+the processor has tiles for it (AMX) and slow elsewhere. `--score WEIGHTS[=ROOT]`: a split of ROOT,
+or of the embedded world,
 scored in float32 and in int8.
 """
 
@@ -25,7 +30,7 @@ from probe import probe, save
 from torch import Tensor
 from versus_torchscale import LENGTHS, PADDED
 
-from beit3.data.views.transforms import Preprocessing
+from beit3.data.views.preprocessing import Preprocessing
 from beit3.model.config import BASE
 from beit3.model.packed import pack
 from beit3.predict import load
@@ -34,7 +39,7 @@ from beit3.task import Prediction, Task, trim_padding
 from beit3.tasks.retrieval import Retrieval, RetrievalConfig
 from beit3.training.evaluate import predict_sources, score_sources
 from beit3.training.parallel import wrap_blocks
-from beit3.training.root import split_sources
+from beit3.training.sources import open_split
 
 FORMS = ALONE, PACKED, COMPILED, HALF, INT8 = (
     "float32",
@@ -101,7 +106,8 @@ def timed(call: Callable[[], Any]) -> tuple[float, float]:
 
 
 def speed(forms: Mapping[str, Task], batch: Mapping[str, Tensor], rounds: int) -> dict[str, Any]:
-    """Times of every form in interleaved rounds, ratios to float32 in the same round, and cosines with its features."""
+    """Times of every form in interleaved rounds, ratios to float32 in the same round, and cosines
+    with its features."""
     first = {name: timed(partial(encode, task, batch))[0] for name, task in forms.items()}
     exact = encode(forms[ALONE], batch)
     cosines = {
@@ -137,10 +143,11 @@ def spread(values: list[float]) -> list[float]:
 
 
 def scores(given: str, split: str) -> dict[str, Any]:
-    """A split scored in float32 and in int8, and the cosines between features where the predictions are features."""
+    """A split scored in float32 and in int8, and the cosines between features where the predictions
+    are features."""
     weights, _, root = given.partition("=")
     task = load(weights).task
-    sources = split_sources(type(task), root, split)
+    sources = open_split(type(task), root, split)
     exact = predict_sources(task, sources, batch_size=32)
     close = predict_sources(quantize(task), sources, batch_size=32)
     pairs = [pair for name in exact for pair in zip(exact[name][0], close[name][0], strict=True)]
@@ -189,7 +196,8 @@ def table(found: Mapping[str, Any]) -> str:
     for row in found["scores"]:
         for key, (before, after) in row["float32 and int8, %"].items():
             lines.append(
-                f"| {'/'.join(Path(row['weights']).parts[-2:])} | {row['records']} | {key} | {before} % | {after} % |"
+                f"| {'/'.join(Path(row['weights']).parts[-2:])} | {row['records']} | {key} | "
+                f"{before} % | {after} % |"
             )
     return "\n".join(lines)
 

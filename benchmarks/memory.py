@@ -1,12 +1,19 @@
-"""The memory that `beit3 plan` foretells beside what a real step takes: peak resident memory of processes on CPU.
+"""The memory that `beit3 plan` foretells beside what a real step takes: peak resident memory of
+processes on CPU.
 
-    python benchmarks/memory.py --json benchmarks/memory.json        about 7 minutes of processor time
+    python benchmarks/memory.py --json benchmarks/memory.json        about 7 minutes of processor
+    time
 
-A case is a recipe with a micro-batch. A fresh process (two with gloo where weights are sharded) first takes a step of a
-very small network of the same task, so that libraries are loaded, then two steps of the real one; what its peak
-(VmHWM) is above the memory before them counts. Twice: `returned` with every tensor of more than 64 KiB given back to the
-system when it is freed, as on a GPU a caching allocator would reuse it, and `usual` with glibc's own habits, which keep
-freed blocks of up to 32 MiB and leave gaps. The estimate is compared with the first. No data is read.
+A case is a recipe with a micro-batch. A fresh process (two with gloo where weights are sharded)
+first takes a step of a
+very small network of the same task, so that libraries are loaded, then two steps of the real one;
+what its peak
+(VmHWM) is above the memory before them counts. Twice: `returned` with every tensor of more than 64
+KiB given back to the
+system when it is freed, as on a GPU a caching allocator would reuse it, and `usual` with glibc's
+own habits, which keep
+freed blocks of up to 32 MiB and leave gaps. The estimate is compared with the first. No data is
+read.
 """
 
 import argparse
@@ -25,13 +32,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for a call by pa
 
 from beit3.ops.collectives import all_gather_objects, rank
 from beit3.plan.devices import Device
-from beit3.plan.dummy_inputs import built, example
-from beit3.plan.estimate import Estimate, shallow
+from beit3.plan.dummy_inputs import build_meta_task, make_example
+from beit3.plan.estimate import Estimate
 from beit3.recipe import Recipe
 from beit3.task import Task, load_task
-from beit3.training.launch import start
+from beit3.training.launch import init_device
 from beit3.training.optim import make_optimizer
-from beit3.training.parallel import autocast, materialise
+from beit3.training.parallel import make_autocast, materialize
 from beit3.training.step import backward, sum_targets
 
 MIB = 2**20
@@ -116,7 +123,7 @@ def estimated(case: Case) -> float:
     """Bytes."""
     return (
         Estimate(load_task(case.task), recipe_of(case), PROCESSOR, case.processes)
-        .memory(case.micro_batch)
+        .estimate_memory(case.micro_batch)
         .total
     )
 
@@ -149,10 +156,10 @@ def measured(case: Case, *, returned: bool = True) -> float:
 def measure(case: Case) -> None:
     """In the fresh process: prints the bytes."""
     recipe, kind = recipe_of(case), load_task(case.task)
-    start(recipe.run)
+    init_device(recipe.run)
     model: Any = recipe.task.model
     fused = {"fusion_layers": 0} if hasattr(model, "fusion_layers") else {}
-    small = replace(model, dim=32, depth=shallow(recipe.task), num_heads=2, ffn_dim=64, **fused)
+    small = replace(model, dim=32, depth=recipe.task.base_depth, num_heads=2, ffn_dim=64, **fused)
     steps(
         kind,
         replace(recipe, task=replace(recipe.task, model=small)),
@@ -168,18 +175,20 @@ def measure(case: Case) -> None:
 
 def steps(kind: type[Task], recipe: Recipe, case: Case, count: int) -> None:
     """Real steps, as the loop takes them."""
-    task = built(kind, recipe.task, recipe.run)
-    materialise(task, CPU, 0)
+    task = build_meta_task(kind, recipe.task, recipe.run)
+    materialize(task, CPU, 0)
     optimizer = make_optimizer(task, recipe.optim)
     sources = [name for name in kind.sources if recipe.data.batch.get(name)]
     batches = [
-        task.collate([example(task, name)] * case.micro_batch)
+        task.collate([make_example(task, name)] * case.micro_batch)
         for name in sources
         for _ in range(case.pieces)
     ]
     micro_batches = [batch | {"step": 0, "steps": 1} for batch in batches]
     for _ in range(count):
-        backward(task, micro_batches, sum_targets(task, micro_batches), autocast(recipe.run, CPU))
+        backward(
+            task, micro_batches, sum_targets(task, micro_batches), make_autocast(recipe.run, CPU)
+        )
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 

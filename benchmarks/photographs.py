@@ -1,9 +1,12 @@
-"""What `pretrain laptop` learnt from photographs, books and captions, beside guesses that need no learning.
+"""What `pretrain laptop` learnt from photographs, books and captions, beside guesses that need no
+learning.
 
     python benchmarks/photographs.py runs/laptop --out benchmarks/photographs.json
 
-Held-out records under the masks that evaluation always draws. Hidden words of captions are predicted with their own
-picture and with each of `OTHERS` other pictures; the spread is over pictures (all captions of one together), because
+Held-out records under the masks that evaluation always draws. Hidden words of captions are
+predicted with their own
+picture and with each of `OTHERS` other pictures; the spread is over pictures (all captions of one
+together), because
 captions of one picture are not independent.
 """
 
@@ -16,24 +19,25 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from beit3.data.stores.records import write_text
 from beit3.demo.probes import BATCH, frequency_guess, nearest_patch_guess
+from beit3.files import write_text
 from beit3.recipe import Recipe
-from beit3.tasks.pretrain import IGNORE, Pretrain, PretrainConfig
-from beit3.training.evaluate import batches, evaluate
-from beit3.training.loop import open_source
-from beit3.weights import store
+from beit3.tasks.pretrain import IGNORE_INDEX, Pretrain, PretrainConfig
+from beit3.training.evaluate import evaluate, iterate_batches
+from beit3.training.sources import open_source
+from beit3.weights import loading
 
 OTHERS = 5
 """Other pictures that every caption is read with."""
 WORDS = 8
-"""Words shown whose loss falls most with the right picture, of those hidden at least `SEEN` times."""
+"""Words shown whose loss falls most with the right picture, of those hidden at least `SEEN`
+times."""
 SEEN = 12
 
 
 def figures(run: Path) -> dict:
     """All figures of a run of `pretrain` over images, texts and pairs."""
-    task = store.load(run / "last")
+    task = loading.load_weights(run / "last")
     assert isinstance(task, Pretrain)
     recipe = Recipe.from_dict(
         json.loads((run / "recipe.json").read_text())["recipe"], PretrainConfig
@@ -59,7 +63,8 @@ def figures(run: Path) -> dict:
 
 @torch.no_grad()
 def paired(task: Pretrain, records: list[dict]) -> dict:
-    """Losses of hidden words with the right and with other pictures, and the words that gain most."""
+    """Losses of hidden words with the right and with other pictures, and the words that gain
+    most."""
     pictures = sorted({record["image"] for record in records})
     place = {picture: index for index, picture in enumerate(pictures)}
     pixels = task.collate([task.example({"id": p, "image": p}, False) for p in pictures])["image"]
@@ -69,12 +74,12 @@ def paired(task: Pretrain, records: list[dict]) -> dict:
     counts = np.zeros(len(pictures))
     words: dict[int, list[float]] = defaultdict(list)
     at = 0
-    for batch in batches(task, records, BATCH):
+    for batch in iterate_batches(task, records, BATCH):
         own = torch.tensor(
             [place[record["image"]] for record in records[at : at + len(batch["id"])]]
         )
         at += len(own)
-        hidden = batch["text_target"] != IGNORE
+        hidden = batch["text_target"] != IGNORE_INDEX
         targets, rows = batch["text_target"][hidden], own[hidden.nonzero()[:, 0]]
         losses = []
         for turn in range(1 + OTHERS):
@@ -104,7 +109,7 @@ def paired(task: Pretrain, records: list[dict]) -> dict:
         "captions": len(records),
         "words": [
             {
-                "word": task.tokenizer.word(w).strip(),
+                "word": task.tokenizer.id_to_piece(w).strip(),
                 "seen": len(words[w]),
                 "gain": float(np.mean(words[w])),
             }

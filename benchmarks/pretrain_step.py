@@ -2,9 +2,12 @@
 
     python benchmarks/pretrain_step.py --json benchmarks/pretrain_step.json
 
-Two tables. The head over 64,010 words: peak memory beyond states and weights of forward and backward, for growing numbers
-of predictions, all logits at once beside piece by piece; each measured in a process of its own, by the system's count of
-resident memory. And a whole step of BASE (4 images, 1 text of 512 tokens, 4 pairs; codes given) under the three settings of
+Two tables. The head over 64,010 words: peak memory beyond states and weights of forward and
+backward, for growing numbers
+of predictions, all logits at once beside piece by piece; each measured in a process of its own, by
+the system's count of
+resident memory. And a whole step of BASE (4 images, 1 text of 512 tokens, 4 pairs; codes given)
+under the three settings of
 `run.checkpointing`: peak memory, and time in interleaved rounds with a matrix product beside each.
 """
 
@@ -20,9 +23,9 @@ import torch
 from probe import peak_memory, probe, save, seconds
 from torch import Tensor, nn
 
-from beit3.data.views.masking import IGNORE
+from beit3.data.views.masking import IGNORE_INDEX
 from beit3.model.config import BASE, TINY, ModelConfig
-from beit3.ops.losses import LOGITS, cross_entropies, over_vocabulary
+from beit3.ops.losses import MAX_LOGITS, chunked_vocabulary_loss, token_cross_entropy
 from beit3.tasks.pretrain import Pretrain, PretrainConfig
 from beit3.training.parallel import wrap_blocks
 
@@ -38,7 +41,9 @@ def head_memory(predictions: int, most: int) -> dict[str, float]:
     for tensor in (*head.parameters(), states):
         tensor.grad = torch.zeros_like(tensor) + 1
     before = peak_memory()
-    over_vocabulary(states, target, head, cross_entropies, most=most)[0].sum().backward()
+    chunked_vocabulary_loss(states, target, head, token_cross_entropy, most=most)[
+        0
+    ].sum().backward()
     return {"mb": (peak_memory() - before) / 1e6}
 
 
@@ -60,7 +65,7 @@ def micro_batches(task: Pretrain, images: int, texts: int, pairs: int) -> list[d
         ids = torch.randint(4, model.vocab_size, (count, length))
         return {
             "text": ids,
-            "text_target": ids.masked_fill(torch.rand(count, length) > rate, IGNORE),
+            "text_target": ids.masked_fill(torch.rand(count, length) > rate, IGNORE_INDEX),
         }
 
     length = min(config.monomodal_text_length, model.max_text_length)
@@ -144,7 +149,10 @@ def main() -> None:
         print(json.dumps(found))
         return
     head = {
-        count: {"at once": alone("head", count, 1 << 40), "in pieces": alone("head", count, LOGITS)}
+        count: {
+            "at once": alone("head", count, 1 << 40),
+            "in pieces": alone("head", count, MAX_LOGITS),
+        }
         for count in PREDICTIONS
     }
     lines = ["| predictions of 64,010 words | all logits at once | in pieces |", "|---|---|---|"]
@@ -158,7 +166,8 @@ def main() -> None:
     for setting in SETTINGS:
         median = statistics.median(times["seconds"][setting])
         lines.append(
-            f"| {setting} | {memory[setting]:.0f} MB | {times['ratio'][setting]:.2f} ({median:.2f} s) |"
+            f"| {setting} | {memory[setting]:.0f} MB | {times['ratio'][setting]:.2f} "
+            f"({median:.2f} s) |"
         )
     print("\n".join(lines))
     if options.json:

@@ -1,4 +1,5 @@
-"""What every benchmark needs: the rate of a plain matrix product beside a measurement, and a file of what was found."""
+"""What every benchmark needs: the rate of a plain matrix product beside a measurement, and a file
+of what was found."""
 
 import json
 import os
@@ -13,7 +14,7 @@ from typing import Any
 
 import torch
 
-from beit3.data.stores.records import write_text
+from beit3.files import write_text
 
 
 def probe(size: int = 1536) -> float:
@@ -30,13 +31,15 @@ def seconds(call: Callable[[], object]) -> float:
 
 
 def peak_memory() -> float:
-    """Most resident memory of this program so far, bytes. Not `getrusage`'s, which a program inherits from what started it."""
+    """Most resident memory of this program so far, bytes. Not `getrusage`'s, which a program
+    inherits from what started it."""
     status = Path("/proc/self/status").read_text()
     return 1024 * int(re.search(r"VmHWM:\s+(\d+)", status)[1])  # type: ignore[index]
 
 
 def save(path: Path, table: str, figures: Any) -> None:
-    """A JSON file of the printed table, all figures behind it, and where, when and from which commit they are.
+    """A JSON file of the printed table, all figures behind it, and where, when and from which
+    commit they are.
 
     `benchmarks/results.py` puts the tables into RESULTS.md.
     """

@@ -1,10 +1,14 @@
-"""Every vision-language task on small real data sets: from `pretrain laptop`'s weights and from scratch, fine-tuned alike.
+"""Every vision-language task on small real data sets: from `pretrain laptop`'s weights and from
+scratch, fine-tuned alike.
 
     python benchmarks/real.py --data ../shared/data --out runs/real --json benchmarks/real.json
 
-Remakes the pretrained weights if `runs/real/laptop` (or --init) does not hold them, about 45 minutes on two cores; then
-each run takes minutes, as many at a time as there are cores. Stopped anywhere, the same command goes on; `--only` names
-rows. Retrieval also starts from the contrastive stage, whose steps on the pretraining pairs come on top.
+Remakes the pretrained weights if `runs/real/laptop` (or --init) does not hold them, about 45
+minutes on two cores; then
+each run takes minutes, as many at a time as there are cores. Stopped anywhere, the same command
+goes on; `--only` names
+rows. Retrieval also starts from the contrastive stage, whose steps on the pretraining pairs come on
+top.
 """
 
 import argparse
@@ -14,12 +18,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from beit3.data.stores.records import write_text
 from beit3.demo.comparison import markdown, row, side_by_side, spread
 from beit3.demo.tour import with_tokenizer
+from beit3.files import write_text
 from beit3.recipe import Recipe
 from beit3.task import load_task
-from beit3.tokenizer.text import TextTokenizer, texts_of
+from beit3.tokenizer.text import TextTokenizer, read_texts
 from beit3.training.loop import train
 from beit3.weights.store import is_weights
 
@@ -59,7 +63,8 @@ STEPS = {"daquar": 600}
 
 
 def pretrained(data: Path, out: Path, init: str) -> Path:
-    """Weights of `pretrain laptop`: those given, those there, or made now from photographs, captions and books."""
+    """Weights of `pretrain laptop`: those given, those there, or made now from photographs,
+    captions and books."""
     if init:
         return Path(init)
     weights, root = out / "laptop" / "last", out / "data"
@@ -71,7 +76,7 @@ def pretrained(data: Path, out: Path, init: str) -> Path:
     vqkd.prepare(data / "imagenet_sample_1k", root, "main")
     if not (root / "text.model").exists():
         files = [str(path) for path in sorted((data / "text_corpus").rglob("*.txt"))]
-        texts = texts_of([*files, str(root / "pretrain" / "pairs" / "train.jsonl")])
+        texts = read_texts([*files, str(root / "pretrain" / "pairs" / "train.jsonl")])
         TextTokenizer.train(texts, vocab_size=VOCABULARY).save(root / "text.model")
     pretrain.prepare(data / "text_corpus", root, "texts")
     train(at(vqkd.recipes["laptop"], root), vqkd, out=out / "codes")

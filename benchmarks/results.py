@@ -7,7 +7,7 @@ import json
 import re
 from pathlib import Path
 
-from beit3.data.stores.records import write_text
+from beit3.files import write_text
 
 HERE = Path(__file__).parent
 MARKS = re.compile(r"(<!-- from (\S+\.json) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -25,9 +25,7 @@ def main() -> None:
     page = HERE / "RESULTS.md"
     write_text(
         page,
-        MARKS.sub(
-            lambda match: match[1] + rendered(HERE / match[2]) + match[3], page.read_text()
-        ),
+        MARKS.sub(lambda match: match[1] + rendered(HERE / match[2]) + match[3], page.read_text()),
     )
 
 

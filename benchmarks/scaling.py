@@ -1,10 +1,14 @@
-"""One process beside two that train together: records a second, the share of communication, memory of each.
+"""One process beside two that train together: records a second, the share of communication, memory
+of each.
 
     python benchmarks/scaling.py --json benchmarks/scaling.json
 
-A pretraining step of SMALL (8 images, 1 text of 512, 16 pairs a process; codes given) on one thread a process, gloo. `apart`
-is two processes at the same time that know nothing of each other: what the machine gives two, so that what a step takes
-longer when they are `together` is communication. Four are only shown to run. Forms take turns, a fresh start each.
+A pretraining step of SMALL (8 images, 1 text of 512, 16 pairs a process; codes given) on one thread
+a process, gloo. `apart`
+is two processes at the same time that know nothing of each other: what the machine gives two, so
+that what a step takes
+longer when they are `together` is communication. Four are only shown to run. Forms take turns, a
+fresh start each.
 """
 
 import argparse
@@ -22,14 +26,14 @@ import torch
 from pretrain_step import micro_batches
 from probe import peak_memory, probe, save, seconds
 
-from beit3.data.views.transforms import Preprocessing
+from beit3.data.views.preprocessing import Preprocessing
 from beit3.model.config import MEDIUM, SMALL
 from beit3.ops.collectives import rank, world_size
 from beit3.recipe import OptimConfig, RunConfig
 from beit3.tasks.pretrain import Pretrain, PretrainConfig
-from beit3.training.launch import start
+from beit3.training.launch import init_device
 from beit3.training.optim import make_optimizer
-from beit3.training.parallel import autocast, build, materialise
+from beit3.training.parallel import build_task, make_autocast, materialize
 from beit3.training.step import backward, sum_targets
 
 COUNTS = (8, 1, 16)
@@ -40,9 +44,10 @@ FORMS = {"one": 1, "apart": 2, "together": 2, "four together": 4}
 
 
 def work(steps: int, size: str) -> None:
-    """Train and print seconds a step and the memory that the task takes; under torchrun with the others."""
+    """Train and print seconds a step and the memory that the task takes; under torchrun with the
+    others."""
     run, (model, counts) = RunConfig(), SIZES[size]
-    device = start(run)
+    device = init_device(run)
     torch.set_num_threads(1)
     config = PretrainConfig(
         model=model,
@@ -52,12 +57,12 @@ def work(steps: int, size: str) -> None:
         text_length=32,
     )
     before = peak_memory()
-    task = build(Pretrain, config, None, run, device)
-    materialise(task, device, 0)
+    task = build_task(Pretrain, config, None, run, device)
+    materialize(task, device, 0)
     assert isinstance(task, Pretrain)
     torch.manual_seed(rank())
     batches = micro_batches(task, *counts)
-    optimizer, precision = make_optimizer(task, OptimConfig(lr=0.0)), autocast(run, device)
+    optimizer, precision = make_optimizer(task, OptimConfig(lr=0.0)), make_autocast(run, device)
 
     def step() -> None:
         optimizer.zero_grad()
@@ -81,7 +86,8 @@ def work(steps: int, size: str) -> None:
 
 
 def run_form(form: str, steps: int, size: str = "small") -> dict[str, Any]:
-    """Start the processes of a form and read what they found: seconds of the slowest, memory of the first."""
+    """Start the processes of a form and read what they found: seconds of the slowest, memory of the
+    first."""
     count = FORMS[form]
     alone = [sys.executable, __file__, "--steps", str(steps), "--work", size]
     grouped = [
@@ -121,7 +127,8 @@ def table(found: dict[str, list[dict[str, Any]]]) -> str:
     for form, each in middle.items():
         rate = FORMS[form] * sum(COUNTS) / each["seconds"]
         lines.append(
-            f"| {form} | {each['seconds']:.2f} s | {rate:.0f} | {FORMS[form] * one / each['seconds']:.2f} "
+            f"| {form} | {each['seconds']:.2f} s | {rate:.0f} | "
+            f"{FORMS[form] * one / each['seconds']:.2f} "
             f"| {each['peak'] / 1e6:.0f} MB | {each['optimizer'] / 1e6:.0f} MB |"
         )
     shares = [
@@ -130,7 +137,8 @@ def table(found: dict[str, list[dict[str, Any]]]) -> str:
     ]
     lines += [
         "",
-        f"Communication of two: {statistics.median(shares):.0%} of a step ({min(shares):.0%} to {max(shares):.0%} over rounds).",
+        f"Communication of two: {statistics.median(shares):.0%} of a step ({min(shares):.0%} to "
+        f"{max(shares):.0%} over rounds).",
     ]
     return "\n".join(lines)
 

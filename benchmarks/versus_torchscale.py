@@ -1,13 +1,19 @@
 """BASE at 224 beside torchscale's BEiT-3 with the same weights and inputs, on CPU in float32.
 
     pip install --no-deps --target TORCHSCALE torchscale==0.3.0
-    python benchmarks/versus_torchscale.py --torchscale TORCHSCALE --json benchmarks/versus_torchscale.json
+    python benchmarks/versus_torchscale.py --torchscale TORCHSCALE --json
+    benchmarks/versus_torchscale.json
 
-Each row is a use, and both sides return what it reads: the class token's state of images and pairs, the begin mark's of
-texts, the loss of a training step with AdamW, the captions of a beam search. Each has a process of its own, in which rounds
-alternate between the sides; a matrix product runs before and after each call, so that a round in which the machine was busy
-is known. torchscale runs as released and, except for captions, compiled; ours also with packed weights, with blocks compiled
-around these, and in training compiled. Its captions are decoded as the release does: the image repeated for every beam,
+Each row is a use, and both sides return what it reads: the class token's state of images and pairs,
+the begin mark's of
+texts, the loss of a training step with AdamW, the captions of a beam search. Each has a process of
+its own, in which rounds
+alternate between the sides; a matrix product runs before and after each call, so that a round in
+which the machine was busy
+is known. torchscale runs as released and, except for captions, compiled; ours also with packed
+weights, with blocks compiled
+around these, and in training compiled. Its captions are decoded as the release does: the image
+repeated for every beam,
 padding kept, logits at every position.
 """
 
@@ -35,10 +41,10 @@ from probe import peak_memory, probe, save, seconds
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from beit3.model.attention_mask import image_to_text
+from beit3.model.attention_mask import make_image_to_text_mask
 from beit3.model.beit3 import BEiT3
 from beit3.model.config import BASE, ModelConfig
-from beit3.model.generation import Decoding, Marks, Slots, generate
+from beit3.model.generation import DecoderState, Decoding, SpecialTokens, generate
 from beit3.model.packed import pack
 from beit3.task import Batch, Task, trim_padding
 from beit3.tasks.captioning import Captioning, CaptioningConfig
@@ -47,9 +53,10 @@ from beit3.training.parallel import wrap_blocks
 from beit3.weights.release_format import translate
 
 LENGTHS = {8: (9, 11, 13, 14, 16, 17, 19, 23), 4: (11, 14, 16, 21)}
-"""Tokens of captions: quantiles of 6,000 of Flickr8k (mean 15.6, longest 39), in a text tokenizer of 8,000 pieces."""
+"""Tokens of captions: quantiles of 6,000 of Flickr8k (mean 15.6, longest 39), in a text tokenizer
+of 8,000 pieces."""
 PADDED, CAPTION, BEAMS, CANDIDATES, VOCAB = 64, 16, 3, 3, BASE.vocab_size
-MARKS = Marks(bos=0, eos=2, pad=1, mask=64001)
+MARKS = SpecialTokens(bos=0, eos=2, pad=1, mask=64001)
 TOLERANCE = 1e-5
 WANTED = {
     "1 image": 1.4,
@@ -75,11 +82,12 @@ class Use:
     """By setting; the fastest counts."""
 
 
-# Torchscale ----------------------------------------------------------------------------------------------------------
+# Torchscale ---------------------------------------------------------------------------------------
 
 
 def import_torchscale(folder: str) -> None:
-    """Make torchscale importable, with stand-ins for what it imports and a network like this never calls."""
+    """Make torchscale importable, with stand-ins for what it imports and a network like this never
+    calls."""
     sys.path.insert(0, folder)
     stubs: dict[str, tuple[str, ...]] = {
         "fairscale": (),
@@ -135,7 +143,7 @@ class Released(nn.Module):
         best = torch.full((count,), -torch.inf)
         for length in range(2, CAPTION):
             first = length == 2
-            mask = (~image_to_text(num_image, length)).float() * -1e8
+            mask = (~make_image_to_text_mask(num_image, length)).float() * -1e8
             states = self.beit3(
                 textual_tokens=text,
                 visual_tokens=image if first else None,
@@ -163,7 +171,7 @@ class Released(nn.Module):
         return best
 
 
-# Rows ----------------------------------------------------------------------------------------------------------------
+# Rows ---------------------------------------------------------------------------------------------
 
 
 def texts(count: int) -> tuple[Tensor, Tensor]:
@@ -178,7 +186,8 @@ def uses(
     theirs: Released | None,
     trained: Sequence[str] = ("eager", "compiled"),
 ) -> Iterator[Use]:
-    """The rows, in the order of the table: our network in several forms, theirs, and the forms in which both are trained."""
+    """The rows, in the order of the table: our network in several forms, theirs, and the forms in
+    which both are trained."""
     released = {} if theirs is None else {"eager": theirs, "compiled": torch.compile(theirs)}
     image = torch.randn(8, 3, 224, 224)
     text, padding = texts(8)
@@ -224,7 +233,7 @@ def first(
 
 def captions(task: Captioning, image: Tensor) -> Tensor:
     """Scores [B] of the best captions."""
-    found = generate(Slots(task.backbone, task.text_head, image, MARKS), CAPTION, Decoding())
+    found = generate(DecoderState(task.backbone, task.text_head, image, MARKS), CAPTION, Decoding())
     return torch.tensor([caption.score for caption in found])
 
 
@@ -250,7 +259,8 @@ def question_task() -> tuple[VQA, Batch]:
 
 
 def our_steps(theirs: Released | None, forms: Sequence[str]) -> dict[str, Callable[[], Tensor]]:
-    """Forward, backward, AdamW, as they are or with compiled blocks: one network and optimizer for both."""
+    """Forward, backward, AdamW, as they are or with compiled blocks: one network and optimizer for
+    both."""
     task, batch = question_task()
     if theirs is not None:
         fill(task, theirs)
@@ -305,17 +315,19 @@ def step(optimizer: torch.optim.Optimizer, loss: Callable[[], Tensor]) -> Tensor
 
 
 def fill(task: Task, theirs: Released) -> None:
-    """torchscale's weights through our loader's table; the heads of `task` that they lack keep their values."""
+    """torchscale's weights through our loader's table; the heads of `task` that they lack keep
+    their values."""
     tensors, _, _ = translate(theirs.state_dict(), task)
     missing = task.load_state_dict(tensors, strict=False).missing_keys
     assert not any(name.startswith("backbone.") for name in missing), missing
 
 
-# Measuring -----------------------------------------------------------------------------------------------------------
+# Measuring ----------------------------------------------------------------------------------------
 
 
 def measure(use: Use, rounds: int) -> dict[str, Any]:
-    """Seconds of every setting in interleaved rounds, the rate of the product beside each, and how far outputs differ."""
+    """Seconds of every setting in interleaved rounds, the rate of the product beside each, and how
+    far outputs differ."""
     sides = {f"ours {name}": call for name, call in use.ours.items()} | {
         f"theirs {name}": call for name, call in use.theirs.items()
     }
@@ -375,7 +387,8 @@ def row(found: Mapping[str, Any]) -> dict[str, str]:
 
 
 def peaks(folder: str, use: str) -> dict[str, float]:
-    """Most resident memory in GB of each side's eager form, and of packed weights, in a process of its own."""
+    """Most resident memory in GB of each side's eager form, and of packed weights, in a process of
+    its own."""
     found = {}
     for side in SIDES if not use.startswith("training") else ("ours", "theirs"):
         command = [sys.executable, __file__, "--torchscale", folder, "--peak", side, "--only", use]
@@ -412,7 +425,8 @@ def lined(rows: Sequence[Mapping[str, str]]) -> str:
 
 
 def in_process(options: argparse.Namespace, use: str) -> dict[str, Any]:
-    """What a process of its own measures of one use: memory and compiled programs of the others are not in its way."""
+    """What a process of its own measures of one use: memory and compiled programs of the others are
+    not in its way."""
     with TemporaryDirectory() as folder:
         out = Path(folder) / "found.json"
         command = [

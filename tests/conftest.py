@@ -1,4 +1,5 @@
-"""What many tests share: one tiny world a session, its records, and a visual tokenizer trained on it."""
+"""What many tests share: one tiny world a session, its records, and a visual tokenizer trained on
+it."""
 
 import os
 from pathlib import Path
@@ -35,19 +36,19 @@ def root(raw: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def visual(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def vqkd_weights(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Weights of a visual tokenizer after ten steps."""
     from beit3.tasks.vqkd import VQKD
     from beit3.training.loop import train
-    from tests.world_root import vqkd_recipe
+    from tests.world_root import make_vqkd_recipe
 
     out = tmp_path_factory.mktemp("visual") / "run"
-    train(vqkd_recipe(root, steps=10), VQKD, out=out)
+    train(make_vqkd_recipe(root, steps=10), VQKD, out=out)
     return out / "last"
 
 
 @pytest.fixture
-def say(capsys):
+def run_cli(capsys):
     """Run a verb that must succeed; what it printed."""
 
     from beit3.cli import main
@@ -62,7 +63,7 @@ def say(capsys):
 
 
 @pytest.fixture
-def refused(capsys):
+def run_failing_cli(capsys):
     """Run a verb that must fail; its one line."""
 
     from beit3.cli import main

@@ -10,18 +10,19 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parents[2] / "shared" / "golden"
 
 
-def golden(name: str) -> Path:
-    """The folder of fixture `name`; the calling test is skipped, visibly, where the fixtures are not at hand."""
+def find_fixture(name: str) -> Path:
+    """The folder of fixture `name`; the calling test is skipped, visibly, where the fixtures are
+    not at hand."""
     if not (ROOT / name).exists():
         pytest.skip(f"golden fixtures not at hand: {ROOT / name}")
     return ROOT / name
 
 
-def tensors(name: str, file: str) -> dict[str, Tensor]:
+def load_tensors(name: str, file: str) -> dict[str, Tensor]:
     """All tensors of `<name>/<file>.safetensors`."""
-    return load_file(golden(name) / f"{file}.safetensors")
+    return load_file(find_fixture(name) / f"{file}.safetensors")
 
 
-def config(name: str) -> dict:
+def load_config(name: str) -> dict:
     """The fixture's `config.json`."""
-    return json.loads((golden(name) / "config.json").read_text())
+    return json.loads((find_fixture(name) / "config.json").read_text())

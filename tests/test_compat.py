@@ -1,4 +1,5 @@
-"""The release's names over our network: against everything recorded from the official code, as users of the release call it."""
+"""The release's names over our network: against everything recorded from the official code, as
+users of the release call it."""
 
 import copy
 import json
@@ -20,8 +21,9 @@ from beit3.compat import (
 )
 from beit3.compat import beit3_base_patch16_480_vqav2 as vqav2
 from beit3.task import task_name
-from beit3.weights.release_format import RELEASED_ROWS, keys_of, load_official
-from tests.golden import config, golden, tensors
+from beit3.weights.loading import load_released
+from beit3.weights.release_format import RELEASED_ROWS, find_released_keys
+from tests.golden import find_fixture, load_config, load_tensors
 
 CLASSES = {
     "vqa": compat.BEiT3ForVisualQuestionAnswering,
@@ -38,7 +40,7 @@ TASKS = {"vqav2": "vqa", "imageclassification": "imagenet"}
 
 def arguments(name: str) -> EncoderConfig:
     """The fixture's own config, in upstream's words."""
-    given = config(name)
+    given = load_config(name)
     known = {
         key: value
         for key, value in given.items()
@@ -48,16 +50,16 @@ def arguments(name: str) -> EncoderConfig:
 
 
 def built(name: str) -> BEiT3Wrapper:
-    outputs = config(name).get("num_classes")
+    outputs = load_config(name).get("num_classes")
     outputs = {"vqa": 37, "imageclassification": 11}.get(name, outputs)
     model = CLASSES[name](arguments(name), **({"num_classes": outputs} if outputs else {}))
-    assert not any(model.load_state_dict(tensors(name, "model"), strict=True))
+    assert not any(model.load_state_dict(load_tensors(name, "model"), strict=True))
     return model.eval()
 
 
 def inputs(name: str) -> dict[str, Tensor]:
     """The recorded inputs as upstream's trainer names them."""
-    given = tensors(name, "inputs")
+    given = load_tensors(name, "inputs")
     keys = {"image", "image_a", "image_b", "text_description", "question", "padding_mask"}
     if name == "captioning":
         named = {
@@ -73,20 +75,20 @@ def close(found: Tensor, expected: Tensor, atol: float = 1e-4) -> None:
     torch.testing.assert_close(found, expected, rtol=0, atol=atol)
 
 
-# Outputs -------------------------------------------------------------------------------------------------------------
+# Outputs ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["vqa", "nlvr2", "imageclassification"])
 def test_logits(name):
     with torch.inference_mode():
-        close(built(name)(**inputs(name)), tensors(name, "outputs")["logits"])
+        close(built(name)(**inputs(name)), load_tensors(name, "outputs")["logits"])
 
 
 def test_retrieval():
     model, given, expected = (
         built("retrieval"),
         inputs("retrieval"),
-        tensors("retrieval", "outputs"),
+        load_tensors("retrieval", "outputs"),
     )
     with torch.inference_mode():
         loss, image, text = model(**given)
@@ -107,7 +109,7 @@ def test_retrieval():
 
 @pytest.mark.parametrize("name", CLASSES)
 def test_states_of_every_kind_of_input(name):
-    given, expected = tensors(name, "inputs"), tensors(name, "outputs")
+    given, expected = load_tensors(name, "inputs"), load_tensors(name, "outputs")
     image = given.get("image", given.get("image_a"))
     text = next(
         given[key]
@@ -148,24 +150,27 @@ def test_states_of_every_kind_of_input(name):
 def test_the_bare_network():
     """torchscale's own class: names without a prefix."""
     network = BEiT3(arguments("backbone_layers"))
-    state, given = tensors("backbone_layers", "model"), tensors("backbone_layers", "inputs")
+    state, given = (
+        load_tensors("backbone_layers", "model"),
+        load_tensors("backbone_layers", "inputs"),
+    )
     network.load_state_dict(state)
     assert network.state_dict().keys() == state.keys()
     with torch.inference_mode():
         found = network.eval()(given["text_ids"], given["image"], given["padding_mask"])[
             "encoder_out"
         ]
-    close(found, tensors("backbone_layers", "outputs")["fused.encoder_out"])
+    close(found, load_tensors("backbone_layers", "outputs")["fused.encoder_out"])
 
 
-# Captions ------------------------------------------------------------------------------------------------------------
+# Captions -----------------------------------------------------------------------------------------
 
 
 def test_captioning_in_training():
     model, given, expected = (
         built("captioning"),
         inputs("captioning"),
-        tensors("captioning", "outputs"),
+        load_tensors("captioning", "outputs"),
     )
     with torch.inference_mode():
         logits, state = model(**given)
@@ -176,11 +181,12 @@ def test_captioning_in_training():
 
 
 def test_captions_step_by_step():
-    """As the release's evaluation does: after every step the caller reorders the state and drops the slot's keys and values."""
+    """As the release's evaluation does: after every step the caller reorders the state and drops
+    the slot's keys and values."""
     model, given, expected = (
         built("captioning"),
-        tensors("captioning", "inputs"),
-        tensors("captioning", "outputs"),
+        load_tensors("captioning", "inputs"),
+        load_tensors("captioning", "outputs"),
     )
     slot = torch.full((4, 1), 511)
     text, image, state = (
@@ -193,7 +199,7 @@ def test_captions_step_by_step():
         for length, words in enumerate([*given["decode.forced_tokens"].T, None], start=2):
             logits, state = model(
                 image=image,
-                encode_text=text,
+                text_ids=text,
                 language_masked_pos=None,
                 padding_mask=torch.zeros_like(text),
                 text_len=length,
@@ -217,8 +223,8 @@ def test_captions_step_by_step():
 @pytest.mark.parametrize("beams", ["beam1_lp0.6", "beam3_lp0.6"])
 def test_recorded_captions_score_what_was_recorded(beams):
     """Their words, one after the other."""
-    model, image = built("captioning"), tensors("captioning", "inputs")["image"]
-    expected = json.loads((golden("captioning") / "beam_search.json").read_text())[beams]
+    model, image = built("captioning"), load_tensors("captioning", "inputs")["image"]
+    expected = json.loads((find_fixture("captioning") / "beam_search.json").read_text())[beams]
     for index, (score, ids) in enumerate(expected["finished"]):
         words, total, state, picture = ids[1:-1], 0.0, {}, image[index : index + 1]
         text, ended = torch.tensor([[0, 511]]), len(ids) < expected["max_len"] - 1
@@ -242,12 +248,12 @@ def test_recorded_captions_score_what_was_recorded(beams):
         assert total / len(ids) ** expected["length_penalty"] == pytest.approx(score, abs=1e-4)
 
 
-# State dicts ---------------------------------------------------------------------------------------------------------
+# State dicts --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", CLASSES)
 def test_state_dicts_are_upstreams_to_the_byte(name):
-    state, found = tensors(name, "model"), built(name).state_dict()
+    state, found = load_tensors(name, "model"), built(name).state_dict()
     assert found.keys() == state.keys()
     for key, value in state.items():
         assert found[key].shape == value.shape and torch.equal(found[key], value), key
@@ -259,7 +265,7 @@ def test_state_dicts_are_views_and_survive_copies_and_files(tmp_path):
     model.state_dict()[key].zero_()  # as a moving average of weights writes
     assert not model.state_dict()[key].any()
     twin = copy.deepcopy(model)
-    twin.load_state_dict(tensors("vqa", "model"))
+    twin.load_state_dict(load_tensors("vqa", "model"))
     assert not model.state_dict()[key].any() and twin.state_dict()[key].any()
     save_file(twin.state_dict(), tmp_path / "a.safetensors")
     torch.save(
@@ -276,7 +282,7 @@ def test_state_dicts_are_views_and_survive_copies_and_files(tmp_path):
 
 
 def test_what_does_not_fit_is_named_as_upstream_names_it():
-    model, state = built("vqa"), tensors("vqa", "model")
+    model, state = built("vqa"), load_tensors("vqa", "model")
     before = {name: value.clone() for name, value in model.state_dict().items()}
     key = "beit3.encoder.layers.1.self_attn.q_proj.A.weight"
     part = {
@@ -302,7 +308,7 @@ def test_what_does_not_fit_is_named_as_upstream_names_it():
 def test_the_attributes_of_the_guide():
     """The table of docs/migrating.md."""
     network = BEiT3(arguments("backbone_layers"))
-    state = tensors("backbone_layers", "model")
+    state = load_tensors("backbone_layers", "model")
     network.load_state_dict(state)
     block, picture, text = network.blocks[1], network.image_embedding, network.text_embedding
     for key, tensor in {
@@ -321,14 +327,14 @@ def test_the_attributes_of_the_guide():
 
 
 def test_names_shapes_and_numbers_of_every_registered_model():
-    shapes = json.loads((golden("state_dict_shapes") / "shapes.json").read_text())
-    counts = json.loads((golden("state_dict_shapes") / "param_counts.json").read_text())
+    shapes = json.loads((find_fixture("state_dict_shapes") / "shapes.json").read_text())
+    counts = json.loads((find_fixture("state_dict_shapes") / "param_counts.json").read_text())
     assert compat.MODELS.keys() == counts.keys()
     for name, count in counts.items():
         with torch.device("meta"):
             model = create_model(name)
             state = model.state_dict()
-            task, report = load_official(state)
+            task, report = load_released(state)
         assert sum(parameter.numel() for parameter in model.parameters()) == count, name
         assert (
             getattr(compat, name) is compat.MODELS[name]
@@ -349,7 +355,7 @@ def test_names_shapes_and_numbers_of_every_registered_model():
         }
 
 
-# As users call it ----------------------------------------------------------------------------------------------------
+# As users call it ---------------------------------------------------------------------------------
 
 
 def small(**changes) -> EncoderConfig:
@@ -395,7 +401,8 @@ def test_a_head_of_ones_own_trains():
 
 
 def test_initial_values():
-    """Words and heads: a normal of .02 cut at one deviation, whose own deviation is then .0108; nothing is left unset."""
+    """Words and heads: a normal of .02 cut at one deviation, whose own deviation is then .0108;
+    nothing is left unset."""
     model = Extractor(small(vocab_size=5000))
     words = model.beit3.text_embedding.tokens.weight
     assert (
@@ -450,7 +457,7 @@ def test_recomputed_activations_change_no_gradient():
 
 @pytest.mark.parametrize("pixels", [64, 96])
 def test_a_file_into_a_model_of_another_size(tmp_path, pixels):
-    torch.save({"model": tensors("vqa", "model")}, tmp_path / "vqa.pth")
+    torch.save({"model": load_tensors("vqa", "model")}, tmp_path / "vqa.pth")
     args = arguments("vqa")
     args.img_size = pixels
     same = compat.BEiT3ForVisualQuestionAnswering(args, num_classes=37)
@@ -467,7 +474,7 @@ def test_a_file_into_a_model_of_another_size(tmp_path, pixels):
             "untrained: head.3.weight",
             "untrained: head.3.bias",
         ]
-    expected = tensors("vqa", "model")["beit3.encoder.embed_positions.A.weight"]
+    expected = load_tensors("vqa", "model")["beit3.encoder.embed_positions.A.weight"]
     found = same.state_dict()["beit3.encoder.embed_positions.A.weight"]
     assert torch.equal(found[:3], expected[:3]) and len(found) == 3 + (pixels // 16) ** 2
     assert pixels != 64 or torch.equal(found, expected)
@@ -526,24 +533,25 @@ def test_configurations():
         ),
         (
             lambda: BEiT3(small(dropout=0.1)),
-            "dropout=0.1 cannot be honoured: BEiT-3 has dropout=0.0",
+            "dropout=0.1 cannot be honored: BEiT-3 has dropout=0.0",
         ),
-        (lambda: BEiT3(small(multiway=False)), "multiway=False cannot be honoured"),
-        (lambda: BEiT3(small(moe_freq=2, moe_expert_count=4)), "moe_freq=2 cannot be honoured"),
+        (lambda: BEiT3(small(multiway=False)), "multiway=False cannot be honored"),
+        (lambda: BEiT3(small(moe_freq=2, moe_expert_count=4)), "moe_freq=2 cannot be honored"),
         (
             lambda: BEiT3(small(encoder_attention_heads=5)),
             "dim 64 is not a multiple of num_heads 5",
         ),
     ],
 )
-def test_arguments_that_cannot_be_honoured(call, message):
+def test_arguments_that_cannot_be_honored(call, message):
     with pytest.raises(ValueError, match=message) as caught:
         call()
     assert "\n" not in str(caught.value)
 
 
 def test_arguments_of_trainers_pass():
-    """Upstream's trainer, timm's `create_model`, and torchscale's configuration, whose other fields are ignored there too."""
+    """Upstream's trainer, timm's `create_model`, and torchscale's configuration, whose other fields
+    are ignored there too."""
     with torch.device("meta"):
         model = create_model(
             "beit3_base_patch16_224_retrieval",
@@ -606,7 +614,7 @@ def test_a_criterion_of_ones_own():
     model, given, expected = (
         built("retrieval"),
         inputs("retrieval"),
-        tensors("retrieval", "outputs"),
+        load_tensors("retrieval", "outputs"),
     )
     with torch.inference_mode():
         image, text = expected["vision_cls"], expected["language_cls"]
@@ -634,11 +642,11 @@ def test_layers_of_parameters_are_upstreams(name):
 
     model = built(name)
     for ours, _ in model.named_parameters():
-        keys = keys_of(ours.replace("beit3.", "backbone.", 1), {}) or (ours,)
+        keys = find_released_keys(ours.replace("beit3.", "backbone.", 1), {}) or (ours,)
         assert {upstream(key) for key in keys} == {model.get_num_layer(ours)}, ours
 
 
-def test_calls_that_cannot_be_honoured():
+def test_calls_that_cannot_be_honored():
     network = BEiT3(small()).eval()
     text, image = torch.tensor([[0, 5, 2]]), torch.zeros(1, 3, 32, 32)
     rows = torch.arange(2, 5)[None]
@@ -649,7 +657,7 @@ def test_calls_that_cannot_be_honoured():
     for call, message in (
         (
             {"positions": torch.tensor([[4, 6, 8]])},
-            r"positions \[4, 6, 8\]: rows of the text's table one after the other",
+            r"positions \[4, 6, 8\]: give consecutive rows of the text position table",
         ),
         (
             {"positions": torch.tensor([[2, 3, 4]]), "visual_tokens": image},

@@ -8,7 +8,7 @@ from typing import Literal
 
 import pytest
 
-from beit3.config import flags, from_dict, override, suggestion, to_dict
+from beit3.config import from_dict, list_flags, override, suggest, to_dict
 from beit3.model.config import GIANT, ModelConfig
 from beit3.recipe import Recipe
 from beit3.task import list_tasks, load_task
@@ -78,11 +78,11 @@ def test_all_kinds_of_values_come_back():
         ({"kind": "z"}, r"Outer\.kind: 'z' is not one of 'x', 'y'"),
         ({"maybe": "a"}, r"Outer\.maybe: 'a' is not of type int"),
         ({"table": {"a": "b"}}, r"Outer\.table\.a: 'b' is not of type int"),
-        ({"table": 3}, r"Outer\.table: a table expected, 3 given"),
-        ({"inner": 3}, r"Outer\.inner: a table of fields expected, 3 given"),
+        ({"table": 3}, r"Outer\.table: expected a table, got 3"),
+        ({"inner": 3}, r"Outer\.inner: expected a table of fields, got 3"),
         ({"inner": {"sizes": [1, "a"]}}, r"Outer\.inner\.sizes: 'a' is not of type int"),
-        ({"inner": {"sizes": 1}}, r"Outer\.inner\.sizes: a list expected, 1 given"),
-        ({"inner": {"pair": [1.0]}}, r"Outer\.inner\.pair: 2 values expected, 1 given"),
+        ({"inner": {"sizes": 1}}, r"Outer\.inner\.sizes: expected a list, got 1"),
+        ({"inner": {"pair": [1.0]}}, r"Outer\.inner\.pair: expected 2 values, got 1"),
     ],
 )
 def test_values_that_do_not_fit_are_named(data, message):
@@ -102,7 +102,7 @@ def test_the_task_section_is_of_the_tasks_own_class():
         Recipe.from_dict(data, PretrainConfig)
 
 
-# Overrides -----------------------------------------------------------------------------------------------------------
+# Overrides ----------------------------------------------------------------------------------------
 
 
 def test_overrides_reach_every_section():
@@ -160,7 +160,7 @@ def test_every_recipe_can_be_overridden(task, name):
 
 
 def test_flags_name_every_field_once():
-    list_tasks = flags(DEMO)
+    list_tasks = list_flags(DEMO)
     assert len(list_tasks) == len(set(list_tasks))
     assert {
         "--optim.lr",
@@ -170,7 +170,7 @@ def test_flags_name_every_field_once():
         "--task.image.mean",
     } <= set(list_tasks)
     assert {"--batch.images", "--batch.texts"} <= set(
-        flags(load_task("pretrain").recipes["demo"].data)
+        list_flags(load_task("pretrain").recipes["demo"].data)
     )
 
 
@@ -178,11 +178,11 @@ def test_flags_name_every_field_once():
     ("arguments", "message"),
     [
         (["--optim.lrr", "1"], r"unknown field --optim\.lrr; did you mean --optim\.lr\?"),
-        (["--optm.lr=1"], r"unknown field --optm\.lr=1; did you mean --optim\.lr\?"),
+        (["--optm.lr=1"], r"unknown field --optm\.lr; did you mean --optim\.lr\?"),
         (["--lr", "1"], "unknown field --lr"),
         (
             ["--optim.lr", "fast"],
-            "cannot read --optim.lr fast: .*could not convert string to float: 'fast'",
+            "cannot read --optim.lr fast: .*",
         ),
         (["--optim.lr"], "cannot read --optim.lr"),
         (["--run.steps", "1.5"], "--run.steps 1.5"),
@@ -203,8 +203,8 @@ def test_faults_on_a_command_line_are_one_line(arguments, message, capfd):
 
 
 def test_suggestion_is_only_made_where_something_is_close():
-    assert suggestion("dmi", ["dim", "depth"]) == "; did you mean dim?"
-    assert suggestion("colour", ["dim", "depth"]) == ""
+    assert suggest("dmi", ["dim", "depth"]) == "; did you mean dim?"
+    assert suggest("colour", ["dim", "depth"]) == ""
 
 
 def test_sizes_are_the_papers():

@@ -1,4 +1,5 @@
-"""What the documents show is true: commands parse, fields exist, tables agree with the code, Python runs, links lead somewhere."""
+"""What the documents show is true: commands parse, fields exist, tables agree with the code, Python
+runs, links lead somewhere."""
 
 import ast
 import csv
@@ -18,14 +19,16 @@ import torch
 from PIL import Image
 
 import beit3
-from beit3.cli import make_parser
-from beit3.config import keyword_options, override
-from beit3.data.loader import Source
+from beit3.cli.app import read_command
+from beit3.cli.train import read_recipe
+from beit3.config import override, parse_keyword_options
+from beit3.data.loader import RecordDataset
+from beit3.data.stores.label_names import read_answers
 from beit3.data.stores.records import Records
 from beit3.recipe import Recipe
 from beit3.task import Task, list_tasks, load_task
 from beit3.tasks.pretrain import PretrainConfig
-from beit3.tasks.vqa import VQA, read_answers
+from beit3.tasks.vqa import VQA
 
 PROJECT = Path(__file__).resolve().parents[1]
 DOCS = sorted(path for path in (*PROJECT.glob("*.md"), *PROJECT.glob("docs/*.md")))
@@ -50,11 +53,12 @@ def python(path: Path) -> list[str]:
     return [content for language, content in blocks(path) if language == "python"]
 
 
-# Commands ------------------------------------------------------------------------------------------------------------
+# Commands -----------------------------------------------------------------------------------------
 
 
 def shown(path: Path) -> Iterator[list[str]]:
-    """The arguments of every `beit3 ...` and `... -m beit3 ...` in shell blocks, comments and environment taken off."""
+    """The arguments of every `beit3 ...` and `... -m beit3 ...` in shell blocks, comments and
+    environment taken off."""
     for language, content in blocks(path):
         if language in SHELLS:
             for line in content.replace("\\\n", " ").splitlines():
@@ -73,31 +77,23 @@ COMMANDS = {f"{named(path)}: {' '.join(words)}": words for path in DOCS for word
 
 @pytest.mark.parametrize("words", COMMANDS.values(), ids=COMMANDS)
 def test_commands_are_those_of_the_command_line(words):
-    known, rest = make_parser().parse_known_args(words)
-    task = load_task(known.task) if getattr(known, "task", None) and "." not in known.task else None
-    if known.name in ("train", "plan"):
-        if task is None:
+    verb, arguments = read_command(words)
+    name, fields = words[0], list(arguments.get("fields", ()))
+    if name in ("train", "plan"):
+        if "." in arguments["task"]:
             return  # a task of the reader's own
-        recipe, fields = (
-            (rest[0], rest[1:]) if rest and not rest[0].startswith("--") else ("demo", rest)
-        )
-        assert recipe in task.recipes
-        pytest.importorskip("tyro")
-        override(task.recipes[recipe], fields)  # ValueError for a field or value that is none
-        return
-    if (
-        known.name in ("eval", "predict") and rest
-    ):  # how weights are used: the task is in the words before
-        fields = [task for task in list_tasks() if f"/{task}/" in known.weights]
-        override(load_task(fields[0]).recipes["demo"], rest)
-        return
-    if known.name == "prepare":
-        keyword_options(task.prepare, rest)  # ValueError for one that it does not take
-        own = [source for source in task.sources if source not in task.records_from]
-        source = known.source.partition("/")[0]  # pairs/coco: a set of its own
-        assert source in own if len(own) > 1 else source in ("", *own)
-    else:
-        assert not rest
+        recipe = arguments.get("recipe", "")
+        read_recipe(arguments["task"], [recipe, *fields], verb, init="")
+    elif name in ("eval", "predict") and fields:
+        # How weights are used: the task is in the words before.
+        tasks = [task for task in list_tasks() if f"/{task}/" in arguments["weights"]]
+        override(load_task(tasks[0]).recipes["demo"], fields)
+    elif name == "prepare":
+        task = load_task(arguments["task"])
+        parse_keyword_options(task.prepare, list(arguments.get("options", ())))
+        own_sources = [source for source in task.sources if source not in task.records_from]
+        source = arguments.get("source", "").partition("/")[0]  # pairs/coco: its own dataset
+        assert source in own_sources if len(own_sources) > 1 else source in ("", *own_sources)
 
 
 def test_every_verb_but_the_checks_is_shown():
@@ -106,7 +102,7 @@ def test_every_verb_but_the_checks_is_shown():
     }
 
 
-# Python --------------------------------------------------------------------------------------------------------------
+# Python -------------------------------------------------------------------------------------------
 
 
 def needs_files(tree: ast.AST) -> bool:
@@ -132,7 +128,7 @@ def test_python_runs_where_it_needs_no_weights(path, tmp_path):
             exec(compile(tree, named(path), "exec"), space)
 
 
-# Links and tables ----------------------------------------------------------------------------------------------------
+# Links and tables ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("path", DOCS, ids=named)
@@ -212,14 +208,13 @@ def test_tables_of_the_dense_tasks():
 
 def test_citation_is_of_this_version():
     citation, changes = (
-        (PROJECT / name).read_text(encoding="utf-8")
-        for name in ("CITATION.cff", "CHANGELOG.md")
+        (PROJECT / name).read_text(encoding="utf-8") for name in ("CITATION.cff", "CHANGELOG.md")
     )
     assert re.search(rf"^version: {re.escape(beit3.__version__)}$", citation, re.MULTILINE)
     assert f"## [{beit3.__version__}]" in changes
 
 
-# Examples that are whole ---------------------------------------------------------------------------------------------
+# Examples that are whole --------------------------------------------------------------------------
 
 
 def test_own_questions_as_json(tmp_path):
@@ -244,7 +239,7 @@ def test_own_records_by_hand(tmp_path):
         exec(python(PROJECT / "docs/records.md")[0], {})
     folder = tmp_path / "data/vqa/main"
     assert read_answers(folder / "answer2label.txt") == ("red", "yes")
-    records = list(Source(folder / "train.jsonl", tmp_path / "data"))
+    records = list(RecordDataset(folder / "train.jsonl", tmp_path / "data"))
     assert [record["answers"] for record in records] == [{"red": 1.0}, {"yes": 1.0}]
     assert {Path(record["image"]).resolve() for record in records} == {
         tmp_path.resolve() / "photos/door.jpg"
@@ -303,6 +298,6 @@ def test_the_task_of_the_guide_names_what_it_leaves_unused(rating):
     task({"id": ["0"], "image": torch.rand(1, 3, 32, 32), "rating": torch.ones(1)})["losses"][
         "loss"
     ].backward()
-    for name, parameter in task.trainable():
+    for name, parameter in task.trainable_parameters():
         used = parameter.grad is not None and bool(parameter.grad.any())
         assert used != name.startswith(tuple(task.unused_parameters)), name

@@ -1,4 +1,5 @@
-"""The doctor speaks where things are broken: without torch, in small control groups, on full disks, with other people's tokenizers."""
+"""The doctor speaks where things are broken: without torch, in small control groups, on full disks,
+with other people's tokenizers."""
 
 import math
 import shutil
@@ -32,7 +33,7 @@ def found(lines) -> dict[str, list[str]]:
 
 @pytest.fixture
 def world(root, cache) -> Path:
-    """A cached world's text tokenizer, as `embedded_root` leaves it."""
+    """A cached world's text tokenizer, as `prepare_embedded_world` leaves it."""
     place = cache / "world-0-doctor-records"
     place.mkdir(exist_ok=True)
     shutil.copy(root / "text.model", place)
@@ -76,7 +77,8 @@ def test_it_speaks_where_torch_does_not_import(tmp_path):
     kinds = found(done.stdout.splitlines())
     (fault,) = kinds["FAULT"]
     assert fault.startswith(
-        "torch does not import (libcudart.so.12: cannot open shared object file No such file): install both from"
+        "torch does not import (libcudart.so.12: cannot open shared object file No such file): "
+        "install both from"
     )
     assert any("processor cores" in line for line in kinds["ok   "]) and any(
         "free for the cache" in line for line in kinds["ok   "]
@@ -98,7 +100,8 @@ def test_torchvision_of_another_build(monkeypatch):
         "FAULT torchvision 0.26.0 does not fit torch 2.11.0+cpu (import of torchvision halted"
     )
     assert said.endswith(
-        "pip install --force-reinstall torch torchvision --index-url https://download.pytorch.org/whl/cpu"
+        "pip install --force-reinstall torch torchvision --index-url "
+        "https://download.pytorch.org/whl/cpu"
     )
     monkeypatch.setattr(
         doctor, "version", {"torch": "2.11.0", "torchvision": "0.26.0+cpu"}.__getitem__
@@ -129,7 +132,7 @@ def test_nothing_is_wrong_here(world, capsys):
     )
 
 
-# Packages ------------------------------------------------------------------------------------------------------------
+# Packages -----------------------------------------------------------------------------------------
 
 
 def test_what_is_missing_old_or_an_extra(monkeypatch):
@@ -152,7 +155,8 @@ def test_what_is_missing_old_or_an_extra(monkeypatch):
         "FAULT torch 2.9.1+cpu is older than 2.11: pip install 'torch>=2.11'",
         "ok    numpy 1.26",
         "FAULT rich is missing: pip install beit3",
-        "note  the extra search is not complete, faiss-cpu missing or old: pip install 'beit3[search]' if you need it",
+        "note  the extra search is not complete, faiss-cpu missing or old: pip install "
+        "'beit3[search]' if you need it",
     ]
 
 
@@ -182,7 +186,7 @@ def test_a_source_that_is_not_installed_says_what_it_needs(monkeypatch):
     ]
 
 
-# The machine ---------------------------------------------------------------------------------------------------------
+# The machine --------------------------------------------------------------------------------------
 
 
 def system(folder: Path, files: dict[str, str]) -> Path:
@@ -236,7 +240,7 @@ def test_limits_of_control_groups(files, limits, tmp_path):
 
 
 def test_cores_by_affinity_and_by_quota(tmp_path, monkeypatch):
-    monkeypatch.setattr(doctor, "cores_here", lambda: 4)
+    monkeypatch.setattr(doctor, "count_cores", lambda: 4)
     monkeypatch.setattr(doctor.os, "cpu_count", lambda: 64)
     assert doctor.processors(tmp_path) == "ok    4 processor cores of the machine's 64"
     here = system(tmp_path, GROUPS["version 2, the limit of a group above"][0])
@@ -262,7 +266,7 @@ def test_memory_and_what_is_allowed_of_it(tmp_path):
 def test_more_threads_than_cores_are_noted(monkeypatch):
     torch = pytest.importorskip("torch")
     monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
-    monkeypatch.setattr(doctor, "cores_here", lambda: 2)
+    monkeypatch.setattr(doctor, "count_cores", lambda: 2)
     assert doctor.threads().startswith("note ") and doctor.threads().endswith(
         "set OMP_NUM_THREADS=2"
     )
@@ -295,13 +299,13 @@ def test_room_and_permission(tmp_path, monkeypatch):
     "variables", [{"BEIT3_CACHE": "mine"}, {"XDG_CACHE_HOME": "/x"}, {"HOME": "/h"}]
 )
 def test_the_cache_is_the_one_that_training_uses(variables, monkeypatch):
-    from beit3.training import root
+    from beit3.files import cache_directory
 
     for name in ("BEIT3_CACHE", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    assert doctor.cache() == root.cache().absolute()
+    assert doctor.cache_directory().absolute() == cache_directory().absolute()
 
 
 def test_a_compiler_may_be_missing(monkeypatch):
@@ -321,7 +325,7 @@ def test_a_host_name_without_address_or_answer(monkeypatch):
         assert doctor.host("nowhere").startswith("note ") and "torchrun" in doctor.host("nowhere")
 
 
-# Devices, played by others -------------------------------------------------------------------------------------------
+# Devices, played by others ------------------------------------------------------------------------
 
 
 class Cuda:
@@ -361,7 +365,8 @@ def test_devices(monkeypatch):
     assert list(doctor.accelerator()) == [
         "ok    CUDA 13.0, driver 580.1",
         "ok    device 0: card 0, 80 GB, capability 9.0, bfloat16",
-        "note  device 1: card 1, 80 GB, capability 7.0, no bfloat16: train with --run.precision float32",
+        "note  device 1: card 1, 80 GB, capability 7.0, no bfloat16: train with --run.precision "
+        "float32",
     ]
 
     def fails(size, device):
@@ -379,7 +384,8 @@ def test_devices(monkeypatch):
         (
             None,
             "580.1",
-            "NVIDIA driver 580.1 is here, but torch sees no device; this torch is a build without CUDA: install",
+            "NVIDIA driver 580.1 is here, but torch sees no device; this torch is a build without "
+            "CUDA: install",
         ),
     ],
 )
@@ -414,7 +420,7 @@ def test_the_drivers_version(kind, tmp_path):
     assert doctor.driver_version(here) == "580.65.06"
 
 
-# Tokenizers and weights ----------------------------------------------------------------------------------------------
+# Tokenizers and weights ---------------------------------------------------------------------------
 
 
 def test_text_tokenizers_by_ids_and_digest(root, tmp_path, monkeypatch):
@@ -423,14 +429,15 @@ def test_text_tokenizers_by_ids_and_digest(root, tmp_path, monkeypatch):
     tokenizer = TextTokenizer(root / "text.model")
     (line,) = doctor.text_tokenizers(str(root / "text.model"))
     assert line.startswith(
-        f"ok    text tokenizer {root / 'text.model'}: {tokenizer.vocab_size} ids (the released one has 64002"
+        f"ok    text tokenizer {root / 'text.model'}: {tokenizer.vocab_size} ids (the released "
+        "one has 64002"
     )
     assert line.endswith(tokenizer.digest)
     monkeypatch.setattr(doctor, "RELEASED_IDS", tokenizer.vocab_size)
     assert "as many as the released one" in next(doctor.text_tokenizers(str(root / "text.model")))
     (tmp_path / "x.spm").write_text("no model")
     for name, words in (
-        ("x.spm", "is not a whole SentencePiece model"),
+        ("x.spm", "is not a complete SentencePiece model"),
         ("absent.spm", "no text tokenizer at"),
     ):
         (line,) = doctor.text_tokenizers(str(tmp_path / name))
@@ -444,7 +451,7 @@ def weights(root, tmp_path_factory) -> Path:
     """Untrained weights with a text tokenizer."""
     from dataclasses import replace
 
-    from beit3.data.views.transforms import Preprocessing
+    from beit3.data.views.preprocessing import Preprocessing
     from beit3.model.config import TINY
     from beit3.tasks.vqa import VQA, VQAConfig
     from beit3.tokenizer.text import TextTokenizer
@@ -466,7 +473,7 @@ def weights(root, tmp_path_factory) -> Path:
     task = VQA(config, tokenizer=TextTokenizer(root / "text.model"))
     task.init_weights(0)
     out = tmp_path_factory.mktemp("doctor") / "run" / "best"
-    store.save(task, out)
+    store.save_weights(task, out)
     return out
 
 

@@ -1,4 +1,5 @@
-"""The files of launch/: they are whole, what they start is what the command line takes, and signals lead where they should."""
+"""The files of launch/: they are whole, what they start is what the command line takes, and signals
+lead where they should."""
 
 import os
 import re
@@ -9,8 +10,8 @@ from pathlib import Path
 import pytest
 from torch.distributed.run import get_args_parser
 
-from beit3.cli import make_parser
-from beit3.config import override
+from beit3.cli.app import read_command
+from beit3.cli.train import read_recipe, train
 from beit3.task import load_task
 
 LAUNCH = Path(__file__).resolve().parents[1] / "launch"
@@ -19,8 +20,11 @@ SCRIPTS = ("torchrun.sh", "slurm.sbatch")
 
 def check_training(words: list[str]) -> None:
     """`words` after `beit3 train` name a task, one of its recipes, and fields that it has."""
-    known, rest = make_parser().parse_known_args(["train", *words])
-    override(load_task(known.task).recipes[rest[0]], rest[1:])
+    verb, arguments = read_command(["train", *words])
+    assert verb is train
+    fields = arguments.get("fields", ())
+    assert arguments["recipe"] in load_task(arguments["task"]).recipes
+    read_recipe(arguments["task"], [arguments["recipe"], *fields], train, init="")
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
@@ -107,7 +111,8 @@ def submitted(place: Path, status: int, restarts: int) -> int:
     [(0, 0, False), (138, 0, True), (138, 9, True), (2, 0, False), (1, 0, True), (1, 3, False)],
 )
 def test_slurm_requeues_what_may_go_on(tmp_path, status, restarts, again):
-    """After USR1 always; after a crash a few times; never at the end, or for a mistake in the command."""
+    """After USR1 always; after a crash a few times; never at the end, or for a mistake in the
+    command."""
     assert submitted(tmp_path, status, restarts) == status
     assert (tmp_path / "requeued").exists() == again
     assert (tmp_path / "started").read_text().splitlines() == [
@@ -116,12 +121,12 @@ def test_slurm_requeues_what_may_go_on(tmp_path, status, restarts, again):
 
 
 def test_slurm_asks_for_the_signal_that_is_answered():
-    from beit3.training.loop import Stop
+    from beit3.training.stop import StopRequest
 
     (name,) = re.findall(
         r"^#SBATCH --signal=(\w+)@\d+$", (LAUNCH / "slurm.sbatch").read_text(), re.MULTILINE
     )
-    assert f"SIG{name}" in {number.name for number in Stop.SIGNALS}, (
+    assert f"SIG{name}" in {number.name for number in StopRequest.SIGNALS}, (
         "and not to the batch script alone, as B: would be"
     )
 

@@ -1,4 +1,5 @@
-"""One's own data in one command: a folder with a table and pictures, initial weights, and nothing else named."""
+"""One's own data in one command: a folder with a table and pictures, initial weights, and nothing
+else named."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -6,12 +7,12 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from beit3.data.views.transforms import Preprocessing
+from beit3.data.views.preprocessing import Preprocessing
 from beit3.model.config import BASE, GIANT, LARGE, SMALL, TINY
 from beit3.task import load_task
 from beit3.tasks.pretrain import Pretrain, PretrainConfig
 from beit3.tokenizer.text import TextTokenizer
-from beit3.weights import store
+from beit3.weights import initialization, store
 from tests.data.prepare.test_formats_docs import SHOWN
 
 TABLES = {
@@ -38,12 +39,12 @@ def weights(root, tmp_path_factory) -> Path:
     )
     task.init_weights(0)
     place = tmp_path_factory.mktemp("own") / "weights"
-    store.save(task, place)
+    store.save_weights(task, place)
     return place
 
 
 @pytest.mark.parametrize("task", TABLES)
-def test_a_table_and_weights_are_enough(task, weights, tmp_path, say):
+def test_a_table_and_weights_are_enough(task, weights, tmp_path, run_cli):
     table = tmp_path / "mine" / "table.csv"
     (table.parent / "photos").mkdir(parents=True)
     table.write_text(SHOWN[TABLES[task]])
@@ -52,20 +53,20 @@ def test_a_table_and_weights_are_enough(task, weights, tmp_path, say):
             table.parent / "photos" / f"{name}.jpg"
         )
     out, small = tmp_path / "run", ["--run.steps", 1, "--data.batch.main", 1, "--run.device", "cpu"]
-    say("train", task, "--data.root", table.parent, "--init", weights, "--out", out, *small)
+    run_cli("train", task, "--data.root", table.parent, "--init", weights, "--out", out, *small)
     assert (table.parent / task / "main" / "train.jsonl").is_file()
-    say("eval", out, "--data.root", table.parent)
+    run_cli("eval", out, "--data.root", table.parent)
     photos = table.parent / "photos"
     asked = [
         photos / word if word.endswith("jpg") else word
         for word in ("door.jpg", *ASKED.get(task, ()))
     ]
-    assert say("predict", out, *asked).startswith("[{")
+    assert run_cli("predict", out, *asked).startswith("[{")
 
 
-def test_a_folder_without_records_or_data_is_refused(weights, tmp_path, refused):
+def test_a_folder_without_records_or_data_is_refused(weights, tmp_path, run_failing_cli):
     (tmp_path / "empty").mkdir()
-    said = refused(
+    said = run_failing_cli(
         "train",
         "vqa",
         "--data.root",
@@ -97,9 +98,9 @@ def test_the_recipe_follows_the_weights(model, wanted, monkeypatch, tmp_path):
     """Without a name the first recipe for a network of their size is taken."""
     (tmp_path / "config.json").touch()
     monkeypatch.setattr(
-        store,
+        initialization,
         "read_config",
-        lambda path: store.Stored("pretrain", PretrainConfig(model=model), None, {}),
+        lambda path: store.StoredConfig("pretrain", PretrainConfig(model=model), None, {}),
     )
-    monkeypatch.setattr(store, "find", lambda path: path)
-    assert [store.recipe_for(load_task(task), tmp_path) for task in TABLES] == wanted
+    monkeypatch.setattr(initialization, "find_weights", lambda path: path)
+    assert [initialization.find_recipe(load_task(task), tmp_path) for task in TABLES] == wanted

@@ -1,4 +1,5 @@
-"""One call loads any weights, another asks them: directories, runs, released files, and what each refuses."""
+"""One call loads any weights, another asks them: directories, runs, released files, and what each
+refuses."""
 
 import json
 import shutil
@@ -9,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from beit3.data.views.transforms import Preprocessing
+from beit3.data.views.preprocessing import Preprocessing
 from beit3.model.config import TINY, TINY_RELEASE
 from beit3.predict import Predictor, load
 from beit3.recipe import TaskConfig
@@ -19,10 +20,10 @@ from beit3.tasks.pretrain import Pretrain, PretrainConfig
 from beit3.tasks.retrieval import Retrieval, RetrievalConfig
 from beit3.tasks.vqa import VQA, VQAConfig
 from beit3.tokenizer.text import TextTokenizer
-from beit3.weights.matching import Report
-from beit3.weights.release_format import to_official
-from beit3.weights.store import save
-from tests.golden import golden
+from beit3.weights.matching import LoadReport
+from beit3.weights.release_format import to_released_state
+from beit3.weights.store import save_weights
+from tests.golden import find_fixture
 
 RELEASE = replace(
     TINY_RELEASE,
@@ -79,7 +80,7 @@ def released(tmp_path):
     """A released VQA file in half precision."""
     task = vqa(model=replace(RELEASE, final_norm=False))
     torch.save(
-        {"model": {key: tensor.half() for key, tensor in to_official(task).items()}},
+        {"model": {key: tensor.half() for key, tensor in to_released_state(task).items()}},
         tmp_path / "vqa.pth",
     )
     return tmp_path / "vqa.pth"
@@ -89,14 +90,14 @@ def released(tmp_path):
 def pretrained(tmp_path):
     task = Pretrain(PretrainConfig(model=RELEASE, num_codes=9))
     task.init_weights(0)
-    torch.save({"model": to_official(task)}, tmp_path / "pretrained.pth")
+    torch.save({"model": to_released_state(task)}, tmp_path / "pretrained.pth")
     return tmp_path / "pretrained.pth"
 
 
 @pytest.mark.parametrize("place", ["", "best", "last"])
 def test_a_directory_or_a_run(tmp_path, tokenizer, picture, place):
     task = vqa(tokenizer)
-    save(task, tmp_path / "run" / place)
+    save_weights(task, tmp_path / "run" / place)
     predictor = load(tmp_path / "run")
     assert not predictor.task.training and not predictor.report.fresh
     prediction = predictor(picture, "how many cubes")
@@ -116,12 +117,12 @@ def test_a_directory_or_a_run(tmp_path, tokenizer, picture, place):
 
 def test_best_comes_before_last(tmp_path, tokenizer):
     for place, answers in (("last", ("a", "b", "c")), ("best", ANSWERS)):
-        save(vqa(tokenizer, answers=answers), tmp_path / "run" / place)
+        save_weights(vqa(tokenizer, answers=answers), tmp_path / "run" / place)
     assert load(tmp_path / "run").task.config.answers == ANSWERS
 
 
 def test_pictures_as_paths_strings_and_in_memory(tmp_path, tokenizer, picture):
-    save(vqa(tokenizer), tmp_path / "w")
+    save_weights(vqa(tokenizer), tmp_path / "w")
     predictor = load(tmp_path / "w")
     scores = {
         predictor(form, "how many")[0]["score"]
@@ -150,7 +151,7 @@ def test_answers_from_a_file(tmp_path, released, form):
 
 
 def test_answers_for_a_directory_that_names_none(tmp_path, tokenizer, picture):
-    save(vqa(tokenizer, answers=()), tmp_path / "w")
+    save_weights(vqa(tokenizer, answers=()), tmp_path / "w")
     with pytest.raises(ValueError, match="answers=FILE"):
         load(tmp_path / "w")(picture, "how many")
     assert load(tmp_path / "w", answers=ANSWERS)(picture, "how many")[0]["answer"] in ANSWERS
@@ -203,7 +204,7 @@ def test_a_file_of_the_image_side_alone_serves_images(tmp_path, text_model, pict
     task.init_weights(0)
     state = {
         key: value
-        for key, value in to_official(task).items()
+        for key, value in to_released_state(task).items()
         if ".B." not in key and "text_embed" not in key
     }
     torch.save(state, tmp_path / "image.pth")
@@ -214,12 +215,12 @@ def test_a_file_of_the_image_side_alone_serves_images(tmp_path, text_model, pict
 
 
 def test_num_heads_reaches_the_network():
-    file = golden("vqa") / "model.safetensors"
+    file = find_fixture("vqa") / "model.safetensors"
     assert load(file, num_heads=4).task.config.model.num_heads == 4
 
 
 def test_calls_that_do_not_fit(tmp_path, tokenizer, pretrained, picture):
-    save(vqa(tokenizer), tmp_path / "w")
+    save_weights(vqa(tokenizer), tmp_path / "w")
     predictor = load(tmp_path / "w")
     with pytest.raises(ValueError, match="vqa takes image, question: 1 inputs given"):
         predictor(picture)
@@ -230,7 +231,7 @@ def test_calls_that_do_not_fit(tmp_path, tokenizer, pretrained, picture):
 
 
 def test_paths_and_arguments_that_do_not_fit(tmp_path, tokenizer, released):
-    save(vqa(tokenizer), tmp_path / "w")
+    save_weights(vqa(tokenizer), tmp_path / "w")
     (tmp_path / "empty").mkdir()
     (tmp_path / "cut.pth").write_bytes(released.read_bytes()[:3000])
     for path, arguments, message in (
@@ -258,7 +259,7 @@ def test_paths_and_arguments_that_do_not_fit(tmp_path, tokenizer, released):
         ),
         (tmp_path / "empty", {}, "empty holds neither weights nor a run's best or last"),
         (tmp_path / "absent", {}, "no weights at .*absent"),
-        (tmp_path / "cut.pth", {}, "cut.pth is not a whole torch file"),
+        (tmp_path / "cut.pth", {}, "cut.pth is not a complete torch file"),
         (released, {"task": "vqaa"}, "unknown task 'vqaa'; did you mean vqa?"),
         (released, {"answers": ("a",)}, "vqa.pth: 1 answers given, the file's head has 3 outputs"),
         (released, {"text_model": tmp_path / "no.spm"}, "no text tokenizer at .*no.spm"),
@@ -270,7 +271,7 @@ def test_paths_and_arguments_that_do_not_fit(tmp_path, tokenizer, released):
 
 def test_answers_for_weights_without_any(tmp_path):
     task = Backbone(TaskConfig(model=PAPER))
-    save(task, tmp_path / "w")
+    save_weights(task, tmp_path / "w")
     with pytest.raises(
         ValueError, match="w: answers given, but backbone has none: leave answers out"
     ):
@@ -278,11 +279,11 @@ def test_answers_for_weights_without_any(tmp_path):
 
 
 def test_a_predictor_takes_any_task(tokenizer, picture):
-    predictor = Predictor(vqa(tokenizer), Report("nowhere", (), {}, {}))
+    predictor = Predictor(vqa(tokenizer), LoadReport("nowhere", (), {}, {}))
     assert predictor(picture, "how many")[0]["answer"] in ANSWERS
 
 
-# As another task -----------------------------------------------------------------------------------------------------
+# As another task ----------------------------------------------------------------------------------
 
 
 def retrieval(model=RELEASE, **given) -> Retrieval:
@@ -301,9 +302,9 @@ def dual(request, tmp_path, tokenizer) -> dict:
     """Retrieval weights of both kinds, as arguments of `load`."""
     task = retrieval(tokenizer=tokenizer)
     if request.param == "directory":
-        save(task, tmp_path / "dual")
+        save_weights(task, tmp_path / "dual")
         return {"path": tmp_path / "dual"}
-    torch.save({"model": to_official(task)}, tmp_path / "dual.pth")
+    torch.save({"model": to_released_state(task)}, tmp_path / "dual.pth")
     tokenizer.save(tmp_path / "text.spm")
     return {"path": tmp_path / "dual.pth", "text_model": tmp_path / "text.spm"}
 
@@ -345,20 +346,20 @@ def test_names_come_later(dual, tmp_path, picture):
     with pytest.raises(ValueError, match="needs the class names: give classes=FILE"):
         predictor(picture)
     names = tmp_path / "data/imagenet/main/classes.txt"
-    predictor.agree_on_classes(names)
+    predictor.match_class_names(names)
     assert predictor(picture) == load(**dual, task="imagenet", classes=CLASSES)(picture)
     names.write_text("".join(f"{name}\n" for name in reversed(CLASSES)))
     with pytest.raises(
         ValueError,
         match=f"class 0 is {CLASSES[0]!r} to the weights and {CLASSES[-1]!r} in .*classes.txt",
     ):
-        predictor.agree_on_classes(names)
-    predictor.agree_on_classes(tmp_path / "absent.txt")
+        predictor.match_class_names(names)
+    predictor.match_class_names(tmp_path / "absent.txt")
 
 
 def test_pictures_are_prepared_as_the_weights_know_them(tmp_path, tokenizer, picture):
     """Not as the other task would have them: only a directory tells it."""
-    save(retrieval(tokenizer=tokenizer), tmp_path / "w")
+    save_weights(retrieval(tokenizer=tokenizer), tmp_path / "w")
     assert load(
         tmp_path / "w", task="imagenet", classes=CLASSES
     ).task.config.image == Preprocessing(16, interpolation="bilinear")
@@ -367,8 +368,8 @@ def test_pictures_are_prepared_as_the_weights_know_them(tmp_path, tokenizer, pic
 def test_a_file_of_another_task_says_what_to_do(tmp_path, tokenizer, text_model, picture):
     task = NLVR2(NLVR2Config(model=RELEASE, image=Preprocessing(16)), tokenizer=tokenizer)
     task.init_weights(0)
-    torch.save({"model": to_official(task)}, tmp_path / "nlvr2.pth")
-    save(task, tmp_path / "w")
+    torch.save({"model": to_released_state(task)}, tmp_path / "nlvr2.pth")
+    save_weights(task, tmp_path / "w")
     arguments = {"task": "vqa", "answers": ANSWERS}
     for predictor, source in (
         (load(tmp_path / "nlvr2.pth", text_model=text_model, **arguments), "a released nlvr2 file"),
@@ -377,13 +378,14 @@ def test_a_file_of_another_task_says_what_to_do(tmp_path, tokenizer, text_model,
         with pytest.raises(ValueError) as caught:
             predictor(picture, "how many")
         assert str(caught.value) == (
-            f"the head of vqa is untrained (pooler.norm.weight), {source} has none: give weights of vqa, "
+            f"the head of vqa is untrained (pooler.norm.weight), {source} has none: give weights "
+            "of vqa, "
             "fine-tune (beit3 train vqa --init), or use .task.outputs(batch)"
         )
     assert load(tmp_path / "w")(picture, picture, "how many")[0]["answer"] in ("true", "false")
 
 
-# Features ------------------------------------------------------------------------------------------------------------
+# Features -----------------------------------------------------------------------------------------
 
 
 def test_features_of_retrieval(dual, picture):
@@ -448,7 +450,7 @@ def test_features_of_a_backbone_are_its_states(pretrained, text_model, picture):
 
 
 def test_features_that_are_not_there(tmp_path, tokenizer, pretrained, text_model, picture, dual):
-    save(vqa(tokenizer), tmp_path / "w")
+    save_weights(vqa(tokenizer), tmp_path / "w")
     for predictor, given, message in (
         (
             load(tmp_path / "w"),
@@ -471,7 +473,7 @@ def test_features_that_are_not_there(tmp_path, tokenizer, pretrained, text_model
     task.init_weights(0)
     state = {
         key: value
-        for key, value in to_official(task).items()
+        for key, value in to_released_state(task).items()
         if ".B." not in key and "text_embed" not in key
     }
     torch.save(state, tmp_path / "image.pth")

@@ -1,4 +1,5 @@
-"""8-bit inference beside a plain statement of what it computes, and the one line where it cannot be had."""
+"""8-bit inference beside a plain statement of what it computes, and the one line where it cannot be
+had."""
 
 import json
 import sys
@@ -14,12 +15,12 @@ from PIL import Image
 from torch import Tensor, nn
 
 from beit3 import predict
-from beit3.data.views.transforms import Preprocessing
+from beit3.data.views.preprocessing import Preprocessing
 from beit3.model.config import TINY_RELEASE
-from beit3.quantize import quantize, require
+from beit3.quantize import check_support, quantize
 from beit3.tasks.retrieval import Retrieval, RetrievalConfig
 from beit3.tokenizer.text import TextTokenizer
-from beit3.weights.store import save
+from beit3.weights.store import save_weights
 
 MODEL = replace(
     TINY_RELEASE,
@@ -37,7 +38,7 @@ CPU = torch.device("cpu")
 def available() -> str:
     """Why int8 cannot run here; empty where it can."""
     try:
-        require(CPU)
+        check_support(CPU)
     except ValueError as error:
         return str(error)
     return ""
@@ -60,7 +61,8 @@ def retrieval(tokenizer: TextTokenizer | None = None) -> Retrieval:
 
 
 class Rounded(nn.Module):
-    """A linear layer in plain float arithmetic on rounded numbers: 255 steps over each token's, and each output's, range."""
+    """A linear layer in plain float arithmetic on rounded numbers: 255 steps over each token's, and
+    each output's, range."""
 
     def __init__(self, linear: nn.Linear):
         super().__init__()
@@ -120,15 +122,15 @@ def test_features_are_close_and_do_not_depend_on_the_batch(int8):
     )
 
 
-def test_load_and_the_command_line(int8, tmp_path, tokenizer, say):
+def test_load_and_the_command_line(int8, tmp_path, tokenizer, run_cli):
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)).save(
         tmp_path / "a.png"
     )
-    save(retrieval(tokenizer), tmp_path / "run")
+    save_weights(retrieval(tokenizer), tmp_path / "run")
     exact, fast = predict.load(tmp_path / "run"), predict.load(tmp_path / "run", int8=True)
     features = [predictor.embed([tmp_path / "a.png"])["image"][0] for predictor in (exact, fast)]
     assert 0.999 < features[0] @ features[1] and not np.array_equal(*features)
-    said = json.loads(say("predict", tmp_path / "run", tmp_path / "a.png", "--int8"))
+    said = json.loads(run_cli("predict", tmp_path / "run", tmp_path / "a.png", "--int8"))
     assert np.allclose(said[0]["image"], features[1], atol=1e-6)
     with pytest.raises(ValueError, match="int8 is for a processor.*cuda"):
         fast.to("cuda")
@@ -158,19 +160,20 @@ def without_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         (
             without_instructions,
-            "this processor has no int8 instructions (VNNI), so int8 would not be faster: leave int8 out",
+            "this processor has no int8 instructions (VNNI), so int8 would not be faster: leave "
+            "int8 out",
         ),
         (without_package, "int8 needs torchao: pip install 'beit3[quant]', or leave int8 out"),
         (without_compiler, "or leave int8 out: No working C++ compiler found"),
     ],
 )
 def test_what_is_missing_is_one_line_and_changes_nothing(
-    lack, said, monkeypatch, tmp_path, tokenizer, refused
+    lack, said, monkeypatch, tmp_path, tokenizer, run_failing_cli
 ):
     task = retrieval(tokenizer).train()
-    save(task, tmp_path / "run")
+    save_weights(task, tmp_path / "run")
     lack(monkeypatch)
-    assert said in refused("predict", tmp_path / "run", "a.png", "--int8")
+    assert said in run_failing_cli("predict", tmp_path / "run", "a.png", "--int8")
     with pytest.raises(ValueError):
         quantize(task)
     assert task.training and all(parameter.requires_grad for parameter in task.parameters())
@@ -181,7 +184,7 @@ def test_weights_elsewhere_and_tasks_without_blocks_are_refused(monkeypatch):
         quantize(retrieval().to("meta"))
     task = retrieval()
     task.backbone.blocks = nn.ModuleList()
-    monkeypatch.setattr("beit3.quantize.require", lambda device: None)
+    monkeypatch.setattr("beit3.quantize.check_support", lambda device: None)
     with pytest.raises(ValueError, match="retrieval has no Transformer blocks"):
         quantize(task)
 

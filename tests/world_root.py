@@ -1,4 +1,5 @@
-"""A world small enough for every test: raw files, records written by the tasks' own `prepare`, and recipes that train in a second."""
+"""A world small enough for every test: raw files, records written by the tasks' own `prepare`, and
+recipes that train in a second."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -6,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from beit3.data.stores.records import Records
-from beit3.data.views.transforms import Preprocessing
+from beit3.data.views.preprocessing import Preprocessing
 from beit3.model.config import TINY, ModelConfig
 from beit3.recipe import DataConfig, OptimConfig, Recipe, RunConfig
 from beit3.task import Task, list_tasks, load_task
@@ -15,7 +16,7 @@ from beit3.tasks.vqa import VQAConfig
 from beit3.tasks.vqkd import VQKDConfig
 from beit3.tokenizer.text import TextTokenizer
 from beit3.tokenizer.visual import VisualTokenizerConfig
-from beit3.training.root import prepare_world
+from beit3.training.embedded_world import prepare_world_records
 from beit3.world.export import write_world
 
 NUM_TRAIN, NUM_VAL, NUM_QUESTIONS, NUM_CODES = 60, 8, 48, 16
@@ -23,7 +24,7 @@ SMALL = replace(TINY, dim=32, depth=2, num_heads=2, ffn_dim=48, text_positions=4
 """The paper's form, one of its two layers with a vision-language expert."""
 
 
-def trained() -> list[type[Task]]:
+def list_trainable_tasks() -> list[type[Task]]:
     """Every task that has recipes."""
     return [task for task in map(load_task, list_tasks()) if task.recipes]
 
@@ -37,9 +38,10 @@ def write_raw(folder: Path) -> Path:
 
 
 def write_root(raw: Path, root: Path) -> Path:
-    """Records of every task that trains, and the text tokenizer. `root` lies beside the folder that holds `raw`."""
-    for task in trained():
-        prepare_world(raw, root, task)
+    """Records of every task that trains, and the text tokenizer. `root` lies beside the folder that
+    holds `raw`."""
+    for task in list_trainable_tasks():
+        prepare_world_records(raw, root, task)
     texts = [
         record["text"]
         for source in ("texts", "pairs")
@@ -49,7 +51,7 @@ def write_root(raw: Path, root: Path) -> Path:
     return root
 
 
-def vqkd_recipe(root: Path, *, steps: int = 6, **run) -> Recipe:
+def make_vqkd_recipe(root: Path, *, steps: int = 6, **run) -> Recipe:
     """A visual tokenizer of 16 codes."""
     model = VisualTokenizerConfig(32, 8, 32, 1, 2, 64, 1, 8, NUM_CODES, 45, revive_after=4)
     return Recipe(
@@ -65,7 +67,7 @@ def vqkd_recipe(root: Path, *, steps: int = 6, **run) -> Recipe:
     )
 
 
-def pretrain_recipe(
+def make_pretrain_recipe(
     root: Path, visual: Path, *, steps: int = 6, model: ModelConfig = SMALL, **run
 ) -> Recipe:
     """All three sources, both kinds of masks, random views."""
@@ -87,7 +89,7 @@ def pretrain_recipe(
     )
 
 
-def tuning_recipe(
+def make_finetuning_recipe(
     name: str, root: Path, *, steps: int = 6, task: Mapping[str, Any] | None = None, **run
 ) -> Recipe:
     """A fine-tuning task's demo recipe with a smaller network, and `task` fields changed."""
@@ -102,7 +104,7 @@ def tuning_recipe(
     )
 
 
-def vqa_recipe(root: Path, *, steps: int = 6, model: ModelConfig = SMALL, **run) -> Recipe:
+def make_vqa_recipe(root: Path, *, steps: int = 6, model: ModelConfig = SMALL, **run) -> Recipe:
     """Questions with random crops, so that a step depends on its seeds."""
     return Recipe(
         task=VQAConfig(

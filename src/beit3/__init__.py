@@ -14,7 +14,7 @@ _HOMES = {
     "BASE": "beit3.model.config",
     "LARGE": "beit3.model.config",
     "GIANT": "beit3.model.config",
-    "Cache": "beit3.model.layers",
+    "Cache": "beit3.model.cache",
     "Task": "beit3.task",
     "TaskConfig": "beit3.recipe",
     "DataConfig": "beit3.recipe",
@@ -23,26 +23,27 @@ _HOMES = {
     "Recipe": "beit3.recipe",
     "TextTokenizer": "beit3.tokenizer.text",
     "VisualTokenizer": "beit3.tokenizer.visual",
-    "Preprocessing": "beit3.data.views.transforms",
+    "Preprocessing": "beit3.data.views.preprocessing",
     "train": "beit3.training.loop",
     "load": "beit3.predict",
     "Predictor": "beit3.predict",
 }
-"""Public names and where they live; each is imported when it is first asked for, so `import beit3` costs nothing."""
+"""Public names and where they live; each is imported when it is first asked for, so `import beit3`
+costs nothing."""
 
 __all__ = [*_HOMES, "__version__"]
 
 if TYPE_CHECKING:
-    from beit3.data.views.transforms import Preprocessing as Preprocessing
+    from beit3.data.views.preprocessing import Preprocessing as Preprocessing
     from beit3.model.beit3 import BEiT3 as BEiT3
     from beit3.model.beit3 import Encoded as Encoded
+    from beit3.model.cache import Cache as Cache
     from beit3.model.config import BASE as BASE
     from beit3.model.config import GIANT as GIANT
     from beit3.model.config import LARGE as LARGE
     from beit3.model.config import TINY as TINY
     from beit3.model.config import TINY_RELEASE as TINY_RELEASE
     from beit3.model.config import ModelConfig as ModelConfig
-    from beit3.model.layers import Cache as Cache
     from beit3.predict import Predictor as Predictor
     from beit3.predict import load as load
     from beit3.recipe import DataConfig as DataConfig

@@ -1,6 +1,8 @@
-"""What this machine has, and what stands in the way: one line a finding, `ok`, `note` or `FAULT`, the remedy with it.
+"""What this machine has, and what stands in the way: one line a finding, `ok`, `note` or `FAULT`,
+the remedy with it.
 
-Only the standard library, and modules of this package that need no more, are imported at the top: this must speak where torch does not import,
+Only the standard library, and modules of this package that need no more, are imported at the top:
+this must speak where torch does not import,
 so everything that can be told without torch is told first.
 """
 
@@ -36,9 +38,11 @@ PATIENCE = 2.0
 
 
 def examine(*, text_model: str = "", weights: str = "") -> Iterator[str]:
-    """Findings in order: packages, processors, memory, disk, compiler, host name, text tokenizers; then torch and what stands on it.
+    """Findings in order: packages, processors, memory, disk, compiler, host name, text tokenizers;
+    then torch and what stands on it.
 
-    text_model: a SentencePiece file to look at instead of the cached worlds'. weights: a directory or run to check whole.
+    text_model: a SentencePiece file to look at instead of the cached worlds'. weights: a directory
+    or run to check whole.
     """
     yield f"ok    python {platform.python_version()}"
     yield from packages()
@@ -71,7 +75,7 @@ def examine(*, text_model: str = "", weights: str = "") -> Iterator[str]:
         yield stored_weights(weights, text_model)
 
 
-# Without torch -------------------------------------------------------------------------------------------------------
+# Without torch ------------------------------------------------------------------------------------
 
 
 def packages() -> Iterator[str]:
@@ -88,7 +92,8 @@ def packages() -> Iterator[str]:
 
 
 def requirements() -> list[str]:
-    """What the package asks for: by its metadata, else by the pyproject.toml of the source that it runs from."""
+    """What the package asks for: by its metadata, else by the pyproject.toml of the source that it
+    runs from."""
     try:
         return requires("beit3") or []
     except PackageNotFoundError:
@@ -121,7 +126,8 @@ def installed(name: str) -> str:
 
 
 def older(have: str, least: str) -> bool:
-    """Whether a version is missing or below the least that will do; they are compared number by number."""
+    """Whether a version is missing or below the least that will do; they are compared number by
+    number."""
     return not have or _numbers(have) < _numbers(least)
 
 
@@ -168,7 +174,8 @@ def memory(system: Path = Path("/")) -> str:
 
 
 def group_limits(system: Path = Path("/")) -> tuple[float, float]:
-    """(processors, bytes) that this process's control groups allow, of versions 1 and 2; infinite where there is no limit."""
+    """(processors, bytes) that this process's control groups allow, of versions 1 and 2; infinite
+    where there is no limit."""
     cpus = size = math.inf
     for folder in _groups(system):
         quota = (
@@ -186,7 +193,8 @@ def group_limits(system: Path = Path("/")) -> tuple[float, float]:
 
 
 def _groups(system: Path) -> Iterator[Path]:
-    """The folders of this process's control groups, and all above them, since each may set a limit."""
+    """The folders of this process's control groups, and all above them, since each may set a
+    limit."""
     for line in _text(system / "proc/self/cgroup").splitlines():
         _, controllers, path = line.split(":", 2)
         for name in controllers.split(","):
@@ -237,7 +245,8 @@ def compiler() -> str:
 
 
 def host(name: str = "") -> str:
-    """Whether this machine's name leads to an address: processes of torchrun find each other by it."""
+    """Whether this machine's name leads to an address: processes of torchrun find each other by
+    it."""
     name, found = name or socket.gethostname(), []
     ask = threading.Thread(target=lambda: found.extend(_addresses(name)), daemon=True)
     ask.start()
@@ -255,7 +264,8 @@ def _addresses(name: str) -> list[str]:
 
 
 def text_tokenizers(text_model: str = "") -> Iterator[str]:
-    """Ids and digest of the given tokenizer, else of the cached worlds'; nothing where there is none yet."""
+    """Ids and digest of the given tokenizer, else of the cached worlds'; nothing where there is
+    none yet."""
     files = (
         [Path(text_model)]
         if text_model
@@ -278,7 +288,7 @@ def text_tokenizers(text_model: str = "") -> Iterator[str]:
         yield f"ok    text tokenizer {path}: {tokenizer.vocab_size} ids ({fit}), SHA-256 {tokenizer.digest}"
 
 
-# With torch ----------------------------------------------------------------------------------------------------------
+# With torch ---------------------------------------------------------------------------------------
 
 
 def broken_torch() -> str:
@@ -308,7 +318,8 @@ def vision() -> str:
 
 
 def reinstall() -> str:
-    """The command that takes torch and torchvision from one index, the one that torch came from where its version says so."""
+    """The command that takes torch and torchvision from one index, the one that torch came from
+    where its version says so."""
     build = installed("torch").partition("+")[2]
     index = f" --index-url https://download.pytorch.org/whl/{build}" if build else ""
     return f"install both from one index, pip install --force-reinstall torch torchvision{index}"
@@ -352,7 +363,8 @@ def threads() -> str:
 
 
 def accelerator() -> Iterator[str]:
-    """Each CUDA device with its memory and a sum done on it; the versions of driver, CUDA and NCCL."""
+    """Each CUDA device with its memory and a sum done on it; the versions of driver, CUDA and
+    NCCL."""
     import torch
 
     driver = driver_version()
@@ -362,7 +374,8 @@ def accelerator() -> Iterator[str]:
         )
         if driver:
             yield (
-                f"note  NVIDIA driver {driver} is here, but torch sees no device; this torch is {built}: "
+                f"note  NVIDIA driver {driver} is here, but torch sees no device; this torch is "
+                f"{built}: "
                 "install one that fits the driver, https://pytorch.org/get-started/locally"
             )
         else:
@@ -409,19 +422,20 @@ def processes() -> str:
 
 
 def stored_weights(path: str, text_model: str = "") -> str:
-    """Whether weights are whole: every tensor of the network the config describes, and the text tokenizer they were trained with."""
-    from beit3.weights import store
+    """Whether weights are whole: every tensor of the network the config describes, and the text
+    tokenizer they were trained with."""
+    from beit3.weights import loading, store
 
     try:
-        place = store.find(path)
+        place = store.find_weights(path)
         known = store.read_config(place)
-        if known.tokenizer and not text_model and not (place / store.TEXT).is_file():
-            return f"FAULT weights {place}: {store.TEXT} is missing, copy it from the run (SHA-256 {known.tokenizer})"
-        task = store.load(place, text_model=text_model or None)
+        if known.tokenizer and not text_model and not (place / store.TOKENIZER_FILE).is_file():
+            return f"FAULT weights {place}: {store.TOKENIZER_FILE} is missing, copy it from the run (SHA-256 {known.tokenizer})"
+        task = loading.load_weights(place, text_model=text_model or None)
     except (ValueError, OSError, RuntimeError) as error:
         return f"FAULT weights {path}: {_reason(error)}"
     texts = (
-        f", text tokenizer {known.tokenizer} as {store.CONFIG} says"
+        f", text tokenizer {known.tokenizer} as {store.CONFIG_FILE} says"
         if known.tokenizer
         else ", no text tokenizer"
     )

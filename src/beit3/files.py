@@ -1,4 +1,4 @@
-"""Files: atomic writes, JSON, members of tars, the cache directory."""
+"""Files: atomic writes, checksums, text and JSON, members of tar files, the cache directory."""
 
 import json
 import os
@@ -6,18 +6,23 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
+from hashlib import file_digest
 from pathlib import Path
 from typing import Any, BinaryIO
 
-MEMBER = re.compile(r"(.+\.tar)@(\d{1,18})\+(\d{1,18})", re.DOTALL)
+MAX_OPEN_TARS = 64
+"""Number of tar files that a process keeps open, the most recently used ones."""
 
-OPEN_TARS = 64
-"""Tars that a process keeps open, the last ones used."""
+# Bytes --------------------------------------------------------------------------------------
 
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[BinaryIO]:
-    """A file beside `path` that takes its place when it is written whole, and vanishes otherwise."""
+    """Opens a temporary file that replaces `path` when the block ends.
+
+    A reader of `path` never sees a partly written file. After an error the temporary file is
+    removed and `path` stays as it was. Missing parent directories are created.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
@@ -28,8 +33,14 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
         partial.unlink(missing_ok=True)
 
 
+def write_text(path: str | Path, text: str) -> None:
+    """Writes `text` to `path` as UTF-8, atomically."""
+    with atomic_write(Path(path)) as file:
+        file.write(text.encode())
+
+
 def flush_to_disk(path: str | Path) -> None:
-    """Make what was written to a file or folder durable."""
+    """Waits until the contents of a file, or the entries of a directory, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -37,64 +48,90 @@ def flush_to_disk(path: str | Path) -> None:
         os.close(descriptor)
 
 
+def compute_sha256(path: str | Path) -> str:
+    """Returns the SHA-256 of a file as a hexadecimal string."""
+    with Path(path).open("rb") as file:
+        return file_digest(file, "sha256").hexdigest()
+
+
+# Text and JSON --------------------------------------------------------------------------------
+
+
 def read_lines(path: Path) -> Iterator[str]:
-    """The lines of a UTF-8 file, with or without a byte order mark; ValueError for another encoding."""
+    """Yields the lines of a UTF-8 file, with or without a byte order mark.
+
+    Raises ValueError when the file has another encoding.
+    """
     try:
         with path.open(encoding="utf-8-sig") as file:
             yield from file
     except UnicodeDecodeError as error:
-        wrong = f"{error.reason} 0x{error.object[error.start]:02x}"
-        raise ValueError(f"{path} is not UTF-8 ({wrong}): convert it to UTF-8") from error
+        reason = f"{error.reason} 0x{error.object[error.start]:02x}"
+        raise ValueError(f"{path} is not UTF-8 ({reason}): convert it to UTF-8") from error
 
 
-def read_json(file: Path) -> Any:
-    """What a JSON file holds; ValueError naming it."""
+def read_json(path: Path) -> Any:
+    """Returns the content of a JSON file; raises ValueError naming the file if it is not JSON."""
     try:
-        return json.loads(file.read_text(encoding="utf-8-sig"))
+        return json.loads(path.read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file} is not JSON: {error}") from error
+        raise ValueError(f"{path} is not JSON: {error}") from error
 
 
-def read_json_lines(file: Path) -> Iterator[tuple[str, Any]]:
-    """(where, value) of each line that is not blank; ValueError naming file and line."""
-    for number, line in enumerate(read_lines(file), 1):
-        if line.strip():
-            where = f"{file} line {number}"
-            try:
-                yield where, json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise ValueError(
-                    f"{where} is not JSON ({error}): check that the file is whole"
-                ) from None
+def read_json_lines(path: Path) -> Iterator[tuple[str, Any]]:
+    """Yields (location, value) for each line that is not blank.
+
+    The location, "path line 7", is for error messages. Raises ValueError that names file and line
+    when a line is not JSON.
+    """
+    for number, line in enumerate(read_lines(path), 1):
+        if not line.strip():
+            continue
+        location = f"{path} line {number}"
+        try:
+            yield location, json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(
+                f"{location} is not JSON ({error}): check that the file is complete"
+            ) from None
 
 
-def read_json_list(file: Path) -> Iterator[tuple[str, Any]]:
-    """(where, value) of each entry of a JSON list; ValueError for anything else."""
-    content = read_json(file)
+def read_json_list(path: Path) -> Iterator[tuple[str, Any]]:
+    """Yields (location, value) for each entry of a file that holds one JSON list.
+
+    The location, "path [7]", is for error messages. Raises ValueError when the file holds
+    anything else.
+    """
+    content = read_json(path)
     if not isinstance(content, list):
-        raise ValueError(f"{file} holds a {type(content).__name__}: it should be a list")
-    yield from ((f"{file} [{number}]", entry) for number, entry in enumerate(content))
+        raise ValueError(f"{path} holds a {type(content).__name__}: it should be a list")
+    yield from ((f"{path} [{number}]", entry) for number, entry in enumerate(content))
 
 
-def cache_directory() -> Path:
-    """`$BEIT3_CACHE`, else the user's cache directory."""
-    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "beit3"
-    return Path(os.environ.get("BEIT3_CACHE") or default)
+# Members of tar files -------------------------------------------------------------------------
+
+_TAR_MEMBER = re.compile(r"(.+\.tar)@(\d{1,18})\+(\d{1,18})", re.DOTALL)
 
 
 def format_tar_member(tar: str | Path, start: int, size: int) -> str:
-    """The name by which records know an image inside a tar."""
+    """Returns the path by which records name a file inside a tar, as in "photos.tar@1536+20480".
+
+    `start` is the offset of the first byte, `size` the number of bytes.
+    """
     return f"{tar}@{start}+{size}"
 
 
-def parse_tar_member(image: str) -> tuple[str, int, int]:
-    """(tar, start, size) of the name of a member; the tar is '' for any other file."""
-    found = MEMBER.fullmatch(image)
-    return (found[1], int(found[2]), int(found[3])) if found else ("", 0, 0)
+def parse_tar_member(path: str) -> tuple[str, int, int]:
+    """Splits the path of a tar member into (tar, start, size); for other paths the tar is ""."""
+    match = _TAR_MEMBER.fullmatch(path)
+    return (match[1], int(match[2]), int(match[3])) if match else ("", 0, 0)
 
 
 def read_tar_member(tar: str | Path, start: int, size: int) -> bytes:
-    """`size` bytes of a tar from `start`. ValueError where it ends before; OSError where it cannot be read."""
+    """Reads `size` bytes of a tar from offset `start`.
+
+    Raises ValueError when the tar ends before them and OSError when it cannot be read.
+    """
     content = os.pread(_open_tar(str(tar)).fileno(), size, start)
     if len(content) != size:
         raise ValueError(
@@ -103,7 +140,16 @@ def read_tar_member(tar: str | Path, start: int, size: int) -> bytes:
     return content
 
 
-@lru_cache(maxsize=OPEN_TARS)
+@lru_cache(maxsize=MAX_OPEN_TARS)
 def _open_tar(tar: str) -> BinaryIO:
-    """Processes that are forked share the descriptor, which reading at a place does not move."""
+    """Opens a tar once. Forked processes may share the descriptor: `os.pread` does not move it."""
     return open(tar, "rb", buffering=0)  # type: ignore[return-value]
+
+
+# Directories ----------------------------------------------------------------------------------
+
+
+def cache_directory() -> Path:
+    """Returns `$BEIT3_CACHE`, or by default `beit3` in the user's cache directory."""
+    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "beit3"
+    return Path(os.environ.get("BEIT3_CACHE") or default)

@@ -1,6 +1,7 @@
 """From raw inputs to a prediction: one call loads any weights, another asks them.
 
-The predictor knows files and pictures, the network (`.task`) only tensors: `.task.outputs(batch)` works without a text
+The predictor knows files and pictures, the network (`.task`) only tensors: `.task.outputs(batch)`
+works without a text
 tokenizer and without answer names.
 """
 
@@ -15,16 +16,15 @@ import numpy as np
 import torch
 
 from beit3.model.packed import pack
-from beit3.quantize import quantize, require
+from beit3.quantize import check_support, quantize
 from beit3.task import Prediction, Record, Task, task_name
 from beit3.task import load_task as load_task
 from beit3.tokenizer.text import TextTokenizer
-from beit3.training.evaluate import batches, to_device
+from beit3.training.evaluate import iterate_batches, to_device
 from beit3.training.parallel import wrap_blocks
-from beit3.weights import release_format as official
-from beit3.weights import store
-from beit3.weights.adapt import COUNTS, with_names
-from beit3.weights.matching import Report, beyond_images, stored
+from beit3.weights import loading, state_dicts, store
+from beit3.weights.adapt import COUNT_FIELDS, add_names
+from beit3.weights.matching import LoadReport, get_weights, serves_text
 
 CLASSES = "imagenet/main/classes.txt"
 """Class names below a root of records."""
@@ -34,12 +34,13 @@ Names = str | Path | Sequence[str] | None
 
 
 class Predictor:
-    """A task in evaluation mode. `task`: the network; `report`: what was loaded, ignored, left fresh; the others: as for `load`."""
+    """A task in evaluation mode. `task`: the network; `report`: what was loaded, ignored, left
+    fresh; the others: as for `load`."""
 
     def __init__(
         self,
         task: Task,
-        report: Report,
+        report: LoadReport,
         *,
         int8: bool = False,
         packed: bool = False,
@@ -58,30 +59,36 @@ class Predictor:
         self.int8, self.packed = int8, packed
 
     def to(self, device: torch.device | str) -> "Predictor":
-        """Itself, with the network on `device`. ValueError for one in int8 or packed, which a processor alone computes."""
+        """Itself, with the network on `device`. ValueError for one in int8 or packed, which a
+        processor alone computes."""
         if self.int8:
-            require(torch.device(device))
+            check_support(torch.device(device))
         if self.packed and torch.device(device).type != "cpu":
             raise ValueError(
-                f"packed weights are for a processor, and the device here is {device}: leave packed out"
+                f"packed weights are for a processor, and the device here is {device}: leave "
+                "packed out"
             )
         self.task.to(device)
         return self
 
-    def require_trained(self) -> None:
-        """ValueError where parts of the task besides those for texts and pairs are at their initial values."""
-        untrained = [key for key in self.report.fresh if not beyond_images(key)]
+    def check_trained(self) -> None:
+        """ValueError where parts of the task besides those for texts and pairs are at their initial
+        values."""
+        untrained = [key for key in self.report.fresh if not serves_text(key)]
         if untrained:
             name = task_name(type(self.task))
             raise ValueError(
-                f"the head of {name} is untrained ({untrained[0]}), {self.report.source} has none: give weights of {name}, "
+                f"the head of {name} is untrained ({untrained[0]}), {self.report.source} has "
+                f"none: give weights of {name}, "
                 f"fine-tune (beit3 train {name} --init), or use .task.outputs(batch)"
             )
 
-    def agree_on_classes(self, file: Path) -> None:
-        """Before scoring records whose class names are in `file`: a task that classifies by names and has none takes them.
+    def match_class_names(self, file: Path) -> None:
+        """Before scoring records whose class names are in `file`: a task that classifies by names
+        and has none takes them.
 
-        ValueError where the weights' classes are others, or in another order: labels would mean something else.
+        ValueError where the weights' classes are others, or in another order: labels would mean
+        something else.
         """
         config: Any = self.task.config
         known = getattr(config, "classes", getattr(config, "categories", None))
@@ -89,29 +96,33 @@ class Predictor:
             return
         theirs = read_classes(file)
         if getattr(config, "head", "") == "names" and not known:
-            self.task.config = with_names(config, type(self.task), classes=theirs, fixed={})
+            self.task.config = add_names(config, type(self.task), classes=theirs, fixed={})
         elif known and known != theirs:
             pairs = enumerate(zip_longest(known, theirs))
             place, (ours, there) = next(
                 (place, pair) for place, pair in pairs if pair[0] != pair[1]
             )
             raise ValueError(
-                f"class {place} is {ours!r} to the weights and {there!r} in {file}: score records of the same classes"
+                f"class {place} is {ours!r} to the weights and {there!r} in {file}: score records "
+                "of the same classes"
             )
 
     @torch.inference_mode()
     def __call__(self, *inputs: Any) -> list[Prediction]:
-        """What the task says of one set of raw inputs, those of its `record`: its candidates, the best first.
+        """What the task says of one set of raw inputs, those of its `record`: its candidates, the
+        best first.
 
-        A task that ranks none gives a list of its one prediction. Images as paths or PIL images; None leaves one out.
+        A task that ranks none gives a list of its one prediction. Images as paths or PIL images;
+        None leaves one out.
 
-        Raises ValueError for inputs that the task does not take or cannot read, and for parts that nobody has trained.
+        Raises ValueError for inputs that the task does not take or cannot read, and for parts that
+        nobody has trained.
         """
         name = task_name(type(self.task))
         make = getattr(self.task, "record", None)
         if make is None:
             raise ValueError(f"{name} takes no raw inputs: give tensors to .task.outputs(batch)")
-        self.require_trained()
+        self.check_trained()
         signature = inspect.signature(make)
         try:
             signature.bind(*inputs)
@@ -133,18 +144,22 @@ class Predictor:
     def embed(
         self, images: Iterable[Any] = (), texts: Iterable[str] = (), *, batch_size: int = 32
     ) -> dict[str, np.ndarray]:
-        """Features `image` [n, D] and `text` [m, D] in float32, of whichever was given, each input encoded by itself.
+        """Features `image` [n, D] and `text` [m, D] in float32, of whichever was given, each input
+        encoded by itself.
 
-        images: paths or PIL images, prepared as the weights know them. Those of retrieval are unit vectors in one space.
-        Those of backbone are the class token's and the begin mark's states as they are, neither normalised nor in one
+        images: paths or PIL images, prepared as the weights know them. Those of retrieval are unit
+        vectors in one space.
+        Those of backbone are the class token's and the begin mark's states as they are, neither
+        normalised nor in one
         space. Raises ValueError for a task without features, and for an input that cannot be read.
         """
         name, make = task_name(type(self.task)), getattr(self.task, "record", None)
         if make is None or set(inspect.signature(make).parameters) != {"image", "text"}:
             raise ValueError(
-                f"{name} has no features of single inputs: give weights of retrieval, or load these with task='backbone'"
+                f"{name} has no features of single inputs: give weights of retrieval, or load "
+                "these with task='backbone'"
             )
-        self.require_trained()
+        self.check_trained()
         given = {
             "image": [make(image) for image in images],
             "text": [make(None, text) for text in texts],
@@ -165,7 +180,7 @@ class Predictor:
         order = sorted(
             range(len(records)), key=lambda place: len(records[place].get("text", ""))
         )  # little padding in a batch
-        for batch in batches(self.task, [records[place] for place in order], batch_size):
+        for batch in iterate_batches(self.task, [records[place] for place in order], batch_size):
             outputs = self.task.outputs(to_device(batch, weights.device, weights.dtype))
             features = (
                 outputs[f"{side}_features"]
@@ -177,7 +192,7 @@ class Predictor:
 
     def _require_side(self, record: Record) -> None:
         """ValueError for a text where the weights hold no text side."""
-        if "text" in record and any(map(beyond_images, self.report.fresh)):
+        if "text" in record and any(map(serves_text, self.report.fresh)):
             raise ValueError(
                 f"{self.report.source} holds the image side alone: give images without text"
             )
@@ -198,18 +213,27 @@ def load(
 ) -> Predictor:
     """Weights of any kind, ready to use on the CPU.
 
-    path: a directory of weights, a run with `best` or `last` in it, or a released file. task: what to build, by default
-    what the weights are; parts that they do not hold are at their initial values then, and the predictor refuses to
-    use them. num_heads: where 64 units a head is wrong. text_model: the SentencePiece file of released weights.
-    answers: names of the VQA head's outputs. classes: names of imagenet's, for weights of retrieval any names, which
-    `prompt` may put into a sentence in place of {}. int8: in 8-bit integers, two to four times faster on CPUs that
-    have instructions for them. packed: weights laid out for batches that recur, for a third more speed on single images and
-    captions, and up to twice the memory of the weights. compiled: each block a program, for many batches of one size; half a minute
+    path: a directory of weights, a run with `best` or `last` in it, or a released file. task: what
+    to build, by default
+    what the weights are; parts that they do not hold are at their initial values then, and the
+    predictor refuses to
+    use them. num_heads: where 64 units a head is wrong. text_model: the SentencePiece file of
+    released weights.
+    answers: names of the VQA head's outputs. classes: names of imagenet's, for weights of retrieval
+    any names, which
+    `prompt` may put into a sentence in place of {}. int8: in 8-bit integers, two to four times
+    faster on CPUs that
+    have instructions for them. packed: weights laid out for batches that recur, for a third more
+    speed on single images and
+    captions, and up to twice the memory of the weights. compiled: each block a program, for many
+    batches of one size; half a minute
     at the start (docs/speed.md has all three). Raises ValueError, in one line.
     """
     path = Path(path)
     named = {"answers": read_answers(answers), "classes": read_classes(classes)}
-    read, place = (_load_directory, store.find(path)) if path.is_dir() else (_load_file, path)
+    read, place = (
+        (_load_directory, store.find_weights(path)) if path.is_dir() else (_load_file, path)
+    )
     built, report = read(place, task, num_heads, text_model, named, prompt)
     return Predictor(built, report, int8=int8, packed=packed, compiled=compiled)
 
@@ -221,12 +245,12 @@ def _load_file(
     text_model: str | Path | None,
     named: dict[str, tuple[str, ...]],
     prompt: str,
-) -> tuple[Task, Report]:
+) -> tuple[Task, LoadReport]:
     """Released weights, as their own task or another; `named`: answers and classes."""
     tokenizer = None if text_model is None else TextTokenizer(text_model)
-    state = official.read_file(path)
+    state = state_dicts.read_state_dict(path)
     try:
-        return official.load_official(
+        return loading.load_released(
             state,
             task,
             num_heads=num_heads,
@@ -246,26 +270,27 @@ def _load_directory(
     text_model: str | Path | None,
     named: dict[str, tuple[str, ...]],
     prompt: str,
-) -> tuple[Task, Report]:
+) -> tuple[Task, LoadReport]:
     """Weights of ours, as their own task or another; `named`: answers and classes."""
     answers, classes = named["answers"], named["classes"]
     description = store.read_config(directory)
     config: Any = description.config
     if num_heads not in (None, config.model.num_heads):
         raise ValueError(
-            f"num_heads {num_heads} given, {directory} holds weights of {config.model.num_heads} heads: leave num_heads out"
+            f"num_heads {num_heads} given, {directory} holds weights of {config.model.num_heads} "
+            "heads: leave num_heads out"
         )
     if task not in (None, description.task):
-        return store.load_as(
+        return loading.load_weights_as(
             directory, task, text_model=text_model, answers=answers, classes=classes, prompt=prompt
         )
     fixed = (
         {}
         if getattr(config, "head", "") == "names"
-        else {count: getattr(config, count, 0) for count in COUNTS.values()}
+        else {count: getattr(config, count, 0) for count in COUNT_FIELDS.values()}
     )
     try:
-        config = with_names(
+        config = add_names(
             config,
             load_task(description.task),
             answers=answers,
@@ -275,8 +300,8 @@ def _load_directory(
         )
     except ValueError as error:
         raise ValueError(f"{directory}: {error}") from None
-    built = store.load(directory, text_model=text_model, config=config)
-    return built, Report(f"{directory} ({description.task})", tuple(stored(built)), {}, {})
+    built = loading.load_weights(directory, text_model=text_model, config=config)
+    return built, LoadReport(f"{directory} ({description.task})", tuple(get_weights(built)), {}, {})
 
 
 def read_answers(names: Names) -> tuple[str, ...]:
@@ -289,7 +314,8 @@ def read_answers(names: Names) -> tuple[str, ...]:
 
 
 def read_classes(names: Names) -> tuple[str, ...]:
-    """Class names; a file of one per line, a .json as dense tasks have it, or a directory of records, whose own are taken."""
+    """Class names; a file of one per line, a .json as dense tasks have it, or a directory of
+    records, whose own are taken."""
     if isinstance(names, str | Path) and Path(names).suffix == ".json":
         return tuple(
             each["name"] if isinstance(each, dict) else each

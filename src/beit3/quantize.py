@@ -1,29 +1,37 @@
 """8-bit integers for inference on CPU: the same network, two to four times faster.
 
-Every linear layer of the Transformer blocks keeps its weights as int8, one scale per output channel; its inputs are rounded
-to int8 as they come, one scale per token, so that a prediction does not depend on what else is in the batch. Embeddings,
-norms, softmax, GELU and heads stay in float32. torchao does the arithmetic and torch.compile fuses the rounding into what
-comes before it: uncompiled, rounding costs what the products gain. Weights on disk stay as they are.
+Every linear layer of the Transformer blocks keeps its weights as int8, one scale per output
+channel; its inputs are rounded
+to int8 as they come, one scale per token, so that a prediction does not depend on what else is in
+the batch. Embeddings,
+norms, softmax, GELU and heads stay in float32. torchao does the arithmetic and torch.compile fuses
+the rounding into what
+comes before it: uncompiled, rounding costs what the products gain. Weights on disk stay as they
+are.
 """
 
 import torch
 
 from beit3.task import Task, task_name
-from beit3.training.parallel import blocks_of, wrap_blocks
+from beit3.training.parallel import find_blocks, wrap_blocks
 
 INSTRUCTIONS = ("avx512_vnni", "avx_vnni")
-"""Either multiplies bytes and adds them up in 32 bits. Without them int8 is no faster, and oneDNN's sums may overflow."""
+"""Either multiplies bytes and adds them up in 32 bits. Without them int8 is no faster, and oneDNN's
+sums may overflow."""
 
 
 def quantize(task: Task) -> Task:
-    """The task itself, in evaluation mode, its blocks in int8 and compiled. Seconds now, and once more per kind of input.
+    """The task itself, in evaluation mode, its blocks in int8 and compiled. Seconds now, and once
+    more per kind of input.
 
-    It can no longer be trained, saved or moved. Raises ValueError, before anything is changed, where its weights are not on
-    a processor that multiplies bytes, where torchao is not installed, where torch finds no C++ compiler, or for a task
+    It can no longer be trained, saved or moved. Raises ValueError, before anything is changed,
+    where its weights are not on
+    a processor that multiplies bytes, where torchao is not installed, where torch finds no C++
+    compiler, or for a task
     without blocks.
     """
-    require(next(task.parameters()).device)
-    blocks = blocks_of(task)
+    check_support(next(task.parameters()).device)
+    blocks = find_blocks(task)
     if not blocks:
         raise ValueError(
             f"{task_name(type(task))} has no Transformer blocks to put into int8: leave int8 out"
@@ -39,15 +47,17 @@ def quantize(task: Task) -> Task:
     return task
 
 
-def require(device: torch.device) -> None:
+def check_support(device: torch.device) -> None:
     """ValueError where `quantize` cannot work on this device of this machine."""
     if device.type != "cpu":
         raise ValueError(
-            f"int8 is for a processor, and the device here is {device.type}: leave int8 out, or hide the accelerator"
+            f"int8 is for a processor, and the device here is {device.type}: leave int8 out, or "
+            "hide the accelerator"
         )
     if not any(torch.cpu.get_capabilities().get(name) for name in INSTRUCTIONS):
         raise ValueError(
-            "this processor has no int8 instructions (VNNI), so int8 would not be faster: leave int8 out"
+            "this processor has no int8 instructions (VNNI), so int8 would not be faster: leave "
+            "int8 out"
         )
     try:
         import torchao  # noqa: F401
@@ -62,5 +72,6 @@ def require(device: torch.device) -> None:
     ) as error:  # torch raises what its compiler's parts raise, and no class covers them
         reason = str(error).strip().splitlines()[0]
         raise ValueError(
-            f"int8 needs a C++ compiler and Python's headers (g++, python3-dev), or leave int8 out: {reason}"
+            "int8 needs a C++ compiler and Python's headers (g++, python3-dev), or leave int8 "
+            f"out: {reason}"
         ) from None

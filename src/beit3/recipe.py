@@ -1,32 +1,83 @@
-"""What a run is: the network and its task, the data, the optimizer, the run itself. All of it frozen and plain."""
+"""The settings of a run, as frozen dataclasses: task, data, optimizer, and the run itself.
+
+`Recipe.to_dict` is what a run directory stores as `recipe.json`; `--task.model.dim 128` and the
+like override single fields from the command line.
+"""
 
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from beit3.config import from_dict, to_dict
-from beit3.data.views.transforms import Preprocessing
+from beit3.data.views.preprocessing import Preprocessing
 from beit3.model.config import BASE, ModelConfig
 
 
 @dataclass(frozen=True)
 class TaskConfig:
-    """All that inference needs. Tasks subclass it; weights keep it."""
+    """Everything that inference needs. Tasks subclass it, and weights are stored with it."""
 
     model: ModelConfig = BASE
     image: Preprocessing = Preprocessing(224)
-    """How pictures become tensors at evaluation: size, resize rule, mean and deviation."""
+    """How images become tensors at evaluation: size, resize rule, mean and deviation."""
     text_length: int = 64
-    """Tokens of a text, begin and end marks included; longer ones are cut."""
+    """Tokens of a text, BOS and EOS included; longer texts are cut."""
+
+    # Declarations that other rooms read, whatever the task. Subclasses override them, some by
+    # fields of the same name.
+
+    fixed_image_size: ClassVar[bool] = False
+    """Whether images must have `model.image_size`, because masks or counts are made for its patch
+    grid. Elsewhere the position table is resampled to other sizes on the fly, at some cost."""
+    supports_names_head: ClassVar[bool] = False
+    """Whether `head="names"` makes a classifier of class names instead of a linear layer."""
+
+    def __post_init__(self) -> None:
+        if self.fixed_image_size and self.image.image_size != self.model.image_size:
+            raise ValueError(
+                f"task.image.image_size {self.image.image_size} and task.model.image_size "
+                f"{self.model.image_size} disagree: give both the same size"
+            )
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Names of the labels in their order; empty where there are none or they are unknown."""
+        return ()
+
+    @property
+    def num_classes(self) -> int:
+        """Number of labels; 0 for tasks without labels."""
+        return 0
+
+    @property
+    def classifies_by_names(self) -> bool:
+        """Whether the classes may be any list of names, because no layer has an output for each."""
+        return False
+
+    @property
+    def head_sizes(self) -> Mapping[str, int]:
+        """Fields that count a head's outputs -> their number, which lists of names must have."""
+        return {}
+
+    @property
+    def resize_patch(self) -> bool | None:
+        """Whether loading resamples patch kernels of another size; None without the option."""
+        return None
+
+    @property
+    def base_depth(self) -> int:
+        """Smallest depth with all layers whose number is fixed; further layers are all alike."""
+        return 2 + self.model.fusion_layers if isinstance(self.model, ModelConfig) else 2
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Where records come from and how many make a step."""
+    """Where records come from, and how many of them make a step."""
 
     root: str = ""
-    """Directory of records (`beit3 prepare` writes it); empty = the embedded world, written once to the cache."""
+    """Directory of records, as `beit3 prepare` writes it; empty = the embedded world, which is
+    written once to the cache."""
     text_model: str = ""
     """SentencePiece file; empty = that of the initial weights, else `text.model` in the root."""
     batch: Mapping[str, int] = field(default_factory=lambda: {"main": 32})
@@ -34,13 +85,16 @@ class DataConfig:
     workers: int = 0
     """Loader processes; 0 decodes in the training process."""
     bad_share: float = 0.01
-    """Share of a source's records that may be unreadable; they are counted, named and passed over up to it."""
+    """Fraction of a source's records that may be unreadable. They are counted, named and skipped;
+    more of them end the run."""
     limit: int = 0
     """Use only the first `limit` training records of each source; 0 = all."""
     weights: Mapping[str, float] = field(default_factory=dict)
-    """Share of each set in a source of several, by source/set: pairs/coco 1 pairs/cc12m 3; a source not named goes by the sets' sizes."""
+    """Sampling weight of each dataset in a source of several, by source/dataset: pairs/coco 1
+    pairs/cc12m 3. A source that is not named here goes by the sizes of its datasets."""
     shuffle_window: int = 100_000
-    """Records of tars, and of tokenised texts, that are shuffled among each other; tars as such always come in random order."""
+    """Records of tars, and of tokenized texts, that are shuffled among each other. The tars
+    themselves always come in random order."""
 
 
 @dataclass(frozen=True)
@@ -56,11 +110,12 @@ class OptimConfig:
     warmup_epochs: float = 0.0
     """Used instead of `warmup_steps` where the run is counted in epochs."""
     schedule: Literal["cosine", "linear", "steps"] = "cosine"
-    """How the rate falls after warmup: along half a cosine, along a line, or to a tenth at each of `drops`."""
+    """How the learning rate falls after warmup: along half a cosine, along a line, or to a tenth
+    at each of `drops`."""
     drops: tuple[float, ...] = (0.889, 0.963)
-    """Shares of the run at which a schedule of steps drops (detectron2's for ViTDet)."""
+    """Fractions of the run at which the `steps` schedule drops (detectron2's for ViTDet)."""
     layer_decay: float = 1.0
-    """Learning-rate factor per layer counted down from the head."""
+    """Learning-rate factor per layer, counted down from the head."""
     head_lr_scale: float = 1.0
     """Learning-rate factor of the parameters under `head` (20 in the released VQA recipes)."""
     clip: float = 0.0
@@ -70,42 +125,45 @@ class OptimConfig:
         "image_embedding.class_token",
         "logit_scale",
     )
-    """Names without weight decay beside biases, norms and everything of one dimension."""
+    """Parameters without weight decay, beside biases, norms and everything of one dimension."""
 
 
 @dataclass(frozen=True)
 class RunConfig:
-    """How long, how often, on what."""
+    """How long the run is, how often it reports, and what it runs on."""
 
     steps: int = 0
     """Optimizer steps; 0 = `epochs` over the largest source."""
     epochs: float = 0.0
     micro_batch: int = 0
-    """Records per process and forward pass; 0 = the process's whole share. Accumulation is derived from it."""
+    """Records per process and forward pass; 0 = all of the process's records of a step. Gradient
+    accumulation is derived from it."""
     seed: int = 0
     precision: Literal["auto", "float32", "bfloat16", "float64"] = "auto"
-    """auto = bfloat16 autocast on an accelerator, float32 on a CPU. float64 keeps weights so too: for checks."""
+    """auto = bfloat16 autocast on an accelerator, float32 on a CPU. float64 keeps the weights so
+    too, for checks."""
     device: str = "auto"
     checkpointing: Literal["none", "selective", "full"] = "none"
-    """What of each block the backward pass computes again instead of keeping it: nothing; what is cheap (norms, GELU, sums),
-    about half of the memory; everything but the block's input."""
+    """Activations of each block that the backward pass recomputes: none; the cheap ones (norms,
+    GELU, sums), about half of the memory; or all but the block's input."""
     compile: bool = False
     log_every: int = 10
     eval_every: int = 0
     """Steps between evaluations on the val split; 0 = at the end only."""
     eval_records: int = 0
-    """Evaluate on the first so many records of each source; 0 = all."""
+    """Evaluate on the first `eval_records` records of each source; 0 = all."""
     save_every: int = 0
     """Steps between checkpoints; 0 = at the end only."""
     keep: int = 2
-    """Checkpoints kept besides the best weights."""
+    """Checkpoints that are kept beside the best weights."""
     async_save: bool = False
-    """Go on training while a checkpoint is being written; it takes memory for a copy of weights and optimizer."""
+    """Train on while a checkpoint is being written, at the cost of a copy of weights and optimizer
+    state in memory."""
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """One run. `note` says what it reproduces."""
+    """All settings of one run; `note` says what it reproduces."""
 
     task: TaskConfig = TaskConfig()
     data: DataConfig = DataConfig()
@@ -114,11 +172,12 @@ class Recipe:
     note: str = ""
 
     def to_dict(self) -> dict[str, Any]:
+        """Returns the recipe as plain JSON values."""
         return to_dict(self)
 
     @staticmethod
     def from_dict(data: Mapping[str, Any], task_config: type[TaskConfig]) -> "Recipe":
-        """The inverse of `to_dict`, given the task's own config class."""
-        fields = dict(data)
-        task = from_dict(task_config, fields.pop("task"), "task")
-        return dataclasses.replace(from_dict(Recipe, fields, "recipe"), task=task)
+        """Rebuilds a recipe from `to_dict`'s output, given the task's own config class."""
+        values = dict(data)
+        task = from_dict(task_config, values.pop("task"), "task")
+        return dataclasses.replace(from_dict(Recipe, values, "recipe"), task=task)

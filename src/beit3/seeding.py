@@ -1,4 +1,7 @@
-"""Random generators that depend on what they are for, never on the order or the process that draws."""
+"""Random generators that depend on their purpose, never on the order of calls or the process.
+
+Nothing random has to be saved in a checkpoint: the same arguments give the same numbers again.
+"""
 
 import hashlib
 
@@ -7,12 +10,15 @@ import torch
 
 
 def make_rng(seed: int, epoch: int, key: str | int) -> np.random.Generator:
-    """The generator of one record in one epoch: the same on every machine, process and run."""
+    """Returns the numpy generator of one record (`key`) in one epoch.
+
+    It is the same on every machine, in every process and in every run.
+    """
     digest = hashlib.blake2b(f"{seed}\n{epoch}\n{key}".encode(), digest_size=16).digest()
     return np.random.default_rng(int.from_bytes(digest, "little"))
 
 
 def make_generator(seed: int, name: str) -> torch.Generator:
-    """A CPU generator of its own for every (seed, name)."""
+    """Returns the torch generator, on CPU, that belongs to (seed, name), as of one parameter."""
     digest = hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)

@@ -1,13 +1,17 @@
 """The contract between a task and everything that trains, evaluates, stores or serves it.
 
-A task is one module of `beit3.tasks` (or a dotted path of yours) that defines one `Task` subclass. From file to loss:
-record (JSON) -> example (tensors) -> batch (stacked) -> losses; and back: batch -> prediction (JSON) -> score.
+A task is one module of `beit3.tasks`, or of a dotted path of your own, that defines exactly one
+`Task` subclass.
+
+Training:   record (JSON) -> example (tensors) -> batch (stacked tensors) -> losses
+Inference:  record -> example -> batch -> prediction (JSON) -> score
 """
 
 import importlib
+import inspect
 import pkgutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import fields, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -16,17 +20,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import default_collate
 
-from beit3.config import suggestion
+from beit3.config import suggest
 from beit3.data.prepare.statistics import Lengths
 from beit3.model.backbone import Backbone
 from beit3.model.beit3 import BEiT3
-from beit3.model.config import IMAGE, TEXT, ModelConfig
+from beit3.model.config import ModelConfig
 from beit3.ops.collectives import keep_shard
 from beit3.ops.init import trunc_normal
 from beit3.recipe import Recipe, TaskConfig
-from beit3.seeding import make_generator
-from beit3.seeding import make_rng as seeded_rng
-from beit3.tokenizer.text import FILE, TextTokenizer
+from beit3.seeding import make_generator, make_rng
+from beit3.tokenizer.text import MODEL_FILE, TextTokenizer
 
 Record = dict[str, Any]
 Example = dict[str, Any]
@@ -34,32 +37,49 @@ Batch = dict[str, Any]
 Prediction = dict[str, Any]
 
 
+@dataclass(frozen=True)
+class FrozenFile:
+    """Path of the weights that a frozen child was loaded from, and the SHA-256 of their file."""
+
+    path: str
+    sha256: str
+
+
 class Task(nn.Module):
-    """A network with its data mapping, losses, predictions and score."""
+    """A network together with its data mapping, losses, predictions and score."""
+
+    # Declared by the class ---------------------------------------------------------------------
 
     Config: ClassVar[type[TaskConfig]]
     recipes: ClassVar[Mapping[str, Recipe]]
     """Named settings; `demo` trains on the embedded world in minutes."""
     sources: ClassVar[tuple[str, ...]] = ("main",)
     """Kinds of records, in the order in which a step visits them."""
-    names_file: ClassVar[str] = "classes.txt"
-    """What lies beside the records where a task's labels have names."""
-    headline: ClassVar[str]
-    """The score that decides which weights are best; larger is better."""
-    official_names: ClassVar[Mapping[str, str]] = {}
-    """Head parameters: our name prefix -> the prefix in released checkpoints."""
-    updates_buffers: ClassVar[bool] = False
-    """Whether a training forward changes buffers, so that a process must see its share of a step at once."""
     records_from: ClassVar[Mapping[str, str]] = {}
-    """Sources that are records of another task -> that task."""
-    compares_examples: ClassVar[bool] = False
-    """Whether the loss compares the examples of a step with each other: `compare` makes it of the features that `outputs` gives."""
+    """Sources that are the records of another task -> the name of that task."""
+    names_file: ClassVar[str] = "classes.txt"
+    """File beside the records that holds the class names, where the task has labels."""
+    headline: ClassVar[str]
+    """Name of the score that decides which weights are best; larger is better."""
+    released_names: ClassVar[Mapping[str, str]] = {}
+    """Our prefix of the head's parameters -> their prefix in released checkpoints."""
     frozen: ClassVar[tuple[str, ...]] = ()
     """Children that never train and are not stored with the weights."""
     unused_parameters: ClassVar[Mapping[str, str]] = {}
-    """Parameter prefixes without a gradient by design -> the reason; a property where the config decides."""
+    """Parameter prefixes that get no gradient by design -> the reason. Make it a property where
+    the config decides."""
+    updates_buffers: ClassVar[bool] = False
+    """Whether a training forward changes buffers. A process must then see all its records of a
+    step in one forward."""
+    compares_examples: ClassVar[bool] = False
+    """Whether the loss compares the examples of a step with each other. `compare` then computes it
+    from the features that `outputs` returns."""
+
+    # Set by the instance -----------------------------------------------------------------------
 
     backbone: nn.Module
+    frozen_files: Mapping[str, FrozenFile] = {}
+    """Name of a frozen child -> the file that it was loaded from."""
 
     def __init__(self, config: TaskConfig, *, tokenizer: TextTokenizer | None = None):
         super().__init__()
@@ -67,16 +87,17 @@ class Task(nn.Module):
         self._tokenizer = tokenizer
         if tokenizer is not None and tokenizer.vocab_size > config.model.vocab_size:
             raise ValueError(
-                f"the text tokenizer has {tokenizer.vocab_size} ids, the weights {config.model.vocab_size}: "
-                "give the tokenizer that the weights were trained with"
+                f"the text tokenizer has {tokenizer.vocab_size} ids, the weights "
+                f"{config.model.vocab_size}: give the tokenizer that they were trained with"
             )
 
     @property
     def tokenizer(self) -> TextTokenizer:
-        """The text tokenizer; ValueError where none was given."""
+        """The text tokenizer. Raises ValueError where none was given."""
         if self._tokenizer is None:
             raise ValueError(
-                "text needs a tokenizer file and these weights came without: give text_model=FILE.spm"
+                "text needs a tokenizer file and these weights came without: "
+                "give text_model=FILE.spm"
             )
         return self._tokenizer
 
@@ -84,79 +105,121 @@ class Task(nn.Module):
     def has_tokenizer(self) -> bool:
         return self._tokenizer is not None
 
-    # Data ------------------------------------------------------------------------------------------------------------
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Names of the labels in their order; empty where the task has none or they are unknown."""
+        return self.config.class_names
+
+    # Data --------------------------------------------------------------------------------------
 
     @staticmethod
     def prepare(raw: Path, root: Path, source: str) -> Mapping[str, Any]:
-        """Public annotation files under `raw` -> records under `root`; returns the report."""
+        """Converts the public annotation files under `raw` to records under `root`.
+
+        Returns the report: counts and remarks, as JSON. Keyword-only arguments of a task's own
+        become options of `beit3 prepare`.
+        """
         raise NotImplementedError
 
     @staticmethod
     def configure(config: TaskConfig, root: Path) -> TaskConfig:
-        """`config` with what only the records know: answer list, class names."""
+        """Completes `config` with facts that only the records know: answer list, class names."""
         return config
+
+    def record(self, *args: Any, **kwargs: Any) -> Record:
+        """Makes a record of raw inputs, for `Predictor`. Raises ValueError where there are none.
+
+        Tasks that predict from raw inputs override it with named parameters (image, question).
+        """
+        raise ValueError(
+            f"{task_name(type(self))} takes no raw inputs: give tensors to .task.outputs(batch)"
+        )
+
+    @property
+    def input_names(self) -> tuple[str, ...]:
+        """Names of the raw inputs that `record` takes; empty for a task that takes none."""
+        if type(self).record is Task.record:
+            return ()
+        return tuple(inspect.signature(self.record).parameters)
 
     def example(
         self, record: Record, train: bool, *, rng: np.random.Generator | None = None
     ) -> Example:
-        """One record as tensors. All randomness comes from `rng`; without one, from the record's id."""
+        """Converts one record to tensors.
+
+        Args:
+            record: The record, its image paths absolute.
+            train: Whether to augment.
+            rng: Source of all randomness; by default it is seeded by the record's id.
+        """
         raise NotImplementedError
 
     def collate(self, examples: Sequence[Example]) -> Batch:
-        """Stack tensors by key; everything else becomes a list. Texts are as long as the longest of them."""
+        """Stacks tensors by key; other values become lists. Texts are cut to the longest."""
         check_same_fields(examples)
         batch: Batch = {}
         for key in examples[0]:
             values = [example[key] for example in examples]
-            batch[key] = (
-                default_collate(values) if isinstance(values[0], Tensor) else values
-            )  # in a worker, in shared memory
+            # In a loader worker, default_collate stacks into shared memory.
+            batch[key] = default_collate(values) if isinstance(values[0], Tensor) else values
         return trim_padding(batch)
 
     def normalize_images(self, batch: Batch) -> Tensor:
-        """The batch's images [..., 3, H, W] as the network takes them: bytes are normalised here, floats already are."""
+        """Returns the batch's images [..., 3, H, W] normalized, in the dtype of the weights.
+
+        uint8 images are normalized here, on the device; floating-point images already are.
+        """
         images = batch["image"]
-        return (
-            images
-            if images.is_floating_point()
-            else self.config.image.normalize(images).to(next(self.backbone.parameters()).dtype)
-        )
+        if images.is_floating_point():
+            return images
+        dtype = next(self.backbone.parameters()).dtype
+        return self.config.image.normalize(images).to(dtype)
 
     def tokenize_text(self, text: str | Sequence[int], length: int) -> tuple[Tensor, Tensor]:
-        """A text, in words or ids, -> (text [length] int64, text_padding [length] bool)."""
+        """Returns `text` [length] int64 and `text_padding` [length] bool of a text."""
         return pad_token_ids(self.encode_text(text, length), length, TextTokenizer.pad)
 
     def encode_text(self, text: str | Sequence[int], length: int) -> list[int]:
-        """At most `length` ids with marks, of a text or of its piece ids as index files and `.tokens` hold them."""
+        """Returns at most `length` token ids, BOS and EOS included.
+
+        `text` is a string, or ids of its pieces, as upstream's index files and `.tokens` files
+        hold them.
+        """
         if isinstance(text, str):
             return self.tokenizer.encode(text, length)
         ids = [TextTokenizer.bos, *map(int, text[: length - 2]), TextTokenizer.eos]
-        if not text or not all(0 <= id < self.config.model.vocab_size for id in ids):
+        vocab_size = self.config.model.vocab_size
+        if not text or not all(0 <= id < vocab_size for id in ids):
             raise ValueError(
-                f"text {str(list(text))[:60]} holds no ids below {self.config.model.vocab_size}: give words or other ids"
+                f"text {str(list(text))[:60]} holds no ids below {vocab_size}: "
+                "give a string or other ids"
             )
         return ids
 
-    # Training --------------------------------------------------------------------------------------------------------
+    # Training ----------------------------------------------------------------------------------
 
     def targets(self, batch: Batch) -> dict[str, int]:
-        """How many targets each loss sums over in this batch."""
+        """Returns over how many targets each loss sums in this batch, by the loss's name."""
         return {"loss": count_examples(batch)}
 
     @property
     def loss_weights(self) -> Mapping[str, float]:
-        """Weight of each loss's mean in the total; 1 where a name is absent."""
+        """Weight of each loss's mean in the total; 1 for names that are absent."""
         return {}
 
     def outputs(self, batch: Batch) -> dict[str, Tensor]:
-        """Full tensors for inference and parity."""
+        """Returns the network's full output tensors, for inference and comparisons."""
         raise NotImplementedError
 
     def forward(self, batch: Batch) -> dict[str, dict[str, Tensor]]:
-        """`{"losses": {name: SUM over its targets}, "metrics": {name: sum}}`; a metric `x/y` is averaged over targets x.
+        """Returns `{"losses": {name: sum over its targets}, "metrics": {name: sum}}`.
 
-        A task that compares examples also takes a batch of `features` alone, and one with `feature_gradients`, for which the
-        loss is the features' product with them (training/gradient_cache.py).
+        The loop divides by the targets of the whole step; a metric `x/y` is averaged over the
+        targets of loss `x`.
+
+        A task that compares examples takes two further kinds of batches, for gradient caching
+        (training/step.py): `features` alone gives their loss; a batch with `feature_gradients`
+        gives, as its loss, the product of its features with them.
         """
         if "features" in batch:
             return self.compare(batch["features"])
@@ -170,85 +233,103 @@ class Task(nn.Module):
         return {"losses": {"loss": torch.stack(products).sum()}, "metrics": {}}
 
     def compare(self, features: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-        """What `forward` returns, from the features of all examples of this process's step."""
+        """Returns what `forward` does, from the features of all this process's examples."""
         raise NotImplementedError
 
-    # Inference -------------------------------------------------------------------------------------------------------
+    # Inference ---------------------------------------------------------------------------------
 
     def predict(self, batch: Batch) -> list[Prediction]:
-        """JSON records, one per example, each with its `id`."""
+        """Returns one JSON object per example, each with the example's `id`."""
         raise NotImplementedError
 
     @staticmethod
     def score(predictions: Sequence[Prediction], records: Sequence[Record]) -> dict[str, float]:
-        """Official figures from predictions joined to records by id."""
+        """Computes the scores of predictions, which are joined to their records by id."""
         raise NotImplementedError
 
     @staticmethod
     def submission(
         predictions: Sequence[Prediction], records: Sequence[Record]
     ) -> list[dict[str, Any]]:
-        """What the task's evaluation server takes, a list of JSON objects; ValueError where there is none."""
+        """Returns the JSON objects that the evaluation server takes; ValueError without one."""
         raise ValueError(
             "no evaluation server takes this task's predictions: leave --submission out"
         )
 
-    # Parameters ------------------------------------------------------------------------------------------------------
+    # Parameters --------------------------------------------------------------------------------
 
     @torch.no_grad()
     def init_weights(self, seed: int = 0) -> None:
-        """Every trainable parameter from a generator of its own, so that nothing depends on order or processes."""
-        for name, parameter in self.trainable():
+        """Initializes every trainable parameter from a generator of its own.
+
+        Initial values depend neither on the order of parameters nor on the number of processes.
+        """
+        for name, parameter in self.trainable_parameters():
             values = torch.empty(parameter.shape, dtype=parameter.dtype)
             self.init_parameter(name, values, make_generator(seed, name))
             keep_shard(parameter, values)
 
     @torch.no_grad()
     def init_parameter(self, name: str, parameter: Tensor, generator: torch.Generator) -> None:
-        """Values for the whole parameter of this name: the backbone's by its own table, heads as BEiT does.
+        """Writes initial values into the whole parameter of this name.
 
-        That is normal .02 cut at one deviation, biases 0, norms 1 and 0.
+        The backbone follows its own table, heads follow BEiT: weights are normal with deviation
+        .02 cut at one deviation, biases 0, norms 1 and 0.
         """
         if isinstance(self.backbone, Backbone) and name.startswith("backbone."):
             self.backbone.init_parameter(name.removeprefix("backbone."), parameter, generator)
         elif parameter.ndim > 1:
             trunc_normal(parameter, generator)
         else:
-            norm_weight = isinstance(
-                self.get_submodule(name.rpartition(".")[0]), nn.LayerNorm
-            ) and name.endswith("weight")
-            nn.init.constant_(parameter, float(norm_weight))
+            module_name, _, kind = name.rpartition(".")
+            is_norm = isinstance(self.get_submodule(module_name), nn.LayerNorm)
+            nn.init.constant_(parameter, float(is_norm and kind == "weight"))
 
-    def trainable(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Named parameters that an optimizer sees."""
-        return (
-            (name, p)
-            for name, p in self.named_parameters()
-            if name.split(".")[0] not in self.frozen
-        )
+    def trainable_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Yields the named parameters that the optimizer updates."""
+        for name, parameter in self.named_parameters():
+            if name.split(".")[0] not in self.frozen:
+                yield name, parameter
+
+    def find_unused_in_backbone(
+        self, *calls: Sequence[str], read: Sequence[str] = ()
+    ) -> dict[str, str]:
+        """Returns `unused_parameters` of a task that calls its backbone in these ways alone.
+
+        Args:
+            calls: modalities of each kind of call, see `BEiT3.find_unused_parameters`.
+            read: modalities whose final states are read; empty: of all.
+        """
+        assert isinstance(self.backbone, BEiT3)
+        unused = self.backbone.find_unused_parameters(*calls, read=read)
+        return {f"backbone.{name}": reason for name, reason in unused.items()}
 
     def layer_of(self, name: str) -> tuple[int, int]:
-        """(depth of a parameter, depth of the head) for layer-wise learning rates."""
+        """Returns the depths of a parameter and of the head, for layer-wise learning rates."""
         if not isinstance(self.backbone, Backbone):
             return 0, 0
-        head = self.backbone.config.depth + 1
-        return (
-            self.backbone.layer_of(name.removeprefix("backbone."))
-            if name.startswith("backbone.")
-            else head
-        ), head
+        head_depth = self.backbone.config.depth + 1
+        if not name.startswith("backbone."):
+            return head_depth, head_depth
+        return self.backbone.layer_of(name.removeprefix("backbone.")), head_depth
+
+
+# Configuring and preparing ---------------------------------------------------------------------
 
 
 def grow_vocabulary(config: TaskConfig, tokenizer: TextTokenizer | None) -> TaskConfig:
-    """`config` with a text embedding as large as the tokenizer, if it was smaller. ValueError for texts beyond its positions."""
+    """Returns `config` with a text embedding at least as large as the tokenizer.
+
+    Raises ValueError for text lengths beyond the network's position table.
+    """
     if tokenizer is None or not isinstance(config.model, ModelConfig):
         return config
-    longest = config.model.max_text_length
+    max_length = config.model.max_text_length
     for field in fields(config):
-        if field.name.endswith("text_length") and getattr(config, field.name) > longest:
+        if field.name.endswith("text_length") and getattr(config, field.name) > max_length:
             raise ValueError(
-                f"task.{field.name} {getattr(config, field.name)} is beyond the {longest} tokens of the text table: "
-                "shorten it, or raise task.model.text_positions"
+                f"task.{field.name} {getattr(config, field.name)} is beyond the {max_length} "
+                "tokens of the text table: shorten it, or raise task.model.text_positions"
             )
     if tokenizer.vocab_size <= config.model.vocab_size:
         return config
@@ -256,116 +337,83 @@ def grow_vocabulary(config: TaskConfig, tokenizer: TextTokenizer | None) -> Task
 
 
 def make_length_counter(root: Path, limit: int) -> Lengths | None:
-    """How `prepare` measures texts: in tokens of the root's tokenizer, cut at `limit`; None where there is none."""
-    if not (root / FILE).exists():
-        return None
-    tokenizer = TextTokenizer(root / FILE)
-    return Lengths(tokenizer.pieces, limit, tokenizer.unk, tokenizer.mask - tokenizer.first_piece)
+    """Returns how `prepare` measures texts: in tokens of the root's tokenizer, cut at `limit`.
 
-
-def check_same_fields(examples: Sequence[Example]) -> None:
-    """ValueError where one example of a batch has what another lacks, naming both."""
-    first = examples[0]
-    for example in examples[1:]:
-        for key in first.keys() ^ example.keys():
-            has, lacks = (first, example) if key in first else (example, first)
-            raise ValueError(
-                f"record {lacks.get('id')} gives no {key}, record {has.get('id')} does: give it to all records or to none"
-            )
-
-
-def trim_padding(batch: Batch) -> Batch:
-    """`batch` without the places [B, L] that are padding in all its texts, but for a length that 8 divides.
-
-    Eights suit the hardware and leave few lengths for `run.compile` to see.
+    None where the root has no tokenizer.
     """
-    if "text_padding" not in batch:
-        return batch
-    longest = int((~batch["text_padding"]).sum(1).max())
-    length = -(-longest // 8) * 8
-    return batch | {
-        key: batch[key][:, :length]
-        for key in ("text", "text_padding", "text_target")
-        if key in batch
-    }
-
-
-def count_examples(batch: Batch) -> int:
-    """Examples in a batch."""
-    return len(next(value for value in batch.values() if isinstance(value, Tensor)))
-
-
-def pairs_leave_out(model: ModelConfig, *, unread: str = "") -> dict[str, str]:
-    """`unused` of a task that sees pairs alone and does not read the last states of the modality `unread`."""
-    last, fused = model.depth - 1, model.depth - model.fusion_layers
-    reasons = {"backbone.image_embedding.mask_token": "nothing is masked"}
-    own = ["norm2", "ffn"] + ([] if model.shared_attention else ["attention.norm", "attention.out"])
-    every = (
-        own
-        + ([] if model.shared_norms else ["norm1"])
-        + ([] if model.shared_attention else ["attention.qkv"])
+    if not (root / MODEL_FILE).exists():
+        return None
+    tokenizer = TextTokenizer(root / MODEL_FILE)
+    return Lengths(
+        tokenizer.encode_pieces, limit, tokenizer.unk, tokenizer.mask - tokenizer.first_piece
     )
-    for layer in range(fused, model.depth):
-        for modality in (IMAGE, TEXT):
-            reasons |= {
-                f"backbone.blocks.{layer}.{part}.{modality}": "the vision-language expert takes both here"
-                for part in every
-            }
-    if unread and not model.fusion_layers:
-        reasons |= {
-            f"backbone.blocks.{last}.{part}.{unread}": f"the {unread}'s last states are not read"
-            for part in own
-        }
-    if model.final_norm and not model.shared_norms:
-        left_out = (IMAGE, TEXT) if model.fusion_layers else (unread,) if unread else ()
-        reasons |= {
-            f"backbone.norm.{modality}": "no state that is read goes through it"
-            for modality in left_out
-        }
-    return reasons
 
 
-def experts_left_out(backbone: BEiT3, *modalities: str) -> dict[str, str]:
-    """`unused` of a task in which no token goes through the experts of `modalities`, nor through their embeddings."""
-    reasons = {"image_embedding.mask_token": "nothing is masked"}
-    for name, _ in backbone.named_parameters():
-        for modality in modalities:
-            if f".{modality}." in name or name.startswith(f"{modality}_embedding."):
-                reasons[name] = f"no {modality} goes through here"
-    return {f"backbone.{name}": reason for name, reason in reasons.items()}
+# Examples and batches --------------------------------------------------------------------------
 
 
 def make_record_rng(record: Record) -> np.random.Generator:
-    """The generator of a record outside training: the same masks and views at every evaluation."""
-    return seeded_rng(0, 0, str(record["id"]))
+    """Returns the generator of a record outside training: the same at every evaluation."""
+    return make_rng(0, 0, str(record["id"]))
 
 
 def pad_token_ids(ids: Sequence[int], length: int, pad: int) -> tuple[Tensor, Tensor]:
-    """Ids -> (text [length] int64, text_padding [length] bool, True = padding)."""
+    """Returns `text` [length] int64 and `text_padding` [length] bool, True = padding."""
     text = torch.full((length,), pad, dtype=torch.int64)
     text[: len(ids)] = torch.as_tensor(ids, dtype=torch.int64)
     return text, torch.arange(length) >= len(ids)
 
 
+def check_same_fields(examples: Sequence[Example]) -> None:
+    """Raises ValueError where one example of a batch has a field that another lacks."""
+    first = examples[0]
+    for example in examples[1:]:
+        for key in first.keys() ^ example.keys():
+            with_key, without_key = (first, example) if key in first else (example, first)
+            raise ValueError(
+                f"record {without_key.get('id')} gives no {key}, record {with_key.get('id')} "
+                "does: give it to all records or to none"
+            )
+
+
+def trim_padding(batch: Batch) -> Batch:
+    """Cuts texts [B, L] to the longest text of the batch, rounded up to a multiple of 8.
+
+    Multiples of 8 suit the hardware and leave few lengths for `run.compile` to see.
+    """
+    if "text_padding" not in batch:
+        return batch
+    max_length = int((~batch["text_padding"]).sum(1).max())
+    length = -(-max_length // 8) * 8
+    text_keys = [key for key in ("text", "text_padding", "text_target") if key in batch]
+    return batch | {key: batch[key][:, :length] for key in text_keys}
+
+
+def count_examples(batch: Batch) -> int:
+    """Returns the number of examples in a batch."""
+    return len(next(value for value in batch.values() if isinstance(value, Tensor)))
+
+
 def join_by_id(
     predictions: Sequence[Prediction], records: Sequence[Record]
 ) -> list[tuple[Prediction, Record]]:
-    """Predictions beside their records; ValueError unless every record has exactly one."""
-    by_id = {str(record["id"]): record for record in records}
-    seen: set[str] = set()
+    """Pairs predictions with their records; ValueError unless every record has exactly one."""
+    records_by_id = {str(record["id"]): record for record in records}
+    seen_ids: set[str] = set()
     pairs = []
     for prediction in predictions:
-        key = str(prediction["id"])
-        if key in seen:
-            raise ValueError(f"two predictions for record {key}: each must have one")
-        if key not in by_id:
-            raise ValueError(f"a prediction names record {key}, which is not in this split")
-        seen.add(key)
-        pairs.append((prediction, by_id[key]))
-    missing = [key for key in by_id if key not in seen]
-    if missing:
+        id = str(prediction["id"])
+        if id in seen_ids:
+            raise ValueError(f"two predictions for record {id}: each record must have one")
+        if id not in records_by_id:
+            raise ValueError(f"a prediction names record {id}, which is not in this split")
+        seen_ids.add(id)
+        pairs.append((prediction, records_by_id[id]))
+    missing_ids = [id for id in records_by_id if id not in seen_ids]
+    if missing_ids:
         raise ValueError(
-            f"{len(missing)} of {len(by_id)} records have no prediction, the first is {missing[0]}"
+            f"{len(missing_ids)} of {len(records_by_id)} records have no prediction, "
+            f"the first is {missing_ids[0]}"
         )
     return pairs
 
@@ -373,7 +421,7 @@ def join_by_id(
 def join_labels(
     predictions: Sequence[Prediction], records: Sequence[Record]
 ) -> list[tuple[Prediction, Record]]:
-    """`joined`, for records that all hold a `label`; ValueError where one does not."""
+    """Pairs predictions with records that all hold a `label`; ValueError where one does not."""
     pairs = join_by_id(predictions, records)
     if any("label" not in record for _, record in pairs):
         raise ValueError(
@@ -383,27 +431,35 @@ def join_labels(
 
 
 def read_server_id(record: Record, key: str = "id") -> int:
-    """The number that an evaluation server knows a record by; ValueError where its `key` is none."""
+    """Returns the number by which an evaluation server knows a record.
+
+    Raises ValueError where the record's `key` is no number.
+    """
     if not str(record[key]).isdecimal():
         raise ValueError(
-            f"{key} {record[key]!r} is no number of the public data set: servers take no other"
+            f"{key} {record[key]!r} is no number of the public dataset: servers take no other"
         )
     return int(record[key])
 
 
+# Tasks by name ---------------------------------------------------------------------------------
+
+
 def list_tasks() -> list[str]:
-    """The tasks of this package."""
-    return sorted(
-        module.name for module in pkgutil.iter_modules([str(Path(__file__).with_name("tasks"))])
-    )
+    """Returns the names of this package's tasks."""
+    directory = Path(__file__).with_name("tasks")
+    return sorted(module.name for module in pkgutil.iter_modules([str(directory)]))
 
 
 def load_task(name: str) -> type[Task]:
-    """The `Task` subclass of module `beit3.tasks.<name>`, or of the dotted path `name`."""
+    """Returns the `Task` subclass of module `beit3.tasks.<name>`, or of the dotted path `name`.
+
+    Raises ValueError for unknown names and for modules that do not define exactly one task.
+    """
     path = name if "." in name else f"beit3.tasks.{name}"
     if "." not in name and name not in list_tasks():
         raise ValueError(
-            f"unknown task {name!r}{suggestion(name, list_tasks())} (known: {', '.join(list_tasks())})"
+            f"unknown task {name!r}{suggest(name, list_tasks())} (known: {', '.join(list_tasks())})"
         )
     try:
         module = importlib.import_module(path)
@@ -411,20 +467,23 @@ def load_task(name: str) -> type[Task]:
         if not f"{path}.".startswith(f"{error.name}."):
             raise
         raise ValueError(f"unknown task {name!r}: there is no module {error.name}") from None
-    is_task: Callable[[Any], bool] = lambda x: (
-        isinstance(x, type) and issubclass(x, Task) and x.__module__ == path
-    )  # noqa: E731
-    found = [value for value in vars(module).values() if is_task(value)]
-    if len(found) != 1:
+    tasks = [
+        value
+        for value in vars(module).values()
+        if isinstance(value, type) and issubclass(value, Task) and value.__module__ == path
+    ]
+    if len(tasks) != 1:
         raise ValueError(
-            f"module {path} defines {len(found)} Task classes: exactly one is expected"
+            f"module {path} defines {len(tasks)} Task classes: exactly one is expected"
         )
-    return found[0]
+    return tasks[0]
 
 
 def task_name(kind: type[Task]) -> str:
-    """The name under which `beit3.task.load` finds a task: its module's, whole for modules of others."""
-    own = next(
-        each for each in kind.__mro__ if not each.__module__.startswith("torch.")
-    )  # sharding puts a class in front
-    return own.__module__.removeprefix("beit3.tasks.")
+    """Returns the name by which `load_task` finds a task.
+
+    It is the module's name within `beit3.tasks`, or the whole dotted path of other modules.
+    """
+    # Sharding puts a class of torch in front of the task's own.
+    task = next(base for base in kind.__mro__ if not base.__module__.startswith("torch."))
+    return task.__module__.removeprefix("beit3.tasks.")

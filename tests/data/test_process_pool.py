@@ -1,11 +1,11 @@
-"""Jobs in several processes: what they return, an error, and a process that is ended from outside."""
+"""Jobs in several processes: their results, an error, and a process that is killed."""
 
 import os
 import signal
 
 import pytest
 
-from beit3.data.process_pool import finished
+from beit3.data.process_pool import run_jobs
 
 
 def work(number: int, kill: bool = False) -> tuple[int, int]:
@@ -17,23 +17,23 @@ def work(number: int, kill: bool = False) -> tuple[int, int]:
     return number**2, os.getpid()
 
 
-def test_jobs_are_done_by_others_or_here_in_order():
+def test_one_worker_is_this_process_and_more_are_others():
     jobs = {f"job {number}": (number,) for number in (5, 1, 4)}
-    here = list(finished(work, jobs, 1, module=__name__))
-    assert here == [
+    results = list(run_jobs(work, jobs, 1, module=__name__))
+    assert results == [
         ("job 5", (25, os.getpid())),
         ("job 1", (1, os.getpid())),
         ("job 4", (16, os.getpid())),
     ]
-    there = dict(finished(work, jobs, 2, module=__name__))
-    assert {key: square for key, (square, _) in there.items()} == {
-        key: square for key, (square, _) in here
+    parallel = dict(run_jobs(work, jobs, 2, module=__name__))
+    assert {key: square for key, (square, _) in parallel.items()} == {
+        key: square for key, (square, _) in results
     }
-    assert os.getpid() not in {process for _, process in there.values()}
+    assert os.getpid() not in {process for _, process in parallel.values()}
 
 
-def test_an_error_and_an_end_from_outside_are_handed_on():
+def test_an_error_and_a_killed_process_are_raised():
     with pytest.raises(ValueError, match="three"):
-        list(finished(work, {0: (3,), 1: (4,)}, 2, module=__name__))
-    with pytest.raises(OSError, match="was ended from outside: the same command goes on from here"):
-        list(finished(work, {0: (1, True), 1: (2, True)}, 2, module=__name__))
+        list(run_jobs(work, {0: (3,), 1: (4,)}, 2, module=__name__))
+    with pytest.raises(OSError, match="was ended from outside: run the same command again"):
+        list(run_jobs(work, {0: (1, True), 1: (2, True)}, 2, module=__name__))

@@ -13,8 +13,8 @@ from beit3.images import open_image
 from beit3.task import grow_vocabulary
 from beit3.tasks.pretrain import Pretrain
 from beit3.tokenizer.text import TextTokenizer
-from beit3.training.loop import open_source
-from tests.world_root import pretrain_recipe
+from beit3.training.sources import open_source
+from tests.world_root import make_pretrain_recipe
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -34,7 +34,8 @@ def test_nearest_visible_patch(seed):
 
 
 class Coded:
-    """Stands for a pretraining task whose codes are known: every patch of image i has code i % 3, and 1 in 4 is odd."""
+    """Stands for a pretraining task whose codes are known: every patch of image i has code i % 3,
+    and 1 in 4 is odd."""
 
     class config:
         num_codes = 4
@@ -49,7 +50,8 @@ def test_nearest_patch_guess_by_hand(monkeypatch):
     held_out = [(torch.tensor([[0, 0, 1, 2]]), mask)]
     monkeypatch.setattr(probes, "hidden_patches", lambda task, source, limit: iter(source))
     guess = probes.nearest_patch_guess(Coded(), train, held_out)  # type: ignore[arg-type]
-    # The hidden patch's nearest visible one has code 0; counts beside it: code 0 three times, code 3 once, plus a half each.
+    # The hidden patch's nearest visible one has code 0; counts beside it: code 0 three times, code
+    # 3 once, plus a half each.
     assert guess == pytest.approx(-math.log(3.5 / (4 + 4 * 0.5)))
 
 
@@ -59,7 +61,7 @@ def test_attribute_words_must_be_whole_tokens():
     whole = TextTokenizer.train([text + others], vocab_size=300, model_type="bpe")
     ids = probes.attribute_ids(whole)
     assert {kind: len(words) for kind, words in ids.items()} == {"color": 8, "shape": 5, "size": 2}
-    assert [whole.word(token).strip() for token in ids["size"]] == ["small", "large"]
+    assert [whole.id_to_piece(token).strip() for token in ids["size"]] == ["small", "large"]
     cut = TextTokenizer.train([text], vocab_size=25, model_type="bpe")
     with pytest.raises(ValueError, match="larger vocabulary"):
         probes.attribute_ids(cut)
@@ -70,8 +72,8 @@ def test_rows_of_the_comparison():
     assert markdown([row("a", "1", "b")]).splitlines()[-1] == "| a | 1 | b |"
 
 
-def test_single_words_equal_one_caption_at_a_time(root, visual):
-    recipe = pretrain_recipe(root, visual)
+def test_single_words_equal_one_caption_at_a_time(root, vqkd_weights):
+    recipe = make_pretrain_recipe(root, vqkd_weights)
     tokenizer = TextTokenizer(root / "text.model")
     config = replace(
         recipe.task,

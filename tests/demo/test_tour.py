@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from beit3 import cli
-from tests.training.runs import newest
+from tests.training.runs import find_newest_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +24,8 @@ def stored(out: Path) -> dict[Path, int]:
 
 
 def interrupt_when(path, stop: threading.Event) -> None:
-    """Send Ctrl-C to this process once `path` has a line: the file is there before the first step, when nothing can be saved yet."""
+    """Send Ctrl-C to this process once `path` has a line: the file is there before the first step,
+    when nothing can be saved yet."""
     while not stop.wait(0.05):
         if path.exists() and path.stat().st_size:
             os.kill(os.getpid(), signal.SIGINT)
@@ -42,7 +43,10 @@ def test_ctrl_c_leaves_a_run_that_goes_on(out, capsys):
         watch.join()
     captured = capsys.readouterr()
     assert status == 130 and "goes on" in captured.err
-    assert not (out / "pairs").exists() and (newest(out / "vqkd") / "checkpoint.json").is_file()
+    assert (
+        not (out / "pairs").exists()
+        and (find_newest_checkpoint(out / "vqkd") / "checkpoint.json").is_file()
+    )
 
 
 def test_the_same_command_finishes_it(out, capsys):

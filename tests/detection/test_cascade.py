@@ -1,4 +1,5 @@
-"""The cascade: which map a box is pooled from and what comes out, labels of each stage, its losses, masks to learn."""
+"""The cascade: which map a box is pooled from and what comes out, labels of each stage, its losses,
+masks to learn."""
 
 import math
 
@@ -9,10 +10,10 @@ from torch import Tensor
 
 from beit3.detection.cascade import (
     MASKS_AT_ONCE,
+    BoxPredictions,
     Cascade,
-    Labelled,
+    MatchedBoxes,
     Pool,
-    Raw,
     Target,
     clip,
     label,
@@ -99,7 +100,8 @@ def test_labels_of_each_stage():
 
 
 def test_losses_equal_a_loop_over_boxes():
-    """Three stages, box by box: the second and third see what the one before made of its boxes, labelled anew."""
+    """Three stages, box by box: the second and third see what the one before made of its boxes,
+    labelled anew."""
     heads, maps, sizes, targets = (
         cascade(),
         maps_of(96),
@@ -203,7 +205,7 @@ def test_masks_to_learn_by_hand():
         masks,
     )
     order = torch.arange(count).flip(0)
-    wanted = mask_targets(target, Labelled(target.boxes, target.labels, order, target.boxes))
+    wanted = mask_targets(target, MatchedBoxes(target.boxes, target.labels, order, target.boxes))
     half = (torch.arange(28) < 14).float().expand(28, 28)
     assert torch.equal(wanted[0], torch.ones(28, 28)) and torch.equal(
         wanted[1:], half.expand(count - 1, 28, 28)
@@ -251,7 +253,7 @@ def test_detections_are_the_last_boxes_with_the_mean_score():
             logits, deltas = heads.predicted(stage, maps, alone)
             scores = scores + logits.softmax(1)[:, :-1] / 3
             boxes = clip(coder.decode_single(deltas, boxes), sizes[image])
-        torch.testing.assert_close(raw, Raw(boxes, scores), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(raw, BoxPredictions(boxes, scores), atol=1e-4, rtol=1e-4)
         assert len(raw.boxes) == len(proposals[image])
 
 
@@ -284,7 +286,8 @@ def slow_pool(maps: list[Tensor], image: int, box: list[float], side: int) -> Te
 
 
 def bilinear_bins(feature: Tensor, box: list[float], side: int) -> Tensor:
-    """The mean over ceil(bin) x ceil(bin) samples of each of side x side bins; cell centres lie at halves."""
+    """The mean over ceil(bin) x ceil(bin) samples of each of side x side bins; cell centres lie at
+    halves."""
     x1, y1, x2, y2 = box
     bin_width, bin_height = (x2 - x1) / side, (y2 - y1) / side
     across, down = math.ceil(bin_width), math.ceil(bin_height)

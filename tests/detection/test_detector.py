@@ -1,4 +1,5 @@
-"""The whole detector: hard targets, precision, processes, initial values, sizes, and that it learns."""
+"""The whole detector: hard targets, precision, processes, initial values, sizes, and that it
+learns."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -11,13 +12,14 @@ import torch.multiprocessing as mp
 from torch import Tensor
 
 from beit3.config import from_dict, to_dict
-from beit3.detection.cascade import Raw, Target
+from beit3.detection.cascade import BoxPredictions, Target
 from beit3.detection.config import DetectorConfig
 from beit3.detection.detector import Detector
+from beit3.detection.proposals import compute_overlaps
 from beit3.model.config import GIANT, ModelConfig
 from beit3.model.trunk import ImageTrunk
 from beit3.seeding import make_generator
-from tests.detection.test_proposals import overlaps, random_boxes
+from tests.detection.test_proposals import random_boxes
 
 SMALL = DetectorConfig(
     pyramid_dim=16,
@@ -274,7 +276,8 @@ def test_built_on_meta_equals_built_at_once():
 
 @torch.no_grad()
 def test_the_giant_at_1280_pixels_on_meta():
-    """All that has a fixed shape, at the paper's patch of 14 px in place of 16: 91 patches a side."""
+    """All that has a fixed shape, at the paper's patch of 14 px in place of 16: 91 patches a
+    side."""
     with torch.device("meta"):
         network = Detector(GIANT.dim, patch_size=14, num_classes=80, config=DetectorConfig())
         maps = network.pyramid(torch.empty(1, 91, 91, GIANT.dim))
@@ -303,7 +306,8 @@ def test_the_config_is_plain_and_checked():
 
 @pytest.mark.slow
 def test_it_learns_eight_images():
-    """Squares and bars of two kinds on 96 px: after 300 steps each is found at IoU .75, with its label, outline and no rival."""
+    """Squares and bars of two kinds on 96 px: after 300 steps each is found at IoU .75, with its
+    label, outline and no rival."""
     torch.manual_seed(0)
     config = ModelConfig(dim=64, depth=2, num_heads=4, ffn_dim=128, image_size=96, patch_size=8)
     trunk = ImageTrunk(config, window=4, num_global=1)
@@ -345,7 +349,8 @@ def test_it_learns_eight_images():
 
 
 def pictures(count: int) -> tuple[Tensor, list[Target]]:
-    """Images [count, 3, 96, 96] with two or three shapes each: label 0 fills its box, 1 is the ellipse in it."""
+    """Images [count, 3, 96, 96] with two or three shapes each: label 0 fills its box, 1 is the
+    ellipse in it."""
     rng = np.random.default_rng(0)
     images = (
         torch.zeros(count, 3, 96, 96)
@@ -377,9 +382,10 @@ def pictures(count: int) -> tuple[Tensor, list[Target]]:
     return images, targets
 
 
-def recalled(raw: Raw, truth: Target) -> float:
-    """Share of objects that the best detection of their label and place finds, if it is also surer than any other label's there."""
-    table = overlaps(truth.boxes, raw.boxes)
+def recalled(raw: BoxPredictions, truth: Target) -> float:
+    """Share of objects that the best detection of their label and place finds, if it is also surer
+    than any other label's there."""
+    table = compute_overlaps(truth.boxes, raw.boxes)
     hits = 0
     for row, kind in zip(table, truth.labels.tolist(), strict=True):
         near = row > 0.3

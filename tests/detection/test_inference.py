@@ -1,4 +1,5 @@
-"""Views and their merging, with a stand-in that finds coloured areas, and once with the whole network."""
+"""Views and their merging, with a stand-in that finds coloured areas, and once with the whole
+network."""
 
 from dataclasses import replace
 
@@ -6,11 +7,11 @@ import pytest
 import torch
 from torchvision.ops import roi_align
 
-from beit3.data.stores.rle import decode
-from beit3.detection.cascade import Raw
+from beit3.data.stores.rle import decode_rle
+from beit3.detection.cascade import BoxPredictions
 from beit3.detection.config import DetectorConfig
 from beit3.detection.detector import Detector
-from beit3.detection.inference import View, detect, mirror
+from beit3.detection.inference import ImageView, detect_objects, flip_view
 from beit3.detection.nms import soft_nms
 from beit3.model.config import TINY
 from beit3.model.trunk import ImageTrunk
@@ -32,7 +33,8 @@ class Flat:
 
 
 class Finder(Flat):
-    """Label c is where channel c is above .5; its box is exact, its mask is read from the pixels."""
+    """Label c is where channel c is above .5; its box is exact, its mask is read from the
+    pixels."""
 
     def __init__(self, scores=(0.9, 0.8, 0.7)):
         self.scores, self.asked = scores, 0
@@ -47,7 +49,7 @@ class Finder(Flat):
                     boxes.append([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1])
                     scores.append(torch.eye(3)[label] * self.scores[label])
             found.append(
-                Raw(
+                BoxPredictions(
                     torch.tensor(boxes).float().view(-1, 4),
                     torch.stack(scores) if scores else torch.zeros(0, 3),
                 )
@@ -64,7 +66,8 @@ class Finder(Flat):
 
 
 class Fixed(Flat):
-    """Gives each view in turn what it was told to, boxes in the view's pixels, and constant masks."""
+    """Gives each view in turn what it was told to, boxes in the view's pixels, and constant
+    masks."""
 
     def __init__(self, *raws, masks=(1.0,)):
         self.raws, self.constants = iter(raws), iter(masks)
@@ -87,34 +90,35 @@ def picture():
 
 
 def shown(*images, factors, side=SIDE, mirrored=False):
-    """A view of these images, each enlarged by a whole factor, at the top left of a square full of nonsense."""
+    """A view of these images, each enlarged by a whole factor, at the top left of a square full of
+    nonsense."""
     pixels = torch.full((len(images), 3, side, side), 0.9)
     sizes = []
     for place, (image, factor) in enumerate(zip(images, factors, strict=True)):
         large = image.repeat_interleave(factor, 1).repeat_interleave(factor, 2)
         pixels[place, :, : large.shape[1], : large.shape[2]] = large
         sizes.append(large.shape[1:])
-    view = View(pixels, torch.tensor(sizes))
-    return mirror(view) if mirrored else view
+    view = ImageView(pixels, torch.tensor(sizes))
+    return flip_view(view) if mirrored else view
 
 
 def sizes_of(*images):
     return torch.tensor([image.shape[1:] for image in images])
 
 
-# Views ---------------------------------------------------------------------------------------------------------------
+# Views --------------------------------------------------------------------------------------------
 
 
 def test_mirror_keeps_to_the_valid_width():
-    view = View(torch.rand(3, 3, 8, 8), torch.tensor([[8, 8], [3, 5], [2, 1]]))
-    turned = mirror(view)
+    view = ImageView(torch.rand(3, 3, 8, 8), torch.tensor([[8, 8], [3, 5], [2, 1]]))
+    turned = flip_view(view)
     for before, after, (height, width) in zip(
         view.pixels, turned.pixels, view.sizes.tolist(), strict=True
     ):
         assert torch.equal(after[:, :height, :width], before[:, :height, :width].flip(-1))
         assert torch.equal(after[:, :, width:], before[:, :, width:])
     assert turned.mirrored and torch.equal(turned.sizes, view.sizes)
-    assert torch.equal(mirror(turned).pixels, view.pixels) and not mirror(turned).mirrored
+    assert torch.equal(flip_view(turned).pixels, view.pixels) and not flip_view(turned).mirrored
 
 
 @pytest.mark.parametrize("mirrored", [False, True])
@@ -124,7 +128,7 @@ def test_one_view_gives_the_images_own_pixels(factors, mirrored):
     images = picture(), picture().flip(1)[:, :, :30]
     view = shown(*images, factors=factors, side=96, mirrored=mirrored)
     for image, found in zip(
-        images, detect(trunk, Finder(), [view], sizes_of(*images), CONFIG), strict=True
+        images, detect_objects(trunk, Finder(), [view], sizes_of(*images), CONFIG), strict=True
     ):
         assert found.labels.tolist() == [0, 1, 2] and found.scores.tolist() == pytest.approx(
             [0.9, 0.8, 0.7]
@@ -133,7 +137,7 @@ def test_one_view_gives_the_images_own_pixels(factors, mirrored):
             rows, columns = image[label].nonzero().unbind(1)
             assert box == [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
             assert rle["size"] == list(image.shape[1:])
-            missed = decode(rle).bool() != image[label].bool()
+            missed = decode_rle(rle).bool() != image[label].bool()
             assert missed.sum() <= (0 if label != 1 else 16), (
                 "on the triangle's slope cells of the mask lie across pixels"
             )
@@ -146,15 +150,15 @@ def test_many_views_agree_with_one():
         for f, s in ((1, 64), (2, 96), (3, 128))
         for m in (False, True)
     ]
-    one = detect(trunk, Finder(), views[:1], sizes_of(image, other), CONFIG)
-    many = detect(trunk, Finder(), views, sizes_of(image, other), CONFIG)
+    one = detect_objects(trunk, Finder(), views[:1], sizes_of(image, other), CONFIG)
+    many = detect_objects(trunk, Finder(), views, sizes_of(image, other), CONFIG)
     for single, merged in zip(one, many, strict=True):
         assert torch.equal(single.boxes, merged.boxes) and torch.equal(single.labels, merged.labels)
         for label in (0, 2):
-            assert torch.equal(decode(single.masks[label]), decode(merged.masks[label]))
+            assert torch.equal(decode_rle(single.masks[label]), decode_rle(merged.masks[label]))
 
 
-# Merging -------------------------------------------------------------------------------------------------------------
+# Merging ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["linear", "gaussian", "hard"])
@@ -164,14 +168,16 @@ def test_the_union_goes_through_one_nms(kind):
     for side in (20, 40):
         corner = torch.rand(30, 2, generator=generator) * side / 2
         raws.append(
-            Raw(torch.cat([corner, corner + side / 2], 1), torch.rand(30, 3, generator=generator))
+            BoxPredictions(
+                torch.cat([corner, corner + side / 2], 1), torch.rand(30, 3, generator=generator)
+            )
         )
     config = replace(CONFIG, nms=kind, detections_per_image=40)
     views = [
-        View(torch.zeros(1, 3, 64, 64), torch.tensor([[side, side]]), mirrored)
+        ImageView(torch.zeros(1, 3, 64, 64), torch.tensor([[side, side]]), mirrored)
         for side, mirrored in ((20, False), (40, True))
     ]
-    (found,) = detect(
+    (found,) = detect_objects(
         trunk, Fixed(*raws), views, torch.tensor([[80, 60]]), replace(config, masks=False)
     )
     turned = raws[1].boxes[:, [2, 1, 0, 3]] * torch.tensor([-1.5, 2, -1.5, 2]) + torch.tensor(
@@ -186,51 +192,55 @@ def test_the_union_goes_through_one_nms(kind):
 
 @pytest.mark.parametrize("values, full", [((0.2, 0.9), True), ((0.2, 0.7), False), ((0.5,), True)])
 def test_probabilities_are_averaged(values, full):
-    raw = Raw(torch.tensor([[4.0, 4, 12, 12]]), torch.tensor([[0.9]]))
-    views = [View(torch.zeros(1, 3, 16, 16), torch.tensor([[16, 16]])) for _ in values]
-    (found,) = detect(
+    raw = BoxPredictions(torch.tensor([[4.0, 4, 12, 12]]), torch.tensor([[0.9]]))
+    views = [ImageView(torch.zeros(1, 3, 16, 16), torch.tensor([[16, 16]])) for _ in values]
+    (found,) = detect_objects(
         trunk, Fixed(*[raw] * len(values), masks=values), views, torch.tensor([[32, 32]]), CONFIG
     )
-    assert found.boxes.tolist() == [[8, 8, 24, 24]] and decode(found.masks[0]).sum() == (
+    assert found.boxes.tolist() == [[8, 8, 24, 24]] and decode_rle(found.masks[0]).sum() == (
         256 if full else 0
     )
 
 
 def test_boxes_end_at_the_image():
-    raw = Raw(
+    raw = BoxPredictions(
         torch.tensor([[-3.0, 4, 12, 99], [20, 0, 30, 9], [3, 3, 3, 8]]),
         torch.tensor([[0.9], [0.8], [0.7]]),
     )
-    (found,) = detect(
+    (found,) = detect_objects(
         trunk,
         Fixed(raw),
-        [View(torch.zeros(1, 3, 16, 16), torch.tensor([[16, 16]]))],
+        [ImageView(torch.zeros(1, 3, 16, 16), torch.tensor([[16, 16]]))],
         torch.tensor([[32, 32]]),
         CONFIG,
     )
     assert found.boxes.tolist() == [[0, 8, 24, 32]], "what lies outside or has no area is left out"
 
 
-# What is odd ---------------------------------------------------------------------------------------------------------
+# What is odd --------------------------------------------------------------------------------------
 
 
 def test_nothing_found():
     images = torch.zeros(3, 10, 20), picture()
     finder = Finder()
-    empty, full = detect(trunk, finder, [shown(*images, factors=(1, 1))], sizes_of(*images), CONFIG)
+    empty, full = detect_objects(
+        trunk, finder, [shown(*images, factors=(1, 1))], sizes_of(*images), CONFIG
+    )
     assert (
         empty.boxes.shape == (0, 4)
         and empty.masks == []
         and len(full.masks) == 3
         and finder.asked == 1
     )
-    alone = detect(trunk, finder, [shown(images[0], factors=(1,))], sizes_of(images[0]), CONFIG)
+    alone = detect_objects(
+        trunk, finder, [shown(images[0], factors=(1,))], sizes_of(images[0]), CONFIG
+    )
     assert alone[0].masks == [] and alone[0].labels.dtype == torch.long and finder.asked == 1
 
 
 def test_boxes_alone():
     finder = Finder()
-    (found,) = detect(
+    (found,) = detect_objects(
         trunk,
         finder,
         [shown(picture(), factors=(1,))],
@@ -242,13 +252,13 @@ def test_boxes_alone():
 
 @pytest.mark.parametrize("field", ["boxes", "scores"])
 def test_not_finite(field):
-    raw = Raw(torch.tensor([[4.0, 4, 12, 12]]), torch.tensor([[0.9]]))
+    raw = BoxPredictions(torch.tensor([[4.0, 4, 12, 12]]), torch.tensor([[0.9]]))
     raw = raw._replace(**{field: getattr(raw, field) * torch.nan})
     with pytest.raises(ValueError, match="not finite"):
-        detect(
+        detect_objects(
             trunk,
             Fixed(raw),
-            [View(torch.zeros(1, 3, 16, 16), torch.tensor([[16, 16]]))],
+            [ImageView(torch.zeros(1, 3, 16, 16), torch.tensor([[16, 16]]))],
             torch.tensor([[32, 32]]),
             CONFIG,
         )
@@ -273,11 +283,13 @@ def test_the_whole_network():
         for parameter in module.parameters():
             torch.nn.init.normal_(parameter, std=0.1)
     views = [
-        View(torch.randn(2, 3, side, side), torch.tensor([[side, side // 2], [side // 4, side]]))
+        ImageView(
+            torch.randn(2, 3, side, side), torch.tensor([[side, side // 2], [side // 4, side]])
+        )
         for side in (64, 128)
     ]
     originals = torch.tensor([[50, 25], [20, 80]])
-    found = detect(network, detector, [*views, *map(mirror, views)], originals, config)
+    found = detect_objects(network, detector, [*views, *map(flip_view, views)], originals, config)
     for image, (height, width) in zip(found, originals.tolist(), strict=True):
         assert len(image.boxes) == len(image.masks) == 7 and not image.boxes.requires_grad
         assert (

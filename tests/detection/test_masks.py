@@ -1,21 +1,25 @@
-"""Pasting against pixel-by-pixel interpolation, whole boxes, sizes, strips, and the way into RLE."""
+"""Pasting against pixel-by-pixel interpolation, whole boxes, sizes, strips, and the way into
+RLE."""
 
 import math
 
 import pytest
 import torch
 
-from beit3.data.stores.rle import decode
+from beit3.data.stores.rle import decode_rle
 from beit3.detection import masks
 
 
 def paste(probabilities, boxes, height, width):
     """Drawn: uint8 [n, H, W]."""
-    return torch.stack([decode(rle) for rle in masks.paste(probabilities, boxes, height, width)])
+    return torch.stack(
+        [decode_rle(rle) for rle in masks.paste_masks(probabilities, boxes, height, width)]
+    )
 
 
 def slow(probability, box, height, width):
-    """A pixel is in if its centre is in the box, and the four cells around it, the outermost going on to the edge, give half."""
+    """A pixel is in if its centre is in the box, and the four cells around it, the outermost going
+    on to the edge, give half."""
     rows, columns = probability.shape
     x1, y1, x2, y2 = box.tolist()
     mask = torch.zeros(height, width, dtype=torch.uint8)
@@ -96,16 +100,16 @@ def test_a_large_picture_is_read_in_strips(monkeypatch):
     monkeypatch.setattr(
         masks, "_read", lambda *arguments: shapes.append(read(*arguments)) or shapes[-1]
     )
-    masks.paste(torch.ones(1, 28, 28), torch.tensor([[10.0, 10, 3000, 2000]]), 2100, 3100)
+    masks.paste_masks(torch.ones(1, 28, 28), torch.tensor([[10.0, 10, 3000, 2000]]), 2100, 3100)
     assert len(shapes) == 3 and max(part.numel() for part in shapes) <= masks.STRIP
 
 
 def test_types_and_nothing():
     values = probabilities(len(BOXES), seed=2).bfloat16()
-    encoded = masks.paste(values, BOXES.bfloat16(), 24, 32)
+    encoded = masks.paste_masks(values, BOXES.bfloat16(), 24, 32)
     assert all(rle["size"] == [24, 32] and isinstance(rle["counts"], str) for rle in encoded)
     assert torch.equal(
-        torch.stack([decode(rle) for rle in encoded]),
+        torch.stack([decode_rle(rle) for rle in encoded]),
         paste(values.float(), BOXES.bfloat16().float(), 24, 32),
     )
-    assert masks.paste(values[:0], BOXES[:0], 24, 32) == []
+    assert masks.paste_masks(values[:0], BOXES[:0], 24, 32) == []

@@ -1,4 +1,5 @@
-"""Soft-NMS against the paper's loop and torchvision's hard NMS; ties, thresholds and what is empty."""
+"""Soft-NMS against the paper's loop and torchvision's hard NMS; ties, thresholds and what is
+empty."""
 
 import math
 
@@ -46,7 +47,8 @@ def test_equals_the_loop(kind, seed, limit):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_equals_the_loop_where_one_class_leads(kind):
-    """Most classes leave the race at once, one runs to the end; and few candidates are high enough to enter."""
+    """Most classes leave the race at once, one runs to the end; and few candidates are high enough
+    to enter."""
     boxes, scores = candidates(4, classes=40)
     scores[:, 1:] *= 0.02
     same(boxes, scores, kind=kind, limit=50, **SETTINGS)
@@ -59,7 +61,8 @@ def test_equals_the_loop_where_one_class_leads(kind):
     "kind, limit", [("linear", 400), ("linear", 17), ("hard", 400), ("hard", 4), ("gaussian", 17)]
 )
 def test_ties_go_by_box_then_label(kind, limit):
-    """Gaussian only as far as no score was lowered: equal products of exponentials differ in their last bit."""
+    """Gaussian only as far as no score was lowered: equal products of exponentials differ in their
+    last bit."""
     boxes, scores = candidates(5, boxes=40, classes=6, side=12.0)
     boxes = torch.cat([boxes.round(), boxes.round()])  # every box twice
     scores = torch.cat([scores, scores.flip(1)]).mul(4).ceil().div(4)  # .25, .5, .75, 1

@@ -1,4 +1,5 @@
-"""Proposals: anchors beside torchvision's, matching by hand, losses and choice against loops, padding."""
+"""Proposals: anchors beside torchvision's, matching by hand, losses and choice against loops,
+padding."""
 
 import math
 
@@ -7,11 +8,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torchvision.models.detection._utils import BoxCoder
-from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.anchor_utils import AnchorGenerator as TorchvisionAnchors
 from torchvision.models.detection.image_list import ImageList
 
 from beit3.detection.config import DetectorConfig
-from beit3.detection.proposals import Anchors, Proposals, centred_inside, overlaps
+from beit3.detection.proposals import (
+    AnchorGenerator,
+    ProposalNetwork,
+    compute_overlaps,
+    find_anchors_inside,
+)
 
 CONFIG = DetectorConfig(
     pyramid_dim=8,
@@ -35,9 +41,9 @@ def maps_of(height: int, width: int, batch: int = 2, seed: int = 0) -> list[Tens
     ]
 
 
-def network(seed: int = 0) -> Proposals:
+def network(seed: int = 0) -> ProposalNetwork:
     torch.manual_seed(seed)
-    proposals = Proposals(PATCH, config=CONFIG)
+    proposals = ProposalNetwork(PATCH, config=CONFIG)
     with torch.no_grad():  # larger than at the start, so that boxes move and scores differ
         for name, parameter in proposals.named_parameters():
             parameter.normal_(std=0.1 if name.endswith("weight") else 0.02)
@@ -47,9 +53,9 @@ def network(seed: int = 0) -> Proposals:
 def test_anchors_are_torchvisions_unrounded():
     sizes, ratios = (32.0, 64.0, 128.0, 256.0, 512.0), (0.5, 1.0, 2.0)
     maps = [torch.zeros(1, 1, 128 // side, 192 // side) for side in (4, 8, 16, 32, 64)]
-    generator = AnchorGenerator(tuple((int(size),) for size in sizes), (ratios,) * 5)
+    generator = TorchvisionAnchors(tuple((int(size),) for size in sizes), (ratios,) * 5)
     expected = generator(ImageList(torch.zeros(1, 3, 128, 192), [(128, 192)]), maps)[0]
-    anchors = Anchors(sizes, ratios, 16)(maps)
+    anchors = AnchorGenerator(sizes, ratios, 16)(maps)
     assert anchors.shape == expected.shape and float((anchors - expected).abs().max()) <= 0.5
     area = (anchors[:, 2] - anchors[:, 0]) * (anchors[:, 3] - anchors[:, 1])
     assert torch.allclose(area[: 32 * 48 * 3], torch.tensor(32.0 * 32)), "ratios keep the area"
@@ -57,7 +63,7 @@ def test_anchors_are_torchvisions_unrounded():
 
 def test_anchors_of_patches_of_14_pixels():
     """Strides of 3.5, 7, 14, 28 and 56 px."""
-    anchors = Anchors((8.0,) * 5, (1.0,), 14)([torch.zeros(1, 1, 2, 3)] * 5)
+    anchors = AnchorGenerator((8.0,) * 5, (1.0,), 14)([torch.zeros(1, 1, 2, 3)] * 5)
     centres = ((anchors[:, :2] + anchors[:, 2:]) / 2).view(5, 2, 3, 2)
     for level, stride in enumerate((3.5, 7, 14, 28, 56)):
         assert torch.equal(centres[level, 1, 2], torch.tensor([2 * stride, stride]))
@@ -76,7 +82,8 @@ def test_encoded_boxes_decode_to_themselves(weight):
 
 
 def test_matching_by_hand():
-    """One object of 10 x 10: overlaps of .8, .5 and .2, and one of 1 on padding. A second object, whose best is only .25."""
+    """One object of 10 x 10: overlaps of .8, .5 and .2, and one of 1 on padding. A second object,
+    whose best is only .25."""
     anchors = torch.tensor(
         [
             [0.0, 0, 10, 8],
@@ -101,7 +108,7 @@ def test_matching_by_hand():
 def test_overlaps_in_parts_are_overlaps():
     boxes, anchors = random_boxes(70, 50, 0), random_boxes(9, 50, 1)
     expected = torch.tensor([[iou(a, b) for b in anchors.tolist()] for a in boxes.tolist()])
-    torch.testing.assert_close(overlaps(boxes, anchors), expected)
+    torch.testing.assert_close(compute_overlaps(boxes, anchors), expected)
 
 
 def test_losses_equal_a_loop_over_anchors():
@@ -121,7 +128,7 @@ def test_losses_equal_a_loop_over_anchors():
             if x1 + x2 < 2 * width and y1 + y2 < 2 * height
         ]
         table = dict(
-            zip(inside, overlaps(boxes, anchors[inside]).T.tolist(), strict=True)
+            zip(inside, compute_overlaps(boxes, anchors[inside]).T.tolist(), strict=True)
         )  # in float32: ties are a matter of digits
         best = [max(row[n] for row in table.values()) for n in range(len(boxes))]
         for place, row in table.items():
@@ -148,7 +155,8 @@ def test_losses_equal_a_loop_over_anchors():
 
 @pytest.mark.parametrize("training", [True, False])
 def test_proposals_equal_a_loop(training):
-    """The best of each map, clipped; of those that overlap by more than .7 within a map the best; the best of all maps."""
+    """The best of each map, clipped; of those that overlap by more than .7 within a map the best;
+    the best of all maps."""
     proposals, maps = network(1).train(training), maps_of(48, 40, seed=1)
     sizes = torch.tensor([[48, 40], [20, 33]])
     found, losses = proposals(maps, sizes)
@@ -157,7 +165,7 @@ def test_proposals_equal_a_loop(training):
     anchors = proposals.anchor_generator(maps)
     counts = [feature[0, 0].numel() * 3 for feature in maps]
     for image, (height, width) in enumerate(sizes.tolist()):
-        inside = centred_inside(anchors, sizes)[image]
+        inside = find_anchors_inside(anchors, sizes)[image]
         kept = []
         for start, stop in zip(
             torch.tensor([0, *counts]).cumsum(0).tolist(),
@@ -216,7 +224,7 @@ def test_padding_proposes_nothing():
     assert proposals(maps, sizes)[0][0].tolist() == [[4.0, 0.0, 12.0, 8.0]]
 
 
-def answers(proposals: Proposals, maps: list[Tensor]) -> tuple[Tensor, Tensor]:
+def answers(proposals: ProposalNetwork, maps: list[Tensor]) -> tuple[Tensor, Tensor]:
     """The head's scores [B, N] and deltas [B, N, 4], row by row, anchor by anchor."""
     with torch.no_grad():
         scores, deltas = proposals.head(maps)

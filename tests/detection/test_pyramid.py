@@ -19,7 +19,8 @@ def test_sides(grid):
 
 @pytest.mark.parametrize("level", range(4))
 def test_a_cell_sees_the_patches_around_it(level):
-    """A cell at (y, x) of a map, which a 3 x 3 convolution ends, sees the patches under the cells beside it, and no others."""
+    """A cell at (y, x) of a map, which a 3 x 3 convolution ends, sees the patches under the cells
+    beside it, and no others."""
     torch.manual_seed(level)
     features = torch.randn(1, 12, 12, 16, requires_grad=True)
     scale, y, x = SCALES[level], 3, 2

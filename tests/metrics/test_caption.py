@@ -1,8 +1,9 @@
-"""BLEU, ROUGE-L and CIDEr: numbers of the official scorer, a slow second implementation, hand-worked cases.
+"""BLEU, ROUGE-L and CIDEr against the official scorer, a reference and cases worked by hand.
 
-RECORDED are the scores of REFERENCES and three sets of captions, sentences made up here: pycocoevalcap 1.2, its tokeniser
-with a line "A zz" after each caption, then Bleu(4), Rouge() and Cider(); `cider_unclipped` by the same Cider() with the
-minimum and the Gaussian taken out of its `sim`, which is the code of vrama91/cider's CIDEr.
+RECORDED holds the official scores of REFERENCES and three sets of candidates, all written for this
+test: pycocoevalcap 1.2, its tokenizer with a line "A zz" after each caption, then Bleu(4), Rouge()
+and Cider(). `cider_unclipped` is the same Cider() without the minimum and the Gaussian in its
+`sim`, which is the code of vrama91/cider's CIDEr.
 """
 
 import random
@@ -10,9 +11,9 @@ import random
 import pytest
 
 from beit3.metrics import caption_java
-from beit3.metrics.caption import caption_scores
-from beit3.metrics.caption_java import java_missing, java_scores
-from tests.reference import metrics_caption as slow
+from beit3.metrics.caption import score_captions
+from beit3.metrics.caption_java import explain_missing_java, score_captions_with_java
+from tests.reference import metrics_caption as reference
 
 REFERENCES = {
     "kitchen": [
@@ -50,33 +51,29 @@ RECORDED = [
     (
         CANDIDATES,
         {
-            **{
-                "bleu1": 0.7490254081275821,
-                "bleu2": 0.5942313045584707,
-                "bleu3": 0.49818438665241443,
-                "bleu4": 0.4046618743590138,
-            },
-            **{
-                "rouge_l": 0.5877658887703182,
-                "cider": 1.893008812117773,
-                "cider_unclipped": 2.1034359680495878,
-            },
+            "bleu1": 0.7490254081275821,
+            "bleu2": 0.5942313045584707,
+            "bleu3": 0.49818438665241443,
+            "bleu4": 0.4046618743590138,
+            "rouge_l": 0.5877658887703182,
+            "cider": 1.893008812117773,
+            "cider_unclipped": 2.1034359680495878,
         },
     ),
     (
         {key: texts[-1] for key, texts in REFERENCES.items()},
         {
-            **{
-                "bleu1": 0.9999999999444446,
-                "bleu2": 0.9999999999416667,
-                "bleu3": 0.999999999937963,
-                "bleu4": 0.9999999999340278,
-            },
-            **{"rouge_l": 1.0, "cider": 3.8281295231545798, "cider_unclipped": 3.948074189207142},
+            "bleu1": 0.9999999999444446,
+            "bleu2": 0.9999999999416667,
+            "bleu3": 0.999999999937963,
+            "bleu4": 0.9999999999340278,
+            "rouge_l": 1.0,
+            "cider": 3.8281295231545798,
+            "cider_unclipped": 3.948074189207142,
         },
     ),
     (
-        # An empty caption has in common with an empty reference what both count as, an empty word.
+        # An empty caption and an empty reference both count as one empty word, which matches.
         dict.fromkeys(REFERENCES, "..."),
         {
             "bleu1": 0.0,
@@ -92,73 +89,71 @@ RECORDED = [
 
 
 @pytest.mark.parametrize(
-    "candidates, expected", RECORDED, ids=["captions", "a reference", "nothing"]
+    "candidates, expected", RECORDED, ids=["captions", "references", "empty captions"]
 )
-def test_equals_the_official_scorer(candidates, expected):
-    scores = caption_scores(candidates, REFERENCES)
+def test_scores_equal_the_official_scorer(candidates, expected):
+    scores = score_captions(candidates, REFERENCES)
     assert scores == pytest.approx(expected | {"cider_d": expected["cider"]}, abs=1e-9)
 
 
-@pytest.mark.parametrize("seed, images", [(0, 1), (1, 2), (2, 9), (3, 9), (4, 30)])
-def test_equals_the_slow_one(seed, images):
-    draw = random.Random(seed)
+@pytest.mark.parametrize("seed, num_images", [(0, 1), (1, 2), (2, 9), (3, 9), (4, 30)])
+def test_scores_equal_the_reference(seed, num_images):
+    rng = random.Random(seed)
 
-    def words():
-        return [
-            draw.choice(["a", "dog", "runs", "on", "grass", "x-ray"])
-            for _ in range(draw.randint(0, 8))
-        ]
+    def make_words():
+        vocabulary = ["a", "dog", "runs", "on", "grass", "x-ray"]
+        return [rng.choice(vocabulary) for _ in range(rng.randint(0, 8))]
 
-    texts = {str(image): words() for image in range(images)}
-    truths = {key: [words() for _ in range(draw.randint(1, 5))] for key in texts}
-    scores = caption_scores(
-        {key: " ".join(text) for key, text in reversed(texts.items())},
-        {key: [" ".join(text) for text in several] for key, several in truths.items()},
+    candidates = {str(image): make_words() for image in range(num_images)}
+    references = {key: [make_words() for _ in range(rng.randint(1, 5))] for key in candidates}
+    scores = score_captions(
+        {key: " ".join(words) for key, words in reversed(candidates.items())},
+        {key: [" ".join(words) for words in texts] for key, texts in references.items()},
     )
-    cider = slow.cider(texts, truths, clipped=True)
-    expected = {f"bleu{order}": slow.bleu(texts, truths, order) for order in range(1, 5)}
-    expected |= {"rouge_l": slow.rouge_l(texts, truths), "cider": cider, "cider_d": cider}
-    assert scores == pytest.approx(
-        expected | {"cider_unclipped": slow.cider(texts, truths, clipped=False)}, abs=1e-9
-    )
+    expected = {
+        f"bleu{order}": reference.compute_bleu(candidates, references, order)
+        for order in range(1, 5)
+    }
+    expected["rouge_l"] = reference.compute_rouge_l(candidates, references)
+    cider = reference.compute_cider(candidates, references, clipped=True)
+    expected |= {"cider": cider, "cider_d": cider}
+    expected["cider_unclipped"] = reference.compute_cider(candidates, references, clipped=False)
+    assert scores == pytest.approx(expected, abs=1e-9)
 
 
-def test_hand_worked():
+def test_scores_equal_those_by_hand():
     references = {"1": ["a dog runs on grass", "the dog"], "2": ["two cats sleep"]}
-    scores = caption_scores({"1": "a dog sleeps", "2": "two cats"}, references)
-    # 4 of 5 words and 2 of 3 pairs are right; 5 words against the closest lengths, 2 (the shorter of two as close) and 3.
+    scores = score_captions({"1": "a dog sleeps", "2": "two cats"}, references)
+    # 4 of 5 words and 2 of 3 bigrams match. The closest reference lengths sum to 5: 2, the shorter
+    # of two equally close ones, and 3.
     assert scores["bleu1"] == pytest.approx(4 / 5)
     assert scores["bleu2"] == pytest.approx((4 / 5 * 2 / 3) ** 0.5)
     assert scores["bleu3"] < 1e-4
-    # Best precision 2/3 of the one reference and best recall 1/2 of the other; 1 and 2/3.
-    f = [2.44 * p * r / (r + 1.44 * p) for p, r in ((2 / 3, 1 / 2), (1, 2 / 3))]
-    assert scores["rouge_l"] == pytest.approx(sum(f) / 2)
+    # In image 1 the best precision is 2/3, of the first reference, the best recall 1/2, of the
+    # second. In image 2 they are 1 and 2/3.
+    f_scores = [2.44 * p * r / (r + 1.44 * p) for p, r in ((2 / 3, 1 / 2), (1, 2 / 3))]
+    assert scores["rouge_l"] == pytest.approx(sum(f_scores) / 2)
 
 
-def test_a_no_break_space_is_two_words_to_some():
-    """ "1 1/2" is one token, which the official BLEU and CIDEr split; ROUGE-L does not."""
-    scores = caption_scores({"1": "1 1/2 pies"}, {"1": ["1 pies"]})
+def test_bleu_splits_at_no_break_spaces_but_rouge_does_not():
+    """The token "1 1/2" contains a no-break space, at which the official BLEU and CIDEr split."""
+    scores = score_captions({"1": "1 1/2 pies"}, {"1": ["1 pies"]})
     assert scores["bleu1"] == pytest.approx(2 / 3)
     assert scores["rouge_l"] == pytest.approx(1 / 2)
 
 
-def test_repetition_is_what_clipping_is_for():
+def test_clipping_penalizes_repetition():
     references = {"1": ["a red boat"], "2": ["a dog"], "3": ["two men"]}
-    once = caption_scores({"1": "a red boat", "2": "", "3": ""}, references)
-    often = caption_scores(
-        {"1": "red red red red boat boat boat boat", "2": "", "3": ""}, references
-    )
-    assert (
-        often["cider"]
-        < often["cider_unclipped"]
-        < once["cider"]
-        == pytest.approx(once["cider_unclipped"])
-    )
+    plain = score_captions({"1": "a red boat", "2": "", "3": ""}, references)
+    repetition = "red red red red boat boat boat boat"
+    repeated = score_captions({"1": repetition, "2": "", "3": ""}, references)
+    assert repeated["cider"] < repeated["cider_unclipped"] < plain["cider"]
+    assert plain["cider"] == pytest.approx(plain["cider_unclipped"])
 
 
-def test_faults_are_named():
+def test_invalid_inputs_are_refused():
     references = {"1": ["a dog"], "2": ["a cat"], "3": ["a cow"]}
-    for candidates, truths, words in (
+    for candidates, truths, message in (
         ({"1": "a dog"}, references, r"image 2 has no predicted caption \(2 such\)"),
         (
             {"1": "a", "2": "b", "3": "c", "4": "d"},
@@ -172,44 +167,44 @@ def test_faults_are_named():
         ),
         ({}, {}, "no captions to score"),
     ):
-        for scores in (caption_scores, java_scores):
-            with pytest.raises(ValueError, match=words):
-                scores(candidates, truths)
+        for score in (score_captions, score_captions_with_java):
+            with pytest.raises(ValueError, match=message):
+                score(candidates, truths)
 
 
-def test_java_is_asked_for(monkeypatch):
+def test_missing_java_is_explained(monkeypatch):
     monkeypatch.setattr(caption_java.shutil, "which", lambda name: None)
-    assert "Java" in java_missing() and java_scores({"1": "a dog"}, {"1": ["a dog"]}) == {}
+    assert "Java" in explain_missing_java()
+    assert score_captions_with_java({"1": "a dog"}, {"1": ["a dog"]}) == {}
     monkeypatch.setattr(caption_java.shutil, "which", lambda name: "/usr/bin/java")
     monkeypatch.setattr(caption_java, "find_spec", lambda name: None)
-    assert (
-        "pip install pycocoevalcap" in java_missing()
-        and java_scores({"1": "a dog"}, {"1": ["a dog"]}) == {}
-    )
+    assert "pip install pycocoevalcap" in explain_missing_java()
+    assert score_captions_with_java({"1": "a dog"}, {"1": ["a dog"]}) == {}
 
 
 def test_java_scorers_get_tokens_and_may_fail(monkeypatch):
-    """In place of pycocoevalcap a module with its interface; one scorer fails as SPICE does without the network."""
+    """A module with pycocoevalcap's interface replaces it.
+
+    One of its scorers fails, as SPICE does without a network connection.
+    """
 
     class Module:
         class Meteor:
-            def compute_score(self, truths, results):
-                assert results == {"1": ["a dog 's ball"], "2": [""]} and truths == {
-                    "1": ["a -lrb- red -rrb- ball", ""],
-                    "2": ["a cat"],
-                }
+            def compute_score(self, references, candidates):
+                assert candidates == {"1": ["a dog 's ball"], "2": [""]}
+                assert references == {"1": ["a -lrb- red -rrb- ball", ""], "2": ["a cat"]}
                 return 0.25, [0.5, 0.0]
 
         class Spice:
             def __init__(self):
                 raise OSError("no models")
 
-    monkeypatch.setattr(caption_java, "java_missing", lambda: "")
+    monkeypatch.setattr(caption_java, "explain_missing_java", lambda: "")
     monkeypatch.setattr(caption_java.importlib, "import_module", lambda name: Module)
     with pytest.warns(
         UserWarning, match="spice left out: pycocoevalcap failed with OSError: no models"
     ):
-        scores = java_scores(
+        scores = score_captions_with_java(
             {"2": "", "1": "A dog's ball."}, {"1": ["a (red) ball", ""], "2": ["a cat"]}
         )
     assert scores == {"meteor": 0.25}

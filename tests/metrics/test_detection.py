@@ -1,4 +1,4 @@
-"""COCO's figures: the official example, the official evaluator on random detections, and what is empty or refused."""
+"""COCO scores against the official example, pycocotools on random detections and cases by hand."""
 
 import contextlib
 import io
@@ -9,350 +9,347 @@ import sys
 import numpy as np
 import pytest
 
-from beit3.metrics.detection import FIGURES, coco_ap
-from tests.golden import golden
+from beit3.metrics.detection import COCO_METRICS, compute_coco_ap
+from tests.golden import find_fixture
 
 SIDE = 128
 
-
-# The official example ------------------------------------------------------------------------------------------------
+# Official example
 
 
 @pytest.mark.parametrize(
-    "kind, official, results", [("box", "bbox", "fakebbox"), ("mask", "segm", "fakesegm")]
+    "kind, official_kind, results", [("box", "bbox", "fakebbox"), ("mask", "segm", "fakesegm")]
 )
-def test_the_official_example(kind, official, results):
-    folder = golden("coco_eval")
-    truth = json.loads((folder / "instances_val2014_100.json").read_text())
-    found = json.loads((folder / f"instances_val2014_{results}100_results.json").read_text())
-    wanted = json.loads((folder / "expected.json").read_text())[official]
-    names = {"box": "bbox", "mask": "segmentation"}
-    records = [
+def test_the_official_example_is_reproduced(kind, official_kind, results):
+    folder = find_fixture("coco_eval")
+    instances = json.loads((folder / "instances_val2014_100.json").read_text())
+    detections = json.loads((folder / f"instances_val2014_{results}100_results.json").read_text())
+    expected = json.loads((folder / "expected.json").read_text())[official_kind]
+    records = [read_record(image, instances["annotations"]) for image in instances["images"]]
+    shape_key = {"box": "bbox", "mask": "segmentation"}[kind]
+    predictions = []
+    for record in records:
+        objects = [
+            {kind: d[shape_key], "label": d["category_id"], "score": d["score"]}
+            for d in detections
+            if str(d["image_id"]) == record["id"]
+        ]
+        # Images without a prediction do not change the scores, nor does the order of the records.
+        if objects:
+            predictions.append({"id": record["id"], "objects": objects})
+    scores = compute_coco_ap(predictions, records[::-1], kind=kind)
+    assert [scores[name] for name in COCO_METRICS] == pytest.approx(
+        list(expected["stats"].values()), rel=0, abs=1e-9
+    )
+    per_class = {int(label): ap for label, ap in expected["per_category_AP"].items()}
+    assert len(per_class) == 70
+    assert scores["per_class"] == pytest.approx(per_class, rel=0, abs=1e-9)
+
+
+def read_record(image, annotations):
+    objects = [
         {
-            "id": str(image["id"]),
-            "width": image["width"],
-            "height": image["height"],
-            "objects": [
-                {
-                    "box": a["bbox"],
-                    "label": a["category_id"],
-                    "area": a["area"],
-                    "crowd": bool(a["iscrowd"]),
-                    "segmentation": a["segmentation"],
-                }
-                for a in truth["annotations"]
-                if a["image_id"] == image["id"]
-            ],
+            "box": annotation["bbox"],
+            "label": annotation["category_id"],
+            "area": annotation["area"],
+            "crowd": bool(annotation["iscrowd"]),
+            "segmentation": annotation["segmentation"],
         }
-        for image in truth["images"]
+        for annotation in annotations
+        if annotation["image_id"] == image["id"]
     ]
-    predictions = [
-        {
-            "id": record["id"],
-            "objects": [
-                {kind: a[names[kind]], "label": a["category_id"], "score": a["score"]}
-                for a in found
-                if str(a["image_id"]) == record["id"]
-            ],
-        }
-        for record in records
-    ]
-    # Neither the order of the records nor pictures without a prediction change anything.
-    figures = coco_ap(
-        [prediction for prediction in predictions if prediction["objects"]],
-        records[::-1],
-        kind=kind,
-    )
-    assert [figures[name] for name in FIGURES] == pytest.approx(
-        list(wanted["stats"].values()), rel=0, abs=1e-9
-    )
-    per_class = {int(label): ap for label, ap in wanted["per_category_AP"].items()}
-    assert (
-        figures["per_class"] == pytest.approx(per_class, rel=0, abs=1e-9) and len(per_class) == 70
-    )
+    size = {"width": image["width"], "height": image["height"]}
+    return {"id": str(image["id"]), **size, "objects": objects}
 
 
-# The official evaluator ----------------------------------------------------------------------------------------------
+# Official evaluator
 
 
-def random_case(seed):
-    """Pictures with crowds, or with nothing; detections near objects, of the wrong class, twice, tied, or more than 100."""
+def make_random_case(seed):
+    """Predictions and records of 8 images.
+
+    Some images have crowds or no objects. Detections are near objects, of the wrong class,
+    duplicated, tied in their scores, or more than 100 in an image.
+    """
     rng = np.random.default_rng(seed)
     predictions, records = [], []
-    for place in range(8):
-        truth = [random_object(rng, crowd=rng.random() < 0.2) for _ in range(rng.choice([0, 1, 6]))]
-        found = [shifted(item, rng) for item in truth for _ in range(rng.integers(0, 4))]
-        found += [random_object(rng) for _ in range(rng.choice([0, 3, 250 if seed % 2 else 5]))]
-        found = [
-            item | {"score": float(rng.integers(1, 6) / 5 if seed % 3 else rng.random())}
-            for item in found
+    for index in range(8):
+        objects = [
+            make_random_object(rng, crowd=rng.random() < 0.2) for _ in range(rng.choice([0, 1, 6]))
         ]
-        records.append({"id": f"{seed}{place}", "width": SIDE, "height": SIDE, "objects": truth})
-        predictions.append(
-            {"id": f"{seed}{place}", "objects": sorted(found, key=lambda item: -item["score"])}
-        )
+        detections = [
+            shift_object(item, rng) for item in objects for _ in range(rng.integers(0, 4))
+        ]
+        num_false = rng.choice([0, 3, 250 if seed % 2 else 5])
+        detections += [make_random_object(rng) for _ in range(num_false)]
+        detections = [
+            item | {"score": float(rng.integers(1, 6) / 5 if seed % 3 else rng.random())}
+            for item in detections
+        ]
+        detections.sort(key=lambda item: -item["score"])
+        key = f"{seed}{index}"
+        records.append({"id": key, "width": SIDE, "height": SIDE, "objects": objects})
+        predictions.append({"id": key, "objects": detections})
     return predictions, records
 
 
-def random_object(rng, crowd=False):
+def make_random_object(rng, crowd=False):
     size = rng.uniform(2, rng.choice([30, SIDE]), 2)
-    return described([*(rng.random(2) * (SIDE - size)), *size], int(rng.integers(0, 3)), crowd)
+    return make_ellipse([*(rng.random(2) * (SIDE - size)), *size], int(rng.integers(0, 3)), crowd)
 
 
-def shifted(item, rng):
-    moved = np.array(item["box"]) + rng.normal(0, 0.08, 4) * item["box"][2]
-    label = item["label"] if rng.random() < 0.9 else 5  # a class that no record shows
-    return described([*moved[:2], *np.maximum(moved[2:], 1)], label, False)
+def shift_object(item, rng):
+    box = np.array(item["box"]) + rng.normal(0, 0.08, 4) * item["box"][2]
+    label = item["label"] if rng.random() < 0.9 else 5  # no record has label 5
+    return make_ellipse([*box[:2], *np.maximum(box[2:], 1)], label, False)
 
 
-def described(box, label, crowd):
-    """An ellipse in a box: a polygon for what is single, runs for a crowd."""
+def make_ellipse(box, label, crowd):
+    """An object whose mask is an ellipse: a polygon, or run lengths for a crowd."""
     x, y, w, h = map(float, box)
     angles = np.linspace(0, 2 * np.pi, 13)[:-1]
     polygon = np.stack([x + w / 2 * (1 + np.cos(angles)), y + h / 2 * (1 + np.sin(angles))], 1)
     pixels = (np.arange(SIDE) + 0.5 - y) / h * 2 - 1, (np.arange(SIDE) + 0.5 - x) / w * 2 - 1
-    inside = (pixels[0][:, None] ** 2 + pixels[1] ** 2) < 1
-    segmentation = (
-        {"size": [SIDE, SIDE], "counts": runs(inside)} if crowd else [polygon.flatten().tolist()]
-    )
+    mask = (pixels[0][:, None] ** 2 + pixels[1] ** 2) < 1
+    rle = {"size": [SIDE, SIDE], "counts": count_runs(mask)}
     return {
         "box": [x, y, w, h],
         "label": label,
         "crowd": crowd,
         "area": w * h * 0.7,
-        "segmentation": segmentation,
+        "segmentation": rle if crowd else [polygon.flatten().tolist()],
     }
 
 
-def runs(mask):
+def count_runs(mask):
     flat = np.concatenate([[False], mask.T.flatten(), [False]])
     return np.diff(np.concatenate([[0], np.nonzero(np.diff(flat))[0], [mask.size]])).tolist()
 
 
-def with_masks(predictions, api):
-    """Predicted objects with their segmentation as RLE."""
+def add_masks(predictions, mask_api):
+    """Adds to predicted objects their segmentation as an RLE."""
     for prediction in predictions:
         for item in prediction["objects"]:
-            rle = api.merge(api.frPyObjects(item["segmentation"], SIDE, SIDE))
+            rle = mask_api.merge(mask_api.frPyObjects(item["segmentation"], SIDE, SIDE))
             item["mask"] = {"size": rle["size"], "counts": rle["counts"].decode()}
 
 
-def official(predictions, records, kind):
-    """The twelve figures of pycocotools."""
-    from pycocotools.coco import COCO
+def compute_with_pycocotools(predictions, records, kind):
+    """The twelve scores of pycocotools."""
     from pycocotools.cocoeval import COCOeval
 
-    truth, found = COCO(), COCO()
-    for side, sources in ((truth, records), (found, predictions)):
-        annotations = []
-        for source in sources:
-            for item in source["objects"]:
-                annotation = {
-                    "id": len(annotations) + 1,
-                    "image_id": int(source["id"]),
-                    "category_id": item["label"],
-                    "bbox": item["box"],
-                }
-                if side is truth:
-                    annotation |= {
-                        "area": item["area"],
-                        "iscrowd": int(item["crowd"]),
-                        "segmentation": item["segmentation"],
-                    }
-                elif kind == "box":
-                    annotation |= {
-                        "area": item["box"][2] * item["box"][3],
-                        "iscrowd": 0,
-                        "score": item["score"],
-                    }
-                else:
-                    from pycocotools import mask
-
-                    annotation |= {
-                        "area": float(mask.area(item["mask"])),
-                        "segmentation": item["mask"],
-                    }
-                    annotation |= {"iscrowd": 0, "score": item["score"]}
-                annotations.append(annotation)
-        side.dataset = {
-            "images": [
-                {"id": int(record["id"]), "width": SIDE, "height": SIDE} for record in records
-            ],
-            "categories": [{"id": label} for label in range(6)],
-            "annotations": annotations,
-        }
+    truth = make_coco(records, records, describe_annotation)
+    describe = describe_box_result if kind == "box" else describe_mask_result
+    results = make_coco(predictions, records, describe)
     with contextlib.redirect_stdout(io.StringIO()):
         truth.createIndex()
-        found.createIndex()
-        evaluation = COCOeval(truth, found, {"box": "bbox", "mask": "segm"}[kind])
+        results.createIndex()
+        evaluation = COCOeval(truth, results, {"box": "bbox", "mask": "segm"}[kind])
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()
     return evaluation.stats.tolist()
 
 
+def make_coco(sources, records, describe):
+    from pycocotools.coco import COCO
+
+    annotations = []
+    for source in sources:
+        for item in source["objects"]:
+            annotation = {
+                "id": len(annotations) + 1,
+                "image_id": int(source["id"]),
+                "category_id": item["label"],
+                "bbox": item["box"],
+            }
+            annotations.append(annotation | describe(item))
+    coco = COCO()
+    images = [{"id": int(record["id"]), "width": SIDE, "height": SIDE} for record in records]
+    categories = [{"id": label} for label in range(6)]
+    coco.dataset = {"images": images, "categories": categories, "annotations": annotations}
+    return coco
+
+
+def describe_annotation(item):
+    crowd = int(item["crowd"])
+    return {"area": item["area"], "iscrowd": crowd, "segmentation": item["segmentation"]}
+
+
+def describe_box_result(item):
+    return {"area": item["box"][2] * item["box"][3], "iscrowd": 0, "score": item["score"]}
+
+
+def describe_mask_result(item):
+    from pycocotools import mask
+
+    area = float(mask.area(item["mask"]))
+    return {"area": area, "segmentation": item["mask"], "iscrowd": 0, "score": item["score"]}
+
+
 @pytest.mark.parametrize("kind", ["box", "mask"])
 @pytest.mark.parametrize("seed", range(1, 7))
-def test_equals_pycocotools(kind, seed):
-    api = pytest.importorskip(
+def test_scores_equal_pycocotools(kind, seed):
+    mask_api = pytest.importorskip(
         "pycocotools.mask", reason="pycocotools, the official evaluator, is not installed"
     )
-    predictions, records = random_case(seed)
-    with_masks(predictions, api)
-    figures = coco_ap(predictions, records, kind=kind)
-    assert [figures[name] for name in FIGURES] == pytest.approx(
-        official(predictions, records, kind), rel=0, abs=1e-9
-    )
-    assert 0.01 < figures["ap"] < 0.99 and set(figures["per_class"]) <= {0, 1, 2}
-    defined = [ap for ap in figures["per_class"].values() if ap >= 0]
-    assert np.mean(defined) == pytest.approx(figures["ap"])
+    predictions, records = make_random_case(seed)
+    add_masks(predictions, mask_api)
+    scores = compute_coco_ap(predictions, records, kind=kind)
+    expected = compute_with_pycocotools(predictions, records, kind)
+    assert [scores[name] for name in COCO_METRICS] == pytest.approx(expected, rel=0, abs=1e-9)
+    assert 0.01 < scores["ap"] < 0.99 and set(scores["per_class"]) <= {0, 1, 2}
+    defined = [ap for ap in scores["per_class"].values() if ap >= 0]
+    assert np.mean(defined) == pytest.approx(scores["ap"])
     if seed % 2:
         assert max(len(prediction["objects"]) for prediction in predictions) > 100
 
 
-# By hand, empty, refused ---------------------------------------------------------------------------------------------
+# Cases by hand, empty cases, refusals
 
 
-def item(x, label=0, score=None, side=20.0, **more):
-    described = {
-        "box": [float(x), 10.0, side, side],
-        "label": label,
-        "area": side * side,
-        "crowd": False,
-    }
-    return described | ({} if score is None else {"score": score}) | more
+def make_object(x, label=0, score=None, side=20.0, **fields):
+    item = {"box": [float(x), 10.0, side, side], "label": label, "area": side * side}
+    return item | {"crowd": False} | ({} if score is None else {"score": score}) | fields
 
 
-def records(*shown):
+def make_records(*objects_per_image):
     return [
-        {"id": f"p{place}", "width": SIDE, "height": SIDE, "objects": list(objects)}
-        for place, objects in enumerate(shown)
+        {"id": f"p{index}", "width": SIDE, "height": SIDE, "objects": list(objects)}
+        for index, objects in enumerate(objects_per_image)
     ]
 
 
-def predictions(*found):
-    return [{"id": f"p{place}", "objects": list(objects)} for place, objects in enumerate(found)]
+def make_predictions(*objects_per_image):
+    return [
+        {"id": f"p{index}", "objects": list(objects)}
+        for index, objects in enumerate(objects_per_image)
+    ]
 
 
-def test_by_hand():
-    shown = records([item(0), item(50, label=1)], [])
-    exact = coco_ap(
-        predictions([item(0, score=0.9), item(50, label=1, score=0.1)], []), shown, kind="box"
+def test_scores_equal_those_by_hand():
+    records = make_records([make_object(0), make_object(50, label=1)], [])
+    predictions = make_predictions(
+        [make_object(0, score=0.9), make_object(50, label=1, score=0.1)], []
     )
-    assert (
-        exact["ap"] == exact["ap_small"] == exact["ar_1"] == 1
-        and exact["ap_large"] == exact["ar_medium"] == -1
-    )
-    # IoU .8 / 1.2 = 2/3: right up to a threshold of .65, which is 4 of the 10; the other class is missed.
-    near = coco_ap(predictions([item(4, score=0.9)], []), shown, kind="box")
+    exact = compute_coco_ap(predictions, records, kind="box")
+    assert exact["ap"] == exact["ap_small"] == exact["ar_1"] == 1
+    assert exact["ap_large"] == exact["ar_medium"] == -1
+    # An IoU of .8 / 1.2 = 2/3 is right up to a threshold of .65, which is 4 of the 10 thresholds.
+    # The other class is missed.
+    predictions = make_predictions([make_object(4, score=0.9)], [])
+    near = compute_coco_ap(predictions, records, kind="box")
     assert near["ap50"] == 0.5 and near["ap75"] == 0 and near["ap"] == pytest.approx(0.2)
     assert near["per_class"] == {0: pytest.approx(0.4), 1: 0}
-    # A better detection in the picture without objects is wrong: precision is half at every recall.
-    false = coco_ap(
-        predictions([item(0, score=0.5)], [item(0, score=0.9)]), records([item(0)], []), kind="box"
-    )
+    # A detection of a higher score in the image without objects halves precision at every recall.
+    predictions = make_predictions([make_object(0, score=0.5)], [make_object(0, score=0.9)])
+    false = compute_coco_ap(predictions, make_records([make_object(0)], []), kind="box")
     assert false["ap"] == pytest.approx(0.5) and false["ar_1"] == 1
 
 
-def test_equal_scores_go_by_picture_then_place():
-    right, wrong = item(0, score=0.5), item(80, score=0.5)
+def test_equal_scores_are_ordered_by_image_then_by_position():
+    right, wrong = make_object(0, score=0.5), make_object(80, score=0.5)
     for first, second, ap in ((right, wrong, 1.0), (wrong, right, 0.5)):
-        assert coco_ap(predictions([first, second]), records([item(0)]), kind="box")[
-            "ap"
-        ] == pytest.approx(ap)
-        spread = predictions([first], [second])
-        shown = records(*([[item(0)], []] if first is right else [[], [item(0)]]))
-        assert coco_ap(spread[::-1], shown, kind="box")["ap"] == pytest.approx(ap), (
-            "the predictions' order is not the pictures'"
-        )
-    numbered = [record | {"id": str(10 - place)} for place, record in enumerate(shown)]
-    found = [{"id": "10", "objects": [wrong]}, {"id": "9", "objects": [right]}]
-    assert coco_ap(found, numbered, kind="box")["ap"] == pytest.approx(1.0), "9 comes before 10"
+        predictions = make_predictions([first, second])
+        scores = compute_coco_ap(predictions, make_records([make_object(0)]), kind="box")
+        assert scores["ap"] == pytest.approx(ap)
+        # The order of the images is that of the records, not of the predictions.
+        predictions = make_predictions([first], [second])
+        objects = ([make_object(0)], [])
+        records = make_records(*(objects if first is right else objects[::-1]))
+        scores = compute_coco_ap(predictions[::-1], records, kind="box")
+        assert scores["ap"] == pytest.approx(ap)
+    # Ids that are numbers are sorted as numbers: 9 is before 10.
+    numbered = [record | {"id": str(10 - index)} for index, record in enumerate(records)]
+    predictions = [{"id": "10", "objects": [wrong]}, {"id": "9", "objects": [right]}]
+    assert compute_coco_ap(predictions, numbered, kind="box")["ap"] == pytest.approx(1.0)
 
 
-def test_nothing_found_and_nothing_there(capsys):
+def test_missing_detections_score_0_and_missing_objects_are_undefined(capsys):
+    square = [[0, 10, 20, 10, 20, 30, 0, 30]]
     for kind in ("box", "mask"):
-        shown = records([item(0, segmentation=[[0, 10, 20, 10, 20, 30, 0, 30]])], [])
-        for found in ([], predictions([], [])):
-            none = coco_ap(found, shown, kind=kind)
-            assert (
-                none["ap"] == none["ar_100"] == 0
-                and none["ap_large"] == -1
-                and none["per_class"] == {0: 0}
-            )
-        empty = coco_ap(predictions([], []), records([], []), kind=kind)
-        assert [empty[name] for name in FIGURES] == [-1] * 12 and empty["per_class"] == {}
-    crowd = coco_ap(
-        predictions([item(0, score=0.9)]), records([item(0) | {"crowd": True}]), kind="box"
-    )
+        records = make_records([make_object(0, segmentation=square)], [])
+        for predictions in ([], make_predictions([], [])):
+            scores = compute_coco_ap(predictions, records, kind=kind)
+            assert scores["ap"] == scores["ar_100"] == 0
+            assert scores["ap_large"] == -1 and scores["per_class"] == {0: 0}
+        empty = compute_coco_ap(make_predictions([], []), make_records([], []), kind=kind)
+        assert [empty[name] for name in COCO_METRICS] == [-1] * 12 and empty["per_class"] == {}
+    predictions = make_predictions([make_object(0, score=0.9)])
+    crowd = compute_coco_ap(predictions, make_records([make_object(0, crowd=True)]), kind="box")
     assert crowd["ap"] == -1 and crowd["per_class"] == {0: -1}
     assert capsys.readouterr() == ("", "")
 
 
-def test_more_than_a_hundred():
-    """Beyond the best 100 of a class in a picture nothing counts, wherever it stands in the list."""
-    low, right = [item(60, score=0.5)] * 100, item(0, score=0.4)
-    assert coco_ap(predictions([*low, right]), records([item(0)]), kind="box")["ar_100"] == 0
-    assert coco_ap(predictions([*low[1:], right]), records([item(0)]), kind="box")["ar_100"] == 1
-    assert coco_ap(predictions([*low, right | {"score": 0.6}]), records([item(0)]), kind="box")[
-        "ap"
-    ] == pytest.approx(1.0)
+def test_only_the_best_100_detections_of_a_class_and_image_count():
+    records = make_records([make_object(0)])
+    wrong, right = [make_object(60, score=0.5)] * 100, make_object(0, score=0.4)
+
+    def score(*detections):
+        return compute_coco_ap(make_predictions(detections), records, kind="box")
+
+    assert score(*wrong, right)["ar_100"] == 0
+    assert score(*wrong[1:], right)["ar_100"] == 1
+    assert score(*wrong, right | {"score": 0.6})["ap"] == pytest.approx(1.0)
 
 
-def test_records_and_predictions_are_left_alone():
-    found, shown = random_case(2)
-    before = json.dumps([found, shown])
-    assert (
-        coco_ap(found, shown, kind="box") == coco_ap(found, shown, kind="box")
-        and json.dumps([found, shown]) == before
-    )
+def test_records_and_predictions_are_not_modified():
+    predictions, records = make_random_case(2)
+    before = json.dumps([predictions, records])
+    first = compute_coco_ap(predictions, records, kind="box")
+    assert compute_coco_ap(predictions, records, kind="box") == first
+    assert json.dumps([predictions, records]) == before
+
+
+DETECTION = make_object(0, score=1.0)
+SMALL_MASK = {"size": [1, 1], "counts": "1"}
 
 
 @pytest.mark.parametrize(
-    "found, shown, kind, words",
+    "predictions, records, kind, message",
     [
-        (predictions([], []), records([]), "box", "names record p1"),
-        (predictions([]) * 2, records([]), "box", "two predictions for record p0"),
-        ([], records([]) * 2, "box", "same id"),
+        (make_predictions([], []), make_records([]), "box", "names record p1"),
+        (make_predictions([]) * 2, make_records([]), "box", "two predictions for record p0"),
+        ([], make_records([]) * 2, "box", "same id"),
         (
-            predictions([item(0, score=float("nan"))]),
-            records([]),
+            make_predictions([make_object(0, score=float("nan"))]),
+            make_records([]),
             "box",
             "record p0 has a score of nan",
         ),
         (
-            predictions([]),
-            records([item(0)]),
+            make_predictions([]),
+            make_records([make_object(0)]),
             "mask",
             "record p0 has an object without a segmentation",
         ),
         (
-            predictions([item(0, score=1.0)]),
-            records([]),
+            make_predictions([DETECTION]),
+            make_records([]),
             "mask",
             r"without a mask of size \[128, 128\]",
         ),
         (
-            predictions([item(0, score=1.0, mask={"size": [1, 1], "counts": "1"})]),
-            records([]),
+            make_predictions([DETECTION | {"mask": SMALL_MASK}]),
+            make_records([]),
             "mask",
             "record p0",
         ),
     ],
 )
-def test_refused(found, shown, kind, words):
-    with pytest.raises(ValueError, match=words) as error:
-        coco_ap(found, shown, kind=kind)
+def test_invalid_inputs_are_refused(predictions, records, kind, message):
+    with pytest.raises(ValueError, match=message) as error:
+        compute_coco_ap(predictions, records, kind=kind)
     assert "\n" not in str(error.value)
 
 
 def test_pycocotools_is_not_replaced():
-    """faster_coco_eval can put itself in its place, which would make the comparison above one with itself."""
+    """faster_coco_eval can replace pycocotools; the comparison above would then prove nothing."""
     code = """
 import sys
-from beit3.metrics.detection import coco_ap
-shown = {"box": [0, 0, 5, 5], "label": 0, "area": 25, "crowd": False}
-coco_ap([], [{"id": "1", "width": 9, "height": 9, "objects": [shown]}], kind="box")
+from beit3.metrics.detection import compute_coco_ap
+item = {"box": [0, 0, 5, 5], "label": 0, "area": 25, "crowd": False}
+compute_coco_ap([], [{"id": "1", "width": 9, "height": 9, "objects": [item]}], kind="box")
 assert "faster_coco_eval" in sys.modules and not {"pycocotools", "torch"} & set(sys.modules)
 """
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,8 +1,8 @@
-"""Answer normalisation and soft scores, by hand-worked cases."""
+"""Normalization of VQA answers and soft scores, by hand-worked cases."""
 
 import pytest
 
-from beit3.metrics.text import APOSTROPHES, normalize_answer, soft_scores
+from beit3.metrics.text import APOSTROPHES, compute_soft_scores, normalize_answer
 
 CASES = {
     "Yes": "yes",
@@ -14,7 +14,8 @@ CASES = {
     "ten": "10",
     "eleven": "eleven",
     " on\tthe\nleft ": "on left",
-    # A mark inside a word becomes a space, unless the text has the same mark beside a space anywhere.
+    # Punctuation inside a word becomes a space, unless the same character is beside a space
+    # anywhere in the text.
     "black/white": "black white",
     "black / white": "black white",
     "t-shirt": "t shirt",
@@ -22,7 +23,7 @@ CASES = {
     "what?": "what",
     "red, white": "red white",
     "red,white": "red white",
-    # A comma between digits removes every mark instead of spacing it.
+    # A comma between digits removes all punctuation instead of turning it into spaces.
     "1,000": "1000",
     "1,000/2": "10002",
     "3.5": "3.5",
@@ -48,26 +49,25 @@ CASES = {
 
 
 @pytest.mark.parametrize("text, expected", CASES.items())
-def test_normalize_answer(text, expected):
+def test_answers_are_normalized(text, expected):
     assert normalize_answer(text) == expected
 
 
 @pytest.mark.parametrize("text", CASES)
-def test_normalising_twice_changes_nothing(text):
+def test_normalizing_twice_changes_nothing(text):
     if text != "somebody'd":
         assert normalize_answer(normalize_answer(text)) == normalize_answer(text)
 
 
-def test_apostrophes():
-    assert all(wrong != right for wrong, right in APOSTROPHES.items())
-    assert all(
-        wrong.replace("'", "") == right.replace("'", "") for wrong, right in APOSTROPHES.items()
-    )
+def test_misspelled_contractions_differ_in_apostrophes_alone():
+    for misspelled, word in APOSTROPHES.items():
+        assert misspelled != word
+        assert misspelled.replace("'", "") == word.replace("'", "")
     assert len(APOSTROPHES) == 114
 
 
-def test_soft_scores():
+def test_soft_scores_count_raw_answers():
     answers = ["net"] * 5 + ["netting"] * 2 + ["Net", "mesh", "mesh", "mesh"]
-    assert soft_scores(answers) == {"net": 1.0, "netting": 0.6, "Net": 0.3, "mesh": 0.9}
-    assert soft_scores(["four"] * 4) == {"four": 1.0}
-    assert soft_scores([]) == {}
+    assert compute_soft_scores(answers) == {"net": 1.0, "netting": 0.6, "Net": 0.3, "mesh": 0.9}
+    assert compute_soft_scores(["four"] * 4) == {"four": 1.0}
+    assert compute_soft_scores([]) == {}

@@ -1,4 +1,5 @@
-"""The backbone against a slow second implementation, and its promises: padding, caches, experts, threads, recompute."""
+"""The backbone against a slow second implementation, and its promises: padding, caches, experts,
+threads, recompute."""
 
 import threading
 from dataclasses import replace
@@ -7,10 +8,11 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from beit3.model.attention_mask import image_to_text
+from beit3.model.attention_mask import make_image_to_text_mask
 from beit3.model.beit3 import BEiT3, Encoded
+from beit3.model.cache import SPARE_TOKENS, Cache, LayerCache
 from beit3.model.config import BASE, GIANT, LARGE, TINY, TINY_RELEASE, ModelConfig
-from beit3.model.layers import SPARE, Cache, LayerCache
+from beit3.model.layout import Layout
 from tests.reference import backbone as slow
 
 PAPER = replace(TINY, dim=32, depth=3, ffn_dim=48, image_size=16, vocab_size=40, text_positions=20)
@@ -108,7 +110,8 @@ def test_leaving_out_padding_changes_neither_states_nor_gradients(config, case, 
 
 
 def test_what_is_left_out_is_not_computed():
-    """A text of seven tokens beside one of two: nine tokens go through the experts, and at the end one of each."""
+    """A text of seven tokens beside one of two: nine tokens go through the experts, and at the end
+    one of each."""
     model, seen = random_model(PAPER), []
     for block in model.blocks:
         block.ffn.text.register_forward_hook(
@@ -126,7 +129,7 @@ def test_what_is_left_out_is_not_computed():
 def test_image_to_text_equals_the_slow_implementation_and_hides_the_text(config):
     model, given = random_model(config), inputs(config)
     given.pop("image_mask")
-    mask = image_to_text(1 + config.num_patches, given["text"].shape[1])
+    mask = make_image_to_text_mask(1 + config.num_patches, given["text"].shape[1])
     found = model(**given, attention_mask=mask)
     expected = slow.encode(model.state_dict(), config, **given, may_attend=mask)
     torch.testing.assert_close(found.tokens, expected, rtol=0, atol=1e-10)
@@ -140,7 +143,8 @@ def test_rectangular_images_equal_the_slow_implementation(config, size):
     model, given = random_model(config), inputs(config)
     image = torch.rand(2, 3, *size, dtype=torch.float64)
     expected = slow.encode(model.state_dict(), config, image, given["text"][:2])
-    # Position tables are resampled in float32 whatever the model's type: 6e-8 of values of a few units.
+    # Position tables are resampled in float32 whatever the model's type: 6e-8 of values of a few
+    # units.
     torch.testing.assert_close(model(image, given["text"][:2]).tokens, expected, rtol=0, atol=1e-5)
 
 
@@ -184,7 +188,7 @@ def test_cached_equals_full(config, cuts):
     model, given = random_model(config), inputs(config)
     image, text = given["image"], given["text"]
     rows = 1 + config.num_patches
-    mask = image_to_text(rows, text.shape[1])
+    mask = make_image_to_text_mask(rows, text.shape[1])
     full = model(image, text, attention_mask=mask).of("text")
     cache, done, parts = Cache(), 0, []
     for count in cuts:
@@ -205,7 +209,7 @@ def test_a_cache_forgets_its_last_tokens(config):
     model, given = random_model(config), inputs(config)
     image, text = given["image"], given["text"]
     rows = 1 + config.num_patches
-    mask = image_to_text(rows, 4)
+    mask = make_image_to_text_mask(rows, 4)
     cache = Cache()
     model(image, text[:, :3], attention_mask=mask[: rows + 3, : rows + 3], cache=cache)
     cache.drop_last(1)
@@ -216,7 +220,7 @@ def test_a_cache_forgets_its_last_tokens(config):
 
 
 @BOTH
-@pytest.mark.parametrize("count", [SPARE - 1, SPARE, SPARE + 3])
+@pytest.mark.parametrize("count", [SPARE_TOKENS - 1, SPARE_TOKENS, SPARE_TOKENS + 3])
 def test_a_cache_makes_room(config, count):
     torch.manual_seed(0)
     keys = torch.randn(2, 3, count + 4, 5)
@@ -241,7 +245,9 @@ def test_reading_some_states_alone_changes_neither_them_nor_their_gradients(
     model, given = random_model(config), inputs(config)
     given = {name: given[name] for name in modalities}
     if masked and len(modalities) == 2:
-        given["attention_mask"] = image_to_text(1 + config.num_patches, given["text"].shape[1])
+        given["attention_mask"] = make_image_to_text_mask(
+            1 + config.num_patches, given["text"].shape[1]
+        )
     elif masked and "text" in given:
         given["text_padding"] = torch.tensor(
             [[0, 0, 1, 0, 1, 0, 0], [0, 1, 0, 0, 0, 0, 0], [0, 0, 0, 1, 1, 1, 0]]
@@ -273,17 +279,20 @@ def test_reading_some_states_alone_changes_neither_them_nor_their_gradients(
 
 @BOTH
 def test_tokens_may_stand_side_by_side_in_their_text(config):
-    """Two continuations in one sequence, each seeing the words before it and itself, equal two sequences."""
+    """Two continuations in one sequence, each seeing the words before it and itself, equal two
+    sequences."""
     model, given = random_model(config), inputs(config)
     image, text, rows = given["image"][:1], given["text"][:1], 1 + config.num_patches
     mask = torch.ones(rows + 4, rows + 4, dtype=torch.bool).tril()
     mask[:rows, :rows] = True
     mask[rows + 3, rows + 2] = False
     both = model(
-        image, text[:, :4], attention_mask=mask, text_places=torch.tensor([0, 1, 2, 2])
+        image, text[:, :4], attention_mask=mask, text_position_ids=torch.tensor([0, 1, 2, 2])
     ).of("text")
     for end in (2, 3):
-        alone = model(image, text[:, [0, 1, end]], attention_mask=image_to_text(rows, 3)).of("text")
+        alone = model(
+            image, text[:, [0, 1, end]], attention_mask=make_image_to_text_mask(rows, 3)
+        ).of("text")
         torch.testing.assert_close(both[:, [0, 1, end]], alone, rtol=0, atol=1e-10)
 
 
@@ -351,7 +360,8 @@ def test_recomputed_activations_give_equal_gradients(config):
     for block in twin.blocks:
         block.forward = checkpointed(block.forward)
     for network in (model, twin):
-        # Interleaved passes: a router with state would recompute the first with the experts of the last.
+        # Interleaved passes: a router with state would recompute the first with the experts of the
+        # last.
         passes = [
             network(given["image"]),
             network(text=given["text"]),
@@ -373,7 +383,9 @@ def test_stochastic_depth_drops_whole_branches_of_a_sample():
     block = random_model(config).blocks[-1].train()
     torch.manual_seed(0)
     part = torch.zeros(400, 2, config.dim, dtype=torch.float64)
-    (dropped,) = block.add((part,), (torch.ones_like(part),))
+    (dropped,) = block.add(
+        (part,), (torch.ones_like(part),), Layout((("image", 2),), (("image", 2),))
+    )
     assert set(dropped.unique().tolist()) == {0.0, 2.0}
     assert (dropped == dropped[:, :1, :1]).all()
     assert 0.4 < (dropped[:, 0, 0] > 0).double().mean() < 0.6
@@ -388,7 +400,8 @@ def test_the_giant_has_the_papers_sizes():
             p.numel() for name, p in model.named_parameters() if any(part in name for part in parts)
         )
 
-    # Paper, table 2: 692M vision, 692M language, 52M vision-language experts, 317M shared attention.
+    # Paper, table 2: 692M vision, 692M language, 52M vision-language experts, 317M shared
+    # attention.
     assert count(".ffn.image.") == 692_362_240
     assert count(".ffn.text.") == 692_362_240
     assert count(".ffn.fusion.") == 51_927_168
@@ -443,7 +456,7 @@ def test_initial_values_depend_on_seed_and_name_alone(config):
                 "text_padding": torch.zeros(1, 2),
                 "cache": Cache(),
             },
-            "text_padding",
+            "padding cannot be combined with a cache",
         ),
     ],
 )

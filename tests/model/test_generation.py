@@ -1,4 +1,5 @@
-"""Captions with the cache equal those without it, in both forms, at odd lengths and vocabularies; image states ignore the text."""
+"""Captions with the cache equal those without it, in both forms, at odd lengths and vocabularies;
+image states ignore the text."""
 
 from dataclasses import replace
 
@@ -6,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from beit3.model.attention_mask import image_to_text
+from beit3.model.attention_mask import make_image_to_text_mask
 from beit3.model.beit3 import BEiT3
 from beit3.model.config import TINY, TINY_RELEASE
-from beit3.model.generation import Decoding, Marks, Slots, generate, sample
+from beit3.model.generation import DecoderState, Decoding, SpecialTokens, generate, sample
 from tests.reference import decoding as slow
 
 BOS, PAD, EOS = 0, 1, 2
@@ -40,7 +41,8 @@ FORMS = {
 
 @pytest.fixture(params=FORMS)
 def network(request):
-    """A backbone and a head of strong opinions, in double precision: (backbone, head, images [3, 3, S, S], marks)."""
+    """A backbone and a head of strong opinions, in double precision: (backbone, head, images [3, 3,
+    S, S], marks)."""
     config = replace(FORMS[request.param], init="magneto")
     torch.manual_seed(1)
     backbone = BEiT3(config).double()
@@ -51,7 +53,7 @@ def network(request):
     head.weight.data.normal_(std=1.0)
     head.bias.data[EOS] += 2.0
     images = torch.rand(3, 3, config.image_size, config.image_size, dtype=torch.float64)
-    return backbone.eval(), head, images, Marks(BOS, EOS, PAD, config.vocab_size - 1)
+    return backbone.eval(), head, images, SpecialTokens(BOS, EOS, PAD, config.vocab_size - 1)
 
 
 @pytest.mark.parametrize(
@@ -62,13 +64,15 @@ def network(request):
 def test_beam_search_equals_encoding_everything_anew(network, num_beams, penalty, max_length):
     backbone, head, images, marks = network
     found = generate(
-        Slots(backbone, head, images, marks), max_length, Decoding("beam", num_beams, penalty)
+        DecoderState(backbone, head, images, marks),
+        max_length,
+        Decoding("beam", num_beams, penalty),
     )
     for image, caption in zip(images.split(1), found, strict=True):
         words, score = slow.beam(
             backbone, head, image, max_length, num_beams, penalty, BOS, EOS, marks.mask
         )
-        assert caption.words == words
+        assert caption.token_ids == words
         assert caption.score == pytest.approx(score, rel=1e-5, abs=1e-5)
 
 
@@ -76,18 +80,19 @@ def test_beam_search_equals_encoding_everything_anew(network, num_beams, penalty
 @torch.inference_mode()
 def test_greedy_equals_encoding_everything_anew(network, max_length):
     backbone, head, images, marks = network
-    found = generate(Slots(backbone, head, images, marks), max_length, Decoding("greedy"))
+    found = generate(DecoderState(backbone, head, images, marks), max_length, Decoding("greedy"))
     for image, caption in zip(images.split(1), found, strict=True):
         words, score = slow.greedy(backbone, head, image, max_length, BOS, EOS, marks.mask)
-        assert caption.words == words and len(words) <= max_length - 2
+        assert caption.token_ids == words and len(words) <= max_length - 2
         assert caption.score == pytest.approx(score, rel=1e-5, abs=1e-5)
 
 
 @torch.inference_mode()
 def test_steps_equal_the_full_pass(network):
-    """The slot's log-probabilities after any words of any beams: of two an image, later of three, some gone on with twice."""
+    """The slot's log-probabilities after any words of any beams: of two an image, later of three,
+    some gone on with twice."""
     backbone, head, images, marks = network
-    slots = Slots(backbone, head, images, marks)
+    slots = DecoderState(backbone, head, images, marks)
     said: list[list[int]] = [[], [], []]
     for rows, words in (
         ([0, 0, 1, 1, 2, 2], [5, 9, 7, 4, 6, 9]),
@@ -105,7 +110,7 @@ def test_steps_equal_the_full_pass(network):
 @torch.inference_mode()
 def test_image_states_do_not_depend_on_the_text(network):
     backbone, _, images, marks = network
-    mask = image_to_text(1 + backbone.config.num_patches, 6)
+    mask = make_image_to_text_mask(1 + backbone.config.num_patches, 6)
     texts = [torch.randint(4, marks.mask, (3, 6)) for _ in range(2)]
     one, two = (backbone(images, text, attention_mask=mask).of("image") for text in texts)
     assert torch.equal(one, two)
@@ -121,7 +126,7 @@ def test_an_image_is_encoded_once_whatever_the_beams(network, monkeypatch):
         "forward",
         lambda image, mask: seen.append(len(image)) or embed(image, mask),
     )
-    generate(Slots(backbone, head, images, marks), 8, Decoding("beam", 5))
+    generate(DecoderState(backbone, head, images, marks), 8, Decoding("beam", 5))
     assert seen == [3]
 
 
@@ -132,16 +137,20 @@ def test_sampling_follows_its_generators(network):
     def said(seeds, **fields):
         generators = [np.random.default_rng(seed).random for seed in seeds]
         return [
-            each.words
+            each.token_ids
             for each in generate(
-                Slots(backbone, head, images, marks), 9, Decoding("sample", **fields), generators
+                DecoderState(backbone, head, images, marks),
+                9,
+                Decoding("sample", **fields),
+                generators,
             )
         ]
 
     assert said([1, 2, 3]) == said([1, 2, 3]) != said([4, 5, 6])
     assert said([4, 2, 3])[1:] == said([1, 2, 3])[1:], "a record's words do not depend on its batch"
     likeliest = [
-        each.words for each in generate(Slots(backbone, head, images, marks), 9, Decoding("greedy"))
+        each.token_ids
+        for each in generate(DecoderState(backbone, head, images, marks), 9, Decoding("greedy"))
     ]
     assert said([1, 2, 3], top_p=1e-6) == likeliest == said([7, 8, 9], temperature=1e-3)
 
@@ -166,7 +175,7 @@ def test_limits(network):
         (backbone.config.max_text_length + 1, "beam"),
     ):
         with torch.inference_mode(), pytest.raises(ValueError, match="captions of"):
-            generate(Slots(backbone, head, images, marks), length, Decoding(method))
+            generate(DecoderState(backbone, head, images, marks), length, Decoding(method))
     for fields in ({"num_beams": 0}, {"top_p": 0.0}, {"top_p": 1.5}, {"temperature": 0.0}):
         with pytest.raises(ValueError, match="num_beams"):
             Decoding("sample", **fields)

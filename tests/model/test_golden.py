@@ -1,6 +1,8 @@
-"""The backbone against outputs recorded from the official code, through the table of released names.
+"""The backbone against outputs recorded from the official code, through the table of released
+names.
 
-Tolerances are the fixtures' own: 1e-4 where states are normed, 5e-4 where they are not (deviation 8, largest 30).
+Tolerances are the fixtures' own: 1e-4 where states are normed, 5e-4 where they are not (deviation
+8, largest 30).
 """
 
 from dataclasses import replace
@@ -10,13 +12,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from beit3.model.attention_mask import image_to_text
+from beit3.model.attention_mask import make_image_to_text_mask
 from beit3.model.beit3 import BEiT3
-from beit3.model.layers import Cache
+from beit3.model.cache import Cache
 from beit3.tasks.backbone import Backbone
-from beit3.weights.release_format import load_official
-from beit3.weights.store import initialise_from
-from tests.golden import config, golden, tensors
+from beit3.weights.initialization import initialize_from
+from beit3.weights.loading import load_released
+from tests.golden import find_fixture, load_config, load_tensors
 from tests.reference import backbone as slow
 
 INPUTS = {
@@ -40,8 +42,10 @@ TEXTS = {
 
 
 def backbone(name: str) -> BEiT3:
-    task, _ = load_official(
-        tensors(name, "model"), "backbone", num_heads=config(name)["encoder_attention_heads"]
+    task, _ = load_released(
+        load_tensors(name, "model"),
+        "backbone",
+        num_heads=load_config(name)["encoder_attention_heads"],
     )
     assert isinstance(task.backbone, BEiT3)
     return task.backbone.eval()
@@ -49,7 +53,7 @@ def backbone(name: str) -> BEiT3:
 
 def inputs(name: str) -> dict[str, Tensor]:
     """The fixture's inputs under our argument names."""
-    given = tensors(name, "inputs")
+    given = load_tensors(name, "inputs")
     image = given["image_a"] if name == "nlvr2" else given["image"]
     padding = given.get("padding_mask", given.get("backbone.padding_mask"))
     found = {"image": image, "text": given[TEXTS[name]], "text_padding": padding.bool()}
@@ -60,8 +64,8 @@ def inputs(name: str) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("name", ["vqa", "captioning", "retrieval", "nlvr2", "imageclassification"])
 def test_every_way_to_call_the_backbone(name):
-    model, given, expected = backbone(name), inputs(name), tensors(name, "outputs")
-    assert (model.norm is not None) == config(name)["normalize_output"]
+    model, given, expected = backbone(name), inputs(name), load_tensors(name, "outputs")
+    assert (model.norm is not None) == load_config(name)["normalize_output"]
     tolerance = 1e-4 if model.norm is not None else 5e-4
     for case, arguments in INPUTS.items():
         with torch.inference_mode():
@@ -80,7 +84,7 @@ def test_every_layer(case):
     model, given, expected = (
         backbone("backbone_layers"),
         inputs("backbone_layers"),
-        tensors("backbone_layers", "outputs"),
+        load_tensors("backbone_layers", "outputs"),
     )
     seen: dict[str, Tensor] = {}
 
@@ -97,7 +101,7 @@ def test_every_layer(case):
         seen["encoder_out"] = model(
             **{argument: given[argument] for argument in INPUTS[case]}
         ).tokens
-    assert len(seen) == 3 + config("backbone_layers")["encoder_layers"]
+    assert len(seen) == 3 + load_config("backbone_layers")["encoder_layers"]
     for name, value in seen.items():
         # States grow from layer to layer until the final norm.
         tolerance = 5e-4 if name.endswith(".out") else 1e-4
@@ -115,7 +119,7 @@ def test_the_slow_implementation_agrees_with_the_official_one_too(case):
     model, given, expected = (
         backbone("backbone_layers"),
         inputs("backbone_layers"),
-        tensors("backbone_layers", "outputs"),
+        load_tensors("backbone_layers", "outputs"),
     )
     state = {name: tensor.double() for name, tensor in model.state_dict().items()}
     arguments = {
@@ -138,12 +142,14 @@ def test_the_slow_implementation_agrees_with_the_official_one_too(case):
 
 @pytest.mark.parametrize("name", ["pos_interp_up", "pos_interp_down"])
 def test_another_image_size(name):
-    given, expected = tensors(name, "inputs"), tensors(name, "outputs")
-    file, state = golden(name) / "model.safetensors", tensors(name, "model")
-    small, _ = load_official(state, "backbone", num_heads=config(name)["encoder_attention_heads"])
+    given, expected = load_tensors(name, "inputs"), load_tensors(name, "outputs")
+    file, state = find_fixture(name) / "model.safetensors", load_tensors(name, "model")
+    small, _ = load_released(
+        state, "backbone", num_heads=load_config(name)["encoder_attention_heads"]
+    )
     model = replace(small.config.model, image_size=given["image"].shape[-1])
     task = Backbone(replace(small.config, model=model)).eval()
-    initialise_from(task, file)
+    initialize_from(task, file)
     table = task.backbone.image_embedding.positions
     torch.testing.assert_close(
         table.data, expected["embed_positions.A.weight.after"], rtol=0, atol=1e-6
@@ -161,11 +167,16 @@ def test_another_image_size(name):
 
 
 def test_captions_step_by_step():
-    """The official protocol: image with [<s>, <mask>], then [word, <mask>] a call, each time forgetting the mask."""
+    """The official protocol: image with [<s>, <mask>], then [word, <mask>] a call, each time
+    forgetting the mask."""
     name = "captioning"
-    model, given, expected = backbone(name), tensors(name, "inputs"), tensors(name, "outputs")
-    weights, words = tensors(name, "model"), given["decode.forced_tokens"]
-    special = config(name)["special_token_ids"]
+    model, given, expected = (
+        backbone(name),
+        load_tensors(name, "inputs"),
+        load_tensors(name, "outputs"),
+    )
+    weights, words = load_tensors(name, "model"), given["decode.forced_tokens"]
+    special = load_config(name)["special_token_ids"]
     mask = torch.full_like(words[:, :1], special["mask_token_id"])
     rows, cache, found = 1 + model.config.num_patches, Cache(), []
     with torch.inference_mode():
@@ -175,7 +186,11 @@ def test_captions_step_by_step():
                 if step
                 else torch.full_like(mask, special["cls_token_id"])
             )
-            may = image_to_text(rows, step + 2)[-2:] if step else image_to_text(rows, 2)
+            may = (
+                make_image_to_text_mask(rows, step + 2)[-2:]
+                if step
+                else make_image_to_text_mask(rows, 2)
+            )
             text = torch.cat((word, mask), 1)
             encoded = model(None if step else given["image"], text, attention_mask=may, cache=cache)
             found.append(
@@ -189,9 +204,12 @@ def test_captions_step_by_step():
 
 def test_captions_in_one_call():
     name = "captioning"
-    model, given, expected = backbone(name), inputs(name), tensors(name, "outputs")
-    given["text"], weights = tensors(name, "inputs")["masked_tokens"], tensors(name, "model")
-    may = image_to_text(1 + model.config.num_patches, given["text"].shape[1])
+    model, given, expected = backbone(name), inputs(name), load_tensors(name, "outputs")
+    given["text"], weights = (
+        load_tensors(name, "inputs")["masked_tokens"],
+        load_tensors(name, "model"),
+    )
+    may = make_image_to_text_mask(1 + model.config.num_patches, given["text"].shape[1])
     with torch.inference_mode():
         states = model(
             given["image"], given["text"], text_padding=given["text_padding"], attention_mask=may
@@ -201,9 +219,9 @@ def test_captions_in_one_call():
 
 
 def test_backbone_task_gives_the_same_states():
-    task, report = load_official(tensors("backbone_layers", "model"), num_heads=4)
+    task, report = load_released(load_tensors("backbone_layers", "model"), num_heads=4)
     assert isinstance(task, Backbone) and not report.ignored and not report.fresh
-    given, expected = inputs("backbone_layers"), tensors("backbone_layers", "outputs")
+    given, expected = inputs("backbone_layers"), load_tensors("backbone_layers", "outputs")
     with torch.inference_mode():
         outputs = task.eval().outputs(given)
         predictions = task.predict(given | {"id": list("abcd")})

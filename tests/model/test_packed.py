@@ -1,4 +1,5 @@
-"""Packed weights: equal products, whatever rows come in which order; names, gradients and refusals."""
+"""Packed weights: equal products, whatever rows come in which order; names, gradients and
+refusals."""
 
 import copy
 import shutil
@@ -9,7 +10,7 @@ import torch.nn.functional as F
 
 from beit3.model.beit3 import BEiT3
 from beit3.model.config import TINY, TINY_RELEASE
-from beit3.model.packed import MOST_ROWS, PackedLinear, pack
+from beit3.model.packed import MAX_ROWS, PackedLinear, pack
 
 pytestmark = pytest.mark.skipif(
     not torch.backends.mkl.is_available(), reason="this torch has no MKL"
@@ -20,8 +21,7 @@ pytestmark = pytest.mark.skipif(
 def test_products_equal_plain_ones_whatever_rows_come():
     torch.manual_seed(0)
     layer = torch.nn.Linear(24, 40)
-    product = copy.deepcopy(layer)
-    pack(product)
+    product = pack(copy.deepcopy(layer))
     assert isinstance(product, PackedLinear)
     packed = []
     for shape in (
@@ -34,14 +34,14 @@ def test_products_equal_plain_ones_whatever_rows_come():
         (2, 15),
         (30,),
         (0, 3),
-        (MOST_ROWS + 1,),
-        (MOST_ROWS + 1,),
+        (MAX_ROWS + 1,),
+        (MAX_ROWS + 1,),
     ):
         states = torch.randn(*shape, 24)
         torch.testing.assert_close(
             product(states), F.linear(states, layer.weight, layer.bias), rtol=1e-5, atol=1e-6
         )
-        packed.append(product.rows)
+        packed.append(product.packed_rows)
     assert packed == [0, 15, 15, 15, 1, 1, 1, 30, 30, 30, 30]
 
 
@@ -63,24 +63,26 @@ def test_a_packed_network_gives_the_same_states_under_the_same_names(config):
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="compilation needs a C++ compiler")
-def test_compiled_blocks_keep_packed_products_and_give_the_same():
+def test_compiled_blocks_use_packed_weights_of_their_own_layer():
     torch.manual_seed(0)
     network = BEiT3(TINY_RELEASE).eval()
     network.init_weights()
     pack(network)
-    moved = copy.deepcopy(network)  # its weights lie elsewhere: plain products
+    changed = copy.deepcopy(network)  # a copy has packed weights of its own
+    changed.load_state_dict({name: value + 0.01 for name, value in network.state_dict().items()})
     image, text = torch.randn(2, 3, 32, 32), torch.randint(4, 90, (2, 7))
     with torch.no_grad():
-        plain = network(image, text).tokens
-        for each in (network, moved):
-            for block in each.blocks:
+        for packed in (network, changed):
+            expected = packed(image, text).tokens
+            for block in packed.blocks:
                 block.compile(fullgraph=True)
-                block.ffn.image.fc1.rows = block.ffn.image.fc1.last = 0
+                block.ffn.image.fc1.packed_rows = block.ffn.image.fc1.last_rows = 0
             for _ in range(3):
-                torch.testing.assert_close(each(image, text).tokens, plain, rtol=1e-4, atol=1e-5)
-        assert network.blocks[0].ffn.image.fc1.rows and not moved.blocks[0].ffn.image.fc1.rows
+                tokens = packed(image, text).tokens
+                torch.testing.assert_close(tokens, expected, rtol=1e-4, atol=1e-5)
+            assert packed.blocks[0].ffn.image.fc1.packed_rows > 0
 
 
-def test_only_float32_on_a_processor_is_packed():
+def test_only_float32_on_cpu_is_packed():
     with pytest.raises(ValueError, match="float64"):
         pack(torch.nn.Sequential(torch.nn.Linear(2, 2, dtype=torch.float64)))

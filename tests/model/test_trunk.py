@@ -8,7 +8,14 @@ import torch.nn.functional as F
 
 from beit3.model.beit3 import BEiT3
 from beit3.model.config import GIANT, TINY, TINY_RELEASE
-from beit3.model.trunk import ImageBlock, ImageTrunk, global_layers, join_windows, split_windows
+from beit3.model.trunk import (
+    ImageBlock,
+    ImageTrunk,
+    join_windows,
+    make_image_layout,
+    space_global_layers,
+    split_windows,
+)
 
 PAPER = replace(
     TINY,
@@ -100,20 +107,18 @@ def test_a_windowed_block_equals_windows_taken_one_by_one(config, grid):
         for parameter in block.double().eval().parameters():
             parameter.copy_(torch.randn(parameter.shape, dtype=torch.float64) * 0.3)
     states = torch.randn(2, height, width, config.dim, dtype=torch.float64)
-    flat, spans = (states.flatten(1, 2),), (("image", height * width),)
-    normed = block.norm1(flat, spans)[0].unflatten(1, grid)
+    normed = block.norm1((states.flatten(1, 2),), ("image",))[0].unflatten(1, grid)
     attended = torch.zeros_like(states)
     for top in range(0, height, 2):
         for left in range(0, width, 2):
             cut = normed[:, top : top + 2, left : left + 2]
             tall, wide = cut.shape[1:3]
             full = F.pad(cut, (0, 0, 0, 2 - wide, 0, 2 - tall)).flatten(1, 2)
-            result = block.attention((full,), (("image", 4),))[0].unflatten(1, (2, 2))
+            result = block.attention((full,), make_image_layout(4))[0].unflatten(1, (2, 2))
             attended[:, top : top + 2, left : left + 2] = result[:, :tall, :wide]
     middle = states + attended
-    expected = middle + block.ffn(block.norm2((middle.flatten(1, 2),), spans), spans)[0].unflatten(
-        1, grid
-    )
+    normed = block.norm2((middle.flatten(1, 2),), ("image",))
+    expected = middle + block.ffn(normed, ("image",))[0].unflatten(1, grid)
     torch.testing.assert_close(block(states), expected, rtol=1e-12, atol=1e-12)
 
 
@@ -127,10 +132,10 @@ def test_windows_and_back(height, width, window):
 
 def test_global_blocks_lie_evenly():
     """ViTDet's places, and those that follow for 40 layers."""
-    assert global_layers(12, 4) == (2, 5, 8, 11)
-    assert global_layers(24, 4) == (5, 11, 17, 23)
-    assert global_layers(32, 4) == (7, 15, 23, 31)
-    assert global_layers(40, 4) == (9, 19, 29, 39)
+    assert space_global_layers(12, 4) == (2, 5, 8, 11)
+    assert space_global_layers(24, 4) == (5, 11, 17, 23)
+    assert space_global_layers(32, 4) == (7, 15, 23, 31)
+    assert space_global_layers(40, 4) == (9, 19, 29, 39)
     assert [
         block.window for block in ImageTrunk(replace(PAPER, depth=4), window=2, num_global=2).blocks
     ] == [2, 0, 2, 0]

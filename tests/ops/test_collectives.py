@@ -24,7 +24,7 @@ def test_alone_each_is_a_copy():
 
 def test_a_plain_tensor_is_whole():
     values = torch.nn.Parameter(torch.arange(3.0))
-    assert collectives.whole(values) is values
+    assert collectives.gather_full(values) is values
 
 
 def test_a_plain_parameter_keeps_all_of_the_values():
@@ -72,8 +72,8 @@ def _process(rank: int, folder: Path) -> None:
     }
     sharded = distribute_tensor(torch.zeros(3, 2), DeviceMesh("cpu", torch.arange(2)), [Shard(0)])
     collectives.keep_shard(sharded, torch.arange(6).view(3, 2))
-    seen |= {"shard": sharded.to_local(), "whole": collectives.whole(sharded)}
-    with collectives.leader_first(), (folder / "order").open("a") as order:
+    seen |= {"shard": sharded.to_local(), "whole": collectives.gather_full(sharded)}
+    with collectives.rank_zero_first(), (folder / "order").open("a") as order:
         time.sleep(0.2 * (1 - rank))
         order.write(str(rank))
     torch.save(seen, folder / f"{rank}.pt")

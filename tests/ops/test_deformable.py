@@ -11,7 +11,8 @@ SHAPES = ((5, 7), (3, 4), (1, 2))
 
 
 def inputs(dtype=torch.float64):
-    """Values [2, 49, 3, 4], places [2, 6, 3, 3, 2, 2] in and around the maps, weights that sum to 1."""
+    """Values [2, 49, 3, 4], places [2, 6, 3, 3, 2, 2] in and around the maps, weights that sum to
+    1."""
     torch.manual_seed(0)
     cells = sum(rows * columns for rows, columns in SHAPES)
     values = torch.randn(2, cells, 3, 4, dtype=dtype)

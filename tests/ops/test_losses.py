@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 import torch
 
-from beit3.ops.losses import cross_entropies, over_vocabulary, smoothed_divergence
+from beit3.ops.losses import chunked_vocabulary_loss, label_smoothed_kl_div, token_cross_entropy
 
 
 @pytest.mark.parametrize("most", [1, 30, 77, 1000])
@@ -14,7 +14,9 @@ def test_losses_over_a_vocabulary_equal_those_of_all_logits_at_once(most, smooth
     torch.manual_seed(0)
     states, target = torch.randn(13, 5, dtype=torch.float64), torch.randint(0, 11, (13,))
     divergence = (
-        cross_entropies if smoothing is None else partial(smoothed_divergence, smoothing=smoothing)
+        token_cross_entropy
+        if smoothing is None
+        else partial(label_smoothed_kl_div, smoothing=smoothing)
     )
     found, sizes = [], []
     for limit in (10**9, most):
@@ -23,10 +25,12 @@ def test_losses_over_a_vocabulary_equal_those_of_all_logits_at_once(most, smooth
         head.weight.data = torch.linspace(-1, 1, 55, dtype=torch.float64).view(11, 5)
         head.register_forward_hook(lambda module, inputs, output: sizes.append(output.numel()))
         rows = states.clone().requires_grad_()
-        losses, right = over_vocabulary(rows, target, head, divergence, most=limit)
+        losses, right = chunked_vocabulary_loss(rows, target, head, divergence, most=limit)
         (losses * torch.arange(13)).sum().backward()
         found.append((losses.detach(), right.double(), rows.grad, head.weight.grad, head.bias.grad))
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
     assert max(sizes[1:]) <= max(most, 11) and sizes[0] == 13 * 11
-    assert not over_vocabulary(states[:0], target[:0], head, divergence, most=most)[0].numel()
+    assert not chunked_vocabulary_loss(states[:0], target[:0], head, divergence, most=most)[
+        0
+    ].numel()

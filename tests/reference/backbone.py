@@ -1,6 +1,8 @@
-"""Both BEiT-3 architectures a second time: token by token, head by head, from the papers and for any float type.
+"""Both BEiT-3 architectures a second time: token by token, head by head, from the papers and for
+any float type.
 
-Nothing of `beit3` is used but its parameter names: `state` maps those to tensors, `config` is read for numbers alone.
+Nothing of `beit3` is used but its parameter names: `state` maps those to tensors, `config` is read
+for numbers alone.
 """
 
 import math
@@ -98,7 +100,8 @@ def block(
     trace: MutableMapping[str, Tensor] | None,
     name: str,
 ) -> list[Tensor]:
-    """x + attention(norm(x)), then x + expert(norm(x)), each token through the copies of its kind."""
+    """x + attention(norm(x)), then x + expert(norm(x)), each token through the copies of its
+    kind."""
     queries, keys, values = [], [], []
     for kind, token in zip(kinds, tokens, strict=True):
         normed = layer_norm(state, config, f"{path}.norm1", kind, token)
@@ -168,7 +171,8 @@ def parameter(state: State, path: str, kind: str, part: str) -> Tensor:
 
 
 def bicubic(table: Tensor, side: int, rows: int, columns: int) -> Tensor:
-    """The table [3 + side * side, D] at another grid: Keys' cubic (a = -0.75), half-pixel centres, edges repeated."""
+    """The table [3 + side * side, D] at another grid: Keys' cubic (a = -0.75), half-pixel centres,
+    edges repeated."""
     if (rows, columns) == (side, side):
         return table
     grid = table[3:].reshape(side, side, -1)

@@ -1,7 +1,10 @@
-"""Caption decoding without a cache and without books: every step encodes image, words and [MASK] anew, one image at a time.
+"""Caption decoding without a cache and without books: every step encodes image, words and [MASK]
+anew, one image at a time.
 
-Beam search as the release describes it: per step the 3 * beams best continuations; the end mark, or the last length, closes
-a sequence with log-probability / length ** penalty, where the length counts the begin mark and the slot.
+Beam search as the release describes it: per step the 3 * beams best continuations; the end mark, or
+the last length, closes
+a sequence with log-probability / length ** penalty, where the length counts the begin mark and the
+slot.
 """
 
 import torch

@@ -1,88 +1,94 @@
-"""BLEU, ROUGE-L and both CIDEr of captions that are lists of words: the formulas written out, one loop for each sum."""
+"""Reference BLEU, ROUGE-L and both CIDEr scores of tokenized captions: one loop for each sum."""
 
 from math import exp, log, sqrt
 
 
-def ngrams(words, n):
+def list_ngrams(words, n):
     return [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
 
 
-def bleu(texts, truths, order):
-    """Corpus BLEU: geometric mean of the clipped precisions, times the brevity penalty; by image id."""
+def compute_bleu(candidates, references, order):
+    """Corpus BLEU by image id: geometric mean of clipped precisions times the brevity penalty."""
     length = reference_length = 0
-    right = [0] * order
-    given = [0] * order
-    for key, text in texts.items():
-        length += len(text)
-        distances = sorted((abs(len(words) - len(text)), len(words)) for words in truths[key])
+    num_matching = [0] * order
+    num_ngrams = [0] * order
+    for key, candidate in candidates.items():
+        length += len(candidate)
+        distances = sorted(
+            (abs(len(words) - len(candidate)), len(words)) for words in references[key]
+        )
         reference_length += distances[0][1]
         for n in range(1, order + 1):
-            found = ngrams(text, n)
-            given[n - 1] += len(found)
-            for gram in set(found):
-                right[n - 1] += min(
-                    found.count(gram), max(ngrams(words, n).count(gram) for words in truths[key])
-                )
+            ngrams = list_ngrams(candidate, n)
+            num_ngrams[n - 1] += len(ngrams)
+            for ngram in set(ngrams):
+                most = max(list_ngrams(words, n).count(ngram) for words in references[key])
+                num_matching[n - 1] += min(ngrams.count(ngram), most)
     product = 1.0
     for n in range(order):
-        product *= (right[n] + 1e-15) / (given[n] + 1e-9)
+        product *= (num_matching[n] + 1e-15) / (num_ngrams[n] + 1e-9)
     ratio = (length + 1e-15) / (reference_length + 1e-9)
     return product ** (1 / order) * (exp(1 - 1 / ratio) if ratio < 1 else 1)
 
 
-def common(left, right):
-    """Length of the longest common subsequence, by its definition."""
+def common_length(left, right):
+    """Length of the longest common subsequence, by its recursive definition."""
     if not left or not right:
         return 0
     if left[-1] == right[-1]:
-        return common(left[:-1], right[:-1]) + 1
-    return max(common(left[:-1], right), common(left, right[:-1]))
+        return common_length(left[:-1], right[:-1]) + 1
+    return max(common_length(left[:-1], right), common_length(left, right[:-1]))
 
 
-def rouge_l(texts, truths):
+def compute_rouge_l(candidates, references):
     total = 0.0
-    for key, text in texts.items():
-        text = text or [""]
-        several = [words or [""] for words in truths[key]]
-        precision = max(common(text, words) / len(text) for words in several)
-        recall = max(common(text, words) / len(words) for words in several)
+    for key, candidate in candidates.items():
+        candidate = candidate or [""]
+        image_references = [words or [""] for words in references[key]]
+        lengths = [common_length(candidate, words) for words in image_references]
+        precision = max(lengths) / len(candidate)
+        recall = max(
+            length / len(words) for length, words in zip(lengths, image_references, strict=True)
+        )
         if precision > 0:
             total += (1 + 1.2**2) * precision * recall / (recall + 1.2**2 * precision)
-    return total / len(texts)
+    return total / len(candidates)
 
 
-def cider(texts, truths, clipped):
-    """Mean over images, references and n of the cosine of the weighted counts, times 10; by image id."""
+def compute_cider(candidates, references, clipped):
+    """Mean over images, references and n of the cosine of TF-IDF weighted counts, times 10."""
     total = 0.0
     for n in range(1, 5):
-        seen = {
-            key: {gram for words in several for gram in ngrams(words, n)}
-            for key, several in truths.items()
-        }
+        documents = [
+            {ngram for words in image_references for ngram in list_ngrams(words, n)}
+            for image_references in references.values()
+        ]
 
-        def weighted(words, n=n, seen=seen):
-            found = ngrams(words, n)
-            return {
-                g: found.count(g)
-                * log(len(truths) / max(1, sum(g in grams for grams in seen.values())))
-                for g in found
-            }
+        def weigh(words, n=n, documents=documents):
+            ngrams = list_ngrams(words, n)
+            weights = {}
+            for ngram in ngrams:
+                frequency = sum(ngram in document for document in documents)
+                rarity = log(len(documents) / max(1, frequency))
+                weights[ngram] = ngrams.count(ngram) * rarity
+            return weights
 
-        for key, text in texts.items():
-            for words in truths[key]:
-                own, other = weighted(text), weighted(words)
-                product = sum(
-                    (min(own[g], other[g]) if clipped else own[g]) * other[g]
-                    for g in own
-                    if g in other
-                )
-                norm = sqrt(sum(v * v for v in own.values())) * sqrt(
-                    sum(v * v for v in other.values())
-                )
-                score = product / norm if norm else 0.0
+        for key, candidate in candidates.items():
+            for words in references[key]:
+                score = compare(weigh(candidate), weigh(words), clipped)
                 if clipped:
-                    score *= exp(
-                        -((len(ngrams(text, 2)) - len(ngrams(words, 2))) ** 2) / (2 * 6**2)
-                    )
-                total += score / len(truths[key])
-    return 10 * total / 4 / len(texts)
+                    difference = len(list_ngrams(candidate, 2)) - len(list_ngrams(words, 2))
+                    score *= exp(-(difference**2) / (2 * 6**2))
+                total += score / len(references[key])
+    return 10 * total / 4 / len(candidates)
+
+
+def compare(left, right, clipped):
+    """Cosine of two weighted counts; with `clipped` the left count is at most the right one."""
+    product = sum(
+        (min(left[ngram], right[ngram]) if clipped else left[ngram]) * right[ngram]
+        for ngram in left
+        if ngram in right
+    )
+    norm = sqrt(sum(v * v for v in left.values())) * sqrt(sum(v * v for v in right.values()))
+    return product / norm if norm else 0.0

@@ -1,4 +1,5 @@
-"""Soft-NMS as its paper tells it: one class after another, one box after another, in plain floats."""
+"""Soft-NMS as its paper tells it: one class after another, one box after another, in plain
+floats."""
 
 import math
 
@@ -21,7 +22,8 @@ def decay(kind, o, iou, sigma):
 
 
 def soft_nms(boxes, scores, *, kind, iou, sigma, min_score, candidate_score, limit):
-    """(score, box number, label) of the best `limit`, from lists of boxes and of each box's scores of all classes."""
+    """(score, box number, label) of the best `limit`, from lists of boxes and of each box's scores
+    of all classes."""
     taken = []
     for label in range(len(scores[0])):
         left = {

@@ -1,4 +1,5 @@
-"""Run directories as `beit3 train` leaves them, with tiny untrained networks: what a report is made of."""
+"""Run directories as `beit3 train` leaves them, with tiny untrained networks: what a report is made
+of."""
 
 import base64
 import io
@@ -12,14 +13,14 @@ import pytest
 from PIL import Image
 
 from beit3.data.stores.records import write_records
-from beit3.data.views.transforms import Preprocessing
+from beit3.data.views.preprocessing import Preprocessing
 from beit3.detection.config import DetectorConfig
 from beit3.model.config import TINY
 from beit3.model.generation import Decoding
 from beit3.recipe import DataConfig, Recipe, TaskConfig
 from beit3.segmentation.adapter import AdapterConfig
 from beit3.segmentation.config import HeadConfig
-from beit3.segmentation.inference import Views
+from beit3.segmentation.inference import InferenceConfig
 from beit3.task import Task, task_name
 from beit3.tasks.ade20k import Ade20k, Ade20kConfig
 from beit3.tasks.captioning import Captioning, CaptioningConfig
@@ -51,7 +52,7 @@ def images_of(html: str) -> list[np.ndarray]:
 
 def write_run(path: Path, task: Task, data: DataConfig, *, init: str = "") -> Path:
     """A run of ten logged steps and two evaluations."""
-    store.save(task, path / "best")
+    store.save_weights(task, path / "best")
     recipe = Recipe(task=task.config, data=data).to_dict()
     (path / "recipe.json").write_text(
         json.dumps({"task": task_name(type(task)), "init": init, "recipe": recipe})
@@ -74,7 +75,8 @@ def tokenizer() -> TextTokenizer:
 
 @pytest.fixture(scope="session")
 def root(tmp_path_factory) -> Path:
-    """Records of every task over eight random pictures; statements are on canvases of two pictures each."""
+    """Records of every task over eight random pictures; statements are on canvases of two pictures
+    each."""
     root = tmp_path_factory.mktemp("root")
     rng = np.random.default_rng(0)
     images = [f"{index}.png" for index in range(8)]
@@ -199,7 +201,7 @@ def ade20k(tmp_path_factory, root) -> Path:
         head=HeadConfig(32, 2, 1, 16, 1, 16, num_queries=4),
         classes=SCENES,
         num_classes=3,
-        views=Views(16, 16, 16, 64),
+        views=InferenceConfig(16, 16, 16, 64),
     )
     task = Ade20k(config)
     task.init_weights(0)

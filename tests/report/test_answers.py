@@ -89,7 +89,7 @@ def test_captions_of_runs_stand_before_those_of_people(captioning):
     assert html.index("red &amp; blue") < html.index("(no word)") < html.index("by people")
     assert "<dd>a &lt;4&gt;</dd>" in html and "a &lt;5&gt;" not in html
     assert "by people" not in caption_card(task, {"captions": []}, IMAGE, ["a"], [{"caption": "x"}])
-    ids = task.tokenizer.pieces("a red cube")
+    ids = task.tokenizer.encode_pieces("a red cube")
     assert words(task, ids) == "a red cube"
     task._tokenizer = None
     assert words(task, [7, 9]) == "ids 7 9"
@@ -127,7 +127,7 @@ def test_a_class_is_marked_first_or_where_it_is_right(imagenet):
     )
 
 
-# Searches ----------------------------------------------------------------------------------------------------------------
+# Searches -----------------------------------------------------------------------------------------
 
 FOUND = Gallery(
     images=[np.full((4, 4, 3), shade, np.uint8) for shade in range(5)],

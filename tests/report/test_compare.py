@@ -1,4 +1,5 @@
-"""Runs side by side: which score is best, and whatever differs, under the names of the command line."""
+"""Runs side by side: which score is best, and whatever differs, under the names of the command
+line."""
 
 import json
 from dataclasses import replace

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 
 from beit3.data.stores.records import write_records
-from beit3.metrics.detection import FIGURES
+from beit3.metrics.detection import COCO_METRICS
 from beit3.report import dense
 from beit3.report.curves import MAX_BARS, class_bars
 from beit3.report.dense import Asked, ask, counted, figure_table, legend, object_card, scene_card
@@ -17,7 +17,7 @@ from beit3.report.panel_inputs import records, weights
 from beit3.report.panels import panels
 from beit3.report.runs import read_runs
 from beit3.task import Prediction
-from beit3.tasks.ade20k import Ade20k, encoded
+from beit3.tasks.ade20k import Ade20k, encode_label_map
 from beit3.tasks.coco import Coco
 from tests.report.conftest import SHAPES, images_of
 
@@ -101,7 +101,7 @@ def test_precisions_are_those_of_the_metric(coco):
 
 def test_the_table_has_twelve_figures_and_dashes(coco):
     run = read_runs([coco])[0]
-    scores = {f"box_{name}": place / 100 for place, name in enumerate(FIGURES)} | {
+    scores = {f"box_{name}": place / 100 for place, name in enumerate(COCO_METRICS)} | {
         "box_ap_large": -1.0
     }
     html = figure_table([replace(run, scores=scores)])
@@ -123,7 +123,7 @@ def test_the_table_has_twelve_figures_and_dashes(coco):
 def test_a_scene_shows_its_labels_and_how_many_are_right(ade20k):
     run = read_runs([ade20k])[0]
     task, record = weights(run, Ade20k), records(run, "main", "val")[0]
-    truth = dense.open_label_map(record["label_map"], **dense.meaning(record))
+    truth = dense.open_label_map(record["label_map"], **dense.label_map_options(record))
     wrong = truth.clone()
     wrong[truth == 255] = 1  # counts nowhere
     wrong[:4] = 2
@@ -131,7 +131,7 @@ def test_a_scene_shows_its_labels_and_how_many_are_right(ade20k):
         task,
         record,
         ["a", "b"],
-        [{"id": "x", "map": encoded(each.clamp(max=2))} for each in (wrong, truth)],
+        [{"id": "x", "map": encode_label_map(each.clamp(max=2))} for each in (wrong, truth)],
     )
     share = float((wrong == truth)[truth != 255].float().mean())
     assert (
@@ -149,9 +149,12 @@ def test_a_scene_shows_its_labels_and_how_many_are_right(ade20k):
 def test_overlaps_are_those_of_the_metric(ade20k):
     run = read_runs([ade20k])[0]
     found = list(records(run, "main", "val"))
-    maps = [dense.open_label_map(record["label_map"], **dense.meaning(record)) for record in found]
+    maps = [
+        dense.open_label_map(record["label_map"], **dense.label_map_options(record))
+        for record in found
+    ]
     right = [
-        {"id": record["id"], "map": encoded(each.clamp(max=2))}
+        {"id": record["id"], "map": encode_label_map(each.clamp(max=2))}
         for record, each in zip(found, maps, strict=True)
     ]
     html = dense._overlaps([run], Asked(weights(run, Ade20k), found, [right]))
@@ -162,7 +165,7 @@ def test_overlaps_are_those_of_the_metric(ade20k):
     )
     assert "sky &amp; sea 100%" in html
     one = [
-        {"id": record["id"], "map": encoded(each * 0)}
+        {"id": record["id"], "map": encode_label_map(each * 0)}
         for record, each in zip(found, maps, strict=True)
     ]
     truth = np.concatenate([each.numpy().ravel() for each in maps])

@@ -1,4 +1,5 @@
-"""Drawings: colours where things are, letters where there is room, and nothing written where nothing can be drawn."""
+"""Drawings: colours where things are, letters where there is room, and nothing written where
+nothing can be drawn."""
 
 import base64
 import io
@@ -10,7 +11,7 @@ import torch
 from PIL import Image
 
 from beit3.cli import main
-from beit3.data.stores.rle import encode
+from beit3.data.stores.rle import encode_rle
 from beit3.report.drawing import (
     COLORS,
     LEAST,
@@ -28,7 +29,7 @@ from beit3.report.drawing import (
     true_objects,
     with_legend,
 )
-from beit3.tasks.ade20k import encoded
+from beit3.tasks.ade20k import encode_label_map
 
 GREY = np.full((LEAST, LEAST, 3), 128, np.uint8)
 
@@ -40,11 +41,12 @@ def near(pixel, paint, far: int = 2) -> bool:
 def mask(top: int, bottom: int, left: int, right: int, side: int = LEAST) -> dict:
     pixels = torch.zeros(side, side, dtype=torch.uint8)
     pixels[top:bottom, left:right] = 1
-    return encode(pixels)
+    return encode_rle(pixels)
 
 
 def cielab(rgb: np.ndarray) -> np.ndarray:
-    """sRGB of 0 to 255 -> CIE 1976 L*a*b*, by its definition: another measure than the one that chose the colours."""
+    """sRGB of 0 to 255 -> CIE 1976 L*a*b*, by its definition: another measure than the one that
+    chose the colours."""
     part = rgb / 255
     linear = np.where(part <= 0.04045, part / 12.92, ((part + 0.055) / 1.055) ** 2.4)
     to_xyz = np.array(
@@ -56,7 +58,7 @@ def cielab(rgb: np.ndarray) -> np.ndarray:
     return np.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)], -1)
 
 
-# Colours -----------------------------------------------------------------------------------------------------------------
+# Colours ------------------------------------------------------------------------------------------
 
 
 def test_colours_are_fixed_and_apart():
@@ -71,7 +73,7 @@ def test_colours_are_fixed_and_apart():
     assert colors.max(1).min() > 90 and colors.min(1).max() < 235, "none is near black or white"
 
 
-# Objects -----------------------------------------------------------------------------------------------------------------
+# Objects ------------------------------------------------------------------------------------------
 
 
 def test_a_box_is_framed_between_dark_lines_and_its_inside_left_alone():
@@ -113,7 +115,8 @@ def test_small_pictures_are_enlarged_and_large_ones_keep_their_size():
 
 
 def test_names_do_not_hide_each_other_and_the_best_has_the_first_place():
-    """Three objects at one place: two names find corners that are free, boxes as narrow as these leave none to a tenth."""
+    """Three objects at one place: two names find corners that are free, boxes as narrow as these
+    leave none to a tenth."""
     box = {"box": [150, 180, 120, 90], "label": 0, "name": "one", "score": 0.5}
     alone, two = (
         np.array(draw_objects(GREY, [box] + [box | {"label": 1, "name": "two"}] * more))
@@ -131,7 +134,8 @@ def test_names_do_not_hide_each_other_and_the_best_has_the_first_place():
 
 
 def test_odd_objects_are_drawn():
-    """At the edge, beyond it, without an area, without a pixel in the mask, with any letters in the name."""
+    """At the edge, beyond it, without an area, without a pixel in the mask, with any letters in the
+    name."""
     odd = [
         {"box": [-20, -5, 60, 40], "label": 0, "name": "собака 日本 😀"},
         {"box": [LEAST - 5, LEAST - 5, 50, 50], "label": 999},
@@ -165,7 +169,7 @@ def test_the_truth_is_drawn_largest_first_with_crowds_named():
     assert "mask" not in found[0] and found[1]["mask"]["size"] == [6, 8]
 
 
-# Maps --------------------------------------------------------------------------------------------------------------------
+# Maps ---------------------------------------------------------------------------------------------
 
 
 def test_a_map_is_tinted_by_label_with_lines_between():
@@ -221,7 +225,9 @@ def test_predictions_in_short():
         short
     )
     labels = torch.zeros(LEAST, LEAST, dtype=torch.int64)
-    drawn, short = drawing(GREY, {"id": "0", "map": encoded(labels)}, ("sky",), min_score=0.3)
+    drawn, short = drawing(
+        GREY, {"id": "0", "map": encode_label_map(labels)}, ("sky",), min_score=0.3
+    )
     assert (
         short == {"id": "0", "classes": [{"label": 0, "name": "sky", "share": 1.0}]}
         and drawn.height > LEAST
@@ -230,7 +236,7 @@ def test_predictions_in_short():
         drawing(GREY, {"answer": "yes"}, (), min_score=0.3)
 
 
-# The command -------------------------------------------------------------------------------------------------------------
+# The command --------------------------------------------------------------------------------------
 
 
 def test_predict_draws(coco, ade20k, root, tmp_path, capsys):

@@ -238,9 +238,7 @@ def test_a_title_names_few_runs_and_counts_many(vqa, tmp_path):
         (runs[:3], "&lt;0&gt; and &lt;1&gt; and &lt;2&gt;"),
         (runs, "4 runs of vqa"),
     ):
-        assert (
-            f"<title>{title}</title>" in write_report(given, tmp_path / "page.html").read_text()
-        )
+        assert f"<title>{title}</title>" in write_report(given, tmp_path / "page.html").read_text()
 
 
 def bare(path: Path, run: Path) -> Path:

@@ -1,4 +1,5 @@
-"""What panels show is what the networks do: codes, mean patches, fillings and answers, against slow second readings."""
+"""What panels show is what the networks do: codes, mean patches, fillings and answers, against slow
+second readings."""
 
 from dataclasses import replace
 
@@ -20,7 +21,7 @@ from beit3.report.panels import (
 )
 from beit3.report.pictures import cut, hatch
 from beit3.report.runs import read_runs
-from beit3.tasks.pretrain import IGNORE, Pretrain
+from beit3.tasks.pretrain import IGNORE_INDEX, Pretrain
 from beit3.tasks.vqkd import VQKD
 from tests.report.conftest import images_of
 
@@ -34,7 +35,7 @@ def test_mean_patches_are_the_means_of_their_codes(vqkd):
     members: dict[int, list[np.ndarray]] = {}
     for record in source:
         view = tokenizer.example(record, False)["token_image"]
-        codes = tokenizer.backbone.codes(view[None])[0].tolist()
+        codes = tokenizer.backbone.tokenize(view[None])[0].tolist()
         for code, patch in zip(codes, cut(np.array(Image.open(record["image"])), 4), strict=True):
             members.setdefault(code, []).append(patch)
     assert len(members) > 1
@@ -67,11 +68,11 @@ def test_a_row_of_hidden_patches_shows_guess_and_truth():
 
 def test_words_are_marked_right_or_wrong_and_escaped(tokenizer):
     ids = tokenizer.encode("red <b> cube")
-    place = next(index for index, id in enumerate(ids) if tokenizer.word(id).strip() == "<")
+    place = next(index for index, id in enumerate(ids) if tokenizer.id_to_piece(id).strip() == "<")
     hidden = [index == place for index in range(len(ids))]
     assert '<mark class="gap"' in sentence(tokenizer, ids, hidden, ())
     assert '<mark class="right">✓ &lt;</mark>' in sentence(tokenizer, ids, hidden, ids)
-    other = next(id for id in ids if tokenizer.word(id).strip() == "b")
+    other = next(id for id in ids if tokenizer.id_to_piece(id).strip() == "b")
     wrong = sentence(tokenizer, ids, hidden, [other] * len(ids))
     assert '<mark class="wrong">✗ b <i>&lt;</i></mark>' in wrong and "<b>" not in wrong
     assert sentence(tokenizer, ids, [False] * len(ids), ()) == "red &lt;b&gt; cube"
@@ -84,7 +85,7 @@ def test_words_are_filled_from_everything_hidden_with_and_without_the_picture(pr
     assert task.visual_tokenizer is None
     task.config = replace(task.config, pair_masking=masking)
     batch = word_batch(task, spread(records(run, "pairs", "val"), 8) * 3)
-    hidden = batch["text_target"] != IGNORE
+    hidden = batch["text_target"] != IGNORE_INDEX
     assert hidden.any(1).all() and (batch["text"][hidden] == task.tokenizer.mask).all()
     with torch.no_grad():
         torch.testing.assert_close(

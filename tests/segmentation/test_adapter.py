@@ -1,4 +1,5 @@
-"""ViT-Adapter: nothing changes while its gates are shut, any size goes through, and everything learns."""
+"""ViT-Adapter: nothing changes while its gates are shut, any size goes through, and everything
+learns."""
 
 from dataclasses import replace
 
@@ -9,12 +10,12 @@ from torch import nn
 
 from beit3.model.config import GIANT, IMAGE, ModelConfig
 from beit3.model.trunk import ImageTrunk
+from beit3.ops.batch_norm import sync_batch_norms
 from beit3.ops.deformable import Grids
 from beit3.seeding import make_generator
 from beit3.segmentation import interaction
 from beit3.segmentation.adapter import AdapterConfig, ViTAdapter
 from beit3.segmentation.interaction import ConvFeedForward, DeformableAttention, Extractor
-from beit3.segmentation.prior import synchronised
 
 MODEL = ModelConfig(dim=32, depth=5, num_heads=4, ffn_dim=64, image_size=64, vocab_size=64)
 SMALL = AdapterConfig(inplanes=8, num_interactions=3)
@@ -68,7 +69,7 @@ def test_each_map_takes_the_trunk_from_its_depth():
     for block, each in zip(trunk.blocks, found, strict=True):
         expected = block(expected)
         wanted = F.interpolate(
-            trunk.norm((expected,), ((IMAGE, 1),))[0].movedim(3, 1), each.shape[2:], mode="bilinear"
+            trunk.norm((expected,), (IMAGE,))[0].movedim(3, 1), each.shape[2:], mode="bilinear"
         )
         torch.testing.assert_close(each, wanted, rtol=0, atol=1e-6)
 
@@ -103,7 +104,8 @@ def test_what_was_filled_up_counts_as_zeros_of_the_image():
 
 
 def test_every_parameter_learns():
-    """Away from the initial zeros, and with batch norms in eval mode: in training they take away the constants before them."""
+    """Away from the initial zeros, and with batch norms in eval mode: in training they take away
+    the constants before them."""
     adapter, trunk = made(config=replace(SMALL, gate_init=0.1))
     with torch.no_grad():
         for parameter in adapter.parameters():
@@ -317,12 +319,14 @@ def test_synchronised_norms_are_for_many_processes_with_accelerators(monkeypatch
     adapter = ViTAdapter(MODEL, SMALL)
     names = [name for name, _ in adapter.named_parameters()]
     assert (
-        synchronised(adapter, torch.device("cuda")) is adapter
+        sync_batch_norms(adapter, torch.device("cuda")) is adapter
         and type(adapter.norms[0]) is nn.BatchNorm2d
     )
-    monkeypatch.setattr("beit3.segmentation.prior.world_size", lambda: 2)
-    assert type(synchronised(adapter, torch.device("cpu")).norms[0]) is nn.BatchNorm2d
-    assert type(synchronised(adapter, torch.device("cuda")).prior.stem[0].norm) is nn.SyncBatchNorm
+    monkeypatch.setattr("beit3.ops.batch_norm.world_size", lambda: 2)
+    assert type(sync_batch_norms(adapter, torch.device("cpu")).norms[0]) is nn.BatchNorm2d
+    assert (
+        type(sync_batch_norms(adapter, torch.device("cuda")).prior.stem[0].norm) is nn.SyncBatchNorm
+    )
     assert [name for name, _ in filled(adapter).named_parameters()] == names
 
 

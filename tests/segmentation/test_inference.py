@@ -6,11 +6,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from beit3.data.views.label_maps import evaluation_size, resized
+from beit3.data.views.segmentation import compute_evaluation_size, resize_image
 from beit3.segmentation import inference
-from beit3.segmentation.inference import Views, segment, slide, starts
+from beit3.segmentation.inference import (
+    InferenceConfig,
+    segment_image,
+    slide_windows,
+    window_starts,
+)
 
-SMALL = Views(crop=32, stride=20, short=40, long=160, multiple=8)
+SMALL = InferenceConfig(crop=32, stride=20, short=40, long=160, multiple=8)
 
 
 def picture(height=50, width=70, seed=0):
@@ -37,7 +42,8 @@ def quarter(pixels):
 
 
 def in_window(pixels):
-    """Depends on the place inside the window, so that every window says something else of a pixel."""
+    """Depends on the place inside the window, so that every window says something else of a
+    pixel."""
     side = torch.linspace(0, 1, pixels.shape[-1])
     return torch.cat((pixels * side, (pixels[:, :1] + side[:, None]) * side[:, None]), 1)
 
@@ -69,14 +75,16 @@ def slow_slide(pixels, scores, views):
 @pytest.mark.parametrize("windows", [1, 3])
 def test_slide_equals_a_slow_reference(scores, size, windows):
     pixels = normalize(picture(*size))
-    views = Views(crop=32, stride=20, short=40, long=160, multiple=8, windows=windows)
-    torch.testing.assert_close(slide(pixels, scores, views), slow_slide(pixels, scores, views))
+    views = InferenceConfig(crop=32, stride=20, short=40, long=160, multiple=8, windows=windows)
+    torch.testing.assert_close(
+        slide_windows(pixels, scores, views), slow_slide(pixels, scores, views)
+    )
 
 
 @pytest.mark.parametrize("side", range(8, 40))
 @pytest.mark.parametrize("stride", [1, 3, 8])
 def test_windows_cover_every_place_and_stay_inside(side, stride):
-    begins = starts(side, 8, stride)
+    begins = window_starts(side, 8, stride)
     assert begins[0] == 0 and begins[-1] == side - 8 and begins == sorted(set(begins))
     assert all(after - before <= stride for before, after in zip(begins, begins[1:], strict=False))
 
@@ -88,14 +96,16 @@ def test_no_more_windows_at_once_than_asked_for():
         seen.append(tuple(pixels.shape))
         return per_pixel(pixels)
 
-    slide(normalize(picture(60, 60)), scores, Views(crop=32, stride=20, windows=4))
+    slide_windows(
+        normalize(picture(60, 60)), scores, InferenceConfig(crop=32, stride=20, windows=4)
+    )
     assert seen == [(4, 3, 32, 32), (4, 3, 32, 32), (1, 3, 32, 32)], "three rows of three"
 
 
 def test_one_window_is_the_network_alone():
     image = picture(32, 32)
-    views = Views(crop=32, stride=32, short=32, long=128)
-    found = segment(image, in_window, views, normalize=normalize)
+    views = InferenceConfig(crop=32, stride=32, short=32, long=128)
+    found = segment_image(image, in_window, views, normalize=normalize)
     assert (
         torch.equal(found, in_window(normalize(image)[None])[0].argmax(0))
         and found.dtype == torch.int64
@@ -103,7 +113,8 @@ def test_one_window_is_the_network_alone():
 
 
 def test_padding_is_taken_off_again():
-    """A picture smaller than the window at its own size: what is said of the padding never matters."""
+    """A picture smaller than the window at its own size: what is said of the padding never
+    matters."""
     image = picture(24, 16)
 
     def scores(pixels):
@@ -111,8 +122,11 @@ def test_padding_is_taken_off_again():
         found[:, 3, 24:] = found[:, 3, :, 16:] = 1e6
         return found
 
-    found = segment(
-        image, scores, Views(crop=32, stride=32, short=16, long=64, multiple=8), normalize=normalize
+    found = segment_image(
+        image,
+        scores,
+        InferenceConfig(crop=32, stride=32, short=16, long=64, multiple=8),
+        normalize=normalize,
     )
     assert found.shape == (24, 16) and torch.equal(
         found, per_pixel(normalize(image)[None])[0].argmax(0)
@@ -126,16 +140,18 @@ def test_padding_is_taken_off_again():
 @pytest.mark.parametrize("size", [(50, 70), (30, 33)])
 def test_views_are_averaged_at_the_size_of_the_image(scales, flip, size):
     image = picture(*size)
-    views = Views(crop=32, stride=20, short=64, long=160, multiple=8, scales=scales, flip=flip)
+    views = InferenceConfig(
+        crop=32, stride=20, short=64, long=160, multiple=8, scales=scales, flip=flip
+    )
     total = torch.zeros(4, *size)
     for scale in scales:
-        tall, wide = evaluation_size(*size, short=64 * scale, long=160 * scale, multiple=8)
-        pixels = normalize(resized(image, tall, wide))
+        tall, wide = compute_evaluation_size(*size, short=64 * scale, long=160 * scale, multiple=8)
+        pixels = normalize(resize_image(image, tall, wide))
         for mirrored in (False, True)[: 1 + flip]:
             found = slow_slide(pixels.flip(-1) if mirrored else pixels, in_window, views)
             found = found.flip(-1) if mirrored else found
             total += F.interpolate(found[None], size=size, mode="bilinear")[0]
-    found = segment(image, in_window, views, normalize=normalize)
+    found = segment_image(image, in_window, views, normalize=normalize)
     agree = (found == total.argmax(0)).float().mean()
     assert agree > 0.999, "but for ties of rounding"
 
@@ -143,35 +159,39 @@ def test_views_are_averaged_at_the_size_of_the_image(scales, flip, size):
 def test_images_larger_than_every_view(monkeypatch):
     """Scores are resized a few rows at a time, and equal those of the whole."""
     image = picture(150, 210)
-    views = Views(crop=32, stride=20, short=40, long=160, multiple=8)
-    pixels = normalize(resized(image, 40, 56))
+    views = InferenceConfig(crop=32, stride=20, short=40, long=160, multiple=8)
+    pixels = normalize(resize_image(image, 40, 56))
     expected = F.interpolate(
         slow_slide(pixels, quarter, views)[None], size=(150, 210), mode="bilinear"
     )[0].argmax(0)
     for piece in (1, 5000, 1 << 26):
         monkeypatch.setattr(inference, "PIECE", piece)
         assert (
-            segment(image, quarter, views, normalize=normalize) == expected
+            segment_image(image, quarter, views, normalize=normalize) == expected
         ).float().mean() > 0.999
-    several = Views(crop=32, stride=20, short=40, long=160, multiple=8, scales=(0.8, 1.0))
-    assert (segment(image, quarter, several, normalize=normalize) == expected).float().mean() > 0.95
+    several = InferenceConfig(crop=32, stride=20, short=40, long=160, multiple=8, scales=(0.8, 1.0))
+    assert (
+        segment_image(image, quarter, several, normalize=normalize) == expected
+    ).float().mean() > 0.95
 
 
 def test_mirrored_views_make_it_blind_to_mirroring():
     image = picture(48, 64)
-    views = Views(crop=32, stride=20, short=48, long=160, multiple=16, flip=True)
-    found = segment(image, in_window, views, normalize=normalize)
-    mirrored = segment(image.flip(-1), in_window, views, normalize=normalize).flip(-1)
+    views = InferenceConfig(crop=32, stride=20, short=48, long=160, multiple=16, flip=True)
+    found = segment_image(image, in_window, views, normalize=normalize)
+    mirrored = segment_image(image.flip(-1), in_window, views, normalize=normalize).flip(-1)
     assert torch.equal(found, mirrored)
-    alone = Views(crop=32, stride=20, short=48, long=160, multiple=16)
+    alone = InferenceConfig(crop=32, stride=20, short=48, long=160, multiple=16)
     assert not torch.equal(
-        segment(image, in_window, alone, normalize=normalize),
-        segment(image.flip(-1), in_window, alone, normalize=normalize).flip(-1),
+        segment_image(image, in_window, alone, normalize=normalize),
+        segment_image(image.flip(-1), in_window, alone, normalize=normalize).flip(-1),
     )
 
 
 def test_half_precision_scores_are_added_in_float32():
-    seen = slide(normalize(picture(60, 60)), lambda pixels: quarter(pixels).bfloat16(), SMALL)
+    seen = slide_windows(
+        normalize(picture(60, 60)), lambda pixels: quarter(pixels).bfloat16(), SMALL
+    )
     assert seen.dtype == torch.float32
 
 
@@ -188,4 +208,4 @@ def test_half_precision_scores_are_added_in_float32():
 )
 def test_settings_that_leave_gaps_are_refused(settings, said):
     with pytest.raises(ValueError, match=said):
-        Views(**settings)
+        InferenceConfig(**settings)

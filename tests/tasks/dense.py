@@ -1,4 +1,5 @@
-"""What the tests of detection and segmentation share: small networks, pictures with objects, pictures with labels."""
+"""What the tests of detection and segmentation share: small networks, pictures with objects,
+pictures with labels."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -9,9 +10,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from beit3.data.views.transforms import Preprocessing
+from beit3.data.views.preprocessing import Preprocessing
 from beit3.model.config import TINY
-from beit3.segmentation.inference import Views
+from beit3.segmentation.inference import InferenceConfig
 from beit3.task import Task, load_task
 from beit3.tasks.ade20k import Ade20k, Ade20kConfig
 from beit3.tasks.coco import Coco, CocoConfig
@@ -61,9 +62,10 @@ def made(name: str, seed: int = 0, **fields: Any) -> Any:
 
 
 def stirred(task: Task) -> Any:
-    """The task with noise on every parameter, so that nothing hides behind zeros and maps show several classes; in evaluation mode."""
+    """The task with noise on every parameter, so that nothing hides behind zeros and maps show
+    several classes; in evaluation mode."""
     generator, share = torch.Generator().manual_seed(1), 0.2 if isinstance(task, Ade20k) else 0.05
-    for _, parameter in task.trainable():
+    for _, parameter in task.trainable_parameters():
         parameter.data += share * torch.randn(parameter.shape, generator=generator)
     return task.eval()
 
@@ -137,9 +139,9 @@ def labelled(
     return {"id": name, **paths, "labels": {"num_classes": LABELS, **meaning}}
 
 
-def windows(**fields: Any) -> Views:
+def windows(**fields: Any) -> InferenceConfig:
     """Of 64 pixels, half overlapping, one at a time."""
-    return replace(Views(SIDE, SIDE // 2, SIDE, 4 * SIDE), **fields)
+    return replace(InferenceConfig(SIDE, SIDE // 2, SIDE, 4 * SIDE), **fields)
 
 
 def square(size: int) -> Preprocessing:

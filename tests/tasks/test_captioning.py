@@ -1,4 +1,5 @@
-"""What captioning hides, what it predicts, and what it scores; decoding is in tests/model/test_generation.py."""
+"""What captioning hides, what it predicts, and what it scores; decoding is in
+tests/model/test_generation.py."""
 
 from collections import Counter
 from dataclasses import replace
@@ -7,31 +8,32 @@ import numpy as np
 import pytest
 import torch
 
-from beit3.data.loader import Source
+from beit3.data.loader import RecordDataset
 from beit3.data.prepare.formats import one_per_caption
 from beit3.task import grow_vocabulary
 from beit3.tasks.captioning import Captioning
 from beit3.tokenizer.text import TextTokenizer
-from tests.world_root import tuning_recipe
+from tests.world_root import make_finetuning_recipe
 
 
 @pytest.fixture(scope="module")
 def task(root) -> Captioning:
     tokenizer = TextTokenizer(root / "text.model")
-    config = tuning_recipe("captioning", root).task
+    config = make_finetuning_recipe("captioning", root).task
     task = Captioning(grow_vocabulary(config, tokenizer), tokenizer=tokenizer)
     task.init_weights(0)
     return task.eval()
 
 
 def test_hidden_words_follow_the_release(task):
-    """Of n tokens int(.7 n + .5), the begin mark never, the end mark as often as any; of them 80 % become <mask>, 10 % stay."""
+    """Of n tokens int(.7 n + .5), the begin mark never, the end mark as often as any; of them 80 %
+    become <mask>, 10 % stay."""
     ids = np.array([0, 9, 8, 7, 6, 5, 4, 2, 1, 1, 1])
     count, draws = 8, 4000
     fates: Counter[str] = Counter()
     places = np.zeros(len(ids))
     for seed in range(draws):
-        hidden, target = task.hide(ids, count, np.random.default_rng(seed))
+        hidden, target = task.mask_caption(ids, count, np.random.default_rng(seed))
         chosen = target != -100
         places += chosen
         assert (
@@ -56,12 +58,12 @@ def test_how_many_are_hidden(task, rate, count, wanted):
     """At least one, at most all but the begin mark."""
     other = Captioning(replace(task.config, mask_rate=rate), tokenizer=task.tokenizer)
     ids = np.arange(4, 4 + 12)
-    _, target = other.hide(ids, count, np.random.default_rng(0))
+    _, target = other.mask_caption(ids, count, np.random.default_rng(0))
     assert (target != -100).sum() == wanted
 
 
 def test_what_is_padded_changes_nothing(task, root):
-    row = Source(root / "captioning/main/train.jsonl", root)[0]
+    row = RecordDataset(root / "captioning/main/train.jsonl", root)[0]
     batch = task.collate([task.example(row, False)])
     other = batch | {"text": torch.where(batch["text_padding"], 7, batch["text"])}
     with torch.no_grad():
@@ -71,7 +73,7 @@ def test_what_is_padded_changes_nothing(task, root):
 
 
 def test_evaluation_needs_no_caption(task, root):
-    rows = list(Source(root / "captioning/main/val.jsonl", root))[:3]
+    rows = list(RecordDataset(root / "captioning/main/val.jsonl", root))[:3]
     assert len(rows[0]["captions"]) == 3 and "text" not in rows[0]
     predictions = task.predict(task.collate([task.example(row, False) for row in rows]))
     scores = Captioning.score(predictions, rows)
@@ -117,9 +119,9 @@ def test_one_record_per_training_caption():
 
 def test_ids_of_index_files_are_read(task):
     """Upstream's files hold piece ids; marks are added here."""
-    text, padding = task.read_text([9, 8, 7], 6)
+    text, padding = task.tokenize_text([9, 8, 7], 6)
     assert text.tolist() == [0, 9, 8, 7, 2, 1] and padding.tolist() == [False] * 5 + [True]
-    assert task.read_text(list(range(4, 40)), 6)[0].tolist() == [0, 4, 5, 6, 7, 2]
+    assert task.tokenize_text(list(range(4, 40)), 6)[0].tolist() == [0, 4, 5, 6, 7, 2]
     for wrong in ([], [task.config.model.vocab_size]):
         with pytest.raises(ValueError, match="holds no ids"):
-            task.read_text(wrong, 6)
+            task.tokenize_text(wrong, 6)

@@ -12,9 +12,9 @@ from torch import Tensor
 
 import beit3
 from beit3.data.stores.predictions import read_predictions
-from beit3.data.stores.rle import encode, rasterise
-from beit3.tasks.coco import CATEGORIES, Coco
-from beit3.weights.store import save
+from beit3.data.stores.rle import encode_rle, rasterize
+from beit3.tasks.coco import CATEGORIES_FILE, Coco
+from beit3.weights.store import save_weights
 from tests.tasks.dense import DATA, LABELS, SIDE, coco_config, made, picture, scene, stirred, thing
 
 IDS = {3: "cat", 7: "dog", 80: "cup", 90: "brush"}
@@ -50,7 +50,7 @@ def step(task: Coco, *rows: dict) -> dict[str, Tensor]:
     torch.stack(list(losses.values())).sum().backward()
     known = [
         p.grad
-        for name, p in task.trainable()
+        for name, p in task.trainable_parameters()
         if not any(name.startswith(each) for each in task.unused_parameters)
     ]
     assert all(gradient is not None and gradient.isfinite().all() for gradient in known)
@@ -61,11 +61,12 @@ def step(task: Coco, *rows: dict) -> dict[str, Tensor]:
     return losses
 
 
-# Hard records --------------------------------------------------------------------------------------------------------
+# Hard records -------------------------------------------------------------------------------------
 
 
 def test_pictures_without_objects(coco, tmp_path):
-    """They teach what is background; where no picture has an object there is nothing to place or to outline."""
+    """They teach what is background; where no picture has an object there is nothing to place or to
+    outline."""
     some, none = scene(tmp_path, "1", (64, 48), thing(5, 5, 20, 20)), scene(tmp_path, "2", (40, 60))
     assert batch_of(coco, some, none, train=True)["masks"].shape == (
         1,
@@ -103,21 +104,22 @@ def test_crowd_regions_teach_nothing_and_stay_for_evaluation(coco, tmp_path):
     row = scene(tmp_path, "1", (64, 64), crowd, one)
     assert coco.example(row, True)["labels"].tolist() == [0] and step(coco, row)
     step(coco, scene(tmp_path, "2", (64, 64), crowd))
-    # A detection inside a crowd region is no mistake: without the region it is one, and better than the right one.
-    mask = encode(rasterise(crowd["segmentation"], 64, 64))
+    # A detection inside a crowd region is no mistake: without the region it is one, and better than
+    # the right one.
+    mask = encode_rle(rasterize(crowd["segmentation"], 64, 64))
     wrong = {"box": [10.0, 10.0, 30.0, 30.0], "label": 1, "score": 0.9, "mask": mask}
     right = {
         "box": one["box"],
         "label": 0,
         "score": 0.5,
-        "mask": encode(rasterise(one["segmentation"], 64, 64)),
+        "mask": encode_rle(rasterize(one["segmentation"], 64, 64)),
     }
     also = thing(40, 40, 20, 20, label=1, id=3)
     found = {
         "box": also["box"],
         "label": 1,
         "score": 0.5,
-        "mask": encode(rasterise(also["segmentation"], 64, 64)),
+        "mask": encode_rle(rasterize(also["segmentation"], 64, 64)),
     }
     predictions, objects = [{"id": "1", "objects": [wrong, right, found]}], [one, also]
     assert Coco.score(predictions, [row | {"objects": [crowd, *objects]}])["box_ap"] == 1
@@ -125,7 +127,8 @@ def test_crowd_regions_teach_nothing_and_stay_for_evaluation(coco, tmp_path):
 
 
 def test_objects_without_outlines(coco, tmp_path):
-    """Where masks are learnt they teach nothing beside others, and alone are refused: an image of boxes would teach background."""
+    """Where masks are learnt they teach nothing beside others, and alone are refused: an image of
+    boxes would teach background."""
     bare, outlined = thing(5, 5, 20, 20, outline=False), thing(30, 30, 20, 20, label=1, id=2)
     mixed, boxes = (
         scene(tmp_path, "1", (64, 64), bare, outlined),
@@ -216,12 +219,12 @@ def test_settings_that_do_not_fit_are_refused(coco, tmp_path):
     (tmp_path / "coco/main").mkdir(parents=True)
     (tmp_path / "coco/main/train.jsonl").write_text("{}\n")
     with pytest.raises(
-        ValueError, match=f"no categories at .*{CATEGORIES}: run beit3 prepare coco again"
+        ValueError, match=f"no categories at .*{CATEGORIES_FILE}: run beit3 prepare coco again"
     ):
         Coco.configure(coco.config, tmp_path)
 
 
-# Windows and views ---------------------------------------------------------------------------------------------------
+# Windows and views --------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -234,7 +237,8 @@ def test_a_window_as_large_as_the_grid_changes_nothing(coco, tmp_path):
 
 
 def test_views_are_merged(coco, tmp_path):
-    """A size named twice is seen once; mirrored or larger views change little, of weights that know nothing yet."""
+    """A size named twice is seen once; mirrored or larger views change little, of weights that know
+    nothing yet."""
     rows = [scene(tmp_path, "1", (64, 48), thing(5, 5, 20, 20)), scene(tmp_path, "2", (40, 60))]
     plain = predicted(coco, *rows)
     assert predicted(changed(coco, test_sizes=(SIDE, SIDE)), *rows) == plain
@@ -273,7 +277,7 @@ def test_mirrored_views_make_it_blind_to_mirroring(coco, tmp_path):
 
 def test_raw_inputs_of_any_kind(coco, tmp_path):
     """A path, a picture in memory, grey and 16 bits: boxes with names and the data set's ids."""
-    save(coco, tmp_path / "w")
+    save_weights(coco, tmp_path / "w")
     ask = beit3.load(tmp_path / "w")
     (one,) = ask(picture(tmp_path / "x.png", 60, 40))
     assert (one["height"], one["width"]) == (40, 60) and json.dumps(one)
@@ -282,7 +286,7 @@ def test_raw_inputs_of_any_kind(coco, tmp_path):
             each["name"] == list(IDS.values())[each["label"]]
             and each["category"] == list(IDS)[each["label"]]
         )
-        assert rasterise(each["mask"], 40, 60).shape == (40, 60)
+        assert rasterize(each["mask"], 40, 60).shape == (40, 60)
     assert ask(Image.open(tmp_path / "x.png"))[0]["objects"] == one["objects"]
     grey = ask(picture(tmp_path / "grey.png", 60, 40, "L"))[0]["objects"]
     assert (
@@ -292,12 +296,13 @@ def test_raw_inputs_of_any_kind(coco, tmp_path):
         ask(str(tmp_path / "absent.png"))
 
 
-# Files ---------------------------------------------------------------------------------------------------------------
+# Files --------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def files(tmp_path):
-    """COCO's files of two pictures, with category ids that have gaps, a crowd region as RLE and a picture without objects."""
+    """COCO's files of two pictures, with category ids that have gaps, a crowd region as RLE and a
+    picture without objects."""
     runs = {"size": [48, 64], "counts": [48 * 30, 48 * 4, 48 * 30]}
     images = [
         {"id": 42, "file_name": "a.png", "width": 64, "height": 48},
@@ -334,22 +339,23 @@ def files(tmp_path):
     return tmp_path / "raw"
 
 
-def test_from_files_to_the_servers_results_and_back(files, tmp_path, say, refused):
-    """`prepare`, `eval` with predictions and results, `score`; the truth as predictions gets full marks by the official code."""
-    report = json.loads(say("prepare", "coco", "--raw", files, "--root", tmp_path))
+def test_from_files_to_the_servers_results_and_back(files, tmp_path, run_cli, run_failing_cli):
+    """`prepare`, `eval` with predictions and results, `score`; the truth as predictions gets full
+    marks by the official code."""
+    report = json.loads(run_cli("prepare", "coco", "--raw", files, "--root", tmp_path))
     assert report["records"] == {"train": 2, "val": 2} and report["categories"] == LABELS
-    assert json.loads((tmp_path / "coco/main" / CATEGORIES).read_text()) == [
+    assert json.loads((tmp_path / "coco/main" / CATEGORIES_FILE).read_text()) == [
         {"id": id, "name": name} for id, name in IDS.items()
     ]
     task = stirred(Coco(Coco.configure(coco_config(), tmp_path)))
-    save(task, tmp_path / "w")
+    save_weights(task, tmp_path / "w")
     verb = ["eval", tmp_path / "w", "--data.root", tmp_path, "--predictions", tmp_path / "p.jsonl"]
-    scores = json.loads(say(*verb))
+    scores = json.loads(run_cli(*verb))
     assert len(scores) == 24 and {"box_ap", "mask_ar_large"} <= set(scores)
     assert json.loads(
-        say("score", "coco", tmp_path / "p.jsonl", "--data.root", tmp_path)
+        run_cli("score", "coco", tmp_path / "p.jsonl", "--data.root", tmp_path)
     ) == pytest.approx(scores)
-    say(*verb, "--submission", tmp_path / "results.json")
+    run_cli(*verb, "--submission", tmp_path / "results.json")
     results = json.loads((tmp_path / "results.json").read_text())
     assert {row["image_id"] for row in results} == {7, 42} and {
         row["category_id"] for row in results
@@ -364,17 +370,15 @@ def test_from_files_to_the_servers_results_and_back(files, tmp_path, say, refuse
     assert len(truth.loadRes(results).anns) == len(results)
     assert official_ap(truth, perfect(tmp_path)) == pytest.approx({"bbox": 1.0, "segm": 1.0})
     # Weights of other categories would call things by wrong names.
-    (tmp_path / "coco/main" / CATEGORIES).write_text(
+    (tmp_path / "coco/main" / CATEGORIES_FILE).write_text(
         json.dumps([{"id": id, "name": name.upper()} for id, name in IDS.items()])
     )
-    assert "class 0 is 'cat' to the weights and 'CAT' in" in refused(*verb)
+    assert "class 0 is 'cat' to the weights and 'CAT' in" in run_failing_cli(*verb)
 
 
 def perfect(root) -> list[dict[str, Any]]:
     """COCO's results of predictions that are the records' own objects."""
-    records = [
-        json.loads(line) for line in (root / "coco/main/val.jsonl").read_text().splitlines()
-    ]
+    records = [json.loads(line) for line in (root / "coco/main/val.jsonl").read_text().splitlines()]
     predictions = []
     for record in records:
         size = record["height"], record["width"]
@@ -384,7 +388,7 @@ def perfect(root) -> list[dict[str, Any]]:
                 "score": 1.0,
                 "label": each["label"],
                 "category": list(IDS)[each["label"]],
-                "mask": encode(rasterise(each["segmentation"], *size)),
+                "mask": encode_rle(rasterize(each["segmentation"], *size)),
             }
             for each in record["objects"]
             if not each["crowd"]
@@ -407,7 +411,7 @@ def official_ap(truth: Any, results: list[dict[str, Any]]) -> dict[str, float]:
 
 def test_results_need_numbers_that_the_server_knows(coco, tmp_path):
     rows = [scene(tmp_path, "a", (64, 64))]
-    with pytest.raises(ValueError, match="id 'a' is no number of the public data set"):
+    with pytest.raises(ValueError, match="id 'a' is no number of the public dataset"):
         Coco.submission(predicted(coco, *rows), rows)
     nameless = changed(coco, categories=(), category_ids=())
     found = predicted(nameless, rows[0] | {"id": "1"})
@@ -416,12 +420,12 @@ def test_results_need_numbers_that_the_server_knows(coco, tmp_path):
         Coco.submission(found, [rows[0] | {"id": "1"}])
 
 
-def test_the_embedded_world(root, tmp_path, say):
+def test_the_embedded_world(root, tmp_path, run_cli):
     """Its own records, scored by weights that know nothing."""
     task = stirred(Coco(Coco.configure(coco_config(), root)))
-    save(task, tmp_path / "w")
+    save_weights(task, tmp_path / "w")
     scores = json.loads(
-        say("eval", tmp_path / "w", "--data.root", root, "--submission", tmp_path / "r.json")
+        run_cli("eval", tmp_path / "w", "--data.root", root, "--submission", tmp_path / "r.json")
         or "{}"
     )
     assert scores == {} and json.loads((tmp_path / "r.json").read_text())
@@ -434,16 +438,15 @@ def test_the_embedded_world(root, tmp_path, say):
     ) and task.config.category_ids == (1, 2, 3, 4, 5)
 
 
-def test_real_coco(tmp_path, say):
+def test_real_coco(tmp_path, run_cli):
     """The whole reader through the command line; every training view and a batch of evaluation."""
     if not (DATA / "coco_mini").exists():
         pytest.skip(f"real sample not at hand: {DATA / 'coco_mini'}")
-    report = json.loads(say("prepare", "coco", "--raw", DATA / "coco_mini", "--root", tmp_path))
+    report = json.loads(run_cli("prepare", "coco", "--raw", DATA / "coco_mini", "--root", tmp_path))
     assert report["categories"] == 80 and report["records"]["train"] >= 75
     task = stirred(Coco(Coco.configure(coco_config(), tmp_path)))
     records = [
-        json.loads(line)
-        for line in (tmp_path / "coco/main/train.jsonl").read_text().splitlines()
+        json.loads(line) for line in (tmp_path / "coco/main/train.jsonl").read_text().splitlines()
     ][:16]
     for record in records:
         record["image"] = str(tmp_path / record["image"])

@@ -1,4 +1,5 @@
-"""What every task with recipes owes the loop, the store and the predictor. New tasks are found, not listed."""
+"""What every task with recipes owes the loop, the store and the predictor. New tasks are found, not
+listed."""
 
 import math
 from collections.abc import Iterator
@@ -13,23 +14,29 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from beit3.data.loader import Source
+from beit3.data.loader import RecordDataset
 from beit3.data.stores.predictions import read_predictions, write_predictions
-from beit3.data.views.transforms import blanked
+from beit3.data.views.preprocessing import clear_padding
 from beit3.model.config import TINY, TINY_RELEASE, ModelConfig
 from beit3.recipe import OptimConfig, TaskConfig
 from beit3.task import Batch, Task, grow_vocabulary, task_name
 from beit3.tokenizer.text import TextTokenizer
-from beit3.training.optim import clip_gradients, learning_rate, make_optimizer, set_learning_rate
-from beit3.weights.store import load, save
-from tests.world_root import NUM_CODES, trained
+from beit3.training.optim import (
+    clip_gradients,
+    compute_learning_rate,
+    make_optimizer,
+    set_learning_rate,
+)
+from beit3.weights.loading import load_weights
+from beit3.weights.store import save_weights
+from tests.world_root import NUM_CODES, list_trainable_tasks
 
 FORMS = {"paper": TINY, "release": TINY_RELEASE}
 DENSE = ("coco", "ade20k")
 """Learn from views that only training makes, and from places or boxes that are drawn."""
 CASES = [
     (task, form)
-    for task in trained()
+    for task in list_trainable_tasks()
     for form in (FORMS if isinstance(task.recipes["demo"].task.model, ModelConfig) else ["own"])
 ]
 CASES = [(task, form) for task, form in CASES if task_name(task) not in DENSE or form == "paper"]
@@ -39,7 +46,8 @@ ENOUGH = {"vqa": 150}
 
 
 def small(kind: type[Task], form: str, visual: Path) -> TaskConfig:
-    """The demo's config with half the layers, of this form; pretraining hides both sides of a pair."""
+    """The demo's config with half the layers, of this form; pretraining hides both sides of a
+    pair."""
     config: Any = kind.recipes["demo"].task
     if form in FORMS:
         model = replace(FORMS[form], depth=2, ffn_dim=256, final_norm=config.model.final_norm)
@@ -67,18 +75,19 @@ class Case:
         )
         self.task.init_weights(0)
         if self.dense:  # places are read evenly at first, and nothing comes back through zeros
-            for index, (_, parameter) in enumerate(self.task.trainable()):
+            for index, (_, parameter) in enumerate(self.task.trainable_parameters()):
                 if not parameter.any():
                     parameter.data.normal_(std=0.01, generator=torch.Generator().manual_seed(index))
         own = {name: kind.records_from.get(name, task_name(kind)) for name in kind.sources}
         paths = {name: root / folder / name / "train.jsonl" for name, folder in own.items()}
         self.records = {
-            name: list(islice(self.rows(Source(path, root)), RECORDS))
+            name: list(islice(self.rows(RecordDataset(path, root)), RECORDS))
             for name, path in paths.items()
         }
 
-    def rows(self, source: Source) -> Iterator[dict[str, Any]]:
-        """All records; one of each image where the loss compares them: captions of one image cannot be told apart."""
+    def rows(self, source: RecordDataset) -> Iterator[dict[str, Any]]:
+        """All records; one of each image where the loss compares them: captions of one image cannot
+        be told apart."""
         seen = set()
         for row in source:
             if not self.kind.compares_examples or row["image"] not in seen:
@@ -90,7 +99,8 @@ class Case:
         return task_name(self.kind) in DENSE
 
     def batches(self) -> dict[str, Batch]:
-        """What the loss takes, the same at every call: evaluation's views where these hold all of it."""
+        """What the loss takes, the same at every call: evaluation's views where these hold all of
+        it."""
         return self.views(self.dense)
 
     def views(self, train: bool = False) -> dict[str, Batch]:
@@ -111,8 +121,8 @@ class Case:
 
 
 @pytest.fixture(params=CASES, ids=lambda case: f"{task_name(case[0])}-{case[1]}")
-def case(request, root, visual) -> Case:
-    return Case(*request.param, root, visual)
+def case(request, root, vqkd_weights) -> Case:
+    return Case(*request.param, root, vqkd_weights)
 
 
 def test_records_make_batches_and_a_finite_loss(case):
@@ -130,7 +140,8 @@ def test_records_make_batches_and_a_finite_loss(case):
 
 
 def test_pictures_are_bytes_until_the_network_reads_them(case):
-    """Normalised then, in the weights' type, by the plain arithmetic; floats are taken as they are, and give the same."""
+    """Normalised then, in the weights' type, by the plain arithmetic; floats are taken as they are,
+    and give the same."""
     config = case.task.config.image
     mean, std = (
         torch.tensor(values, dtype=torch.float64).view(3, 1, 1)
@@ -143,7 +154,7 @@ def test_pictures_are_bytes_until_the_network_reads_them(case):
         if "image" in batch:
             pixels = case.task.eval().normalize_images(batch)
             plain = (batch["image"].double() / 255 - mean) / std
-            plain = blanked(plain, batch["size"]) if "size" in batch else plain
+            plain = clear_padding(plain, batch["size"]) if "size" in batch else plain
             assert pixels.dtype == torch.float32 and pixels.is_contiguous()
             torch.testing.assert_close(pixels.double(), plain, rtol=0, atol=1e-6)
             normalised = batch | {"image": pixels}
@@ -175,8 +186,12 @@ def test_every_parameter_learns_or_is_said_not_to(case):
     case.task.train()
     case.loss(case.batches()).backward()
     unused = tuple(f"{prefix}." for prefix in case.task.unused_parameters)
-    still = {name for name, p in case.task.trainable() if p.grad is None or not p.grad.any()}
-    assert still == {name for name, _ in case.task.trainable() if f"{name}.".startswith(unused)}
+    still = {
+        name for name, p in case.task.trainable_parameters() if p.grad is None or not p.grad.any()
+    }
+    assert still == {
+        name for name, _ in case.task.trainable_parameters() if f"{name}.".startswith(unused)
+    }
     for prefix, reason in case.task.unused_parameters.items():
         assert reason and any(f"{name}.".startswith(f"{prefix}.") for name in still), (
             f"{prefix} names nothing"
@@ -196,7 +211,9 @@ def test_eight_records_can_be_learnt(case):
     batches = case.batches()
     start = float(case.loss(batches).detach())
     for step in range(steps):
-        set_learning_rate(optimizer, learning_rate(step, steps, config.warmup_steps, config))
+        set_learning_rate(
+            optimizer, compute_learning_rate(step, steps, config.warmup_steps, config)
+        )
         case.loss(batches).backward()
         clip_gradients(case.task.parameters(), config.clip)
         optimizer.step()
@@ -236,8 +253,8 @@ def test_predictions_are_json_with_ids_and_score_has_its_headline(case, tmp_path
 
 
 def test_saved_and_loaded_it_says_the_same(case, tmp_path):
-    save(case.task.eval(), tmp_path / "weights")
-    again = load(tmp_path / "weights").eval()
+    save_weights(case.task.eval(), tmp_path / "weights")
+    again = load_weights(tmp_path / "weights").eval()
     assert again.config == case.task.config and type(again) is case.kind
     for batch in case.batches().values():
         with torch.no_grad():
@@ -286,7 +303,7 @@ def by_hand(task: Any, batch: Batch) -> dict[str, Tensor]:
         chosen = task.backbone.quantizer.codebook[outputs["codes"]]
         return {
             "reconstruction": (
-                1 - F.cosine_similarity(features, task.teacher.features(images), dim=-1)
+                1 - F.cosine_similarity(features, task.teacher.extract_features(images), dim=-1)
             ).sum(),
             "commitment": ((unit - chosen) ** 2).mean(-1).sum(),
         }
@@ -306,7 +323,8 @@ def by_hand(task: Any, batch: Batch) -> dict[str, Tensor]:
 def test_outputs_tell_the_same_loss_as_forward(case):
     if case.dense:
         pytest.skip(
-            "its loss is of boxes or points that are drawn: tests/detection and tests/segmentation compare it"
+            "its loss is of boxes or points that are drawn: tests/detection and "
+            "tests/segmentation compare it"
         )
     case.task.eval()
     for batch in case.batches().values():

@@ -1,4 +1,5 @@
-"""Detection and segmentation alike: what they start from, two processes, sizes beyond memory, precision."""
+"""Detection and segmentation alike: what they start from, two processes, sizes beyond memory,
+precision."""
 
 import json
 from collections.abc import Iterator
@@ -21,13 +22,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from beit3.detection.config import DetectorConfig
 from beit3.model.config import GIANT, TINY_RELEASE
 from beit3.model.trunk import ImageTrunk
-from beit3.ops.collectives import whole
+from beit3.ops import batch_norm
+from beit3.ops.collectives import gather_full
 from beit3.ops.positions import resample_patches, resample_positions
 from beit3.predict import load as load_predictor
 from beit3.recipe import RunConfig, TaskConfig
-from beit3.segmentation import losses, prior
+from beit3.segmentation import losses
 from beit3.task import Batch, Task, load_task
-from beit3.tasks.ade20k import decoded
+from beit3.tasks.ade20k import decode_label_map
 from beit3.tasks.backbone import Backbone
 from beit3.tasks.coco import CocoConfig
 from beit3.tasks.pretrain import Pretrain, PretrainConfig
@@ -35,10 +37,12 @@ from beit3.tasks.retrieval import Retrieval, RetrievalConfig
 from beit3.training import parallel
 from beit3.training.evaluate import predict
 from beit3.training.step import backward, sum_targets
-from beit3.weights.matching import KEEP, assign, gathered, stored
-from beit3.weights.release_format import load_official, to_official
-from beit3.weights.store import initialise_from, save
-from tests.golden import golden
+from beit3.weights.initialization import initialize_from
+from beit3.weights.loading import load_released
+from beit3.weights.matching import NUM_EXTRA_ROWS, assign_weights, gather_weights, get_weights
+from beit3.weights.release_format import to_released_state
+from beit3.weights.store import save_weights
+from tests.golden import find_fixture
 from tests.tasks.dense import (
     CONFIGS,
     LABELS,
@@ -78,38 +82,40 @@ def release() -> Backbone:
 
 
 def trunk_of(task: Any) -> dict[str, Tensor]:
-    return {name: tensor for name, tensor in stored(task).items() if name.startswith("backbone.")}
+    return {
+        name: tensor for name, tensor in get_weights(task).items() if name.startswith("backbone.")
+    }
 
 
 def same_trunk(task: Any, source: Task) -> None:
     """The image's experts to the bit, positions resampled."""
-    theirs, positions = stored(source), "backbone.image_embedding.positions"
+    theirs, positions = get_weights(source), "backbone.image_embedding.positions"
     for name, tensor in trunk_of(task).items():
         wanted = (
             theirs[name]
             if name != positions
-            else resample_positions(theirs[name], (4, 4), (8, 8), keep=KEEP)
+            else resample_positions(theirs[name], (4, 4), (8, 8), keep=NUM_EXTRA_ROWS)
         )
         assert torch.equal(tensor, wanted), name
 
 
-# What they start from ------------------------------------------------------------------------------------------------
+# What they start from -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", DENSE)
 def test_a_released_file_starts_both(release, tmp_path, name):
-    state = to_official(release)
+    state = to_released_state(release)
     torch.save({"model": state}, tmp_path / "release.pth")
     task = made(name, seed=5, model=SEES)
     head = {
         key: tensor.clone()
-        for key, tensor in stored(task).items()
+        for key, tensor in get_weights(task).items()
         if not key.startswith("backbone.")
     }
-    report = initialise_from(task, tmp_path / "release.pth")
+    report = initialize_from(task, tmp_path / "release.pth")
     same_trunk(task, release)
     assert set(report.loaded) == set(trunk_of(task)) and set(report.fresh) == set(head)
-    assert all(torch.equal(stored(task)[key], tensor) for key, tensor in head.items()), (
+    assert all(torch.equal(get_weights(task)[key], tensor) for key, tensor in head.items()), (
         "heads keep their initial values"
     )
     sides = {
@@ -134,9 +140,9 @@ def test_our_own_weights_start_both(tmp_path, name, kind):
     }
     source = configs[kind][0](configs[kind][1])
     source.init_weights(2)
-    save(source, tmp_path / "w")
+    save_weights(source, tmp_path / "w")
     task = made(name, model=replace(model, image_size=SIDE, final_norm=False))
-    report = initialise_from(task, tmp_path / "w")
+    report = initialize_from(task, tmp_path / "w")
     same_trunk(task, source)
     backbone = {key: why for key, why in report.ignored.items() if key.startswith("backbone.")}
     assert any(".fusion." in key for key in backbone) and any(".text." in key for key in backbone)
@@ -150,16 +156,16 @@ def test_our_own_weights_start_both(tmp_path, name, kind):
 
 @pytest.mark.parametrize("name", DENSE)
 def test_patches_of_another_size_are_resampled_where_the_config_says_so(release, tmp_path, name):
-    torch.save(to_official(release), tmp_path / "release.pth")
+    torch.save(to_released_state(release), tmp_path / "release.pth")
     model = replace(SEES, patch_size=16, image_size=2 * SIDE)
     with pytest.raises(
         ValueError,
         match=r"proj.weight has shape .*8, 8.*needs .*16, 16.; --task.resize_patch True resamples it",
     ):
-        initialise_from(made(name, model=model), tmp_path / "release.pth")
+        initialize_from(made(name, model=model), tmp_path / "release.pth")
     task = made(name, model=model, resize_patch=True)
-    initialise_from(task, tmp_path / "release.pth")
-    theirs = stored(release)["backbone.image_embedding.patch.weight"]
+    initialize_from(task, tmp_path / "release.pth")
+    theirs = get_weights(release)["backbone.image_embedding.patch.weight"]
     assert torch.equal(task.backbone.image_embedding.patch.weight, resample_patches(theirs, 16))
     small = torch.rand(5, 3, 8, 8)
     large = nn.functional.interpolate(small, scale_factor=2, mode="bicubic")
@@ -172,17 +178,17 @@ def test_patches_of_another_size_are_resampled_where_the_config_says_so(release,
 @pytest.mark.parametrize("name", DENSE)
 def test_records_of_other_classes_take_the_rest(tmp_path, name):
     source = stirred(made(name))
-    save(source, tmp_path / "w")
+    save_weights(source, tmp_path / "w")
     task = made(name, seed=4, num_classes=LABELS + 2)
-    report = initialise_from(task, tmp_path / "w")
+    report = initialize_from(task, tmp_path / "w")
     assert (
         report.fresh
         and not report.ignored
         and all("in the file" in why for why in report.fresh.values())
     )
     assert all("class" in key or "mask_fcn_logits" in key for key in report.fresh)
-    theirs, fresh = stored(source), stored(made(name, seed=4, num_classes=LABELS + 2))
-    for key, tensor in stored(task).items():
+    theirs, fresh = get_weights(source), get_weights(made(name, seed=4, num_classes=LABELS + 2))
+    for key, tensor in get_weights(task).items():
         assert torch.equal(tensor, fresh[key] if key in report.fresh else theirs[key]), key
 
 
@@ -195,20 +201,20 @@ def test_boxes_alone_come_before_masks(tmp_path):
     for first, then in ((boxes, outlines), (outlines, boxes)):
         source, task = load_task("coco")(first), load_task("coco")(then)
         source.init_weights(1), task.init_weights(2)
-        save(source, tmp_path / "w")
-        report = initialise_from(task, tmp_path / "w")
+        save_weights(source, tmp_path / "w")
+        report = initialize_from(task, tmp_path / "w")
         left = report.fresh if then is outlines else report.ignored
         assert left and all(key.startswith("detector.cascade.mask_head.") for key in left)
         assert (
-            set(report.loaded) == set(stored(source)) & set(stored(task))
+            set(report.loaded) == set(get_weights(source)) & set(get_weights(task))
             and len(report.loaded) > 80
         )
 
 
 def test_each_starts_the_other(tmp_path):
     for name, other in (DENSE, DENSE[::-1]):
-        save(stirred(made(name)), tmp_path / name)
-        report = initialise_from(made(other), tmp_path / name)
+        save_weights(stirred(made(name)), tmp_path / name)
+        report = initialize_from(made(other), tmp_path / name)
         assert set(report.loaded) == set(trunk_of(made(other)))
 
 
@@ -217,8 +223,8 @@ def test_weights_of_others_are_loaded_as_these(release, tmp_path, name):
     """By `task=`, as every other task takes them; what is untrained is not asked."""
     retrieval = Retrieval(RetrievalConfig(model=replace(OTHERS, final_norm=True)))
     retrieval.init_weights(0)
-    save(retrieval, tmp_path / "retrieval")
-    torch.save(to_official(release), tmp_path / "release.pth")
+    save_weights(retrieval, tmp_path / "retrieval")
+    torch.save(to_released_state(release), tmp_path / "release.pth")
     for path, heads in ((tmp_path / "retrieval", None), (tmp_path / "release.pth", 2)):
         predictor = load_predictor(path, task=name, num_heads=heads)
         assert predictor.report.fresh and type(predictor.task) is load_task(name)
@@ -228,12 +234,13 @@ def test_weights_of_others_are_loaded_as_these(release, tmp_path, name):
 
 @pytest.mark.parametrize("name", DENSE)
 def test_they_start_tasks_of_texts_and_pairs(tmp_path, name):
-    """In the paper's form too, whose experts for pairs they do not hold either: what is not for images starts anew."""
+    """In the paper's form too, whose experts for pairs they do not hold either: what is not for
+    images starts anew."""
     model = replace(SEES, fusion_layers=1)
-    save(stirred(made(name, model=model)), tmp_path / "w")
+    save_weights(stirred(made(name, model=model)), tmp_path / "w")
     task = Retrieval(RetrievalConfig(model=model))
-    report = initialise_from(task, tmp_path / "w")
-    own = [key for key in stored(task) if key.startswith("backbone.")]
+    report = initialize_from(task, tmp_path / "w")
+    own = [key for key in get_weights(task) if key.startswith("backbone.")]
     images = {
         key
         for key in own
@@ -248,18 +255,18 @@ def test_they_start_tasks_of_texts_and_pairs(tmp_path, name):
 
 def test_weights_of_detection_see_squares_as_other_tasks(tmp_path):
     """Its pictures keep their aspect; those of a classifier must be squares to stack."""
-    save(made("coco", model=SEES), tmp_path / "w")
+    save_weights(made("coco", model=SEES), tmp_path / "w")
     assert load_predictor(tmp_path / "w", task="imagenet").task.config.image.resize == "crop"
 
 
 def test_every_released_backbone_fits_both():
     """Names and shapes of the published files, without their memory."""
-    shapes = json.loads((golden("state_dict_shapes") / "shapes.json").read_text())
+    shapes = json.loads((find_fixture("state_dict_shapes") / "shapes.json").read_text())
     assert shapes
     for file, tensors in shapes.items():
         for name in DENSE:
             with torch.device("meta"):
-                task, report = load_official(
+                task, report = load_released(
                     {key: torch.empty(shape) for key, shape in tensors.items()}, name
                 )
             fresh = {
@@ -269,7 +276,7 @@ def test_every_released_backbone_fits_both():
             assert set(report.loaded) | fresh == set(trunk_of(task)), file
 
 
-# Two processes -------------------------------------------------------------------------------------------------------
+# Two processes ------------------------------------------------------------------------------------
 
 EXACT = RunConfig(precision="float64")
 EVERYTHING: dict[str, Any] = {"rpn_samples": 10_000, "roi_samples": 400, "roi_positive_share": 0.5}
@@ -315,12 +322,13 @@ def no_chance() -> Iterator[None]:
 
 
 def measured(folder: Path, rank: int, processes: int) -> dict[str, Any]:
-    """Losses, gradients and predictions of both tasks by the path of every run: `<task> <what>` -> value."""
+    """Losses, gradients and predictions of both tasks by the path of every run: `<task> <what>` ->
+    value."""
     device, found = torch.device("cpu"), {}
     for name, rows in json.loads((folder / "records.json").read_text()).items():
-        task: Any = parallel.build(load_task(name), configs()[name], None, EXACT, device)
-        parallel.materialise(task, device, 0)
-        assign(task, load_file(folder / f"{name}.safetensors"))
+        task: Any = parallel.build_task(load_task(name), configs()[name], None, EXACT, device)
+        parallel.materialize(task, device, 0)
+        assign_weights(task, load_file(folder / f"{name}.safetensors"))
         for module in task.modules():  # statistics of a batch are of one process's
             module.train(not isinstance(module, nn.BatchNorm2d))
         micro_batches = [
@@ -330,16 +338,16 @@ def measured(folder: Path, rank: int, processes: int) -> dict[str, Any]:
         totals = sum_targets(task, micro_batches)
         with no_chance():
             found[f"{name} losses"], _ = backward(
-                task, micro_batches, totals, parallel.autocast(EXACT, device)
+                task, micro_batches, totals, parallel.make_autocast(EXACT, device)
             )
         found[f"{name} gradients"] = {
-            key: whole(p.grad) for key, p in task.trainable() if p.grad is not None
+            key: gather_full(p.grad) for key, p in task.trainable_parameters() if p.grad is not None
         }
         found[f"{name} counts"] = totals
         found[f"{name} predictions"] = predict(
-            task, rows, batch_size=1, precision=parallel.autocast(EXACT, device)
+            task, rows, batch_size=1, autocast=parallel.make_autocast(EXACT, device)
         )
-        found[f"{name} names"] = sorted(gathered(task))
+        found[f"{name} names"] = sorted(gather_weights(task))
     return found
 
 
@@ -361,7 +369,7 @@ def runs(tmp_path_factory) -> tuple[dict[str, Any], dict[str, Any], dict[str, An
     for name, config in configs().items():
         task = load_task(name)(config)
         task.init_weights(0)
-        save_file(stored(stirred(task)), folder / f"{name}.safetensors")
+        save_file(get_weights(stirred(task)), folder / f"{name}.safetensors")
     mp.spawn(_process, (folder,), nprocs=2)
     return measured(folder, 0, 1), *(
         torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)
@@ -370,7 +378,8 @@ def runs(tmp_path_factory) -> tuple[dict[str, Any], dict[str, Any], dict[str, An
 
 @pytest.mark.parametrize("name", DENSE)
 def test_two_processes_equal_one(runs, name):
-    """Losses, counts and gradients; masks, boxes and queries are counted over both, whoever has none of them."""
+    """Losses, counts and gradients; masks, boxes and queries are counted over both, whoever has
+    none of them."""
     one, two, _ = runs
     assert one[f"{name} counts"] == two[f"{name} counts"]
     assert one[f"{name} losses"] == pytest.approx(two[f"{name} losses"], rel=1e-9)
@@ -385,13 +394,14 @@ def test_two_processes_equal_one(runs, name):
 
 @pytest.mark.parametrize("name", DENSE)
 def test_two_processes_predict_what_one_does(runs, name):
-    """Also where a picture takes more windows than the other process's: sharded blocks are gathered for each."""
+    """Also where a picture takes more windows than the other process's: sharded blocks are gathered
+    for each."""
     one, *both = runs
     for two in both:
         mine, theirs = one[f"{name} predictions"], two[f"{name} predictions"]
         assert [row["id"] for row in mine] == [row["id"] for row in theirs]
         if name == "ade20k":
-            assert mine == theirs and max(len(np.unique(decoded(row))) for row in mine) > 1
+            assert mine == theirs and max(len(np.unique(decode_label_map(row))) for row in mine) > 1
             continue
         for left, right in zip(mine, theirs, strict=True):
             assert left["objects"] and [each["label"] for each in left["objects"]] == [
@@ -406,11 +416,11 @@ def test_two_processes_predict_what_one_does(runs, name):
 
 def test_batch_norms_see_all_processes_where_these_have_accelerators(monkeypatch):
     """Built as for two GPUs; nothing is computed."""
-    for module in (prior, parallel):
+    for module in (batch_norm, parallel):
         monkeypatch.setattr(module, "world_size", lambda: 2)
     monkeypatch.setattr(parallel, "shard", lambda *_: None)
     for device, kind in (("cuda", nn.SyncBatchNorm), ("cpu", nn.BatchNorm2d)):
-        task = parallel.build(
+        task = parallel.build_task(
             load_task("ade20k"), configs()["ade20k"], None, RunConfig(), torch.device(device)
         )
         norms = [
@@ -421,12 +431,13 @@ def test_batch_norms_see_all_processes_where_these_have_accelerators(monkeypatch
         assert len(norms) > 8 and {type(norm) for norm in norms} == {kind}
 
 
-# Sizes and precision -------------------------------------------------------------------------------------------------
+# Sizes and precision ------------------------------------------------------------------------------
 
 
 @torch.no_grad()
 def test_the_giants_on_meta():
-    """The paper's recipes: 1280 px with windows up to the pyramid (what is found decides the rest), 896 px to the scores."""
+    """The paper's recipes: 1280 px with windows up to the pyramid (what is found decides the rest),
+    896 px to the scores."""
     with torch.device("meta"):
         coco = load_task("coco")(load_task("coco").recipes["giant_1280"].task).eval()
     assert [block.window for block in coco.backbone.blocks].count(
@@ -456,7 +467,9 @@ def test_bfloat16_is_near_float32(tmp_path, name):
             result = task(batch)["losses"]
         torch.stack(list(result.values())).sum().backward()
         assert all(value.dtype == torch.float32 for value in result.values())
-        assert all(p.grad.isfinite().all() for _, p in task.trainable() if p.grad is not None)
+        assert all(
+            p.grad.isfinite().all() for _, p in task.trainable_parameters() if p.grad is not None
+        )
         found.append({key: float(value.detach()) for key, value in result.items()})
     steady = [
         key for key in found[0] if not key.startswith(("box1", "box2"))
@@ -470,20 +483,20 @@ def test_bfloat16_is_near_float32(tmp_path, name):
 def test_recomputed_blocks_give_the_same_gradients(tmp_path, name):
     found = []
     for recompute in ("none", "full", "selective"):
-        task = parallel.build(
+        task = parallel.build_task(
             load_task(name),
             configs()[name],
             None,
             replace(EXACT, checkpointing=recompute),
             torch.device("cpu"),
         )
-        parallel.materialise(task, torch.device("cpu"), 0)
+        parallel.materialize(task, torch.device("cpu"), 0)
         batch: Batch = task.collate(
             [task.example(row, True) for row in records(tmp_path)[name][1:3]]
         )
         with no_chance():
             torch.stack(list(task(batch)["losses"].values())).sum().backward()
-        found.append({key: p.grad for key, p in task.trainable() if p.grad is not None})
+        found.append({key: p.grad for key, p in task.trainable_parameters() if p.grad is not None})
     for other in found[1:]:
         for key, gradient in found[0].items():
             torch.testing.assert_close(other[key], gradient, rtol=1e-9, atol=1e-12, msg=key)

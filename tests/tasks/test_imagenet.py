@@ -8,17 +8,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from beit3.data.loader import Source
+from beit3.data.loader import RecordDataset
 from beit3.model.config import TINY
 from beit3.task import grow_vocabulary
 from beit3.tasks.imagenet import ImageNet, ImageNetConfig, doubtful, read_classes
 from beit3.tokenizer.text import TextTokenizer
-from tests.world_root import SMALL, tuning_recipe
+from tests.world_root import SMALL, make_finetuning_recipe
 
 
 def built(root, **fields) -> ImageNet:
     tokenizer = TextTokenizer(root / "text.model")
-    config = replace(tuning_recipe("imagenet", root).task, **fields)
+    config = replace(make_finetuning_recipe("imagenet", root).task, **fields)
     task = ImageNet(
         ImageNet.configure(grow_vocabulary(config, tokenizer), root), tokenizer=tokenizer
     )
@@ -36,7 +36,7 @@ def batch(root):
     return task.collate(
         [
             task.example(row, False)
-            for row in list(Source(root / "imagenet/main/train.jsonl", root))[:6]
+            for row in list(RecordDataset(root / "imagenet/main/train.jsonl", root))[:6]
         ]
     )
 
@@ -114,9 +114,10 @@ def test_mixed_and_smoothed_targets(root, batch):
 
 
 def test_erased_boxes_hold_noise_in_the_networks_pixels(root, batch):
-    """The bytes stay whole; on the device normalised pixels get what was drawn for them, the rest is as without erasing."""
+    """The bytes stay whole; on the device normalised pixels get what was drawn for them, the rest
+    is as without erasing."""
     task = built(root, erasing=0.5)
-    rows = list(Source(root / "imagenet/main/train.jsonl", root))[:24]
+    rows = list(RecordDataset(root / "imagenet/main/train.jsonl", root))[:24]
     examples = [task.example(row, True) for row in rows]
     drawn = task.collate(examples)
     boxes = drawn.pop("erased")
@@ -136,7 +137,7 @@ def test_erased_boxes_hold_noise_in_the_networks_pixels(root, batch):
 
 def test_wrong_labels_lists_and_heads(root, tmp_path):
     task = built(root)
-    row = Source(root / "imagenet/main/train.jsonl", root)[0]
+    row = RecordDataset(root / "imagenet/main/train.jsonl", root)[0]
     with pytest.raises(ValueError, match="label 10 is none of the 10 classes"):
         task.example(row | {"label": 10}, False)
     with pytest.raises(ValueError, match="2 class names for 10 classes"):
@@ -154,7 +155,7 @@ def test_wrong_labels_lists_and_heads(root, tmp_path):
 
 def test_scores_and_names_of_predictions(root, batch):
     task = built(root)
-    records = list(Source(root / "imagenet/main/train.jsonl", root))[:6]
+    records = list(RecordDataset(root / "imagenet/main/train.jsonl", root))[:6]
     predictions = task.predict(batch)
     assert (
         predictions[0]["name"] == task.config.classes[predictions[0]["label"]]
@@ -174,7 +175,8 @@ def test_scores_and_names_of_predictions(root, batch):
 
 
 def test_kept_names_follow_weights_lists_and_gradients(root, batch):
-    """Loading, another list, or a forward with gradients never sees what an earlier evaluation kept."""
+    """Loading, another list, or a forward with gradients never sees what an earlier evaluation
+    kept."""
     task = by_names(root)
     with torch.no_grad():
         first = task.name_features()
@@ -195,7 +197,8 @@ def test_kept_names_follow_weights_lists_and_gradients(root, batch):
 
 
 def test_a_linear_head_without_names_counts_the_labels(tmp_path):
-    """Upstream's index folders have no classes.txt; where there is one it counts, and heads by name need it."""
+    """Upstream's index folders have no classes.txt; where there is one it counts, and heads by name
+    need it."""
     rows = [{"image_path": f"train/{label}.JPEG", "label": label} for label in (0, 6, 3)]
     (tmp_path / "imagenet.train.index.jsonl").write_text(
         "".join(json.dumps(row) + "\n" for row in rows)

@@ -7,24 +7,26 @@ import pytest
 import torch
 from PIL import Image
 
-from beit3.data.loader import Source
+from beit3.data.loader import RecordDataset
 from beit3.task import grow_vocabulary
-from beit3.tasks.nlvr2 import NLVR2, cut
+from beit3.tasks.nlvr2 import NLVR2, crop_box
 from beit3.tokenizer.text import TextTokenizer
-from tests.world_root import tuning_recipe
+from tests.world_root import make_finetuning_recipe
 
 
 @pytest.fixture(scope="module")
 def task(root) -> NLVR2:
     tokenizer = TextTokenizer(root / "text.model")
-    task = NLVR2(grow_vocabulary(tuning_recipe("nlvr2", root).task, tokenizer), tokenizer=tokenizer)
+    task = NLVR2(
+        grow_vocabulary(make_finetuning_recipe("nlvr2", root).task, tokenizer), tokenizer=tokenizer
+    )
     task.init_weights(0)
     return task.eval()
 
 
 def test_the_head_reads_both_pairs_in_order(task, root):
     """Against the pairs encoded one by one."""
-    rows = [Source(root / "nlvr2/main/train.jsonl", root)[i] for i in range(3)]
+    rows = [RecordDataset(root / "nlvr2/main/train.jsonl", root)[i] for i in range(3)]
     batch = task.collate([task.example(row, False) for row in rows])
     assert batch["image"].shape == (3, 2, 3, 32, 32)
     with torch.no_grad():
@@ -63,11 +65,11 @@ def test_boxes_cut_one_canvas_in_two(task, tmp_path):
 
 def test_cut_is_left_top_right_bottom():
     image = torch.arange(3 * 4 * 6, dtype=torch.uint8).view(3, 4, 6)
-    assert torch.equal(cut(image, [1, 2, 5, 4]), image[:, 2:4, 1:5]) and cut(image, None) is image
+    assert torch.equal(crop_box(image, [1, 2, 5, 4]), image[:, 2:4, 1:5])
 
 
 def test_each_image_has_a_view_of_its_own(task, root):
-    row = Source(root / "nlvr2/main/train.jsonl", root)[0]
+    row = RecordDataset(root / "nlvr2/main/train.jsonl", root)[0]
     other = NLVR2(replace(task.config, crop=(0.3, 0.6), flip=0.5), tokenizer=task.tokenizer)
     same = row | {"image2": row["image"]}
     one, two = other.example(same, True, rng=np.random.default_rng(0))["image"]
@@ -91,7 +93,7 @@ def test_scores():
 
 
 def test_labels_are_two(task, root):
-    row = Source(root / "nlvr2/main/train.jsonl", root)[0]
+    row = RecordDataset(root / "nlvr2/main/train.jsonl", root)[0]
     with pytest.raises(ValueError, match="label 2 is neither"):
         task.example(row | {"label": 2}, False)
     unlabelled = {key: value for key, value in row.items() if key != "label"} | {"id": "7"}

@@ -10,20 +10,20 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from beit3.data.loader import Source
-from beit3.data.views.transforms import VL, Preprocessing
+from beit3.data.loader import RecordDataset
+from beit3.data.views.preprocessing import VL_MEAN_STD, Preprocessing
 from beit3.images import open_image
 from beit3.model.config import BASE, GIANT, LARGE
 from beit3.seeding import make_rng
 from beit3.task import Batch
-from beit3.tasks.pretrain import IGNORE, Pretrain, PretrainConfig
+from beit3.tasks.pretrain import IGNORE_INDEX, Pretrain, PretrainConfig
 from beit3.tasks.vqkd import VQKD, VQKDConfig
 from beit3.tokenizer.text import TextTokenizer
 from beit3.tokenizer.visual import VisualTokenizer, VisualTokenizerConfig
 from beit3.training.loop import train
-from beit3.weights.store import save
-from tests.training.runs import lines
-from tests.world_root import NUM_CODES, SMALL, pretrain_recipe
+from beit3.weights.store import save_weights
+from tests.training.runs import read_metrics
+from tests.world_root import NUM_CODES, SMALL, make_pretrain_recipe
 
 VOCABULARY = replace(SMALL, vocab_size=512, text_positions=50)
 
@@ -49,7 +49,7 @@ def built(root: Path, visual: Path | str = "", **changes: Any) -> Pretrain:
 
 
 def records(root: Path, name: str) -> list[dict]:
-    return list(Source(root / f"pretrain/{name}/train.jsonl", root))
+    return list(RecordDataset(root / f"pretrain/{name}/train.jsonl", root))
 
 
 def batch(task: Pretrain, rows: list[dict], count: int = 6) -> Batch:
@@ -57,11 +57,11 @@ def batch(task: Pretrain, rows: list[dict], count: int = 6) -> Batch:
 
 
 @pytest.fixture
-def task(root, visual) -> Pretrain:
-    return built(root, visual)
+def task(root, vqkd_weights) -> Pretrain:
+    return built(root, vqkd_weights)
 
 
-# What is hidden ------------------------------------------------------------------------------------------------------
+# What is hidden -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("name", "rate"), [("texts", 0.15), ("pairs", 0.5)])
@@ -70,7 +70,7 @@ def test_text_hides_its_share_of_pieces_and_never_a_mark(task, root, name, rate)
         example = task.example(record, True, rng=make_rng(0, 0, record["id"]))
         length = 24 if name == "pairs" else 48
         whole = task.tokenizer.encode(record["text"], length)
-        hidden = example["text_target"] != IGNORE
+        hidden = example["text_target"] != IGNORE_INDEX
         assert example["text"].shape == example["text_target"].shape == (length,)
         assert int(hidden.sum()) == max(1, round(rate * (len(whole) - 2)))
         assert not hidden[0] and not hidden[len(whole) - 1 :].any(), (
@@ -96,7 +96,8 @@ def test_forty_percent_of_the_patches_exactly(root, model, cells, hidden):
 
 
 def test_blocks_are_as_large_as_asked(root):
-    """On the paper's grid a hidden patch nearly always has a hidden neighbour; scattered cells would not."""
+    """On the paper's grid a hidden patch nearly always has a hidden neighbour; scattered cells
+    would not."""
     with torch.device("meta"):
         large = Pretrain(PretrainConfig(model=replace(BASE, depth=1)))
     for record in records(root, "images")[:5]:
@@ -128,7 +129,7 @@ def test_what_a_pair_hides(root, how):
 def test_images_and_texts_alone_are_always_masked(root, how):
     task = built(root, pair_masking=how)
     assert int(task.example(records(root, "images")[0], True)["image_mask"].sum()) == 6
-    assert (task.example(records(root, "texts")[0], True)["text_target"] != IGNORE).any()
+    assert (task.example(records(root, "texts")[0], True)["text_target"] != IGNORE_INDEX).any()
 
 
 def test_alternating_pairs_toss_their_own_coin(root):
@@ -139,7 +140,7 @@ def test_alternating_pairs_toss_their_own_coin(root):
             example = task.example(record, True, rng=make_rng(0, epoch, record["id"]))
             image, text = (
                 int(example["image_mask"].sum()),
-                int((example["text_target"] != IGNORE).sum()),
+                int((example["text_target"] != IGNORE_INDEX).sum()),
             )
             assert (image == 6) != (text > 0) and image in (0, 6), "one side, and all of it"
             sides[image > 0, record["id"]] += 1
@@ -171,7 +172,7 @@ def test_evaluation_hides_the_same_at_every_turn_and_shows_the_whole_image(root)
     assert torch.equal(one["token_image"], open_image(record["image"]))
 
 
-# What is predicted ---------------------------------------------------------------------------------------------------
+# What is predicted --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["images", "texts", "pairs"])
@@ -180,7 +181,7 @@ def test_logits_at_hidden_positions_are_those_of_the_full_output(task, root, nam
     outputs = task.outputs(rows)
     masks = {
         "image": rows.get("image_mask"),
-        "text": rows["text_target"] != IGNORE if "text_target" in rows else None,
+        "text": rows["text_target"] != IGNORE_INDEX if "text_target" in rows else None,
     }
     predicted = list(task.predicted(rows, task.encode(rows)))
     assert [part for part, *_ in predicted] == [
@@ -207,23 +208,25 @@ def test_logits_at_hidden_positions_are_those_of_the_full_output(task, root, nam
         ("pairs", "alternate", ["pair_image", "pair_text"]),
     ],
 )
-def test_losses_are_counted_per_kind(root, visual, name, how, kinds):
-    task = built(root, visual, pair_masking=how)
+def test_losses_are_counted_per_kind(root, vqkd_weights, name, how, kinds):
+    task = built(root, vqkd_weights, pair_masking=how)
     rows = batch(task, records(root, name), 30)
     counts, result = task.targets(rows), task(rows)
     assert list(counts) == list(result["losses"]) == kinds
     assert [key.rpartition("/")[0] for key in result["metrics"]] == kinds
     for kind, count in counts.items():
-        hidden = rows["image_mask"] if kind.endswith("image") else rows["text_target"] != IGNORE
+        hidden = (
+            rows["image_mask"] if kind.endswith("image") else rows["text_target"] != IGNORE_INDEX
+        )
         assert count == int(hidden.sum()) > 0
         assert 0 <= int(result["metrics"][f"{kind}/accuracy"]) <= count
 
 
-def test_given_codes_are_the_targets(root, visual):
-    task = built(root, visual)
+def test_given_codes_are_the_targets(root, vqkd_weights):
+    task = built(root, vqkd_weights)
     rows = batch(task, records(root, "images"))
     wanted = task(rows)["losses"]["image"]
-    codes = task.visual_tokenizer.codes(rows["token_image"])
+    codes = task.visual_tokenizer.tokenize(rows["token_image"])
     assert torch.equal(task.codes(rows), codes) and codes.shape == (6, 16)
     alone = built(root)
     with pytest.raises(ValueError, match="image targets need a visual tokenizer"):
@@ -236,9 +239,9 @@ def test_given_codes_are_the_targets(root, visual):
     assert float(alone(given)["losses"]["image"].detach()) != pytest.approx(float(wanted.detach()))
 
 
-def test_the_number_of_codes_must_be_the_tokenizers(root, visual):
+def test_the_number_of_codes_must_be_the_tokenizers(root, vqkd_weights):
     with pytest.raises(ValueError, match=rf"task\.num_codes is 7, but .* has {NUM_CODES} codes"):
-        built(root, visual, num_codes=7)
+        built(root, vqkd_weights, num_codes=7)
 
 
 def test_hidden_patches_cannot_be_seen(task, root):
@@ -275,7 +278,7 @@ def test_scores_are_means_over_all_hidden_positions(task, root):
     assert scores["negative_loss"] == pytest.approx(-scores["image_loss"] - scores["text_loss"])
 
 
-# The paper's run -----------------------------------------------------------------------------------------------------
+# The paper's run ----------------------------------------------------------------------------------
 
 
 def test_a_giants_token_view_has_a_code_for_every_patch(root, tmp_path):
@@ -284,7 +287,7 @@ def test_a_giants_token_view_has_a_code_for_every_patch(root, tmp_path):
         VQKDConfig(model=VisualTokenizerConfig(224, 16, 16, 1, 2, 16, 1, 4, NUM_CODES, 45))
     )
     visual.init_weights(0)
-    save(visual, tmp_path / "visual")
+    save_weights(visual, tmp_path / "visual")
     giant: Any = Pretrain.recipes["giant_224"].task
     assert giant.model.grid == (16, 16) and giant.token_size == 256
     model = replace(giant.model, dim=16, depth=3, num_heads=2, ffn_dim=16, vocab_size=512)
@@ -308,7 +311,8 @@ def test_a_giants_token_view_has_a_code_for_every_patch(root, tmp_path):
     [("base_224", BASE, 224), ("large_224", LARGE, 224), ("giant_224", GIANT, 256)],
 )
 def test_recipes_carry_the_papers_numbers(name, model, token_size):
-    """Paper sections 2.2, 2.3 and 3.2, appendix A; what it leaves open is argued in docs/pretraining.md."""
+    """Paper sections 2.2, 2.3 and 3.2, appendix A; what it leaves open is argued in
+    docs/pretraining.md."""
     recipe = Pretrain.recipes[name]
     task: Any = recipe.task
     assert task.model == replace(model, drop_path_rate=0.1) and task.model.image_size == 224
@@ -322,7 +326,7 @@ def test_recipes_carry_the_papers_numbers(name, model, token_size):
     assert (task.text_length, task.monomodal_text_length) == (64, 512)
     assert (task.color_jitter, task.image_flip, task.pair_flip) == (0.4, 0.5, 0.5)
     assert (task.image_crop, task.pair_crop) == ((0.2, 1.0), (0.5, 1.0))
-    assert (task.image.image_size, task.image.mean, task.image.std) == (224, *VL)
+    assert (task.image.image_size, task.image.mean, task.image.std) == (224, *VL_MEAN_STD)
     assert (
         task.image_weight
         == task.text_weight
@@ -396,16 +400,17 @@ def test_heads_are_untied_and_have_biases(task):
     assert task.text_head.bias is not None and task.image_head.bias.shape == (NUM_CODES,)
 
 
-# Codes kept in memory ------------------------------------------------------------------------------------------------
+# Codes kept in memory -----------------------------------------------------------------------------
 
 
-def test_kept_codes_change_nothing(root, visual, tmp_path, monkeypatch):
-    """Three epochs over eight images and their pairs: the tokenizer sees each image of each source once."""
+def test_kept_codes_change_nothing(root, vqkd_weights, tmp_path, monkeypatch):
+    """Three epochs over eight images and their pairs: the tokenizer sees each image of each source
+    once."""
     seen = []
-    codes = VisualTokenizer.codes
+    codes = VisualTokenizer.tokenize
     monkeypatch.setattr(
         VisualTokenizer,
-        "codes",
+        "tokenize",
         lambda self, images: seen.append(len(images)) or codes(self, images),
     )
     fixed = {
@@ -415,14 +420,14 @@ def test_kept_codes_change_nothing(root, visual, tmp_path, monkeypatch):
         "pair_flip": 0.0,
         "color_jitter": 0.0,
     }
-    given = pretrain_recipe(root, visual, steps=6, eval_records=2)
+    given = make_pretrain_recipe(root, vqkd_weights, steps=6, eval_records=2)
     data = replace(given.data, batch={"images": 4, "texts": 2, "pairs": 4}, limit=8)
     logs, counts = [], []
     for keep in (False, True):
         seen.clear()
         recipe = replace(given, task=replace(given.task, cache_codes=keep, **fixed), data=data)
         train(recipe, Pretrain, out=tmp_path / str(keep))
-        logs.append(lines(tmp_path / str(keep)))
+        logs.append(read_metrics(tmp_path / str(keep)))
         counts.append(sum(seen))
     assert logs[0] == logs[1]
     assert counts == [6 * 8 + 4, 2 * 8 + 4], "and the four of the evaluation"

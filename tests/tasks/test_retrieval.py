@@ -1,22 +1,24 @@
-"""Retrieval: features of either side alone, several captions a record, and images that count once."""
+"""Retrieval: features of either side alone, several captions a record, and images that count
+once."""
 
 import numpy as np
 import pytest
 import torch
 
-from beit3.data.loader import Source
-from beit3.ops.losses import contrastive
+from beit3.data.loader import RecordDataset
+from beit3.ops.losses import contrastive_loss
 from beit3.task import grow_vocabulary
 from beit3.tasks.retrieval import Retrieval
 from beit3.tokenizer.text import TextTokenizer
-from tests.world_root import tuning_recipe
+from tests.world_root import make_finetuning_recipe
 
 
 @pytest.fixture(scope="module")
 def task(root) -> Retrieval:
     tokenizer = TextTokenizer(root / "text.model")
     task = Retrieval(
-        grow_vocabulary(tuning_recipe("retrieval", root).task, tokenizer), tokenizer=tokenizer
+        grow_vocabulary(make_finetuning_recipe("retrieval", root).task, tokenizer),
+        tokenizer=tokenizer,
     )
     task.init_weights(0)
     return task.eval()
@@ -32,7 +34,7 @@ def test_contrastive_loss_by_hand():
     for i in range(5):
         total -= 0.5 * (similarities[i, i] - np.log(np.exp(similarities[i]).sum()))
         total -= 0.5 * (similarities[i, i] - np.log(np.exp(similarities[:, i]).sum()))
-    loss, right = contrastive(
+    loss, right = contrastive_loss(
         torch.tensor(image), torch.tensor(text), torch.tensor([7.0], dtype=torch.float64)
     )
     assert float(loss) == pytest.approx(total, rel=1e-12)
@@ -42,7 +44,7 @@ def test_contrastive_loss_by_hand():
 
 
 def test_either_side_alone_has_the_same_features(task, root):
-    rows = list(Source(root / "retrieval/main/val.jsonl", root))[:3]
+    rows = list(RecordDataset(root / "retrieval/main/val.jsonl", root))[:3]
     assert [len(row["captions"]) for row in rows] == [3, 3, 3]
     both = task.predict(task.collate([task.example(row, False) for row in rows]))
     for row, prediction in zip(rows, both, strict=True):
@@ -78,7 +80,7 @@ def test_captions_of_one_image_are_its_own_wherever_they_stand():
 
 
 def test_training_needs_one_caption_a_record(task, root):
-    rows = list(Source(root / "retrieval/main/val.jsonl", root))[:2]
+    rows = list(RecordDataset(root / "retrieval/main/val.jsonl", root))[:2]
     batch = task.collate([task.example(row, False) for row in rows])
     with pytest.raises(ValueError, match="2 images and 6 texts"):
         task(batch)
@@ -91,17 +93,18 @@ def test_the_temperature_starts_at_the_releases(task):
 
 
 def test_similarities_stay_precise_under_autocast():
-    """Features and temperature are float32; a product in bfloat16 would move logits of 100 by half a nat."""
+    """Features and temperature are float32; a product in bfloat16 would move logits of 100 by half
+    a nat."""
     torch.manual_seed(0)
     image, text = (torch.nn.functional.normalize(torch.randn(6, 32), dim=-1) for _ in range(2))
-    plain, _ = contrastive(image, text, torch.tensor([100.0]))
+    plain, _ = contrastive_loss(image, text, torch.tensor([100.0]))
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        cast, _ = contrastive(image, text, torch.tensor([100.0]))
+        cast, _ = contrastive_loss(image, text, torch.tensor([100.0]))
     assert torch.equal(plain, cast)
 
 
 def test_records_of_one_batch_have_the_same_fields(task, root):
-    rows = list(Source(root / "retrieval/main/val.jsonl", root))[:2]
+    rows = list(RecordDataset(root / "retrieval/main/val.jsonl", root))[:2]
     wrong = [
         task.example(rows[0], False),
         task.example({"id": "7", "image": rows[1]["image"]}, False),

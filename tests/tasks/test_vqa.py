@@ -11,12 +11,14 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from beit3.data.loader import Source
-from beit3.data.stores.records import locate
-from beit3.data.views.transforms import VL, Preprocessing
+from beit3.data.loader import RecordDataset
+from beit3.data.prepare.answers import MIN_ANSWER_COUNT, build_answers, make_vqa_record
+from beit3.data.stores.label_names import read_answers
+from beit3.data.stores.split_files import locate_split
+from beit3.data.views.preprocessing import VL_MEAN_STD, Preprocessing
 from beit3.model.config import BASE, LARGE, TINY_RELEASE
 from beit3.task import Batch, grow_vocabulary
-from beit3.tasks.vqa import MIN_ANSWER_COUNT, VQA, VQAConfig, build_answers, read_answers, to_record
+from beit3.tasks.vqa import VQA, VQAConfig
 from beit3.tokenizer.text import TextTokenizer
 from tests.world_root import SMALL
 
@@ -41,11 +43,13 @@ def task(root) -> VQA:
 
 
 def batch(task: VQA, root: Path, count: int = 6, split: str = "train") -> Batch:
-    rows = [record for record in Source(locate(root, "vqa", "main", split), root)][:count]
+    rows = [record for record in RecordDataset(locate_split(root, "vqa", "main", split), root)][
+        :count
+    ]
     return task.collate([task.example(row, False) for row in rows])
 
 
-# Answers -------------------------------------------------------------------------------------------------------------
+# Answers ------------------------------------------------------------------------------------------
 
 
 def test_answers_keep_the_order_of_their_first_appearance():
@@ -54,7 +58,7 @@ def test_answers_keep_the_order_of_their_first_appearance():
         "normalised; articles become the empty answer, as in the release"
     )
     assert build_answers(given, 2) == ("red", "2", "blue", "")
-    assert build_answers(given, 1, official=False) == ("red", "2", "blue", "a", "green")
+    assert build_answers(given, 1, is_vqa=False) == ("red", "2", "blue", "a", "green")
     with pytest.raises(ValueError, match="no answer is given 3 times"):
         build_answers(given, 3)
 
@@ -65,17 +69,20 @@ def test_the_threshold_is_the_releases():
 
 
 def test_a_record_scores_the_known_answers_as_they_stand():
-    """0.3, 0.6, 0.9 and 1 for 1, 2, 3 and more of ten; raw answers are matched against the normalised list."""
+    """0.3, 0.6, 0.9 and 1 for 1, 2, 3 and more of ten; raw answers are matched against the
+    normalised list."""
     given = ["red"] * 4 + ["blue"] * 3 + ["Red"] * 2 + ["green"]
     question = {"id": 7, "image": "a.png", "text": "which ?", "answers": given}
-    assert to_record(question, {"red", "blue"}) == {
+    assert make_vqa_record(question, {"red", "blue"}) == {
         "id": "7",
         "image": "a.png",
         "text": "which ?",
         "answers": {"red": 1.0, "blue": pytest.approx(0.9)},
         "annotators": given,
     }
-    assert to_record(question | {"answers": ["yes"] * 2 + ["no"]}, {"yes", "no"})["answers"] == {
+    assert make_vqa_record(question | {"answers": ["yes"] * 2 + ["no"]}, {"yes", "no"})[
+        "answers"
+    ] == {
         "yes": 0.6,
         "no": 0.3,
     }
@@ -84,7 +91,9 @@ def test_a_record_scores_the_known_answers_as_they_stand():
 def test_the_official_score_is_by_leave_one_out():
     """Two of ten said it: each of the two is matched by 1/3, the other eight by 2/3."""
     given = ["red"] * 2 + ["Blue"] * 8
-    record = to_record({"id": 7, "image": "a.png", "text": "?", "answers": given}, {"red", "blue"})
+    record = make_vqa_record(
+        {"id": 7, "image": "a.png", "text": "?", "answers": given}, {"red", "blue"}
+    )
     scores = VQA.score([{"id": "7", "answer": "red"}], [record])
     assert scores["official"] == pytest.approx((2 / 3 + 8 * 2 / 3) / 10) and scores[
         "accuracy"
@@ -101,7 +110,7 @@ def test_scored_answers_stay_as_they_are_given():
         "text": "?",
         "answers": {"Two": 1, "three": 0.333, "odd": 1.0},
     }
-    assert to_record(question, {"2", "3"}) == {
+    assert make_vqa_record(question, {"2", "3"}) == {
         "id": "7",
         "image": "a.png",
         "text": "?",
@@ -122,11 +131,11 @@ def test_what_the_server_takes():
 
 def test_one_annotators_answer_counts_whole():
     question = {"id": 7, "image": "a.png", "text": "?", "answers": ["Two."]}
-    assert to_record(question, {"2"})["answers"] == {"2": 1.0}
+    assert make_vqa_record(question, {"2"})["answers"] == {"2": 1.0}
     assert (
-        to_record(question, {"3"})["answers"]
+        make_vqa_record(question, {"3"})["answers"]
         == {}
-        == to_record(question | {"answers": []}, {"3"})["answers"]
+        == make_vqa_record(question | {"answers": []}, {"3"})["answers"]
     )
 
 
@@ -134,21 +143,18 @@ def test_preparing_writes_the_list_and_soft_answers(raw, root):
     """Against the files themselves: every question's commonest answer, in the order train, val."""
     names = [f"v2_mscoco_{split}2014_annotations.json" for split in ("train", "val")]
     rows = [
-        row
-        for name in names
-        for row in json.loads((raw / "vqa" / name).read_text())["annotations"]
+        row for name in names for row in json.loads((raw / "vqa" / name).read_text())["annotations"]
     ]
     expected = tuple(dict.fromkeys(row["multiple_choice_answer"] for row in rows))
     assert read_answers(root / "vqa/main/answer2label.txt") == expected
     lines = [
-        json.loads(line)
-        for line in (root / "vqa/main/answer2label.txt").read_text().splitlines()
+        json.loads(line) for line in (root / "vqa/main/answer2label.txt").read_text().splitlines()
     ]
     assert lines == [{"answer": answer, "label": label} for label, answer in enumerate(expected)]
     records = {
         r["id"]: r
         for split in ("train", "val")
-        for r in Source(root / f"vqa/main/{split}.jsonl", root)
+        for r in RecordDataset(root / f"vqa/main/{split}.jsonl", root)
     }
     assert {str(row["question_id"]): {row["multiple_choice_answer"]: 1.0} for row in rows} == {
         k: r["answers"] for k, r in records.items()
@@ -167,7 +173,8 @@ def easy(raw: Path, train: list[str], val: list[str]) -> Path:
 
 
 def test_a_threshold_drops_what_cannot_be_learnt(tmp_path):
-    """Counted over train and val. Only VQA's own sets have one by themselves, whatever the size of another."""
+    """Counted over train and val. Only VQA's own sets have one by themselves, whatever the size of
+    another."""
     raw = easy(
         tmp_path / "raw", ["often"] * 9_993 + ["seldom"] * 7 + ["nine"] * 8, ["seldom", "nine"]
     )
@@ -228,13 +235,14 @@ def official(
     "given", [{}, {"name": ""}, {"description": "This is v2.0 of the VQA dataset."}]
 )
 def test_vqas_own_sets_have_the_releases_list(tmp_path, given, monkeypatch):
-    """Nine times or more, and the empty answer among them: each answer behind it keeps the label of the released head.
+    """Nine times or more, and the empty answer among them: each answer behind it keeps the label of
+    the released head.
 
     A sample of them lists every answer.
     """
     raw = official(tmp_path / "raw", ["a"] * 10 + ["yes"] * 9 + ["no"] * 8, **given)
     assert VQA.prepare(raw, tmp_path / "sample", "main")["answer_given_at_least"] == 1
-    monkeypatch.setattr("beit3.tasks.vqa.SAMPLE", 27)
+    monkeypatch.setattr("beit3.data.prepare.answers.MIN_VQA_QUESTIONS", 27)
     report = VQA.prepare(raw, tmp_path / "root", "main")
     assert read_answers(tmp_path / "root/vqa/main/answer2label.txt") == ("", "yes")
     assert report["answer_given_at_least"] == 9 and report["records"]["train"] == 9, (
@@ -270,7 +278,8 @@ def test_letters_of_a_table_are_answers(tmp_path):
     VQA.prepare(tmp_path / "raw", tmp_path / "root", "main")
     assert read_answers(tmp_path / "root/vqa/main/answer2label.txt") == ("a", "b", "0")
     found = [
-        record["answers"] for record in Source(tmp_path / "root/vqa/main/train.jsonl", tmp_path)
+        record["answers"]
+        for record in RecordDataset(tmp_path / "root/vqa/main/train.jsonl", tmp_path)
     ]
     assert found == [{"a": 1.0}, {"b": 1.0}, {"0": 1.0}, {"a": 0.6, "b": 0.3}]
 
@@ -323,16 +332,16 @@ def test_configure_takes_answers_and_vocabulary_from_the_data(root):
         grow_vocabulary(replace(given, text_length=39), tokenizer)
 
 
-# Targets and loss ----------------------------------------------------------------------------------------------------
+# Targets and loss ---------------------------------------------------------------------------------
 
 
 def test_soft_targets(task):
-    task.labels = {"yes": 1, "no": 0}
-    target = task.soft_target({"no": 0.3, "yes": 1.0, "never heard": 0.9})
+    task.answer_labels = {"yes": 1, "no": 0}
+    target = task.make_soft_target({"no": 0.3, "yes": 1.0, "never heard": 0.9})
     assert target[:2].tolist() == pytest.approx([0.3, 1.0]) and float(
         target.sum()
     ) == pytest.approx(1.3)
-    assert task.soft_target({}).sum() == 0
+    assert task.make_soft_target({}).sum() == 0
 
 
 def test_the_loss_is_the_releases(task, root):
@@ -387,7 +396,7 @@ def test_image_and_question_both_count(task, root):
 
 
 def test_random_views_are_for_training_alone(root, task):
-    record = Source(root / "vqa/main/train.jsonl", root)[0]
+    record = RecordDataset(root / "vqa/main/train.jsonl", root)[0]
     moving = VQA(replace(task.config, crop=(0.3, 0.6), flip=1.0), tokenizer=task.tokenizer)
     assert torch.equal(moving.example(record, False)["image"], task.example(record, True)["image"])
     assert not torch.equal(
@@ -395,7 +404,7 @@ def test_random_views_are_for_training_alone(root, task):
     )
 
 
-# Predictions and score -----------------------------------------------------------------------------------------------
+# Predictions and score ----------------------------------------------------------------------------
 
 
 def test_the_answer_is_the_likeliest(task, root):
@@ -423,7 +432,7 @@ def test_scores_by_hand():
 
 
 def test_the_commonest_answer_is_what_its_guesser_would_get(root):
-    records = [dict(record) for record in Source(root / "vqa/main/val.jsonl", root)]
+    records = [dict(record) for record in RecordDataset(root / "vqa/main/val.jsonl", root)]
     best = max(
         VQA.score([{"id": r["id"], "answer": answer} for r in records], records)["accuracy"]
         for answer in read_answers(root / "vqa/main/answer2label.txt")
@@ -452,7 +461,7 @@ def test_every_record_has_one_prediction(ids, message):
         VQA.score([{"id": key, "answer": "no"} for key in ids], RECORDS)
 
 
-# The released recipes ------------------------------------------------------------------------------------------------
+# The released recipes -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -465,7 +474,7 @@ def test_recipes_carry_the_releases_numbers(name, model, lr, drop_path):
     assert task.model == replace(model, image_size=480, final_norm=False, drop_path_rate=drop_path)
     assert (task.image.image_size, task.image.mean, task.image.std, task.image.resize) == (
         480,
-        *VL,
+        *VL_MEAN_STD,
         "squash",
     )
     assert (task.num_answers, task.text_length, task.crop, task.flip) == (3129, 64, (0.5, 1.0), 0.5)
@@ -488,12 +497,13 @@ def test_recipes_carry_the_releases_numbers(name, model, lr, drop_path):
 
 
 def test_unused_parameters_of_the_released_form():
-    """The last layer's text side beyond its keys and values, and the mask token. The release counts two more tensors, the
+    """The last layer's text side beyond its keys and values, and the mask token. The release counts
+    two more tensors, the
     text's queries, which here are rows of a tensor that is used."""
     with torch.device("meta"):
         task = VQA(VQAConfig(model=replace(TINY_RELEASE, final_norm=False)))
     unused = tuple(f"{prefix}." for prefix in task.unused_parameters)
-    names = [name for name, _ in task.trainable() if f"{name}.".startswith(unused)]
+    names = [name for name, _ in task.trainable_parameters() if f"{name}.".startswith(unused)]
     assert len(names) == 13 and all(
         ".text." in name or name.endswith("mask_token") for name in names
     )

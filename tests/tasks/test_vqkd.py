@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from beit3.data.loader import Source
-from beit3.data.stores.records import locate
+from beit3.data.loader import RecordDataset
+from beit3.data.stores.split_files import locate_split
 from beit3.predict import load
 from beit3.tasks.vqkd import VQKD, VQKDConfig
 from beit3.tokenizer.teacher import Gradients
@@ -18,19 +18,19 @@ from beit3.training.evaluate import evaluate
 
 
 @pytest.fixture
-def task(visual) -> VQKD:
-    found = load(visual).task
+def task(vqkd_weights) -> VQKD:
+    found = load(vqkd_weights).task
     assert isinstance(found, VQKD)
     return found
 
 
-def source(root: Path) -> Source:
-    return Source(locate(root, "vqkd", "main", "val"), root)
+def source(root: Path) -> RecordDataset:
+    return RecordDataset(locate_split(root, "vqkd", "main", "val"), root)
 
 
-def test_loaded_weights_score_what_the_run_said(task, root, visual):
+def test_loaded_weights_score_what_the_run_said(task, root, vqkd_weights):
     """The default teacher needs no file, so an evaluation knows the distance too."""
-    scores = json.loads((visual.parent / "scores.json").read_text())
+    scores = json.loads((vqkd_weights.parent / "scores.json").read_text())
     assert {"step": 10, **evaluate(task, {"main": source(root)}, batch_size=3)} == pytest.approx(
         scores, rel=1e-5
     )
@@ -38,7 +38,7 @@ def test_loaded_weights_score_what_the_run_said(task, root, visual):
 
 def test_the_distance_is_to_the_teacher(task, root):
     rows = task.collate([task.example(record, False) for record in source(root)])
-    teacher = Gradients(8).features(rows["token_image"])
+    teacher = Gradients(8).extract_features(rows["token_image"])
     decoded = task.backbone.decode(task.outputs(rows)["codes"])
     with torch.no_grad():
         for prediction, ours, theirs in zip(task.predict(rows), decoded, teacher, strict=True):

@@ -1,4 +1,5 @@
-"""The codebook against the official one's recorded numbers, and what ours adds: agreement of ranks, resume, revival."""
+"""The codebook against the official one's recorded numbers, and what ours adds: agreement of ranks,
+resume, revival."""
 
 from pathlib import Path
 
@@ -9,8 +10,8 @@ import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch import Tensor
 
-from beit3.tokenizer.quantizer import Quantizer, kmeans, nearest
-from tests.golden import tensors
+from beit3.tokenizer.quantizer import Quantizer, find_nearest, run_kmeans
+from tests.golden import load_tensors
 
 
 def sequence(maps: Tensor) -> Tensor:
@@ -19,7 +20,7 @@ def sequence(maps: Tensor) -> Tensor:
 
 
 def golden_quantizer() -> Quantizer:
-    model = tensors("norm_ema_quantizer", "model")
+    model = load_tensors("norm_ema_quantizer", "model")
     quantizer = Quantizer(128, 16)
     quantizer.codebook.copy_(model["embedding.weight"])
     quantizer.counts.copy_(model["cluster_size"])
@@ -33,8 +34,8 @@ def close(ours: Tensor, theirs: Tensor) -> None:
 
 def test_training_equals_the_official_quantizer():
     inputs, outputs = (
-        tensors("norm_ema_quantizer", "inputs"),
-        tensors("norm_ema_quantizer", "outputs"),
+        load_tensors("norm_ema_quantizer", "inputs"),
+        load_tensors("norm_ema_quantizer", "outputs"),
     )
     quantizer = golden_quantizer()
     maps = inputs["z"].requires_grad_()
@@ -48,8 +49,9 @@ def test_training_equals_the_official_quantizer():
 
 
 def test_updates_equal_the_published_rule_code_by_code():
-    """The fixture cannot tell: its three `*_after` states are one and the same, that of its last (eval) forward."""
-    inputs = tensors("norm_ema_quantizer", "inputs")
+    """The fixture cannot tell: its three `*_after` states are one and the same, that of its last
+    (eval) forward."""
+    inputs = load_tensors("norm_ema_quantizer", "inputs")
     quantizer = golden_quantizer()
     codebook, counts = quantizer.codebook.clone(), quantizer.counts.clone()
     for scale, shift in ((1.0, 0.0), (0.7, 0.3), (0.8, 0.3)):
@@ -72,13 +74,13 @@ def test_updates_equal_the_published_rule_code_by_code():
 
 def test_evaluation_equals_the_official_quantizer_and_changes_nothing():
     inputs, outputs = (
-        tensors("norm_ema_quantizer", "inputs"),
-        tensors("norm_ema_quantizer", "outputs"),
+        load_tensors("norm_ema_quantizer", "inputs"),
+        load_tensors("norm_ema_quantizer", "outputs"),
     )
     quantizer = golden_quantizer()
     before = {name: value.clone() for name, value in quantizer.state_dict().items()}
     assert torch.equal(
-        quantizer.codes(sequence(inputs["z"])).flatten(), outputs["eval.indices"]
+        quantizer.find_codes(sequence(inputs["z"])).flatten(), outputs["eval.indices"]
     )  # in train mode
     quantised, loss, codes = quantizer.eval()(sequence(inputs["z"]))
     assert torch.equal(codes.flatten(), outputs["eval.indices"])
@@ -89,10 +91,10 @@ def test_evaluation_equals_the_official_quantizer_and_changes_nothing():
 
 def test_kmeans_equals_the_official_one():
     inputs, outputs = (
-        tensors("norm_ema_quantizer", "inputs"),
-        tensors("norm_ema_quantizer", "outputs"),
+        load_tensors("norm_ema_quantizer", "inputs"),
+        load_tensors("norm_ema_quantizer", "outputs"),
     )
-    means, bins = kmeans(inputs["kmeans.samples"], inputs["kmeans.initial_means"], 10)
+    means, bins = run_kmeans(inputs["kmeans.samples"], inputs["kmeans.initial_means"], 10)
     close(means, outputs["kmeans.means_after_10_iters"])
     assert torch.equal(bins, outputs["kmeans.bins"])
 
@@ -105,7 +107,7 @@ def test_nearest_minds_the_length_of_codes(monkeypatch):
     expected = [
         min(range(9), key=lambda k: float((v - codebook[k]).square().sum())) for v in vectors
     ]
-    assert nearest(vectors, codebook).tolist() == expected
+    assert find_nearest(vectors, codebook).tolist() == expected
     assert expected != (vectors @ codebook.T).argmax(1).tolist()
 
 
@@ -126,7 +128,7 @@ def test_the_first_training_batch_starts_the_codebook():
     assert quantizer.started and loss < 0.02
     lonely = Quantizer(200, 3)  # fewer vectors than codes
     lonely(blobs(0))
-    assert torch.isfinite(lonely.codebook).all() and quantizer.usage() > 0
+    assert torch.isfinite(lonely.codebook).all() and quantizer.compute_usage() > 0
 
 
 def test_codes_stay_unit_and_unused_ones_stay_put():
@@ -145,14 +147,14 @@ def test_usage_and_perplexity():
     quantizer = Quantizer(4, 2, decay=0.5)  # a window of two updates
     quantizer.codebook.copy_(torch.tensor([[1.0, 0], [0, 1], [-1, 0], [0, -1]]))
     quantizer.started.fill_(True)
-    assert (quantizer.usage(), quantizer.perplexity()) == (0, 1)
+    assert (quantizer.compute_usage(), quantizer.compute_perplexity()) == (0, 1)
     quantizer(torch.tensor([[[1.0, 0], [0, 1]]]))
-    assert quantizer.usage() == 0.5
-    torch.testing.assert_close(quantizer.perplexity(), torch.tensor(2.0))
+    assert quantizer.compute_usage() == 0.5
+    torch.testing.assert_close(quantizer.compute_perplexity(), torch.tensor(2.0))
     quantizer(torch.tensor([[[-1.0, 0]]]))
-    assert quantizer.usage() == 0.75
+    assert quantizer.compute_usage() == 0.75
     quantizer(torch.tensor([[[-1.0, 0]]]))
-    assert quantizer.usage() == 0.25
+    assert quantizer.compute_usage() == 0.25
 
 
 def test_revival_replaces_codes_unused_for_that_many_updates():
@@ -189,11 +191,13 @@ def test_a_restored_quantizer_continues_bit_for_bit():
 
 def test_float32_under_autocast():
     quantizer = golden_quantizer()
-    vectors = sequence(tensors("norm_ema_quantizer", "inputs")["z"])
+    vectors = sequence(load_tensors("norm_ema_quantizer", "inputs")["z"])
     with torch.autocast("cpu", torch.bfloat16):
         quantised, loss, codes = quantizer(vectors)
     assert quantised.dtype == loss.dtype == torch.float32
-    assert torch.equal(codes.flatten(), tensors("norm_ema_quantizer", "outputs")["train.indices"])
+    assert torch.equal(
+        codes.flatten(), load_tensors("norm_ema_quantizer", "outputs")["train.indices"]
+    )
 
 
 def test_two_ranks_equal_one(tmp_path: Path):

@@ -1,4 +1,5 @@
-"""Teachers: CLIP and DINO against a second implementation of the networks, hand-made gradients by their meaning."""
+"""Teachers: CLIP and DINO against a second implementation of the networks, hand-made gradients by
+their meaning."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +17,7 @@ from beit3.tokenizer.teacher import (
     Gradients,
     load_teacher,
 )
-from beit3.tokenizer.vit import resample_learned
+from beit3.tokenizer.vit import resample_learned_positions
 
 DIM, DEPTH, FFN, PATCH, GRID, OUT = 128, 2, 160, 4, 3, 24
 
@@ -162,7 +163,7 @@ def dino_features(state: dict[str, Tensor], images: Tensor, grid: int = GRID) ->
     std = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
     patches = F.unfold((images - mean) / std, PATCH, stride=PATCH).transpose(1, 2)
     x = patches @ state["patch_embed.proj.weight"].flatten(1).T + state["patch_embed.proj.bias"]
-    x = torch.cat((state["cls_token"].expand(len(x), 1, DIM), x), 1) + resample_learned(
+    x = torch.cat((state["cls_token"].expand(len(x), 1, DIM), x), 1) + resample_learned_positions(
         state["pos_embed"], (grid, grid)
     )
     for i in range(DEPTH):
@@ -186,7 +187,7 @@ def test_clip_from_openai_names_in_half_precision(tmp_path: Path):
     state = {name: tensor.half() for name, tensor in openai_state().items()}
     torch.save(state, tmp_path / "clip.pth")
     teacher = load_teacher("clip", path=tmp_path / "clip.pth", patch_size=PATCH)
-    features = teacher.features(pixels())
+    features = teacher.extract_features(pixels())
     assert teacher.dim == OUT and features.dtype == torch.float32
     close(
         features, clip_features({name: tensor.float() for name, tensor in state.items()}, pixels())
@@ -197,7 +198,7 @@ def test_clip_from_hugging_face_names(tmp_path: Path):
     state = openai_state()
     save_file(hugging_face_state(state), tmp_path / "model.safetensors")
     teacher = load_teacher("clip", path=tmp_path / "model.safetensors", patch_size=PATCH)
-    close(teacher.features(pixels()), clip_features(state, pixels()))
+    close(teacher.extract_features(pixels()), clip_features(state, pixels()))
 
 
 @pytest.mark.parametrize("wrapping", ["plain", "teacher"])
@@ -212,8 +213,8 @@ def test_dino(tmp_path: Path, wrapping: str):
     torch.save(saved, tmp_path / "dino.pth")
     teacher = load_teacher("dino", path=tmp_path / "dino.pth", patch_size=PATCH)
     assert teacher.dim == DIM
-    close(teacher.features(pixels()), dino_features(state, pixels()))
-    close(teacher.features(pixels(20)), dino_features(state, pixels(20), 5))
+    close(teacher.extract_features(pixels()), dino_features(state, pixels()))
+    close(teacher.extract_features(pixels(20)), dino_features(state, pixels(20), 5))
 
 
 def test_another_patch_size_gives_the_tokenizers_grid():
@@ -221,14 +222,14 @@ def test_another_patch_size_gives_the_tokenizers_grid():
     teacher = DINOTeacher(state, patch_size=2 * PATCH)
     images = pixels(2 * PATCH * GRID)
     smaller = F.interpolate(images, size=(12, 12), mode="bicubic", antialias=True).clamp(0, 1)
-    close(teacher.features(images), dino_features(state, smaller))
+    close(teacher.extract_features(images), dino_features(state, smaller))
 
 
 def test_teachers_are_frozen():
     teacher = CLIPTeacher(openai_state(), patch_size=PATCH).train()
     assert not any(module.training for module in teacher.modules())
     assert not any(parameter.requires_grad for parameter in teacher.parameters())
-    assert not teacher.features(pixels().requires_grad_()).requires_grad
+    assert not teacher.extract_features(pixels().requires_grad_()).requires_grad
 
 
 def test_refusals(tmp_path: Path):
@@ -244,8 +245,8 @@ def test_refusals(tmp_path: Path):
     torch.save(torch.ones(2), tmp_path / "tensor.pth")
     with pytest.raises(ValueError, match="holds a Tensor"):
         load_teacher("dino", path=tmp_path / "tensor.pth", patch_size=4)
-    with pytest.raises(ValueError, match="normalised"):
-        DINOTeacher(dino_state(), patch_size=PATCH).features(pixels() * 2 - 1)
+    with pytest.raises(ValueError, match="normalized"):
+        DINOTeacher(dino_state(), patch_size=PATCH).extract_features(pixels() * 2 - 1)
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
@@ -271,7 +272,7 @@ def test_states_of_other_networks_are_refused_by_name():
 def test_gradients_are_per_patch_and_both_groups_count():
     teacher = Gradients(8)
     images = pixels(32, 3)
-    features = teacher.features(images)
+    features = teacher.extract_features(images)
     assert features.shape == (3, 16, teacher.dim)
     means = [
         float(images[1, c, 8 + 4 * y : 12 + 4 * y, 16 + 4 * x : 20 + 4 * x].mean()) - 0.5
@@ -282,10 +283,10 @@ def test_gradients_are_per_patch_and_both_groups_count():
     close(features[1, 4 + 2, :12], torch.tensor(means) / 3**0.5)
     edges = features[:, :, 12:-1].norm(dim=2)
     assert edges.max() <= 1 and edges.min() > 0.5 and features[:, :, :12].norm(dim=2).max() <= 1
-    assert torch.equal(features, Gradients(8).features(images))
+    assert torch.equal(features, Gradients(8).extract_features(images))
     changed = images.clone()
     changed[:, :, 20:, 20:] = 0.5  # two pixels beyond the patches of the upper left quarter
-    close(Gradients(8).features(changed)[:, [0, 1, 4, 5]], features[:, [0, 1, 4, 5]])
+    close(Gradients(8).extract_features(changed)[:, [0, 1, 4, 5]], features[:, [0, 1, 4, 5]])
 
 
 @pytest.mark.parametrize("turn", range(8))
@@ -294,24 +295,31 @@ def test_gradients_tell_directions_apart(turn: int):
     y, x = torch.meshgrid(torch.arange(24.0), torch.arange(24.0), indexing="ij")
     ramp = 0.5 + 0.02 * ((x - 11.5) * torch.cos(angle) + (y - 11.5) * torch.sin(angle))
     histogram = (
-        Gradients(8).features(ramp.expand(1, 3, 24, 24))[0, 4, 12:-1].view(8, 4).sum(1)
+        Gradients(8).extract_features(ramp.expand(1, 3, 24, 24))[0, 4, 12:-1].view(8, 4).sum(1)
     )  # the middle patch
     assert histogram[turn] > 0.999 * histogram.sum()
-    upside = Gradients(8).features((1 - ramp).expand(1, 3, 24, 24))[0, 4, 12:-1].view(8, 4).sum(1)
+    upside = (
+        Gradients(8)
+        .extract_features((1 - ramp).expand(1, 3, 24, 24))[0, 4, 12:-1]
+        .view(8, 4)
+        .sum(1)
+    )
     close(upside, histogram, 1e-4)  # dark to light is light to dark
 
 
 def test_flat_patches_have_a_defined_direction():
-    features = Gradients(8).features(torch.full((1, 3, 16, 16), 0.5))
+    features = Gradients(8).extract_features(torch.full((1, 3, 16, 16), 0.5))
     assert torch.isfinite(features).all() and (features.norm(dim=2) > 0.2).all()
     noisy = 0.5 + 0.002 * (pixels(16, 1) - 0.5)
-    assert torch.cosine_similarity(Gradients(8).features(noisy), features, dim=-1).min() > 0.95
+    assert (
+        torch.cosine_similarity(Gradients(8).extract_features(noisy), features, dim=-1).min() > 0.95
+    )
 
 
 def test_gradients_take_an_even_patch():
     with pytest.raises(ValueError, match="patch_size 7"):
         load_teacher("gradients", patch_size=7)
-    assert load_teacher("gradients", patch_size=8).features(pixels(32, 64)).isfinite().all()
+    assert load_teacher("gradients", patch_size=8).extract_features(pixels(32, 64)).isfinite().all()
 
 
 def test_a_backbone_as_teacher():
@@ -335,6 +343,6 @@ def test_a_backbone_as_teacher():
 
     backbone = Backbone()
     teacher = BackboneTeacher(backbone, patch_size=backbone.config.patch_size)
-    features = teacher.features(pixels())
+    features = teacher.extract_features(pixels())
     assert teacher.dim == 48 and not features.requires_grad
     close(features, backbone.patch(pixels() * 2 - 1).flatten(2).transpose(1, 2).detach())

@@ -1,4 +1,5 @@
-"""Text tokenizer: ids equal those recorded from transformers' XLMRobertaTokenizer; training, saving, refusals."""
+"""Text tokenizer: ids equal those recorded from transformers' XLMRobertaTokenizer; training,
+saving, refusals."""
 
 import json
 import pickle
@@ -6,12 +7,13 @@ import pickle
 import pytest
 
 from beit3.tokenizer.text import TextTokenizer
-from tests.golden import golden
+from tests.golden import find_fixture
 
 LOOKS = ("small red", "small blue", "big red", "big blue")
 CORPUS = [f"{look} cube is left of {n} balls" for look in LOOKS for n in range(20)]
 
-# transformers 4.44 tidies the decoded text once more (" ..." -> "..."); version 5 and the release's metric code do not.
+# transformers 4.44 tidies the decoded text once more (" ..." -> "..."); version 5 and the release's
+# metric code do not.
 TIDIED_BY_TRANSFORMERS = {
     "smart uotes single  en  em... ellipsis": "smart uotes single  en  em ... ellipsis"
 }
@@ -19,7 +21,7 @@ TIDIED_BY_TRANSFORMERS = {
 
 @pytest.fixture(scope="module")
 def recorded():
-    folder = golden("tokenizer")
+    folder = find_fixture("tokenizer")
     return TextTokenizer(folder / "mini_unigram.spm"), json.loads(
         (folder / "tokenizer_mini.json").read_text()
     )
@@ -42,9 +44,9 @@ def test_ids_equal_the_release(recorded):
     assert len(expected["cases"]) >= 60
     for case in expected["cases"]:
         # A literal "<mask>" stays plain text, as in the transformers of the release's time (4.27).
-        assert text.pieces(case["text"]) == case.get("ids_transformers_4_27_4", case["ids"]), case[
-            "text"
-        ]
+        assert text.encode_pieces(case["text"]) == case.get(
+            "ids_transformers_4_27_4", case["ids"]
+        ), case["text"]
 
 
 def test_segments_equal_the_release(recorded):
@@ -59,7 +61,7 @@ def test_segments_equal_the_release(recorded):
             continue
         ids = text.encode(case["text"], expected["max_len"])
         assert ids == segment["language_tokens"][: segment["num_tokens"]], case["text"]
-        if len(text.pieces(case["text"])) <= expected["max_len"] - 2:
+        if len(text.encode_pieces(case["text"])) <= expected["max_len"] - 2:
             assert text.encode(case["text"]) == case["input_ids"] == ids
         compared += 1
     assert compared > 40
@@ -88,11 +90,11 @@ def test_specials_and_unused_rows_are_not_decoded(small):
 
 
 def test_words_are_surfaces(small):
-    ids = small.pieces("a big red cube")
-    assert "".join(small.word(i) for i in ids).split() == "a big red cube".split()
-    assert [small.word(i) for i in range(4)] == ["<s>", "<pad>", "</s>", "<unk>"]
-    assert small.word(small.mask) == "<mask>"
-    assert small.word(small.vocab_size) == f"<unused {small.vocab_size}>"
+    ids = small.encode_pieces("a big red cube")
+    assert "".join(small.id_to_piece(i) for i in ids).split() == "a big red cube".split()
+    assert [small.id_to_piece(i) for i in range(4)] == ["<s>", "<pad>", "</s>", "<unk>"]
+    assert small.id_to_piece(small.mask) == "<mask>"
+    assert small.id_to_piece(small.vocab_size) == f"<unused {small.vocab_size}>"
 
 
 def test_training_is_deterministic_and_bounded(small):
@@ -104,7 +106,7 @@ def test_training_is_deterministic_and_bounded(small):
 
 def test_training_keeps_very_long_lines():
     text = TextTokenizer.train([" ".join(CORPUS) + " zebra" * 100, "a"], vocab_size=80)
-    assert text.unk not in text.pieces("zebra")
+    assert text.unk not in text.encode_pieces("zebra")
 
 
 @pytest.mark.parametrize("texts, vocab_size", [([], 100), (["", "  "], 100), (["abcdefghij"], 5)])

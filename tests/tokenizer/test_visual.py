@@ -1,4 +1,5 @@
-"""The visual tokenizer against the official VQ-KD's recorded numbers, its sizes, and its refusals."""
+"""The visual tokenizer against the official VQ-KD's recorded numbers, its sizes, and its
+refusals."""
 
 import dataclasses
 
@@ -8,7 +9,7 @@ from torch import Tensor
 
 from beit3.tokenizer.visual import VisualTokenizer, VisualTokenizerConfig
 from beit3.weights.beit2_format import read_vqkd
-from tests.golden import tensors
+from tests.golden import load_tensors
 
 TINY = VisualTokenizerConfig(
     image_size=16,
@@ -26,7 +27,7 @@ BASE = VisualTokenizerConfig(224, 16, 768, 12, 12, 3072, 3, 32, 8192, 512)
 
 
 def official() -> VisualTokenizer:
-    config, state = read_vqkd(tensors("vqkd", "model"), num_heads=4)
+    config, state = read_vqkd(load_tensors("vqkd", "model"), num_heads=4)
     tokenizer = VisualTokenizer(config)
     tokenizer.load_state_dict(state)
     return tokenizer.eval()
@@ -48,8 +49,8 @@ def close(ours: Tensor, theirs: Tensor) -> None:
 
 @pytest.mark.parametrize("case", ["image_0_1", "image_0_255", "uint8"])
 def test_equals_the_official_tokenizer(case: str):
-    outputs = tensors("vqkd", "outputs")
-    images = tensors("vqkd", "inputs")["image_0_1" if case == "image_0_1" else "image_0_255"]
+    outputs = load_tensors("vqkd", "outputs")
+    images = load_tensors("vqkd", "inputs")["image_0_1" if case == "image_0_1" else "image_0_255"]
     if case == "image_0_255":
         images = images / 255
     elif case == "uint8":
@@ -57,7 +58,7 @@ def test_equals_the_official_tokenizer(case: str):
     tokenizer = official()
     codes = outputs[f"{case}.codebook_indices"]
     close(tokenizer.encode(images), outputs[f"{case}.to_quantizer_features"])
-    assert torch.equal(tokenizer.codes(images), codes)
+    assert torch.equal(tokenizer.tokenize(images), codes)
     features, commitment, chosen = tokenizer(images)
     assert torch.equal(chosen, codes)
     close(features, outputs[f"{case}.decode"])
@@ -68,7 +69,7 @@ def test_equals_the_official_tokenizer(case: str):
 
 
 def test_cosine_loss_of_the_official_recipe():
-    outputs, inputs = tensors("vqkd", "outputs"), tensors("vqkd", "inputs")
+    outputs, inputs = load_tensors("vqkd", "outputs"), load_tensors("vqkd", "inputs")
     features, _, _ = official()(inputs["image_0_1"])
     loss = (1 - torch.cosine_similarity(features, inputs["rec_target"], dim=-1)).mean()
     close(loss, outputs["rec_loss_cosine"])
@@ -93,9 +94,9 @@ def test_codes_change_nothing_even_in_train_mode():
     tokenizer = tiny().train()
     tokenizer(pixels())
     before = {name: value.clone() for name, value in tokenizer.state_dict().items()}
-    codes = tokenizer.codes(pixels())
+    codes = tokenizer.tokenize(pixels())
     assert codes.shape == (4, 16) and codes.dtype == torch.int64
-    assert torch.equal(codes, tokenizer.eval().codes(pixels()))
+    assert torch.equal(codes, tokenizer.eval().tokenize(pixels()))
     assert all(torch.equal(value, before[name]) for name, value in tokenizer.state_dict().items())
 
 
@@ -114,7 +115,7 @@ def test_a_training_step_reaches_every_parameter_and_moves_the_codebook():
 
 def test_other_sizes_and_rectangles():
     tokenizer = tiny().eval()
-    assert tokenizer.codes(pixels(20)).shape == (4, 25)
+    assert tokenizer.tokenize(pixels(20)).shape == (4, 25)
     wide = pixels(20)[:, :, :8]
     features, _, codes = tokenizer(wide)
     assert (features.shape, codes.shape) == ((4, 10, 10), (4, 10))
@@ -123,10 +124,10 @@ def test_other_sizes_and_rectangles():
         tokenizer.decode(codes)
 
 
-def test_refuses_normalised_pixels():
+def test_normalized_pixels_are_refused():
     for wrong in (pixels() * 2 - 1, pixels() * 255):
-        with pytest.raises(ValueError, match="not normalised"):
-            tiny().codes(wrong)
+        with pytest.raises(ValueError, match="not normalized"):
+            tiny().tokenize(wrong)
 
 
 def test_initial_values_depend_on_seed_and_name_alone():
@@ -173,7 +174,7 @@ def test_config_refuses(field: str, value: float):
 
 
 def test_read_drops_training_leftovers_and_reads_half_precision():
-    state = {name: tensor.half() for name, tensor in tensors("vqkd", "model").items()}
+    state = {name: tensor.half() for name, tensor in load_tensors("vqkd", "model").items()}
     leftovers = {
         name: torch.ones(1) for name in ("teacher_model.x", "scaling_layer.shift", "loss.y")
     }
@@ -189,7 +190,7 @@ def test_read_drops_training_leftovers_and_reads_half_precision():
 
 
 def test_read_refuses_by_name():
-    state = tensors("vqkd", "model")
+    state = load_tensors("vqkd", "model")
     assert read_vqkd(state)[0].num_heads == 1  # 64 wide: one head as published, unless told
     with pytest.raises(ValueError, match=r"unknown tensors encoder\.blocks\.0\.gamma_1"):
         read_vqkd({**state, "encoder.blocks.0.gamma_1": torch.ones(64)})

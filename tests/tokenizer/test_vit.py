@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from beit3.tokenizer.vit import ViT, ViTConfig, resample_learned, unit_pixels
+from beit3.tokenizer.vit import ViT, ViTConfig, resample_learned_positions, to_unit_range
 
 STYLES = ("beit", "dino", "clip")
 
@@ -87,7 +87,8 @@ def test_only_queries_and_values_have_a_bias_in_beit():
 
 
 def test_positions_of_another_grid_follow_the_published_rule():
-    """Upstream's rule by hand: output cell i samples the table at (i + .5) * n / (rows + .1) - .5, cubic a = -0.75."""
+    """Upstream's rule by hand: output cell i samples the table at (i + .5) * n / (rows + .1) - .5,
+    cubic a = -0.75."""
     positions = torch.randn(1, 1 + 9, 2, generator=torch.Generator().manual_seed(0))
     table = positions[0, 1:].view(3, 3, 2)
 
@@ -106,12 +107,12 @@ def test_positions_of_another_grid_follow_the_published_rule():
         return matrix
 
     expected = torch.einsum("rh,cw,hwd->rcd", weights(5), weights(4), table).reshape(20, 2)
-    result = resample_learned(positions, (5, 4))
+    result = resample_learned_positions(positions, (5, 4))
     assert torch.equal(result[:, 0], positions[:, 0])
     torch.testing.assert_close(result[0, 1:], expected, atol=1e-5, rtol=1e-5)
     plain = F.interpolate(table.permute(2, 0, 1)[None], size=(5, 4), mode="bicubic").flatten(2)[0].T
     assert (plain - expected).abs().max() > 1e-2  # the tenth matters
-    assert resample_learned(positions, (3, 3)) is positions
+    assert resample_learned_positions(positions, (3, 3)) is positions
 
 
 def test_other_sizes_and_sizes_that_do_not_fit():
@@ -125,9 +126,9 @@ def test_other_sizes_and_sizes_that_do_not_fit():
 
 def test_pixels_must_be_unnormalised():
     exact = torch.arange(12, dtype=torch.uint8).view(1, 3, 2, 2)
-    assert torch.equal(unit_pixels(exact), exact.float() / 255)
+    assert torch.equal(to_unit_range(exact), exact.float() / 255)
     ones = torch.ones(1, 3, 2, 2)
-    assert unit_pixels(ones) is ones
+    assert to_unit_range(ones) is ones
     for wrong in (
         ones * -0.5,
         ones * 1.2,
@@ -138,4 +139,4 @@ def test_pixels_must_be_unnormalised():
         ones[:, :1],
     ):
         with pytest.raises(ValueError, match="image"):
-            unit_pixels(wrong)
+            to_unit_range(wrong)

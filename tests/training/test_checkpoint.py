@@ -1,4 +1,5 @@
-"""A run that was stopped anywhere and started again equals one that was not: weights, optimizer and log, bit for bit."""
+"""A run that was stopped anywhere and started again equals one that was not: weights, optimizer and
+log, bit for bit."""
 
 import errno
 import json
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 from safetensors.torch import save_file
 
+from beit3.files import compute_sha256
 from beit3.recipe import Recipe
 from beit3.task import Task, grow_vocabulary
 from beit3.tasks.pretrain import Pretrain
@@ -19,11 +21,16 @@ from beit3.tasks.vqa import VQA
 from beit3.tasks.vqkd import VQKD
 from beit3.tokenizer.text import TextTokenizer
 from beit3.training import checkpoint, loop
-from beit3.training.loop import Interrupted, train
+from beit3.training.loop import train
 from beit3.training.optim import make_optimizer
-from beit3.weights.store import digest
-from tests.training.runs import newest, same, same_run, tensors
-from tests.world_root import SMALL, pretrain_recipe, vqa_recipe, vqkd_recipe
+from beit3.training.stop import Interrupted
+from tests.training.runs import (
+    assert_equal,
+    assert_same_run,
+    find_newest_checkpoint,
+    load_checkpoint_tensors,
+)
+from tests.world_root import SMALL, make_pretrain_recipe, make_vqa_recipe, make_vqkd_recipe
 
 STEPS, SAVE = 6, 2
 DROPPING = replace(SMALL, drop_path_rate=0.5)
@@ -35,15 +42,22 @@ class Killed(BaseException):
 
 
 @pytest.fixture(scope="module")
-def recipes(root, visual) -> dict[str, Recipe]:
-    """Everything that a step may depend on is in use: drop path, random views, alternating masks, revival of codes."""
-    pretrain = pretrain_recipe(
-        root, visual, steps=STEPS, save_every=SAVE, model=DROPPING, micro_batch=4, eval_records=4
+def recipes(root, vqkd_weights) -> dict[str, Recipe]:
+    """Everything that a step may depend on is in use: drop path, random views, alternating masks,
+    revival of codes."""
+    pretrain = make_pretrain_recipe(
+        root,
+        vqkd_weights,
+        steps=STEPS,
+        save_every=SAVE,
+        model=DROPPING,
+        micro_batch=4,
+        eval_records=4,
     )
     return {
-        "vqkd": vqkd_recipe(root, steps=STEPS, save_every=SAVE),
+        "vqkd": make_vqkd_recipe(root, steps=STEPS, save_every=SAVE),
         "pretrain": replace(pretrain, task=replace(pretrain.task, pair_masking="alternate")),
-        "vqa": vqa_recipe(root, steps=STEPS, save_every=SAVE, eval_every=3, model=DROPPING),
+        "vqa": make_vqa_recipe(root, steps=STEPS, save_every=SAVE, eval_every=3, model=DROPPING),
     }
 
 
@@ -84,9 +98,10 @@ def resumed(
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(
     recipes, whole, tmp_path, monkeypatch, name, kill
 ):
-    """Killed in step 1 there is no checkpoint yet, in 3 and 5 a logged step is lost, in 2 and 4 nothing is."""
+    """Killed in step 1 there is no checkpoint yet, in 3 and 5 a logged step is lost, in 2 and 4
+    nothing is."""
     resumed(recipes[name], TASKS[name], tmp_path / "run", monkeypatch, kill)
-    same_run(tmp_path / "run", whole[name])
+    assert_same_run(tmp_path / "run", whole[name])
 
 
 @pytest.mark.parametrize(
@@ -94,7 +109,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(
     [("vqa", signal.SIGINT), ("pretrain", signal.SIGTERM), ("vqkd", signal.SIGTERM)],
 )
 def test_a_run_asked_to_stop_saves_and_goes_on(recipes, whole, tmp_path, monkeypatch, name, number):
-    learning_rate, before = loop.learning_rate, signal.getsignal(number)
+    learning_rate, before = loop.compute_learning_rate, signal.getsignal(number)
 
     def asking(step: int, *rest: Any) -> float:
         if step == 2:
@@ -105,26 +120,26 @@ def test_a_run_asked_to_stop_saves_and_goes_on(recipes, whole, tmp_path, monkeyp
         monkeypatch.context() as patch,
         pytest.raises(Interrupted, match=r"stopped after step 3 of 6; the same command goes on"),
     ):
-        patch.setattr(loop, "learning_rate", asking)
+        patch.setattr(loop, "compute_learning_rate", asking)
         train(recipes[name], TASKS[name], out=tmp_path / "run")
-    assert newest(tmp_path / "run").name == "step_00000003"
+    assert find_newest_checkpoint(tmp_path / "run").name == "step_00000003"
     assert not (tmp_path / "run" / "last").exists()
     assert signal.getsignal(number) is before, "the handlers are put back"
     train(recipes[name], TASKS[name], out=tmp_path / "run")
-    same_run(tmp_path / "run", whole[name])
+    assert_same_run(tmp_path / "run", whole[name])
 
 
 def test_a_stop_in_the_last_step_is_a_finished_run(recipes, whole, tmp_path, monkeypatch):
-    learning_rate = loop.learning_rate
+    learning_rate = loop.compute_learning_rate
 
     def asking(step: int, *rest: Any) -> float:
         if step == STEPS - 1:
             signal.raise_signal(signal.SIGTERM)
         return learning_rate(step, *rest)
 
-    monkeypatch.setattr(loop, "learning_rate", asking)
+    monkeypatch.setattr(loop, "compute_learning_rate", asking)
     train(recipes["vqa"], VQA, out=tmp_path / "run")
-    same_run(tmp_path / "run", whole["vqa"])
+    assert_same_run(tmp_path / "run", whole["vqa"])
 
 
 def test_a_second_ctrl_c_acts_at_once(recipes, tmp_path, monkeypatch):
@@ -133,7 +148,7 @@ def test_a_second_ctrl_c_acts_at_once(recipes, tmp_path, monkeypatch):
         signal.raise_signal(signal.SIGINT)
         raise AssertionError("never reached")
 
-    monkeypatch.setattr(loop, "learning_rate", asking)
+    monkeypatch.setattr(loop, "compute_learning_rate", asking)
     with pytest.raises(KeyboardInterrupt):
         train(recipes["vqa"], VQA, out=tmp_path / "run")
     assert not list((tmp_path / "run").glob("checkpoints/*"))
@@ -155,7 +170,7 @@ def test_what_a_kill_left_half_written_does_no_harm(recipes, whole, tmp_path, mo
     with (out / "metrics.jsonl").open("a") as file:
         file.write('{"step": 4, "lo')
     train(recipes["vqa"], VQA, out=out)
-    same_run(out, whole["vqa"])
+    assert_same_run(out, whole["vqa"])
     assert not list((out / "checkpoints").glob("*.part"))
 
 
@@ -169,7 +184,7 @@ def test_a_finished_run_returns_its_scores_at_once(recipes, whole, monkeypatch):
 
 def test_a_run_killed_before_its_last_weights_writes_them(recipes, whole, tmp_path, monkeypatch):
     out = tmp_path / "run"
-    save = loop.store.save
+    save = loop.store.save_weights
 
     def killing(task: Task, directory: Path, **named: Any) -> None:
         if directory.name == "last":
@@ -177,14 +192,14 @@ def test_a_run_killed_before_its_last_weights_writes_them(recipes, whole, tmp_pa
         save(task, directory, **named)
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(loop.store, "save", killing)
+        patch.setattr(loop.store, "save_weights", killing)
         train(recipes["vqa"], VQA, out=out)
     train(recipes["vqa"], VQA, out=out)
-    same_run(out, whole["vqa"])
+    assert_same_run(out, whole["vqa"])
 
 
 def test_only_the_newest_checkpoints_are_kept(root, tmp_path):
-    train(vqa_recipe(root, steps=5, save_every=1, keep=2), VQA, out=tmp_path / "run")
+    train(make_vqa_recipe(root, steps=5, save_every=1, keep=2), VQA, out=tmp_path / "run")
     assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == [
         "step_00000004",
         "step_00000005",
@@ -192,12 +207,13 @@ def test_only_the_newest_checkpoints_are_kept(root, tmp_path):
 
 
 def test_checkpoints_leave_frozen_parts_out(whole):
-    names = tensors(newest(whole["pretrain"]))
+    names = load_checkpoint_tensors(find_newest_checkpoint(whole["pretrain"]))
     assert names and not [name for name in names if "visual_tokenizer" in name]
 
 
 def restored(whole: Path, out: Path, change: Callable[[Path], None]) -> Path:
-    """A copy of a finished run that looks as if it had been killed after its last checkpoint, with one thing changed."""
+    """A copy of a finished run that looks as if it had been killed after its last checkpoint, with
+    one thing changed."""
     shutil.copytree(whole, out)
     shutil.rmtree(out / "last")
     change(out)
@@ -208,13 +224,13 @@ def test_a_checkpoint_of_another_network_is_refused(recipes, whole, tmp_path):
     """As after an update of the package: the recipe is the same, the parameters are not."""
 
     def rename(out: Path) -> None:
-        path = newest(out)
-        state = tensors(path)
+        path = find_newest_checkpoint(out)
+        state = load_checkpoint_tensors(path)
         state["task.head.9.bias"] = state.pop("task.head.3.bias")
         (file,) = path.glob("*.safetensors")
         save_file(state, file)
         description = json.loads((path / "checkpoint.json").read_text())
-        description["files"] = {file.name: digest(file)}
+        description["files"] = {file.name: compute_sha256(file)}
         (path / "checkpoint.json").write_text(json.dumps(description))
 
     out = restored(whole["vqa"], tmp_path / "run", rename)
@@ -227,7 +243,7 @@ def test_a_checkpoint_of_another_network_is_refused(recipes, whole, tmp_path):
 
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(recipes, whole, tmp_path, capsys):
     def damage(out: Path) -> None:
-        (file,) = newest(out).glob("*.safetensors")
+        (file,) = find_newest_checkpoint(out).glob("*.safetensors")
         content = bytearray(file.read_bytes())
         content[len(content) // 2] ^= 1
         file.write_bytes(content)
@@ -235,8 +251,8 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(recipes, whole, tmp_pa
     out = restored(whole["vqa"], tmp_path / "run", damage)
     train(recipes["vqa"], VQA, out=out)
     said = " ".join(capsys.readouterr().out.split())
-    assert "step_00000006 is damaged" in said and "going on from step_00000004" in said, said
-    same_run(out, whole["vqa"])
+    assert "step_00000006 is damaged" in said and "resuming from step_00000004" in said, said
+    assert_same_run(out, whole["vqa"])
 
 
 @pytest.mark.parametrize("file", ["checkpoint.json", "shard"])
@@ -244,30 +260,35 @@ def test_a_checkpoint_without_one_of_its_files_gives_way_too(
     recipes, whole, tmp_path, capsys, file
 ):
     out = restored(
-        whole["vqkd"], tmp_path / "run", lambda out: next(newest(out).glob(f"{file}*")).unlink()
+        whole["vqkd"],
+        tmp_path / "run",
+        lambda out: next(find_newest_checkpoint(out).glob(f"{file}*")).unlink(),
     )
     train(recipes["vqkd"], VQKD, out=out)
     assert "is damaged" in capsys.readouterr().out
-    same_run(out, whole["vqkd"])
+    assert_same_run(out, whole["vqkd"])
 
 
 def test_damaged_checkpoints_do_not_crowd_out_whole_ones(root, tmp_path):
     """Two are kept; after two damaged ones that are newer the next whole one stays, and they go."""
-    recipe = vqa_recipe(root, steps=8, save_every=1, keep=4)
+    recipe = make_vqa_recipe(root, steps=8, save_every=1, keep=4)
     train(recipe, VQA, out=tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "last")
     for step in (7, 8):
         next((tmp_path / f"run/checkpoints/step_0000000{step}").glob("*.safetensors")).write_bytes(
             b""
         )
-    checkpoints = checkpoint.Checkpoints(tmp_path / "run", keep=2, say=lambda text: None)
+    checkpoints = checkpoint.Checkpointer(tmp_path / "run", keep=2, info=lambda text: None)
     task = VQA(
         VQA.configure(grow_vocabulary(recipe.task, TextTokenizer(root / "text.model")), root)
     )
     optimizer = make_optimizer(task, recipe.optim)
     assert checkpoints.restore(task, optimizer)[0] == 6
     checkpoints.save(6, task, optimizer, None)
-    assert [path.name for path in checkpoints.paths()] == ["step_00000005", "step_00000006"]
+    assert [path.name for path in checkpoints.list_checkpoints()] == [
+        "step_00000005",
+        "step_00000006",
+    ]
 
 
 def test_when_every_checkpoint_is_damaged_nothing_is_thrown_away(recipes, whole, tmp_path):
@@ -291,7 +312,7 @@ def test_a_full_disk_leaves_the_last_good_checkpoint_and_says_so(
 ):
     """The disk fills while the second checkpoint is written."""
     writes = 0
-    name = {"data": (checkpoint.dcp, "save"), "description": (checkpoint, "flush")}[where]
+    name = {"data": (checkpoint.dcp, "save"), "description": (checkpoint, "flush_to_disk")}[where]
     real = getattr(*name)
 
     def filling(*given: Any, **named: Any) -> Any:
@@ -312,7 +333,7 @@ def test_a_full_disk_leaves_the_last_good_checkpoint_and_says_so(
         train(recipes["vqa"], VQA, out=out)
     assert [path.name for path in (out / "checkpoints").iterdir()] == ["step_00000002"]
     train(recipes["vqa"], VQA, out=out)
-    same_run(out, whole["vqa"])
+    assert_same_run(out, whole["vqa"])
 
 
 def test_an_asynchronous_checkpoint_is_the_same(recipes, whole, tmp_path):
@@ -320,9 +341,9 @@ def test_an_asynchronous_checkpoint_is_the_same(recipes, whole, tmp_path):
     train(replace(recipe, run=replace(recipe.run, async_save=True)), VQA, out=tmp_path / "run")
     assert not list((tmp_path / "run/checkpoints").glob("*.part"))
     for folder in ("step_00000004", "step_00000006"):
-        same(
-            tensors(tmp_path / "run/checkpoints" / folder),
-            tensors(whole["vqa"] / "checkpoints" / folder),
+        assert_equal(
+            load_checkpoint_tensors(tmp_path / "run/checkpoints" / folder),
+            load_checkpoint_tensors(whole["vqa"] / "checkpoints" / folder),
         )
 
 
@@ -330,7 +351,7 @@ def test_an_asynchronous_checkpoint_that_fails_ends_the_run(recipes, tmp_path, m
     def failing(*given: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "flush", failing)
+    monkeypatch.setattr(checkpoint, "flush_to_disk", failing)
     recipe = recipes["vqa"]
     with pytest.raises(OSError, match="is full; there is no checkpoint yet"):
         train(replace(recipe, run=replace(recipe.run, async_save=True)), VQA, out=tmp_path / "run")
@@ -339,7 +360,7 @@ def test_an_asynchronous_checkpoint_that_fails_ends_the_run(recipes, tmp_path, m
 
 def test_one_directory_serves_one_run_at_a_time(recipes, tmp_path, monkeypatch):
     """The second of two runs started at once is turned away while the first goes on."""
-    learning_rate, refusals = loop.learning_rate, []
+    learning_rate, refusals = loop.compute_learning_rate, []
 
     def starting_another(step: int, *rest: Any) -> float:
         if step == 2 and not refusals:
@@ -351,7 +372,7 @@ def test_one_directory_serves_one_run_at_a_time(recipes, tmp_path, monkeypatch):
                 train(recipes["vqa"], VQA, out=tmp_path / "run")
         return learning_rate(step, *rest)
 
-    monkeypatch.setattr(loop, "learning_rate", starting_another)
+    monkeypatch.setattr(loop, "compute_learning_rate", starting_another)
     train(recipes["vqa"], VQA, out=tmp_path / "run")
     assert refusals and (tmp_path / "run" / "last").exists()
 
@@ -365,7 +386,7 @@ def test_a_resume_notices_another_answer_list(root, tmp_path):
             for line in lines
         ]
         path.write_text("".join(json.dumps(line) + "\n" for line in moved))
-    recipe = vqa_recipe(tmp_path / "root", steps=2)
+    recipe = make_vqa_recipe(tmp_path / "root", steps=2)
     train(recipe, VQA, out=tmp_path / "run")
     labels = tmp_path / "root" / "vqa" / "main" / "answer2label.txt"
     answers = [json.loads(line)["answer"] for line in labels.read_text().splitlines()]
@@ -375,7 +396,7 @@ def test_a_resume_notices_another_answer_list(root, tmp_path):
 
 
 def test_a_codebook_sees_its_share_at_once(root, tmp_path):
-    recipe = vqkd_recipe(root, micro_batch=4)
+    recipe = make_vqkd_recipe(root, micro_batch=4)
     with pytest.raises(
         ValueError, match=r"run\.micro_batch 4: vqkd needs its share of 8 records at once"
     ):

@@ -1,4 +1,5 @@
-"""Compiled blocks: one program without breaks each, equal gradients, and few programs over changing lengths."""
+"""Compiled blocks: one program without breaks each, equal gradients, and few programs over changing
+lengths."""
 
 import shutil
 from dataclasses import replace
@@ -73,7 +74,8 @@ def test_blocks_are_single_programs_and_few_over_changing_lengths(form, monkeypa
     )
     counted = compare(form, LENGTHS)
     assert not counted["graph_break"], dict(counted["graph_break"])
-    # Plain, fused and last blocks, each with a fixed and with a changing length; the release has nothing fused.
+    # Plain, fused and last blocks, each with a fixed and with a changing length; the release has
+    # nothing fused.
     assert counted["stats"]["unique_graphs"] <= (6 if form == "paper" else 4)
 
 

@@ -6,28 +6,28 @@ from pathlib import Path
 import pytest
 import torch
 
-from beit3.data.loader import Source
+from beit3.data.loader import RecordDataset
 from beit3.data.stores.records import write_records
 from beit3.predict import load
 from beit3.tasks.vqkd import VQKD
 from beit3.training.evaluate import evaluate, predict, predict_sources, score_sources
 from beit3.training.loop import train
-from tests.world_root import vqkd_recipe
+from tests.world_root import make_vqkd_recipe
 
 
 @pytest.fixture
-def task(visual) -> VQKD:
-    found = load(visual).task
+def task(vqkd_weights) -> VQKD:
+    found = load(vqkd_weights).task
     assert isinstance(found, VQKD)
     return found
 
 
 @pytest.fixture
 def rows(root) -> list[dict]:
-    return [dict(record) for record in Source(root / "vqkd/main/val.jsonl", root)]
+    return [dict(record) for record in RecordDataset(root / "vqkd/main/val.jsonl", root)]
 
 
-def source(folder: Path, rows: list[dict], *, broken: int = 0) -> Source:
+def source(folder: Path, rows: list[dict], *, broken: int = 0) -> RecordDataset:
     """The records as a file of their own; of the first few the image's data ends too early."""
     rows = [dict(row) for row in rows]
     for row in rows[:broken]:
@@ -35,7 +35,7 @@ def source(folder: Path, rows: list[dict], *, broken: int = 0) -> Source:
         half.write_bytes(Path(row["image"]).read_bytes()[:90])
         row["image"] = str(half)
     write_records(folder / "val.jsonl", rows)
-    return Source(folder / "val.jsonl", folder)
+    return RecordDataset(folder / "val.jsonl", folder)
 
 
 @pytest.mark.parametrize("size", [1, 3, 100])
@@ -76,7 +76,7 @@ def test_a_broken_image_of_the_val_split_does_not_cost_the_run(rows, root, tmp_p
     for split, broken in (("train", 0), ("val", 1)):
         found = source(tmp_path, rows, broken=broken)
         write_records(tmp_path / f"root/vqkd/main/{split}.jsonl", list(found))
-    recipe = vqkd_recipe(tmp_path / "root", steps=2)
+    recipe = make_vqkd_recipe(tmp_path / "root", steps=2)
     scores = train(
         replace(recipe, data=replace(recipe.data, bad_share=0.2)), VQKD, out=tmp_path / "run"
     )

@@ -1,4 +1,5 @@
-"""A process killed anywhere (SIGKILL) and started again ends in the same run, bit for bit; benchmarks/drill.py does the killing."""
+"""A process killed anywhere (SIGKILL) and started again ends in the same run, bit for bit;
+benchmarks/drill.py does the killing."""
 
 import json
 import shutil
@@ -10,12 +11,12 @@ import pytest
 from safetensors.torch import save_file
 
 from benchmarks.drill import AIMS, Job, Trial, differences, drill, kill_and_go_on
-from tests.training.runs import newest, tensors
+from tests.training.runs import find_newest_checkpoint, load_checkpoint_tensors
 from tests.world_root import NUM_CODES
 
 
 @pytest.fixture(scope="module")
-def job(root, visual) -> Job:
+def job(root, vqkd_weights) -> Job:
     """Six steps of the demo's own network: a checkpoint of 20 MB takes long enough to be hit."""
     data = (
         "--data.root",
@@ -27,7 +28,7 @@ def job(root, visual) -> Job:
         "--data.batch.pairs",
         "4",
     )
-    tokens = ("--task.visual_tokenizer", str(visual), "--task.num_codes", str(NUM_CODES))
+    tokens = ("--task.visual_tokenizer", str(vqkd_weights), "--task.num_codes", str(NUM_CODES))
     return Job((*data, *tokens), steps=6, save_every=2, eval_every=3, eval_records=4)
 
 
@@ -60,21 +61,19 @@ def test_killed_while_a_checkpoint_is_written(trials):
 def test_the_drill_sees_one_bit(trials, place):
     """One bit of the optimizer, and one digit of a metric."""
     shutil.copytree(place / "whole", place / "other")
-    (file,) = newest(place / "other").glob("*.safetensors")
-    state = tensors(newest(place / "other"))
+    (file,) = find_newest_checkpoint(place / "other").glob("*.safetensors")
+    state = load_checkpoint_tensors(find_newest_checkpoint(place / "other"))
     name = next(name for name in state if name.endswith(".exp_avg"))
     state[name].numpy().reshape(-1).view("uint8")[0] ^= 1
     save_file(state, file)
-    rows = [
-        json.loads(line) for line in (place / "other/metrics.jsonl").read_text().splitlines()
-    ]
+    rows = [json.loads(line) for line in (place / "other/metrics.jsonl").read_text().splitlines()]
     rows[2]["loss"] += 1e-9
     (place / "other/metrics.jsonl").write_text(
         "".join(json.dumps(row | {"seconds": 0}) + "\n" for row in rows)
     )
     assert differences(place / "whole", place / "other") == [
         "metrics.jsonl line 3",
-        f"{newest(place / 'whole').name}/{name}",
+        f"{find_newest_checkpoint(place / 'whole').name}/{name}",
     ]
 
 

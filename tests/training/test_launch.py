@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from beit3.recipe import RunConfig
-from beit3.training.launch import seed_step, start
+from beit3.training.launch import init_device, seed_step
 
 
 def test_alone_nothing_is_joined():
-    assert start(RunConfig(device="cpu")) == torch.device("cpu")
+    assert init_device(RunConfig(device="cpu")) == torch.device("cpu")
     assert not torch.distributed.is_initialized()
 
 
@@ -24,4 +24,4 @@ def test_a_step_seeds_everything_by_its_number():
 def test_devices_that_are_not_here_are_the_users_fault(monkeypatch, device):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ValueError, match=rf"run\.device {device} .*: use auto or cpu"):
-        start(RunConfig(device=device))
+        init_device(RunConfig(device=device))

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from beit3.training.log import Log, duration, memory, truncate
+from beit3.training.log import Log, format_duration, measure_peak_memory, truncate_metrics
 
 VALUES = {"loss": 1.75, "loss/image": 1.25, "loss/text": 0.5, "lr": 1e-3}
 
@@ -13,9 +13,9 @@ def test_lines_of_a_killed_run_are_dropped_from_the_checkpoint_on(tmp_path):
     path = tmp_path / "metrics.jsonl"
     lines = [json.dumps({"step": step}) for step in (1, 2, 2, 3)]
     path.write_text("\n".join(lines) + '\n{"step": 2, "cut')
-    truncate(path, 2)
+    truncate_metrics(path, 2)
     assert path.read_text().splitlines() == lines[:3]
-    truncate(tmp_path / "absent.jsonl", 2)
+    truncate_metrics(tmp_path / "absent.jsonl", 2)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["metrics.jsonl"]
 
 
@@ -24,21 +24,21 @@ def test_lines_of_a_killed_run_are_dropped_from_the_checkpoint_on(tmp_path):
     [(0.4, "0s"), (59.9, "59s"), (60, "1m00s"), (3599, "59m59s"), (7500, "2h05m")],
 )
 def test_durations(seconds, said):
-    assert duration(seconds) == said
+    assert format_duration(seconds) == said
 
 
 def test_memory_is_this_processes():
-    assert 0.05 < memory() < 1000
+    assert 0.05 < measure_peak_memory() < 1000
 
 
 def test_a_step_is_one_line_in_the_file_and_on_the_console(tmp_path, capsys):
     log = Log(tmp_path, "name", 20)
     log.begin(0)
-    log.samples = 8
+    log.num_samples = 8
     log.write(1, VALUES)
     for step in (1, 2, 20):
-        log.show(step, VALUES)
-    log.say("passed over: images[3] record a[/b]")
+        log.print_progress(step, VALUES)
+    log.info("passed over: images[3] record a[/b]")
     log.close()
     assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {"step": 1, **VALUES}
     said = capsys.readouterr().out.splitlines()
@@ -52,10 +52,10 @@ def test_a_step_is_one_line_in_the_file_and_on_the_console(tmp_path, capsys):
 
 
 def test_only_one_process_speaks(tmp_path, capsys):
-    log = Log(tmp_path, "name", 20, speak=False)
+    log = Log(tmp_path, "name", 20, enabled=False)
     log.begin(0)
     log.write(1, VALUES)
-    log.show(20, VALUES)
-    log.say("a remark")
+    log.print_progress(20, VALUES)
+    log.info("a remark")
     log.close()
     assert capsys.readouterr().out == "" and not list(tmp_path.iterdir())

@@ -1,4 +1,5 @@
-"""Groups of the optimizer: layers, decay and factors as in the release, and as pretraining wants them."""
+"""Groups of the optimizer: layers, decay and factors as in the release, and as pretraining wants
+them."""
 
 import json
 from dataclasses import replace
@@ -15,13 +16,13 @@ from beit3.tasks.vqa import VQA, VQAConfig
 from beit3.tasks.vqkd import VQKD
 from beit3.training.optim import (
     clip_gradients,
-    lr_scale,
+    get_lr_scale,
     make_optimizer,
-    parameter_groups,
+    make_parameter_groups,
     set_learning_rate,
 )
-from beit3.weights.release_format import keys_of
-from tests.golden import golden
+from beit3.weights.release_format import find_released_keys
+from tests.golden import find_fixture
 
 WRAPPERS = {
     "vqa": "BEiT3ForVisualQuestionAnswering",
@@ -47,11 +48,13 @@ RELEASE = replace(
 def facts(task: Task, config: OptimConfig) -> dict[str, tuple[float, bool]]:
     """Parameter name -> (factor, whether it decays), from the groups themselves."""
     found = {}
-    for group in parameter_groups(task, config):
+    for group in make_parameter_groups(task, config):
         for name, parameter in zip(group["names"], group["params"], strict=True):
             assert name not in found and parameter is task.get_parameter(name)
             found[name] = (group["lr_scale"], group["weight_decay"] > 0)
-    assert found.keys() == {name for name, _ in task.trainable()}, "every parameter is in one group"
+    assert found.keys() == {name for name, _ in task.trainable_parameters()}, (
+        "every parameter is in one group"
+    )
     return found
 
 
@@ -59,7 +62,7 @@ def as_released(task: Task, found: dict[str, tuple[float, bool]]) -> dict[str, l
     """Released name -> [layer, factor, decay]."""
     released = {}
     for name, (scale, decays) in found.items():
-        keys = keys_of(name, task.official_names)
+        keys = find_released_keys(name, task.released_names)
         assert keys, name
         released |= {key: [task.layer_of(name)[0], scale, int(decays)] for key in keys}
     return released
@@ -67,7 +70,7 @@ def as_released(task: Task, found: dict[str, tuple[float, bool]]) -> dict[str, l
 
 @pytest.mark.parametrize("name", WRAPPERS)
 def test_layer_decay_is_the_releases(name):
-    expected = json.loads((golden("optim") / "layer_decay.json").read_text())
+    expected = json.loads((find_fixture("optim") / "layer_decay.json").read_text())
     if name not in list_tasks():
         pytest.skip(f"no task {name} yet")
     kind = load_task(name)
@@ -108,7 +111,8 @@ def test_layer_decay_without_the_fixture():
 
 
 def test_what_the_paper_spares_from_decay():
-    """Fine-tuning decays the text positions and the mask token, as released; pretraining does not."""
+    """Fine-tuning decays the text positions and the mask token, as released; pretraining does
+    not."""
     with torch.device("meta"):
         task = Pretrain(PretrainConfig(model=TINY))
     tuned = {name for name, (_, decays) in facts(task, OptimConfig()).items() if not decays}
@@ -159,15 +163,15 @@ def test_a_visual_tokenizer_has_no_layers():
     with torch.device("meta"):
         task = VQKD(VQKD.recipes["demo"].task)
     assert {scale for scale, _ in facts(task, OptimConfig(layer_decay=0.5)).values()} == {1.0}
-    assert lr_scale(task, "backbone.encoder.positions", OptimConfig(layer_decay=0.5)) == 1
+    assert get_lr_scale(task, "backbone.encoder.positions", OptimConfig(layer_decay=0.5)) == 1
 
 
-def test_frozen_parts_are_outside(visual):
+def test_frozen_parts_are_outside(vqkd_weights):
     recipe = Pretrain.recipes["demo"].task
-    task = Pretrain(replace(recipe, visual_tokenizer=str(visual), num_codes=16))
+    task = Pretrain(replace(recipe, visual_tokenizer=str(vqkd_weights), num_codes=16))
     assert not [
         name
-        for group in parameter_groups(task, OptimConfig())
+        for group in make_parameter_groups(task, OptimConfig())
         for name in group["names"]
         if "tokenizer" in name
     ]

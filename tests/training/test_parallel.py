@@ -1,4 +1,5 @@
-"""Two processes train what one trains: the same records, the same gradients, one set of files, either's checkpoints.
+"""Two processes train what one trains: the same records, the same gradients, one set of files,
+either's checkpoints.
 
 Starting torch takes longer than these runs, so one pair of gloo processes trains them all.
 """
@@ -28,10 +29,15 @@ from beit3.tasks.retrieval import Retrieval
 from beit3.tasks.vqa import VQA
 from beit3.tasks.vqkd import VQKD
 from beit3.training import loop
-from beit3.training.parallel import autocast, blocks_of, build, materialise
-from tests.training.runs import lines, newest, same
+from beit3.training.parallel import build_task, find_blocks, make_autocast, materialize
+from tests.training.runs import assert_equal, find_newest_checkpoint, read_metrics
 from tests.world_root import SMALL as MODEL
-from tests.world_root import pretrain_recipe, tuning_recipe, vqa_recipe, vqkd_recipe
+from tests.world_root import (
+    make_finetuning_recipe,
+    make_pretrain_recipe,
+    make_vqa_recipe,
+    make_vqkd_recipe,
+)
 
 SOURCE = Path(__file__).resolve().parents[2] / "src"
 SCRIPT = Path(__file__).with_name("two_processes.py")
@@ -50,7 +56,8 @@ BY_NAMES = {"model": MODEL, "head": "names", "names_per_pass": 3}
 
 
 def torchrun(*arguments: str, options: Sequence[str] = ()) -> subprocess.CompletedProcess[str]:
-    """Two gloo processes on this machine, to their end; the tests are skipped where they cannot meet."""
+    """Two gloo processes on this machine, to their end; the tests are skipped where they cannot
+    meet."""
     command = [
         sys.executable,
         "-m",
@@ -112,34 +119,35 @@ def recipes(root: Path, visual: Path, precision: str) -> dict[str, Recipe]:
     """Every objective, drop path 0, two micro-batches a process where a task allows it."""
     run: dict[str, Any] = {"steps": STEPS, "save_every": 2, "precision": precision}
     return {
-        "vqkd": vqkd_recipe(root, **run),
-        "pretrain": pretrain_recipe(root, visual, eval_records=4, micro_batch=2, **run),
-        "vqa": vqa_recipe(root, micro_batch=3, eval_every=2, **run),
-        "nlvr2": tuning_recipe("nlvr2", root, task={"crop": (0.5, 1.0)}, **run),
-        "captioning": tuning_recipe(
+        "vqkd": make_vqkd_recipe(root, **run),
+        "pretrain": make_pretrain_recipe(root, visual, eval_records=4, micro_batch=2, **run),
+        "vqa": make_vqa_recipe(root, micro_batch=3, eval_every=2, **run),
+        "nlvr2": make_finetuning_recipe("nlvr2", root, task={"crop": (0.5, 1.0)}, **run),
+        "captioning": make_finetuning_recipe(
             "captioning", root, task={"label_smoothing": 0.1}, micro_batch=3, **run
         ),
-        "retrieval": tuning_recipe(
+        "retrieval": make_finetuning_recipe(
             "retrieval", root, micro_batch=3, **run
         ),  # features are collected first
-        "imagenet": tuning_recipe("imagenet", root, task=BY_NAMES, micro_batch=3, **run),
+        "imagenet": make_finetuning_recipe("imagenet", root, task=BY_NAMES, micro_batch=3, **run),
     }
 
 
 @pytest.fixture(scope="module")
-def place(root, visual, tmp_path_factory) -> Path:
-    """<precision>/<task>/{one,two}: runs by one process and by two, with the gradients of their first step."""
+def place(root, vqkd_weights, tmp_path_factory) -> Path:
+    """<precision>/<task>/{one,two}: runs by one process and by two, with the gradients of their
+    first step."""
     place = tmp_path_factory.mktemp("runs")
     jobs, given = [], {}
     for precision in ("float64", "float32"):
-        for name, recipe in recipes(root, visual, precision).items():
+        for name, recipe in recipes(root, vqkd_weights, precision).items():
             out = place / precision / name
             jobs.append((name, recipe.to_dict(), str(out / "two"), True))
             given[out / "one"] = name, recipe
     for out, (name, recipe) in given.items():
         with recorded_gradients(out):
             loop.train(recipe, TASKS[name], out=out)
-    beside = recipes(root, visual, "float32")["vqa"]
+    beside = recipes(root, vqkd_weights, "float32")["vqa"]
     jobs.append(
         (
             "vqa",
@@ -148,7 +156,7 @@ def place(root, visual, tmp_path_factory) -> Path:
             False,
         )
     )
-    half = tuning_recipe("captioning", root, steps=2, precision="bfloat16")
+    half = make_finetuning_recipe("captioning", root, steps=2, precision="bfloat16")
     jobs.append(("captioning", half.to_dict(), str(place / "bfloat16" / "two"), False))
     loop.train(half, Captioning, out=place / "bfloat16" / "one")
     for name in TASKS:  # two go on with what one began
@@ -182,7 +190,7 @@ class recorded_gradients:
         from tests.training.two_processes import recording
 
         self.patch = pytest.MonkeyPatch()
-        self.patch.setattr(loop, "gradient_norms", recording(self.out))
+        self.patch.setattr(loop, "measure_gradient_norms", recording(self.out))
 
     def __exit__(self, *_: object) -> None:
         self.patch.undo()
@@ -191,12 +199,13 @@ class recorded_gradients:
 def begun(whole: Path, out: Path) -> None:
     """A copy of a run as it was when it was killed after its second-newest checkpoint."""
     shutil.copytree(whole, out)
-    shutil.rmtree(newest(out))
+    shutil.rmtree(find_newest_checkpoint(out))
     shutil.rmtree(out / "last")
 
 
 CANCELS = {"nlvr2 head.dense2.bias": 1 / 16}
-"""Gradients that are sums of terms of this size and opposite signs, of which a millionth is left at the start."""
+"""Gradients that are sums of terms of this size and opposite signs, of which a millionth is left at
+the start."""
 
 CASES = [(precision, name) for precision in ("float64", "float32") for name in TASKS]
 
@@ -205,12 +214,14 @@ CASES = [(precision, name) for precision in ("float64", "float32") for name in T
 def test_two_processes_equal_one(place, precision, name):
     """Losses and all logged values of every step; in float64 every weight at the end.
 
-    Only the order of sums differs: 1e-9 in float64. In float32 rounding grows over steps of AdamW, whose first steps
-    divide by gradients near zero, so the first step is held to 1e-5 and the later ones to what is left of it.
+    Only the order of sums differs: 1e-9 in float64. In float32 rounding grows over steps of AdamW,
+    whose first steps
+    divide by gradients near zero, so the first step is held to 1e-5 and the later ones to what is
+    left of it.
     """
     one, two = place / precision / name / "one", place / precision / name / "two"
     if precision == "float64":
-        close(lines(one), lines(two), 1e-9)
+        close(read_metrics(one), read_metrics(two), 1e-9)
         weights = [load_file(run / "last" / "model.safetensors") for run in (one, two)]
         assert weights[0].keys() == weights[1].keys() and any(
             w.dtype == torch.float64 for w in weights[0].values()
@@ -218,8 +229,8 @@ def test_two_processes_equal_one(place, precision, name):
         for key, value in weights[0].items():
             torch.testing.assert_close(weights[1][key], value, rtol=1e-9, atol=1e-9, msg=key)
     else:
-        close(lines(one)[:1], lines(two)[:1], 1e-5)
-        close(lines(one), lines(two), 1e-3)
+        close(read_metrics(one)[:1], read_metrics(two)[:1], 1e-5)
+        close(read_metrics(one), read_metrics(two), 1e-3)
 
 
 @pytest.mark.parametrize(("precision", "name"), CASES)
@@ -230,7 +241,8 @@ def test_gradients_are_the_same(place, precision, name):
     )
     assert one.keys() == two.keys() and any(gradient.any() for gradient in one.values())
     for key, gradient in one.items():
-        # In float32: similarities to names nearly cancel (1e-4), and NLVR2's head starts a thousand times smaller than its terms (3e-5).
+        # In float32: similarities to names nearly cancel (1e-4), and NLVR2's head starts a thousand
+        # times smaller than its terms (3e-5).
         tolerance = {
             "float64": 1e-12,
             "float32": 1e-4 if name == "imagenet" else 3e-5 if name == "nlvr2" else 1e-5,
@@ -241,9 +253,9 @@ def test_gradients_are_the_same(place, precision, name):
         )
 
 
-def test_targets_differ_between_processes(place, root, visual):
+def test_targets_differ_between_processes(place, root, vqkd_weights):
     """Averaging the means of two processes would give another number."""
-    recipe = recipes(root, visual, "float32")["pretrain"]
+    recipe = recipes(root, vqkd_weights, "float32")["pretrain"]
     counts = json.loads((place / "float32" / "pretrain" / "two.targets.json").read_text())
     assert len(counts) == 2 and counts[0] != counts[1], recipe
 
@@ -263,49 +275,54 @@ def test_one_of_them_writes(place, name):
     assert files(one) == files(two)
     assert len(list((two / "tensorboard").iterdir())) == 1
     assert json.loads((two / "recipe.json").read_text())["environment"]["processes"] == 2
-    assert len(list(newest(two).glob("*.safetensors"))) == 2
+    assert len(list(find_newest_checkpoint(two).glob("*.safetensors"))) == 2
 
 
 def test_bfloat16_trains_and_is_evaluated_sharded(place):
-    """Products in bfloat16 have 8 bits: losses to 2 %. What is gathered for training must also do for evaluation."""
-    one, two = (lines(place / "bfloat16" / run) for run in ("one", "two"))
+    """Products in bfloat16 have 8 bits: losses to 2 %. What is gathered for training must also do
+    for evaluation."""
+    one, two = (read_metrics(place / "bfloat16" / run) for run in ("one", "two"))
     assert [line["step"] for line in two] == [line["step"] for line in one]
     assert "val/cider" in two[-1] and two[0]["loss"] == pytest.approx(one[0]["loss"], rel=0.02)
 
 
 def test_two_write_beside_their_training_what_they_write_in_turn(place):
-    mine, theirs = newest(place / "asynchronous"), newest(place / "float32" / "vqa" / "two")
+    mine, theirs = (
+        find_newest_checkpoint(place / "asynchronous"),
+        find_newest_checkpoint(place / "float32" / "vqa" / "two"),
+    )
     assert [file.name for file in sorted(mine.iterdir())] == [
         file.name for file in sorted(theirs.iterdir())
     ]
     for file in mine.glob("*.safetensors"):
-        same(load_file(file), load_file(theirs / file.name))
+        assert_equal(load_file(file), load_file(theirs / file.name))
 
 
 @pytest.mark.parametrize("name", TASKS)
-def test_one_goes_on_with_a_run_of_two(place, root, visual, tmp_path, name):
+def test_one_goes_on_with_a_run_of_two(place, root, vqkd_weights, tmp_path, name):
     two = place / "float32" / name / "two"
     begun(two, tmp_path / "again")
-    loop.train(recipes(root, visual, "float32")[name], TASKS[name], out=tmp_path / "again")
-    close(lines(tmp_path / "again"), lines(two), 1e-5)
+    loop.train(recipes(root, vqkd_weights, "float32")[name], TASKS[name], out=tmp_path / "again")
+    close(read_metrics(tmp_path / "again"), read_metrics(two), 1e-5)
 
 
 @pytest.mark.parametrize("name", TASKS)
 def test_two_go_on_with_a_run_of_one(place, name):
     folder = place / "float32" / name
     assert (
-        json.loads((newest(folder / "one_then_two") / "checkpoint.json").read_text())[
-            "processes"
-        ]
+        json.loads(
+            (find_newest_checkpoint(folder / "one_then_two") / "checkpoint.json").read_text()
+        )["processes"]
         == 2
     )
-    close(lines(folder / "one_then_two"), lines(folder / "one"), 1e-5)
+    close(read_metrics(folder / "one_then_two"), read_metrics(folder / "one"), 1e-5)
 
 
 def test_a_killed_process_ends_the_other_and_torchrun_goes_on(root, tmp_path, place):
-    """Rank 1 is killed in step 4; the other says so, and with --max-restarts the run ends as if nothing had happened."""
+    """Rank 1 is killed in step 4; the other says so, and with --max-restarts the run ends as if
+    nothing had happened."""
     recipe = replace(
-        vqa_recipe(root, steps=STEPS, save_every=2, eval_every=2, micro_batch=3), note=""
+        make_vqa_recipe(root, steps=STEPS, save_every=2, eval_every=2, micro_batch=3), note=""
     )
     jobs = [("vqa", recipe.to_dict(), str(tmp_path / "run"), False)]
     (tmp_path / "jobs.json").write_text(json.dumps(jobs))
@@ -316,7 +333,7 @@ def test_a_killed_process_ends_the_other_and_torchrun_goes_on(root, tmp_path, pl
     said = " ".join(done.stderr.split())
     assert "another process of this run has ended (this was 0 of 2)" in said, said[-3000:]
     assert (tmp_path / "killed").exists(), "it was killed once"
-    close(lines(tmp_path / "run"), lines(place / "float32" / "vqa" / "two"), 1e-5)
+    close(read_metrics(tmp_path / "run"), read_metrics(place / "float32" / "vqa" / "two"), 1e-5)
 
 
 def test_two_processes_share_an_evaluation(place, root, capsys, tmp_path):
@@ -343,7 +360,7 @@ def test_two_processes_share_an_evaluation(place, root, capsys, tmp_path):
     ]
 
 
-# One process ---------------------------------------------------------------------------------------------------------
+# One process --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -351,16 +368,16 @@ def test_two_processes_share_an_evaluation(place, root, capsys, tmp_path):
     [("auto", torch.float32), ("float32", torch.float32), ("bfloat16", torch.bfloat16)],
 )
 def test_precision_on_a_processor(precision, wanted):
-    with autocast(replace(RunConfig(), precision=precision), torch.device("cpu")):
+    with make_autocast(replace(RunConfig(), precision=precision), torch.device("cpu")):
         product = torch.ones(2, 2) @ torch.ones(2, 2)
     assert product.dtype == wanted
 
 
-def test_a_task_is_built_without_its_frozen_part_being_emptied(root, visual):
-    recipe = pretrain_recipe(root, visual)
-    task = build(Pretrain, recipe.task, None, recipe.run, torch.device("cpu"))
-    materialise(task, torch.device("cpu"), 0)
-    theirs = load_file(visual / "model.safetensors")
+def test_a_task_is_built_without_its_frozen_part_being_emptied(root, vqkd_weights):
+    recipe = make_pretrain_recipe(root, vqkd_weights)
+    task = build_task(Pretrain, recipe.task, None, recipe.run, torch.device("cpu"))
+    materialize(task, torch.device("cpu"), 0)
+    theirs = load_file(vqkd_weights / "model.safetensors")
     assert task.visual_tokenizer is not None and not any(
         tensor.is_meta for tensor in task.state_dict().values()
     )
@@ -368,12 +385,13 @@ def test_a_task_is_built_without_its_frozen_part_being_emptied(root, visual):
         assert torch.equal(tensor, theirs[f"backbone.{name}"]), name
 
 
-def test_a_task_built_on_meta_is_the_task(root, visual):
-    """Every parameter, and the buffers of a codebook, have the values that a task built in place gets."""
-    for name, recipe in recipes(root, visual, "float32").items():
+def test_a_task_built_on_meta_is_the_task(root, vqkd_weights):
+    """Every parameter, and the buffers of a codebook, have the values that a task built in place
+    gets."""
+    for name, recipe in recipes(root, vqkd_weights, "float32").items():
         config = load_task(name).configure(recipe.task, root)
-        built = build(TASKS[name], config, None, recipe.run, torch.device("cpu"))
-        materialise(built, torch.device("cpu"), recipe.run.seed)
+        built = build_task(TASKS[name], config, None, recipe.run, torch.device("cpu"))
+        materialize(built, torch.device("cpu"), recipe.run.seed)
         plain = TASKS[name](config)
         plain.init_weights(recipe.run.seed)
         theirs = dict(plain.state_dict())
@@ -382,10 +400,10 @@ def test_a_task_built_on_meta_is_the_task(root, visual):
             assert torch.equal(tensor, theirs[key]), key
 
 
-def test_blocks_of_all_networks_that_train(root, visual):
-    all_recipes = recipes(root, visual, "float32")
+def test_blocks_of_all_networks_that_train(root, vqkd_weights):
+    all_recipes = recipes(root, vqkd_weights, "float32")
     counts = {
-        name: len(blocks_of(TASKS[name](recipe.task))) for name, recipe in all_recipes.items()
+        name: len(find_blocks(TASKS[name](recipe.task))) for name, recipe in all_recipes.items()
     }
     assert counts == dict.fromkeys(TASKS, 2), (
         "encoder and decoder; the frozen tokenizer is none of ours"

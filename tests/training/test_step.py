@@ -6,14 +6,20 @@ from pathlib import Path
 import pytest
 import torch
 
-from beit3.data.loader import Source
+from beit3.data.loader import RecordDataset
 from beit3.recipe import Recipe
 from beit3.task import Batch, Task, grow_vocabulary
-from beit3.tasks.pretrain import IGNORE, Pretrain
+from beit3.tasks.pretrain import IGNORE_INDEX, Pretrain
 from beit3.tasks.retrieval import Retrieval
 from beit3.tokenizer.text import TextTokenizer
-from beit3.training.step import backward, check_finite, gradient_norms, part_of, sum_targets
-from tests.world_root import pretrain_recipe, tuning_recipe
+from beit3.training.step import (
+    backward,
+    check_finite,
+    get_part_name,
+    measure_gradient_norms,
+    sum_targets,
+)
+from tests.world_root import make_finetuning_recipe, make_pretrain_recipe
 
 FLOAT32 = torch.autocast("cpu", enabled=False)
 
@@ -31,10 +37,12 @@ def built(recipe: Recipe, kind: type[Task], root: Path) -> Task:
 def gradients(task: Task, batches: list[Batch]) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
     task.zero_grad()
     values, _ = backward(task, batches, sum_targets(task, batches), FLOAT32)
-    return values, {name: p.grad.clone() for name, p in task.trainable() if p.grad is not None}
+    return values, {
+        name: p.grad.clone() for name, p in task.trainable_parameters() if p.grad is not None
+    }
 
 
-# One number ----------------------------------------------------------------------------------------------------------
+# One number ---------------------------------------------------------------------------------------
 
 
 def cut(batch: Batch, *sizes: int) -> list[Batch]:
@@ -48,14 +56,15 @@ def cut(batch: Batch, *sizes: int) -> list[Batch]:
 
 @pytest.mark.parametrize("depth_drop", [0.0, 0.3])
 def test_features_in_parts_give_the_loss_of_all_pairs(root, depth_drop):
-    """Gradient caching equals the one big batch; with stochastic depth the same random draws are needed, so parts of it."""
-    recipe = tuning_recipe("retrieval", root)
+    """Gradient caching equals the one big batch; with stochastic depth the same random draws are
+    needed, so parts of it."""
+    recipe = make_finetuning_recipe("retrieval", root)
     recipe = replace(
         recipe,
         task=replace(recipe.task, model=replace(recipe.task.model, drop_path_rate=depth_drop)),
     )
     task = built(recipe, Retrieval, root)
-    source = Source(root / "retrieval/main/train.jsonl", root)
+    source = RecordDataset(root / "retrieval/main/train.jsonl", root)
     batch = task.collate([task.example(source[3 * i], True) for i in range(7)])
     parts = cut(batch, 3, 3, 1)
 
@@ -71,7 +80,7 @@ def test_features_in_parts_give_the_loss_of_all_pairs(root, depth_drop):
         )
         loss.backward()
         return {
-            name: p.grad.clone() for name, p in task.trainable() if p.grad is not None
+            name: p.grad.clone() for name, p in task.trainable_parameters() if p.grad is not None
         }, loss.detach()
 
     torch.manual_seed(3)
@@ -91,11 +100,13 @@ def test_features_in_parts_give_the_loss_of_all_pairs(root, depth_drop):
 
 
 @pytest.fixture(scope="module")
-def pretrain_step(root, visual) -> tuple[Task, list[Batch]]:
+def pretrain_step(root, vqkd_weights) -> tuple[Task, list[Batch]]:
     """The three batches of a step, whose records have different numbers of targets."""
-    recipe = pretrain_recipe(root, visual)
+    recipe = make_pretrain_recipe(root, vqkd_weights)
     task = built(recipe, Pretrain, root)
-    records = {name: Source(root / f"pretrain/{name}/val.jsonl", root) for name in Pretrain.sources}
+    records = {
+        name: RecordDataset(root / f"pretrain/{name}/val.jsonl", root) for name in Pretrain.sources
+    }
     return task, [
         task.collate([task.example(source[i], True) for i in range(6)])
         for source in records.values()
@@ -104,7 +115,7 @@ def pretrain_step(root, visual) -> tuple[Task, list[Batch]]:
 
 def test_micro_batches_make_one_step(pretrain_step):
     task, step = pretrain_step
-    counts = (step[2]["text_target"] != IGNORE).sum(1)
+    counts = (step[2]["text_target"] != IGNORE_INDEX).sum(1)
     assert len(set(counts.tolist())) > 1, (
         "averaging means of micro-batches would give another number"
     )
@@ -153,7 +164,7 @@ def test_loss_weights_scale_loss_and_gradient(pretrain_step, monkeypatch):
 def test_norms_of_parts_make_the_norm(pretrain_step):
     task, step = pretrain_step
     _, found = gradients(task, step)
-    norms = gradient_norms(task)
+    norms = measure_gradient_norms(task)
     assert {name.removeprefix("gradient_norm/") for name in norms} == {
         "image_embedding",
         "text_embedding",
@@ -182,7 +193,7 @@ def test_norms_of_parts_make_the_norm(pretrain_step):
     ],
 )
 def test_parts(name, part):
-    assert part_of(name) == part
+    assert get_part_name(name) == part
 
 
 def test_the_micro_batch_that_is_not_finite_is_named():

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 
 from beit3.data.stores import records
-from beit3.training import watch as module
-from beit3.training.watch import QUIET, SLOW, WINDOW, Watch
+from beit3.training import watchdog as module
+from beit3.training.watchdog import Watchdog
 
 STALL = 0.2
-FEW = WINDOW // 5
+FEW = module.WINDOW // 5
 
 
 class Clock:
@@ -40,79 +40,80 @@ def said() -> list[str]:
 
 @pytest.fixture
 def log(said) -> Any:
-    return SimpleNamespace(say=said.append)
+    return SimpleNamespace(info=said.append)
 
 
-def step(watch: Watch, clock: Clock, number: int, seconds: float, waiting: float = 0.0) -> None:
-    watch.begin(number)
+def step(watch: Watchdog, clock: Clock, number: int, seconds: float, waiting: float = 0.0) -> None:
+    watch.begin_step(number)
     clock.now += waiting
-    watch.loaded()
+    watch.mark_loaded()
     clock.now += seconds - waiting
-    watch.done()
+    watch.end_step()
 
 
-# Slow steps ----------------------------------------------------------------------------------------------------------
+# Slow steps ---------------------------------------------------------------------------------------
 
 
 def test_a_slow_step_is_named_with_what_it_waited_for(clock, log, said):
-    watch = Watch(log)
+    watch = Watchdog(log)
     for number in range(FEW):
         step(watch, clock, number, 0.5 + 0.02 * number)
     step(watch, clock, FEW, 4.0, waiting=3.5)
     assert said == [
-        f"WARNING step {FEW + 1} took 4.0 s, the median is 0.59 s; 3.5 s of it were waiting for records"
+        f"WARNING step {FEW + 1} took 4.0 s, the median is 0.59 s; 3.5 s of it were spent waiting "
+        "for records"
     ]
 
 
 def test_warnings_do_not_crowd(clock, log, said):
-    watch = Watch(log)
+    watch = Watchdog(log)
     for number in range(FEW):
         step(watch, clock, number, 1.0)
     for number in range(FEW, FEW + 4):
         step(watch, clock, number, 6.0)
     assert len(said) == 1
-    clock.now += QUIET
+    clock.now += module.WARNING_INTERVAL
     step(watch, clock, FEW + 4, 6.0)
     assert len(said) == 2
 
 
 def test_what_is_no_slow_step(clock, log, said):
-    watch = Watch(log)
+    watch = Watchdog(log)
     step(watch, clock, 0, 1000.0)  # the first compiles; there is nothing to compare with
     for number in range(1, FEW):
         step(watch, clock, number, 0.01)
     step(watch, clock, FEW, 0.9)  # 90 times the median, but under a second
-    for number in range(FEW + 1, FEW + WINDOW + 1):
+    for number in range(FEW + 1, FEW + module.WINDOW + 1):
         step(watch, clock, number, 1.0)
-    step(watch, clock, FEW + WINDOW + 1, SLOW - 0.01)
+    step(watch, clock, FEW + module.WINDOW + 1, module.SLOW_FACTOR - 0.01)
     assert said == []
-    step(watch, clock, FEW + WINDOW + 2, SLOW + 0.01)
+    step(watch, clock, FEW + module.WINDOW + 2, module.SLOW_FACTOR + 0.01)
     assert len(said) == 1
 
 
 def test_the_median_follows_the_last_steps(clock, log):
-    watch = Watch(log)
+    watch = Watchdog(log)
     for number in range(FEW - 1):
         step(watch, clock, number, 9.0)
-    assert watch.median() == 0.0, "too few to tell"
+    assert watch.compute_median() == 0.0, "too few to tell"
     step(watch, clock, FEW - 1, 9.0)
-    assert watch.median() == pytest.approx(9.0)
-    for number in range(FEW, FEW + WINDOW):
+    assert watch.compute_median() == pytest.approx(9.0)
+    for number in range(FEW, FEW + module.WINDOW):
         step(watch, clock, number, 2.0)
-    assert watch.median() == pytest.approx(2.0)
+    assert watch.compute_median() == pytest.approx(2.0)
 
 
 def test_a_lap_is_the_mean_since_the_last_one(clock, log):
-    watch = Watch(log)
+    watch = Watchdog(log)
     step(watch, clock, 0, 2.0, waiting=0.5)
     clock.now += 100.0  # an evaluation
     step(watch, clock, 1, 4.0, waiting=1.5)
-    assert watch.lap() == pytest.approx({"seconds": 3.0, "seconds_waiting": 1.0})
+    assert watch.pop_timings() == pytest.approx({"seconds": 3.0, "seconds_waiting": 1.0})
     step(watch, clock, 2, 8.0)
-    assert watch.lap() == pytest.approx({"seconds": 8.0, "seconds_waiting": 0.0})
+    assert watch.pop_timings() == pytest.approx({"seconds": 8.0, "seconds_waiting": 0.0})
 
 
-# Stalls --------------------------------------------------------------------------------------------------------------
+# Stalls -------------------------------------------------------------------------------------------
 
 
 def until(said: list[str], count: int) -> None:
@@ -123,19 +124,19 @@ def until(said: list[str], count: int) -> None:
 
 
 def test_a_stalled_step_is_reported_while_it_lasts(log, said):
-    with Watch(log, stall=STALL) as watch:
-        watch.begin(6)
+    with Watchdog(log, stall_seconds=STALL) as watch:
+        watch.begin_step(6)
         until(said, 1)
         assert said[0].startswith("WARNING step 7 has not ended for 0s, waiting for records, at ")
         time.sleep(3 * STALL)
         assert len(said) == 1, "a step is reported once"
-        watch.loaded()
-        watch.done()
-        watch.begin(7)
-        watch.loaded()
+        watch.mark_loaded()
+        watch.end_step()
+        watch.begin_step(7)
+        watch.mark_loaded()
         until(said, 2)
         assert said[1].startswith("WARNING step 8 has not ended for 0s, computing, at ")
-        watch.done()
+        watch.end_step()
 
 
 def test_the_place_is_the_innermost_line_of_this_package(log, said, tmp_path):
@@ -143,10 +144,10 @@ def test_the_place_is_the_innermost_line_of_this_package(log, said, tmp_path):
         until(said, 1)
         yield {}
 
-    with Watch(log, stall=STALL) as watch:
-        watch.begin(0)
+    with Watchdog(log, stall_seconds=STALL) as watch:
+        watch.begin_step(0)
         records.write_records(tmp_path / "rows.jsonl", rows())
-        watch.done()
+        watch.end_step()
     place = said[0].rpartition(" at ")[2]
     file, _, line = place.removesuffix(" in write_records").partition(":")
     assert Path(file) == Path("data/stores/records.py")
@@ -157,31 +158,31 @@ def test_the_place_is_the_innermost_line_of_this_package(log, said, tmp_path):
 
 
 def test_a_place_outside_the_package_is_not_made_up(log, said):
-    with Watch(log, stall=STALL) as watch:
-        watch.begin(0)
+    with Watchdog(log, stall_seconds=STALL) as watch:
+        watch.begin_step(0)
         until(said, 1)
     assert said[0].endswith("at an unknown place")
 
 
 def test_nothing_is_watched_between_steps(log, said):
     """Evaluations and checkpoints may take as long as they like."""
-    with Watch(log, stall=STALL) as watch:
+    with Watchdog(log, stall_seconds=STALL) as watch:
         time.sleep(2 * STALL)
-        watch.begin(0)
-        watch.loaded()
-        watch.done()
+        watch.begin_step(0)
+        watch.mark_loaded()
+        watch.end_step()
         time.sleep(4 * STALL)
-        assert watch.lap()["seconds"] < STALL
+        assert watch.pop_timings()["seconds"] < STALL
     assert said == []
 
 
 def test_steps_that_are_always_long_do_not_stall(log, said):
     """The limit is a multiple of the median where that is longer."""
-    with Watch(log, stall=STALL) as watch:
-        watch.recent.extend([STALL] * FEW)
-        watch.begin(0)
+    with Watchdog(log, stall_seconds=STALL) as watch:
+        watch.recent_seconds.extend([STALL] * FEW)
+        watch.begin_step(0)
         time.sleep(4 * STALL)
-        watch.done()
+        watch.end_step()
     assert said == []
 
 
@@ -189,8 +190,8 @@ def test_steps_that_are_always_long_do_not_stall(log, said):
 def test_the_thread_ends_with_the_block(log, error):
     before = set(threading.enumerate())
     try:
-        with Watch(log) as watch:
-            watch.begin(0)
+        with Watchdog(log) as watch:
+            watch.begin_step(0)
             assert set(threading.enumerate()) - before == {watch.thread}
             if error:
                 raise error

@@ -1,6 +1,8 @@
-"""What each of two processes runs under torchrun: training jobs from a JSON file, then a command line, or a kill.
+"""What each of two processes runs under torchrun: training jobs from a JSON file, then a command
+line, or a kill.
 
-Jobs: [task, recipe, out, whether to record], where recording keeps the first step's gradients beside `out`.
+Jobs: [task, recipe, out, whether to record], where recording keeps the first step's gradients
+beside `out`.
 """
 
 import json
@@ -13,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from beit3.ops.collectives import all_gather_objects, rank, whole
+from beit3.ops.collectives import all_gather_objects, gather_full, rank
 from beit3.recipe import Recipe
 from beit3.task import Batch, Task, load_task
 from beit3.training import loop
@@ -21,13 +23,13 @@ from beit3.training import loop
 
 def recording(out: Path) -> Callable[[Task], dict[str, float]]:
     """`gradient_norms` that writes the first gradients it sees to `<out>.gradients.pt`."""
-    measure, path = loop.gradient_norms, out.with_name(out.name + ".gradients.pt")
+    measure, path = loop.measure_gradient_norms, out.with_name(out.name + ".gradients.pt")
 
     def measuring(task: Task) -> dict[str, float]:
         if not path.exists():
             found = {
-                name: whole(parameter.grad)
-                for name, parameter in task.trainable()
+                name: gather_full(parameter.grad)
+                for name, parameter in task.trainable_parameters()
                 if parameter.grad is not None
             }
             all_gather_objects(None)  # every process has seen that there is no file
@@ -40,7 +42,8 @@ def recording(out: Path) -> Callable[[Task], dict[str, float]]:
 
 
 def noting(out: Path) -> Callable[[Task, list[Batch]], dict[str, int]]:
-    """`sum_targets` that writes each process's own counts of the first step to `<out>.targets.json`."""
+    """`sum_targets` that writes each process's own counts of the first step to
+    `<out>.targets.json`."""
     count, path = loop.sum_targets, out.with_name(out.name + ".targets.json")
 
     def counting(task: Task, batches: list[Batch]) -> dict[str, int]:
@@ -54,7 +57,7 @@ def noting(out: Path) -> Callable[[Task, list[Batch]], dict[str, int]]:
 
 def killing(marker: Path) -> Callable[..., float]:
     """`learning_rate` that kills process 1 in step 4 (the checkpoint of step 2 is there), once."""
-    learning_rate = loop.learning_rate
+    learning_rate = loop.compute_learning_rate
 
     def killed(step: int, *rest) -> float:
         if step == 3 and int(os.environ["RANK"]) == 1 and not marker.exists():
@@ -69,15 +72,15 @@ def main() -> None:
     jobs = Path(sys.argv.pop(1))
     kill = sys.argv[1:] == ["kill"]
     if kill:
-        loop.learning_rate = killing(jobs.with_name("killed"))
-    originals = loop.gradient_norms, loop.sum_targets
+        loop.compute_learning_rate = killing(jobs.with_name("killed"))
+    originals = loop.measure_gradient_norms, loop.sum_targets
     for name, recipe, out, record in json.loads(jobs.read_text()):
         task = load_task(name)
-        loop.gradient_norms, loop.sum_targets = (
+        loop.measure_gradient_norms, loop.sum_targets = (
             (recording(Path(out)), noting(Path(out))) if record else originals
         )
         loop.train(Recipe.from_dict(recipe, task.Config), task, out=out)
-    loop.gradient_norms, loop.sum_targets = originals
+    loop.measure_gradient_norms, loop.sum_targets = originals
     if not kill:
         runpy.run_module("beit3", run_name="__main__", alter_sys=True)
 

@@ -1,4 +1,5 @@
-"""The list of released files: its numbers are those of the networks, and what it says may be typed."""
+"""The list of released files: its numbers are those of the networks, and what it says may be
+typed."""
 
 import json
 from dataclasses import replace
@@ -11,9 +12,10 @@ from beit3.task import load_task
 from beit3.tasks.pretrain import Pretrain, PretrainConfig
 from beit3.tasks.vqkd import VQKDConfig
 from beit3.tokenizer.visual import VisualTokenizer
-from beit3.weights.catalog import FILES, about, table
-from beit3.weights.release_format import HEADS, read_file
-from tests.golden import golden
+from beit3.weights.catalog import RELEASED_FILES, describe_file, format_table
+from beit3.weights.release_format import HEADS
+from beit3.weights.state_dicts import read_state_dict
+from tests.golden import find_fixture
 
 OFFICIAL = {"imagenet": "imageclassification", "vqa": "vqav2"}
 
@@ -23,15 +25,16 @@ def millions(count: int) -> float:
 
 
 def test_parameters_of_fine_tuned_files_are_those_of_the_official_models():
-    counts = json.loads((golden("state_dict_shapes") / "param_counts.json").read_text())
+    counts = json.loads((find_fixture("state_dict_shapes") / "param_counts.json").read_text())
     tuned = [
         file
-        for file in FILES
+        for file in RELEASED_FILES
         if file.task in OFFICIAL or file.task in ("nlvr2", "captioning", "retrieval")
     ]
     assert len(tuned) == 25
     for file in tuned:
-        # The contrastive files are retrieval models of 224 px, of which the official code has the base one.
+        # The contrastive files are retrieval models of 224 px, of which the official code has the
+        # base one.
         name = f"beit3_{file.size}_patch16_{file.image_size}_{OFFICIAL.get(file.task, file.task)}"
         if name in counts:
             assert file.parameters == millions(counts[name]), file.name
@@ -46,9 +49,13 @@ def test_parameters_of_pretrained_files_and_tokenizers_are_ours():
                 parameter.numel()
                 for parameter in Pretrain(PretrainConfig(model=model)).parameters()
             )
-        found = {file.parameters for file in FILES if (file.task, file.size) == ("pretrain", size)}
+        found = {
+            file.parameters
+            for file in RELEASED_FILES
+            if (file.task, file.size) == ("pretrain", size)
+        }
         assert found == {millions(count)}
-    for file in FILES:
+    for file in RELEASED_FILES:
         if file.task == "vqkd":
             depth, dim = int(file.name.split("decoder_")[1][0]), 512 if "clip" in file.name else 768
             with torch.device("meta"):
@@ -63,8 +70,8 @@ def test_parameters_of_pretrained_files_and_tokenizers_are_ours():
 
 
 def test_rows_agree_with_their_names_and_with_this_version():
-    assert len({file.name for file in FILES}) == len(FILES) == 33
-    for file in FILES:
+    assert len({file.name for file in RELEASED_FILES}) == len(RELEASED_FILES) == 33
+    for file in RELEASED_FILES:
         assert file.task in (*HEADS, "vqkd", "text")
         if file.name.startswith("beit3_"):
             assert f"beit3_{file.size}_" in file.name and f"_patch16_{file.image_size}" in file.name
@@ -77,7 +84,7 @@ def test_rows_agree_with_their_names_and_with_this_version():
 
 
 def test_every_recipe_of_the_release_starts_from_some_file():
-    started = {start for file in FILES for start in file.starts}
+    started = {start for file in RELEASED_FILES for start in file.starts}
     for task in ("vqa", "nlvr2", "captioning", "retrieval", "imagenet"):
         ours = {
             f"{task} {recipe}"
@@ -88,8 +95,8 @@ def test_every_recipe_of_the_release_starts_from_some_file():
 
 
 def test_the_table():
-    lines = table()
-    assert all(any(line.startswith(f"{file.name} ") for line in lines) for file in FILES)
+    lines = format_table()
+    assert all(any(line.startswith(f"{file.name} ") for line in lines) for file in RELEASED_FILES)
     assert any(
         "vqa base_480" in line and line.startswith("beit3_base_patch16_224.pth") for line in lines
     )
@@ -98,9 +105,9 @@ def test_the_table():
     assert any("captioning base_480_nocaps" in line for line in lines), (
         "a recipe is not torn from its task"
     )
-    assert len(table("vqa")) - len(table("vqkd")) == 2
+    assert len(format_table("vqa")) - len(format_table("vqkd")) == 2
     with pytest.raises(ValueError, match="no file was released for vqaa; did you mean vqa?"):
-        table("vqaa")
+        format_table("vqaa")
 
 
 @pytest.mark.parametrize(
@@ -126,7 +133,7 @@ def test_the_table():
 )
 def test_a_name_that_is_no_file_says_what_it_would_be(tmp_path, name, message):
     with pytest.raises(ValueError) as caught:
-        read_file(tmp_path / name)
+        read_state_dict(tmp_path / name)
     said = str(caught.value)
     assert (
         said.startswith(f"no weights at {tmp_path / name}: ")
@@ -136,4 +143,4 @@ def test_a_name_that_is_no_file_says_what_it_would_be(tmp_path, name, message):
     assert ("download it yourself, the README of github.com/microsoft/unilm lists it" in said) == (
         "release's" in said
     )
-    assert ("release's" in said) == about(name).startswith("that is")
+    assert ("release's" in said) == describe_file(name).startswith("that is")

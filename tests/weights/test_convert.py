@@ -1,4 +1,5 @@
-"""Conversion both ways: what goes back is equal to the byte, nothing is lost unsaid, nothing that is there is replaced."""
+"""Conversion both ways: what goes back is equal to the byte, nothing is lost unsaid, nothing that
+is there is replaced."""
 
 import json
 from dataclasses import replace
@@ -15,12 +16,14 @@ from beit3.tasks.backbone import Backbone
 from beit3.tasks.vqa import VQA
 from beit3.tasks.vqkd import VQKD, VQKDConfig
 from beit3.tokenizer.teacher import load_teacher
-from beit3.weights.convert import from_clip, from_official, to_file
-from beit3.weights.release_format import load_official, to_official
-from beit3.weights.store import initialise_from, load, load_frozen, read_config, read_tensors, save
-from tests.golden import golden, tensors
+from beit3.weights.convert import convert_clip, convert_released, export_released
+from beit3.weights.initialization import initialize_from
+from beit3.weights.loading import load_frozen, load_released, load_weights
+from beit3.weights.release_format import to_released_state
+from beit3.weights.store import read_config, read_tensors, save_weights
+from tests.golden import find_fixture, load_tensors
 from tests.tokenizer.test_teacher import GRID, PATCH, hugging_face_state, openai_state, pixels
-from tests.weights.test_official import State, same, small, with_pretraining_heads, wrappers
+from tests.weights.test_release_format import State, same, small, with_pretraining_heads, wrappers
 
 
 def names_of(folder: Path) -> list[str]:
@@ -31,16 +34,16 @@ def answering() -> State:
     """A VQA file of three answers."""
     state = {
         key: tensor
-        for key, tensor in to_official(small()).items()
+        for key, tensor in to_released_state(small()).items()
         if "encoder.layer_norm." not in key
     }
-    return to_official(load_official(state, "vqa", answers=("yes", "no", "two"))[0])
+    return to_released_state(load_released(state, "vqa", answers=("yes", "no", "two"))[0])
 
 
 MAKE = {
-    "pretrain": lambda: with_pretraining_heads(to_official(small())),
+    "pretrain": lambda: with_pretraining_heads(to_released_state(small())),
     "vqa": answering,
-    "backbone": lambda: to_official(small()),
+    "backbone": lambda: to_released_state(small()),
 }
 
 
@@ -69,19 +72,19 @@ def file(tmp_path):
     return write
 
 
-# There and back ------------------------------------------------------------------------------------------------------
+# There and back -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("kind", MAKE)
 def test_what_goes_back_is_the_file_to_the_byte(tmp_path, file, kind, precision):
     state = PRECISIONS[precision](MAKE[kind]())
-    lines = from_official(file(state), tmp_path / "ours")
+    lines = convert_released(file(state), tmp_path / "ours")
     assert lines == [
         f"{len(read_tensors(tmp_path / 'ours'))} tensors loaded from a released {kind} file",
         f"{kind} at {tmp_path / 'ours'}",
     ]
-    lines = to_file(tmp_path / "ours", tmp_path / "sub" / "back.pth")
+    lines = export_released(tmp_path / "ours", tmp_path / "sub" / "back.pth")
     assert lines[0].startswith(f"{len(state)} tensors of {tmp_path / 'ours'} ({kind}, ")
     back = torch.load(tmp_path / "sub" / "back.pth", weights_only=True)
     assert back.keys() == {"model"}
@@ -92,24 +95,24 @@ def test_what_goes_back_is_the_file_to_the_byte(tmp_path, file, kind, precision)
 @pytest.mark.parametrize("name", ["vqa", "nlvr2", "captioning", "retrieval", "imageclassification"])
 def test_tensors_of_the_official_code_come_back(tmp_path, file, name, precision):
     """Recorded names and values, with four heads that no shape tells."""
-    state = PRECISIONS[precision](tensors(name, "model"))
-    lines = from_official(file(state), tmp_path / "ours", num_heads=4)
-    assert len(lines) == 2 and load(tmp_path / "ours").config.model.num_heads == 4
-    to_file(tmp_path / "ours", tmp_path / "back.pth")
+    state = PRECISIONS[precision](load_tensors(name, "model"))
+    lines = convert_released(file(state), tmp_path / "ours", num_heads=4)
+    assert len(lines) == 2 and load_weights(tmp_path / "ours").config.model.num_heads == 4
+    export_released(tmp_path / "ours", tmp_path / "back.pth")
     same(torch.load(tmp_path / "back.pth", weights_only=True)["model"], state)
 
 
 def test_a_directory_in_half_precision_is_read_in_float32(tmp_path, file):
     state = PRECISIONS["half"](MAKE["vqa"]())
-    from_official(file(state), tmp_path / "ours", answers=("yes", "no", "two"))
+    convert_released(file(state), tmp_path / "ours", answers=("yes", "no", "two"))
     assert {
         tensor.dtype for tensor in read_tensors(tmp_path / "ours", as_stored=True).values()
     } == {torch.float16}
-    task = load(tmp_path / "ours")
+    task = load_weights(tmp_path / "ours")
     assert isinstance(task, VQA) and task.config.answers == ("yes", "no", "two")
-    same(to_official(task), {name: tensor.float() for name, tensor in state.items()})
+    same(to_released_state(task), {name: tensor.float() for name, tensor in state.items()})
     other = small(image_size=24)
-    initialise_from(other, tmp_path / "ours")
+    initialize_from(other, tmp_path / "ours")
     assert other.backbone.image_embedding.positions.dtype == torch.float32, (
         "resampled in full precision"
     )
@@ -117,11 +120,11 @@ def test_a_directory_in_half_precision_is_read_in_float32(tmp_path, file):
 
 def test_bare_names_come_back_as_a_task_has_them(tmp_path, file):
     state = MAKE["backbone"]()
-    from_official(
+    convert_released(
         file({name.removeprefix("beit3."): tensor for name, tensor in state.items()}),
         tmp_path / "ours",
     )
-    to_file(tmp_path / "ours", tmp_path / "back.pth")
+    export_released(tmp_path / "ours", tmp_path / "back.pth")
     same(torch.load(tmp_path / "back.pth", weights_only=True)["model"], state)
 
 
@@ -129,8 +132,8 @@ def test_tensors_that_share_memory_are_written_apart(tmp_path, file):
     state = MAKE["backbone"]()
     norm = "beit3.encoder.layers.0.final_layer_norm"
     state[f"{norm}.B.weight"] = state[f"{norm}.A.weight"]
-    from_official(file(state), tmp_path / "ours")
-    to_file(tmp_path / "ours", tmp_path / "back.pth")
+    convert_released(file(state), tmp_path / "ours")
+    export_released(tmp_path / "ours", tmp_path / "back.pth")
     same(torch.load(tmp_path / "back.pth", weights_only=True)["model"], state)
 
 
@@ -138,37 +141,39 @@ def test_a_run_gives_its_best_weights(tmp_path):
     for seed, name in enumerate(("last", "best")):
         task = small()
         task.init_weights(seed)
-        save(task, tmp_path / "run" / name)
-    lines = to_file(tmp_path / "run", tmp_path / "back.pth")
+        save_weights(task, tmp_path / "run" / name)
+    lines = export_released(tmp_path / "run", tmp_path / "back.pth")
     assert f"of {tmp_path / 'run' / 'best'} (backbone, float32)" in lines[0]
-    same(torch.load(tmp_path / "back.pth", weights_only=True)["model"], to_official(task))
+    same(torch.load(tmp_path / "back.pth", weights_only=True)["model"], to_released_state(task))
 
 
 def test_names_of_every_released_model_survive(monkeypatch):
-    """At full size and without memory: whatever a file holds of a task here goes out under the names it came with."""
-    monkeypatch.setattr("beit3.weights.convert.refuse_existing", lambda out: None)
+    """At full size and without memory: whatever a file holds of a task here goes out under the
+    names it came with."""
+    monkeypatch.setattr("beit3.weights.convert.check_does_not_exist", lambda out: None)
     written: dict[str, tuple] = {}
     monkeypatch.setattr(
-        "beit3.weights.convert.save",
+        "beit3.weights.convert.save_weights",
         lambda task, out, *, tensors: written.update({"last": (task, tensors)}),
     )
     for name, shapes in wrappers().items():
         with torch.device("meta"):
             state = {key: torch.empty(shape, dtype=torch.float16) for key, shape in shapes.items()}
             monkeypatch.setattr(
-                "beit3.weights.convert.read_file", lambda path, as_stored, state=state: state
+                "beit3.weights.convert.read_state_dict", lambda path, as_stored, state=state: state
             )
-            from_official(name, "out")
-            found = to_official(*written["last"])
+            convert_released(name, "out")
+            found = to_released_state(*written["last"])
         assert {key: list(tensor.shape) for key, tensor in found.items()} == shapes, name
         assert {tensor.dtype for tensor in found.values()} == {torch.float16}
 
 
-# What would be lost --------------------------------------------------------------------------------------------------
+# What would be lost -------------------------------------------------------------------------------
 
 
 def test_a_second_head_is_not_lost_unsaid(tmp_path, file):
-    """A file with heads of two tasks is of the first; what the other one's would be is said before anything is written."""
+    """A file with heads of two tasks is of the first; what the other one's would be is said before
+    anything is written."""
     words = {"mlm_head.weight": torch.zeros(30, 64), "mlm_head.bias": torch.zeros(30)}
     sides = {
         "vision_head.weight": torch.zeros(64, 64),
@@ -181,18 +186,18 @@ def test_a_second_head_is_not_lost_unsaid(tmp_path, file):
         ValueError,
         match=rf"3 tensors would be lost \(head of retrieval.*\): {names}.*; give --task captioning",
     ):
-        from_official(path, tmp_path / "ours")
+        convert_released(path, tmp_path / "ours")
     assert names_of(tmp_path) == ["given.pth"]
     assert any(
         names in line and "ignored" in line
-        for line in from_official(path, tmp_path / "ours", task="captioning")
+        for line in convert_released(path, tmp_path / "ours", task="captioning")
     )
-    to_file(tmp_path / "ours", tmp_path / "back.pth")
+    export_released(tmp_path / "ours", tmp_path / "back.pth")
     same(torch.load(tmp_path / "back.pth", weights_only=True)["model"], bare | words)
 
 
 def test_a_pretrained_file_as_vqa_holds_no_untrained_head(tmp_path, file):
-    lines = from_official(
+    lines = convert_released(
         file(MAKE["pretrain"]()), tmp_path / "ours", task="vqa", answers=("yes", "no")
     )
     assert [line.split(" (")[0] for line in lines[1:4]] == ["4 ignored", "4 ignored", "10 fresh"]
@@ -202,11 +207,11 @@ def test_a_pretrained_file_as_vqa_holds_no_untrained_head(tmp_path, file):
         ValueError,
         match=r"10 tensors are missing: pooler.* train them with beit3 train vqa --init .*ours",
     ):
-        load(tmp_path / "ours")
+        load_weights(tmp_path / "ours")
     with pytest.raises(ValueError, match="10 tensors are missing"):
-        to_file(tmp_path / "ours", tmp_path / "back.pth")
+        export_released(tmp_path / "ours", tmp_path / "back.pth")
     task = VQA(read_config(tmp_path / "ours").config)
-    assert len(initialise_from(task, tmp_path / "ours").fresh) == 10
+    assert len(initialize_from(task, tmp_path / "ours").fresh) == 10
 
 
 def test_the_image_side_alone_stays_alone(tmp_path, file):
@@ -215,36 +220,36 @@ def test_the_image_side_alone_stays_alone(tmp_path, file):
         for key, tensor in MAKE["backbone"]().items()
         if ".B." not in key and "text_embed" not in key
     }
-    from_official(file(state), tmp_path / "ours")
-    same(to_official(small(), read_tensors(tmp_path / "ours")), state)
-    report = initialise_from(small(), tmp_path / "ours")
+    convert_released(file(state), tmp_path / "ours")
+    same(to_released_state(small(), read_tensors(tmp_path / "ours")), state)
+    report = initialize_from(small(), tmp_path / "ours")
     assert set(report.fresh.values()) == {"the file holds the image side alone"}
 
 
-# Faults --------------------------------------------------------------------------------------------------------------
+# Faults -------------------------------------------------------------------------------------------
 
 
 def test_nothing_that_is_there_is_replaced(tmp_path, file):
     path, directory = file(MAKE["backbone"]()), tmp_path / "ours"
-    from_official(path, directory)
+    convert_released(path, directory)
     before = {place: place.read_bytes() for place in tmp_path.rglob("*") if place.is_file()}
-    for call in (from_official, from_clip):
+    for call in (convert_released, convert_clip):
         for out in (directory, path):
             with pytest.raises(ValueError, match="exists already"):
                 call(path, out)
     with pytest.raises(ValueError, match="given.pth exists already"):
-        to_file(directory, path)
+        export_released(directory, path)
     with pytest.raises(ValueError, match="give a name that ends in .pth"):
-        to_file(directory, tmp_path / "other")
+        export_released(directory, tmp_path / "other")
     assert {place: place.read_bytes() for place in tmp_path.rglob("*") if place.is_file()} == before
     (tmp_path / "empty").mkdir()
-    from_official(path, tmp_path / "empty")
-    assert load(tmp_path / "empty")
+    convert_released(path, tmp_path / "empty")
+    assert load_weights(tmp_path / "empty")
 
 
 def test_a_conversion_that_dies_leaves_nothing(tmp_path, file, monkeypatch):
     path, clip = file(MAKE["backbone"]()), file(openai_state(), "clip.pth")
-    from_official(path, tmp_path / "ours")
+    convert_released(path, tmp_path / "ours")
 
     def full(content, place, *_):
         if isinstance(place, Path):
@@ -254,12 +259,12 @@ def test_a_conversion_that_dies_leaves_nothing(tmp_path, file, monkeypatch):
         raise OSError("disk full")
 
     monkeypatch.setattr("beit3.weights.store.save_file", full)
-    monkeypatch.setattr("beit3.tokenizer.teacher.save_file", full)
+    monkeypatch.setattr("beit3.tokenizer.teacher_files.save_file", full)
     monkeypatch.setattr("torch.save", full)
     for call, given, out in (
-        (from_official, path, "a"),
-        (to_file, tmp_path / "ours", "b.pth"),
-        (from_clip, clip, "c"),
+        (convert_released, path, "a"),
+        (export_released, tmp_path / "ours", "b.pth"),
+        (convert_clip, clip, "c"),
     ):
         with pytest.raises(OSError, match="disk full"):
             call(given, tmp_path / out)
@@ -274,13 +279,13 @@ def test_weights_in_a_form_without_released_names(tmp_path):
             )
         )
     )
-    save(task, tmp_path / "w")
+    save_weights(task, tmp_path / "w")
     with pytest.raises(
         ValueError, match="has no counterpart in the released files: keep these weights as they are"
     ):
-        to_file(tmp_path / "w", tmp_path / "back.pth")
+        export_released(tmp_path / "w", tmp_path / "back.pth")
     with pytest.raises(ValueError, match="nowhere holds neither weights nor a run's best or last"):
-        to_file(tmp_path / "nowhere", tmp_path / "back.pth")
+        export_released(tmp_path / "nowhere", tmp_path / "back.pth")
     assert names_of(tmp_path) == ["w"]
 
 
@@ -290,7 +295,8 @@ def test_files_that_cannot_be_converted(tmp_path, file):
         (
             tmp_path / "resnet.pth",
             None,
-            "resnet.pth: not BEiT-3 weights: the keys begin with conv1.weight; give a released BEiT-3 file",
+            "resnet.pth: not BEiT-3 weights: the keys begin with conv1.weight; give a released "
+            "BEiT-3 file",
         ),
         (
             file(MAKE["backbone"]()),
@@ -305,18 +311,18 @@ def test_files_that_cannot_be_converted(tmp_path, file):
         ),
     ):
         with pytest.raises(ValueError, match=message):
-            from_official(given, tmp_path / "ours", task=kind)
+            convert_released(given, tmp_path / "ours", task=kind)
     assert names_of(tmp_path) == ["given.pth", "resnet.pth"]
 
 
-# Visual tokenizers and teachers --------------------------------------------------------------------------------------
+# Visual tokenizers and teachers -------------------------------------------------------------------
 
 
 def test_a_visual_tokenizer(tmp_path):
-    given, expected = tensors("vqkd", "inputs"), tensors("vqkd", "outputs")
-    heads = json.loads((golden("vqkd") / "config.json").read_text()).get("num_heads", 4)
-    lines = from_official(
-        golden("vqkd") / "model.safetensors", tmp_path / "codes", task="vqkd", num_heads=heads
+    given, expected = load_tensors("vqkd", "inputs"), load_tensors("vqkd", "outputs")
+    heads = json.loads((find_fixture("vqkd") / "config.json").read_text()).get("num_heads", 4)
+    lines = convert_released(
+        find_fixture("vqkd") / "model.safetensors", tmp_path / "codes", task="vqkd", num_heads=heads
     )
     assert (
         "ignored (only its training used it)" in lines[1]
@@ -334,7 +340,7 @@ NAMES = {"openai": lambda state: state, "hugging_face": hugging_face_state}
 @pytest.mark.parametrize("names", NAMES)
 def test_a_clip_teacher_from_a_directory_is_the_files(tmp_path, file, names):
     state: dict[str, Tensor] = NAMES[names](openai_state())
-    lines = from_clip(file(state), tmp_path / "clip")
+    lines = convert_clip(file(state), tmp_path / "clip")
     assert (
         lines[0].startswith("image tower of CLIP, 2 x 128, 12 px / 4")
         and "--task.model.teacher_dim 24" in lines[1]
@@ -344,7 +350,7 @@ def test_a_clip_teacher_from_a_directory_is_the_files(tmp_path, file, names):
         load_teacher("clip", path=path, patch_size=PATCH)
         for path in (tmp_path / "given.pth", tmp_path / "clip")
     )
-    assert torch.equal(foreign.features(pixels()), ours.features(pixels()))
+    assert torch.equal(foreign.extract_features(pixels()), ours.extract_features(pixels()))
     assert not [name for name, parameter in ours.named_parameters() if parameter.requires_grad]
     model = replace(
         VQKDConfig().model,
@@ -356,12 +362,12 @@ def test_a_clip_teacher_from_a_directory_is_the_files(tmp_path, file, names):
         teacher_dim=24,
     )
     task = VQKD(VQKDConfig(model=model, teacher_weights=str(tmp_path / "clip")))
-    assert torch.equal(task.ask_teacher(pixels()), ours.features(pixels()))
+    assert torch.equal(task.ask_teacher(pixels()), ours.extract_features(pixels()))
 
 
 def test_teachers_that_are_none(tmp_path, file):
-    from_clip(file(openai_state()), tmp_path / "clip")
-    save(small(), tmp_path / "w")
+    convert_clip(file(openai_state()), tmp_path / "clip")
+    save_weights(small(), tmp_path / "w")
     for name, path, message in (
         ("dino", tmp_path / "clip", "holds no dino teacher: give its weight file"),
         ("clip", tmp_path / "w", "w holds no clip teacher: .* beit3 convert clip"),
@@ -373,7 +379,7 @@ def test_teachers_that_are_none(tmp_path, file):
         ValueError,
         match="clip holds a clip teacher, no BEiT-3: it is for --task.teacher_weights of vqkd",
     ):
-        initialise_from(small(), tmp_path / "clip")
+        initialize_from(small(), tmp_path / "clip")
     data = bytearray((tmp_path / "clip" / "model.safetensors").read_bytes())
     data[-1] ^= 1
     (tmp_path / "clip" / "model.safetensors").write_bytes(data)
@@ -383,9 +389,9 @@ def test_teachers_that_are_none(tmp_path, file):
     ):
         load_teacher("clip", path=tmp_path / "clip", patch_size=PATCH)
     with pytest.raises(ValueError, match="not a CLIP image tower"):
-        from_clip(file(MAKE["backbone"](), "b.pth"), tmp_path / "other")
+        convert_clip(file(MAKE["backbone"](), "b.pth"), tmp_path / "other")
     with ZipFile(tmp_path / "script.pt", "w") as archive:
         archive.writestr("script/constants.pkl", b"")
     with pytest.raises(ValueError, match="script.pt is a TorchScript archive: convert it"):
-        from_clip(tmp_path / "script.pt", tmp_path / "other")
+        convert_clip(tmp_path / "script.pt", tmp_path / "other")
     assert not (tmp_path / "other").exists() and not (tmp_path / ".other.new").exists()

@@ -1,4 +1,5 @@
-"""A tiny export, read back by hand in each dataset's own format, its words held against its pictures."""
+"""A tiny export, read back by hand in each dataset's own format, its words held against its
+pictures."""
 
 import hashlib
 import io
@@ -14,7 +15,7 @@ from PIL import Image, ImageDraw
 
 from beit3.world.export import IMAGENET_CLASSES, _instance, write_world
 from beit3.world.language import ANSWERS
-from beit3.world.render import boxes, instance_masks
+from beit3.world.render import compute_boxes, render_instance_masks
 from beit3.world.scene import COLORS, make_scene
 
 TINY = {"num_train": 24, "num_val": 8, "num_test": 6, "num_questions": 60}
@@ -91,9 +92,7 @@ def test_pairs_are_karpathys_format(world):
 def test_vqa_is_vqav2s_format(world):
     ids = set()
     for split, count in (("train2014", 60), ("val2014", 24)):
-        asked = json.loads(
-            (world / f"vqa/v2_OpenEnded_mscoco_{split}_questions.json").read_text()
-        )
+        asked = json.loads((world / f"vqa/v2_OpenEnded_mscoco_{split}_questions.json").read_text())
         answered = json.loads((world / f"vqa/v2_mscoco_{split}_annotations.json").read_text())
         assert asked["data_subtype"] == answered["data_subtype"] == split
         assert len(asked["questions"]) == len(answered["annotations"]) == count
@@ -179,7 +178,7 @@ def test_coco_instances_agree_with_the_masks():
     for seed in range(400):
         scene = make_scene(seed)
         for item, mask, box in zip(
-            scene.objects, instance_masks(scene, 128), boxes(scene, 128), strict=True
+            scene.objects, render_instance_masks(scene, 128), compute_boxes(scene, 128), strict=True
         ):
             record = _instance(item, 128)
             assert record["category_id"] == SHAPE_IDS[item.shape] and record["iscrowd"] == 0

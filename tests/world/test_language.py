@@ -7,11 +7,11 @@ import numpy as np
 from beit3.world.language import (
     ANSWERS,
     KIND_WEIGHTS,
-    captions,
-    name,
-    paragraph,
-    questions,
-    statement,
+    ask_questions,
+    describe_object,
+    make_statement,
+    write_captions,
+    write_paragraph,
 )
 from beit3.world.scene import Object, make_scene
 from tests.world import truth
@@ -28,9 +28,13 @@ def tidy(text: str) -> bool:
 
 
 def test_name():
-    assert name(Object("circle", "red", "large", "plain", 0.5, 0.5, 0.2)) == "large red circle"
     assert (
-        name(Object("bar", "blue", "small", "striped", 0.5, 0.5, 0.2)) == "small striped blue bar"
+        describe_object(Object("circle", "red", "large", "plain", 0.5, 0.5, 0.2))
+        == "large red circle"
+    )
+    assert (
+        describe_object(Object("bar", "blue", "small", "striped", 0.5, 0.5, 0.2))
+        == "small striped blue bar"
     )
 
 
@@ -38,7 +42,7 @@ def test_captions_are_true_and_differ():
     rng = np.random.default_rng(0)
     seen = Counter()
     for scene in SCENES:
-        said = captions(scene, rng, 3)
+        said = write_captions(scene, rng, 3)
         assert len(said) == len(set(said)) == 3
         for text in said:
             assert tidy(text) and 4 <= len(text.split()) <= 17, text
@@ -46,13 +50,13 @@ def test_captions_are_true_and_differ():
             seen["relation"] += any(side in text for side in truth.SIDES.split("|"))
             seen["list"] += " and " in text
     assert min(seen.values()) > 200
-    assert len(captions(SCENES[0], rng, 50)) == 50
+    assert len(write_captions(SCENES[0], rng, 50)) == 50
 
 
 def test_the_judge_rejects_captions_of_other_scenes():
     rng = np.random.default_rng(1)
     accepted = sum(
-        truth.caption_holds(captions(a, rng, 1)[0], b)
+        truth.caption_holds(write_captions(a, rng, 1)[0], b)
         for a, b in zip(SCENES[:200], SCENES[200:400], strict=True)
     )
     assert accepted < 10
@@ -61,7 +65,7 @@ def test_the_judge_rejects_captions_of_other_scenes():
 def test_paragraphs_are_true():
     rng = np.random.default_rng(2)
     for scene in SCENES:
-        text = paragraph(scene, rng)
+        text = write_paragraph(scene, rng)
         sentences = text.removesuffix(" .").split(" . ")
         assert tidy(text) and text.endswith(" .") and 3 <= len(sentences) <= 7, text
         for sentence in sentences:
@@ -70,7 +74,7 @@ def test_paragraphs_are_true():
 
 def test_questions_have_one_answer_and_it_is_given():
     rng = np.random.default_rng(3)
-    asked = [(question, scene) for scene in SCENES for question in questions(scene, rng, 5)]
+    asked = [(question, scene) for scene in SCENES for question in ask_questions(scene, rng, 5)]
     assert len(asked) == 5 * len(SCENES)
     for question, scene in asked:
         assert question.answer == truth.answer(question.text, scene), (question, scene)
@@ -84,7 +88,7 @@ def test_questions_have_one_answer_and_it_is_given():
 def test_questions_of_one_scene_differ():
     rng = np.random.default_rng(4)
     for scene in SCENES[:50]:
-        texts = [question.text for question in questions(scene, rng, 8)]
+        texts = [question.text for question in ask_questions(scene, rng, 8)]
         assert len(texts) == len(set(texts)) == 8
 
 
@@ -92,7 +96,7 @@ def test_answers_are_balanced():
     rng = np.random.default_rng(5)
     found = defaultdict(Counter)
     for seed in range(2500):
-        for question in questions(make_scene(seed), rng, 3):
+        for question in ask_questions(make_scene(seed), rng, 3):
             found[question.kind][question.answer] += 1
     for kind in ("exists", "relation"):
         yes, no = found[kind]["yes"], found[kind]["no"]
@@ -112,7 +116,7 @@ def test_statements_are_judged_rightly_and_balanced():
     by_text = defaultdict(Counter)
     for left in SCENES:
         for right in (SCENES[i] for i in rng.integers(len(SCENES), size=8)):
-            text, label = statement(left, right, rng)
+            text, label = make_statement(left, right, rng)
             assert tidy(text) and label == truth.statement_holds(text, left, right), (
                 text,
                 left,
@@ -128,6 +132,9 @@ def test_statements_are_judged_rightly_and_balanced():
 
 def test_the_generator_decides_the_words():
     scene = make_scene(7, num_objects=(0, 0, 1))
-    for speak in (lambda rng: captions(scene, rng, 3), lambda rng: paragraph(scene, rng)):
+    for speak in (
+        lambda rng: write_captions(scene, rng, 3),
+        lambda rng: write_paragraph(scene, rng),
+    ):
         assert speak(np.random.default_rng(1)) == speak(np.random.default_rng(1))
         assert len({str(speak(np.random.default_rng(k))) for k in range(8)}) > 4

@@ -7,11 +7,11 @@ import pytest
 
 from beit3.world.render import (
     SEMANTIC_CLASSES,
-    boxes,
-    instance_masks,
-    outline,
+    compute_boxes,
+    compute_outline,
     render,
-    semantic_map,
+    render_instance_masks,
+    render_semantic_map,
 )
 from beit3.world.scene import COLORS, make_scene
 
@@ -19,11 +19,12 @@ SCENES = [make_scene(seed) for seed in range(120)]
 
 
 def winding(item, size: int) -> np.ndarray:
-    """Pixel centres in the object [S, S]: the outline's corners, seen from inside, turn once around."""
+    """Pixel centres in the object [S, S]: the outline's corners, seen from inside, turn once
+    around."""
     x, y = np.meshgrid(*[(np.arange(size) + 0.5) / size] * 2)
     if item.shape == "circle":
         return np.hypot(x - item.x, y - item.y) <= item.radius
-    corners = outline(item)
+    corners = compute_outline(item)
     towards = [np.arctan2(cy - y, cx - x) for cx, cy in corners]
     turns = [
         (b - a + np.pi) % (2 * np.pi) - np.pi
@@ -49,7 +50,7 @@ def test_sizes_show_the_same_scene():
 
 def test_masks_equal_a_second_geometry():
     for scene in SCENES:
-        masks = instance_masks(scene, 32)
+        masks = render_instance_masks(scene, 32)
         assert masks.shape == (len(scene.objects), 32, 32) and masks.dtype == bool
         for mask, item in zip(masks, scene.objects, strict=True):
             assert (mask == winding(item, 32)).all(), item
@@ -57,9 +58,9 @@ def test_masks_equal_a_second_geometry():
 
 def test_masks_are_disjoint_and_boxes_are_tight():
     for scene in SCENES:
-        masks = instance_masks(scene, 40)
+        masks = render_instance_masks(scene, 40)
         assert not any((a & b).any() for a, b in combinations(masks, 2))
-        for mask, (x, y, width, height) in zip(masks, boxes(scene, 40), strict=True):
+        for mask, (x, y, width, height) in zip(masks, compute_boxes(scene, 40), strict=True):
             pixels = [
                 (row, column) for row in range(40) for column in range(40) if mask[row, column]
             ]
@@ -70,9 +71,9 @@ def test_masks_are_disjoint_and_boxes_are_tight():
 
 def test_semantic_map_names_each_pixel():
     for scene in SCENES:
-        labels = semantic_map(scene, 32)
+        labels = render_semantic_map(scene, 32)
         expected = np.ones((32, 32), dtype=int)
-        for mask, item in zip(instance_masks(scene, 32), scene.objects, strict=True):
+        for mask, item in zip(render_instance_masks(scene, 32), scene.objects, strict=True):
             expected[mask] = 2 + ["circle", "square", "triangle", "cross", "bar"].index(item.shape)
         assert labels.dtype == np.uint8 and (labels == expected).all()
     assert SEMANTIC_CLASSES[0] == "background" and len(SEMANTIC_CLASSES) == 6
@@ -82,7 +83,7 @@ def test_colors_show_and_backgrounds_never_look_like_one():
     known = np.array(list(COLORS.values()), dtype=float)
     for scene in SCENES:
         picture = np.asarray(render(scene, 64), dtype=float)
-        masks = instance_masks(scene, 64)
+        masks = render_instance_masks(scene, 64)
         for mask, item in zip(masks, scene.objects, strict=True):
             pixels = picture[mask]
             nearest = abs(pixels[:, None] - known).sum(axis=-1).argmin(axis=1)  # [pixels]

@@ -1,11 +1,12 @@
-"""Scenes: decided by the seed, tidy, and with relations that are only stated where they are clear."""
+"""Scenes: decided by the seed, tidy, and with relations that are only stated where they are
+clear."""
 
 from collections import Counter
 from itertools import combinations, permutations
 
 import pytest
 
-from beit3.world.scene import COLORS, SHAPES, TEXTURES, make_scene, opposite, relation
+from beit3.world.scene import COLORS, SHAPES, TEXTURES, find_relation, invert_relation, make_scene
 from tests.world.truth import SIDES, clearly
 
 SCENES = [make_scene(seed) for seed in range(600)]
@@ -58,10 +59,10 @@ def test_relation_equals_a_second_reading():
     for scene in SCENES:
         for a, b in permutations(scene.objects, 2):
             true = [side for side in SIDES.split("|") if clearly(a, side, b)]
-            assert relation(a, b) == (true[0] if true else None)
+            assert find_relation(a, b) == (true[0] if true else None)
             if true:
                 stated += 1
-                assert relation(b, a) == opposite(true[0])
+                assert find_relation(b, a) == invert_relation(true[0])
     assert stated > 500
 
 

@@ -1,4 +1,5 @@
-"""A slow second reading of the world's language: from the text and the scene's objects alone, what is true.
+"""A slow second reading of the world's language: from the text and the scene's objects alone, what
+is true.
 
 It shares nothing with `beit3.world.language`: it parses the English and measures the objects anew.
 """
@@ -18,7 +19,8 @@ NUMBERS = {"one": 1, "two": 2, "three": 3}
 
 
 def noun(text: str) -> dict[str, str]:
-    """The attributes a phrase tells: "a large circle" -> size large, shape circle; fails on a word it cannot place."""
+    """The attributes a phrase tells: "a large circle" -> size large, shape circle; fails on a word
+    it cannot place."""
     words = text.split()
     if words[0] in ("a", "an", "the"):
         article, words = words[0], words[1:]
@@ -77,7 +79,8 @@ def clearly(item: Object, side: str, landmark: Object) -> bool:
 
 
 def placed(first: str, side: str, second: str, scene: Scene) -> bool:
-    """Whether the first stands on that side of the second; fails where the answer would be a matter of taste."""
+    """Whether the first stands on that side of the second; fails where the answer would be a matter
+    of taste."""
     item, landmark = the(first, scene), the(second, scene)
     truths = {name: clearly(item, name, landmark) for name in SIDES.split("|")}
     assert any(truths.values()) and not (leans(item, side, landmark) and not truths[side]), (
@@ -89,7 +92,8 @@ def placed(first: str, side: str, second: str, scene: Scene) -> bool:
 
 
 def caption_holds(text: str, scene: Scene) -> bool:
-    """Each mention fits an object of its own in full (texture told exactly when not plain), numbers and sides hold."""
+    """Each mention fits an object of its own in full (texture told exactly when not plain), numbers
+    and sides hold."""
     match = re.fullmatch(r"(?:(one|two|three) objects? : |there is |a picture of )?(.+)", text)
     assert match, text
     if match[1] and NUMBERS[match[1]] != len(scene.objects):

@@ -1,6 +1,7 @@
-"""torchscale's BEiT3 over our network: its arguments and results, and the released keys in `state_dict` both ways.
+"""torchscale's BEiT3 over our network, with the released keys in its `state_dict`.
 
-B images or texts, L tokens of a text, P patches, N = 1 + P + L tokens of a pair, D wide, K tokens seen so far.
+In shapes, B is the batch size, L the tokens of a text, P the patches, N = 1 + P + L the tokens of a
+pair, D the width, H the number of heads, and K the tokens of earlier calls.
 """
 
 from dataclasses import dataclass, fields
@@ -12,18 +13,19 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from beit3.model import beit3 as network
+from beit3.model.cache import Cache, LayerCache
 from beit3.model.config import POSITION_OFFSET, ModelConfig
-from beit3.model.layers import Cache, LayerCache
 from beit3.ops.init import trunc_normal
-from beit3.weights.release_format import keys_of
+from beit3.weights.release_format import find_released_keys, split_rows
 
 State = dict[int, dict[str, Tensor]]
-"""Per layer `prev_key` and `prev_value` [B, H, K, D/H]: the caller reorders and cuts them between the steps."""
+"""Layer -> `prev_key` and `prev_value` [B, H, K, D/H]. Callers reorder and cut them between
+decoding steps."""
 
 
 @dataclass(init=False)
 class EncoderConfig:
-    """The fields of torchscale's configuration that BEiT-3 reads, by keyword; others are ignored, as torchscale does."""
+    """The fields of torchscale's config that BEiT-3 reads. Others are ignored, as there."""
 
     encoder_embed_dim: int = 768
     encoder_attention_heads: int = 12
@@ -59,7 +61,7 @@ class EncoderConfig:
             setattr(self, field.name, kwargs.get(field.name, field.default))
 
 
-FIXED = (
+FIXED_FIELDS = (
     "multiway",
     "encoder_normalize_before",
     "activation_fn",
@@ -76,7 +78,23 @@ FIXED = (
     "deepnorm",
     "xpos_rel_pos",
 )
-"""Fields of which this network knows one value, the default; no released model has another."""
+"""Fields that must have their default value; no released model has another."""
+
+CONFIG_FIELDS = {
+    "dim": "encoder_embed_dim",
+    "depth": "encoder_layers",
+    "num_heads": "encoder_attention_heads",
+    "ffn_dim": "encoder_ffn_embed_dim",
+    "image_size": "img_size",
+    "patch_size": "patch_size",
+    "vocab_size": "vocab_size",
+    "text_positions": "max_source_positions",
+    "sub_ln": "subln",
+    "final_norm": "normalize_output",
+    "norm_eps": "layernorm_eps",
+    "drop_path_rate": "drop_path_rate",
+}
+"""Field of `ModelConfig` -> field of `EncoderConfig`."""
 
 
 def _get_base_config(
@@ -88,7 +106,7 @@ def _get_base_config(
     vocab_size: int = 64010,
     **kwargs: Any,
 ) -> EncoderConfig:
-    """The released base network; what else is given is ignored, as upstream does."""
+    """Returns the config of the released base network; ignores `kwargs`, as upstream does."""
     return EncoderConfig(
         encoder_embed_dim=768,
         encoder_attention_heads=12,
@@ -111,7 +129,7 @@ def _get_large_config(
     vocab_size: int = 64010,
     **kwargs: Any,
 ) -> EncoderConfig:
-    """The released large network; what else is given is ignored, as upstream does."""
+    """Returns the config of the released large network; ignores `kwargs`, as upstream does."""
     return EncoderConfig(
         encoder_embed_dim=1024,
         encoder_attention_heads=16,
@@ -126,19 +144,22 @@ def _get_large_config(
 
 
 class BEiT3(network.BEiT3):
-    """torchscale's BEiT3: `state_dict` and `load_state_dict` speak the released keys."""
+    """torchscale's BEiT3, whose `state_dict` and `load_state_dict` use the released keys.
+
+    `args` is an `EncoderConfig`, or any object with its attributes.
+    """
 
     def __init__(self, args: Any, **kwargs: Any):
-        """args: an `EncoderConfig`, or any object with its attributes."""
-        super().__init__(_model_config(args))
+        super().__init__(_make_model_config(args))
         self.args = args
-        if not self.image_embedding.positions.is_meta:
+        if not next(self.parameters()).is_meta:
             self.init_weights()
         if getattr(args, "checkpoint_activations", None):
             for block in self.blocks:
-                block.forward = partial(checkpoint, block.forward, use_reentrant=False)  # type: ignore[method-assign]
-        self.register_state_dict_post_hook(_to_released)
-        self.register_load_state_dict_pre_hook(_from_released)
+                recompute = partial(checkpoint, block.forward, use_reentrant=False)
+                block.forward = recompute  # type: ignore[method-assign]
+        self.register_state_dict_post_hook(_export_released_keys)
+        self.register_load_state_dict_pre_hook(_import_released_keys)
 
     def forward(  # type: ignore[override]
         self,
@@ -150,31 +171,41 @@ class BEiT3(network.BEiT3):
         incremental_state: State | None = None,
         positions: Tensor | None = None,
     ) -> dict[str, Any]:
-        """States as `encoder_out` [B, N, D] and where the text begins as `multiway_split_position` (-1 images alone, 0 texts).
+        """Encodes images, texts or pairs.
 
-        incremental_state: keys and values of earlier calls, brought up to date in place; padding is refused with it.
-        positions [1, L]: rows of the text's table, one after the other. Raises ValueError for what cannot be honoured.
+        Args:
+            textual_tokens: Token ids [B, L].
+            visual_tokens: Normalized images [B, 3, H, W].
+            text_padding_position: [B, L], 1 = padding. Refused with `incremental_state`.
+            attn_mask: [N, N], 1 = attention is blocked.
+            vision_masked_position: [B, P], 1 = the patch is masked.
+            incremental_state: Keys and values of earlier calls, updated in place.
+            positions: [1, L] consecutive rows of the text position table.
+
+        Returns:
+            The states `encoder_out` [B, N, D] and `multiway_split_position`, the index of the first
+            text token: -1 for images alone, 0 for texts alone. The other keys are torchscale's.
+
+        Raises:
+            ValueError: An argument cannot be honored.
         """
-        padding = (
-            None
-            if textual_tokens is None or text_padding_position is None
-            else text_padding_position.bool()
-        )
+        padding = None
+        if textual_tokens is not None and text_padding_position is not None:
+            padding = text_padding_position.bool()
         if incremental_state is not None and padding is not None:
             if padding.any():
                 raise ValueError(
                     "text_padding_position with incremental_state: decode texts without padding"
                 )
             padding = None
-        cache = (
-            None
-            if incremental_state is None and positions is None
-            else _cache(incremental_state or {}, positions, len(self.blocks))
-        )
         if positions is not None and visual_tokens is not None:
             raise ValueError(
-                "positions beside visual_tokens: they are rows of the text's table, leave them out"
+                "positions beside visual_tokens: they are rows of the text position table, "
+                "leave them out"
             )
+        cache = None
+        if incremental_state is not None or positions is not None:
+            cache = _make_cache(incremental_state or {}, positions, len(self.blocks))
         encoded = super().forward(
             visual_tokens,
             textual_tokens,
@@ -184,30 +215,28 @@ class BEiT3(network.BEiT3):
             cache=cache,
         )
         if incremental_state is not None and cache is not None:
-            for index, layer in enumerate(cache.layers):
-                assert layer.key is not None and layer.value is not None
-                states = {"prev_key": layer.key, "prev_value": layer.value}
-                incremental_state.setdefault(index, {}).update(
-                    {name: state[:, :, : layer.length] for name, state in states.items()}
-                )
-        split = (
-            -1 if textual_tokens is None else 0 if visual_tokens is None else encoded.spans[0][1]
-        )
-        hidden = torch.zeros(
-            encoded.tokens.shape[:2], dtype=torch.bool, device=encoded.tokens.device
-        )
+            _update_state(incremental_state, cache)
+        if textual_tokens is None:
+            split = -1
+        elif visual_tokens is None:
+            split = 0
+        else:
+            split = encoded.spans[0][1]
+        states = encoded.tokens
+        padding_mask = torch.zeros(states.shape[:2], dtype=torch.bool, device=states.device)
         if padding is not None:
-            hidden[:, split:] = padding
+            padding_mask[:, split:] = padding
         return {
-            "encoder_out": encoded.tokens,
-            "encoder_padding_mask": hidden,
+            "encoder_out": states,
+            "encoder_padding_mask": padding_mask,
             "encoder_states": [],
             "l_aux": [],
-        } | {"multiway_split_position": split}
+            "multiway_split_position": split,
+        }
 
 
 class BEiT3Wrapper(nn.Module):
-    """The network as `beit3`, for a head of one's own."""
+    """The network as `beit3`, for models that add a head."""
 
     def __init__(self, args: Any, **kwargs: Any):
         super().__init__()
@@ -218,12 +247,15 @@ class BEiT3Wrapper(nn.Module):
         return len(self.beit3.blocks)
 
     def get_num_layer(self, name: str) -> int:
-        """For layer-wise decay, by the names of `named_parameters`: 0 an embedding, i + 1 of block i, the last what follows them."""
-        inside = name.removeprefix("beit3.")
-        return self.beit3.layer_of(inside) if inside != name else self.get_num_layers() + 1
+        """Returns the layer of a parameter, by its name in `named_parameters`.
+
+        That is 0 for embeddings, i + 1 for block i, and one more than the last block for the rest.
+        """
+        own_name = name.removeprefix("beit3.")
+        return self.get_num_layers() + 1 if own_name == name else self.beit3.layer_of(own_name)
 
     def no_weight_decay(self) -> set[str]:
-        """Names of parameters that no optimizer should pull to zero."""
+        """Returns the names of parameters that no optimizer should pull to zero."""
         return {
             "beit3.image_embedding.positions",
             "beit3.image_embedding.class_token",
@@ -231,7 +263,10 @@ class BEiT3Wrapper(nn.Module):
         }
 
     def _init_weights(self, module: nn.Module) -> None:
-        """For `apply` on a head: linear layers normal .02 cut at one deviation, biases 0, norms 1 and 0."""
+        """Initializes a module of a head, for `Module.apply`.
+
+        Linear weights are normal .02 cut at one deviation, biases 0, norms 1 and 0.
+        """
         if isinstance(module, nn.Linear):
             trunc_normal(module.weight, None)
             if module.bias is not None:
@@ -241,77 +276,79 @@ class BEiT3Wrapper(nn.Module):
             nn.init.zeros_(module.bias)
 
 
-# Into the network and back -------------------------------------------------------------------------------------------
+# Arguments of our network ------------------------------------------------------------------------
 
 
-def _model_config(args: Any) -> ModelConfig:
-    """Our config of upstream's; ValueError for what only other networks have."""
+def _make_model_config(args: Any) -> ModelConfig:
+    """Returns our config of upstream's; raises ValueError for what BEiT-3 does not have."""
     default = EncoderConfig()
-    for name in FIXED:
-        known = getattr(default, name)
-        if getattr(args, name, known) != known:
-            raise ValueError(
-                f"{name}={getattr(args, name)!r} cannot be honoured: BEiT-3 has {name}={known!r}"
-            )
-    ours = {
-        "dim": "encoder_embed_dim",
-        "depth": "encoder_layers",
-        "num_heads": "encoder_attention_heads",
-        "ffn_dim": "encoder_ffn_embed_dim",
-        "image_size": "img_size",
-        "patch_size": "patch_size",
-        "vocab_size": "vocab_size",
-        "text_positions": "max_source_positions",
-        "sub_ln": "subln",
-        "final_norm": "normalize_output",
-        "norm_eps": "layernorm_eps",
-        "drop_path_rate": "drop_path_rate",
-    }
+    for name in FIXED_FIELDS:
+        fixed = getattr(default, name)
+        value = getattr(args, name, fixed)
+        if value != fixed:
+            raise ValueError(f"{name}={value!r} cannot be honored: BEiT-3 has {name}={fixed!r}")
     values: dict[str, Any] = {
-        name: getattr(args, theirs, getattr(default, theirs)) for name, theirs in ours.items()
+        ours: getattr(args, theirs, getattr(default, theirs))
+        for ours, theirs in CONFIG_FIELDS.items()
     }
     return ModelConfig(**values)
 
 
-def _cache(state: State, positions: Tensor | None, depth: int) -> Cache:
-    """Keys and values of the caller's dictionaries, before a text whose first token has the first of `positions`."""
+def _make_cache(state: State, positions: Tensor | None, depth: int) -> Cache:
+    """Returns a cache with the keys and values of `state`.
+
+    The next text token takes the first of `positions`, or the first row of a text without them.
+    """
     rows = [POSITION_OFFSET] if positions is None else positions.flatten().tolist()
     if rows[0] < POSITION_OFFSET or rows != list(range(rows[0], rows[0] + len(rows))):
         raise ValueError(
-            f"positions {rows[:4]}: rows of the text's table one after the other, from {POSITION_OFFSET} on, are taken"
+            f"positions {rows[:4]}: give consecutive rows of the text position table, "
+            f"from {POSITION_OFFSET} on"
         )
-    layers = [
-        LayerCache(layer.get("prev_key"), layer.get("prev_value"))
-        for layer in (state.get(index, {}) for index in range(depth))
-    ]
-    for layer in layers:
-        layer.length = 0 if layer.key is None else layer.key.shape[2]
+    layers = []
+    for index in range(depth):
+        layer = state.get(index, {})
+        key, value = layer.get("prev_key"), layer.get("prev_value")
+        layers.append(LayerCache(key, value, 0 if key is None else key.shape[2]))
     return Cache(layers, num_text=rows[0] - POSITION_OFFSET)
 
 
-def _released_names(module: BEiT3, prefix: str) -> list[tuple[str, Tensor, list[str]]]:
-    """(our name, our parameter, its released keys) of all parameters."""
-    keys = {name: keys_of(f"backbone.{name}", {}, "") for name, _ in module.named_parameters()}
-    return [
-        (prefix + name, p, [prefix + key for key in keys[name]])
-        for name, p in module.named_parameters()
-    ]
+def _update_state(state: State, cache: Cache) -> None:
+    """Writes the keys and values of a cache into the caller's dictionaries."""
+    for index, layer in enumerate(cache.layers):
+        assert layer.key is not None and layer.value is not None
+        entry = state.setdefault(index, {})
+        entry["prev_key"] = layer.key[:, :, : layer.length]
+        entry["prev_value"] = layer.value[:, :, : layer.length]
 
 
-def _to_released(module: BEiT3, state: dict[str, Tensor], prefix: str, metadata: Any) -> None:
-    """After `state_dict`: released keys, whose tensors are views of our parameters.
+# State dicts -------------------------------------------------------------------------------------
 
-    Copies would suit safetensors' `save_model`, but a moving average of weights (timm's ModelEma, in upstream's trainer)
-    writes into what `state_dict` returned, and would change nothing without a sign.
+
+def _list_released_keys(module: BEiT3, prefix: str) -> list[tuple[str, Tensor, list[str]]]:
+    """Returns (our name, our parameter, its released keys) of all parameters."""
+    entries: list[tuple[str, Tensor, list[str]]] = []
+    for name, parameter in module.named_parameters():
+        keys = find_released_keys(f"backbone.{name}", {}, "")
+        entries.append((prefix + name, parameter, [prefix + key for key in keys]))
+    return entries
+
+
+def _export_released_keys(
+    module: BEiT3, state: dict[str, Tensor], prefix: str, metadata: Any
+) -> None:
+    """Replaces our names in a state dict by released keys, whose tensors are views of ours.
+
+    Copies would suit safetensors' `save_model`. But a moving average of weights (timm's ModelEma,
+    in upstream's trainer) writes into what `state_dict` returned, and with copies would change
+    nothing without a sign.
     """
-    for name, _, keys in _released_names(module, prefix):
+    for name, _, keys in _list_released_keys(module, prefix):
         tensor = state.pop(name)
-        state.update(
-            zip(keys, tensor.chunk(len(keys)) if len(keys) > 1 else (tensor,), strict=True)
-        )
+        state.update(zip(keys, split_rows(tensor, len(keys)), strict=True))
 
 
-def _from_released(
+def _import_released_keys(
     module: BEiT3,
     state: dict[str, Tensor],
     prefix: str,
@@ -321,19 +358,21 @@ def _from_released(
     unexpected: list[str],
     errors: list[str],
 ) -> None:
-    """Before loading: our names for the released ones. What is missing or misshapen keeps its values and is named as released."""
+    """Replaces released keys in a state dict by our names, before it is loaded.
+
+    Missing and misshapen tensors keep their values and are reported by their released keys.
+    """
     given = {key: state.pop(key) for key in list(state) if key.startswith(prefix)}
-    for name, parameter, keys in _released_names(module, prefix):
-        parts = list(
-            parameter.detach().chunk(len(keys)) if len(keys) > 1 else (parameter.detach(),)
-        )
+    for name, parameter, keys in _list_released_keys(module, prefix):
+        parts = list(split_rows(parameter.detach(), len(keys)))
         for index, key in enumerate(keys):
             value = given.pop(key, None)
             if value is None:
                 missing.append(key)
             elif value.shape != parts[index].shape:
                 errors.append(
-                    f"{key} has shape {list(value.shape)}, this network needs {list(parts[index].shape)}"
+                    f"{key} has shape {list(value.shape)}, "
+                    f"this network needs {list(parts[index].shape)}"
                 )
             else:
                 parts[index] = value

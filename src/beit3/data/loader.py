@@ -1,9 +1,11 @@
-"""Records -> batches, as a pure function of (seed, step, process): nothing to save, so a resume is exact.
+"""From records to batches, as a pure function of (seed, step, rank).
 
-Step s of a source with global batch B reads positions s*B .. (s+1)*B - 1 of an endless sequence of epochs, each a
-permutation seeded by (seed, epoch, source); of tars and arrays of ids one that stays within windows, so that it is cheap to
-enter and reads lie near each other. A source of several sets deals its positions out to them by weight, and each set has its own epochs.
-A process takes its contiguous share, cut into micro-batches.
+Nothing is saved, so a resumed run reads exactly what it would have read. Step s of a source with a
+global batch size B reads positions s*B to (s+1)*B - 1 of an endless sequence of epochs. Each epoch
+is a permutation seeded by (seed, epoch, source). For tars and arrays of token ids it shuffles
+within windows, so that it can be entered at low cost and reads lie near each other. A source of
+several datasets assigns its positions to them by weight, and each dataset has its own epochs. A
+rank reads its contiguous part of a step's positions, divided into micro-batches.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,36 +17,50 @@ from typing import Any, TypeAlias
 import numpy as np
 from torch.utils.data import DataLoader, Dataset
 
-from beit3.data.sampling import Mix, Windows
-from beit3.data.stores.records import FILES, Records, split_files
+from beit3.data.sampling import DatasetMixture, WindowShuffle
+from beit3.data.stores.records import FILE_FIELDS, Records
 from beit3.data.stores.shards import Shards
-from beit3.data.stores.tokens import ENDING, Tokens
-from beit3.data.stores.upstream import Index, is_index
+from beit3.data.stores.split_files import find_split_files
+from beit3.data.stores.tokens import SUFFIX, Tokens
+from beit3.data.stores.upstream import UpstreamIndex, is_upstream_index
 from beit3.seeding import make_rng
 
-PASSED_OVER = "passed_over"
+SKIPPED = "skipped"
 """Batch key: one line for every unreadable record that another one replaced."""
 
-TRIES = 100
-"""Records in a row that may be unreadable before the data, not the record, is at fault."""
+MAX_FAILURES = 100
+"""Number of unreadable records in a row after which the data as a whole is at fault."""
 
-ORDERS = 16
-"""Epochs of sets whose order is kept."""
-
-Place = tuple[str, int]
-"""(source, position in its endless sequence)."""
+CACHED_EPOCHS = 16
+"""Number of epochs of datasets whose order is kept in memory."""
 
 WINDOW = 100_000
-"""Records that are shuffled among each other where an epoch goes by windows: of about ten of img2dataset's tars."""
+"""Default number of records in a window: about ten tars of img2dataset."""
 
-Store: TypeAlias = Records | Index | Shards | Tokens
+Position: TypeAlias = tuple[str, int]
+"""(source, position in its endless sequence)."""
+
+RecordStore: TypeAlias = Records | UpstreamIndex | Shards | Tokens
+
+Order: TypeAlias = np.ndarray | WindowShuffle
+"""Order of an epoch: offset -> index of a record."""
 
 
-class Source:
-    """The records of one split of one source, with image paths made absolute.
+# Records --------------------------------------------------------------------------------------
 
-    path: as `locate` gives it. Several sets are one sequence, in proportion to their sizes, and their names begin the ids.
-    limit: > 0 keeps the first so many. window: of tars and ids. weights: set -> share of what training reads; {} = its size.
+
+class RecordDataset:
+    """The records of one split of one source, from one dataset or several.
+
+    Paths of images become absolute. Several datasets form one sequence in proportion to their
+    sizes, and their names begin the ids of their records.
+
+    Args:
+        path: The split as `locate_split` returns it.
+        root: Directory that paths in records are relative to.
+        limit: Number of records to keep, from the first on; 0 keeps all.
+        window: Number of records that are shuffled together, for tars and token ids.
+        weights: Dataset name -> weight with which training reads it; {} weights by size.
     """
 
     def __init__(
@@ -55,117 +71,138 @@ class Source:
         limit: int = 0,
         window: int = WINDOW,
         weights: Mapping[str, float] | None = None,
-    ):
+    ) -> None:
         self.path, self.root, self.window = path, root, window
-        files = [path] if path.suffix else split_files(path.parent, path.name)
-        self.stores: list[Store] = [_open_store(file, root) for file in files]
-        self.names = [
-            file.parent.name if len(files) > 1 or not path.suffix else "" for file in files
-        ]
+        files = [path] if path.suffix else find_split_files(path.parent, path.name)
+        self.stores: list[RecordStore] = [_open_store(file, root) for file in files]
+        has_names = len(files) > 1 or not path.suffix
+        self.names = [file.parent.name if has_names else "" for file in files]
+        """Name of each dataset; "" for a source of one."""
         for file, store in zip(files, self.stores, strict=True):
             if not len(store):
                 raise ValueError(
                     f"{file} holds no records: run beit3 prepare again, or check the raw data"
                 )
-        whole = [len(store) for store in self.stores]
-        self.size = min(limit, sum(whole)) if limit else sum(whole)
-        self.even = Mix(whole)
-        self.sizes = [max(1, count) for count in self.even.counts(self.size)]
-        self.mix = Mix(self._weights(weights or {}))
+        store_sizes = [len(store) for store in self.stores]
+        self.size = min(limit or sum(store_sizes), sum(store_sizes))
+        self.by_size = DatasetMixture(store_sizes)
+        self.sizes = [max(1, count) for count in self.by_size.count(self.size)]
+        """Number of records of each dataset within the limit."""
+        self.mixture = DatasetMixture(self._check_weights(weights or {}))
 
     def __len__(self) -> int:
         return self.size
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return self.record(*self.even(index))
+        return self.read_record(*self.by_size.locate(index))
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         return (self[index] for index in range(len(self)))
 
-    def record(self, number: int, index: int) -> dict[str, Any]:
-        """Record `index` of set `number`."""
-        record = self.stores[number][index]
-        if self.names[number]:
-            record = record | {"id": f"{self.names[number]}/{record['id']}"}
-        return record | {key: str(self.root / record[key]) for key in FILES if key in record}
+    def read_record(self, dataset: int, index: int) -> dict[str, Any]:
+        """Returns record `index` of a dataset, which is given by its number."""
+        record = self.stores[dataset][index]
+        if self.names[dataset]:
+            record = record | {"id": f"{self.names[dataset]}/{record['id']}"}
+        return record | {key: str(self.root / record[key]) for key in FILE_FIELDS if key in record}
 
-    def order(
-        self, number: int, draw: Callable[[str], np.random.Generator]
-    ) -> np.ndarray | Windows:
-        """An epoch of set `number`: offset -> index. `draw`: the generator of a name."""
-        store, size = self.stores[number], self.sizes[number]
+    def make_order(self, dataset: int, get_rng: Callable[[str], np.random.Generator]) -> Order:
+        """Returns the order of an epoch of a dataset.
+
+        `get_rng` returns the random generator that belongs to a name within this epoch.
+        """
+        store, size = self.stores[dataset], self.sizes[dataset]
         if not isinstance(store, Shards | Tokens):
-            return draw("").permutation(size)
-        return Windows(
-            np.diff(np.minimum(np.cumsum(store.runs), size), prepend=0), self.window, draw
-        )
+            return get_rng("").permutation(size)
+        run_ends = np.minimum(np.cumsum(store.run_lengths), size)
+        return WindowShuffle(np.diff(run_ends, prepend=0), self.window, get_rng)
 
-    def _weights(self, weights: Mapping[str, float]) -> list[float]:
-        """One per set; ValueError where they do not name the sets."""
+    def _check_weights(self, weights: Mapping[str, float]) -> list[float]:
+        """Returns one weight per dataset; raises ValueError where they do not name the datasets."""
         if not weights:
             return list(self.sizes)
         if weights.keys() != set(self.names) or min(weights.values()) <= 0:
-            known = ", ".join(filter(None, self.names)) or "none"
+            names = ", ".join(filter(None, self.names)) or "none"
             raise ValueError(
-                f"data.weights gives {dict(weights)} for {self.path}, its sets are {known}: give each a weight above 0"
+                f"data.weights gives {dict(weights)} for {self.path}, its datasets are {names}: "
+                "give each a weight above 0"
             )
         return [weights[name] for name in self.names]
 
 
-def _open_store(path: Path, root: Path) -> Store:
+def _open_store(path: Path, root: Path) -> RecordStore:
+    """Opens a file of records by its name."""
     if path.suffix == ".shards":
         return Shards(path, root)
-    if path.suffix == ENDING:
+    if path.suffix == SUFFIX:
         return Tokens(path)
-    return Index(path) if is_index(path) else Records(path)
+    return UpstreamIndex(path) if is_upstream_index(path) else Records(path)
 
 
-class Examples(Dataset):
-    """Map-style access by `Place`. An unreadable record is replaced by the next of the same epoch, and named."""
+# Examples -------------------------------------------------------------------------------------
+
+
+class ExampleDataset(Dataset):
+    """Examples by `Position`. An unreadable record is replaced by the next of the same epoch.
+
+    Args:
+        sources: Source name -> its records.
+        make: Turns (record, True, rng=...) into an example; raises ValueError for a bad record.
+        seed: Seed of the order of records and of their augmentation.
+    """
 
     def __init__(
-        self, sources: Mapping[str, Source], make: Callable[..., dict[str, Any]], *, seed: int
-    ):
+        self,
+        sources: Mapping[str, RecordDataset],
+        make: Callable[..., dict[str, Any]],
+        *,
+        seed: int,
+    ) -> None:
         self.sources, self.make, self.seed = sources, make, seed
-        self.order = lru_cache(maxsize=ORDERS)(self._order)
+        self.get_order = lru_cache(maxsize=CACHED_EPOCHS)(self._make_order)
 
-    def _order(self, name: str, number: int, epoch: int) -> np.ndarray | Windows:
+    def __getitem__(self, position: Position) -> dict[str, Any]:
+        """Returns an example, in which `SKIPPED` names the records that it replaces."""
+        name, source_position = position
         source = self.sources[name]
-        return source.order(
-            number,
-            lambda what: make_rng(
-                self.seed, epoch, "/".join(filter(None, (name, source.names[number], what)))
-            ),
-        )
-
-    def __getitem__(self, place: Place) -> dict[str, Any]:
-        name, position = place
-        source = self.sources[name]
-        number, position = source.mix(position)
-        size = source.sizes[number]
-        epoch, offset = divmod(position, size)
-        order = self.order(name, number, epoch)
+        dataset, dataset_position = source.mixture.locate(source_position)
+        size = source.sizes[dataset]
+        epoch, offset = divmod(dataset_position, size)
+        order = self.get_order(name, dataset, epoch)
         failures: list[str] = []
-        for turn in range(min(TRIES, size)):
-            record = source.record(number, int(order[(offset + turn) % size]))
+        for attempt in range(min(MAX_FAILURES, size)):
+            record = source.read_record(dataset, int(order[(offset + attempt) % size]))
             try:
                 example = self.make(record, True, rng=make_rng(self.seed, epoch, str(record["id"])))
-                return example | {PASSED_OVER: failures}
+                return example | {SKIPPED: failures}
             except ValueError as error:
                 failures.append(f"{name} record {record['id']}: {error}")
         raise ValueError(
-            f"{len(failures)} records of {source.path} in a row cannot be read; the first: {failures[0]}"
+            f"{len(failures)} records of {source.path} in a row cannot be read; "
+            f"the first: {failures[0]}"
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key != "order"}
+        return {key: value for key, value in self.__dict__.items() if key != "get_order"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self.order = lru_cache(maxsize=ORDERS)(self._order)
+        self.get_order = lru_cache(maxsize=CACHED_EPOCHS)(self._make_order)
+
+    def _make_order(self, name: str, dataset: int, epoch: int) -> Order:
+        source = self.sources[name]
+
+        def make_named_rng(purpose: str) -> np.random.Generator:
+            key = "/".join(filter(None, (name, source.names[dataset], purpose)))
+            return make_rng(self.seed, epoch, key)
+
+        return source.make_order(dataset, make_named_rng)
 
 
-def step_places(
+# Batches --------------------------------------------------------------------------------------
+
+
+def sample_micro_batches(
     step: int,
     batch: Mapping[str, int],
     sources: Sequence[str],
@@ -173,56 +210,78 @@ def step_places(
     micro_batch: int,
     rank: int,
     world: int,
-) -> list[list[Place]]:
-    """The micro-batches of one step on one process, in the order of `sources`."""
-    pieces = []
+) -> list[list[Position]]:
+    """Returns the positions of each micro-batch of one step on one rank.
+
+    Args:
+        step: Number of the step, from 0.
+        batch: Source -> its global batch size.
+        sources: Sources in the order in which the step visits them.
+        micro_batch: Largest size of a micro-batch; 0 leaves a source's part undivided.
+        rank: This process.
+        world: Number of processes.
+
+    Raises:
+        ValueError: A batch size is not divisible by the number of processes.
+    """
+    micro_batches = []
     for name in sources:
-        share, rest = divmod(batch[name], world)
-        if rest:
+        rank_size, remainder = divmod(batch[name], world)
+        if remainder:
             raise ValueError(
-                f"data.batch.{name} {batch[name]} does not divide over {world} processes"
+                f"data.batch.{name} {batch[name]} is not divisible by {world} processes"
             )
-        first = step * batch[name] + rank * share
-        size = min(micro_batch or share, share)
-        pieces += [
-            [(name, position) for position in range(start, min(start + size, first + share))]
-            for start in range(first, first + share, max(1, size))
-        ]
-    return pieces
+        first = step * batch[name] + rank * rank_size
+        end = first + rank_size
+        size = max(1, min(micro_batch or rank_size, rank_size))
+        for start in range(first, end, size):
+            micro_batches.append(
+                [(name, position) for position in range(start, min(start + size, end))]
+            )
+    return micro_batches
 
 
 @dataclass(frozen=True)
-class Stack:
-    """`collate` that hands on the failures; a class, because processes that are not forked must unpickle it."""
+class Collator:
+    """Collates examples and gathers their `SKIPPED` lines.
+
+    It is a class because worker processes that are not forked must unpickle it.
+    """
 
     collate: Callable[..., dict[str, Any]]
 
-    def __call__(self, items: list[dict[str, Any]]) -> dict[str, Any]:
-        failures = [line for item in items for line in item.pop(PASSED_OVER)]
-        return self.collate(items) | {PASSED_OVER: failures}
+    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        skipped = [line for example in examples for line in example.pop(SKIPPED)]
+        return self.collate(examples) | {SKIPPED: skipped}
 
 
-def step_batches(
-    examples: Examples,
+def load_batches(
+    examples: ExampleDataset,
     collate: Callable[..., dict[str, Any]],
-    places: Callable[[int], list[list[Place]]],
+    sample_step: Callable[[int], list[list[Position]]],
     steps: range,
     *,
     workers: int,
     pinned: bool = False,
 ) -> Iterator[list[dict[str, Any]]]:
-    """For each of `steps` its list of micro-batches; `places` gives theirs, asked only when their turn comes.
+    """Yields the list of micro-batches of each step.
 
-    pinned: in memory that CUDA copies from while it computes.
+    Args:
+        examples: Where examples are read from.
+        collate: Stacks a list of examples to a batch.
+        sample_step: Returns the positions of a step's micro-batches; called as its turn comes.
+        steps: The steps to load.
+        workers: Number of loader processes; 0 loads in this one.
+        pinned: Whether batches are in pinned memory, from which CUDA copies while it computes.
     """
     loader = DataLoader(
         examples,
-        batch_sampler=(piece for step in steps for piece in places(step)),
-        collate_fn=Stack(collate),
+        batch_sampler=(positions for step in steps for positions in sample_step(step)),
+        collate_fn=Collator(collate),
         num_workers=workers,
         prefetch_factor=4 if workers else None,
         pin_memory=pinned,
     )
     batches = iter(loader)
     for step in steps:
-        yield [next(batches) for _ in places(step)]
+        yield [next(batches) for _ in sample_step(step)]

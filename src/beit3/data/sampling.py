@@ -1,6 +1,8 @@
-"""In which order records are read: pure functions of a position, so that nothing is saved and a resume is exact.
+"""The order in which records are read, as pure functions of a position.
 
-`Windows` is an epoch of a large set, random within bounds and cheap to enter anywhere; `Mix` deals positions out to sets.
+Nothing is saved, so a resumed run reads exactly what it would have read. `WindowShuffle` is an
+epoch of a large dataset: shuffled within bounds, so that it can be entered anywhere at low cost.
+`DatasetMixture` assigns positions to several datasets by weight.
 """
 
 from collections.abc import Callable, Sequence
@@ -10,61 +12,72 @@ from functools import lru_cache
 import numpy as np
 
 
-class Windows:
-    """Offset in an epoch -> record. Runs of neighbouring records (shards) come in random order, and then windows are shuffled.
+class WindowShuffle:
+    """The order of one epoch: offset in the epoch -> index of a record.
 
-    runs: records of each run. window: consecutive records, of as many runs as they take, that are shuffled among each
-    other. draw: the generator of a name. Takes memory for the runs and for two windows, however many records there are.
+    Runs of neighboring records (shards) come in random order; then the records within each window
+    of the result are shuffled. Memory is needed for the runs and two windows, however many records
+    there are.
+
+    Args:
+        run_lengths: Number of records in each run, int [runs].
+        window: Number of consecutive records, from any number of runs, that are shuffled together.
+        get_rng: Returns the random generator that belongs to a name.
     """
 
-    def __init__(self, runs: np.ndarray, window: int, draw: Callable[[str], np.random.Generator]):
-        self.size, self.window, self.draw = int(runs.sum()), window, draw
-        order = draw("runs").permutation(len(runs))
-        self.ends = np.cumsum(runs[order])  # where a run ends in this epoch
-        self.shifts = (np.cumsum(runs) - runs)[order] - (
-            self.ends - runs[order]
-        )  # from a place in the epoch to the record
-        self.shuffled = lru_cache(maxsize=2)(self._shuffled)
+    def __init__(
+        self, run_lengths: np.ndarray, window: int, get_rng: Callable[[str], np.random.Generator]
+    ) -> None:
+        self.size, self.window, self.get_rng = int(run_lengths.sum()), window, get_rng
+        order = get_rng("runs").permutation(len(run_lengths))
+        first_records = (np.cumsum(run_lengths) - run_lengths)[order]
+        self.run_ends = np.cumsum(run_lengths[order])  # in this epoch
+        run_starts = self.run_ends - run_lengths[order]
+        self.shifts = first_records - run_starts  # from an offset in the epoch to a record
+        self.permute_window = lru_cache(maxsize=2)(self._permute_window)
 
     def __getitem__(self, offset: int) -> int:
-        window, place = divmod(offset, self.window)
-        place = window * self.window + int(self.shuffled(window)[place])
-        return place + int(self.shifts[np.searchsorted(self.ends, place, side="right")])
+        window, offset = divmod(offset, self.window)
+        offset = window * self.window + int(self.permute_window(window)[offset])
+        run = np.searchsorted(self.run_ends, offset, side="right")
+        return offset + int(self.shifts[run])
 
-    def _shuffled(self, window: int) -> np.ndarray:
-        return self.draw(f"window {window}").permutation(
-            min(self.window, self.size - window * self.window)
-        )
+    def _permute_window(self, window: int) -> np.ndarray:
+        size = min(self.window, self.size - window * self.window)
+        return self.get_rng(f"window {window}").permutation(size)
 
 
-class Mix:
-    """Positions dealt out to sets by weight, evenly: of the first n each set has its share, rounded.
+class DatasetMixture:
+    """Assigns positions to datasets by weight, evenly.
 
-    Exact wherever the shares are whole, as after every sum of whole weights; in between at most half the number of sets off.
-    The first set takes its share of all positions, the second its share of what is left, and so on.
+    Of the first n positions each dataset has its fraction, rounded. This is exact wherever the
+    fractions of n are whole, as at every multiple of the sum of whole weights; in between it is off
+    by at most half the number of datasets. The first dataset takes its fraction of all positions,
+    the second one its fraction of the remaining ones, and so on.
     """
 
-    def __init__(self, weights: Sequence[float]):
-        exact = [Fraction(str(weight)) for weight in weights]  # 0.1 is a tenth
-        self.shares = [weight / sum(exact[i:]) for i, weight in enumerate(exact)]
+    def __init__(self, weights: Sequence[float]) -> None:
+        exact = [Fraction(str(weight)) for weight in weights]  # 0.1 is exactly a tenth
+        self.fractions = [weight / sum(exact[i:]) for i, weight in enumerate(exact)]
+        """Fraction that each dataset takes of what the ones before it leave."""
 
-    def __call__(self, position: int) -> tuple[int, int]:
-        """(set, place in its own endless sequence)."""
-        for number, share in enumerate(self.shares[:-1]):
-            taken = _rounded(position * share)
-            if _rounded((position + 1) * share) > taken:
-                return number, taken
+    def locate(self, position: int) -> tuple[int, int]:
+        """Returns (dataset, position in its own endless sequence)."""
+        for dataset, fraction in enumerate(self.fractions[:-1]):
+            taken = _round_half_up(position * fraction)
+            if _round_half_up((position + 1) * fraction) > taken:
+                return dataset, taken
             position -= taken
-        return len(self.shares) - 1, position
+        return len(self.fractions) - 1, position
 
-    def counts(self, positions: int) -> list[int]:
-        """How many of the first `positions` each set has."""
+    def count(self, num_positions: int) -> list[int]:
+        """Returns how many of the first `num_positions` each dataset has."""
         counts = []
-        for share in self.shares:
-            counts.append(_rounded(positions * share))
-            positions -= counts[-1]
+        for fraction in self.fractions:
+            counts.append(_round_half_up(num_positions * fraction))
+            num_positions -= counts[-1]
         return counts
 
 
-def _rounded(value: Fraction) -> int:
+def _round_half_up(value: Fraction) -> int:
     return (2 * value.numerator + value.denominator) // (2 * value.denominator)

@@ -1,13 +1,17 @@
-"""`beit3 demo --full`: every demo recipe at full length, with and without pretraining, over several seeds.
+"""`beit3 demo --full`: every demo recipe at full length, with and without pretraining, over several
+seeds.
 
-What it trains: per seed a visual tokenizer and a pretraining; then VQA with few and with many labelled questions, from
-each seed's pretrained weights and from scratch, at 1, 2 and 4 times the usual steps; and every other task from both. The
-questions' learning rate is tuned for each side and label count on training questions that neither sees. Every run can be
-stopped and goes on; results.json and results.md carry the figures, one row each, with their spread over seeds.
+What it trains: per seed a visual tokenizer and a pretraining; then VQA with few and with many
+labelled questions, from
+each seed's pretrained weights and from scratch, at 1, 2 and 4 times the usual steps; and every
+other task from both. The
+questions' learning rate is tuned for each side and label count on training questions that neither
+sees. Every run can be
+stopped and goes on; results.json and results.md carry the figures, one row each, with their spread
+over seeds.
 """
 
 import json
-import os
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,23 +20,26 @@ from dataclasses import replace
 from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
 
-from beit3.data.loader import Source
-from beit3.data.stores.records import locate, write_text
+from beit3.data.loader import RecordDataset
+from beit3.data.stores.split_files import locate_split
 from beit3.demo.probes import pretraining_figures
 from beit3.demo.tour import OTHERS, others_here, with_tokenizer
+from beit3.files import write_text
+from beit3.machine import count_cores
 from beit3.recipe import Recipe
 from beit3.report.page import write_report
 from beit3.task import load_task
 from beit3.tasks.vqa import VQA
+from beit3.training.embedded_world import prepare_embedded_world
 from beit3.training.evaluate import predict
-from beit3.training.log import duration
+from beit3.training.log import format_duration
 from beit3.training.loop import train
-from beit3.training.root import embedded_root
-from beit3.weights import store
+from beit3.weights import loading
 
 SEEDS = (0, 1, 2)
 LABELS = (1000, 8000)
@@ -51,7 +58,7 @@ def run(out: Path) -> Path:
     started, console = time.monotonic(), Console(highlight=False)
     others_known = others_here(console)
     for task in ("pretrain", "vqkd", "vqa", *others_known):
-        embedded_root(load_task(task))  # once, before processes ask for it side by side
+        prepare_embedded_world(load_task(task))  # once, before processes ask for it side by side
     first = [(pretrain_seed, (out, seed)) for seed in SEEDS] + [
         (answer_questions, (out, labels, "scratch")) for labels in LABELS
     ]
@@ -81,7 +88,8 @@ def run(out: Path) -> Path:
         shown, out / "report.html", title="BEiT-3 in miniature, at full length", table=rows
     )
     console.print(
-        f"{out / 'results.md'} and {out / 'report.html'}   ({duration(time.monotonic() - started)})"
+        f"{out / 'results.md'} and {out / 'report.html'}   "
+        f"({format_duration(time.monotonic() - started)})"
     )
     return out / "results.md"
 
@@ -89,13 +97,11 @@ def run(out: Path) -> Path:
 def side_by_side(jobs: Sequence[tuple[Callable[..., dict], tuple]]) -> list[dict]:
     """The jobs' results, in order; as many at a time as there are cores, each on one thread.
 
-    Networks this small share two cores badly: two runs side by side were measured to do 700 records a second, one run on
+    Networks this small share two cores badly: two runs side by side were measured to do 700 records
+    a second, one run on
     two threads 400 to 550.
     """
-    cores = (
-        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    )
-    workers = min(cores, len(jobs))
+    workers = min(count_cores(), len(jobs))
     with ProcessPoolExecutor(
         workers, mp_context=get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)
     ) as pool:
@@ -109,10 +115,10 @@ def pretrain_seed(out: Path, seed: int) -> dict:
     """Visual tokenizer and pretraining of one seed at full length; its figures."""
     vqkd, pretrain, folder = load_task("vqkd"), load_task("pretrain"), out / f"seed{seed}"
 
-    def seeded(recipe: Recipe, task) -> Recipe:
+    def seeded(recipe: Recipe, task: Any) -> Recipe:
         return replace(
             recipe,
-            data=replace(recipe.data, root=str(embedded_root(task))),
+            data=replace(recipe.data, root=str(prepare_embedded_world(task))),
             run=replace(recipe.run, seed=seed),
         )
 
@@ -129,7 +135,8 @@ def pretrain_seed(out: Path, seed: int) -> dict:
 
 
 def answer_questions(out: Path, labels: int, side: str) -> dict[str, dict]:
-    """One side with so many labels: its learning rate tuned, then every length and seed; figures by name of the run."""
+    """One side with so many labels: its learning rate tuned, then every length and seed; figures by
+    name of the run."""
     rate = tune(out, labels, side)
     found = {}
     for length, seed in product(LENGTHS, SEEDS):
@@ -152,7 +159,7 @@ def other_task(out: Path, name: str, side: str) -> dict[str, dict]:
         label = f"{name}-{side}-seed{seed}"
         seeded = replace(
             recipe,
-            data=replace(recipe.data, root=str(embedded_root(kind))),
+            data=replace(recipe.data, root=str(prepare_embedded_world(kind))),
             run=replace(recipe.run, seed=seed, save_every=0),
         )
         found[label] = train(
@@ -171,23 +178,24 @@ def question_recipe(labels: int, rate: tuple[float, float], *, steps: int, seed:
     recipe = VQA.recipes["demo"]
     return replace(
         recipe,
-        data=replace(recipe.data, root=str(embedded_root(VQA)), limit=labels),
+        data=replace(recipe.data, root=str(prepare_embedded_world(VQA)), limit=labels),
         optim=replace(recipe.optim, lr=rate[0], head_lr_scale=rate[1]),
         run=replace(recipe.run, steps=steps, seed=seed, save_every=0),
     )
 
 
 def tune(out: Path, labels: int, side: str) -> tuple[float, float]:
-    """The best of `RATES` for one side and label count at the usual steps, by questions set aside from training."""
-    root = embedded_root(VQA)
-    aside = Source(locate(root, "vqa", "main", "train"), root)
+    """The best of `RATES` for one side and label count at the usual steps, by questions set aside
+    from training."""
+    root = prepare_embedded_world(VQA)
+    aside = RecordDataset(locate_split(root, "vqa", "main", "train"), root)
     questions = [aside[index] for index in range(*TUNING_QUESTIONS) if index < len(aside)]
     found = {}
     for rate in RATES:
         folder = out / "tune" / f"{labels}-{side}-{named(rate)}"
         recipe = question_recipe(labels, rate, steps=STEPS, seed=TUNING_SEED)
         train(recipe, VQA, out=folder, init=start(out, side, SEEDS[0]), label=f"tune {folder.name}")
-        task = store.load(folder / "last")
+        task = loading.load_weights(folder / "last")
         found[rate] = VQA.score(predict(task, questions, batch_size=100), questions)["accuracy"]
         print(f"{folder.name}: {found[rate]:.3f} on questions set aside", flush=True)
     return max(found, key=lambda rate: found[rate])
@@ -242,7 +250,8 @@ def learning_rows(results: Mapping) -> Iterator[dict[str, str]]:
 
 
 def question_rows(results: Mapping) -> Iterator[dict[str, str]]:
-    """Questions answered from pretrained weights beside from scratch, per label count and length."""
+    """Questions answered from pretrained weights beside from scratch, per label count and
+    length."""
     questions = results["questions"]
     for labels, length in product(LABELS, LENGTHS):
         runs = {

@@ -13,45 +13,50 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from beit3.data.loader import Source
-from beit3.data.stores.records import write_text
+from beit3.data.loader import RecordDataset
+from beit3.data.views.masking import IGNORE_INDEX
+from beit3.files import read_json, write_text
 from beit3.recipe import Recipe
 from beit3.task import Batch
-from beit3.tasks.pretrain import IGNORE, Pretrain, PretrainConfig
+from beit3.tasks.pretrain import Pretrain, PretrainConfig
 from beit3.tokenizer.text import TextTokenizer
-from beit3.training.evaluate import batches, evaluate
-from beit3.training.loop import open_source
-from beit3.training.root import embedded_root
-from beit3.weights import store
+from beit3.training.embedded_world import prepare_embedded_world
+from beit3.training.evaluate import evaluate, iterate_batches
+from beit3.training.sources import open_source
+from beit3.weights import loading
 from beit3.world.scene import COLORS, SHAPES, SIZES
 
 BATCH = 100
 
 
 def attribute_ids(tokenizer: TextTokenizer) -> dict[str, list[int]]:
-    """Token ids of the world's color, shape and size words; ValueError unless each word is one token."""
+    """Token ids of the world's color, shape and size words; ValueError unless each word is one
+    token."""
     kinds = {"color": COLORS, "shape": SHAPES, "size": SIZES}
     ids = {}
     for kind, words in kinds.items():
-        pieces = [tokenizer.pieces(f"a {word}")[1:] for word in words]
+        pieces = [tokenizer.encode_pieces(f"a {word}")[1:] for word in words]
         if any(len(piece) != 1 for piece in pieces):
             raise ValueError(
-                f"the text tokenizer cuts {kind} words into several tokens: train it with a larger vocabulary"
+                f"the text tokenizer cuts {kind} words into several tokens: train it with a "
+                "larger vocabulary"
             )
         ids[kind] = [piece[0] for piece in pieces]
     return ids
 
 
 @torch.no_grad()
-def attribute_words(task: Pretrain, pairs: Source, *, limit: int = 1500) -> dict[str, float]:
-    """Share of hidden attribute words filled correctly with the right image and with another record's.
+def attribute_words(task: Pretrain, pairs: RecordDataset, *, limit: int = 1500) -> dict[str, float]:
+    """Share of hidden attribute words filled correctly with the right image and with another
+    record's.
 
-    Keys `right`, `wrong`, `text_right`, `text_wrong` (mean paired text loss in nats), and per kind `right/color` ...
+    Keys `right`, `wrong`, `text_right`, `text_wrong` (mean paired text loss in nats), and per kind
+    `right/color` ...
     """
     kinds = attribute_ids(task.tokenizer)
     hits: dict[str, list[float]] = {}
-    for batch in batches(task, islice(pairs, limit), BATCH):
-        hidden = batch["text_target"] != IGNORE
+    for batch in iterate_batches(task, islice(pairs, limit), BATCH):
+        hidden = batch["text_target"] != IGNORE_INDEX
         targets = batch["text_target"][hidden]
         shift = len(batch["id"]) // 2  # far enough that the other image is of another scene
         for name, image in (("right", batch["image"]), ("wrong", batch["image"].roll(shift, 0))):
@@ -68,24 +73,28 @@ def attribute_words(task: Pretrain, pairs: Source, *, limit: int = 1500) -> dict
 
 
 @torch.no_grad()
-def single_words(task: Pretrain, pairs: Source, *, limit: int = 1500) -> dict[str, float]:
+def single_words(task: Pretrain, pairs: RecordDataset, *, limit: int = 1500) -> dict[str, float]:
     """The same with one attribute word of a caption hidden at a time and all else in sight.
 
-    Keys `single_right/color`, `single_wrong/color`, and so on. Under the half-hidden captions of `attribute_words` the
-    words that say which object is meant are often hidden too; here the picture alone can be at fault.
+    Keys `single_right/color`, `single_wrong/color`, and so on. Under the half-hidden captions of
+    `attribute_words` the
+    words that say which object is meant are often hidden too; here the picture alone can be at
+    fault.
     """
     kinds = attribute_ids(task.tokenizer)
     kind_of = {token: kind for kind, ids in kinds.items() for token in ids}
     hits: dict[str, list[float]] = {
         f"single_{side}/{kind}": [] for kind in kinds for side in ("right", "wrong")
     }
-    for batch in batches(task, islice(pairs, limit), BATCH):
-        text = torch.where(batch["text_target"] == IGNORE, batch["text"], batch["text_target"])
+    for batch in iterate_batches(task, islice(pairs, limit), BATCH):
+        text = torch.where(
+            batch["text_target"] == IGNORE_INDEX, batch["text"], batch["text_target"]
+        )
         rows, places = torch.isin(text, torch.tensor(list(kind_of))).nonzero(as_tuple=True)
         truth, shift = text[rows, places], len(text) // 2
         hidden = text[rows].clone()
         hidden[torch.arange(len(rows)), places] = task.tokenizer.mask
-        images = task.pixels(batch)
+        images = task.normalize_images(batch)
         for side, image in (("right", images), ("wrong", images.roll(shift, 0))):
             states = task.backbone(
                 image[rows], hidden, text_padding=batch["text_padding"][rows]
@@ -96,14 +105,17 @@ def single_words(task: Pretrain, pairs: Source, *, limit: int = 1500) -> dict[st
     return {name: float(np.mean(values)) for name, values in hits.items()}
 
 
-def hidden_patches(task: Pretrain, source: Source, limit: int) -> Iterator[tuple[Tensor, Tensor]]:
+def hidden_patches(
+    task: Pretrain, source: RecordDataset, limit: int
+) -> Iterator[tuple[Tensor, Tensor]]:
     """(codes [B, P], mask [B, P]) of a source's images."""
-    for batch in batches(task, islice(source, limit), BATCH):
+    for batch in iterate_batches(task, islice(source, limit), BATCH):
         yield task.codes(batch), batch["image_mask"]
 
 
 def nearest_visible(mask: np.ndarray) -> np.ndarray:
-    """For a mask [h, w] the flat index of the nearest visible patch of every patch; ties go to the first in reading order."""
+    """For a mask [h, w] the flat index of the nearest visible patch of every patch; ties go to the
+    first in reading order."""
     places = np.argwhere(np.ones_like(mask))
     visible = np.argwhere(~mask)
     distance = ((places[:, None] - visible[None]) ** 2).sum(-1)
@@ -112,11 +124,13 @@ def nearest_visible(mask: np.ndarray) -> np.ndarray:
 
 @torch.no_grad()
 def nearest_patch_guess(
-    task: Pretrain, train: Source, held_out: Source, *, limit: int = 2000
+    task: Pretrain, train: RecordDataset, held_out: RecordDataset, *, limit: int = 2000
 ) -> float:
-    """Cross-entropy in nats of the best guess of a hidden patch's code from its nearest visible patch's code.
+    """Cross-entropy in nats of the best guess of a hidden patch's code from its nearest visible
+    patch's code.
 
-    The table P(code | nearest visible code) is counted on training images under the same masking, with add-half
+    The table P(code | nearest visible code) is counted on training images under the same masking,
+    with add-half
     smoothing, and read on held-out ones.
     """
     num_codes, grid = task.config.num_codes, task.config.model.grid
@@ -133,30 +147,31 @@ def nearest_patch_guess(
     return float(np.concatenate(losses).mean())
 
 
-def frequency_guess(task: Pretrain, train: Source, held_out: Source, *, limit: int = 3000) -> float:
-    """Cross-entropy in nats of guessing hidden tokens by their frequency among the training texts' hidden tokens."""
+def frequency_guess(
+    task: Pretrain, train: RecordDataset, held_out: RecordDataset, *, limit: int = 3000
+) -> float:
+    """Cross-entropy in nats of guessing hidden tokens by their frequency among the training texts'
+    hidden tokens."""
     counts = np.full(task.config.model.vocab_size, 0.5)
     np.add.at(counts, hidden_tokens(task, train, limit), 1)
     return float(-np.log(counts / counts.sum())[hidden_tokens(task, held_out, limit)].mean())
 
 
-def hidden_tokens(task: Pretrain, source: Source, limit: int) -> np.ndarray:
+def hidden_tokens(task: Pretrain, source: RecordDataset, limit: int) -> np.ndarray:
     """The true ids of all hidden tokens of a source."""
     found: list[Batch] = [task.example(record, False) for record in islice(source, limit)]
     targets = torch.cat([example["text_target"] for example in found])
-    return targets[targets != IGNORE].numpy()
+    return targets[targets != IGNORE_INDEX].numpy()
 
 
 def pretraining_figures(run: Path, *, cache: Path) -> dict[str, float]:
     """All figures of a pretraining run, computed once and kept in the JSON file `cache`."""
     if cache.exists():
-        return json.loads(cache.read_text())
-    task = store.load(run / "last")
+        return read_json(cache)
+    task = loading.load_weights(run / "last")
     assert isinstance(task, Pretrain)
-    recipe = Recipe.from_dict(
-        json.loads((run / "recipe.json").read_text())["recipe"], PretrainConfig
-    )
-    root = Path(recipe.data.root) if recipe.data.root else embedded_root(Pretrain)
+    recipe = Recipe.from_dict(read_json(run / "recipe.json")["recipe"], PretrainConfig)
+    root = Path(recipe.data.root) if recipe.data.root else prepare_embedded_world(Pretrain)
     train, held_out = (
         {name: open_source(root, Pretrain, name, recipe, split) for name in Pretrain.sources}
         for split in ("train", "val")

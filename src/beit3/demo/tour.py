@@ -1,29 +1,33 @@
 """`beit3 demo`: the whole way on the embedded world, in minutes on two cores.
 
-World -> text tokenizer -> visual tokenizer -> pretraining -> questions answered from those weights and from scratch -> a
-short run of every other task from those weights -> one table and report.html. Every stage is a run of its own below the
-demo's directory: stopped anywhere, the same command goes on where it was, and finished stages are not run again.
+World -> text tokenizer -> visual tokenizer -> pretraining -> questions answered from those weights
+and from scratch -> a
+short run of every other task from those weights -> one table and report.html. Every stage is a run
+of its own below the
+demo's directory: stopped anywhere, the same command goes on where it was, and finished stages are
+not run again.
 """
 
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from beit3.demo.probes import pretraining_figures
-from beit3.progress import bar
+from beit3.progress import show_progress
 from beit3.recipe import Recipe
 from beit3.report.page import write_report
 from beit3.segmentation.head import check_transformers
 from beit3.task import load_task
 from beit3.tasks.pretrain import PretrainConfig
 from beit3.tokenizer.visual import VisualTokenizerConfig
-from beit3.training.log import duration
+from beit3.training.embedded_world import prepare_embedded_world
+from beit3.training.log import format_duration
 from beit3.training.loop import train
-from beit3.training.root import embedded_root
 from beit3.weights import store
 
 LABELS = 1000
@@ -85,11 +89,13 @@ def run(out: Path, *, fast: bool = False) -> Path:
     console = Console(highlight=False)
     vqkd, pretrain, vqa = load_task("vqkd"), load_task("pretrain"), load_task("vqa")
     kinds = {name: load_task(name) for name in others_here(console)}
-    with bar("writing the world") as advance:
+    with show_progress("writing the world") as advance:
         for task in (vqkd, pretrain, vqa, *kinds.values()):
-            root = embedded_root(task, length.world, progress=advance)
+            root = prepare_embedded_world(task, length.world, progress=advance)
 
-    def stage(title: str, task, recipe: Recipe, steps: int, folder: str, init: str = "") -> dict:
+    def stage(
+        title: str, task: Any, recipe: Recipe, steps: int, folder: str, init: str = ""
+    ) -> dict:
         console.print(f"[bold]{title}[/bold]")
         recipe = replace(
             recipe, data=replace(recipe.data, root=str(root)), run=replace(recipe.run, steps=steps)
@@ -150,7 +156,7 @@ def run(out: Path, *, fast: bool = False) -> Path:
     show(console, rows)
     runs = [out / folder for folder in ("vqkd", "pairs", "pretrain", "vqa", "vqa-scratch", *kinds)]
     report = write_report(runs, out / "report.html", title="BEiT-3 in miniature", table=rows)
-    console.print(f"report: {report.resolve()}   ({duration(time.monotonic() - started)})")
+    console.print(f"report: {report.resolve()}   ({format_duration(time.monotonic() - started)})")
     return report
 
 

@@ -1,7 +1,10 @@
-"""The cascade of box heads and the mask head: what is in each proposal, where exactly, and which of its pixels.
+"""The cascade of box heads and the mask head: what is in each proposal, where exactly, and which of
+its pixels.
 
-Cascade R-CNN (arXiv:1712.00726) with detectron2's values, one mask head (arXiv:1703.06870). Maps [B, C, *, *] and boxes
-[R, 4] of each image -> losses; or boxes [R, 4] with scores [R, C]; or masks [n, 28, 28]. Labels are 0..C-1, C is background.
+Cascade R-CNN (arXiv:1712.00726) with detectron2's values, one mask head (arXiv:1703.06870). Maps
+[B, C, *, *] and boxes
+[R, 4] of each image -> losses; or boxes [R, 4] with scores [R, C]; or masks [n, 28, 28]. Labels are
+0..C-1, C is background.
 """
 
 from collections.abc import Sequence
@@ -18,8 +21,7 @@ from torchvision.ops.poolers import LevelMapper
 
 from beit3.detection.config import DetectorConfig
 from beit3.detection.pyramid import SCALES, ChannelNorm
-from beit3.ops.precision import at_least_float32
-from beit3.ops.values import known
+from beit3.ops.precision import promote_to_float32
 
 POOLED_LEVELS = 4
 """Boxes are pooled from all maps but the coarsest, p2 to p5."""
@@ -41,7 +43,7 @@ class Target(NamedTuple):
     """uint8 [n, H, W] of 0 and 1, as large as the padded image; needed by a detector with masks."""
 
 
-class Raw(NamedTuple):
+class BoxPredictions(NamedTuple):
     """All that the cascade makes of an image's proposals, before any NMS."""
 
     boxes: Tensor
@@ -50,7 +52,7 @@ class Raw(NamedTuple):
     """[R, C] probabilities; what is missing to 1 is background's."""
 
 
-class Labelled(NamedTuple):
+class MatchedBoxes(NamedTuple):
     """An image's boxes with what each of them should become."""
 
     boxes: Tensor
@@ -63,7 +65,8 @@ class Labelled(NamedTuple):
 
 
 class Cascade(nn.Module):
-    """A box head per stage, each of which starts from the boxes of the one before; boxes are refined whatever their class."""
+    """A box head per stage, each of which starts from the boxes of the one before; boxes are
+    refined whatever their class."""
 
     def __init__(self, num_classes: int, *, patch_size: int, config: DetectorConfig):
         super().__init__()
@@ -76,12 +79,13 @@ class Cascade(nn.Module):
             config.roi_samples, config.roi_positive_share
         )
 
-    # Training --------------------------------------------------------------------------------------------------------
+    # Training -------------------------------------------------------------------------------------
 
     def losses(
         self, maps: list[Tensor], proposals: list[Tensor], sizes: Tensor, targets: Sequence[Target]
     ) -> tuple[dict[str, Tensor], dict[str, int]]:
-        """Sums over this process's boxes, and over how many: `box{i}_class`, `box{i}_box` and, with masks, `mask`."""
+        """Sums over this process's boxes, and over how many: `box{i}_class`, `box{i}_box` and, with
+        masks, `mask`."""
         sums: dict[str, Tensor] = {}
         counts: dict[str, int] = {}
         rois = self.sampled(proposals, targets)
@@ -108,8 +112,9 @@ class Cascade(nn.Module):
             sums["mask"], counts["mask"] = self.mask_loss(maps, first, targets)
         return sums, counts
 
-    def sampled(self, proposals: list[Tensor], targets: Sequence[Target]) -> list[Labelled]:
-        """The first stage's boxes: proposals and the objects themselves, at most `roi_samples` of an image."""
+    def sampled(self, proposals: list[Tensor], targets: Sequence[Target]) -> list[MatchedBoxes]:
+        """The first stage's boxes: proposals and the objects themselves, at most `roi_samples` of
+        an image."""
         boxes = [
             torch.cat((mine, target.boxes.to(mine.dtype)))
             for mine, target in zip(proposals, targets, strict=True)
@@ -119,14 +124,15 @@ class Cascade(nn.Module):
             *self.sampler([(image.labels < self.num_classes).long() for image in rois]), strict=True
         )
         return [
-            Labelled(*(part[(yes + no).bool()] for part in image))
+            MatchedBoxes(*(part[(yes + no).bool()] for part in image))
             for image, (yes, no) in zip(rois, chosen, strict=True)
         ]
 
     def labelled(
         self, boxes: list[Tensor], targets: Sequence[Target], stage: int
-    ) -> list[Labelled]:
-        """Each box gets the label of the object that it overlaps most, if by the stage's IoU or more."""
+    ) -> list[MatchedBoxes]:
+        """Each box gets the label of the object that it overlaps most, if by the stage's IoU or
+        more."""
         iou, background = self.config.stage_ious[stage], self.num_classes
         return [
             label(mine, target, iou, background)
@@ -134,11 +140,13 @@ class Cascade(nn.Module):
         ]
 
     def mask_loss(
-        self, maps: list[Tensor], rois: Sequence[Labelled], targets: Sequence[Target]
+        self, maps: list[Tensor], rois: Sequence[MatchedBoxes], targets: Sequence[Target]
     ) -> tuple[Tensor, int]:
-        """Binary cross-entropy of the right class's mask, a mean over pixels, summed over positive boxes; their number."""
+        """Binary cross-entropy of the right class's mask, a mean over pixels, summed over positive
+        boxes; their number."""
         positive = [
-            Labelled(*(part[image.labels < self.num_classes] for part in image)) for image in rois
+            MatchedBoxes(*(part[image.labels < self.num_classes] for part in image))
+            for image in rois
         ]
         labels = torch.cat([image.labels for image in positive])
         logits = self.mask_logits(maps, [image.boxes for image in positive], labels)
@@ -148,24 +156,27 @@ class Cascade(nn.Module):
         loss = F.binary_cross_entropy_with_logits(logits, wanted.to(logits.dtype), reduction="sum")
         return loss / MASK_OUTPUT**2, len(labels)
 
-    # Inference -------------------------------------------------------------------------------------------------------
+    # Inference ------------------------------------------------------------------------------------
 
-    def detect(self, maps: list[Tensor], proposals: list[Tensor], sizes: Tensor) -> list[Raw]:
-        """The last stage's boxes with the mean of all stages' probabilities; no box is dropped on the way."""
+    def detect(
+        self, maps: list[Tensor], proposals: list[Tensor], sizes: Tensor
+    ) -> list[BoxPredictions]:
+        """The last stage's boxes with the mean of all stages' probabilities; no box is dropped on
+        the way."""
         boxes, stages = proposals, []
         for stage in range(len(self.coders)):
             logits, deltas = self.predicted(stage, maps, boxes)
             stages.append(logits.softmax(1)[:, : self.num_classes])
             boxes = self.refined(stage, deltas, boxes, sizes)
         scores = torch.stack(stages).mean(0).split([len(mine) for mine in boxes])
-        return [Raw(*image) for image in zip(boxes, scores, strict=True)]
+        return [BoxPredictions(*image) for image in zip(boxes, scores, strict=True)]
 
     def masks(self, maps: list[Tensor], boxes: list[Tensor], labels: list[Tensor]) -> list[Tensor]:
         """Probabilities [n, 28, 28] that a place within each box belongs to its object."""
         probabilities = self.mask_logits(maps, boxes, torch.cat(labels)).sigmoid()
         return list(probabilities.split([len(mine) for mine in boxes]))
 
-    # Both ------------------------------------------------------------------------------------------------------------
+    # Both -----------------------------------------------------------------------------------------
 
     def predicted(
         self, stage: int, maps: list[Tensor], boxes: list[Tensor]
@@ -178,7 +189,7 @@ class Cascade(nn.Module):
         if pooled.requires_grad:
             pooled.register_hook(lambda gradient: gradient / len(self.box_heads))
         logits, deltas = self.box_heads[stage](pooled)
-        return at_least_float32(logits), at_least_float32(deltas)
+        return promote_to_float32(logits), promote_to_float32(deltas)
 
     def refined(
         self, stage: int, deltas: Tensor, boxes: list[Tensor], sizes: Tensor
@@ -195,11 +206,12 @@ class Cascade(nn.Module):
         """[n, 28, 28] of all images' boxes, each for its own class, in float32."""
         assert self.mask_head is not None, "a detector of boxes alone was asked for masks"
         logits = self.mask_head(self.pool(maps, boxes, MASK_SIDE))
-        return at_least_float32(logits[torch.arange(len(labels), device=labels.device), labels])
+        return promote_to_float32(logits[torch.arange(len(labels), device=labels.device), labels])
 
 
 class BoxHead(nn.Module):
-    """Pooled boxes [R, C, 7, 7] -> class logits [R, num_classes + 1], background last, and deltas [R, 4]."""
+    """Pooled boxes [R, C, 7, 7] -> class logits [R, num_classes + 1], background last, and deltas
+    [R, 4]."""
 
     def __init__(self, num_classes: int, config: DetectorConfig):
         super().__init__()
@@ -223,9 +235,11 @@ def mask_head(num_classes: int, config: DetectorConfig) -> nn.Module:
 
 
 class Pool(nn.Module):
-    """Maps and boxes [R, 4] of each image -> [all R, C, side, side]: every box from the map that suits its size (RoIAlign).
+    """Maps and boxes [R, 4] of each image -> [all R, C, side, side]: every box from the map that
+    suits its size (RoIAlign).
 
-    torchvision's `MultiScaleRoIAlign` is without `aligned`, and keeps the first batch's scales for good.
+    torchvision's `MultiScaleRoIAlign` is without `aligned`, and keeps the first batch's scales for
+    good.
     """
 
     def __init__(self, patch_size: int, cells: float):
@@ -237,11 +251,11 @@ class Pool(nn.Module):
         rois = torch.cat(
             [F.pad(mine, (1, 0), value=float(image)) for image, mine in enumerate(boxes)]
         )  # [R, 5]
-        levels = known(self.level_of(boxes))
+        levels = self.level_of(boxes)
         places, parts = [], []
         for level, (features, scale) in enumerate(zip(maps[:POOLED_LEVELS], SCALES, strict=False)):
             mine = (levels == level).nonzero()[:, 0]
-            features = at_least_float32(features)  # there is no RoIAlign in bfloat16
+            features = promote_to_float32(features)  # there is no RoIAlign in bfloat16
             places.append(mine)
             parts.append(
                 roi_align(
@@ -256,18 +270,19 @@ class Pool(nn.Module):
         return torch.cat(parts)[torch.cat(places).argsort()].to(maps[0].dtype)
 
 
-def label(boxes: Tensor, target: Target, iou: float, background: int) -> Labelled:
+def label(boxes: Tensor, target: Target, iou: float, background: int) -> MatchedBoxes:
     """Boxes [R, 4] of one image with the object that each overlaps most."""
     if not len(target.boxes):
         nothing = torch.zeros(len(boxes), dtype=torch.int64, device=boxes.device)
-        return Labelled(boxes, nothing + background, nothing, boxes)
-    best, nearest = map(known, box_iou(target.boxes.to(boxes.dtype), boxes).max(0))
+        return MatchedBoxes(boxes, nothing + background, nothing, boxes)
+    best, nearest = box_iou(target.boxes.to(boxes.dtype), boxes).max(0)
     labels = torch.where(best >= iou, target.labels[nearest], background)
-    return Labelled(boxes, labels, nearest, target.boxes[nearest].to(boxes.dtype))
+    return MatchedBoxes(boxes, labels, nearest, target.boxes[nearest].to(boxes.dtype))
 
 
-def mask_targets(target: Target, positive: Labelled) -> Tensor:
-    """Which of the 28 x 28 places in each box its object's mask covers at least half: float32 [n, 28, 28] of 0 and 1."""
+def mask_targets(target: Target, positive: MatchedBoxes) -> Tensor:
+    """Which of the 28 x 28 places in each box its object's mask covers at least half: float32 [n,
+    28, 28] of 0 and 1."""
     assert target.masks is not None, "a detector with masks is trained on targets with masks"
     wanted = positive.boxes.new_zeros(len(positive.boxes), MASK_OUTPUT, MASK_OUTPUT)
     for start, masks in enumerate(target.masks.split(MASKS_AT_ONCE)):
@@ -282,7 +297,8 @@ def mask_targets(target: Target, positive: Labelled) -> Tensor:
 
 
 def clip(boxes: Tensor, size: Tensor) -> Tensor:
-    """Boxes [R, 4] within an image of `size` [2], height and width. What is not a number becomes 0: RoIAlign would read anywhere."""
+    """Boxes [R, 4] within an image of `size` [2], height and width. What is not a number becomes 0:
+    RoIAlign would read anywhere."""
     return boxes.nan_to_num(nan=0.0).clamp(min=0).minimum(size[[1, 0, 1, 0]].to(boxes.dtype))
 
 

@@ -1,15 +1,18 @@
-"""Everything above a trunk that finds objects: ViTDet's pyramid, proposals, cascade and masks (arXiv:2203.16527; BEiT-3, section 3.3).
+"""Everything above a trunk that finds objects: ViTDet's pyramid, proposals, cascade and masks
+(arXiv:2203.16527; BEiT-3, section 3.3).
 
-Features [B, h, w, D] and valid sizes [B, 2] (height and width in pixels; the rest of each image is padding) -> losses in
-training, boxes with scores, masks of chosen boxes. Boxes are x1 y1 x2 y2 in pixels of the network's input.
+Features [B, h, w, D] and valid sizes [B, 2] (height and width in pixels; the rest of each image is
+padding) -> losses in
+training, boxes with scores, masks of chosen boxes. Boxes are x1 y1 x2 y2 in pixels of the network's
+input.
 """
 
 import torch
 from torch import Tensor, nn
 
-from beit3.detection.cascade import Cascade, Raw, Target
+from beit3.detection.cascade import BoxPredictions, Cascade, Target
 from beit3.detection.config import DetectorConfig
-from beit3.detection.proposals import Proposals
+from beit3.detection.proposals import ProposalNetwork
 from beit3.detection.pyramid import FeaturePyramid
 from beit3.ops.collectives import all_reduce
 
@@ -29,14 +32,17 @@ class Detector(nn.Module):
         super().__init__()
         self.config = config
         self.pyramid = FeaturePyramid(dim, config.pyramid_dim)
-        self.proposals = Proposals(patch_size, config=config)
+        self.proposals = ProposalNetwork(patch_size, config=config)
         self.cascade = Cascade(num_classes, patch_size=patch_size, config=config)
 
     def losses(self, features: Tensor, sizes: Tensor, targets: list[Target]) -> dict[str, Tensor]:
-        """Each loss as a SUM over this process's images, of which the mean over the step's images is the usual loss.
+        """Each loss as a SUM over this process's images, of which the mean over the step's images
+        is the usual loss.
 
-        `rpn_objectness` and `rpn_box` are per sampled anchor; `box{i}_class` and `box{i}_box` of each stage per box, `mask`
-        per positive box, counted over all processes, each of which must call this as often as the others.
+        `rpn_objectness` and `rpn_box` are per sampled anchor; `box{i}_class` and `box{i}_box` of
+        each stage per box, `mask`
+        per positive box, counted over all processes, each of which must call this as often as the
+        others.
         """
         maps = self.pyramid(features)
         proposals, losses = self.proposals(maps, sizes, [target.boxes for target in targets])
@@ -50,15 +56,17 @@ class Detector(nn.Module):
             name: sums[name] * share for name, share in zip(counts, shares, strict=True)
         }
 
-    def detect(self, maps: list[Tensor], sizes: Tensor) -> list[Raw]:
-        """Each image's boxes [R, 4] with probabilities [R, C] of all classes, from the pyramid's `maps`.
+    def detect(self, maps: list[Tensor], sizes: Tensor) -> list[BoxPredictions]:
+        """Each image's boxes [R, 4] with probabilities [R, C] of all classes, from the pyramid's
+        `maps`.
 
         R differs from image to image, and no NMS has been done.
         """
         return self.cascade.detect(maps, self.proposals(maps, sizes)[0], sizes)
 
     def masks(self, maps: list[Tensor], boxes: list[Tensor], labels: list[Tensor]) -> list[Tensor]:
-        """Probabilities [n, 28, 28] of each image's `boxes` [n, 4] with `labels` [n], over the boxes' own area."""
+        """Probabilities [n, 28, 28] of each image's `boxes` [n, 4] with `labels` [n], over the
+        boxes' own area."""
         return self.cascade.masks(maps, boxes, labels)
 
     @torch.no_grad()

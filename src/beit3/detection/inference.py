@@ -1,7 +1,10 @@
-"""Finding objects in one or several views of each image. Views [B, 3, S, S] -> boxes in the images' pixels, scores, masks as RLE.
+"""Finding objects in one or several views of each image. Views [B, 3, S, S] -> boxes in the images'
+pixels, scores, masks as RLE.
 
-Views of other sizes, and mirrored ones, are merged as detectron2 does: the boxes of all are laid over the image and go through
-ONE Soft-NMS; then every view reads the masks of the boxes that are left, and their probabilities are averaged. One view is the
+Views of other sizes, and mirrored ones, are merged as detectron2 does: the boxes of all are laid
+over the image and go through
+ONE Soft-NMS; then every view reads the masks of the boxes that are left, and their probabilities
+are averaged. One view is the
 same with nothing to merge.
 """
 
@@ -12,20 +15,21 @@ import torch
 from torch import Tensor
 
 from beit3.data.stores.rle import RLE
-from beit3.detection.cascade import Raw
+from beit3.detection.cascade import BoxPredictions
 from beit3.detection.config import DetectorConfig
 from beit3.detection.detector import Detector
-from beit3.detection.masks import paste
+from beit3.detection.masks import paste_masks
 from beit3.detection.nms import soft_nms
-from beit3.ops.precision import at_least_float32
+from beit3.ops.precision import promote_to_float32
 
 Kept = tuple[Tensor, Tensor, Tensor]
 """Boxes [n, 4], scores [n] and labels [n] of an image, best first."""
 
 
 @dataclass(frozen=True)
-class View:
-    """Pixels [B, 3, S, S], whose valid areas `sizes` [B, 2] (height, width) are at the top left; the rest is padding."""
+class ImageView:
+    """Pixels [B, 3, S, S], whose valid areas `sizes` [B, 2] (height, width) are at the top left;
+    the rest is padding."""
 
     pixels: Tensor
     sizes: Tensor
@@ -34,7 +38,8 @@ class View:
 
 @dataclass(frozen=True)
 class Detections:
-    """One image's, on the CPU, best first: boxes float32 [n, 4] (x1 y1 x2 y2, the image's pixels), scores [n], labels [n].
+    """One image's, on the CPU, best first: boxes float32 [n, 4] (x1 y1 x2 y2, the image's pixels),
+    scores [n], labels [n].
 
     `masks` are of the image's size, one for each box; None where only boxes are learnt.
     """
@@ -46,10 +51,10 @@ class Detections:
 
 
 @torch.no_grad()
-def detect(
+def detect_objects(
     trunk: Callable[[Tensor], Tensor],
     detector: Detector,
-    views: Sequence[View],
+    views: Sequence[ImageView],
     originals: Tensor,
     config: DetectorConfig,
 ) -> list[Detections]:
@@ -73,12 +78,12 @@ def detect(
     ]
 
 
-def mirror(view: View) -> View:
+def flip_view(view: ImageView) -> ImageView:
     """The view with each valid area mirrored, left with right; the padding stays where it is."""
     columns = torch.arange(view.pixels.shape[-1], device=view.pixels.device)
     widths = view.sizes[:, 1:].to(columns.device)
     source = torch.where(columns < widths, widths - 1 - columns, columns)  # [B, S]
-    return View(
+    return ImageView(
         view.pixels.gather(3, source[:, None, None].expand_as(view.pixels)),
         view.sizes,
         not view.mirrored,
@@ -86,8 +91,8 @@ def mirror(view: View) -> View:
 
 
 def _merged(
-    raws: Sequence[Raw],
-    views: Sequence[View],
+    raws: Sequence[BoxPredictions],
+    views: Sequence[ImageView],
     place: int,
     size: Sequence[int],
     config: DetectorConfig,
@@ -95,14 +100,15 @@ def _merged(
     """What is left of one image's boxes in all views."""
     boxes = torch.cat(
         [
-            _to_image(at_least_float32(raw.boxes), view, place, size)
+            _to_image(promote_to_float32(raw.boxes), view, place, size)
             for raw, view in zip(raws, views, strict=True)
         ]
     )
-    scores = torch.cat([at_least_float32(raw.scores) for raw in raws])
+    scores = torch.cat([promote_to_float32(raw.scores) for raw in raws])
     if not (boxes.isfinite().all() and scores.isfinite().all()):
         raise ValueError(
-            "the detector gave boxes or scores that are not finite: take an earlier checkpoint, or float32"
+            "the detector gave boxes or scores that are not finite: take an earlier checkpoint, "
+            "or float32"
         )
     solid = (boxes[:, 2:] > boxes[:, :2]).all(1)
     return soft_nms(
@@ -120,7 +126,7 @@ def _merged(
 def _masks(
     detector: Detector,
     pyramids: Sequence[list[Tensor]],
-    views: Sequence[View],
+    views: Sequence[ImageView],
     kept: Sequence[Kept],
     images: Sequence[Sequence[int]],
 ) -> list[list[RLE] | None]:
@@ -135,30 +141,33 @@ def _masks(
             for place, ((own, _, _), size) in enumerate(zip(kept, images, strict=True))
         ]
         read = [
-            at_least_float32(part.flip(-1) if view.mirrored else part)
+            promote_to_float32(part.flip(-1) if view.mirrored else part)
             for part in detector.masks(maps, boxes, labels)
         ]
         sums = [total + part for total, part in zip(sums, read, strict=True)] if sums else read
     return [
-        paste(total / len(views), boxes, *size)
+        paste_masks(total / len(views), boxes, *size)
         for total, (boxes, _, _), size in zip(sums, kept, images, strict=True)
     ]
 
 
-def _to_image(boxes: Tensor, view: View, place: int, size: Sequence[int]) -> Tensor:
-    """Boxes [n, 4] in the pixels of image `place` of a view -> in its own, clipped to its `size` (height, width)."""
+def _to_image(boxes: Tensor, view: ImageView, place: int, size: Sequence[int]) -> Tensor:
+    """Boxes [n, 4] in the pixels of image `place` of a view -> in its own, clipped to its `size`
+    (height, width)."""
     scale, bounds = _scale(boxes, view, place, size)
     boxes = _mirrored(boxes, int(view.sizes[place, 1])) if view.mirrored else boxes
     return (boxes * scale).clamp(min=0).minimum(bounds)
 
 
-def _to_view(boxes: Tensor, view: View, place: int, size: Sequence[int]) -> Tensor:
+def _to_view(boxes: Tensor, view: ImageView, place: int, size: Sequence[int]) -> Tensor:
     """The way back: boxes [n, 4] in the image's own pixels -> in the view's."""
     boxes = boxes / _scale(boxes, view, place, size)[0]
     return _mirrored(boxes, int(view.sizes[place, 1])) if view.mirrored else boxes
 
 
-def _scale(boxes: Tensor, view: View, place: int, size: Sequence[int]) -> tuple[Tensor, Tensor]:
+def _scale(
+    boxes: Tensor, view: ImageView, place: int, size: Sequence[int]
+) -> tuple[Tensor, Tensor]:
     """Own pixels per pixel of the view, and the image's bounds: [4] each, for x1 y1 x2 y2."""
     (height, width), (tall, wide) = size, view.sizes[place].tolist()
     return boxes.new_tensor([width / wide, height / tall] * 2), boxes.new_tensor(

@@ -1,7 +1,10 @@
-"""From a mask's probabilities within its box to the picture's pixels. Probabilities [n, m, m] and boxes [n, 4] -> RLE.
+"""From a mask's probabilities within its box to the picture's pixels. Probabilities [n, m, m] and
+boxes [n, 4] -> RLE.
 
-A mask is laid over its box as it is, not over whole pixels: rounding the box first, as torchvision's paste does, leaves a
-mean IoU of .91 with this for boxes of 20 to 60 pixels. A pixel is in if its centre is in the box and reads at least .5.
+A mask is laid over its box as it is, not over whole pixels: rounding the box first, as
+torchvision's paste does, leaves a
+mean IoU of .91 with this for boxes of 20 to 60 pixels. A pixel is in if its centre is in the box
+and reads at least .5.
 """
 
 import math
@@ -11,25 +14,27 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from beit3.data.stores.rle import RLE, encode_window
-from beit3.ops.precision import at_least_float32
+from beit3.ops.precision import promote_to_float32
 
 THRESHOLD = 0.5
 STRIP = 1 << 21
 """Pixels that are read at once, at 12 bytes each."""
 
 
-def paste(probabilities: Tensor, boxes: Tensor, height: int, width: int) -> list[RLE]:
-    """Masks [n, m, m] at float boxes [n, 4] (x1 y1 x2 y2) of a picture of that size -> one RLE each.
+def paste_masks(probabilities: Tensor, boxes: Tensor, height: int, width: int) -> list[RLE]:
+    """Masks [n, m, m] at float boxes [n, 4] (x1 y1 x2 y2) of a picture of that size -> one RLE
+    each.
 
     One mask is held at a time, and of the picture no more than the columns that its box reaches.
     """
     assert len(probabilities) == len(boxes), (probabilities.shape, boxes.shape)
-    probabilities, boxes = at_least_float32(probabilities), at_least_float32(boxes)
+    probabilities, boxes = promote_to_float32(probabilities), promote_to_float32(boxes)
     pasted = []
     for probability, box, (left, top, right, bottom) in zip(
         probabilities, boxes, boxes.tolist(), strict=True
     ):
-        # Pixel i has its centre at i + .5; a box reaches from its left edge up to, not including, its right one.
+        # Pixel i has its centre at i + .5; a box reaches from its left edge up to, not including,
+        # its right one.
         rows = range(_first(top, height), _first(bottom, height))
         columns = range(_first(left, width), _first(right, width))
         window = torch.empty(len(rows), len(columns), dtype=torch.bool)
@@ -45,7 +50,8 @@ def paste(probabilities: Tensor, boxes: Tensor, height: int, width: int) -> list
 def _read(probability: Tensor, box: Tensor, rows: range, columns: range) -> Tensor:
     """Which of these pixels are in: bool [rows, columns].
 
-    Beyond the centres of the outermost cells their values hold on up to the box's edge. Fading to zero there, as detectron2
+    Beyond the centres of the outermost cells their values hold on up to the box's edge. Fading to
+    zero there, as detectron2
     does, would cut off the corners of a full mask, and a share of every edge.
     """
     x = (torch.arange(columns.start, columns.stop, device=box.device) + 0.5 - box[0]) / (

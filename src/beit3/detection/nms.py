@@ -1,8 +1,12 @@
-"""Soft-NMS (Bodla et al., arXiv:1704.04503), exact and for all classes at once. Boxes [R, 4], scores [R, C] -> the best [n].
+"""Soft-NMS (Bodla et al., arXiv:1704.04503), exact and for all classes at once. Boxes [R, 4],
+scores [R, C] -> the best [n].
 
-The published loop runs per class: take the best box, lower the scores of those that overlap it, until nothing is left. The
-boxes of the cascade serve every class, so all classes take a step together; a class's boxes come out by falling score, since
-lowering never raises, so at most `limit` steps give the exact best of all, and a class can stop once it falls behind them.
+The published loop runs per class: take the best box, lower the scores of those that overlap it,
+until nothing is left. The
+boxes of the cascade serve every class, so all classes take a step together; a class's boxes come
+out by falling score, since
+lowering never raises, so at most `limit` steps give the exact best of all, and a class can stop
+once it falls behind them.
 """
 
 from typing import Literal
@@ -10,9 +14,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from beit3.ops.precision import at_least_float32
+from beit3.ops.precision import promote_to_float32
 
-Kind = Literal["linear", "gaussian", "hard"]
+NmsKind = Literal["linear", "gaussian", "hard"]
 
 GONE = -1.0
 """Score of a box that was taken or fell below the limit."""
@@ -22,18 +26,22 @@ def soft_nms(
     boxes: Tensor,
     scores: Tensor,
     *,
-    kind: Kind = "linear",
+    kind: NmsKind = "linear",
     iou: float = 0.6,
     sigma: float = 0.5,
     min_score: float = 1e-3,
     candidate_score: float = 0.0,
     limit: int = 100,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Boxes [n, 4], lowered scores [n] and labels [n], n <= `limit`, best first; equal scores by box, then by label.
+    """Boxes [n, 4], lowered scores [n] and labels [n], n <= `limit`, best first; equal scores by
+    box, then by label.
 
-    A box of IoU o with a better one of its class has its score multiplied by 1 - o where o > `iou` (linear), by
-    exp(-o^2 / `sigma`) (gaussian), or is dropped where o > `iou` (hard). Only scores above `candidate_score` take part, and
-    whatever is or falls below `min_score` is dropped. Defaults: EVA's (arXiv:2211.07636, its public configuration).
+    A box of IoU o with a better one of its class has its score multiplied by 1 - o where o > `iou`
+    (linear), by
+    exp(-o^2 / `sigma`) (gaussian), or is dropped where o > `iou` (hard). Only scores above
+    `candidate_score` take part, and
+    whatever is or falls below `min_score` is dropped. Defaults: EVA's (arXiv:2211.07636, its public
+    configuration).
     """
     assert scores.ndim == 2 and boxes.shape == (len(scores), 4) and min_score >= 0 < limit, (
         boxes.shape,
@@ -41,7 +49,7 @@ def soft_nms(
         min_score,
         limit,
     )
-    boxes, live = at_least_float32(boxes), at_least_float32(scores).T.contiguous()  # [C, R]
+    boxes, live = promote_to_float32(boxes), promote_to_float32(scores).T.contiguous()  # [C, R]
     live = live.where((live > candidate_score) & (live >= min_score), GONE)
     labels = torch.arange(len(live), device=live.device)  # of the classes still in the race
     score, place, label = (
@@ -79,7 +87,7 @@ def pairwise_iou(left: Tensor, right: Tensor) -> Tensor:
     return torch.where(union > 0, common / union, 0)
 
 
-def _lowered(scores: Tensor, overlap: Tensor, kind: Kind, iou: float, sigma: float) -> Tensor:
+def _lowered(scores: Tensor, overlap: Tensor, kind: NmsKind, iou: float, sigma: float) -> Tensor:
     """Scores [C, R] beside a box that overlaps theirs by `overlap` [C, R]."""
     if kind == "gaussian":
         return scores * torch.exp(-overlap.square() / sigma)

@@ -1,7 +1,10 @@
-"""The region proposal network: where something might be, whatever it is (ViTDet's values of Faster R-CNN, arXiv:1506.01497).
+"""The region proposal network: where something might be, whatever it is (ViTDet's values of Faster
+R-CNN, arXiv:1506.01497).
 
-Maps [B, C, *, *] and valid sizes [B, 2] -> boxes [R, 4] of each image, clipped to it. Anchors centred on padding take no part.
-Built on torchvision's; the losses are detectron2's: binary cross-entropy and L1, both over the anchors of a whole image's share.
+Maps [B, C, *, *] and valid sizes [B, 2] -> boxes [R, 4] of each image, clipped to it. Anchors
+centred on padding take no part.
+Built on torchvision's; the losses are detectron2's: binary cross-entropy and L1, both over the
+anchors of a whole image's share.
 """
 
 from collections.abc import Sequence
@@ -18,21 +21,23 @@ from torchvision.ops import box_iou
 
 from beit3.detection.config import DetectorConfig
 from beit3.detection.pyramid import SCALES
-from beit3.ops.precision import at_least_float32
+from beit3.ops.precision import promote_to_float32
 
 OVERLAP_ROWS = 32
-"""Objects whose overlaps with all anchors are computed at once: half a million anchors times 300 objects take gigabytes."""
+"""Objects whose overlaps with all anchors are computed at once: half a million anchors times 300
+objects take gigabytes."""
 
 IMPOSSIBLE = 1e-38
 """Objectness below it is that of an anchor on padding, which is 0."""
 
 
-class Proposals(RegionProposalNetwork):
-    """Its head `head` looks at every map; `Anchors` are computed at each call, so nothing but parameters is stored."""
+class ProposalNetwork(RegionProposalNetwork):
+    """Its head `head` looks at every map; `Anchors` are computed at each call, so nothing but
+    parameters is stored."""
 
     def __init__(self, patch_size: int, *, config: DetectorConfig):
         super().__init__(
-            Anchors(config.anchor_sizes, config.anchor_ratios, patch_size),
+            AnchorGenerator(config.anchor_sizes, config.anchor_ratios, patch_size),
             ProposalHead(
                 config.pyramid_dim, len(config.anchor_ratios), conv_depth=config.rpn_convs
             ),
@@ -46,12 +51,13 @@ class Proposals(RegionProposalNetwork):
             score_thresh=IMPOSSIBLE,
         )
         self.samples = config.rpn_samples
-        self.box_similarity = overlaps
+        self.box_similarity = compute_overlaps
 
     def forward(  # type: ignore[override]
         self, maps: list[Tensor], sizes: Tensor, objects: Sequence[Tensor] | None = None
     ) -> tuple[list[Tensor], dict[str, Tensor]]:
-        """Proposals of each image, best first, and with its `objects` (boxes [n, 4]) the losses, summed over images."""
+        """Proposals of each image, best first, and with its `objects` (boxes [n, 4]) the losses,
+        summed over images."""
         levels = self.head(maps)
         counts = [scores[0].numel() for scores in levels[0]]
         objectness, deltas = concat_box_prediction_layers(*levels)
@@ -60,7 +66,7 @@ class Proposals(RegionProposalNetwork):
             deltas.view(len(sizes), -1, 4),
         )  # [B, N], [B, N, 4]
         anchors = self.anchor_generator(maps)
-        inside = centred_inside(anchors, sizes)
+        inside = find_anchors_inside(anchors, sizes)
 
         decoded = self.box_coder.decode_single(
             deltas.detach().flatten(0, 1), anchors.repeat(len(sizes), 1)
@@ -79,7 +85,8 @@ class Proposals(RegionProposalNetwork):
         inside: Tensor,
         objects: Sequence[Tensor],
     ) -> dict[str, Tensor]:
-        """`rpn_objectness` and `rpn_box`: sums over sampled anchors, and positive ones, divided by `rpn_samples`."""
+        """`rpn_objectness` and `rpn_box`: sums over sampled anchors, and positive ones, divided by
+        `rpn_samples`."""
         assigned = [
             self.assign(anchors, valid, boxes) for valid, boxes in zip(inside, objects, strict=True)
         ]
@@ -97,7 +104,8 @@ class Proposals(RegionProposalNetwork):
         }
 
     def assign(self, anchors: Tensor, valid: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:
-        """An image's labels [N] (1 object, 0 background, -1 neither or not `valid`), and each anchor's object [N, 4]."""
+        """An image's labels [N] (1 object, 0 background, -1 neither or not `valid`), and each
+        anchor's object [N, 4]."""
         labels, matched = anchors.new_full((len(anchors),), -1), torch.zeros_like(anchors)
         found = self.assign_targets_to_anchors(
             [anchors[valid]], [{"boxes": boxes.to(anchors.dtype)}]
@@ -111,15 +119,17 @@ class ProposalHead(RPNHead):
 
     def forward(self, x: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         objectness, deltas = super().forward(x)
-        return [at_least_float32(level) for level in objectness], [
-            at_least_float32(level) for level in deltas
+        return [promote_to_float32(level) for level in objectness], [
+            promote_to_float32(level) for level in deltas
         ]
 
 
-class Anchors(nn.Module):
-    """Boxes around each cell's upper left corner, a size per map and a box per ratio: float32 [N, 4], not clipped.
+class AnchorGenerator(nn.Module):
+    """Boxes around each cell's upper left corner, a size per map and a box per ratio: float32 [N,
+    4], not clipped.
 
-    As detectron2's: map by map, row by row, ratio by ratio. torchvision's rounds them, and the strides of patches of 14 px.
+    As detectron2's: map by map, row by row, ratio by ratio. torchvision's rounds them, and the
+    strides of patches of 14 px.
     """
 
     def __init__(self, sizes: Sequence[float], ratios: Sequence[float], patch_size: int):
@@ -143,12 +153,12 @@ class Anchors(nn.Module):
         return torch.cat(levels)
 
 
-def centred_inside(anchors: Tensor, sizes: Tensor) -> Tensor:
+def find_anchors_inside(anchors: Tensor, sizes: Tensor) -> Tensor:
     """Which anchors' centres lie on each image rather than on its padding: [B, N] bool."""
     centres = (anchors[:, :2] + anchors[:, 2:]) / 2
     return (centres < sizes[:, None, [1, 0]]).all(-1)
 
 
-def overlaps(boxes: Tensor, anchors: Tensor) -> Tensor:
+def compute_overlaps(boxes: Tensor, anchors: Tensor) -> Tensor:
     """IoU [n, N], some rows at a time."""
     return torch.cat([box_iou(rows, anchors) for rows in boxes.split(OVERLAP_ROWS)])

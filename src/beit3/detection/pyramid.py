@@ -1,6 +1,8 @@
-"""The simple feature pyramid (ViTDet, arXiv:2203.16527, section 3): five maps from the trunk's last one.
+"""The simple feature pyramid (ViTDet, arXiv:2203.16527, section 3): five maps from the trunk's last
+one.
 
-Features [B, h, w, D] -> five maps [B, C, *, *], finest first, whose cells are `SCALES` patches wide.
+Features [B, h, w, D] -> five maps [B, C, *, *], finest first, whose cells are `SCALES` patches
+wide.
 """
 
 from functools import partial
@@ -10,16 +12,19 @@ from torch import Tensor, nn
 from torchvision.models.convnext import LayerNorm2d
 
 SCALES = (0.25, 0.5, 1.0, 2.0, 4.0)
-"""Side of a cell of each map, in patches. With patches of 16 px these are the strides 4 to 64 of p2 to p6."""
+"""Side of a cell of each map, in patches. With patches of 16 px these are the strides 4 to 64 of p2
+to p6."""
 
 ChannelNorm = partial(LayerNorm2d, eps=1e-6)
 """Over the channels of each place; ViTDet's replacement of batch norm in pyramid and heads."""
 
 
 class FeaturePyramid(nn.Module):
-    """Transposed convolutions up, max pooling down, and a 1 x 1 and a 3 x 3 convolution to `out_dim` channels each.
+    """Transposed convolutions up, max pooling down, and a 1 x 1 and a 3 x 3 convolution to
+    `out_dim` channels each.
 
-    A map of odd sides is pooled so that its last row and column have cells of their own. The coarsest map is every second
+    A map of odd sides is pooled so that its last row and column have cells of their own. The
+    coarsest map is every second
     cell of the one before.
     """
 

@@ -1,6 +1,7 @@
-"""METEOR and SPICE of captions through pycocoevalcap's Java programs, where Java and that package are at hand.
+"""METEOR and SPICE of captions by pycocoevalcap's Java programs, where Java and it are installed.
 
-Nothing else needs them. SPICE 1.0 wants Java 8 and fetches language models of its own at the first use.
+Nothing else in this package needs them. SPICE 1.0 needs Java 8 and downloads language models of its
+own at the first use.
 """
 
 import importlib
@@ -15,40 +16,44 @@ SCORERS = {
     "meteor": ("pycocoevalcap.meteor.meteor", "Meteor"),
     "spice": ("pycocoevalcap.spice.spice", "Spice"),
 }
+"""Metric to the module and class that compute it."""
 
 
-def java_missing() -> str:
-    """What METEOR and SPICE lack here, and the remedy; "" where nothing is missing."""
+def explain_missing_java() -> str:
+    """Returns what METEOR and SPICE lack on this machine and the remedy, or "" if nothing."""
     if not shutil.which("java"):
         return (
-            "METEOR and SPICE need Java: put a runtime's `java` on the PATH (SPICE wants version 8)"
+            "METEOR and SPICE need Java: put a runtime's `java` on the PATH (SPICE needs version 8)"
         )
     if not find_spec("pycocoevalcap"):
         return "METEOR and SPICE need the package pycocoevalcap: pip install pycocoevalcap"
     return ""
 
 
-def java_scores(
+def score_captions_with_java(
     candidates: Mapping[str, str], references: Mapping[str, Sequence[str]]
 ) -> dict[str, float]:
-    """`meteor` and `spice`, 0 to 1, of the same input as `caption_scores`; {} where `java_missing` says why.
+    """Returns `meteor` and `spice`, 0 to 1, of the same inputs as `score_captions`.
 
-    One that fails, as SPICE does under a recent Java, is left out with a warning. ValueError as `caption_scores`.
+    The result is empty if `explain_missing_java` names something. A scorer that fails, as SPICE
+    does under a recent Java, is left out with a warning. Raises ValueError as `score_captions`.
     """
-    texts, truths = tokenize_captions(candidates, references)
-    if java_missing():
+    candidate_tokens, reference_tokens = tokenize_captions(candidates, references)
+    if explain_missing_java():
         return {}
-    results = {key: [" ".join(tokens)] for key, tokens in texts.items()}
-    truth = {key: [" ".join(tokens) for tokens in several] for key, several in truths.items()}
+    candidate_texts = {key: [" ".join(tokens)] for key, tokens in candidate_tokens.items()}
+    reference_texts = {
+        key: [" ".join(tokens) for tokens in token_lists]
+        for key, token_lists in reference_tokens.items()
+    }
     scores = {}
-    for name, (module, scorer) in SCORERS.items():
+    for name, (module, class_name) in SCORERS.items():
         try:
-            scores[name] = float(
-                getattr(importlib.import_module(module), scorer)().compute_score(truth, results)[0]
-            )
-        except Exception as fault:  # whatever a foreign program fails with
+            scorer = getattr(importlib.import_module(module), class_name)()
+            scores[name] = float(scorer.compute_score(reference_texts, candidate_texts)[0])
+        except Exception as error:  # a foreign program may fail with anything
             warnings.warn(
-                f"{name} left out: pycocoevalcap failed with {type(fault).__name__}: {fault}",
+                f"{name} left out: pycocoevalcap failed with {type(error).__name__}: {error}",
                 stacklevel=2,
             )
     return scores

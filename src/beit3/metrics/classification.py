@@ -1,4 +1,4 @@
-"""Scores of answers and classes. Shapes: what was predicted and what is true, one entry per record -> 0 to 1."""
+"""Accuracies of answers and classes, each a fraction from 0 to 1 over all records."""
 
 from collections.abc import Mapping, Sequence
 from typing import TypeVar
@@ -8,55 +8,73 @@ from beit3.metrics.text import normalize_answer
 T = TypeVar("T")
 
 
-def accuracy(correct: Sequence[bool]) -> float:
-    """Share of the records that are right, 0 to 1."""
+def compute_accuracy(correct: Sequence[bool]) -> float:
+    """Returns the fraction of records that are predicted correctly."""
     assert len(correct) > 0
     return sum(map(bool, correct)) / len(correct)
 
 
-def top_k_accuracy(ranked: Sequence[Sequence[T]], truth: Sequence[T], k: int) -> float:
-    """Share of the records whose true class is among the first `k` of its candidates, best first; 0 to 1."""
-    assert k > 0 and len(ranked) == len(truth) > 0, (k, len(ranked), len(truth))
-    return accuracy(
-        [label in candidates[:k] for candidates, label in zip(ranked, truth, strict=True)]
+def compute_top_k_accuracy(candidates: Sequence[Sequence[T]], labels: Sequence[T], k: int) -> float:
+    """Returns the fraction of records whose label is among their first `k` candidates.
+
+    `candidates` holds the predicted classes of each record, best first.
+    """
+    assert k > 0 and len(candidates) == len(labels) > 0, (k, len(candidates), len(labels))
+    return compute_accuracy(
+        [label in ranked[:k] for ranked, label in zip(candidates, labels, strict=True)]
     )
 
 
-def consistency(correct: Sequence[bool], groups: Sequence[str]) -> float:
-    """Share of the groups all of whose records are right, 0 to 1; NLVR2 groups the image pairs of one sentence."""
+def compute_consistency(correct: Sequence[bool], groups: Sequence[str]) -> float:
+    """Returns the fraction of groups whose records are all predicted correctly.
+
+    `groups` names the group of each record; NLVR2 groups the image pairs of one sentence.
+    """
     assert len(correct) == len(groups) > 0, (len(correct), len(groups))
-    whole = dict.fromkeys(groups, True)
-    for right, group in zip(correct, groups, strict=True):
-        whole[group] &= bool(right)
-    return accuracy(list(whole.values()))
+    group_correct = dict.fromkeys(groups, True)
+    for is_correct, group in zip(correct, groups, strict=True):
+        group_correct[group] &= bool(is_correct)
+    return compute_accuracy(list(group_correct.values()))
 
 
-def vqa_accuracy(predictions: Sequence[str], scores: Sequence[Mapping[str, float]]) -> float:
-    """Mean soft score of the predicted answers, 0 to 1; `scores[i]` maps question i's answers to theirs."""
-    assert len(predictions) == len(scores) > 0, (len(predictions), len(scores))
-    return sum(
-        accepted.get(answer, 0.0) for answer, accepted in zip(predictions, scores, strict=True)
-    ) / len(scores)
+def compute_vqa_accuracy(answers: Sequence[str], scores: Sequence[Mapping[str, float]]) -> float:
+    """Returns the mean soft score of the predicted answers.
+
+    `scores[i]` maps the accepted answers of question i to their scores.
+    """
+    assert len(answers) == len(scores) > 0, (len(answers), len(scores))
+    total = sum(accepted.get(answer, 0.0) for answer, accepted in zip(answers, scores, strict=True))
+    return total / len(scores)
 
 
-def vqa_official(answer: str, annotators: Sequence[str]) -> float:
-    """One question's score by the official evaluation (GT-Vision-Lab/VQA), 0 to 1, from what each annotator answered.
+def score_vqa_answer(answer: str, annotators: Sequence[str]) -> float:
+    """Scores one answer by the official VQA evaluation (GT-Vision-Lab/VQA), from 0 to 1.
 
-    Against every annotator in turn, the others count: min(1, how many of them gave `answer` / 3); the mean of these.
-    Both sides are normalised, but only where the annotators differ: if all said "two", "2" scores 0, as does "Two".
-    ValueError without annotators.
+    The score is min(1, matching answers / 3) among all annotators but one, averaged over the
+    annotator that is left out. Answers are normalized only where the annotators differ: if all
+    said "two", then "2" scores 0, and so does "Two".
+
+    Args:
+        answer: The predicted answer.
+        annotators: The answer of each annotator, usually ten.
+
+    Raises:
+        ValueError: If there are no annotators.
     """
     if not annotators:
         raise ValueError(
-            "a question has no annotators' answers: the official score needs those of all ten, as in the raw annotations"
+            "a question has no annotators' answers: the official score needs the answers of all "
+            "ten annotators, which the raw annotation file holds"
         )
-    answer, *given = (
+    answer, *human_answers = (
         text.replace("\n", " ").replace("\t", " ").strip() for text in (answer, *annotators)
     )
-    if len(set(given)) > 1:
-        answer, *given = map(normalize_answer, (answer, *given))
-    agree = given.count(answer)
-    # Those who agree leave one fewer among the others.
-    return (agree * min(1.0, (agree - 1) / 3) + (len(given) - agree) * min(1.0, agree / 3)) / len(
-        given
-    )
+    if len(set(human_answers)) > 1:
+        answer, *human_answers = map(normalize_answer, (answer, *human_answers))
+    num_matching = human_answers.count(answer)
+    num_different = len(human_answers) - num_matching
+    # An annotator with the same answer, when left out, leaves one match fewer.
+    score_without_match = min(1.0, (num_matching - 1) / 3)
+    score_without_other = min(1.0, num_matching / 3)
+    total = num_matching * score_without_match + num_different * score_without_other
+    return total / len(human_answers)

@@ -1,7 +1,8 @@
-"""Recall of retrieval, both ways. Shapes: features of images [I, D] and of texts [T, D] -> shares from 0 to 1.
+"""Recall of image-text retrieval in both directions, as fractions from 0 to 1.
 
-The similarity is the product of the features as they come: normalise them first. Products are summed in float64 and
-rounded to float32, so that equal features tie whatever blocks the sums are taken in.
+The similarity of an image and a text is the dot product of their features, so normalize them first.
+Products are summed in float64 and rounded to float32, so that equal features tie however the sums
+are split into blocks.
 """
 
 from collections.abc import Sequence
@@ -10,101 +11,113 @@ import numpy as np
 
 Array = np.ndarray
 
-VALUES = 2**22
-"""Similarities at a time, 16 MB; what is computed from them takes about as much again."""
-TEXTS = 1024
-"""Texts whose features are turned into float64 at a time, 8 MB where they are 1,024 wide."""
+MAX_SIMILARITIES = 2**22
+"""Similarities per block, 16 MB; the comparisons take about as much again."""
+TEXTS_PER_BLOCK = 1024
+"""Texts whose features are converted to float64 at once, 8 MB for 1,024 dimensions."""
 
 
-def recall(
+def compute_recall(
     image_features: Array, text_features: Array, owner: Array, ks: Sequence[int] = (1, 5, 10)
 ) -> dict[str, float]:
-    """Recall at each of `ks`; `owner` [T] is the index of the image that each text belongs to.
+    """Returns recall at each k in `ks`.
 
-    `text_recall@k`: share of the images with one of their texts among the k most similar texts. `image_recall@k`: share
-    of the texts whose image is among the k most similar images. `mean_recall`: the mean of all of these. A tie goes to
-    the lower index, right or wrong, as in a stable descending sort.
-    ValueError for features that are no numbers, an owner that is no image, and an image without a text.
+    A tie goes to the lower index, as in a stable descending sort.
+
+    Args:
+        image_features: Features of the images [I, D].
+        text_features: Features of the texts [T, D].
+        owner: Index of the image that each text belongs to, [T].
+        ks: How many of the most similar candidates count.
+
+    Returns:
+        `text_recall@k`: fraction of the images with one of their texts among the k most similar
+        texts. `image_recall@k`: fraction of the texts whose image is among the k most similar
+        images. `mean_recall`: the mean of all of these.
+
+    Raises:
+        ValueError: If features are not finite, an owner is not an image, or an image has no text.
     """
-    images, texts, owner = (
-        np.asarray(image_features, np.float32),
-        np.asarray(text_features, np.float32),
-        np.asarray(owner),
-    )
-    assert (
-        images.ndim == texts.ndim == 2
-        and images.shape[1] == texts.shape[1]
-        and len(texts) == len(owner)
-    ), (images.shape, texts.shape)
-    _check(images, texts, owner)
-    of_texts, of_images = _places(images, texts, owner)
-    scores = {f"text_recall@{k}": float(np.mean(of_texts < k)) for k in ks}
-    scores |= {f"image_recall@{k}": float(np.mean(of_images < k)) for k in ks}
+    images = np.asarray(image_features, np.float32)
+    texts = np.asarray(text_features, np.float32)
+    owner = np.asarray(owner)
+    shapes = (images.shape, texts.shape)
+    assert images.ndim == texts.ndim == 2 and images.shape[1] == texts.shape[1], shapes
+    assert len(texts) == len(owner), shapes
+    _validate(images, texts, owner)
+    text_ranks, image_ranks = _rank(images, texts, owner)
+    scores = {f"text_recall@{k}": float(np.mean(text_ranks < k)) for k in ks}
+    scores |= {f"image_recall@{k}": float(np.mean(image_ranks < k)) for k in ks}
     return scores | {"mean_recall": float(np.mean(list(scores.values())))}
 
 
-def _check(images: Array, texts: Array, owner: Array) -> None:
+def _validate(images: Array, texts: Array, owner: Array) -> None:
     for name, features in (("image", images), ("text", texts)):
-        if len(broken := np.flatnonzero(~np.isfinite(features).all(axis=1))):
+        invalid = np.flatnonzero(~np.isfinite(features).all(axis=1))
+        if len(invalid):
             raise ValueError(
-                f"the features of {name} {broken[0]} are not finite ({len(broken)} such): the model diverged"
+                f"the features of {name} {invalid[0]} are not finite ({len(invalid)} such): "
+                "the model diverged"
             )
-    if len(strange := np.flatnonzero((owner < 0) | (owner >= len(images)))):
+    unowned = np.flatnonzero((owner < 0) | (owner >= len(images)))
+    if len(unowned):
         raise ValueError(
-            f"text {strange[0]} belongs to image {owner[strange[0]]}, but there are {len(images)} images: mend the owners"
+            f"text {unowned[0]} belongs to image {owner[unowned[0]]}, but there are "
+            f"{len(images)} images: correct the owners"
         )
-    if len(alone := np.setdiff1d(np.arange(len(images)), owner)):
+    without_text = np.setdiff1d(np.arange(len(images)), owner)
+    if len(without_text):
         raise ValueError(
-            f"image {alone[0]} has no text ({len(alone)} such): leave it out, recall needs both"
+            f"image {without_text[0]} has no text ({len(without_text)} such): "
+            "leave it out, recall needs both"
         )
     if not len(images):
         raise ValueError("there are no images to retrieve: name a split that has some")
 
 
-def _places(images: Array, texts: Array, owner: Array) -> tuple[Array, Array]:
-    """Places, from 0: of each image's best own text among the texts [I], of each text's image among the images [T]."""
-    own = _own_similarity(images, texts, owner)
-    # Of an image's texts the most similar leads, of equals the lowest index. Every image has one.
-    order = np.lexsort((np.arange(len(texts)), -own, owner))
-    best = order[np.unique(owner[order], return_index=True)[1]]
-    of_texts, of_images = np.empty(len(images), int), np.zeros(len(texts), int)
-    step = max(1, VALUES // len(texts))
-    for start in range(0, len(images), step):
-        rows = np.arange(start, min(start + step, len(images)))
-        similarity = _similarity(images[rows], texts)
-        # Sums in another order may differ in a last bit: what belongs together is the same number in every comparison.
-        (mine,) = np.nonzero((owner >= start) & (owner < start + step))
-        similarity[owner[mine] - start, mine] = own[mine]
-        of_texts[rows] = _ahead(
-            similarity, own[best[rows], None], np.arange(len(texts)) < best[rows, None]
-        ).sum(axis=1)
-        of_images += _ahead(similarity, own, rows[:, None] < owner).sum(axis=0)
-    return of_texts, of_images
+def _rank(images: Array, texts: Array, owner: Array) -> tuple[Array, Array]:
+    """Returns the ranks, from 0, of each image's best own text [I] and of each text's image [T]."""
+    own_similarity = _compute_own_similarity(images, texts, owner)
+    # The best text of an image is its most similar one, among equals that of the lowest index.
+    order = np.lexsort((np.arange(len(texts)), -own_similarity, owner))
+    best_text = order[np.unique(owner[order], return_index=True)[1]]
+    text_ranks, image_ranks = np.empty(len(images), int), np.zeros(len(texts), int)
+    images_per_block = max(1, MAX_SIMILARITIES // len(texts))
+    for start in range(0, len(images), images_per_block):
+        rows = np.arange(start, min(start + images_per_block, len(images)))
+        similarity = _compute_similarity(images[rows], texts)
+        # A sum in another order may differ in the last bit, so matching pairs get the same number
+        # in every comparison.
+        (own_texts,) = np.nonzero((owner >= start) & (owner < start + images_per_block))
+        similarity[owner[own_texts] - start, own_texts] = own_similarity[own_texts]
+        best = best_text[rows, None]
+        text_is_earlier = np.arange(len(texts)) < best
+        text_ranks[rows] = _precedes(similarity, own_similarity[best], text_is_earlier).sum(axis=1)
+        image_is_earlier = rows[:, None] < owner
+        image_ranks += _precedes(similarity, own_similarity, image_is_earlier).sum(axis=0)
+    return text_ranks, image_ranks
 
 
-def _ahead(similarity: Array, value: Array, earlier: Array) -> Array:
-    """Whether each similarity stands before `value`; `earlier` settles a tie."""
-    return (similarity > value) | ((similarity == value) & earlier)
+def _precedes(similarity: Array, reference: Array, is_earlier: Array) -> Array:
+    """Tells which similarities rank before `reference`; `is_earlier` decides a tie."""
+    return (similarity > reference) | ((similarity == reference) & is_earlier)
 
 
-def _own_similarity(images: Array, texts: Array, owner: Array) -> Array:
-    """float32 [T]: each text with its image."""
-    parts = [slice(start, start + TEXTS) for start in range(0, len(texts), TEXTS)]
-    sums = [
-        np.einsum(
-            "td,td->t", images[owner[part]].astype(np.float64), texts[part].astype(np.float64)
-        )
-        for part in parts
-    ]
-    return np.concatenate(sums).astype(np.float32)
+def _compute_own_similarity(images: Array, texts: Array, owner: Array) -> Array:
+    """Returns each text's similarity to its own image, float32 [T]."""
+    blocks = []
+    for start in range(0, len(texts), TEXTS_PER_BLOCK):
+        block = slice(start, start + TEXTS_PER_BLOCK)
+        own_images = images[owner[block]].astype(np.float64)
+        blocks.append(np.einsum("td,td->t", own_images, texts[block].astype(np.float64)))
+    return np.concatenate(blocks).astype(np.float32)
 
 
-def _similarity(images: Array, texts: Array) -> Array:
-    """float32 [I, T]."""
+def _compute_similarity(images: Array, texts: Array) -> Array:
+    """Returns the similarities of all pairs, float32 [I, T]."""
     similarity = np.empty((len(images), len(texts)), np.float32)
-    wide = images.astype(np.float64)
-    for start in range(0, len(texts), TEXTS):
-        similarity[:, start : start + TEXTS] = (
-            wide @ texts[start : start + TEXTS].astype(np.float64).T
-        )
+    images = images.astype(np.float64)
+    for start in range(0, len(texts), TEXTS_PER_BLOCK):
+        block = slice(start, start + TEXTS_PER_BLOCK)
+        similarity[:, block] = images @ texts[block].astype(np.float64).T
     return similarity

@@ -1,79 +1,99 @@
-"""Semantic segmentation: one confusion matrix over all pixels of a data set -> mIoU, pixel accuracy, mean class accuracy.
+"""Semantic segmentation: mean IoU, pixel accuracy and mean class accuracy of a dataset.
 
-As mmsegmentation counts them (Cityscapes' and ADE20K's benchmarks): intersections and unions are added up over the images at
-the size of their label maps, never averaged per image. Shapes: integers [H, W]; the matrix int64 [C, C], rows
-what is true and columns what was predicted; figures from 0 to 1.
+As in mmsegmentation and the benchmarks of Cityscapes and ADE20K, intersections and unions are
+summed over all images at the size of their label maps, never averaged per image. One confusion
+matrix holds the counts: int64 [C, C], a row per true class, a column per predicted class. Scores
+are from 0 to 1.
 """
 
 import numpy as np
 from numpy.typing import NDArray
 
-Matrix = NDArray[np.int64]
+ConfusionMatrix = NDArray[np.int64]
 
 
-def confusion(
+def compute_confusion(
     predicted: NDArray[np.integer],
     truth: NDArray[np.integer],
     *,
     num_classes: int,
     ignore: int = 255,
     name: str = "",
-) -> Matrix:
-    """How many pixels [H, W] of each true class got each label; those whose truth is `ignore` count nowhere.
+) -> ConfusionMatrix:
+    """Returns how many pixels of each true class were predicted as each class.
 
-    Add the matrices of all images. ValueError naming the image for a prediction of another shape, or a label that is no class.
+    The matrices of several images may be added.
+
+    Args:
+        predicted: Predicted labels, integers [H, W].
+        truth: The label map, integers [H, W]; pixels of label `ignore` are not counted.
+        num_classes: Number of classes C; labels are 0 to C - 1.
+        ignore: Label of pixels without a class.
+        name: The image's name for error messages.
+
+    Raises:
+        ValueError: If the shapes differ or a counted pixel has a label that is not a class.
     """
     assert predicted.dtype.kind in "iu" and truth.dtype.kind in "iu", (predicted.dtype, truth.dtype)
     if predicted.shape != truth.shape:
         raise ValueError(
-            f"the prediction of {name} is {_size(predicted)}, its label map {_size(truth)}: predict at the map's own size"
+            f"the prediction of {name} is {_format_size(predicted)}, its label map "
+            f"{_format_size(truth)}: predict at the size of the label map"
         )
-    kept = truth != ignore
-    rows, columns = (
-        truth[kept].astype(np.int64),
-        predicted[kept].astype(np.int64),
-    )  # uint8 would overflow below
-    for what, labels in (("label map", rows), ("prediction", columns)):
-        wrong = labels[(labels < 0) | (labels >= num_classes)]
-        if len(wrong):
+    counted = truth != ignore
+    # int64, because the cell index below would overflow uint8.
+    true_labels = truth[counted].astype(np.int64)
+    predicted_labels = predicted[counted].astype(np.int64)
+    for source, labels in (("label map", true_labels), ("prediction", predicted_labels)):
+        invalid = labels[(labels < 0) | (labels >= num_classes)]
+        if len(invalid):
             raise ValueError(
-                f"the {what} of {name} holds {wrong[0]}, which is no class: labels are 0 to {num_classes - 1}"
+                f"the {source} of {name} holds {invalid[0]}, which is no class: "
+                f"labels are 0 to {num_classes - 1}"
             )
-    return np.bincount(rows * num_classes + columns, minlength=num_classes**2).reshape(
-        num_classes, num_classes
-    )
+    cells = true_labels * num_classes + predicted_labels
+    return np.bincount(cells, minlength=num_classes**2).reshape(num_classes, num_classes)
 
 
-def class_ious(matrix: Matrix) -> NDArray[np.float64]:
-    """Intersection over union of each class [C]; NaN for one that is neither there nor predicted."""
-    right = np.diagonal(matrix)
-    return _ratio(right, matrix.sum(0) + matrix.sum(1) - right)
+def compute_class_ious(matrix: ConfusionMatrix) -> NDArray[np.float64]:
+    """Returns each class's intersection over union [C].
+
+    It is NaN for a class that is neither in the label maps nor predicted.
+    """
+    intersection = np.diagonal(matrix)
+    return _divide(intersection, matrix.sum(0) + matrix.sum(1) - intersection)
 
 
-def class_accuracies(matrix: Matrix) -> NDArray[np.float64]:
-    """Share of the pixels of each class [C] that are labelled so; NaN for one that is not there."""
-    return _ratio(np.diagonal(matrix), matrix.sum(1))
+def compute_class_accuracies(matrix: ConfusionMatrix) -> NDArray[np.float64]:
+    """Returns the fraction of each class's pixels that is predicted correctly [C].
+
+    It is NaN for a class that is not in the label maps.
+    """
+    return _divide(np.diagonal(matrix), matrix.sum(1))
 
 
-def figures(matrix: Matrix) -> dict[str, float]:
-    """`miou` and `macc`, means over the classes that have one, and `aacc`, the share of all pixels that are right.
+def summarize_confusion(matrix: ConfusionMatrix) -> dict[str, float]:
+    """Returns `miou`, `aacc` (pixel accuracy) and `macc` (mean class accuracy).
 
-    ValueError where no pixel was counted.
+    The means are over the classes for which the value is defined. Raises ValueError if no pixel was
+    counted.
     """
     if matrix.sum() == 0:
         raise ValueError(
-            "no pixel has a class, all are ignored: check the label maps, and the label that is ignored"
+            "no pixel has a class, all are ignored: check the label maps and the ignored label"
         )
     return {
-        "miou": float(np.nanmean(class_ious(matrix))),
+        "miou": float(np.nanmean(compute_class_ious(matrix))),
         "aacc": float(np.diagonal(matrix).sum() / matrix.sum()),
-        "macc": float(np.nanmean(class_accuracies(matrix))),
+        "macc": float(np.nanmean(compute_class_accuracies(matrix))),
     }
 
 
-def _ratio(part: Matrix, whole: Matrix) -> NDArray[np.float64]:
-    return np.divide(part, whole, out=np.full(len(whole), np.nan), where=whole > 0)
+def _divide(numerator: ConfusionMatrix, denominator: ConfusionMatrix) -> NDArray[np.float64]:
+    """Divides counts [C]; the result is NaN where the denominator is 0."""
+    undefined = np.full(len(denominator), np.nan)
+    return np.divide(numerator, denominator, out=undefined, where=denominator > 0)
 
 
-def _size(labels: NDArray[np.integer]) -> str:
+def _format_size(labels: NDArray[np.integer]) -> str:
     return " x ".join(map(str, labels.shape))

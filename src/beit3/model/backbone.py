@@ -1,4 +1,4 @@
-"""What every network of Multiway blocks has in common: its config, its initial values, and how deep a parameter lies."""
+"""What all networks of Multiway blocks share: the config, initial values, depths of parameters."""
 
 import math
 
@@ -11,7 +11,7 @@ from beit3.seeding import make_generator
 
 
 class Backbone(nn.Module):
-    """Parameters are named `*_embedding.*`, `blocks.{i}.*`, and whatever else comes after the blocks."""
+    """Names its parameters `*_embedding.*`, `blocks.{i}.*`, and anything for what follows them."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -19,40 +19,48 @@ class Backbone(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, seed: int = 0) -> None:
-        """Initial values, each parameter from its own generator, so that they do not depend on the process count.
+        """Sets initial values, each parameter from a generator of its own.
 
-        | parameter                      | beit (paper, section 2.3)               | magneto (release)                     |
-        |--------------------------------|-----------------------------------------|---------------------------------------|
-        | norms; biases                  | 1, 0; 0                                 | 1, 0; 0                               |
-        | mask and class token, tables   | normal .02 cut at one deviation         | the same                              |
-        | qkv, out, fc1, fc2             | the same; out, fc2 / sqrt(2 * layer)    | Xavier; value, out, fc1, fc2 * sqrt(ln(2 * depth)) |
+        So values depend on seed and name alone, not on the number of processes.
+
+        | parameter                 | beit (paper, section 2.3)        | magneto (release)         |
+        |---------------------------|----------------------------------|---------------------------|
+        | norms; biases             | 1, 0; 0                          | 1, 0; 0                   |
+        | mask, class token, tables | normal .02, cut at one deviation | the same                  |
+        | qkv, out, fc1, fc2        | same; out, fc2 / sqrt(2 * layer) | Xavier; value, out, fc1,  |
+        |                           |                                  | fc2 * sqrt(ln(2 * depth)) |
         """
         for name, parameter in self.named_parameters():
             self.init_parameter(name, parameter, make_generator(seed, name))
 
     def init_parameter(self, name: str, parameter: Tensor, generator: torch.Generator) -> None:
-        """The table of `init_weights`, for the parameter of this name."""
+        """Sets the initial values of the parameter of this name, by the table of `init_weights`."""
         config = self.config
         kind = name.rsplit(".", 1)[-1]
         if "norm" in name or kind == "bias":
             nn.init.constant_(parameter, float("norm" in name and kind == "weight"))
             return
-        if config.init == "beit" or not name.startswith("blocks."):
+        in_block = name.startswith("blocks.")
+        if config.init == "beit" or not in_block:
             trunc_normal(parameter, generator)
-            if name.startswith("blocks.") and (".out." in name or ".fc2." in name):
+            if in_block and (".out." in name or ".fc2." in name):
                 parameter.div_(math.sqrt(2 * self.layer_of(name)))
             return
         values = torch.empty(parameter.shape, dtype=parameter.dtype)
         gain = math.sqrt(math.log(2 * config.depth))
         if ".qkv." in name:
             for index, rows in enumerate(values.chunk(3)):
-                nn.init.xavier_uniform_(rows, gain=gain if index == 2 else 1.0, generator=generator)
+                is_value = index == 2
+                nn.init.xavier_uniform_(rows, gain=gain if is_value else 1.0, generator=generator)
         else:
             nn.init.xavier_uniform_(values, gain=gain, generator=generator)
         parameter.copy_(values)
 
     def layer_of(self, name: str) -> int:
-        """Depth of a parameter for layer-wise learning rates: 0 embeddings, 1..depth blocks, depth + 1 the rest."""
+        """Returns a parameter's depth for layer-wise learning rates.
+
+        0 for embeddings, 1 to `depth` for blocks, depth + 1 for the rest.
+        """
         if "embedding." in name:
             return 0
         return int(name.split(".")[1]) + 1 if name.startswith("blocks.") else self.config.depth + 1

@@ -1,32 +1,34 @@
-"""BEiT-3's backbone (paper section 2.1): images, texts or both -> token states.
+"""BEiT-3's backbone (paper section 2.1): images, texts or both become token states.
 
-One call covers every use of the paper's figure 3: an image alone (vision encoder), a text alone (language encoder), both
-in two calls (dual encoder), both in one call (fusion encoder), and both with `attention_mask.image_to_text` (image to
-text). Whether a sequence is fused is decided here, once per call.
+One call covers every use of the paper's figure 3: an image alone (vision encoder), a text alone
+(language encoder), each in a call of its own (dual encoder), both in one call (fusion encoder), and
+both with `make_image_to_text_mask` (image-to-text generation). Other modalities work alike.
 """
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from beit3.model.attention_mask import joint, visible_keys
+from beit3.model.attention_mask import combine_masks
 from beit3.model.backbone import Backbone
+from beit3.model.cache import Cache, LayerCache
 from beit3.model.config import FUSION, IMAGE, TEXT, ModelConfig
-from beit3.model.embeddings import ImageEmbedding, TextEmbedding
-from beit3.model.layers import Block, Cache, LayerCache, Read, reading
-from beit3.model.multiway import Parts, Spans, norm
-from beit3.model.ragged import Ragged
+from beit3.model.embeddings import Embedding, make_embedding
+from beit3.model.layers import Block
+from beit3.model.layout import Layout, Parts, Spans
+from beit3.model.multiway import make_norm
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """Token states of one call, part by part in the order image, text; where the call reads some alone, of those."""
+    """Token states of one call, one part per modality."""
 
     parts: Parts
     spans: Spans
+    """(modality, number of tokens) of each part."""
 
     @property
     def tokens(self) -> Tensor:
@@ -34,34 +36,37 @@ class Encoded:
         return torch.cat(self.parts, 1)
 
     def of(self, modality: str) -> Tensor:
-        """States [B, n, D] of `"image"` (class token first) or `"text"`."""
+        """Returns the states [B, n, D] of a modality; an image's begin with the class token.
+
+        Raises:
+            ValueError: the call had no such modality.
+        """
         for part, (name, _) in zip(self.parts, self.spans, strict=True):
             if name == modality:
                 return part
-        raise ValueError(
-            f"no {modality} in this input: it holds {[name for name, _ in self.spans]}"
-        )
+        names = ", ".join(name for name, _ in self.spans)
+        raise ValueError(f"no {modality} in this input: it holds {names}")
 
     def first(self, modality: str) -> Tensor:
-        """The first state [B, D] of a modality: the class token's, or that of the text's begin mark."""
+        """Returns the first state [B, D] of a modality: the class token's, or that of `<s>`."""
         return self.of(modality)[:, 0]
 
 
 class BEiT3(Backbone):
     """The Multiway Transformer.
 
-    Parameters are named `image_embedding.*`, `text_embedding.*`, `blocks.{i}.{norm1,attention,norm2,ffn}.*`, `norm.*`;
-    a copy per modality is a child named `image`, `text` or `fusion`.
+    Parameters are named `{modality}_embedding.*`, `blocks.{i}.{norm1,attention,norm2,ffn}.*` and
+    `norm.*`. A layer that exists once per expert has a child per expert: `image`, `text`, `fusion`.
     """
 
     def __init__(self, config: ModelConfig):
         super().__init__(config)
-        self.image_embedding = ImageEmbedding(config)
-        self.text_embedding = TextEmbedding(config)
+        for modality in config.modalities:
+            self.add_module(f"{modality.name}_embedding", make_embedding(modality, config))
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.depth))
-        experts = config.experts(config.depth - 1)
+        experts = config.experts_per_layer[-1]
         self.norm = (
-            norm(config.dim, config.norm_eps, experts, shared=config.shared_norms)
+            make_norm(config.dim, config.norm_eps, experts, shared=config.shared_norms)
             if config.final_norm
             else None
         )
@@ -73,117 +78,181 @@ class BEiT3(Backbone):
         *,
         image_mask: Tensor | None = None,
         text_padding: Tensor | None = None,
+        inputs: Mapping[str, Tensor] | None = None,
+        masks: Mapping[str, Tensor] | None = None,
+        padding: Mapping[str, Tensor] | None = None,
         attention_mask: Tensor | None = None,
-        text_places: Tensor | None = None,
+        text_position_ids: Tensor | None = None,
         cache: Cache | None = None,
         read: Literal["all", "real", "first", "last"] = "all",
     ) -> Encoded:
-        """Encode `image` [B, 3, H, W] and/or `text` [B, L] int64.
+        """Encodes an image, a text, or several modalities fused in one sequence.
 
-        image_mask [B, P] bool, True = the patch is hidden. text_padding [B, L] bool, True = padding.
-        attention_mask [N, K] or [B, 1, N, K] bool, True = may attend; K counts the cached tokens too.
-        text_places [L] int64: the tokens' places in their text; by default one after the other, behind what a cache holds.
-        With a cache, this call's tokens come after those that it holds; padding is then not allowed.
-        read: whose states are wanted: of all tokens, of all but the padding, or of each modality's first or last. Nothing is
-        computed for padding unless all are; its states then mean nothing. The last layer leaves out all that is not wanted.
-        Raises ValueError for no input, a text beyond the position table, or an image that patches do not tile.
+        Args:
+            image: [B, 3, H, W]; H and W are multiples of the patch size.
+            text: [B, L] int64.
+            image_mask: [B, P] bool, True = the patch is masked.
+            text_padding: [B, L] bool, True = padding.
+            inputs: values of further modalities by name, as their embeddings take them.
+            masks: masked positions of further modalities by name.
+            padding: padding [B, n] bool of any modality by name; n counts its tokens.
+            attention_mask: [N, K] or [B, 1, N, K] bool, True = may attend; K counts cached tokens.
+            text_position_ids: [L] int64, places of the tokens in their text. By default they follow
+                each other, after those that the cache holds.
+            cache: keys and values of the tokens of earlier calls, extended by this call's.
+            read: which states the caller reads: of all tokens; of all but the padding, whose states
+                are then arbitrary; or of each modality's first or last token alone. Less is
+                computed for what is not read.
+
+        Raises:
+            ValueError: no input, padding together with a cache, a text beyond the position table,
+                an image that patches do not tile, a modality that the config does not name.
         """
-        if text_padding is not None:
-            text_padding = text_padding.bool()
-            if cache is not None:
-                raise ValueError("text_padding cannot be combined with a cache: leave padding out")
-            if text is None:
-                raise ValueError("text_padding without text: give both or neither")
+        inputs = _collect(inputs, {IMAGE: image, TEXT: text})
+        masks = _collect(masks, {IMAGE: image_mask})
+        padding = _collect(padding, {TEXT: text_padding})
+        self._check_names(inputs, masks, padding, cache)
+
+        parts, layout = self.embed(inputs, masks, padding, text_position_ids, cache)
         if attention_mask is not None:
             attention_mask = attention_mask.bool()
-        parts, spans = self.embed(image, text, image_mask, text_padding, text_places, cache)
-        keys = (
-            None
-            if text_padding is None
-            else visible_keys(sum(n for name, n in spans if name == IMAGE), text_padding)
-        )
-        mask = joint(attention_mask, keys)
-        layers: list[LayerCache] | list[None] = (
-            cache.layers if cache is not None else [None] * len(self.blocks)
-        )
-        fused = len(spans) == 2 or (cache is not None and cache.fused)
+        mask = combine_masks(attention_mask, layout.visible_keys())
+        if read != "all":
+            parts, layout = layout.leave_out_padding(parts)
 
-        first_fusion, last = self.config.depth - self.config.fusion_layers, self.config.depth - 1
-        route, end = spans, spans
-        ragged = None if text_padding is None or read == "all" else Ragged.of(text_padding)
-        if ragged is not None:
-            parts = ragged.flat(parts)
-        for index, (block, layer_cache) in enumerate(zip(self.blocks, layers, strict=True)):
-            if fused and index == first_fusion:
-                parts, ragged = fuse(parts, text_padding, ragged)
-                route = ((FUSION, sum(count for _, count in spans)),)
-            wanted = (
-                rows_read(read, spans, route)
-                if index == last and (read == "first" or read == "last")
-                else None
-            )
-            if wanted is not None and ragged is not None:
-                parts, ragged = ragged.padded(parts), None
-            parts = block(parts, route, mask, layer_cache, wanted, ragged)
-            if wanted is not None:
-                route, end = reading(wanted, route), tuple((name, 1) for name, _ in spans)
+        fused = len(inputs) > 1 or (cache is not None and cache.fused)
+        layer_caches = [None] * len(self.blocks) if cache is None else cache.layers
+        for layer, (block, layer_cache) in enumerate(zip(self.blocks, layer_caches, strict=True)):
+            if fused and layer == self.config.first_fusion_layer:
+                parts, layout = layout.fuse(parts)
+            if read in ("first", "last") and layer == self.config.depth - 1:
+                parts, layout = layout.select(parts, read)
+            parts = block(parts, layout, mask, layer_cache)
+
+        layout = layout.without_unselected()
         if self.norm is not None:
-            parts = self.norm(parts, route)
-        if ragged is not None:
-            parts = ragged.padded(parts)
-        if len(parts) != len(end):
-            parts = parts[0].split([count for _, count in end], 1)
-        return Encoded(parts, end)
+            parts = self.norm(parts, layout.experts)
+        return Encoded(layout.split_modalities(parts), layout.modalities)
 
     def embed(
         self,
-        image: Tensor | None,
-        text: Tensor | None,
-        image_mask: Tensor | None,
-        text_padding: Tensor | None,
-        text_places: Tensor | None,
-        cache: Cache | None,
-    ) -> tuple[Parts, Spans]:
-        """The input of the first block, and a cache made ready for it."""
-        parts: Parts = ()
-        spans: Spans = ()
+        inputs: Mapping[str, Tensor],
+        masks: Mapping[str, Tensor],
+        padding: Mapping[str, Tensor],
+        text_position_ids: Tensor | None = None,
+        cache: Cache | None = None,
+    ) -> tuple[Parts, Layout]:
+        """Returns the first block's input and its layout; notes in the cache what it will hold."""
         if cache is not None and not cache.layers:
             cache.layers.extend(LayerCache() for _ in self.blocks)
-            cache.fused = image is not None and text is not None
-        if image is not None:
-            parts = (self.image_embedding(image, image_mask),)
-            spans = ((IMAGE, parts[0].shape[1]),)
-        if text is not None:
-            start = 0 if cache is None else cache.num_text
-            parts += (self.text_embedding(text, text_padding, start=start, places=text_places),)
-            spans += ((TEXT, text.shape[1]),)
-            if cache is not None:
-                cache.num_text += text.shape[1]
-        if not parts:
-            raise ValueError("nothing to encode: give image, text or both")
-        return parts, spans
+            cache.fused = len(inputs) > 1
+        names = [name for name in self.config.modality_names if name in inputs]
+        parts: list[Tensor] = []
+        for name in names:
+            embedding = self.get_embedding(name)
+            if name == TEXT:
+                start = 0 if cache is None else cache.num_text
+                tokens = embedding(inputs[name], start=start, position_ids=text_position_ids)
+            else:
+                tokens = embedding(inputs[name], masks.get(name))
+            if name in padding:
+                tokens = tokens * ~padding[name].bool()[..., None]  # padding enters as zeros
+            parts.append(tokens)
+        if cache is not None and TEXT in inputs:
+            cache.num_text += inputs[TEXT].shape[1]
+        spans = tuple((name, part.shape[1]) for name, part in zip(names, parts, strict=True))
+        paddings = tuple(padding[name].bool() if name in padding else None for name in names)
+        return tuple(parts), Layout(spans, spans, paddings)
+
+    def get_embedding(self, modality: str) -> Embedding:
+        """Returns the embedding of a modality."""
+        embedding = self.get_submodule(f"{modality}_embedding")
+        assert isinstance(embedding, Embedding)
+        return embedding
+
+    def find_unused_parameters(
+        self, *calls: Sequence[str], read: Sequence[str] = (), masked: Sequence[str] = ()
+    ) -> dict[str, str]:
+        """Finds the parameters without a gradient when the network is called in these ways alone.
+
+        Args:
+            calls: the modalities of each kind of call: `("image", "text")` is a fused sequence,
+                `("image",), ("text",)` are the two calls of a dual encoder.
+            read: modalities whose final states the loss reads; empty: of all.
+            masked: modalities that are masked in training.
+
+        Returns:
+            Names or name prefixes of parameters, each with the reason.
+        """
+        config, last = self.config, self.config.depth - 1
+        read = read or config.modality_names
+        before_attention = [] if config.shared_norms else ["norm1"]
+        after_attention = ["norm2", "ffn"]
+        if not config.shared_attention:
+            before_attention.append("attention.qkv")
+            after_attention += ["attention.norm", "attention.out"]
+
+        unused: dict[str, str] = {}
+        for layer, experts in enumerate(config.experts_per_layer):
+            used = self._find_experts(calls, config.modality_names, layer)
+            needed = self._find_experts(calls, read, layer) if layer == last else used
+            for expert in experts:
+                path = f"blocks.{layer}.{{}}.{expert}".format
+                if expert not in used:
+                    reason = f"no tokens go through the {expert} expert here"
+                    unused |= {path(part): reason for part in before_attention + after_attention}
+                elif expert not in needed:
+                    reason = f"the last states of {expert} are not read"
+                    unused |= {path(part): reason for part in after_attention}
+        if config.final_norm and not config.shared_norms:
+            reason = "no state that is read goes through it"
+            unused |= {f"norm.{expert}": reason for expert in experts if expert not in needed}
+
+        called = {name for call in calls for name in call}
+        for name in config.modality_names:
+            if name not in called:
+                unused[f"{name}_embedding"] = f"there is no {name}"
+            elif name not in masked and hasattr(self.get_embedding(name), "mask_token"):
+                unused[f"{name}_embedding.mask_token"] = "nothing is masked"
+        return unused
+
+    def _find_experts(
+        self, calls: Sequence[Sequence[str]], read: Sequence[str], layer: int
+    ) -> set[str]:
+        """The experts of a layer that take the tokens of `read` in any of the calls."""
+        experts: set[str] = set()
+        for call in calls:
+            is_fused = len(call) > 1 and layer >= self.config.first_fusion_layer
+            experts |= {FUSION} if is_fused else set(call) & set(read)
+        return experts
+
+    def _check_names(
+        self,
+        inputs: Mapping[str, Tensor],
+        masks: Mapping[str, Tensor],
+        padding: Mapping[str, Tensor],
+        cache: Cache | None,
+    ) -> None:
+        """Raises a ValueError for inputs that do not go together."""
+        known_names = self.config.modality_names
+        if not inputs:
+            raise ValueError(f"nothing to encode: give one or more of {', '.join(known_names)}")
+        for name in inputs:
+            if name not in known_names:
+                raise ValueError(f"no modality {name!r}: this network has {', '.join(known_names)}")
+        for name in (*masks, *padding):
+            if name not in inputs:
+                option = f"{name}_{'padding' if name in padding else 'mask'}"
+                raise ValueError(f"{option} without {name}: give both or neither")
+        if cache is not None and padding:
+            raise ValueError("padding cannot be combined with a cache: leave text_padding out")
+        if TEXT in masks:
+            raise ValueError("texts take no mask: replace masked tokens by the [MASK] id")
 
 
-def fuse(
-    parts: Parts, text_padding: Tensor | None, ragged: Ragged | None
-) -> tuple[Parts, Ragged | None]:
-    """Image and text as one part; without the padding if the text came without it."""
-    if ragged is None or text_padding is None:
-        return (torch.cat(parts, 1),), None
-    whole = Ragged.of(F.pad(text_padding, (parts[0].shape[1], 0)))
-    assert whole is not None
-    return whole.flat((torch.cat(ragged.padded(parts), 1),)), whole
-
-
-def rows_read(read: Literal["first", "last"], spans: Spans, route: Spans) -> Read:
-    """The first or last token of each modality, by its place in the part of `route` that holds it."""
-    ends = [sum(count for _, count in spans[: index + 1]) for index in range(len(spans))]
-    rows = tuple(
-        end - 1 if read == "last" else end - count
-        for end, (_, count) in zip(ends, spans, strict=True)
-    )
-    if len(route) < len(spans):
-        return (rows,)
-    return tuple(
-        (row - end + count,) for row, end, (_, count) in zip(rows, ends, spans, strict=True)
-    )
+def _collect(
+    others: Mapping[str, Tensor] | None, published: Mapping[str, Tensor | None]
+) -> dict[str, Tensor]:
+    """Returns what is given by name or by the arguments of the published modalities."""
+    collected = {name: value for name, value in published.items() if value is not None}
+    return collected | dict(others or {})

@@ -1,23 +1,42 @@
-"""What a BEiT-3 network is: one frozen dataclass, and the sizes as constants.
+"""The configuration of a BEiT-3 network, and the published sizes as constants.
 
-Two published architectures differ only in these fields. The released base and large models hold everything once per
-modality, with sub-LN and no vision-language expert; the paper's giant shares self-attention and has vision-language
-experts in its top three layers (section 2.1, table 2).
+Two published architectures differ in a few fields only. The released base and large models hold
+every layer once per modality, with sub-LN and without a vision-language expert. The paper's giant
+shares self-attention and has vision-language experts in its top three layers (section 2.1 and
+table 2).
 """
 
 from dataclasses import dataclass, replace
 from typing import Literal
 
-IMAGE, TEXT, FUSION = "image", "text", "fusion"
-"""The three experts. The first two also name the modalities, from the batch key to the feed-forward network."""
+IMAGE, TEXT = "image", "text"
+"""The two published modalities. A modality's name is also its batch key and its expert's name."""
+
+FUSION = "fusion"
+"""The expert of sequences that hold several modalities (the paper's vision-language expert)."""
 
 POSITION_OFFSET = 2
-"""Rows of both position tables that are never read: row 2 is the class token's and the first word's."""
+"""Rows of both position tables that are never read. Row 2 belongs to the class token or `<s>`."""
+
+
+@dataclass(frozen=True)
+class Modality:
+    """One kind of input: it has an embedding and an expert, both under its name."""
+
+    name: str
+    embedding: str
+    """Dotted path of a subclass of `beit3.model.embeddings.Embedding`."""
+    init_from: str = ""
+    """Expert that this one copies where loaded weights lack it. Empty: it keeps initial values."""
+
+
+IMAGE_MODALITY = Modality(IMAGE, "beit3.model.embeddings.ImageEmbedding")
+TEXT_MODALITY = Modality(TEXT, "beit3.model.embeddings.TextEmbedding")
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Widths are in units, sizes in pixels, lengths in tokens."""
+    """The network's hyperparameters. Widths are in units, sizes in pixels, lengths in tokens."""
 
     dim: int = 768
     depth: int = 12
@@ -27,21 +46,26 @@ class ModelConfig:
     patch_size: int = 16
     vocab_size: int = 64010
     text_positions: int = 1024
-    """Rows of the text position table; two of them are dead, so texts have at most `text_positions - 2` tokens."""
+    """Rows of the text position table. Two are never read: a text has at most two tokens fewer."""
     shared_attention: bool = False
-    """One set of query, key, value and output projections for all modalities (paper) or one per modality (release)."""
+    """True: one set of query, key, value and output projections for all modalities (paper).
+    False: one per modality (release)."""
     shared_norms: bool = False
-    """One norm before attention and one final norm for all modalities; the norm before an expert is always its own."""
+    """True: one norm before attention and one final norm for all modalities. The norm before an
+    expert is always per expert."""
     sub_ln: bool = True
-    """An extra norm before the output projection and before the second feed-forward layer (Magneto)."""
+    """Adds a norm before the output projection and one inside the feed-forward layers (Magneto)."""
     fusion_layers: int = 0
-    """Top layers in which all tokens of a pair go through the vision-language expert."""
+    """Number of top layers in which all tokens of a fused sequence use the fusion expert."""
     final_norm: bool = True
-    """The released VQA and ImageNet models have none: their heads norm the raw states."""
+    """False for the released VQA and ImageNet models, whose heads norm the states themselves."""
     norm_eps: float = 1e-5
     drop_path_rate: float = 0.0
-    """Stochastic depth of the last layer; it grows linearly from 0 at the first."""
+    """Stochastic depth rate of the last layer; it grows linearly from 0 at the first layer."""
     init: Literal["beit", "magneto"] = "magneto"
+    """Scheme of the initial values, see `Backbone.init_weights`."""
+    modalities: tuple[Modality, ...] = (IMAGE_MODALITY, TEXT_MODALITY)
+    """What the network can read, in the order in which a sequence holds them."""
 
     def __post_init__(self) -> None:
         if self.dim % self.num_heads:
@@ -54,6 +78,21 @@ class ModelConfig:
             raise ValueError(
                 f"fusion_layers {self.fusion_layers} lies outside 0..depth {self.depth}"
             )
+        names = self.modality_names
+        if (
+            len(set(names)) != len(names)
+            or FUSION in names
+            or not all(map(str.isidentifier, names))
+        ):
+            raise ValueError(
+                f"modalities {', '.join(names)}: give each a name of its own, an identifier, "
+                f"not {FUSION!r}"
+            )
+
+    @property
+    def modality_names(self) -> tuple[str, ...]:
+        """Names of the modalities, in the order in which a sequence holds them."""
+        return tuple(modality.name for modality in self.modalities)
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -63,16 +102,24 @@ class ModelConfig:
 
     @property
     def num_patches(self) -> int:
+        """Patches of an image at the configured size, without the class token."""
         return self.grid[0] * self.grid[1]
 
     @property
     def max_text_length(self) -> int:
-        """Tokens that the text position table can place."""
+        """Number of tokens that the text position table has rows for."""
         return self.text_positions - POSITION_OFFSET
 
-    def experts(self, layer: int) -> tuple[str, ...]:
-        """Names of the experts that `layer` (0 = first) holds."""
-        return (IMAGE, TEXT, FUSION) if layer >= self.depth - self.fusion_layers else (IMAGE, TEXT)
+    @property
+    def first_fusion_layer(self) -> int:
+        """Index of the first layer with a fusion expert; `depth` where there is none."""
+        return self.depth - self.fusion_layers
+
+    @property
+    def experts_per_layer(self) -> tuple[tuple[str, ...], ...]:
+        """Names of the experts that each layer holds, first layer first."""
+        names = self.modality_names
+        return (names,) * self.first_fusion_layer + ((*names, FUSION),) * self.fusion_layers
 
 
 TINY = ModelConfig(
@@ -90,7 +137,8 @@ TINY = ModelConfig(
     fusion_layers=1,
     init="magneto",
 )
-"""The paper's form at the size of a laptop's minute."""
+"""The paper's architecture, small enough to train in minutes on a laptop. Its initial values are
+Magneto's; the paper does not name a scheme for this size."""
 
 TINY_RELEASE = ModelConfig(
     dim=128,
@@ -102,7 +150,7 @@ TINY_RELEASE = ModelConfig(
     vocab_size=512,
     text_positions=130,
 )
-"""The released form at the same size."""
+"""The released architecture at the size of `TINY`."""
 
 SMALL = replace(
     TINY,
@@ -114,24 +162,22 @@ SMALL = replace(
     patch_size=16,
     vocab_size=8010,
     text_positions=514,
-    init="magneto",
 )
-"""The paper's form for real photographs on a laptop; texts of up to 512 tokens."""
+"""The paper's architecture for photographs on a laptop; texts have up to 512 tokens."""
 
-MEDIUM = ModelConfig(
+MEDIUM = replace(
+    TINY,
     dim=512,
     depth=12,
     num_heads=8,
     ffn_dim=2048,
+    image_size=224,
+    patch_size=16,
     vocab_size=16010,
     text_positions=514,
-    shared_attention=True,
-    shared_norms=True,
-    sub_ln=False,
     fusion_layers=2,
-    init="magneto",
 )
-"""The paper's form at 224 pixels for an hour of one large GPU."""
+"""The paper's architecture at 224 pixels for an hour of one large GPU."""
 
 BASE = ModelConfig()
 """Released base: 276.511M parameters with both pretraining heads."""
@@ -151,4 +197,5 @@ GIANT = ModelConfig(
     fusion_layers=3,
     init="beit",
 )
-"""The paper's BEiT-3 (table 2): 692M vision, 692M language, 52M vision-language experts, 317M shared attention."""
+"""The paper's BEiT-3 (table 2): 692M vision, 692M language and 52M vision-language expert
+parameters, 317M of shared attention."""

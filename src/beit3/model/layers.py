@@ -1,140 +1,66 @@
-"""The Multiway block: attention over the whole sequence, then each part's own expert (paper section 2.1, figure 2).
+"""The Multiway block (paper section 2.1, figure 2): attention over all tokens, then each expert.
 
-Sequences are tuples of parts (see multiway.py). Only queries, keys and values are concatenated, once per layer, for one
-attention call over all N tokens; everything else works part by part.
+Shapes: B samples, N tokens of a sequence, H heads, D width; parts as in layout.py.
 """
-
-from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from beit3.model.cache import LayerCache
 from beit3.model.config import ModelConfig
-from beit3.model.multiway import Multiway, Parts, Spans, linear, norm
-from beit3.model.ragged import Ragged
-
-SPARE = 64
-"""Tokens for which a cache makes room at a time: growing by one copies everything."""
-
-Read = tuple[tuple[int, ...], ...]
-"""For each part the tokens, by place, whose states are wanted."""
-
-
-@dataclass
-class LayerCache:
-    """Keys and values [B, H, K, D/H] of the tokens that one layer has seen, in buffers with room for more."""
-
-    key: Tensor | None = None
-    value: Tensor | None = None
-    length: int = 0
-    """K; what lies behind it in the buffers is room."""
-
-    def extend(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Append this call's keys and values and return all of them."""
-        start, self.length = self.length, self.length + key.shape[2]
-        if self.key is None or self.value is None or self.length > self.key.shape[2]:
-            self.key, self.value = (
-                self._grown(self.key, key, start),
-                self._grown(self.value, value, start),
-            )
-        self.key[:, :, start : self.length], self.value[:, :, start : self.length] = key, value
-        return self.key[:, :, : self.length], self.value[:, :, : self.length]
-
-    def _grown(self, buffer: Tensor | None, like: Tensor, start: int) -> Tensor:
-        batch, heads, _, width = like.shape
-        grown = like.new_empty(batch, heads, self.length + SPARE, width)
-        if buffer is not None:
-            grown[:, :, :start] = buffer[:, :, :start]
-        return grown
-
-
-@dataclass
-class Cache:
-    """Keys and values of a sequence that grows by text tokens: image and first words once, then a few words a call.
-
-    The cache belongs to the caller, not to the network. It remembers whether its sequence is fused, because a later
-    call brings text alone.
-    """
-
-    layers: list[LayerCache] = field(default_factory=list)
-    fused: bool = False
-    num_text: int = 0
-
-    def drop_last(self, count: int) -> None:
-        """Forget the last `count` text tokens (the [MASK] slots after each decoding step)."""
-        self.num_text -= count
-        for layer in self.layers:
-            layer.length -= count
+from beit3.model.layout import Layout, Parts, concatenate
+from beit3.model.multiway import Multiway, make_linear, make_norm
 
 
 class Attention(nn.Module):
-    """Joint softmax attention over all parts; projections per expert or shared."""
+    """Softmax attention over all parts together; projections are per expert or shared."""
 
     def __init__(self, config: ModelConfig, experts: tuple[str, ...]):
         super().__init__()
+        dim, shared = config.dim, config.shared_attention
         self.num_heads = config.num_heads
-        self.qkv = linear(config.dim, 3 * config.dim, experts, shared=config.shared_attention)
+        self.qkv = make_linear(dim, 3 * dim, experts, shared=shared)
         self.norm = (
-            norm(config.dim, config.norm_eps, experts, shared=config.shared_attention)
-            if config.sub_ln
-            else None
+            make_norm(dim, config.norm_eps, experts, shared=shared) if config.sub_ln else None
         )
-        self.out = linear(config.dim, config.dim, experts, shared=config.shared_attention)
+        self.out = make_linear(dim, dim, experts, shared=shared)
 
     def forward(
         self,
         parts: Parts,
-        spans: Spans,
+        layout: Layout,
         mask: Tensor | None = None,
         cache: LayerCache | None = None,
-        read: Read | None = None,
-        ragged: Ragged | None = None,
     ) -> Parts:
-        """With `read`, of those tokens alone: they attend to all, and nothing more is computed for the others.
+        """Attends from all tokens, or from the selected ones, to all tokens.
 
-        With `ragged`, the last part holds real tokens alone, [1, T, D], before and after.
+        Args:
+            parts: normed states, as `layout` holds them.
+            layout: with a selection, only the selected tokens' outputs are computed and returned.
+            mask: bool, broadcast to [B, H, queries, keys], True = may attend.
+            cache: keys and values of earlier tokens, extended by this call's.
         """
-        projected = self.qkv(parts, spans)
-        qkv = joined(projected if ragged is None else ragged.padded(projected))  # [B, N, 3D]
+        qkv = concatenate(layout.pad(self.qkv(parts, layout.experts)))  # [B, N, 3D]
         batch, length, width = qkv.shape
-        query, key, value = qkv.view(batch, length, 3, self.num_heads, -1).permute(
-            2, 0, 3, 1, 4
-        )  # [B, H, N, D/H]
-        if read is not None:
-            rows = places(read, spans)
-            query, spans = query[:, :, rows], reading(read, spans)  # [B, H, R, D/H]
+        query, key, value = qkv.view(batch, length, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+        if layout.selection:
+            rows = layout.selected_indices()
+            query = query[:, :, rows]  # [B, H, selected, D/H]
             mask = mask[..., rows, :] if mask is not None and mask.shape[-2] > 1 else mask
+            layout = layout.without_unselected()
         if cache is not None:
             key, value = cache.extend(key, value)
         states = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
-        states = states.transpose(1, 2).reshape(batch, -1, width // 3)  # [B, N, D], or [B, R, D]
-        parts = states.split([count for _, count in spans], 1)
-        if ragged is not None:
-            parts = ragged.flat(parts)
+        states = states.transpose(1, 2).reshape(batch, -1, width // 3)  # [B, N or selected, D]
+        parts = layout.unpad(states.split(layout.lengths, 1))
         if self.norm is not None:
-            parts = self.norm(parts, spans)
-        return self.out(parts, spans)
-
-
-def joined(parts: Parts) -> Tensor:
-    """One tensor [B, N, ...] of all parts; a part alone is not copied."""
-    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
-
-
-def places(read: Read, spans: Spans) -> list[int]:
-    """Where the tokens that are read stand in the whole sequence."""
-    starts = [sum(count for _, count in spans[:index]) for index in range(len(spans))]
-    return [start + row for start, rows in zip(starts, read, strict=True) for row in rows]
-
-
-def reading(read: Read, spans: Spans) -> Spans:
-    """The spans of what is read."""
-    return tuple((name, len(rows)) for rows, (name, _) in zip(read, spans, strict=True))
+            parts = self.norm(parts, layout.experts)
+        return self.out(parts, layout.experts)
 
 
 class FeedForward(nn.Module):
-    """One expert: linear, exact GELU, optional sub-LN on the inner width, linear. [B, n, D] -> [B, n, D]."""
+    """One expert: linear, exact GELU, optional sub-LN on the inner width, linear."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -143,6 +69,7 @@ class FeedForward(nn.Module):
         self.fc2 = nn.Linear(config.ffn_dim, config.dim)
 
     def forward(self, states: Tensor) -> Tensor:
+        """Maps states [B, n, D] -> [B, n, D]."""
         states = F.gelu(self.fc1(states))
         if self.norm is not None:
             states = self.norm(states)
@@ -150,49 +77,47 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm residual block; stochastic depth drops a sample's whole branch, in all parts alike."""
+    """A pre-norm residual block with stochastic depth."""
 
     def __init__(self, config: ModelConfig, layer: int, *, experts: tuple[str, ...] = ()):
-        """`experts`: those to hold where it is not all that the config names for this layer."""
+        """Builds layer number `layer`, 0 the first, with all its experts or only those named."""
         super().__init__()
-        experts = experts or config.experts(layer)
+        experts = experts or config.experts_per_layer[layer]
         self.drop_path_rate = config.drop_path_rate * layer / max(1, config.depth - 1)
-        self.norm1 = norm(config.dim, config.norm_eps, experts, shared=config.shared_norms)
+        self.norm1 = make_norm(config.dim, config.norm_eps, experts, shared=config.shared_norms)
         self.attention = Attention(config, experts)
-        self.norm2 = norm(config.dim, config.norm_eps, experts, shared=False)
+        self.norm2 = make_norm(config.dim, config.norm_eps, experts, shared=False)
         self.ffn = Multiway(lambda: FeedForward(config), experts)
 
     def forward(
         self,
         parts: Parts,
-        spans: Spans,
+        layout: Layout,
         mask: Tensor | None = None,
         cache: LayerCache | None = None,
-        read: Read | None = None,
-        ragged: Ragged | None = None,
     ) -> Parts:
-        """The next states of all tokens, or with `read` of those. `ragged`: the last part is without its padding."""
-        attended = self.attention(self.norm1(parts, spans), spans, mask, cache, read, ragged)
-        if read is not None:
-            parts = tuple(part[:, list(rows)] for part, rows in zip(parts, read, strict=True))
-            spans = reading(read, spans)
-        parts = self.add(parts, attended, ragged)
-        return self.add(parts, self.ffn(self.norm2(parts, spans), spans), ragged)
+        """Returns the block's output for all tokens, or for the selected ones; see `Attention`."""
+        attended = self.attention(self.norm1(parts, layout.experts), layout, mask, cache)
+        parts, layout = layout.keep_selected(parts)
+        parts = self.add(parts, attended, layout)
+        return self.add(parts, self.ffn(self.norm2(parts, layout.experts), layout.experts), layout)
 
-    def add(self, parts: Parts, branch: Parts, ragged: Ragged | None = None) -> Parts:
-        """The residual sum, with the branch dropped for a share of the samples and scaled up for the rest."""
+    def add(self, parts: Parts, branch: Parts, layout: Layout) -> Parts:
+        """Adds a residual branch; stochastic depth drops the whole branch of random samples.
+
+        In training the branch is kept with probability 1 - drop_path_rate and scaled up by its
+        inverse, in all parts of a sample alike.
+        """
         if not self.training or self.drop_path_rate == 0:
             return tuple(part + change for part, change in zip(parts, branch, strict=True))
-        kept = 1 - self.drop_path_rate
-        # A comparison, not bernoulli_: torch.compile would make a constant of its rate, and a program for every layer.
-        samples = len(parts[0]) if ragged is None else len(ragged.sources)
-        draws = torch.rand(samples, *[1] * (parts[0].ndim - 1), device=parts[0].device)
-        scale = (draws < kept).to(parts[0].dtype) / kept
-        scales = (
-            [scale] * len(parts)
-            if ragged is None
-            else [scale] * (len(parts) - 1) + [ragged.per_token(scale)]
+        keep_rate = 1 - self.drop_path_rate
+        # torch.compile would turn the rate of bernoulli_ into a constant, one program per layer.
+        uniform = torch.rand(
+            layout.count_samples(parts), *[1] * (parts[0].ndim - 1), device=parts[0].device
         )
+        scale = (uniform < keep_rate).to(parts[0].dtype) / keep_rate
+        scales = layout.scale_per_part(parts, scale)
         return tuple(
-            part + change * each for part, change, each in zip(parts, branch, scales, strict=True)
+            part + change * factor
+            for part, change, factor in zip(parts, branch, scales, strict=True)
         )

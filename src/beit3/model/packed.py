@@ -1,88 +1,118 @@
-"""Linear layers on CPU with their weights laid out for a number of rows that recurs (float32 inference).
+"""Linear layers on CPU that keep their weights in the layout of the product (float32 inference).
 
-A plain product lays the weights out anew in every call, which for the 197 rows of one image costs as much as a third of
-it. Here the layout is kept once the same number of rows came twice in a row, besides the weights: the result is equal up
-to rounding, memory grows by the weights that are packed. Parameters and their names stay as they are, and blocks may be
-compiled around them.
+A plain product lays the weights out anew in every call, which for the 197 tokens of one image costs
+up to a third of it. A `PackedLinear` keeps the layout once the same number of rows came twice in a
+row. Results are equal up to rounding; memory grows by the packed weights. Parameters keep their
+names, and blocks may be compiled around packed layers.
 """
 
+import itertools
+from typing import Any
 from weakref import WeakValueDictionary
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from beit3.model.layout import Parts
 from beit3.model.multiway import SharedLinear
 
-MOST_ROWS = 4096
-"""Beyond it a plain product reaches the processor's rate too."""
+MAX_ROWS = 4096
+"""With more rows a plain product reaches the CPU's rate too."""
 
 
-class PackedLinear(nn.Linear):
-    """A linear layer whose layout belongs to the rows seen last. `pack` makes layers to it."""
+class PackedLinear(nn.Module):
+    """A linear layer whose packed weights belong to the number of rows that it saw last."""
 
-    last = rows = 0
-    layout: Tensor | None = None
+    def __init__(self, linear: nn.Linear):
+        """Takes over the parameters of `linear`."""
+        super().__init__()
+        self.weight, self.bias = linear.weight, linear.bias
+        self.packed_weight: Tensor | None = None
+        self.packed_rows = 0
+        """Rows that `packed_weight` is for; 0: there is none yet."""
+        self.last_rows = 0
+        self._register()
 
     def forward(self, states: Tensor) -> Tensor:
-        """[..., in] -> [..., out]."""
-        return (
-            _compiled_product(states, self.weight, self.bias)
-            if torch.compiler.is_compiling()
-            else self.product(states)
-        )
+        """Maps states [..., in] -> [..., out]."""
+        if torch.compiler.is_compiling():
+            return _multiply_in_program(states, self.weight, self.bias, self.handle)
+        return self.multiply(states)
 
-    def product(self, states: Tensor) -> Tensor:
-        """The same outside of a compiled program."""
+    def multiply(self, states: Tensor) -> Tensor:
+        """Computes `forward` outside of a compiled program."""
         rows = states.numel() // states.shape[-1]
-        if torch.is_grad_enabled() or not 0 < rows <= MOST_ROWS:
+        if torch.is_grad_enabled() or not 0 < rows <= MAX_ROWS:
             return F.linear(states, self.weight, self.bias)
-        if rows == self.last != self.rows:
-            self.rows, self.layout = (
-                rows,
-                torch.ops.mkl._mkl_reorder_linear_weight(self.weight.detach(), rows),
+        if rows == self.last_rows != self.packed_rows:
+            self.packed_weight = torch.ops.mkl._mkl_reorder_linear_weight(
+                self.weight.detach(), rows
             )
-        self.last = rows
-        if rows != self.rows:
+            self.packed_rows = rows
+        self.last_rows = rows
+        if rows != self.packed_rows:
             return F.linear(states, self.weight, self.bias)
-        return torch.ops.mkl._mkl_linear(states, self.layout, self.weight, self.bias, rows)
+        return torch.ops.mkl._mkl_linear(states, self.packed_weight, self.weight, self.bias, rows)
+
+    def _register(self) -> None:
+        """Gives the layer a handle by which compiled programs find it."""
+        self.handle = next(_handles)
+        _layers[self.handle] = self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy is a layer of its own: its weights may change without the original's."""
+        super().__setstate__(state)
+        self.packed_weight, self.packed_rows, self.last_rows = None, 0, 0
+        self._register()
 
 
-class PackedShared(PackedLinear, SharedLinear):
-    """The same for the one layer of all parts."""
+class PackedSharedLinear(PackedLinear):
+    """The packed form of a linear layer for the parts of all experts."""
 
-    forward = SharedLinear.forward  # type: ignore[assignment]
-    project = PackedLinear.forward  # type: ignore[assignment]
+    def forward(self, parts: Parts, experts: tuple[str, ...]) -> Parts:  # type: ignore[override]
+        return tuple(super(PackedSharedLinear, self).forward(part) for part in parts)
 
 
-def pack(network: nn.Module) -> None:
-    """Let every linear layer of `network` keep its weights' layout. ValueError where this torch has no MKL, or off the CPU."""
+def pack(network: nn.Module) -> nn.Module:
+    """Replaces every linear layer of `network` by a packed one and returns the network.
+
+    Raises:
+        ValueError: torch without MKL, or weights that are not float32 on CPU.
+    """
     if not torch.backends.mkl.is_available():
-        raise ValueError(
-            "packed weights need a torch with MKL (x86 processors): leave `packed` out"
-        )
-    for name, module in network.named_modules():
-        if isinstance(module, nn.Linear):
-            found = f"{module.weight.dtype} on {module.weight.device.type}"
-            if found != "torch.float32 on cpu":
-                raise ValueError(
-                    f"packed weights are for float32 on CPU, and {name} is {found}: leave `packed` out"
-                )
-            module.__class__ = PackedShared if isinstance(module, SharedLinear) else PackedLinear
-            _LAYERS[module.weight.data_ptr()] = module  # type: ignore[assignment]
+        raise ValueError("packed weights need a torch with MKL (x86 CPUs): leave `packed` out")
+    linears = {name: m for name, m in network.named_modules() if isinstance(m, nn.Linear)}
+    for name, linear in linears.items():
+        kind = f"{linear.weight.dtype} on {linear.weight.device.type}"
+        if kind != "torch.float32 on cpu":
+            raise ValueError(
+                f"packed weights are for float32 on CPU, and {name} is {kind}: leave `packed` out"
+            )
+    for name, linear in linears.items():
+        is_shared = isinstance(linear, SharedLinear)
+        packed = PackedSharedLinear(linear) if is_shared else PackedLinear(linear)
+        packed.train(linear.training)
+        if not name:
+            return packed
+        parent, _, child = name.rpartition(".")
+        setattr(network.get_submodule(parent), child, packed)
+    return network
 
 
-_LAYERS: WeakValueDictionary[int, PackedLinear] = WeakValueDictionary()
-"""By the address of their weights: programs know tensors alone."""
+_handles = itertools.count()
+_layers: WeakValueDictionary[int, PackedLinear] = WeakValueDictionary()
+"""Layers by handle. A compiled program's operators take tensors and numbers, never modules."""
 
 
-@torch.library.custom_op("beit3::packed_product", mutates_args=())
-def _compiled_product(states: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """What a compiled program calls without looking inside. A layer whose weights have moved computes plainly."""
-    layer = _LAYERS.get(weight.data_ptr())
-    return F.linear(states, weight, bias) if layer is None else layer.product(states)
+@torch.library.custom_op("beit3::packed_linear", mutates_args=())
+def _multiply_in_program(
+    states: Tensor, weight: Tensor, bias: Tensor | None, handle: int
+) -> Tensor:
+    """Multiplies as the layer does; a compiled program calls this without looking inside."""
+    return _layers[handle].multiply(states)
 
 
-@_compiled_product.register_fake
-def _(states: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+@_multiply_in_program.register_fake
+def _(states: Tensor, weight: Tensor, bias: Tensor | None, handle: int) -> Tensor:
     return states.new_empty(*states.shape[:-1], weight.shape[0])

@@ -1,1 +1,2 @@
-"""Small operations on tensors that know nothing of the model: initial values, position tables, collectives."""
+"""Small operations on tensors that know nothing of the model: initial values, position tables,
+collectives."""

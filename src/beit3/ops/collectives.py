@@ -1,6 +1,7 @@
 """Collectives that also work alone: without an initialised process group each is the identity.
 
-Only `all_gather_with_gradient` carries a gradient, and each returns a new tensor. All ranks must call them in the same
+Only `all_gather_with_gradient` carries a gradient, and each returns a new tensor. All ranks must
+call them in the same
 order with tensors of the same shape.
 """
 
@@ -54,18 +55,19 @@ def all_gather(tensor: Tensor) -> Tensor:
 
 
 def all_gather_with_gradient(tensor: Tensor) -> Tensor:
-    """`all_gather`, through which every rank's loss reaches the rows of this one: their gradients are summed."""
+    """`all_gather`, through which every rank's loss reaches the rows of this one: their gradients
+    are summed."""
     return _Gather.apply(tensor) if _joined() else tensor
 
 
 class _Gather(torch.autograd.Function):
     @staticmethod
-    def forward(context, tensor: Tensor) -> Tensor:
+    def forward(context: Any, tensor: Tensor) -> Tensor:
         context.rows = len(tensor)
         return all_gather(tensor)
 
     @staticmethod
-    def backward(context, gradient: Tensor) -> Tensor:
+    def backward(context: Any, gradient: Tensor) -> Tensor:
         return all_reduce(gradient)[rank() * context.rows :][: context.rows]
 
 
@@ -79,14 +81,16 @@ def all_gather_objects(value: Any) -> list[Any]:
 
 
 @torch.no_grad()
-def whole(tensor: Tensor) -> Tensor:
-    """All of a tensor of which ranks hold shards; every rank must ask. Others come back as they are."""
+def gather_full(tensor: Tensor) -> Tensor:
+    """All of a tensor of which ranks hold shards; every rank must ask. Others come back as they
+    are."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 @torch.no_grad()
 def keep_shard(parameter: Tensor, values: Tensor) -> None:
-    """Copy into `parameter` what this rank holds of `values`, which is whole and the same on every rank; no communication."""
+    """Copy into `parameter` what this rank holds of `values`, which is whole and the same on every
+    rank; no communication."""
     if isinstance(parameter, DTensor):
         mesh, placements = parameter.device_mesh, parameter.placements
         values = distribute_tensor(
@@ -102,7 +106,7 @@ def barrier() -> None:
 
 
 @contextmanager
-def leader_first() -> Iterator[None]:
+def rank_zero_first() -> Iterator[None]:
     """Rank 0 goes through the block alone, then the others, who find on disk what it wrote."""
     if rank() > 0:
         barrier()

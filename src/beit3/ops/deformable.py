@@ -1,7 +1,10 @@
-"""Multi-scale deformable sampling (Deformable DETR, arXiv:2010.04159, section 4.1) in plain PyTorch: nothing to compile.
+"""Multi-scale deformable sampling (Deformable DETR, arXiv:2010.04159, section 4.1) in plain
+PyTorch: nothing to compile.
 
-Maps of several sizes lie one after the other in a sequence, [B, N, ...] with N the sum of their rows times columns. Places
-are x, y from 0 to 1 over a whole map, whatever its size, and always at least float32: in bfloat16 they would be off by
+Maps of several sizes lie one after the other in a sequence, [B, N, ...] with N the sum of their
+rows times columns. Places
+are x, y from 0 to 1 over a whole map, whatever its size, and always at least float32: in bfloat16
+they would be off by
 0.4 cells on a map of 112.
 """
 
@@ -12,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from beit3.ops.precision import at_least_float32
+from beit3.ops.precision import promote_to_float32
 
 Shape = tuple[int, int]
 """Rows and columns of a map."""
@@ -29,9 +32,10 @@ class Grids:
     @staticmethod
     def of(shapes: Sequence[Shape], like: Tensor) -> "Grids":
         """On the device of `like` and in its precision, at least float32."""
-        empty = at_least_float32(like.new_empty(0))
+        empty = promote_to_float32(like.new_empty(0))
         levels = [_centres(shape, empty) for shape in shapes]
-        # Half a cell lies before the first centre. A tensor of the shapes' numbers would make an accelerator wait.
+        # Half a cell lies before the first centre. A tensor of the shapes' numbers would make an
+        # accelerator wait.
         return Grids(
             tuple(shapes), torch.cat(levels), torch.stack([2 * level[0] for level in levels])
         )
@@ -42,13 +46,15 @@ def sample_deformable(
 ) -> Tensor:
     """Weighted sums of bilinear samples, per head; beyond a map's edge all is 0.
 
-    values [B, N, H, d] of maps of `shapes`; places [B, Q, H, L, K, 2], K samples of each map; weights [B, Q, H, L, K].
-    Returns [B, Q, H * d] in the type of `values`. Level by level, so that the samples of one map alone exist at a time
+    values [B, N, H, d] of maps of `shapes`; places [B, Q, H, L, K, 2], K samples of each map;
+    weights [B, Q, H, L, K].
+    Returns [B, Q, H * d] in the type of `values`. Level by level, so that the samples of one map
+    alone exist at a time
     where no gradient is asked for.
     """
     batch, _, heads, width = values.shape
     places = (
-        at_least_float32(places).transpose(1, 2).flatten(0, 1) * 2 - 1
+        promote_to_float32(places).transpose(1, 2).flatten(0, 1) * 2 - 1
     )  # [B * H, Q, L, K, 2], -1..1 as grid_sample has it
     weights = weights.to(places.dtype).transpose(1, 2).flatten(0, 1)  # [B * H, Q, L, K]
     total = torch.zeros((), dtype=places.dtype, device=values.device)

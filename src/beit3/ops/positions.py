@@ -8,9 +8,11 @@ from torch import Tensor, cat
 def resample_positions(
     table: Tensor, old: tuple[int, int], new: tuple[int, int], *, keep: int
 ) -> Tensor:
-    """A table [keep + old rows * columns, D] for the grid `new`, any rectangle; the first `keep` rows are kept.
+    """A table [keep + old rows * columns, D] for the grid `new`, any rectangle; the first `keep`
+    rows are kept.
 
-    Bicubic, corners not aligned, no antialiasing, computed in float32: the release's rule for its image table, whose
+    Bicubic, corners not aligned, no antialiasing, computed in float32: the release's rule for its
+    image table, whose
     first three rows are two dead ones and the class token's. Equal grids return the table itself.
     """
     if old == new:
@@ -29,7 +31,8 @@ def resample_positions(
 def resample_patches(kernel: Tensor, size: int) -> Tensor:
     """A patch embedding's kernel [D, C, p, p] for patches of `size` pixels: [D, C, size, size].
 
-    A patch made larger by bicubic interpolation then gives what the patch gave before, exactly (FlexiViT, arXiv:2212.08013,
+    A patch made larger by bicubic interpolation then gives what the patch gave before, exactly
+    (FlexiViT, arXiv:2212.08013,
     section 3.4); of smaller ones it is the least squares' answer. Computed in float64.
     """
     old = kernel.shape[-1]

@@ -1,7 +1,9 @@
-"""Accelerators by name, with their makers' figures: memory, and the peak of dense bfloat16 matrix products.
+"""Lists accelerators with their makers' specifications: memory, and the peak rate of dense bfloat16
+matrix products.
 
-Both are of data sheets (SXM or HGX form where there are several); sheets that print the doubled rate of sparse products
-are halved. A sheet's GB is a GiB of what the driver shows. `cpu` is this machine: its memory, and a product measured now.
+Both are from data sheets (SXM or HGX form where there are several); sheets that print the doubled
+rate of sparse products are halved. A sheet's GB is a GiB as the driver shows it. `cpu` is this
+machine: its memory, and a rate that is measured at the call.
 """
 
 import os
@@ -10,25 +12,25 @@ from dataclasses import dataclass
 
 import torch
 
-from beit3.config import suggestion
+from beit3.config import suggest
 
 GIB = 2**30
 
 
 @dataclass(frozen=True)
 class Device:
-    """One accelerator, or a processor."""
+    """One accelerator, or a CPU."""
 
     name: str
     memory: int
     """GiB."""
     teraflops: float
-    """Dense bfloat16; of a processor float32."""
+    """Dense bfloat16; of a CPU float32."""
 
 
 DEVICES = {
-    each.name: each
-    for each in (
+    device.name: device
+    for device in (
         Device("a100-40", 40, 312),
         Device("a100-80", 80, 312),
         Device("h100-pcie", 80, 756),
@@ -46,24 +48,24 @@ DEVICES = {
 }
 
 
-def device(name: str) -> Device:
-    """The device of this name. ValueError for one that is not listed."""
+def find_device(name: str) -> Device:
+    """Returns the device of this name; raises ValueError for one that is not listed."""
     if name == "cpu":
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        return Device("cpu", memory // GIB, processor_teraflops())
+        return Device("cpu", memory // GIB, measure_cpu_teraflops())
     if name not in DEVICES:
-        raise ValueError(
-            f"--gpu {name} is not listed{suggestion(name, list(DEVICES))} (known: {', '.join(DEVICES)}, cpu)"
-        )
+        hint = suggest(name, list(DEVICES))
+        raise ValueError(f"--gpu {name} is not listed{hint} (known: {', '.join(DEVICES)}, cpu)")
     return DEVICES[name]
 
 
-def processor_teraflops(size: int = 1024) -> float:
-    """Rate of float32 matrix products here, the best of five, with the threads that torch has."""
-    one, other = torch.rand(size, size), torch.rand(size, size)
+def measure_cpu_teraflops(size: int = 1024) -> float:
+    """Returns the rate of float32 matrix products on this machine: the best of five, with torch's
+    threads."""
+    left, right = torch.rand(size, size), torch.rand(size, size)
     seconds = []
     for _ in range(5):
-        began = time.perf_counter()
-        one @ other
-        seconds.append(time.perf_counter() - began)
+        start = time.perf_counter()
+        left @ right
+        seconds.append(time.perf_counter() - start)
     return 2 * size**3 / min(seconds) / 1e12

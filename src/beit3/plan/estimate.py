@@ -1,8 +1,10 @@
-"""What a recipe takes on so many devices: memory of one of them, the micro-batch that fits, operations of a step.
+"""Estimates what a recipe takes on a number of devices: memory per device, the micro-batch that
+fits, FLOPs per step.
 
-The loop's own choices are followed (training/parallel.py, training/step.py): weights, their gradients and AdamW's two moments are
-sharded, blocks are gathered one by one, the rest stays gathered during a step; gradients of all micro-batches but the last
-add up whole on every process. Figures are bytes.
+The estimate follows the training loop (training/parallel.py, training/step.py): weights, their
+gradients and AdamW's two moments are sharded, blocks are gathered one by one, the rest stays
+gathered during a step. The gradients of all micro-batches but the last accumulate unsharded on
+every process. All sizes are in bytes.
 """
 
 from dataclasses import dataclass, replace
@@ -10,30 +12,32 @@ from functools import cached_property
 
 import torch
 
-from beit3.data.loader import step_places
+from beit3.data.loader import sample_micro_batches
+from beit3.model.config import ModelConfig
 from beit3.plan.devices import GIB, Device
-from beit3.plan.dummy_inputs import built, example, named
-from beit3.plan.trace import Trace, trace
-from beit3.recipe import Recipe, TaskConfig
+from beit3.plan.dummy_inputs import build_meta_task, fill_class_names, make_example
+from beit3.plan.trace import Trace, trace_step
+from beit3.recipe import Recipe
 from beit3.task import Example, Task
-from beit3.training.parallel import bfloat16, blocks_of, dtype
+from beit3.tokenizer.visual import VisualTokenizerConfig
+from beit3.training.parallel import find_blocks, get_parameter_dtype, uses_bfloat16
 
 GATHERED_BLOCKS = 3
-"""Blocks that are whole at once: the one at work, the next on its way, and the buffer that it arrives in."""
-CONTEXT = 1 * GIB
+"""Blocks that are unsharded at once: the one at work, the next on its way, and the buffer that it
+arrives in."""
+CUDA_CONTEXT = 1 * GIB
 """Of CUDA and its libraries on each GPU."""
-NCCL = 1 * GIB
-"""Of its buffers, where there are several processes."""
-WHOLE = 6
-"""Networks up to this depth are traced whole, deeper ones at two smaller depths."""
-FRAGMENTED = 0.05
-"""Share of the tensors that the allocator's gaps add; a GPU's, for none was at hand to measure it."""
-
-
-PREFETCH = 4
+NCCL_BUFFERS = 1 * GIB
+"""Where there are several processes."""
+MAX_TRACED_DEPTH = 6
+"""Networks up to this depth are traced as they are, deeper ones at two smaller depths."""
+FRAGMENTATION = 0.05
+"""Fraction of the tensors that the gaps of a GPU's allocator add; assumed, for no GPU was at hand
+to measure it."""
+PREFETCHED_BATCHES = 4
 """Batches that each loader process holds ready (data/loader.py)."""
-NUMBERS = ("kept", "peak", "batch", "flops")
-"""Fields of a trace that grow by the same with every record and every block."""
+LINEAR_FIELDS = ("activations", "peak", "batch", "flops")
+"""Fields of a trace that grow linearly with the number of examples and of blocks."""
 
 
 @dataclass(frozen=True)
@@ -55,243 +59,276 @@ class Memory:
 
 
 @dataclass(frozen=True)
-class Sizes:
-    """Parameters of a task, in numbers: all that train, its largest block, those beside blocks; `*used`: those with a gradient."""
+class ParameterCounts:
+    """Numbers of a task's parameters: `*used` counts those that get a gradient."""
 
     trained: int
     used: int
     block: int
+    """Of the largest block."""
     block_used: int
     rest: int
+    """Trained parameters outside of blocks."""
     rest_used: int
     frozen: int
 
 
 class Estimate:
-    """One recipe of one task on `processes` devices, with or without recomputed activations."""
+    """One recipe of one task on `processes` devices, with its own setting of
+    `run.checkpointing`."""
 
-    def __init__(self, kind: type[Task], recipe: Recipe, device: Device, processes: int):
-        """ValueError for batches that do not divide over the processes."""
-        self.kind, self.device, self.processes = kind, device, processes
-        self.recipe = replace(recipe, task=named(recipe.task, processes))
-        self.sources = [name for name in kind.sources if recipe.data.batch.get(name)]
+    def __init__(self, task_class: type[Task], recipe: Recipe, device: Device, processes: int):
+        """Raises ValueError for batches that do not divide over the processes."""
+        self.task_class, self.device, self.processes = task_class, device, processes
+        self.recipe = replace(recipe, task=fill_class_names(recipe.task, processes))
+        self.sources = [name for name in task_class.sources if recipe.data.batch.get(name)]
         if not self.sources:
             raise ValueError(
-                f"data.batch names none of the sources {', '.join(kind.sources)}: give each a number of records"
+                f"data.batch names none of the sources {', '.join(task_class.sources)}: "
+                "give each a number of records"
             )
-        self.pieces(1)
+        self.split_batch(1)
         self.traces: dict[tuple[str, int, int], Trace] = {}
         self.examples: dict[str, Example] = {}
 
-    # What a step is --------------------------------------------------------------------------------------------------
+    # Micro-batches -----------------------------------------------------------------------------
 
-    def pieces(self, micro_batch: int) -> dict[str, list[int]]:
-        """The micro-batches of a process, by source; `micro_batch` 0 = its whole share."""
-        batch = self.recipe.data.batch
-        places = step_places(
-            0, batch, self.sources, micro_batch=micro_batch, rank=0, world=self.processes
+    def split_batch(self, micro_batch: int) -> dict[str, list[int]]:
+        """Returns the sizes of a process's micro-batches of one step by source; 0 = all its records
+        at once."""
+        micro_batches = sample_micro_batches(
+            0,
+            self.recipe.data.batch,
+            self.sources,
+            micro_batch=micro_batch,
+            rank=0,
+            world=self.processes,
         )
-        found: dict[str, list[int]] = {name: [] for name in self.sources}
-        for piece in places:
-            found[piece[0][0]].append(len(piece))
-        return found
+        sizes: dict[str, list[int]] = {name: [] for name in self.sources}
+        for positions in micro_batches:
+            source = positions[0][0]
+            sizes[source].append(len(positions))
+        return sizes
 
     @property
-    def share(self) -> int:
-        """Records of the largest source on one process."""
+    def max_micro_batch(self) -> int:
+        """Records of the largest source in a process's part of a step."""
         return max(self.recipe.data.batch[name] for name in self.sources) // self.processes
 
-    def micro_batches(self) -> list[int]:
-        """Divisors of the share, largest first; the whole share alone where a forward pass moves buffers."""
-        if self.kind.updates_buffers:
-            return [self.share]
-        return [size for size in range(self.share, 0, -1) if self.share % size == 0]
+    @property
+    def recipe_micro_batch(self) -> int:
+        """The recipe's micro-batch of the largest source."""
+        return min(self.recipe.run.micro_batch or self.max_micro_batch, self.max_micro_batch)
 
-    # What it takes ---------------------------------------------------------------------------------------------------
+    def list_micro_batches(self) -> list[int]:
+        """Returns the divisors of `max_micro_batch`, largest first; only itself where a forward
+        pass updates buffers."""
+        largest = self.max_micro_batch
+        if self.task_class.updates_buffers:
+            return [largest]
+        return [size for size in range(largest, 0, -1) if largest % size == 0]
+
+    def find_largest_micro_batch(self) -> int:
+        """Returns the largest micro-batch that fits into the device's memory; 0 where not even one
+        record does."""
+        limit = self.device.memory * GIB
+        for size in self.list_micro_batches():
+            if self.estimate_memory(size).total <= limit:
+                return size
+        return 0
+
+    # The network -------------------------------------------------------------------------------
 
     @property
-    def on_processor(self) -> bool:
+    def on_cpu(self) -> bool:
         return self.device.name == "cpu"
 
     @property
-    def half(self) -> bool:
+    def in_bfloat16(self) -> bool:
         """Whether matrix products are in bfloat16."""
-        return bfloat16(self.recipe.run, torch.device("cpu" if self.on_processor else "cuda"))
+        device = torch.device("cpu" if self.on_cpu else "cuda")
+        return uses_bfloat16(self.recipe.run, device)
 
     @cached_property
     def task(self) -> Task:
-        """All of it, on meta."""
-        return built(self.kind, self.recipe.task, self.recipe.run)
+        """The task on the meta device."""
+        return build_meta_task(self.task_class, self.recipe.task, self.recipe.run)
 
     @cached_property
-    def sizes(self) -> Sizes:
-        task = self.task
-        parameters = {name: parameter.numel() for name, parameter in task.trainable()}
-        learning = {
+    def sizes(self) -> ParameterCounts:
+        trained = dict(self.task.trainable_parameters())
+        unused_prefixes = tuple(self.task.unused_parameters)
+        used_ids = {
             id(parameter)
-            for name, parameter in task.trainable()
-            if not name.startswith(tuple(task.unused_parameters))
+            for name, parameter in trained.items()
+            if not name.startswith(unused_prefixes)
         }
-        blocks = [
-            sum(parameter.numel() for parameter in block.parameters()) for block in blocks_of(task)
-        ]
-        blocks_used = [
-            sum(p.numel() for p in block.parameters() if id(p) in learning)
-            for block in blocks_of(task)
-        ]
-        trained, used = (
-            sum(parameters.values()),
-            sum(p.numel() for _, p in task.trainable() if id(p) in learning),
-        )
-        return Sizes(
-            trained=trained,
-            used=used,
-            block=max(blocks, default=0),
-            block_used=max(blocks_used, default=0),
-            rest=trained - sum(blocks),
-            rest_used=used - sum(blocks_used),
-            frozen=sum(parameter.numel() for parameter in task.parameters()) - trained,
+        num_trained = sum(parameter.numel() for parameter in trained.values())
+        num_used = sum(p.numel() for p in trained.values() if id(p) in used_ids)
+        in_blocks, used_in_blocks = [], []
+        for block in find_blocks(self.task):
+            parameters = list(block.parameters())
+            in_blocks.append(sum(p.numel() for p in parameters))
+            used_in_blocks.append(sum(p.numel() for p in parameters if id(p) in used_ids))
+        return ParameterCounts(
+            trained=num_trained,
+            used=num_used,
+            block=max(in_blocks, default=0),
+            block_used=max(used_in_blocks, default=0),
+            rest=num_trained - sum(in_blocks),
+            rest_used=num_used - sum(used_in_blocks),
+            frozen=sum(parameter.numel() for parameter in self.task.parameters()) - num_trained,
         )
 
-    def example(self, source: str) -> Example:
-        """A stand-in of this source, made once: drawing a picture full of objects takes a second."""
+    # Traces ------------------------------------------------------------------------------------
+
+    def make_example(self, source: str) -> Example:
+        """Returns a dummy example of this source, made once: one full of objects takes a second."""
         if source not in self.examples:
-            self.examples[source] = example(self.task, source)
+            self.examples[source] = make_example(self.task, source)
         return self.examples[source]
 
-    def measure(self, source: str, count: int) -> Trace:
-        """A micro-batch of `count` records. One of the recipe's size is traced, others follow from it and one of half the size."""
-        share = self.recipe.data.batch[source] // self.processes
-        usual = min(self.recipe.run.micro_batch or share, share)
-        other = max(1, usual // 2) if usual > 1 else 2
-        if count in (usual, other):
-            return self.deep(source, count)
-        return line(count, (usual, self.deep(source, usual)), (other, self.deep(source, other)))
+    def trace_micro_batch(self, source: str, count: int) -> Trace:
+        """Returns the trace of `count` records.
 
-    def deep(self, source: str, count: int) -> Trace:
-        """Blocks of one kind take the same, so a deep network is traced at two small depths."""
-        model, low = self.recipe.task.model, shallow(self.recipe.task)
-        if getattr(model, "depth", 0) <= WHOLE:
-            return self.traced(source, count, 0)
-        return line(
-            model.depth,
-            (low, self.traced(source, count, low)),
-            (low + 1, self.traced(source, count, low + 1)),
+        The recipe's micro-batch and one of half its size are traced, other sizes follow from these.
+        """
+        per_process = self.recipe.data.batch[source] // self.processes
+        usual = min(self.recipe.run.micro_batch or per_process, per_process)
+        second = max(1, usual // 2) if usual > 1 else 2
+        if count in (usual, second):
+            return self.trace_network(source, count)
+        return interpolate(
+            count,
+            (usual, self.trace_network(source, usual)),
+            (second, self.trace_network(source, second)),
         )
 
-    def traced(self, source: str, count: int, depth: int) -> Trace:
-        """The trace itself, made once; depth 0 = the network's own."""
+    def trace_network(self, source: str, count: int) -> Trace:
+        """Returns the trace of the network at its full depth.
+
+        Blocks of one kind take the same, so a deep network follows from traces at two small depths.
+        """
+        config = self.recipe.task
+        has_depth = isinstance(config.model, ModelConfig | VisualTokenizerConfig)
+        if not has_depth or config.model.depth <= MAX_TRACED_DEPTH:
+            return self.trace_at_depth(source, count, 0)
+        low, high = config.base_depth, config.base_depth + 1
+        return interpolate(
+            config.model.depth,
+            (low, self.trace_at_depth(source, count, low)),
+            (high, self.trace_at_depth(source, count, high)),
+        )
+
+    def trace_at_depth(self, source: str, count: int, depth: int) -> Trace:
+        """Returns the trace of a network with `depth` blocks, made once; depth 0 = the network's
+        own."""
         key = source, count, depth
         if key not in self.traces:
-            config = self.recipe.task
-            config = replace(config, model=replace(config.model, depth=depth)) if depth else config
-            task = built(self.kind, config, self.recipe.run)
-            blocks = (
-                blocks_of(task)
-                if self.processes > 1 and self.half and not self.on_processor
-                else []
-            )
-            self.traces[key] = trace(
-                task,
-                self.example(source),
-                count,
-                torch.autocast("cpu", torch.bfloat16, enabled=self.half),
-                accelerator=not self.on_processor,
-                cached=self.kind.compares_examples
-                and count < self.recipe.data.batch[source] // self.processes,
-                half={id(parameter) for block in blocks for parameter in block.parameters()},
-            )
+            self.traces[key] = self._trace(source, count, depth)
         return self.traces[key]
 
-    def memory(self, micro_batch: int) -> Memory:
-        """At the peak of a step with this micro-batch."""
-        sizes, whole, count = self.sizes, dtype(self.recipe.run).itemsize, self.processes
-        pieces = self.pieces(micro_batch)
-        traces = {name: self.measure(name, max(found)) for name, found in pieces.items()}
-        kept = max(each.kept for each in traces.values())
-        several = sum(map(len, pieces.values())) > 1
-        if several:
-            gradients: float = sizes.used * whole
-        elif count == 1:
-            gradients = max(each.peak for each in traces.values()) - kept
+    def _trace(self, source: str, count: int, depth: int) -> Trace:
+        config = self.recipe.task
+        if depth:
+            config = replace(config, model=replace(config.model, depth=depth))
+        task = build_meta_task(self.task_class, config, self.recipe.run)
+        in_bfloat16: set[int] = set()
+        if self.processes > 1 and self.in_bfloat16 and not self.on_cpu:
+            for block in find_blocks(task):
+                in_bfloat16.update(map(id, block.parameters()))
+        per_process = self.recipe.data.batch[source] // self.processes
+        return trace_step(
+            task,
+            self.make_example(source),
+            count,
+            torch.autocast("cpu", torch.bfloat16, enabled=self.in_bfloat16),
+            accelerator=not self.on_cpu,
+            caches_features=self.task_class.compares_examples and count < per_process,
+            bfloat16_parameters=in_bfloat16,
+        )
+
+    # Estimates ---------------------------------------------------------------------------------
+
+    def estimate_memory(self, micro_batch: int) -> Memory:
+        """Estimates the memory of a device at the peak of a step with this micro-batch."""
+        counts, itemsize = self.sizes, get_parameter_dtype(self.recipe.run).itemsize
+        sizes = self.split_batch(micro_batch)
+        traces = {name: self.trace_micro_batch(name, max(sizes[name])) for name in self.sources}
+        activations = max(trace.activations for trace in traces.values())
+        batches = sum(
+            trace.batch * (len(sizes[name]) if self.on_cpu else 1) for name, trace in traces.items()
+        )
+        if sum(map(len, sizes.values())) > 1:  # gradients of earlier micro-batches are complete
+            gradients: float = counts.used * itemsize
+        elif self.processes == 1:
+            gradients = max(trace.peak for trace in traces.values()) - activations
         else:
-            gradients = (sizes.used / count + sizes.rest_used) * whole
-        half = 2 if self.half and not self.on_processor else whole
-        blocks = sizes.block * GATHERED_BLOCKS * half + sizes.block_used * (half + whole)
-        gathered = sizes.rest * whole + blocks if count > 1 else 0
-        tensors = Memory(
-            weights=sizes.trained * whole / count,
+            gradients = (counts.used / self.processes + counts.rest_used) * itemsize
+        memory = Memory(
+            weights=counts.trained * itemsize / self.processes,
             gradients=gradients,
-            optimizer=2 * sizes.used * whole / count,
-            frozen=sizes.frozen * whole,
-            gathered=gathered,
-            activations=kept,
-            batches=sum(
-                traces[name].batch * (len(found) if self.on_processor else 1)
-                for name, found in pieces.items()
-            ),
+            optimizer=2 * counts.used * itemsize / self.processes,
+            frozen=counts.frozen * itemsize,
+            gathered=self._estimate_gathered(itemsize),
+            activations=activations,
+            batches=batches,
             reserve=0,
         )
-        return replace(tensors, reserve=self.reserve(tensors.total))
+        return replace(memory, reserve=self._estimate_reserve(memory.total))
 
-    def reserve(self, tensors: float) -> float:
-        """What a GPU needs beside its tensors."""
-        if self.on_processor:
+    def _estimate_gathered(self, itemsize: int) -> int:
+        """Estimates the parameters that are unsharded at once, and the gradients of one block."""
+        if self.processes == 1:
             return 0
-        return CONTEXT + (NCCL if self.processes > 1 else 0) + FRAGMENTED * tensors
+        counts = self.sizes
+        block_itemsize = 2 if self.in_bfloat16 and not self.on_cpu else itemsize
+        blocks = counts.block * GATHERED_BLOCKS * block_itemsize
+        block_gradients = counts.block_used * (block_itemsize + itemsize)
+        return counts.rest * itemsize + blocks + block_gradients
 
-    def largest(self) -> int:
-        """The largest micro-batch that fits, by halves; 0 where not even one record does."""
-        limit = self.device.memory * GIB
-        return next((size for size in self.micro_batches() if self.memory(size).total <= limit), 0)
+    def _estimate_reserve(self, tensors: float) -> float:
+        """Estimates what a GPU needs beside its tensors."""
+        if self.on_cpu:
+            return 0
+        return CUDA_CONTEXT + (NCCL_BUFFERS if self.processes > 1 else 0) + FRAGMENTATION * tensors
 
-    def flops(self, micro_batch: int) -> float:
-        """Operations of a step on one process, as they are run: with what is computed twice."""
+    def count_flops(self, micro_batch: int) -> float:
+        """Returns the FLOPs of a step on one process as they are run, recomputation included."""
         return sum(
-            self.measure(name, size).flops
-            for name, sizes in self.pieces(micro_batch).items()
+            self.trace_micro_batch(name, size).flops
+            for name, sizes in self.split_batch(micro_batch).items()
             for size in sizes
         )
 
-    def waiting(self, micro_batch: int) -> float:
-        """Bytes of batches in a process's loader, in the memory of the machine."""
+    def estimate_loader_memory(self, micro_batch: int) -> float:
+        """Estimates the host memory of the batches in a process's loader."""
         largest = max(
-            self.measure(name, max(sizes)).batch for name, sizes in self.pieces(micro_batch).items()
+            self.trace_micro_batch(name, max(sizes)).batch
+            for name, sizes in self.split_batch(micro_batch).items()
         )
-        return largest * (1 + PREFETCH * self.recipe.data.workers)
+        return largest * (1 + PREFETCHED_BATCHES * self.recipe.data.workers)
 
-    def reads(self) -> dict[str, dict[str, int]]:
-        """Images and places for text in one record of each source."""
-        found = {}
+    def count_inputs(self) -> dict[str, dict[str, int]]:
+        """Returns the number of images and of text positions in one record of each source."""
+        counts = {}
         for name in self.sources:
-            made = self.example(name)
-            images = (
-                made["image"].shape[:-3].numel() if "image" in made else int("token_image" in made)
-            )
-            found[name] = {
-                "images": images,
-                "tokens": made["text"].numel() if "text" in made else 0,
-            }
-        return found
+            example = self.make_example(name)
+            if "image" in example:
+                images = example["image"].shape[:-3].numel()
+            else:
+                images = int("token_image" in example)
+            tokens = example["text"].numel() if "text" in example else 0
+            counts[name] = {"images": images, "tokens": tokens}
+        return counts
 
 
-def shallow(config: TaskConfig) -> int:
-    """A depth at which a network has all its layers that there are a fixed number of; one more is of the usual kind.
-
-    Blocks that see the whole picture amid windows, groups that an adapter talks with; else layers of fusion, which no trunk has.
-    """
-    groups = (
-        getattr(config, "num_global", 0),
-        getattr(getattr(config, "adapter", None), "num_interactions", 0),
-    )
-    return max(2, *groups) if any(groups) else 2 + getattr(config.model, "fusion_layers", 0)
-
-
-def line(at: float, one: tuple[float, Trace], other: tuple[float, Trace]) -> Trace:
-    """What lies on the straight line through two traces at places of their own."""
-    share = (at - one[0]) / (other[0] - one[0])
-    fields = {
-        name: getattr(one[1], name) + share * (getattr(other[1], name) - getattr(one[1], name))
-        for name in NUMBERS
-    }
-    return replace(one[1], **fields)
+def interpolate(x: float, start: tuple[float, Trace], end: tuple[float, Trace]) -> Trace:
+    """Returns the trace at `x` on the straight line through two (x, trace)."""
+    (x_start, trace_start), (x_end, trace_end) = start, end
+    fraction = (x - x_start) / (x_end - x_start)
+    values = {}
+    for name in LINEAR_FIELDS:
+        low, high = getattr(trace_start, name), getattr(trace_end, name)
+        values[name] = low + fraction * (high - low)
+    return replace(trace_start, **values)

@@ -1,6 +1,8 @@
-"""What the fine-tuned tasks say of held-out pictures, as HTML: panels in which the runs of one task stand side by side.
+"""What the fine-tuned tasks say of held-out pictures, as HTML: panels in which the runs of one task
+stand side by side.
 
-All runs are asked about the records of the first one. Pictures are shown as its network sees them, uint8 [H, W, 3];
+All runs are asked about the records of the first one. Pictures are shown as its network sees them,
+uint8 [H, W, 3];
 a cut, stretched or shrunken one is so here, too.
 """
 
@@ -22,13 +24,14 @@ from beit3.tasks.imagenet import ImageNet
 from beit3.tasks.nlvr2 import ANSWERS, NLVR2
 from beit3.tasks.retrieval import Retrieval
 from beit3.tasks.vqa import VQA
-from beit3.training.evaluate import batches
+from beit3.training.evaluate import iterate_batches
 
 SHOWN, SEARCHES = 12, 6
 """Cards of a panel: records that are answered, and searches, each with several results."""
 
 NEAREST, GALLERY = 3, 150
-"""Results of a search; pictures that are searched, which a network of base size encodes in minutes without an accelerator."""
+"""Results of a search; pictures that are searched, which a network of base size encodes in minutes
+without an accelerator."""
 
 HUMAN = 5
 """Captions of people shown for a picture."""
@@ -79,7 +82,7 @@ def beside(runs: Sequence[Run]) -> str:
     return ", run beside run" if len(runs) > 1 else ""
 
 
-# One picture, one answer of each run -------------------------------------------------------------------------------------
+# One picture, one answer of each run --------------------------------------------------------------
 
 
 def question_card(
@@ -117,7 +120,8 @@ def statement_card(
     statement = words(task, record["text"])
     answers = [
         [
-            f"{marked(each['answer'], each['answer'] == truth if truth else None)} {each['score']:.0%}"
+            f"{marked(each['answer'], each['answer'] == truth if truth else None)} "
+            f"{each['score']:.0%}"
         ]
         for each in given
     ]
@@ -153,7 +157,8 @@ def class_card(
     labels: Sequence[str],
     given: Sequence[Prediction],
 ) -> str:
-    """A picture, its likeliest classes as each run has them, and the true one; a class without a name goes by its number."""
+    """A picture, its likeliest classes as each run has them, and the true one; a class without a
+    name goes by its number."""
     assert isinstance(task, ImageNet)
     names, truth = task.config.classes, int(record.get("label", -1))
     true = (
@@ -173,7 +178,8 @@ def class_card(
 
 
 def class_line(place: int, candidate: Prediction, truth: int) -> str:
-    """A class and its probability, as HTML; the likeliest is at place 0, and a truth below 0 is not known."""
+    """A class and its probability, as HTML; the likeliest is at place 0, and a truth below 0 is not
+    known."""
     name = str(candidate.get("name", f"class {candidate['label']}"))
     right = first_or_right(place, candidate["label"] == truth) if truth >= 0 else None
     return f"{marked(name, right)} {candidate['score']:.0%}"
@@ -181,7 +187,8 @@ def class_line(place: int, candidate: Prediction, truth: int) -> str:
 
 @torch.no_grad()
 def _cards(runs: Sequence[Run], kind: type[Task], draw: Callable[..., str]) -> str:
-    """A card per record, with the predictions of all runs; the task and the pictures are those of the first."""
+    """A card per record, with the predictions of all runs; the task and the pictures are those of
+    the first."""
     found, first = (
         spread(records(runs[0], source_of(runs[0]), "val"), SHOWN),
         weights(runs[0], kind),
@@ -201,12 +208,13 @@ def _cards(runs: Sequence[Run], kind: type[Task], draw: Callable[..., str]) -> s
     return f'<div class="cards answers">{"".join(drawn)}</div>'
 
 
-# Searches ----------------------------------------------------------------------------------------------------------------
+# Searches -----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Gallery:
-    """Pictures [N] with their captions [T]; `owner` [T] is the picture of each. `likeness` [T, N] of captions and pictures, by run."""
+    """Pictures [N] with their captions [T]; `owner` [T] is the picture of each. `likeness` [T, N]
+    of captions and pictures, by run."""
 
     images: Sequence[np.ndarray]
     captions: Sequence[str]
@@ -232,7 +240,7 @@ def gallery(runs: Sequence[Run]) -> Gallery:
     likeness = []
     for run in runs:
         task, encoded = weights(run, Retrieval), []
-        for batch in batches(task, found, 16):
+        for batch in iterate_batches(task, found, 16):
             encoded += task.predict(batch)
             if run is runs[0]:
                 images += [*pixels(batch["image"])]
@@ -248,7 +256,8 @@ def gallery(runs: Sequence[Run]) -> Gallery:
 
 
 def picture_search(encoded: Gallery, place: int, labels: Sequence[str]) -> str:
-    """The first caption of picture `place`, and the pictures nearest to it in each run, the right one framed."""
+    """The first caption of picture `place`, and the pictures nearest to it in each run, the right
+    one framed."""
     query = int(np.flatnonzero(encoded.owner == place)[0])
     results = []
     for likeness in encoded.likeness:
@@ -299,7 +308,7 @@ def _searches(
     return f'{counted}<div class="cards answers">{"".join(drawn)}</div>'
 
 
-# Parts of a card ---------------------------------------------------------------------------------------------------------
+# Parts of a card ----------------------------------------------------------------------------------
 
 
 def card(shown: str, terms: str, heading: str = "", *, above: bool = False) -> str:
@@ -336,12 +345,14 @@ def marked(text: str, right: bool | None) -> str:
 
 
 def first_or_right(place: int, right: bool) -> bool | None:
-    """How a ranking is marked: the first result either way, later ones only where they are right."""
+    """How a ranking is marked: the first result either way, later ones only where they are
+    right."""
     return bool(right) if right or not place else None
 
 
 def words(task: Task, text: str | Sequence[int]) -> str:
-    """A record's text; of piece ids, which index files hold, the words where the tokenizer is at hand."""
+    """A record's text; of piece ids, which index files hold, the words where the tokenizer is at
+    hand."""
     if isinstance(text, str):
         return text
     return task.tokenizer.decode(text) if task.has_tokenizer else f"ids {' '.join(map(str, text))}"

@@ -1,4 +1,5 @@
-"""Runs of one task side by side, as HTML tables: scores with the best marked, and everything in which the runs differ.
+"""Runs of one task side by side, as HTML tables: scores with the best marked, and everything in
+which the runs differ.
 
 Fields have dotted names, as the command line has them: `optim.lr`, `data.batch.pairs`, `run.seed`.
 """
@@ -25,7 +26,7 @@ from beit3.report.curves import (
     unit,
 )
 from beit3.report.runs import Run, tails
-from beit3.training.log import duration
+from beit3.training.log import format_duration
 
 ABSENT = "—"
 LONGEST = 80
@@ -34,7 +35,8 @@ LONGEST = 80
 
 @dataclass(frozen=True)
 class Column:
-    """One figure of every run, None where a run has none. `better`: 1 larger, -1 smaller, 0 nobody can say."""
+    """One figure of every run, None where a run has none. `better`: 1 larger, -1 smaller, 0 nobody
+    can say."""
 
     title: str
     values: Sequence[float | None]
@@ -43,7 +45,8 @@ class Column:
 
 
 def score_table(runs: Sequence[Run]) -> str:
-    """A row per run: its best and last held-out scores, and what they cost; a star at the best of a column."""
+    """A row per run: its best and last held-out scores, and what they cost; a star at the best of a
+    column."""
     marked = not scored_apart(runs)
     columns = [
         column
@@ -59,7 +62,8 @@ def score_table(runs: Sequence[Run]) -> str:
             f'<th scope="row"><span class="run {run_class(index)}">{escape(run.label)}</span></th>'
         )
         cells = (
-            f'<td class="number best"><span role="img" aria-label="best">★</span> {escape(column.texts[index])}</td>'
+            '<td class="number best"><span role="img" aria-label="best">★</span> '
+            f"{escape(column.texts[index])}</td>"
             if marked and index in leaders(column)
             else f'<td class="number">{escape(column.texts[index])}</td>'
             for column in columns
@@ -70,7 +74,8 @@ def score_table(runs: Sequence[Run]) -> str:
 
 
 def scored_apart(runs: Sequence[Run]) -> list[str]:
-    """What keeps scores from being compared: the names of what runs were scored on or by that is not the same in all."""
+    """What keeps scores from being compared: the names of what runs were scored on or by that is
+    not the same in all."""
     scored_on = {
         "the records (data.root)": [run.recipe.get("data", {}).get("root") for run in runs],
         "the sources (data.batch)": [
@@ -89,7 +94,8 @@ def scored_apart(runs: Sequence[Run]) -> list[str]:
 
 
 def score_columns(runs: Sequence[Run]) -> list[Column]:
-    """The headline at its best and the step of that, where it was taken twice; then the last of every score, the headline first."""
+    """The headline at its best and the step of that, where it was taken twice; then the last of
+    every score, the headline first."""
     found, first = [], headline(runs[0].task)
     taken = [run.series(f"val/{first}") for run in runs]
     again = any(len(steps) > 1 for steps, _ in taken)
@@ -128,13 +134,14 @@ def score_column(title: str, name: str, values: Sequence[float | None], task: st
 
 
 def cost_columns(runs: Sequence[Run]) -> list[Column]:
-    """Steps, and where they were logged: time without evaluations, the share of it spent waiting, records a second, peak memory."""
+    """Steps, and where they were logged: time without evaluations, the share of it spent waiting,
+    records a second, peak memory."""
     seconds, waits, rates, peaks = (
         [getattr(run, name)() for run in runs] for name in ("seconds", "waiting", "rate", "memory")
     )
     return [
         Column("steps", [float(run.steps) for run in runs], [str(run.steps) for run in runs]),
-        Column("training", seconds, [duration(value) if value else "" for value in seconds]),
+        Column("training", seconds, [format_duration(value) if value else "" for value in seconds]),
         Column("of it waiting", waits, [f"{value:.0%}" if value else "" for value in waits]),
         Column("records/s", rates, [f"{value:.0f}" if value else "" for value in rates]),
         Column("peak memory (GB)", peaks, [f"{value:.1f}" if value else "" for value in peaks]),
@@ -142,7 +149,8 @@ def cost_columns(runs: Sequence[Run]) -> list[Column]:
 
 
 def direction(name: str, task: str) -> int:
-    """Whether larger (1) or smaller (-1) scores of a name are better; 0 where the name does not say."""
+    """Whether larger (1) or smaller (-1) scores of a name are better; 0 where the name does not
+    say."""
     last = name.rpartition("/")[2]
     if (
         last == headline(task)
@@ -155,7 +163,8 @@ def direction(name: str, task: str) -> int:
 
 
 def leaders(column: Column) -> set[int]:
-    """The runs with the best value of a column, all that are written alike; none where all are, or one alone has any."""
+    """The runs with the best value of a column, all that are written alike; none where all are, or
+    one alone has any."""
     values = {
         index: column.better * value
         for index, value in enumerate(column.values)
@@ -185,7 +194,8 @@ def scored(name: str, value: Any) -> Any:
 
 
 def score_format(name: str, other: str) -> str:
-    """How scores of a name are written: shares in percent, captions' scores as precisely as papers print them, else `other`."""
+    """How scores of a name are written: shares in percent, captions' scores as precisely as papers
+    print them, else `other`."""
     parts = name.split("/")
     return (
         ".3f"
@@ -197,14 +207,15 @@ def score_format(name: str, other: str) -> str:
 
 
 def aligned(name: str, values: Sequence[float | None]) -> list[str]:
-    """Scores of one name with as many decimals each, so that they can be read one below the other; "" for None."""
+    """Scores of one name with as many decimals each, so that they can be read one below the other;
+    "" for None."""
     there = [abs(value) for value in values if value is not None]
     decimals = max(0, 3 - math.floor(math.log10(max(there)))) if there and max(there) > 0 else 0
     form = score_format(name, f".{min(decimals, 8)}f")
     return ["" if value is None else f"{value:{form}}" for value in values]
 
 
-# What differs --------------------------------------------------------------------------------------------------------
+# What differs -------------------------------------------------------------------------------------
 
 
 def flat(value: Any, where: str = "") -> dict[str, Any]:
@@ -219,7 +230,8 @@ def flat(value: Any, where: str = "") -> dict[str, Any]:
 
 
 def fields(run: Run) -> dict[str, Any]:
-    """Everything that a run is: its recipe as its records completed it, its start, and the digests of what it read."""
+    """Everything that a run is: its recipe as its records completed it, its start, and the digests
+    of what it read."""
     inputs = dict(run.inputs)
     completed = flat(inputs.pop("config", None), "task")
     return (
@@ -228,7 +240,8 @@ def fields(run: Run) -> dict[str, Any]:
 
 
 def state(run: Run) -> dict[str, Any]:
-    """Where and by which code a run ran, as far as it is known, without its command line and its time."""
+    """Where and by which code a run ran, as far as it is known, without its command line and its
+    time."""
     known = {name: value for name, value in run.environment.items() if value not in (None, "")}
     return {
         name: value for name, value in flat(known).items() if name not in ("command", "started")
@@ -242,7 +255,8 @@ def command(run: Run) -> str:
 
 
 def differences(runs: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
-    """Dotted name -> each run's value as text, for the names whose values are not the same in all runs."""
+    """Dotted name -> each run's value as text, for the names whose values are not the same in all
+    runs."""
     names = dict.fromkeys(name for run in runs for name in run)
     rows = {name: [run.get(name, ABSENT) for run in runs] for name in names}
     return {
@@ -253,7 +267,8 @@ def differences(runs: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
 
 
 def texts(values: Sequence[Any]) -> list[str]:
-    """Values as text, paths and long ones shortened, but never so that two different ones look the same."""
+    """Values as text, paths and long ones shortened, but never so that two different ones look the
+    same."""
     whole = [
         value
         if isinstance(value, str)

@@ -1,7 +1,10 @@
-"""Pictures of a run's numbers: curves of one or several runs, of the parts of one network, and codebook usage, as inline SVG.
+"""Pictures of a run's numbers: curves of one or several runs, of the parts of one network, and
+codebook usage, as inline SVG.
 
-Shapes: runs and numbers -> str, one `<svg>` element without ids of ours, scripts or links. Text and axes take
-the page's own colour, so that one picture serves light and dark pages. Runs differ in colour and in dash.
+Shapes: runs and numbers -> str, one `<svg>` element without ids of ours, scripts or links. Text and
+axes take
+the page's own colour, so that one picture serves light and dark pages. Runs differ in colour and in
+dash.
 """
 
 import io
@@ -26,7 +29,7 @@ from matplotlib.ticker import (
 )
 
 from beit3 import task as tasks
-from beit3.metrics.detection import FIGURES
+from beit3.metrics.detection import COCO_METRICS
 from beit3.report.runs import Run
 
 PALETTE = ("#2f7fd0", "#e06c1f", "#7a5cd6", "#149a7a", "#c9417f")
@@ -57,7 +60,8 @@ POWERS_FROM = 300.0
 """The same, from which it is marked at powers of ten alone."""
 
 MOVED = 1e-6
-"""By how much a score must have changed to be drawn: BLEU-4 is some 1e-10 while no phrase is right."""
+"""By how much a score must have changed to be drawn: BLEU-4 is some 1e-10 while no phrase is
+right."""
 
 MAX_BARS, BAR = 40, 0.17
 """Classes in a chart of bars; inches that one of them takes."""
@@ -68,9 +72,10 @@ NATS = ("pretrain", "vqa", "nlvr2", "captioning", "retrieval", "imagenet")
 DETECTION_SCORES = {
     f"{kind}_{name}": f"{kind} {name[:2].upper()}{name[2:].replace('_', ' ')}"
     for kind in ("box", "mask")
-    for name in FIGURES
+    for name in COCO_METRICS
 }
-"""How COCO's figures are written: 'box AP50', 'mask AR small'; -1 stands for one that is not defined."""
+"""How COCO's figures are written: 'box AP50', 'mask AR small'; -1 stands for one that is not
+defined."""
 
 TABLED = tuple(name for name in DETECTION_SCORES if not name.endswith(("_ap", "_ap50")))
 """Scores that a table of their own shows, and that would hide the others elsewhere."""
@@ -126,9 +131,11 @@ SPELLED = {
 
 @dataclass(frozen=True)
 class Chart:
-    """What one picture shows: a logged name of training batches, names of the same quantity on held-out records, or both.
+    """What one picture shows: a logged name of training batches, names of the same quantity on
+    held-out records, or both.
 
-    A run is drawn with the first of `held_out` that it has logged, and only if it trained on the quantity.
+    A run is drawn with the first of `held_out` that it has logged, and only if it trained on the
+    quantity.
     """
 
     title: str
@@ -142,7 +149,8 @@ def run_class(index: int) -> str:
 
 
 def charts(runs: Sequence[Run]) -> list[Chart]:
-    """Quantities of these runs of one task worth a picture: losses, accuracies, then scores that were taken twice and moved."""
+    """Quantities of these runs of one task worth a picture: losses, accuracies, then scores that
+    were taken twice and moved."""
     logged = list(dict.fromkeys(key for run in runs for key in run.names()))
     losses = [key for key in logged if key.startswith("loss/")] or [
         key for key in logged if key == "loss"
@@ -173,9 +181,11 @@ def charts(runs: Sequence[Run]) -> list[Chart]:
 
 
 def held_out_names(key: str) -> tuple[str, ...]:
-    """Names under which the quantity of a logged name is scored on held-out records, the closest first.
+    """Names under which the quantity of a logged name is scored on held-out records, the closest
+    first.
 
-    'accuracy' -> 'val/accuracy'; 'loss/pair_text' -> 'val/pairs/text_loss' where there are several sources, else 'val/text_loss'.
+    'accuracy' -> 'val/accuracy'; 'loss/pair_text' -> 'val/pairs/text_loss' where there are several
+    sources, else 'val/text_loss'.
     """
     kind, _, name = key.partition("/")
     what = "accuracy" if "accuracy" in (kind, name) else "loss"
@@ -188,7 +198,8 @@ def held_out_names(key: str) -> tuple[str, ...]:
 
 
 def headline(task: str) -> str:
-    """The score that a task's best weights are chosen by; empty for a task that is not installed here."""
+    """The score that a task's best weights are chosen by; empty for a task that is not installed
+    here."""
     try:
         return tasks.load_task(task).headline
     except (ImportError, ValueError):
@@ -211,7 +222,8 @@ def spelled(name: str) -> str:
 
 
 def unit(name: str, task: str) -> str:
-    """' (nats)' behind the name of a cross-entropy, ' (codes)' behind a perplexity of codes, else nothing."""
+    """' (nats)' behind the name of a cross-entropy, ' (codes)' behind a perplexity of codes, else
+    nothing."""
     last = name.rpartition("/")[2]
     if last == "perplexity":
         return " (codes)"
@@ -219,7 +231,8 @@ def unit(name: str, task: str) -> str:
 
 
 def curve(runs: Sequence[Run], chart: Chart) -> str:
-    """One quantity of all runs, overlaid: the smoothed course of training, rings where held-out records were scored."""
+    """One quantity of all runs, overlaid: the smoothed course of training, rings where held-out
+    records were scored."""
     figure, axes = _axes(chart.title)
     drawn: list[np.ndarray] = []
     ends: list[str] = []
@@ -227,7 +240,8 @@ def curve(runs: Sequence[Run], chart: Chart) -> str:
         color, dash = _look(index)
         steps, values = run.series(chart.training)
         if len(steps):
-            # Logged batches are averaged over a tenth of the run; scores of a whole split need no smoothing.
+            # Logged batches are averaged over a tenth of the run; scores of a whole split need no
+            # smoothing.
             smoothed, stride = smooth(values, len(values) // 20), math.ceil(len(steps) / MAX_POINTS)
             if len(runs) <= MAX_RAW:
                 axes.plot(steps[::stride], values[::stride], color=color, alpha=0.4, linewidth=0.8)
@@ -261,7 +275,8 @@ def curve(runs: Sequence[Run], chart: Chart) -> str:
 
 
 def part_curve(run: Run, prefix: str, title: str) -> str:
-    """Every `prefix/<part>` of one run, named at its end; of a numbered row (`blocks.0`, ...) the first and the last are named."""
+    """Every `prefix/<part>` of one run, named at its end; of a numbered row (`blocks.0`, ...) the
+    first and the last are named."""
     figure, axes = _axes(title)
     lines = {name.removeprefix(f"{prefix}/"): run.series(name) for name in run.names(f"{prefix}/")}
     lines = {part: series for part, series in lines.items() if len(series[0])}
@@ -279,7 +294,8 @@ def part_curve(run: Run, prefix: str, title: str) -> str:
 
 
 def part_looks(parts: Sequence[str]) -> dict[str, tuple[str, tuple, bool]]:
-    """(colour, line style, whether it is named) of each part: rows of three or more shade from blue to pink with their number."""
+    """(colour, line style, whether it is named) of each part: rows of three or more shade from blue
+    to pink with their number."""
     rows: dict[str, list[str]] = {}
     for part in parts:
         rows.setdefault(re.sub(r"\d+", "#", part), []).append(part)
@@ -299,7 +315,8 @@ def part_looks(parts: Sequence[str]) -> dict[str, tuple[str, tuple, bool]]:
 
 
 def moved_apart(places: Sequence[float], gap: float) -> list[float]:
-    """Places in [0, 1] with at least `gap` between them, in their order and near where they were, as far as there is room."""
+    """Places in [0, 1] with at least `gap` between them, in their order and near where they were,
+    as far as there is room."""
     order = np.argsort(places, kind="stable")
     moved = np.clip(np.asarray(places, dtype=float), 0, 1)
     for before, after in zip(order, order[1:], strict=False):
@@ -318,7 +335,8 @@ def spans_decades(lines: Iterable[np.ndarray], ratio: float = LOG_FROM) -> bool:
 
 
 def smooth(values: np.ndarray, reach: int) -> np.ndarray:
-    """Mean of each value [T] and its neighbours up to `reach` away on either side, as far as there are any."""
+    """Mean of each value [T] and its neighbours up to `reach` away on either side, as far as there
+    are any."""
     total = np.concatenate(([0.0], np.cumsum(values)))
     place = np.arange(len(values))
     first, last = np.maximum(0, place - reach), np.minimum(len(values), place + reach + 1)
@@ -326,7 +344,8 @@ def smooth(values: np.ndarray, reach: int) -> np.ndarray:
 
 
 def usage_figures(counts: np.ndarray) -> tuple[float, float]:
-    """(share of codes in use, perplexity) of how often each code [K] was given; (0, 0) for none at all."""
+    """(share of codes in use, perplexity) of how often each code [K] was given; (0, 0) for none at
+    all."""
     if not counts.sum():
         return 0.0, 0.0
     shares = counts[counts > 0] / counts.sum()
@@ -346,14 +365,16 @@ def usage_bars(counts: np.ndarray) -> str:
     share, perplexity = usage_figures(counts)
     return _svg(
         figure,
-        f"patches per code; {share:.0%} of {len(counts)} codes are used, perplexity {perplexity:.1f}",
+        f"patches per code; {share:.0%} of {len(counts)} codes are used, perplexity "
+        f"{perplexity:.1f}",
     )
 
 
 def class_bars(
     title: str, rows: Sequence[tuple[str, Sequence[float]]], runs: Sequence[str]
 ) -> list[str]:
-    """SVGs of shares by class, (name, one of each run), those of the first run from the largest down, `MAX_BARS` classes in each."""
+    """SVGs of shares by class, (name, one of each run), those of the first run from the largest
+    down, `MAX_BARS` classes in each."""
     ordered = sorted(rows, key=lambda row: -row[1][0])
     return [
         _bars(title, ordered[start : start + MAX_BARS], runs)
@@ -409,7 +430,8 @@ def _scale(axes: Axes, lines: Sequence[np.ndarray], *, share: bool = False) -> N
 
 
 def _name_ends(axes: Axes, ends: Sequence[tuple[str, str, float, float]]) -> None:
-    """(name, colour, step, value) of each line's end, written to the right of the axes and joined to the line."""
+    """(name, colour, step, value) of each line's end, written to the right of the axes and joined
+    to the line."""
     axes.autoscale_view()
     bottom, inside = axes.get_ylim()[0], axes.transScale + axes.transLimits
     ends = [

@@ -1,6 +1,8 @@
-"""What detection and segmentation find in held-out pictures, as HTML: the truth beside what each run says, and how good each class is.
+"""What detection and segmentation find in held-out pictures, as HTML: the truth beside what each
+run says, and how good each class is.
 
-All runs are asked about the records of the first one. COCO's twelve figures are those of the runs themselves; what stands by
+All runs are asked about the records of the first one. COCO's twelve figures are those of the runs
+themselves; what stands by
 class is counted here, over as many pictures as `SECONDS` allow, and says over how many.
 """
 
@@ -14,11 +16,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from beit3.data.views.label_maps import IGNORE, open_label_map
+from beit3.data.views.label_maps import IGNORE_INDEX, open_label_map
 from beit3.images import open_image
-from beit3.metrics.detection import FIGURES, Kind, coco_ap
-from beit3.metrics.segmentation import class_ious
-from beit3.metrics.segmentation import figures as segmentation_figures
+from beit3.metrics.detection import COCO_METRICS, IouKind, compute_coco_ap
+from beit3.metrics.segmentation import compute_class_ious
+from beit3.metrics.segmentation import summarize_confusion as segmentation_figures
 from beit3.report.answers import beside, source_of
 from beit3.report.compare import ABSENT
 from beit3.report.curves import class_bars, run_class, spelled
@@ -36,15 +38,16 @@ from beit3.report.panel_inputs import Panel, panel, records, weights
 from beit3.report.pictures import LARGEST, picture
 from beit3.report.runs import Run
 from beit3.task import Prediction, Record, Task
-from beit3.tasks.ade20k import Ade20k, decoded, matrix, meaning
+from beit3.tasks.ade20k import Ade20k, decode_label_map, label_map_options, sum_confusion
 from beit3.tasks.coco import Coco
-from beit3.training.evaluate import batches
+from beit3.training.evaluate import iterate_batches
 
 SHOWN = 8
 """Pictures that are drawn."""
 
 COUNTED, SECONDS = 200, 60.0
-"""Pictures that classes are counted over, and how long the first run may take for them; those that are drawn are always asked."""
+"""Pictures that classes are counted over, and how long the first run may take for them; those that
+are drawn are always asked."""
 
 BATCH = 2
 """Pictures asked at once: at 1024 pixels eight would take several GB."""
@@ -55,7 +58,8 @@ CHIPS = 12
 
 @dataclass(frozen=True)
 class Asked:
-    """Held-out records [N] in a fixed shuffled order, and what each run says of all of them. `task`: of the first run."""
+    """Held-out records [N] in a fixed shuffled order, and what each run says of all of them.
+    `task`: of the first run."""
 
     task: Task
     records: Sequence[Record]
@@ -92,7 +96,7 @@ def ask(runs: Sequence[Run], kind: type[Task]) -> Asked:
     for run in runs:
         task = first if run is runs[0] else weights(run, kind)
         started, predictions = time.monotonic(), []
-        for batch in batches(task, found, BATCH):
+        for batch in iterate_batches(task, found, BATCH):
             predictions += task.predict(batch)
             if (
                 run is runs[0]
@@ -116,7 +120,8 @@ def _cards(runs: Sequence[Run], asked: Asked, draw: Any) -> str:
 
 
 def views(shown: Sequence[tuple[str, str]], below: str = "", *, lettered: bool = False) -> str:
-    """Pictures side by side under their names, both HTML, and what stands below them. lettered: they are large enough to be read."""
+    """Pictures side by side under their names, both HTML, and what stands below them. lettered:
+    they are large enough to be read."""
     kind = " lettered" if lettered else ""
     figures = "".join(
         f"<figure><figcaption>{name}</figcaption>{image}</figure>" for name, image in shown
@@ -144,11 +149,12 @@ def class_names(task: Task) -> Sequence[str]:
     )
 
 
-# Objects -----------------------------------------------------------------------------------------------------------------
+# Objects ------------------------------------------------------------------------------------------
 
 
 def figure_table(runs: Sequence[Run]) -> str:
-    """A row per figure, a column per run and kind; of percent only the number, as papers have it."""
+    """A row per figure, a column per run and kind; of percent only the number, as papers have
+    it."""
     kinds = [kind for kind in ("box", "mask") if any(f"{kind}_ap" in run.scores for run in runs)]
     if not kinds:
         raise ValueError("there are no held-out scores yet")
@@ -159,10 +165,11 @@ def figure_table(runs: Sequence[Run]) -> str:
         for kind in kinds
     ]
     rows = []
-    for name in FIGURES:
+    for name in COCO_METRICS:
         values = [run.scores.get(f"{kind}_{name}") for run in runs for kind in kinds]
         cells = (
-            f'<td class="number">{ABSENT if value is None or value < 0 else f"{100 * value:.1f}"}</td>'
+            "<td "
+            f'class="number">{ABSENT if value is None or value < 0 else f"{100 * value:.1f}"}</td>'
             for value in values
         )
         rows.append(
@@ -209,9 +216,11 @@ def _precisions(runs: Sequence[Run], asked: Asked) -> str:
     outlined = outlined and all(
         each.get("segmentation") for record in asked.records for each in record["objects"]
     )
-    kinds: tuple[Kind, ...] = ("box", "mask") if outlined else ("box",)
+    kinds: tuple[IouKind, ...] = ("box", "mask") if outlined else ("box",)
     for kind in kinds:
-        found = [coco_ap(said, asked.records, kind=kind)["per_class"] for said in asked.said]
+        found = [
+            compute_coco_ap(said, asked.records, kind=kind)["per_class"] for said in asked.said
+        ]
         known = [label for label in found[0] if found[0][label] >= 0]
         values = [(name_of(label, names), [each[label] for each in found]) for label in known]
         charts += class_bars(
@@ -220,16 +229,17 @@ def _precisions(runs: Sequence[Run], asked: Asked) -> str:
     return _over(runs, asked) + _grid(charts)
 
 
-# Scenes ------------------------------------------------------------------------------------------------------------------
+# Scenes -------------------------------------------------------------------------------------------
 
 
 def scene_card(
     task: Task, record: Record, labels: Sequence[str], given: Sequence[Prediction]
 ) -> str:
-    """A picture, its true labels, and those that each run gives, over the names of their colours."""
+    """A picture, its true labels, and those that each run gives, over the names of their
+    colours."""
     names, image = class_names(task), open_image(record["image"]).permute(1, 2, 0).numpy()
-    truth = open_label_map(record["label_map"], **meaning(record)).numpy().astype(int)
-    maps, known = [decoded(prediction) for prediction in given], truth != IGNORE
+    truth = open_label_map(record["label_map"], **label_map_options(record)).numpy().astype(int)
+    maps, known = [decode_label_map(prediction) for prediction in given], truth != IGNORE_INDEX
     shown = [
         ("picture", picture(image, "held-out picture", largest=LARGEST)),
         ("truth", _mapped(image, truth, names, "true")),
@@ -238,18 +248,19 @@ def scene_card(
         right = f", {(found == truth)[known].mean():.0%} right" if known.any() else ""
         shown.append((f"{name}{right}", _mapped(image, found, names, "found")))
     pixels = np.concatenate([each.ravel() for each in (truth, *maps)])
-    return views(shown, legend(shares(pixels, names, ignore=IGNORE)))
+    return views(shown, legend(shares(pixels, names, ignore=IGNORE_INDEX)))
 
 
 def _mapped(image: np.ndarray, labels: np.ndarray, names: Sequence[str], what: str) -> str:
     said = (
         ", ".join(
-            f"{row['name']} {percent(row['share'])}" for row in shares(labels, names, ignore=IGNORE)
+            f"{row['name']} {percent(row['share'])}"
+            for row in shares(labels, names, ignore=IGNORE_INDEX)
         )
         or "none"
     )
     return picture(
-        np.asarray(draw_map(image, labels, side=LARGEST, ignore=IGNORE)),
+        np.asarray(draw_map(image, labels, side=LARGEST, ignore=IGNORE_INDEX)),
         f"the same in its {what} labels: {said}",
     )
 
@@ -266,8 +277,11 @@ def legend(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def _overlaps(runs: Sequence[Run], asked: Asked) -> str:
     """Bars of each class's intersection over union, below the means of all."""
-    names, matrices = class_names(asked.task), [matrix(said, asked.records) for said in asked.said]
-    ious, lines = [class_ious(each) for each in matrices], []
+    names, matrices = (
+        class_names(asked.task),
+        [sum_confusion(said, asked.records) for said in asked.said],
+    )
+    ious, lines = [compute_class_ious(each) for each in matrices], []
     for name, each in zip(run_names([run.label for run in runs]), matrices, strict=True):
         said = "".join(
             f"<span><b>{value:.1%}</b> {escape(spelled(key))}</span> "

@@ -1,7 +1,10 @@
-"""What was found in a picture, drawn onto it: boxes with names and scores, masks, and maps of labels with a legend.
+"""What was found in a picture, drawn onto it: boxes with names and scores, masks, and maps of
+labels with a legend.
 
-Shapes: pictures uint8 [H, W, 3], labels int [H, W], objects as predictions hold them -> Pillow pictures. A label
-has one colour everywhere. Lines and letters grow with the picture; small pictures are enlarged, so that names can be read.
+Shapes: pictures uint8 [H, W, 3], labels int [H, W], objects as predictions hold them -> Pillow
+pictures. A label
+has one colour everywhere. Lines and letters grow with the picture; small pictures are enlarged, so
+that names can be read.
 """
 
 import math
@@ -14,11 +17,11 @@ import matplotlib
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from beit3.data.stores.rle import RLE, decode, encode, extent, rasterise
+from beit3.data.stores.rle import RLE, compute_box, decode_rle, encode_rle, rasterize
 from beit3.files import atomic_write
 from beit3.images import open_image
 from beit3.task import Prediction, Record
-from beit3.tasks.ade20k import decoded
+from beit3.tasks.ade20k import decode_label_map
 
 if TYPE_CHECKING:
     from beit3.predict import Predictor
@@ -39,7 +42,8 @@ LEAST = 400
 """Longest side in pixels below which a picture is enlarged."""
 
 LINES_PER_SIDE, LETTERS_PER_SIDE = 400, 48
-"""The longest side over the width of a line, and over the size of letters: 3 and 27 pixels of 1280."""
+"""The longest side over the width of a line, and over the size of letters: 3 and 27 pixels of
+1280."""
 
 THINNEST, SMALLEST = 2, 13
 """Pixels of a line and of letters at the least."""
@@ -48,7 +52,8 @@ TINT, FILL = 0.4, 0.65
 """How much of the colour is in a mask, and in a map of labels."""
 
 EDGE, PAPER, INK = (16, 16, 16), (255, 255, 255), (24, 24, 24)
-"""What lies around coloured lines, for they must show on pictures of any brightness; the legend's ground and letters."""
+"""What lies around coloured lines, for they must show on pictures of any brightness; the legend's
+ground and letters."""
 
 LONGEST_NAME, LEGEND = 40, 24
 """Characters of a name, and classes in a legend; what is longer is cut."""
@@ -64,7 +69,7 @@ MORE_LETTERS = (
 """Fonts of the system for letters that DejaVu, which comes with matplotlib, does not have."""
 
 
-# Files -------------------------------------------------------------------------------------------------------------------
+# Files --------------------------------------------------------------------------------------------
 
 
 def predict_drawn(
@@ -74,10 +79,12 @@ def predict_drawn(
     *,
     min_score: float | None = None,
 ) -> list[Prediction]:
-    """Ask, draw what is found in the picture `inputs[0]` into the file `out`, and return it in short: objects without masks,
+    """Ask, draw what is found in the picture `inputs[0]` into the file `out`, and return it in
+    short: objects without masks,
     and of a map what share of the picture each class has.
 
-    min_score: of objects that are drawn and returned, by default `MIN_SCORE`. ValueError for a name that is no picture's, for
+    min_score: of objects that are drawn and returned, by default `MIN_SCORE`. ValueError for a name
+    that is no picture's, for
     the picture's own, and for predictions that are neither objects nor a map.
     """
     if not out:
@@ -113,30 +120,34 @@ def predict_drawn(
 def drawing(
     image: np.ndarray, prediction: Prediction, names: Sequence[str], *, min_score: float
 ) -> tuple[Image.Image, Prediction]:
-    """A picture with its prediction drawn onto it, and the prediction in short. names: of a map's labels; objects carry theirs."""
+    """A picture with its prediction drawn onto it, and the prediction in short. names: of a map's
+    labels; objects carry theirs."""
     short = {key: prediction[key] for key in ("id", "height", "width") if key in prediction}
     if "objects" in prediction:
         objects = [each for each in prediction["objects"] if each["score"] >= min_score]
         rows = [{key: value for key, value in each.items() if key != "mask"} for each in objects]
         return draw_objects(image, objects), short | {"objects": rows}
     if "map" in prediction:
-        labels = decoded(prediction)
+        labels = decode_label_map(prediction)
         rows = shares(labels, names)
         return with_legend(draw_map(image, labels), rows), short | {"classes": rows}
     raise ValueError(
-        "these weights find neither objects nor a map of labels: there is nothing to draw, leave --out and --min-score out"
+        "these weights find neither objects nor a map of labels: there is nothing to draw, leave "
+        "--out and --min-score out"
     )
 
 
-# Objects -----------------------------------------------------------------------------------------------------------------
+# Objects ------------------------------------------------------------------------------------------
 
 
 def draw_objects(
     image: np.ndarray, objects: Sequence[Mapping[str, Any]], *, side: int = 0
 ) -> Image.Image:
-    """Objects, the best first, with `box` [x, y, w, h], `label`, and where they have them `name`, `score` and `mask`, an RLE.
+    """Objects, the best first, with `box` [x, y, w, h], `label`, and where they have them `name`,
+    `score` and `mask`, an RLE.
 
-    A name that would hide a better object's is left out. side: the longest side of what is returned, 0 = the picture's own or `LEAST`.
+    A name that would hide a better object's is left out. side: the longest side of what is
+    returned, 0 = the picture's own or `LEAST`.
     """
     canvas, scale = _scaled(image, side)
     pixels = np.array(canvas)
@@ -159,7 +170,8 @@ def draw_objects(
 
 
 def true_objects(record: Record, names: Sequence[str]) -> list[dict[str, Any]]:
-    """A record's objects as `draw_objects` takes them, the largest first: names are placed in that order."""
+    """A record's objects as `draw_objects` takes them, the largest first: names are placed in that
+    order."""
     found = []
     for each in sorted(record.get("objects", ()), key=lambda each: -each["area"]):
         crowd = " (crowd)" if each["crowd"] else ""
@@ -172,7 +184,7 @@ def true_objects(record: Record, names: Sequence[str]) -> list[dict[str, Any]]:
         found.append(
             row
             | (
-                {"mask": encode(rasterise(outline, record["height"], record["width"]))}
+                {"mask": encode_rle(rasterize(outline, record["height"], record["width"]))}
                 if outline
                 else {}
             )
@@ -181,11 +193,12 @@ def true_objects(record: Record, names: Sequence[str]) -> list[dict[str, Any]]:
 
 
 def _tint(pixels: np.ndarray, mask: RLE, scale: float, paint: Color, line: int) -> None:
-    """Colour a mask's pixels and draw its outline, in place; of a large picture only where the mask is."""
-    left, top, right, bottom = extent(mask)
+    """Colour a mask's pixels and draw its outline, in place; of a large picture only where the mask
+    is."""
+    left, top, right, bottom = compute_box(mask)
     if right <= left or bottom <= top:
         return
-    inside = Image.fromarray(decode(mask).numpy()[top:bottom, left:right] * 255)
+    inside = Image.fromarray(decode_rle(mask).numpy()[top:bottom, left:right] * 255)
     x, y = round(left * scale), round(top * scale)
     inside = inside.resize(
         (max(1, round(right * scale) - x), max(1, round(bottom * scale) - y)),
@@ -232,7 +245,8 @@ def _tag(
     size: int,
     taken: Sequence[Box],
 ) -> list[Box]:
-    """Write a name at a corner of its box [x, y, w, h]; where all corners are `taken`, its colour has to do. Gives the place."""
+    """Write a name at a corner of its box [x, y, w, h]; where all corners are `taken`, its colour
+    has to do. Gives the place."""
     letters, margin = font(text, size), max(2, size // 5)
     left, _, right, _ = pen.textbbox((0, 0), text, font=letters)
     width, height = right - left + 2 * margin, size + 2 * margin
@@ -264,13 +278,14 @@ def _meet(one: Box, other: Box) -> bool:
     return one[0] < other[2] and other[0] < one[2] and one[1] < other[3] and other[1] < one[3]
 
 
-# Maps of labels ----------------------------------------------------------------------------------------------------------
+# Maps of labels -----------------------------------------------------------------------------------
 
 
 def draw_map(
     image: np.ndarray, labels: np.ndarray, *, side: int = 0, ignore: int = -1
 ) -> Image.Image:
-    """Every pixel in its label's colour, dark lines between labels; those that are `ignore` show the picture alone."""
+    """Every pixel in its label's colour, dark lines between labels; those that are `ignore` show
+    the picture alone."""
     canvas, _ = _scaled(image, side)
     # Nearest pixels, read one by one: Pillow resizes no whole numbers beyond 8 bits.
     rows, columns = (
@@ -292,7 +307,8 @@ def draw_map(
 
 
 def shares(labels: np.ndarray, names: Sequence[str], *, ignore: int = -1) -> list[dict[str, Any]]:
-    """The classes of a map by their share of its pixels, the largest first: [{"label", "name", "share"}]."""
+    """The classes of a map by their share of its pixels, the largest first: [{"label", "name",
+    "share"}]."""
     found, counts = np.unique(labels[labels != ignore], return_counts=True)
     order = np.argsort(-counts, kind="stable")
     return [
@@ -342,7 +358,7 @@ def percent(share: float) -> str:
     return f"{share:.1%}" if share >= 0.001 else "< 0.1%"
 
 
-# Colours and letters -----------------------------------------------------------------------------------------------------
+# Colours and letters ------------------------------------------------------------------------------
 
 
 def name_of(label: int, names: Sequence[str], known: str = "") -> str:
@@ -363,9 +379,11 @@ def color(label: int) -> Color:
 
 @cache
 def palette() -> tuple[Color, ...]:
-    """`COLORS` colours, each the farthest from those before it, to eyes with and without a difference of red and green.
+    """`COLORS` colours, each the farthest from those before it, to eyes with and without a
+    difference of red and green.
 
-    Distances are OKLab's (Ottosson, 2020); neither near black nor near white nor grey, for pictures are full of these.
+    Distances are OKLab's (Ottosson, 2020); neither near black nor near white nor grey, for pictures
+    are full of these.
     """
     steps = np.linspace(0, 255, 18).round()
     rgb = np.stack(np.meshgrid(steps, steps, steps, indexing="ij"), -1).reshape(-1, 3)
@@ -382,7 +400,8 @@ def palette() -> tuple[Color, ...]:
 
 
 def _oklab(rgb: np.ndarray, *, blind: bool = False) -> np.ndarray:
-    """sRGB of 0 to 255 [n, 3] -> OKLab [n, 3]; blind: as seen without green's receptors (Machado et al., 2009, table 1)."""
+    """sRGB of 0 to 255 [n, 3] -> OKLab [n, 3]; blind: as seen without green's receptors (Machado et
+    al., 2009, table 1)."""
     part = rgb / 255
     linear = np.where(part <= 0.04045, part / 12.92, ((part + 0.055) / 1.055) ** 2.4)
     if blind:
@@ -419,7 +438,8 @@ def _typeface(file: str, size: int) -> ImageFont.FreeTypeFont:
 
 
 def font(text: str, size: int) -> ImageFont.FreeTypeFont:
-    """Letters of this size for a text: DejaVu's, or those of a font of this system that has what DejaVu lacks."""
+    """Letters of this size for a text: DejaVu's, or those of a font of this system that has what
+    DejaVu lacks."""
     usual = _typeface(str(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")), size)
     if not _lacking(usual, text):
         return usual
@@ -441,11 +461,12 @@ def _lacking(letters: ImageFont.FreeTypeFont, text: str) -> bool:
     )
 
 
-# Sizes -------------------------------------------------------------------------------------------------------------------
+# Sizes --------------------------------------------------------------------------------------------
 
 
 def _scaled(image: np.ndarray, side: int) -> tuple[Image.Image, float]:
-    """The picture at its size on the drawing, and how many times larger that is; enlarged it keeps its pixels."""
+    """The picture at its size on the drawing, and how many times larger that is; enlarged it keeps
+    its pixels."""
     drawn = Image.fromarray(np.ascontiguousarray(image))
     longest = max(drawn.size)
     scale = side / longest if side else float(max(1, math.ceil(LEAST / longest)))

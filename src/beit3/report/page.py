@@ -1,6 +1,8 @@
-"""One run or several as one HTML file: figures, curves and pictures, with nothing fetched from anywhere.
+"""One run or several as one HTML file: figures, curves and pictures, with nothing fetched from
+anywhere.
 
-Everything is inline (style, SVG, PNG as data URIs), there is no script, and all text is escaped. Runs of one task share
+Everything is inline (style, SVG, PNG as data URIs), there is no script, and all text is escaped.
+Runs of one task share
 a section and its pictures, one colour and dash each.
 """
 
@@ -8,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
 
-from beit3.data.stores.records import write_text
+from beit3.files import write_text
 from beit3.report.compare import (
     aligned,
     command,
@@ -36,7 +38,7 @@ from beit3.report.curves import (
 )
 from beit3.report.panels import Panel, panels
 from beit3.report.runs import Run, read_runs, tails
-from beit3.training.log import duration
+from beit3.training.log import format_duration
 
 HEADINGS: Mapping[str, tuple[str, str]] = {
     "vqkd": (
@@ -69,7 +71,8 @@ HEADINGS: Mapping[str, tuple[str, str]] = {
     ),
     "coco": (
         "Detection and instance segmentation",
-        "Objects in pictures the network has not seen. The losses of stages may rise at first: as proposals get better, there are "
+        "Objects in pictures the network has not seen. The losses of stages may rise at first: as "
+        "proposals get better, there are "
         "more objects among them whose class and box are to be learnt.",
     ),
     "ade20k": (
@@ -96,10 +99,13 @@ def write_report(
     table: Sequence[Mapping[str, str]] | None = None,
     notes: Sequence[str] = (),
 ) -> Path:
-    """Write the page of these run directories to `out` and return it; a reader never sees half a page.
+    """Write the page of these run directories to `out` and return it; a reader never sees half a
+    page.
 
-    title: by default the runs' names. table: rows by column name, shown first. notes: lines under the title. ValueError
-    for a directory that holds no run; records or weights that are gone leave one line in their place.
+    title: by default the runs' names. table: rows by column name, shown first. notes: lines under
+    the title. ValueError
+    for a directory that holds no run; records or weights that are gone leave one line in their
+    place.
     """
     groups: dict[str, list[Run]] = {}
     for run in read_runs(runs):
@@ -153,7 +159,8 @@ def task_section(runs: Sequence[Run]) -> str:
 
 
 def ends(runs: Sequence[Run]) -> list[Run]:
-    """The runs that no other one of these started from: an earlier part of the same training gets curves, not pictures."""
+    """The runs that no other one of these started from: an earlier part of the same training gets
+    curves, not pictures."""
     begun = [Path(run.init).resolve() for run in runs if run.init]
     return [
         run
@@ -167,7 +174,8 @@ def panel_html(panel: Panel) -> str:
 
 
 def run_line(run: Run, index: int, *, several: bool) -> str:
-    """One line on a run: its name, length, batch, start and, where they were logged, time, pace and memory."""
+    """One line on a run: its name, length, batch, start and, where they were logged, time, pace and
+    memory."""
     batch = run.recipe.get("data", {}).get("batch", {})
     facts = [f"{run.steps} steps"] + [
         f"{count} {SOURCES.get(name, name)} a step" for name, count in batch.items() if count
@@ -175,7 +183,7 @@ def run_line(run: Run, index: int, *, several: bool) -> str:
     # Weights lie at RUN/best: the last two parts name them without the machine's folders.
     facts.append(f"from {tails([run.init], least=2)[0]}" if run.init else "from scratch")
     costs = (
-        (run.seconds(), duration),
+        (run.seconds(), format_duration),
         (run.waiting(), "{:.0%} of it waiting for records".format),
         (run.rate(), "{:.0f} records/s".format),
         (run.memory(), "{:.1f} GB at its peak".format),
@@ -275,7 +283,8 @@ def curve_panel(runs: Sequence[Run]) -> str:
 
 
 def part_panel(runs: Sequence[Run]) -> str:
-    """Gradient norms, whole and by part of the network, and the learning rates of groups; empty where none was logged."""
+    """Gradient norms, whole and by part of the network, and the learning rates of groups; empty
+    where none was logged."""
     whole = (
         [curve(runs, Chart("gradient norm", "gradient_norm"))]
         if any(len(run.series("gradient_norm")[0]) for run in runs)
@@ -303,14 +312,16 @@ def part_panel(runs: Sequence[Run]) -> str:
 
 
 def place_panel(runs: Sequence[Run]) -> str:
-    """Where the runs ran, by which code and command, folded away; empty where they did not keep it."""
+    """Where the runs ran, by which code and command, folded away; empty where they did not keep
+    it."""
     rows = [
         {"run": run.label} | {name: texts([value])[0] for name, value in state(run).items()}
         for run in runs
         if run.environment
     ]
     lines = [
-        f"<dt>{escape(run.label)}, started {escape(run.environment.get('started', 'at an unknown time'))}</dt>"
+        f"<dt>{escape(run.label)}, started "
+        f"{escape(run.environment.get('started', 'at an unknown time'))}</dt>"
         f"<dd><code>{escape(command(run))}</code></dd>"
         for run in runs
         if command(run)
@@ -337,7 +348,8 @@ def figure_grid(found: Sequence[str]) -> str:
 
 
 def data_table(rows: Sequence[Mapping[str, str]]) -> str:
-    """Rows as a table that scrolls sideways in its own box; columns in the order in which rows first name them; "" for no rows."""
+    """Rows as a table that scrolls sideways in its own box; columns in the order in which rows
+    first name them; "" for no rows."""
     if not rows:
         return ""
     columns = list(dict.fromkeys(name for row in rows for name in row))

@@ -12,20 +12,21 @@ from typing import TypeVar
 import numpy as np
 
 from beit3 import task as tasks
-from beit3.data.loader import Source
-from beit3.data.stores.records import locate
+from beit3.data.loader import RecordDataset
+from beit3.data.stores.split_files import locate_split
 from beit3.report.runs import Run
 from beit3.task import Record, Task
 from beit3.tasks.pretrain import PretrainConfig
-from beit3.training.root import embedded_root
-from beit3.weights import store
+from beit3.training.embedded_world import prepare_embedded_world
+from beit3.weights import loading, store
 
 T = TypeVar("T", bound=Task)
 
 
 @dataclass(frozen=True)
 class Panel:
-    """A titled fragment of the page. `lead`, plain text, says what is to be seen; `body` is HTML."""
+    """A titled fragment of the page. `lead`, plain text, says what is to be seen; `body` is
+    HTML."""
 
     title: str
     lead: str
@@ -41,7 +42,8 @@ def panel(title: str, lead: str, body: Callable[[], str]) -> Panel:
 
 
 def weights(run: Run, kind: type[T], *, frozen: bool = True) -> T:
-    """The run's best weights, else its last ones, in evaluation mode; ValueError where there are none yet.
+    """The run's best weights, else its last ones, in evaluation mode; ValueError where there are
+    none yet.
 
     frozen=False leaves a pretraining's visual tokenizer out, whose file may have moved.
     """
@@ -51,19 +53,21 @@ def weights(run: Run, kind: type[T], *, frozen: bool = True) -> T:
     config = store.read_config(found[0]).config
     if isinstance(config, PretrainConfig) and not frozen:
         config = replace(config, visual_tokenizer="")
-    task = store.load(found[0], config=config).eval()
+    task = loading.load_weights(found[0], config=config).eval()
     assert isinstance(task, kind)
     return task
 
 
-def records(run: Run, source: str, split: str) -> Source:
+def records(run: Run, source: str, split: str) -> RecordDataset:
     """The run's records of one split; ValueError where they are no longer there."""
     kind = tasks.load_task(run.task)
-    root = Path(run.recipe["data"]["root"] or embedded_root(kind))
-    return Source(locate(root, kind.records_from.get(source, run.task), source, split), root)
+    root = Path(run.recipe["data"]["root"] or prepare_embedded_world(kind))
+    return RecordDataset(
+        locate_split(root, kind.records_from.get(source, run.task), source, split), root
+    )
 
 
-def spread(source: Source, count: int) -> list[Record]:
+def spread(source: RecordDataset, count: int) -> list[Record]:
     """At most `count` records, evenly spaced over the source: no picking of what looks good."""
     return [
         source[int(index)] for index in np.unique(np.linspace(0, len(source) - 1, count).round())

@@ -1,7 +1,10 @@
-"""What a trained network sees and says, as HTML: panels per task, each with pictures and a sentence on what they show.
+"""What a trained network sees and says, as HTML: panels per task, each with pictures and a sentence
+on what they show.
 
-`PANELS`: task name -> function(runs of that task) -> panels; here are those of tokenizers and pretraining. Weights are
-read from best/, else last/; records are the held-out ones of the run's own root. Pixels cross inner borders as uint8
+`PANELS`: task name -> function(runs of that task) -> panels; here are those of tokenizers and
+pretraining. Weights are
+read from best/, else last/; records are the held-out ones of the run's own root. Pixels cross inner
+borders as uint8
 [H, W, 3]; a patch of s x s as [s, s, 3].
 """
 
@@ -28,14 +31,15 @@ from beit3.report.panel_inputs import Panel, panel, records, spread, weights
 from beit3.report.pictures import assemble, cut, hatch, picture, pixels
 from beit3.report.runs import Run
 from beit3.task import Batch, Record, Task
-from beit3.tasks.pretrain import IGNORE, Pretrain
+from beit3.tasks.pretrain import IGNORE_INDEX, Pretrain
 from beit3.tasks.vqkd import VQKD
 from beit3.tokenizer.text import TextTokenizer
 from beit3.tokenizer.visual import VisualTokenizer
-from beit3.training.evaluate import batches
+from beit3.training.evaluate import iterate_batches
 
 MAX_PATCHES = 20_000
-"""Patches behind the mean patches: 1250 pictures of the embedded world or 102 of 224 pixels, both in seconds."""
+"""Patches behind the mean patches: 1250 pictures of the embedded world or 102 of 224 pixels, both
+in seconds."""
 
 MAX_TILES, COUNTED_PAIRS = 256, 128
 """Codes in the mosaic, the commonest; held-out pairs behind the shares of rightly named words."""
@@ -88,12 +92,13 @@ def figures(*pairs: tuple[str, str]) -> str:
     return f'<p class="figures">{" ".join(spans)}</p>'
 
 
-# Visual tokenizer ----------------------------------------------------------------------------------------------------
+# Visual tokenizer ---------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class CodeBook:
-    """What stands behind each code: its mean patch [K, s, s, 3] uint8, hatched where `counts` [K] is 0."""
+    """What stands behind each code: its mean patch [K, s, s, 3] uint8, hatched where `counts` [K]
+    is 0."""
 
     patches: np.ndarray
     counts: np.ndarray
@@ -101,12 +106,13 @@ class CodeBook:
 
 @torch.no_grad()
 def code_book(network: VisualTokenizer, task: Task, found: Iterable[Record]) -> CodeBook:
-    """Mean patches and counts of the codes over the first `MAX_PATCHES` patches of records, read as `task` does."""
+    """Mean patches and counts of the codes over the first `MAX_PATCHES` patches of records, read as
+    `task` does."""
     side, num_codes = network.config.patch_size, network.config.num_codes
     limit = max(1, MAX_PATCHES // network.config.encoder.num_patches)
     sums, counts = np.zeros((num_codes, side, side, 3)), np.zeros(num_codes, dtype=np.int64)
-    for batch in batches(task, islice(iter(found), limit), 64):
-        codes = network.codes(batch["token_image"]).numpy().reshape(-1)
+    for batch in iterate_batches(task, islice(iter(found), limit), 64):
+        codes = network.tokenize(batch["token_image"]).numpy().reshape(-1)
         np.add.at(
             sums,
             codes,
@@ -156,11 +162,12 @@ def _code_maps(run: Run) -> str:
     return f'<div class="pairs">{"".join(shown)}</div>'
 
 
-# Pretraining ---------------------------------------------------------------------------------------------------------
+# Pretraining --------------------------------------------------------------------------------------
 
 
 def trained_on(run: Run, kind: str) -> list[str]:
-    """The sources in which this run hid `kind` ("image" or "text"), the source of that kind alone first."""
+    """The sources in which this run hid `kind` ("image" or "text"), the source of that kind alone
+    first."""
     visited = [name for name in (f"{kind}s", "pairs") if run.recipe["data"]["batch"].get(name)]
     other = {"image": "text_only", "text": "image_only"}[kind]
     return [
@@ -226,12 +233,13 @@ def patch_row(
 def _hidden_words(run: Run) -> str:
     if "pairs" not in trained_on(run, "text"):
         raise ValueError(
-            "this run hid no words of image-text pairs in training, so it has not learnt to fill them in"
+            "this run hid no words of image-text pairs in training, so it has not learnt to fill "
+            "them in"
         )
     task = weights(run, Pretrain, frozen=False)
     batch = word_batch(task, spread(records(run, "pairs", "val"), COUNTED_PAIRS))
     guesses = (fill_words(task, batch, seeing=True), fill_words(task, batch, seeing=False))
-    hidden = batch["text_target"] != IGNORE
+    hidden = batch["text_target"] != IGNORE_INDEX
     seeing, blind = (
         float((guess == batch["text_target"])[hidden].float().mean()) for guess in guesses
     )
@@ -253,19 +261,21 @@ def _hidden_words(run: Run) -> str:
 
 
 def word_batch(task: Pretrain, found: Sequence[Record]) -> Batch:
-    """Pairs whose every chosen word is hidden; evaluation itself leaves a tenth and replaces a tenth."""
+    """Pairs whose every chosen word is hidden; evaluation itself leaves a tenth and replaces a
+    tenth."""
     examples = [task.example(record, False) for record in found]
-    examples = [example for example in examples if (example["text_target"] != IGNORE).any()]
+    examples = [example for example in examples if (example["text_target"] != IGNORE_INDEX).any()]
     if not examples:
         raise ValueError("no held-out pair has a hidden word")
     batch = task.collate(examples)
     return batch | {
-        "text": batch["text"].masked_fill(batch["text_target"] != IGNORE, task.tokenizer.mask)
+        "text": batch["text"].masked_fill(batch["text_target"] != IGNORE_INDEX, task.tokenizer.mask)
     }
 
 
 def fill_words(task: Pretrain, batch: Batch, *, seeing: bool) -> Tensor:
-    """Likeliest ids [B, L], with the image in view or of the text alone; few at a time, since logits are [B, L, V]."""
+    """Likeliest ids [B, L], with the image in view or of the text alone; few at a time, since
+    logits are [B, L, V]."""
     chosen = ("text", "text_padding", "image", "image_mask") if seeing else ("text", "text_padding")
     names = [name for name in chosen if name in batch]
     parts = zip(*(batch[name].split(16) for name in names), strict=True)
@@ -287,8 +297,8 @@ def word_card(task: Pretrain, batch: Batch, guesses: tuple[Tensor, Tensor], row:
             np.where(mask, hatch(side, side), cut(image, side)), task.config.model.grid
         )
     target = batch["text_target"][row]
-    whole = torch.where(target == IGNORE, batch["text"][row], target).tolist()
-    hidden = (target != IGNORE).tolist()
+    whole = torch.where(target == IGNORE_INDEX, batch["text"][row], target).tolist()
+    hidden = (target != IGNORE_INDEX).tolist()
     seeing, blind = (guess[row].tolist() for guess in guesses)
     body = "".join(
         f"<dt>{name}</dt><dd>{sentence(task.tokenizer, whole, hidden, guess)}</dd>"
@@ -300,17 +310,18 @@ def word_card(task: Pretrain, batch: Batch, guesses: tuple[Tensor, Tensor], row:
 def sentence(
     tokenizer: TextTokenizer, ids: Sequence[int], hidden: Sequence[bool], guess: Sequence[int]
 ) -> str:
-    """A caption as HTML: hidden pieces as guessed, marked right, or wrong beside the truth; as gaps without a guess."""
+    """A caption as HTML: hidden pieces as guessed, marked right, or wrong beside the truth; as gaps
+    without a guess."""
     parts = []
     for place, (true, is_hidden) in enumerate(zip(ids, hidden, strict=True)):
-        word = tokenizer.word(true)
+        word = tokenizer.id_to_piece(true)
         if true < tokenizer.first_piece and true != tokenizer.unk:
             continue
         space, shown = (" " if word.startswith(" ") else ""), escape(word.strip())
         if is_hidden and not guess:
             shown = '<mark class="gap" aria-label="hidden">&nbsp;</mark>'
         elif is_hidden:
-            said = escape(tokenizer.word(guess[place]).strip())
+            said = escape(tokenizer.id_to_piece(guess[place]).strip())
             wrong = f'<mark class="wrong">✗ {said} <i>{shown}</i></mark>'
             shown = f'<mark class="right">✓ {said}</mark>' if guess[place] == true else wrong
         parts.append(space + shown)

@@ -1,4 +1,5 @@
-"""Pixels on their way into a page: from tensors to patches and grids, and from there to an `<img>` that carries them.
+"""Pixels on their way into a page: from tensors to patches and grids, and from there to an `<img>`
+that carries them.
 
 Pictures are uint8 [H, W, 3]; patches of s x s are [P, s, s, 3], row by row.
 """
@@ -12,7 +13,8 @@ from PIL import Image
 from torch import Tensor
 
 SMALL, LARGEST = 96, 320
-"""Pixels: pictures up to the first wide are shown with sharp pixels, those beyond the second are shrunk to it."""
+"""Pixels: pictures up to the first wide are shown with sharp pixels, those beyond the second are
+shrunk to it."""
 
 
 def pixels(images: Tensor) -> np.ndarray:
@@ -28,7 +30,8 @@ def cut(image: np.ndarray, side: int) -> np.ndarray:
 
 
 def assemble(patches: np.ndarray, grid: tuple[int, int], *, gap: int = 0) -> np.ndarray:
-    """Patches [P, s, s, 3] -> [H, W, 3], row by row; with a gap [H, W, 4], clear between patches and past the last."""
+    """Patches [P, s, s, 3] -> [H, W, 3], row by row; with a gap [H, W, 4], clear between patches
+    and past the last."""
     (rows, columns), side = grid, patches.shape[1] + gap
     canvas = np.zeros((rows * side, columns * side, 4), dtype=np.uint8)
     for place, patch in enumerate(patches):
@@ -39,14 +42,16 @@ def assemble(patches: np.ndarray, grid: tuple[int, int], *, gap: int = 0) -> np.
 
 
 def hatch(height: int, width: int) -> np.ndarray:
-    """[H, W, 3] of grey diagonal stripes: what is hidden or was never seen, unlike any plain grey in a picture."""
+    """[H, W, 3] of grey diagonal stripes: what is hidden or was never seen, unlike any plain grey
+    in a picture."""
     rows, columns = np.indices((height, width))
     stripes = np.where((rows + columns) // 2 % 2, 112, 148).astype(np.uint8)
     return np.repeat(stripes[..., None], 3, axis=-1)
 
 
 def picture(image: np.ndarray, alt: str, *, mosaic: bool = False, largest: int = LARGEST) -> str:
-    """An `<img>` that carries its pixels [H, W, 3 or 4] itself, shrunk to at most `largest` on a side."""
+    """An `<img>` that carries its pixels [H, W, 3 or 4] itself, shrunk to at most `largest` on a
+    side."""
     written = io.BytesIO()
     drawn = Image.fromarray(np.ascontiguousarray(image))
     drawn.thumbnail((largest, largest))

@@ -1,6 +1,7 @@
 """Run directories as `beit3 train` leaves them, read once.
 
-Shapes: paths -> Run. What a run did not log (older versions log less) is empty, never an error; what cannot be
+Shapes: paths -> Run. What a run did not log (older versions log less) is empty, never an error;
+what cannot be
 read is a ValueError that names the file.
 """
 
@@ -16,7 +17,8 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Run:
-    """A run directory, read. `metrics`: the lines of metrics.jsonl; `scores` is empty before the first evaluation.
+    """A run directory, read. `metrics`: the lines of metrics.jsonl; `scores` is empty before the
+    first evaluation.
 
     inputs: what the run read beside its recipe, by digest. environment: where it ran.
     """
@@ -56,7 +58,8 @@ class Run:
         return float((np.diff(steps, prepend=0) * each).sum())
 
     def rate(self) -> float:
-        """Records a second, the median over the run's lines; 0 where the run did not log its seconds."""
+        """Records a second, the median over the run's lines; 0 where the run did not log its
+        seconds."""
         found = [
             line["samples"] / line["seconds"]
             for line in self.metrics
@@ -74,7 +77,8 @@ class Run:
 
 
 def read_runs(paths: Sequence[Path]) -> list[Run]:
-    """Runs, each once, labelled by as many of their path's last parts as tell them apart; ValueError for what is no run."""
+    """Runs, each once, labelled by as many of their path's last parts as tell them apart;
+    ValueError for what is no run."""
     paths = list(dict.fromkeys(Path(path).resolve() for path in paths))
     return [
         _read_run(path, label) for path, label in zip(paths, tails(map(str, paths)), strict=True)
@@ -82,7 +86,8 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
 
 
 def tails(paths: Iterable[str], least: int = 1) -> list[str]:
-    """The last parts of each path: at least so many, and as many as no other of these paths ends with."""
+    """The last parts of each path: at least so many, and as many as no other of these paths ends
+    with."""
     parts = [Path(path).parts for path in paths]
 
     def tail(own: tuple[str, ...]) -> str:
@@ -100,7 +105,8 @@ def _read_run(path: Path, label: str) -> Run:
         raise ValueError(f"{path} is not a run: it has no recipe.json")
     if not isinstance(recipe, dict) or not {"task", "recipe"} <= recipe.keys():
         raise ValueError(
-            f"{path} holds no run (recipe.json with task and recipe): give one that beit3 train wrote"
+            f"{path} holds no run (recipe.json with task and recipe): give one that beit3 train "
+            "wrote"
         )
     scores = _json(path / "scores.json") or {}
     beside = [recipe.get(name) or {} for name in ("inputs", "environment")]
@@ -117,7 +123,8 @@ def _read_run(path: Path, label: str) -> Run:
 
 
 def _metrics(path: Path) -> list[dict[str, float]]:
-    """The whole lines of metrics.jsonl: the last one of a run that is still going may be half written."""
+    """The whole lines of metrics.jsonl: the last one of a run that is still going may be half
+    written."""
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
     found = []
     for number, line in enumerate(lines, start=1):

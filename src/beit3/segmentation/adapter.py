@@ -1,13 +1,20 @@
 """ViT-Adapter (arXiv:2205.08534): a trunk of one stride gains maps of four, at any image size.
 
-A convolutional prior and the trunk's blocks talk in `num_interactions` rounds: before each group of blocks an injector
-reads the prior into the trunk, after it an extractor reads the trunk into the prior. Images [B, 3, H, W] -> four maps
-[B, D, h, w] at `strides`, 4/8/16/32 for patches of 14 and 16: the prior's, with the trunk's states of four depths added, those
-of early blocks to the finest, as its release for BEiT does. The trunk is an argument and belongs to the caller.
+A convolutional prior and the trunk's blocks talk in `num_interactions` rounds: before each group of
+blocks an injector
+reads the prior into the trunk, after it an extractor reads the trunk into the prior. Images [B, 3,
+H, W] -> four maps
+[B, D, h, w] at `strides`, 4/8/16/32 for patches of 14 and 16: the prior's, with the trunk's states
+of four depths added, those
+of early blocks to the finest, as its release for BEiT does. The trunk is an argument and belongs to
+the caller.
 
-Sizes: images are filled up with zeros, at the bottom and on the right, to a multiple of the patch, and the maps are those
-of the filled-up image. Cropped maps would not end where the image does; so who makes a picture of them enlarges to
-`padded_size` and crops that. Grids may be odd: every map carries its own shape, and each halving rounds up.
+Sizes: images are filled up with zeros, at the bottom and on the right, to a multiple of the patch,
+and the maps are those
+of the filled-up image. Cropped maps would not end where the image does; so who makes a picture of
+them enlarges to
+`padded_size` and crops that. Grids may be odd: every map carries its own shape, and each halving
+rounds up.
 """
 
 import math
@@ -23,7 +30,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 from beit3.model.config import ModelConfig
-from beit3.model.trunk import ImageTrunk, global_layers
+from beit3.model.trunk import ImageTrunk, space_global_layers
 from beit3.ops.deformable import Grids
 from beit3.segmentation.interaction import (
     DeformableAttention,
@@ -32,7 +39,7 @@ from beit3.segmentation.interaction import (
     maps_to_sequence,
     sequence_to_maps,
 )
-from beit3.segmentation.prior import SpatialPrior, buffers_spared
+from beit3.segmentation.prior import SpatialPrior, preserve_buffers
 
 NUM_PRIORS = 3
 """Maps that talk with the trunk; the finest of the four is too long a sequence."""
@@ -45,7 +52,8 @@ class AdapterConfig:
     inplanes: int = 64
     """Channels of the prior at its first stride."""
     num_heads: int = 0
-    """Of deformable attention; 0 = as many as the trunk has (12 for base and 16 for large, as published)."""
+    """Of deformable attention; 0 = as many as the trunk has (12 for base and 16 for large, as
+    published)."""
     num_points: int = 4
     """Places that a head reads of each map."""
     deform_ratio: float = 0.5
@@ -56,11 +64,13 @@ class AdapterConfig:
     num_extra_extractors: int = 2
     """After the last interaction."""
     drop_path_rate: float = 0.0
-    """Share of samples for which an extractor's feed-forward network is left out, alike in all extractors."""
+    """Share of samples for which an extractor's feed-forward network is left out, alike in all
+    extractors."""
     gate_init: float = 0.0
     """0: training starts from the trunk's own features. ViT-Adapter's BEiT models start at 1e-6."""
     recompute: bool = False
-    """Compute prior, injectors and extractors again in the backward pass instead of keeping what is in them."""
+    """Compute prior, injectors and extractors again in the backward pass instead of keeping what is
+    in them."""
 
 
 class ViTAdapter(nn.Module):
@@ -70,7 +80,7 @@ class ViTAdapter(nn.Module):
         super().__init__()
         check(model, config)
         self.config, self.patch_size = config, model.patch_size
-        self.stops = global_layers(model.depth, config.num_interactions)
+        self.stops = space_global_layers(model.depth, config.num_interactions)
         dim, inner = model.dim, int(model.dim * config.deform_ratio)
         attend = partial(
             DeformableAttention,
@@ -122,12 +132,14 @@ class ViTAdapter(nn.Module):
 
     @property
     def depths(self) -> list[int]:
-        """After which interaction the trunk's states are added to each map: 0, 1, 2, 3 where there are four interactions."""
+        """After which interaction the trunk's states are added to each map: 0, 1, 2, 3 where there
+        are four interactions."""
         rounds, maps = len(self.stops), len(self.strides)
         return [math.ceil(place * rounds / maps) - 1 for place in range(1, maps + 1)]
 
     def interact(self, image: Tensor, trunk: ImageTrunk) -> tuple[list[Tensor], list[Tensor]]:
-        """The trunk's states [B, h, w, D] after each interaction, through its final norm, and the prior's four maps with what they
+        """The trunk's states [B, h, w, D] after each interaction, through its final norm, and the
+        prior's four maps with what they
         took from it (all but the finest)."""
         height, width = self.padded_size(*image.shape[2:])
         image = F.pad(image, (0, width - image.shape[3], 0, height - image.shape[2]))
@@ -155,7 +167,7 @@ class ViTAdapter(nn.Module):
                 self._run(extractor, priors, there, states.flatten(1, 2), here),
                 stop + 1,
             )
-            found.append(trunk.finished(states))
+            found.append(trunk.apply_final_norm(states))
         for extractor in self.extra_extractors:
             priors = self._run(extractor, priors, there, states.flatten(1, 2), here)
         return found, [finest, *sequence_to_maps(priors, there.shapes)]
@@ -198,7 +210,8 @@ class ViTAdapter(nn.Module):
         parameter.copy_(values)
 
     def reset_buffers(self) -> None:
-        """Running statistics of no image yet; needed after memory was given to what was built on meta."""
+        """Running statistics of no image yet; needed after memory was given to what was built on
+        meta."""
         for module in self.modules():
             if isinstance(module, _BatchNorm):
                 module.reset_running_stats()
@@ -207,7 +220,7 @@ class ViTAdapter(nn.Module):
         """A part's result, recomputed in the backward pass where the config says so."""
         if not (self.config.recompute and torch.is_grad_enabled()):
             return part(*inputs)
-        contexts: Callable = lambda: (nullcontext(), buffers_spared(part))  # noqa: E731
+        contexts: Callable = lambda: (nullcontext(), preserve_buffers(part))  # noqa: E731
         return checkpoint(part, *inputs, use_reentrant=False, context_fn=contexts)
 
 
@@ -223,9 +236,11 @@ def check(model: ModelConfig, config: AdapterConfig) -> None:
     heads, inner = config.num_heads or model.num_heads, model.dim * config.deform_ratio
     if inner < heads or inner % heads:
         raise ValueError(
-            f"deform_ratio {config.deform_ratio} of dim {model.dim} is no multiple of num_heads {heads}: change one of them"
+            f"deform_ratio {config.deform_ratio} of dim {model.dim} is no multiple of num_heads "
+            f"{heads}: change one of them"
         )
     if not 0 < config.num_interactions <= model.depth:
         raise ValueError(
-            f"num_interactions {config.num_interactions} of a trunk of {model.depth} blocks: give 1 to {model.depth}"
+            f"num_interactions {config.num_interactions} of a trunk of {model.depth} blocks: give "
+            f"1 to {model.depth}"
         )

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class HeadConfig:
-    """A Mask2Former head. The defaults are the original's (arXiv:2112.01527), for features of a base-sized trunk."""
+    """A Mask2Former head. The defaults are the original's (arXiv:2112.01527), for features of a
+    base-sized trunk."""
 
     hidden_dim: int = 256
     """Of pixel decoder, queries and masks; 32 divides it."""
@@ -32,14 +33,16 @@ class HeadConfig:
     def __post_init__(self) -> None:
         if self.hidden_dim < 1 or self.hidden_dim % 32 or self.hidden_dim % self.num_heads:
             raise ValueError(
-                f"hidden_dim {self.hidden_dim}: give a multiple of 32 and of the {self.num_heads} heads"
+                f"hidden_dim {self.hidden_dim}: give a multiple of 32 and of the {self.num_heads} "
+                "heads"
             )
         for name in ("encoder_layers", "decoder_layers", "num_queries", "num_points"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} {getattr(self, name)}: give at least 1")
         if not 0 <= self.importance <= 1 or self.oversample < 1:
             raise ValueError(
-                f"importance {self.importance}, oversample {self.oversample}: give a share, and at least 1"
+                f"importance {self.importance}, oversample {self.oversample}: give a share, and "
+                "at least 1"
             )
         if not 0 < self.no_object_weight <= 1:
             raise ValueError(

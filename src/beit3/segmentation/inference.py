@@ -1,8 +1,11 @@
 """From class scores of windows to one label map: sliding windows, several scales, mirrored views.
 
-The network is a callable: pixels [B, 3, S, S], normalised -> scores [B, C, h, w], usually a quarter of a patch apart. Scores
-of windows are averaged where these overlap, and resized bilinearly, to the view and then to the image; the best class is
-taken at the image's own size (ViT-Adapter's evaluation, without the second softmax that mmseg takes of scores).
+The network is a callable: pixels [B, 3, S, S], normalised -> scores [B, C, h, w], usually a quarter
+of a patch apart. Scores
+of windows are averaged where these overlap, and resized bilinearly, to the view and then to the
+image; the best class is
+taken at the image's own size (ViT-Adapter's evaluation, without the second softmax that mmseg takes
+of scores).
 """
 
 from collections.abc import Callable, Sequence
@@ -12,23 +15,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from beit3.data.views.label_maps import evaluation_size, resized
+from beit3.data.views.segmentation import compute_evaluation_size, resize_image
 
 Scores = Callable[[Tensor], Tensor]
 
 PIECE = 1 << 26
-"""Numbers that a resized piece has at most, 268 MB in float32: a few classes of a window, a few rows of an image."""
+"""Numbers that a resized piece has at most, 268 MB in float32: a few classes of a window, a few
+rows of an image."""
 
 
 @dataclass(frozen=True)
-class Views:
-    """What of an image the network is shown, in pixels. The defaults are ViT-Adapter's for ADE20K at 896."""
+class InferenceConfig:
+    """What of an image the network is shown, in pixels. The defaults are ViT-Adapter's for ADE20K
+    at 896."""
 
     crop: int = 896
     """Side of a window; smaller images are padded to it with zeros."""
     stride: int = 512
     short: int = 896
-    """The shorter side that an image is resized to, as long as the longer one stays within `long`."""
+    """The shorter side that an image is resized to, as long as the longer one stays within
+    `long`."""
     long: int = 3584
     multiple: int = 32
     """Both sides are rounded up to it."""
@@ -42,7 +48,8 @@ class Views:
     def __post_init__(self) -> None:
         if not 0 < self.stride <= self.crop:
             raise ValueError(
-                f"stride {self.stride} of windows of {self.crop} pixels: give 1 to {self.crop}, more leaves gaps"
+                f"stride {self.stride} of windows of {self.crop} pixels: give 1 to {self.crop}, "
+                "more leaves gaps"
             )
         if not 0 < self.short <= self.long or self.multiple < 1 or self.windows < 1:
             sizes = f"short {self.short}, long {self.long}, multiple {self.multiple}, windows {self.windows}"
@@ -52,17 +59,19 @@ class Views:
 
 
 @torch.no_grad()
-def segment(
-    image: Tensor, scores: Scores, views: Views, *, normalize: Callable[[Tensor], Tensor]
+def segment_image(
+    image: Tensor, scores: Scores, views: InferenceConfig, *, normalize: Callable[[Tensor], Tensor]
 ) -> Tensor:
-    """uint8 [3, H, W], on the device that computes -> labels [H, W] int64, the best class of the mean over all views.
+    """uint8 [3, H, W], on the device that computes -> labels [H, W] int64, the best class of the
+    mean over all views.
 
-    `normalize` makes the network's pixels of uint8. Views are added up at the image's size, or where that is larger than
+    `normalize` makes the network's pixels of uint8. Views are added up at the image's size, or
+    where that is larger than
     every view, at the largest view's, so that one map [C, ...] is held beside that of a view.
     """
     shape = image.shape[1], image.shape[2]
     sizes = [
-        evaluation_size(
+        compute_evaluation_size(
             *shape, short=views.short * each, long=views.long * each, multiple=views.multiple
         )
         for each in views.scales
@@ -70,10 +79,10 @@ def segment(
     canvas = min(shape, max(sizes, key=area), key=area)
     total: Tensor | None = None
     for size in sizes:
-        pixels = normalize(resized(image, *size))
-        found = slide(pixels, scores, views)
+        pixels = normalize(resize_image(image, *size))
+        found = slide_windows(pixels, scores, views)
         if views.flip:
-            found += slide(pixels.flip(-1), scores, views).flip(-1)
+            found += slide_windows(pixels.flip(-1), scores, views).flip(-1)
         if total is None and size == canvas:
             total = found
             continue
@@ -84,25 +93,25 @@ def segment(
     return best(total, *shape)
 
 
-def passes(height: int, width: int, views: Views) -> int:
+def count_passes(height: int, width: int, views: InferenceConfig) -> int:
     """How often `segment` calls the network for an image of this size."""
     count = 0
     for each in views.scales:
-        size = evaluation_size(
+        size = compute_evaluation_size(
             height, width, short=views.short * each, long=views.long * each, multiple=views.multiple
         )
         tops, lefts = (
-            len(starts(max(side, views.crop), views.crop, views.stride)) for side in size
+            len(window_starts(max(side, views.crop), views.crop, views.stride)) for side in size
         )
         count += -(-tops * lefts // views.windows)
     return count * (1 + views.flip)
 
 
-def slide(pixels: Tensor, scores: Scores, views: Views) -> Tensor:
+def slide_windows(pixels: Tensor, scores: Scores, views: InferenceConfig) -> Tensor:
     """[3, H, W] -> mean scores [C, H, W], float32, over the windows that see a place."""
     crop, (height, width) = views.crop, pixels.shape[1:]
     pixels = F.pad(pixels, (0, max(0, crop - width), 0, max(0, crop - height)))
-    tops, lefts = (starts(side, crop, views.stride) for side in pixels.shape[1:])
+    tops, lefts = (window_starts(side, crop, views.stride) for side in pixels.shape[1:])
     corners = [(top, left) for top in tops for left in lefts]
     total: Tensor | None = None
     for first in range(0, len(corners), views.windows):
@@ -123,7 +132,7 @@ def slide(pixels: Tensor, scores: Scores, views: Views) -> Tensor:
     return total[:, :height, :width]
 
 
-def starts(side: int, crop: int, stride: int) -> list[int]:
+def window_starts(side: int, crop: int, stride: int) -> list[int]:
     """Where windows begin along a side >= `crop`: every `stride`, and the last moved inside."""
     return [*range(0, side - crop, stride), side - crop]
 
@@ -148,7 +157,8 @@ def add_resized(total: Tensor, scores: Tensor) -> None:
 
 
 def best(scores: Tensor, height: int, width: int) -> Tensor:
-    """The best class of scores [C, h, w] at another size: labels [height, width] int64, a few rows at a time."""
+    """The best class of scores [C, h, w] at another size: labels [height, width] int64, a few rows
+    at a time."""
     if scores.shape[1:] == (height, width):
         return scores.argmax(0)
     rows = max(1, PIECE // (len(scores) * width))

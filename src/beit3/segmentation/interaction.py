@@ -1,6 +1,8 @@
-"""What trunk and spatial prior tell each other in ViT-Adapter (arXiv:2205.08534, section 3.4): injector and extractor.
+"""What trunk and spatial prior tell each other in ViT-Adapter (arXiv:2205.08534, section 3.4):
+injector and extractor.
 
-Both sides are sequences [B, N, D] of maps whose cells lie where their `Grids` say: the trunk's is one map, the prior's are
+Both sides are sequences [B, N, D] of maps whose cells lie where their `Grids` say: the trunk's is
+one map, the prior's are
 three.
 """
 
@@ -11,14 +13,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from beit3.ops.deformable import Grids, Shape, sample_deformable
-from beit3.ops.precision import at_least_float32
+from beit3.ops.precision import promote_to_float32
 
 NORM_EPS = 1e-6
 """Of ViT-Adapter's layer norms."""
 
 
 class DeformableAttention(nn.Module):
-    """Each query reads `num_points` places of each of `num_maps` maps near its own, through values `inner` wide."""
+    """Each query reads `num_points` places of each of `num_maps` maps near its own, through values
+    `inner` wide."""
 
     def __init__(self, dim: int, inner: int, *, num_heads: int, num_maps: int, num_points: int):
         super().__init__()
@@ -35,7 +38,7 @@ class DeformableAttention(nn.Module):
         )  # in cells, [B, Q, H, L, K, 2]; as places, in the grids' precision
         places = places[:, None, None, None] + offsets * grids.cells[:, None]
         weights = (
-            at_least_float32(self.weights(query)).unflatten(-1, (self.shape[0], -1)).softmax(-1)
+            promote_to_float32(self.weights(query)).unflatten(-1, (self.shape[0], -1)).softmax(-1)
         )
         values = self.value(features).unflatten(-1, (self.shape[0], -1))  # [B, N, H, d]
         return self.out(
@@ -43,7 +46,8 @@ class DeformableAttention(nn.Module):
         )
 
     def directions(self) -> Tensor:
-        """The offsets' initial bias: head h looks h / H of the way round, its point k lies k + 1 cells away (on a square)."""
+        """The offsets' initial bias: head h looks h / H of the way round, its point k lies k + 1
+        cells away (on a square)."""
         angles = torch.arange(self.shape[0], dtype=torch.float64, device="cpu") * (
             2 * math.pi / self.shape[0]
         )
@@ -54,7 +58,8 @@ class DeformableAttention(nn.Module):
 
 
 class Injector(nn.Module):
-    """Adds to the trunk's states what they read of the prior's maps, scaled by a gate per channel."""
+    """Adds to the trunk's states what they read of the prior's maps, scaled by a gate per
+    channel."""
 
     def __init__(self, dim: int, attention: DeformableAttention):
         super().__init__()
@@ -70,7 +75,8 @@ class Injector(nn.Module):
 
 
 class Extractor(nn.Module):
-    """Adds to the prior's maps what they read of the trunk's states, then a feed-forward network."""
+    """Adds to the prior's maps what they read of the trunk's states, then a feed-forward
+    network."""
 
     def __init__(
         self, dim: int, attention: DeformableAttention, *, ffn_dim: int, drop_path_rate: float = 0.0
@@ -96,7 +102,8 @@ class Extractor(nn.Module):
 
 
 class ConvFeedForward(nn.Module):
-    """Linear, a depthwise 3x3 convolution over each map with the same weights, GELU, linear: [B, N, D] -> [B, N, D]."""
+    """Linear, a depthwise 3x3 convolution over each map with the same weights, GELU, linear: [B, N,
+    D] -> [B, N, D]."""
 
     def __init__(self, dim: int, inner: int):
         super().__init__()

@@ -1,8 +1,12 @@
-"""Mask2Former's losses for label maps: queries matched to the classes of an image, masks compared at sampled places.
+"""Mask2Former's losses for label maps: queries matched to the classes of an image, masks compared
+at sampled places.
 
-As in the original (arXiv:2112.01527, section 3.3), with three differences. Ignored pixels count nowhere: not in the
-matching, nor in either loss of masks; there they are background. Places within half a pixel of the rim take the nearest
-pixel's values; there masks fade to logits of 0. And a mask is read from the label map where it is sampled, so that no mask of
+As in the original (arXiv:2112.01527, section 3.3), with three differences. Ignored pixels count
+nowhere: not in the
+matching, nor in either loss of masks; there they are background. Places within half a pixel of the
+rim take the nearest
+pixel's values; there masks fade to logits of 0. And a mask is read from the label map where it is
+sampled, so that no mask of
 the size of the image is ever made. Every loss is a sum, with a count that the labels alone decide.
 """
 
@@ -13,8 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from beit3.ops.precision import at_least_float32
-from beit3.ops.values import known
+from beit3.ops.precision import promote_to_float32
 from beit3.segmentation.config import HeadConfig
 
 UNIT = 1000
@@ -22,7 +25,7 @@ UNIT = 1000
 
 
 @dataclass(frozen=True)
-class Predicted:
+class MaskPredictions:
     """What the queries say before the first layer and after each, the last at the end."""
 
     masks: tuple[Tensor, ...]
@@ -41,15 +44,16 @@ class Matches:
 
 
 def set_losses(
-    predicted: Predicted, label_map: Tensor, config: HeadConfig, *, ignore: int
+    predicted: MaskPredictions, label_map: Tensor, config: HeadConfig, *, ignore: int
 ) -> dict[str, Tensor]:
-    """Sums of `mask`, `dice` and `class` over what `counts` counts, each the mean over layers; float32, under autocast too."""
+    """Sums of `mask`, `dice` and `class` over what `counts` counts, each the mean over layers;
+    float32, under autocast too."""
     found = present(label_map, predicted.classes[-1].shape[-1] - 1, ignore)
     label_map = label_map.long()
     sums = []
     with torch.autocast(label_map.device.type, enabled=False):
         for masks, classes in zip(predicted.masks, predicted.classes, strict=True):
-            masks, classes = at_least_float32(masks), at_least_float32(classes)
+            masks, classes = promote_to_float32(masks), promote_to_float32(classes)
             matches = match(masks, classes, label_map, found, config, ignore=ignore)
             sums.append(
                 (
@@ -66,7 +70,8 @@ def set_losses(
 def counts(
     label_map: Tensor, num_classes: int, config: HeadConfig, *, ignore: int
 ) -> dict[str, int]:
-    """Masks that are matched, for both losses of masks; and all queries' weights, in thousandths."""
+    """Masks that are matched, for both losses of masks; and all queries' weights, in
+    thousandths."""
     matched = sum(
         min(len(each), config.num_queries) for each in present(label_map, num_classes, ignore)
     )
@@ -80,10 +85,12 @@ def no_object(config: HeadConfig) -> int:
 
 
 def present(label_map: Tensor, num_classes: int, ignore: int) -> list[Tensor]:
-    """The classes of each image [n], ascending. ValueError for labels that are neither a class nor ignored."""
+    """The classes of each image [n], ascending. ValueError for labels that are neither a class nor
+    ignored."""
     if 0 <= ignore < num_classes:
         raise ValueError(
-            f"the label {ignore} for ignored pixels is one of the {num_classes} classes: give another"
+            f"the label {ignore} for ignored pixels is one of the {num_classes} classes: give "
+            "another"
         )
     found = []
     for image in label_map:
@@ -92,13 +99,14 @@ def present(label_map: Tensor, num_classes: int, ignore: int) -> list[Tensor]:
         wrong = labels[(labels < 0) | (labels >= num_classes)]
         if len(wrong):
             raise ValueError(
-                f"label {int(wrong[0])} is none of the {num_classes} classes, nor {ignore} for ignored: check num_classes"
+                f"label {int(wrong[0])} is none of the {num_classes} classes, nor {ignore} for "
+                "ignored: check num_classes"
             )
         found.append(labels)
     return found
 
 
-# Matching ------------------------------------------------------------------------------------------------------------
+# Matching -----------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -111,7 +119,8 @@ def match(
     *,
     ignore: int,
 ) -> Matches:
-    """The cheapest queries for the classes of each image; of more classes than queries some stay without."""
+    """The cheapest queries for the classes of each image; of more classes than queries some stay
+    without."""
     rows: list[tuple[Tensor, Tensor, Tensor]] = []
     for index, labels in enumerate(found):
         points = draw((config.num_points,), masks)
@@ -140,7 +149,8 @@ def costs(
     valid: Tensor,
     config: HeadConfig,
 ) -> Tensor:
-    """What it would cost if query q stood for class n: logits [Q, P], classes [Q, C + 1], truth [n, P], valid [P] -> [Q, n]."""
+    """What it would cost if query q stood for class n: logits [Q, P], classes [Q, C + 1], truth [n,
+    P], valid [P] -> [Q, n]."""
     probabilities = logits.sigmoid()
     crossed = F.softplus(-logits) @ truth.T + F.softplus(logits) @ (valid - truth).T
     overlap = 2 * probabilities @ truth.T + 1
@@ -152,23 +162,23 @@ def costs(
 
 
 def assign(cost: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows and columns [min(Q, n)] of the cheapest assignment of a matrix [Q, n]; what is not finite is chosen last."""
+    """Rows and columns [min(Q, n)] of the cheapest assignment of a matrix [Q, n]; what is not
+    finite is chosen last."""
     from scipy.optimize import linear_sum_assignment
 
     most = torch.finfo(torch.float32).max
-    rows, columns = linear_sum_assignment(
-        known(cost).float().nan_to_num(most, most, most).cpu().numpy()
-    )
+    rows, columns = linear_sum_assignment(cost.float().nan_to_num(most, most, most).cpu().numpy())
     return torch.from_numpy(rows), torch.from_numpy(columns)
 
 
-# Losses --------------------------------------------------------------------------------------------------------------
+# Losses -------------------------------------------------------------------------------------------
 
 
 def mask_losses(
     masks: Tensor, matches: Matches, label_map: Tensor, config: HeadConfig, *, ignore: int
 ) -> tuple[Tensor, Tensor]:
-    """Cross-entropy, averaged over the places of a mask, and dice, both summed over the matched masks."""
+    """Cross-entropy, averaged over the places of a mask, and dice, both summed over the matched
+    masks."""
     chosen = masks[matches.image, matches.query][:, None]  # [M, 1, h, w]
     points = places(chosen.detach(), matches, label_map, config, ignore=ignore)  # [M, K, 2]
     truth, valid = (
@@ -184,7 +194,8 @@ def mask_losses(
 
 
 def class_loss(classes: Tensor, matches: Matches, config: HeadConfig) -> Tensor:
-    """Cross-entropy of all queries, those without a mask towards "no object", summed with weights in thousandths."""
+    """Cross-entropy of all queries, those without a mask towards "no object", summed with weights
+    in thousandths."""
     weight = torch.full(classes.shape[-1:], float(UNIT), device=classes.device, dtype=classes.dtype)
     weight[-1] = no_object(config)
     target = torch.full(classes.shape[:2], classes.shape[-1] - 1, device=classes.device)
@@ -195,7 +206,8 @@ def class_loss(classes: Tensor, matches: Matches, config: HeadConfig) -> Tensor:
 def places(
     masks: Tensor, matches: Matches, label_map: Tensor, config: HeadConfig, *, ignore: int
 ) -> Tensor:
-    """Where masks [M, 1, h, w] are compared, [M, K, 2]: most where they are least certain, ignored places last of all."""
+    """Where masks [M, 1, h, w] are compared, [M, K, 2]: most where they are least certain, ignored
+    places last of all."""
     certain = int(config.importance * config.num_points)
     points = draw((len(masks), int(config.num_points * config.oversample)), masks)
     doubt = -sampled(masks, points)[:, 0].abs()
@@ -205,7 +217,7 @@ def places(
     return torch.cat((chosen, draw((len(masks), config.num_points - certain), masks)), 1)
 
 
-# Sampling ------------------------------------------------------------------------------------------------------------
+# Sampling -----------------------------------------------------------------------------------------
 
 
 def draw(shape: tuple[int, ...], like: Tensor) -> Tensor:
@@ -222,9 +234,11 @@ def sampled(maps: Tensor, points: Tensor) -> Tensor:
 def read(
     label_map: Tensor, points: Tensor, labels: Tensor, ignore: int, image: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The masks of `labels` at points, and how much of a point is not ignored: what sampling both as maps would give.
+    """The masks of `labels` at points, and how much of a point is not ignored: what sampling both
+    as maps would give.
 
-    One image: label_map [H, W], points [K, 2], labels [n] -> [n, K], [K]. Or label_map [B, H, W] with the image [M] of each
+    One image: label_map [H, W], points [K, 2], labels [n] -> [n, K], [K]. Or label_map [B, H, W]
+    with the image [M] of each
     mask: points [M, K, 2], labels [M] -> [M, K] both.
     """
     height, width = label_map.shape[-2:]

@@ -1,13 +1,16 @@
-"""transformers' parts of Mask2Former (arXiv:2112.01527), without their backbone and losses, and with what they need.
+"""transformers' parts of Mask2Former (arXiv:2112.01527), without their backbone and losses, and
+with what they need.
 
 Importing this file takes seconds: `head.py` does it when a head is built. Changed are:
 
-- cross-attention keeps no matrix of weights, and one mask serves all its heads (B * heads * Q * h * w of float32 before);
+- cross-attention keeps no matrix of weights, and one mask serves all its heads (B * heads * Q * h *
+  w of float32 before);
 - sine positions come from a function, not from a cache that all models of a process share;
 - no parameter is a tensor of uninitialised memory when built on "meta";
 - layers may be recomputed in the backward pass.
 
-Parameters keep transformers' names. Features: four maps [B, D, h, w], each half as large as the one before.
+Parameters keep transformers' names. Features: four maps [B, D, h, w], each half as large as the one
+before.
 """
 
 import math
@@ -66,7 +69,8 @@ def parts(
 
 
 class CrossAttention(nn.MultiheadAttention):
-    """Queries [Q, B, D] to places [N, B, D] by a fused kernel, which never holds the weights [B, heads, Q, N]."""
+    """Queries [Q, B, D] to places [N, B, D] by a fused kernel, which never holds the weights [B,
+    heads, Q, N]."""
 
     def forward(  # type: ignore[override]
         self,
@@ -91,7 +95,8 @@ class CrossAttention(nn.MultiheadAttention):
 
 
 class SinePositions(nn.Module):
-    """Sines and cosines of the row, then of the column, as parts of a turn over the whole map: [B, D, h, w]."""
+    """Sines and cosines of the row, then of the column, as parts of a turn over the whole map: [B,
+    D, h, w]."""
 
     TEMPERATURE = 10_000
 
@@ -121,9 +126,11 @@ class SinePositions(nn.Module):
 
 
 def offsets(num_heads: int) -> Tensor:
-    """Where deformable attention looks at first: each head in a direction of its own, each point one place further.
+    """Where deformable attention looks at first: each head in a direction of its own, each point
+    one place further.
 
-    The bias [heads * LEVELS * POINTS * 2] of `sampling_offsets` (Deformable DETR, arXiv:2010.04159).
+    The bias [heads * LEVELS * POINTS * 2] of `sampling_offsets` (Deformable DETR,
+    arXiv:2010.04159).
     """
     angles = torch.arange(num_heads) * (2 * math.pi / num_heads)
     directions = torch.stack((angles.cos(), angles.sin()), -1)

@@ -1,6 +1,8 @@
-"""The spatial prior of ViT-Adapter (arXiv:2205.08534, section 3.3): a small convolutional pyramid beside the trunk.
+"""The spatial prior of ViT-Adapter (arXiv:2205.08534, section 3.3): a small convolutional pyramid
+beside the trunk.
 
-Images [B, 3, H, W] -> four maps [B, D, h, w] at strides s, 2s, 4s and 8s, s being the power of two nearest to a quarter of
+Images [B, 3, H, W] -> four maps [B, D, h, w] at strides s, 2s, 4s and 8s, s being the power of two
+nearest to a quarter of
 the patch: 4 for patches of 14 and 16, 2 for 8. Each halving rounds up, so any image will do.
 """
 
@@ -8,11 +10,8 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-from beit3.ops.collectives import world_size
 
 
 class ConvNorm(nn.Module):
@@ -28,7 +27,8 @@ class ConvNorm(nn.Module):
 
 
 class SpatialPrior(nn.Module):
-    """`inplanes` channels at the first stride, then twice and four times as many; projected to `dim` at each."""
+    """`inplanes` channels at the first stride, then twice and four times as many; projected to
+    `dim` at each."""
 
     def __init__(self, dim: int, inplanes: int, patch_size: int):
         super().__init__()
@@ -56,8 +56,9 @@ class SpatialPrior(nn.Module):
 
 
 @contextmanager
-def buffers_spared(module: nn.Module) -> Iterator[None]:
-    """Within, `module` works on copies of its buffers: what is computed again must not count twice in running averages."""
+def preserve_buffers(module: nn.Module) -> Iterator[None]:
+    """Within, `module` works on copies of its buffers: what is computed again must not count twice
+    in running averages."""
     buffers = [
         (part, name, buffer)
         for part in module.modules()
@@ -70,13 +71,3 @@ def buffers_spared(module: nn.Module) -> Iterator[None]:
     finally:
         for part, name, buffer in buffers:
             setattr(part, name, buffer)
-
-
-def synchronised(module: nn.Module, device: torch.device) -> nn.Module:
-    """`module` with batch norms over all processes if these compute on accelerators, else as it is. On meta too; before sharding.
-
-    torch's own would raise on CPU, and without a process group quietly be plain ones.
-    """
-    if world_size() > 1 and device.type == "cuda":
-        return nn.SyncBatchNorm.convert_sync_batchnorm(module)
-    return module

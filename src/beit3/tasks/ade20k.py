@@ -1,7 +1,10 @@
-"""Semantic segmentation on ADE20K and folders like CamVid's and Cityscapes' (paper section 3.3 and table 8).
+"""Semantic segmentation on ADE20K and folders like CamVid's and Cityscapes' (paper section 3.3 and
+table 8).
 
-The image side of BEiT-3, ViT-Adapter around its blocks, a Mask2Former head; none of it was released. Rate, decay, steps and
-crop of the giant are the paper's (appendix, tables 15 and 16), the rest is ViT-Adapter's (docs/dense.md says which). A record:
+The image side of BEiT-3, ViT-Adapter around its blocks, a Mask2Former head; none of it was
+released. Rate, decay, steps and
+crop of the giant are the paper's (appendix, tables 15 and 16), the rest is ViT-Adapter's
+(docs/dense.md says which). A record:
 an image, its label map, and under `labels` what the map's numbers mean.
 """
 
@@ -20,18 +23,23 @@ from torch import Tensor
 
 from beit3.data.prepare.formats.scenes import scenes
 from beit3.data.prepare.splits import write_splits
-from beit3.data.stores.records import locate, write_text
+from beit3.data.stores.split_files import locate_split
 from beit3.data.views.label_maps import (
-    IGNORE,
-    SceneView,
+    IGNORE_INDEX,
     open_label_map,
-    open_scene,
-    pad,
-    read_indices,
+    open_labeled_image,
+    read_pixel_values,
 )
-from beit3.data.views.transforms import IMAGENET, VL, Preprocessing, blanked
+from beit3.data.views.preprocessing import (
+    IMAGENET_MEAN_STD,
+    VL_MEAN_STD,
+    Preprocessing,
+    clear_padding,
+)
+from beit3.data.views.segmentation import SegmentationAugmentation, pad_image_and_labels
+from beit3.files import write_text
 from beit3.images import open_image
-from beit3.metrics.segmentation import Matrix, confusion, figures
+from beit3.metrics.segmentation import ConfusionMatrix, compute_confusion, summarize_confusion
 from beit3.model.config import BASE, GIANT, LARGE, SMALL, TINY, ModelConfig
 from beit3.model.trunk import ImageTrunk
 from beit3.ops.collectives import all_gather_objects
@@ -39,15 +47,16 @@ from beit3.recipe import DataConfig, OptimConfig, Recipe, RunConfig, TaskConfig
 from beit3.segmentation.adapter import AdapterConfig, ViTAdapter
 from beit3.segmentation.config import LARGE_HEAD, SMALL_HEAD, HeadConfig
 from beit3.segmentation.head import MaskHead
-from beit3.segmentation.inference import Views, passes, segment
+from beit3.segmentation.inference import InferenceConfig, count_passes, segment_image
 from beit3.task import Batch, Example, Prediction, Record, Task, join_by_id, make_record_rng
 from beit3.tokenizer.text import TextTokenizer
 
-CLASSES = "classes.json"
+CLASSES_FILE = "classes.json"
 """Beside the records: the names of the labels, in their order."""
 
 QUIRK = ("head.classes.", "mask_embedder.", "level_embed", "queries_embedder.", "queries_features.")
-"""Parts of the head that ViT-Adapter's release, and EVA's after it, train at the rate of the first layer."""
+"""Parts of the head that ViT-Adapter's release, and EVA's after it, train at the rate of the first
+layer."""
 
 
 @dataclass(frozen=True)
@@ -55,20 +64,29 @@ class Ade20kConfig(TaskConfig):
     """All that inference needs."""
 
     model: ModelConfig = BASE
-    image: Preprocessing = Preprocessing(896, *IMAGENET)
+    image: Preprocessing = Preprocessing(896, *IMAGENET_MEAN_STD)
     """Mean and deviation of the colors; sizes are those of the views."""
     adapter: AdapterConfig = AdapterConfig()
     head: HeadConfig = SMALL_HEAD
     classes: tuple[str, ...] = ()
     """Names of the labels; empty = taken from the records."""
     num_classes: int = 150
-    train_view: SceneView = SceneView()
-    views: Views = Views()
+    train_view: SegmentationAugmentation = SegmentationAugmentation()
+    views: InferenceConfig = InferenceConfig()
     """What evaluation sees: windows, scales, mirrored or not."""
     resize_patch: bool = False
     """Whether to start from weights of another patch size, their kernel resampled."""
     published_decay: bool = False
-    """Whether queries and predictors learn at the first layer's rate, as in ViT-Adapter's release, which meant otherwise."""
+    """Whether queries and predictors learn at the first layer's rate, as in ViT-Adapter's release,
+    which meant otherwise."""
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        return self.classes
+
+    @property
+    def base_depth(self) -> int:
+        return max(2, self.adapter.num_interactions)
 
 
 def _recipe(
@@ -81,14 +99,15 @@ def _recipe(
     note: str,
     **fields: Any,
 ) -> Recipe:
-    """ViT-Adapter's settings: batch 16, linear decay after 1,500 steps, no clipping; everything that can be is recomputed."""
+    """ViT-Adapter's settings: batch 16, linear decay after 1,500 steps, no clipping; everything
+    that can be is recomputed."""
     return Recipe(
         task=Ade20kConfig(
             model=replace(model, drop_path_rate=rate),
             adapter=AdapterConfig(drop_path_rate=rate, recompute=True),
             head=replace(head, checkpointing=True),
-            train_view=SceneView(crop, crop, 4 * crop),
-            views=Views(crop, crop * 4 // 7, crop, 4 * crop),
+            train_view=SegmentationAugmentation(crop, crop, 4 * crop),
+            views=InferenceConfig(crop, crop * 4 // 7, crop, 4 * crop),
             **fields,
         ),
         data=DataConfig(batch={"main": 16}, workers=8),
@@ -111,14 +130,14 @@ def _on_processor(
     return Recipe(
         task=Ade20kConfig(
             model=model,
-            image=Preprocessing(crop, *VL),
+            image=Preprocessing(crop, *VL_MEAN_STD),
             adapter=AdapterConfig(inplanes=16),
             head=head,
             num_classes=1,
-            train_view=SceneView(
+            train_view=SegmentationAugmentation(
                 crop, crop, 4 * crop, scale=(0.75, 1.5), largest_share=1.0, distort=False
             ),
-            views=Views(crop, crop * 3 // 4, crop, 4 * crop, windows=4),
+            views=InferenceConfig(crop, crop * 3 // 4, crop, 4 * crop, windows=4),
         ),
         data=DataConfig(batch={"main": batch}),
         optim=OptimConfig(lr=1e-3, weight_decay=0.05, warmup_steps=20, clip=3.0),
@@ -136,7 +155,7 @@ class Ade20k(Task):
 
     Config = Ade20kConfig
     headline = "miou"
-    names_file = CLASSES
+    names_file = CLASSES_FILE
     unused_parameters: ClassVar[Mapping[str, str]] = {
         f"backbone.{name}": reason for name, reason in ImageTrunk.unused_parameters.items()
     }
@@ -191,7 +210,8 @@ class Ade20k(Task):
         self.config: Ade20kConfig = config
         if config.classes and len(config.classes) != config.num_classes:
             raise ValueError(
-                f"{len(config.classes)} class names for {config.num_classes} classes: give the list of these weights"
+                f"{len(config.classes)} class names for {config.num_classes} classes: give the "
+                "list of these weights"
             )
         self.backbone = ImageTrunk(config.model)
         self.adapter = ViTAdapter(config.model, config.adapter)
@@ -221,7 +241,7 @@ class Ade20k(Task):
             else layer
         ), head
 
-    # Data ------------------------------------------------------------------------------------------------------------
+    # Data -----------------------------------------------------------------------------------------
 
     @staticmethod
     def prepare(raw: Path, root: Path, source: str) -> Mapping[str, Any]:
@@ -232,7 +252,7 @@ class Ade20k(Task):
             root, "ade20k", source, ((split, record | {"labels": labels}) for split, record in rows)
         )
         write_text(
-            root / "ade20k" / source / CLASSES,
+            root / "ade20k" / source / CLASSES_FILE,
             json.dumps(names, indent=1, ensure_ascii=False) + "\n",
         )
         return dict(report) | {"classes": len(names)}
@@ -241,7 +261,7 @@ class Ade20k(Task):
     def configure(config: TaskConfig, root: Path) -> TaskConfig:
         """Take the classes from beside the records."""
         assert isinstance(config, Ade20kConfig)
-        file = locate(root, "ade20k", "main", "train").with_name(CLASSES)
+        file = locate_split(root, "ade20k", "main", "train").with_name(CLASSES_FILE)
         if not file.is_file():
             raise ValueError(f"no class names at {file}: run beit3 prepare ade20k again")
         classes = tuple(json.loads(file.read_text(encoding="utf-8")))
@@ -254,8 +274,10 @@ class Ade20k(Task):
     def example(
         self, record: Record, train: bool, *, rng: np.random.Generator | None = None
     ) -> Example:
-        """For evaluation `image` uint8 [3, H, W], whole. For training a view in a square: `image` uint8 [3, S, S], of which
-        `size` [2] (height, width) is picture, and `label_map` uint8 or int32 [S, S], 255 for pixels that count nowhere.
+        """For evaluation `image` uint8 [3, H, W], whole. For training a view in a square: `image`
+        uint8 [3, S, S], of which
+        `size` [2] (height, width) is picture, and `label_map` uint8 or int32 [S, S], 255 for pixels
+        that count nowhere.
         """
         if not train:
             if "labels" in record:
@@ -265,20 +287,24 @@ class Ade20k(Task):
             raise ValueError(
                 f"record {record['id']} has no label map: train on a split that has them"
             )
-        image, labels = open_scene(record["image"], record["label_map"], **self.meaning(record))
+        image, labels = open_labeled_image(
+            record["image"], record["label_map"], **self.meaning(record)
+        )
         view = self.config.train_view
         image, labels = view(image, labels, rng or make_record_rng(record))
         size = torch.tensor(labels.shape)
-        image, labels = pad(image, labels, view.crop)
+        image, labels = pad_image_and_labels(image, labels, view.crop)
         return {"id": str(record["id"]), "image": image, "size": size, "label_map": labels}
 
     def meaning(self, record: Record) -> dict[str, Any]:
-        """What the numbers of a record's label map mean, as `open_label_map` takes it; ValueError for other classes than ours."""
-        options = meaning(record)
+        """What the numbers of a record's label map mean, as `open_label_map` takes it; ValueError
+        for other classes than ours."""
+        options = label_map_options(record)
         if options["num_classes"] != self.config.num_classes:
             known = self.config.num_classes
             raise ValueError(
-                f"{options['num_classes']} classes in the records, {known} here: give records of the same classes"
+                f"{options['num_classes']} classes in the records, {known} here: give records of "
+                "the same classes"
             )
         return options
 
@@ -291,16 +317,16 @@ class Ade20k(Task):
     def normalize_images(self, batch: Batch) -> Tensor:
         """Those of every task, with zeros, the mean color, in the padding."""
         return (
-            blanked(super().normalize_images(batch), batch["size"])
+            clear_padding(super().normalize_images(batch), batch["size"])
             if "size" in batch
             else super().normalize_images(batch)
         )
 
-    # Training --------------------------------------------------------------------------------------------------------
+    # Training -------------------------------------------------------------------------------------
 
     def targets(self, batch: Batch) -> dict[str, int]:
         """Masks for `mask` and `dice`, weighted queries for `class`."""
-        return self.head.counts(batch["label_map"], ignore=IGNORE)
+        return self.head.counts(batch["label_map"], ignore=IGNORE_INDEX)
 
     @property
     def loss_weights(self) -> Mapping[str, float]:
@@ -311,7 +337,7 @@ class Ade20k(Task):
         """The head's three losses, each a mean over its layers."""
         predicted = self.head(self.adapter(self.normalize_images(batch), self.backbone))
         return {
-            "losses": self.head.losses(predicted, batch["label_map"], ignore=IGNORE),
+            "losses": self.head.losses(predicted, batch["label_map"], ignore=IGNORE_INDEX),
             "metrics": {},
         }
 
@@ -329,18 +355,18 @@ class Ade20k(Task):
         rows, columns = (-(-count * part // whole) for count, part, whole in sides)
         return scores[:, :, :rows, :columns]
 
-    # Inference -------------------------------------------------------------------------------------------------------
+    # Inference ------------------------------------------------------------------------------------
 
     def predict(self, batch: Batch) -> list[Prediction]:
         """`map`: the labels of all pixels, a PNG in base64, at the picture's own size."""
         weights, views = next(self.backbone.parameters()), self.config.views
-        mine = sum(passes(image.shape[1], image.shape[2], views) for image in batch["image"])
+        mine = sum(count_passes(image.shape[1], image.shape[2], views) for image in batch["image"])
         most = max(
             all_gather_objects(mine)
         )  # asked before the first pass: all processes must call the same things in turn
         plain, found = super().normalize_images, []
         for key, image in zip(batch["id"], batch["image"], strict=True):
-            labels = segment(
+            labels = segment_image(
                 image.to(weights.device),
                 self.scores,
                 views,
@@ -351,7 +377,7 @@ class Ade20k(Task):
                     "id": key,
                     "height": labels.shape[0],
                     "width": labels.shape[1],
-                    "map": encoded(labels),
+                    "map": encode_label_map(labels),
                 }
             )
         blank = torch.zeros(
@@ -366,24 +392,25 @@ class Ade20k(Task):
     @staticmethod
     def score(predictions: Sequence[Prediction], records: Sequence[Record]) -> dict[str, float]:
         """`miou`, `aacc` and `macc` over all pixels of the split."""
-        return figures(matrix(predictions, records))
+        return summarize_confusion(sum_confusion(predictions, records))
 
 
-def matrix(predictions: Sequence[Prediction], records: Sequence[Record]) -> Matrix:
+def sum_confusion(predictions: Sequence[Prediction], records: Sequence[Record]) -> ConfusionMatrix:
     """The confusion matrix of a split, [C, C], at the size of the label maps."""
-    total: Matrix | None = None
+    total: ConfusionMatrix | None = None
     for prediction, record in join_by_id(predictions, records):
         if "label_map" not in record:
             raise ValueError(
-                "some of these records hold no label map to compare with: score a split that has them"
+                "some of these records hold no label map to compare with: score a split that has "
+                "them"
             )
-        options = meaning(record)
+        options = label_map_options(record)
         truth = open_label_map(record["label_map"], **options).numpy()
-        found = confusion(
-            decoded(prediction),
+        found = compute_confusion(
+            decode_label_map(prediction),
             truth,
             num_classes=options["num_classes"],
-            ignore=IGNORE,
+            ignore=IGNORE_INDEX,
             name=str(record["id"]),
         )
         total = found if total is None else total + found
@@ -391,18 +418,18 @@ def matrix(predictions: Sequence[Prediction], records: Sequence[Record]) -> Matr
     return total
 
 
-def meaning(record: Record) -> dict[str, Any]:
+def label_map_options(record: Record) -> dict[str, Any]:
     """What the numbers of a record's label map mean, as `open_label_map` takes it."""
     labels = record["labels"]
     return {
         "num_classes": labels["num_classes"],
         "reduce_zero": labels.get("reduce_zero", False),
-        "unlabelled": tuple({labels.get("ignore", IGNORE)} - {IGNORE}),
+        "unlabeled": tuple({labels.get("ignore", IGNORE_INDEX)} - {IGNORE_INDEX}),
         "lookup": tuple(labels.get("lookup", ())),
     }
 
 
-def encoded(labels: Tensor) -> str:
+def encode_label_map(labels: Tensor) -> str:
     """Labels [H, W] as a PNG in base64, of 8 bits where they fit, else of 16."""
     values = labels.cpu().numpy()
     file = io.BytesIO()
@@ -412,10 +439,12 @@ def encoded(labels: Tensor) -> str:
     return base64.b64encode(file.getvalue()).decode("ascii")
 
 
-def decoded(prediction: Prediction) -> np.ndarray:
+def decode_label_map(prediction: Prediction) -> np.ndarray:
     """The labels [H, W] of a prediction; ValueError naming it where its map is none."""
     try:
-        return read_indices(io.BytesIO(base64.b64decode(str(prediction["map"]), validate=True)))
+        return read_pixel_values(
+            io.BytesIO(base64.b64decode(str(prediction["map"]), validate=True))
+        )
     except ValueError:
         raise ValueError(
             f"the map of prediction {prediction['id']} is no PNG of labels in base64: predict again"

@@ -1,7 +1,10 @@
-"""BEiT-3 without a head: features of images, texts or pairs (paper figure 3), for search, for probes, for other heads.
+"""BEiT-3 without a head: features of images, texts or pairs (paper figure 3), for search, for
+probes, for other heads.
 
-Nothing trains here. It is what a bare backbone loads into, and every released file whose own task this version lacks.
-Batches hold `image` [B, 3, H, W], uint8 or normalised, and/or `text` [B, L] with `text_padding` [B, L]; both together are encoded as one
+Nothing trains here. It is what a bare backbone loads into, and every released file whose own task
+this version lacks.
+Batches hold `image` [B, 3, H, W], uint8 or normalised, and/or `text` [B, L] with `text_padding` [B,
+L]; both together are encoded as one
 fused sequence, so for a dual encoder make one batch of each.
 """
 
@@ -30,7 +33,8 @@ class Backbone(Task):
         self.backbone = BEiT3(config.model)
 
     def record(self, image: Any = None, text: str | None = None) -> Record:
-        """Raw inputs -> record: an image, a text or both; None or an empty string leaves one out."""
+        """Raw inputs -> record: an image, a text or both; None or an empty string leaves one
+        out."""
         given = {"image": image, "text": text}
         return {"id": "0"} | {
             name: value for name, value in given.items() if value not in (None, "")
@@ -50,13 +54,15 @@ class Backbone(Task):
         return example
 
     def outputs(self, batch: Batch) -> dict[str, Tensor]:
-        """`tokens` [B, N, D], and its parts `image` [B, 1 + P, D] and `text` [B, L, D] as far as they are present."""
+        """`tokens` [B, N, D], and its parts `image` [B, 1 + P, D] and `text` [B, L, D] as far as
+        they are present."""
         image = self.normalize_images(batch) if "image" in batch else None
         encoded = self.backbone(image, batch.get("text"), text_padding=batch.get("text_padding"))
         return {"tokens": encoded.tokens} | {name: encoded.of(name) for name, _ in encoded.spans}
 
     def predict(self, batch: Batch) -> list[Prediction]:
-        """`image`: the class token's feature, `text`: the begin mark's, each a list of D numbers."""
+        """`image`: the class token's feature, `text`: the begin mark's, each a list of D
+        numbers."""
         outputs = self.outputs(batch)
         features = {
             name: outputs[name][:, 0].float().tolist()

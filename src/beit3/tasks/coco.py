@@ -1,8 +1,12 @@
-"""Object detection and instance segmentation on COCO (paper sections 3.3 and table 7), and boxes alone on Objects365.
+"""Object detection and instance segmentation on COCO (paper sections 3.3 and table 7), and boxes
+alone on Objects365.
 
-The image side of BEiT-3 with window attention, ViTDet's pyramid, a cascade of three box heads and a mask head; its weights
-were never released. Widths, schedule and batch of the giant are the paper's (appendix, tables 15 and 16); what the paper
-leaves out is ViTDet's and EVA's (docs/dense.md says which). A record: an image and its objects, each a box [x, y, w, h] in
+The image side of BEiT-3 with window attention, ViTDet's pyramid, a cascade of three box heads and a
+mask head; its weights
+were never released. Widths, schedule and batch of the giant are the paper's (appendix, tables 15
+and 16); what the paper
+leaves out is ViTDet's and EVA's (docs/dense.md says which). A record: an image and its objects,
+each a box [x, y, w, h] in
 pixels, a label, and polygons or an RLE.
 """
 
@@ -19,15 +23,26 @@ from torch import Tensor
 
 from beit3.data.prepare.formats.instances import instances
 from beit3.data.prepare.splits import BAD_SHARE, write_splits
-from beit3.data.stores.records import locate, write_text
-from beit3.data.views.jitter import Objects, Visible, large_scale_jitter, pad_square
-from beit3.data.views.transforms import IMAGENET, VL, Preprocessing, blanked
+from beit3.data.stores.split_files import locate_split
+from beit3.data.views.jitter import (
+    ObjectAnnotations,
+    VisibleObjects,
+    large_scale_jitter,
+    pad_to_square,
+)
+from beit3.data.views.preprocessing import (
+    IMAGENET_MEAN_STD,
+    VL_MEAN_STD,
+    Preprocessing,
+    clear_padding,
+)
 from beit3.detection.cascade import Target
 from beit3.detection.config import DetectorConfig
 from beit3.detection.detector import Detector
-from beit3.detection.inference import Detections, View, detect, mirror
+from beit3.detection.inference import Detections, ImageView, detect_objects, flip_view
+from beit3.files import write_text
 from beit3.images import open_image
-from beit3.metrics.detection import FIGURES, Kind, coco_ap
+from beit3.metrics.detection import COCO_METRICS, IouKind, compute_coco_ap
 from beit3.model.config import BASE, GIANT, LARGE, SMALL, TINY, ModelConfig
 from beit3.model.trunk import ImageTrunk
 from beit3.recipe import DataConfig, OptimConfig, Recipe, RunConfig, TaskConfig
@@ -43,7 +58,7 @@ from beit3.task import (
 )
 from beit3.tokenizer.text import TextTokenizer
 
-CATEGORIES = "categories.json"
+CATEGORIES_FILE = "categories.json"
 """Beside the records: [{"id", "name"}] in the order of the labels."""
 
 
@@ -52,8 +67,9 @@ class CocoConfig(TaskConfig):
     """All that inference needs."""
 
     model: ModelConfig = BASE
-    image: Preprocessing = Preprocessing(1024, *IMAGENET, resize="fit")
-    """`image_size` is the side of the square that pictures are fitted into, at training and at evaluation."""
+    image: Preprocessing = Preprocessing(1024, *IMAGENET_MEAN_STD, resize="fit")
+    """`image_size` is the side of the square that pictures are fitted into, at training and at
+    evaluation."""
     detector: DetectorConfig = DetectorConfig()
     categories: tuple[str, ...] = ()
     """Names of the labels; empty = taken from the records."""
@@ -73,6 +89,14 @@ class CocoConfig(TaskConfig):
     """Whether each is seen mirrored too."""
     resize_patch: bool = False
     """Whether to start from weights of another patch size, their kernel resampled."""
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        return self.categories
+
+    @property
+    def base_depth(self) -> int:
+        return max(2, self.num_global)
 
 
 def _vitdet(model: ModelConfig, rate: float, layer_decay: float, note: str) -> Recipe:
@@ -106,7 +130,7 @@ def _giant(size: int, lr: float, epochs: float, detector: DetectorConfig, note: 
     return Recipe(
         task=CocoConfig(
             model=model,
-            image=Preprocessing(size, *IMAGENET, resize="fit"),
+            image=Preprocessing(size, *IMAGENET_MEAN_STD, resize="fit"),
             detector=detector,
             resize_patch=True,
         ),
@@ -132,7 +156,7 @@ def _on_processor(
     return Recipe(
         task=CocoConfig(
             model=replace(model, final_norm=False),
-            image=Preprocessing(size, *VL, resize="fit"),
+            image=Preprocessing(size, *VL_MEAN_STD, resize="fit"),
             detector=detector,
             num_classes=1,
             window=0,
@@ -181,7 +205,7 @@ class Coco(Task):
 
     Config = CocoConfig
     headline = "box_ap"
-    names_file = CATEGORIES
+    names_file = CATEGORIES_FILE
     unused_parameters: ClassVar[Mapping[str, str]] = {
         f"backbone.{name}": reason for name, reason in ImageTrunk.unused_parameters.items()
     }
@@ -216,16 +240,19 @@ class Coco(Task):
         self.config: CocoConfig = config
         if config.image.resize != "fit":
             raise ValueError(
-                f"task.image.resize {config.image.resize}: detection fits whole pictures into a square, give fit"
+                f"task.image.resize {config.image.resize}: detection fits whole pictures into a "
+                "square, give fit"
             )
         if config.categories and len(config.categories) != config.num_classes:
             raise ValueError(
-                f"{len(config.categories)} categories for {config.num_classes} classes: give the list of these weights"
+                f"{len(config.categories)} categories for {config.num_classes} classes: give the "
+                "list of these weights"
             )
         for size in self.sizes:
             if size % config.model.patch_size:
                 raise ValueError(
-                    f"a square of {size} px is no multiple of the {config.model.patch_size} px patch: give one that is"
+                    f"a square of {size} px is no multiple of the {config.model.patch_size} px "
+                    "patch: give one that is"
                 )
         self.backbone = ImageTrunk(config.model, window=config.window, num_global=config.num_global)
         self.detector = Detector(
@@ -247,7 +274,7 @@ class Coco(Task):
         else:
             super().init_parameter(name, parameter, generator)
 
-    # Data ------------------------------------------------------------------------------------------------------------
+    # Data -----------------------------------------------------------------------------------------
 
     @staticmethod
     def prepare(
@@ -261,7 +288,7 @@ class Coco(Task):
         categories, rows = instances(raw, repaired=repaired)
         report = write_splits(root, "coco", source, rows, bad_share=bad_share)
         write_text(
-            root / "coco" / source / CATEGORIES,
+            root / "coco" / source / CATEGORIES_FILE,
             json.dumps(categories, indent=1, ensure_ascii=False) + "\n",
         )
         return (
@@ -274,7 +301,7 @@ class Coco(Task):
     def configure(config: TaskConfig, root: Path) -> TaskConfig:
         """Take the categories from beside the records."""
         assert isinstance(config, CocoConfig)
-        file = locate(root, "coco", "main", "train").with_name(CATEGORIES)
+        file = locate_split(root, "coco", "main", "train").with_name(CATEGORIES_FILE)
         if not file.is_file():
             raise ValueError(f"no categories at {file}: run beit3 prepare coco again")
         categories = json.loads(file.read_text(encoding="utf-8"))
@@ -288,10 +315,13 @@ class Coco(Task):
     def example(
         self, record: Record, train: bool, *, rng: np.random.Generator | None = None
     ) -> Example:
-        """`image` uint8 [3, S, S], of which `size` [2] (height, width) is picture and the rest padding; `original` [2], its own size.
+        """`image` uint8 [3, S, S], of which `size` [2] (height, width) is picture and the rest
+        padding; `original` [2], its own size.
 
-        For training what is seen of its objects: `boxes` [n, 4], `labels` [n], and `masks` uint8 [n, *size] where they are learnt.
-        Crowd regions teach nothing, nor do objects without an outline where outlines are learnt. Without: a view, `image@S` and
+        For training what is seen of its objects: `boxes` [n, 4], `labels` [n], and `masks` uint8
+        [n, *size] where they are learnt.
+        Crowd regions teach nothing, nor do objects without an outline where outlines are learnt.
+        Without: a view, `image@S` and
         `size@S`, for each further test size.
         """
         image, config = open_image(record["image"]), self.config
@@ -315,8 +345,9 @@ class Coco(Task):
             }
         return example
 
-    def objects(self, record: Record) -> Objects:
-        """What a record's picture teaches; ValueError where it says nothing of objects, or of masks that are to be learnt."""
+    def objects(self, record: Record) -> ObjectAnnotations:
+        """What a record's picture teaches; ValueError where it says nothing of objects, or of masks
+        that are to be learnt."""
         if "objects" not in record:
             raise ValueError(
                 f"record {record['id']} says nothing of objects: train on a split that has them"
@@ -326,7 +357,8 @@ class Coco(Task):
             known = [each for each in known if each.get("segmentation")]
             if not known:
                 raise ValueError(
-                    f"record {record['id']} has boxes without outlines: learn boxes alone, --task.detector.masks False"
+                    f"record {record['id']} has boxes without outlines: learn boxes alone, "
+                    "--task.detector.masks False"
                 )
         boxes = torch.tensor([each["box"] for each in known], dtype=torch.float32).view(-1, 4)
         labels = torch.tensor([int(each["label"]) for each in known], dtype=torch.int64)
@@ -335,14 +367,16 @@ class Coco(Task):
             and not 0 <= int(labels.min()) <= int(labels.max()) < self.config.num_classes
         ):
             raise ValueError(
-                f"one of the labels {labels.tolist()[:20]} is none of the {self.config.num_classes} categories: prepare again"
+                f"one of the labels {labels.tolist()[:20]} is none of the "
+                f"{self.config.num_classes} categories: prepare again"
             )
         boxes[:, 2:] += boxes[:, :2]
         outlines = [each["segmentation"] for each in known] if self.config.detector.masks else None
-        return Objects(boxes, labels, outlines)
+        return ObjectAnnotations(boxes, labels, outlines)
 
     def collate(self, examples: Sequence[Example]) -> Batch:
-        """Objects of all images one after the other, `counts` [B] of each; masks [N, H, W] with H, W the largest size here."""
+        """Objects of all images one after the other, `counts` [B] of each; masks [N, H, W] with H,
+        W the largest size here."""
         ragged = ("boxes", "labels", "masks")
         batch = super().collate(
             [
@@ -364,10 +398,13 @@ class Coco(Task):
         return batch
 
     def normalize_images(self, batch: Batch, at: str = "") -> Tensor:
-        """Those of every task, with zeros, the mean color, in the padding; `at`: of a further test size, "@1280"."""
-        return blanked(super().normalize_images({"image": batch[f"image{at}"]}), batch[f"size{at}"])
+        """Those of every task, with zeros, the mean color, in the padding; `at`: of a further test
+        size, "@1280"."""
+        return clear_padding(
+            super().normalize_images({"image": batch[f"image{at}"]}), batch[f"size{at}"]
+        )
 
-    # Training --------------------------------------------------------------------------------------------------------
+    # Training -------------------------------------------------------------------------------------
 
     def targets(self, batch: Batch) -> dict[str, int]:
         """Every loss is a mean over images."""
@@ -397,7 +434,8 @@ class Coco(Task):
         }
 
     def outputs(self, batch: Batch) -> dict[str, Tensor]:
-        """`boxes` [R, 4] and `scores` [R, C] of all images before any NMS, one after the other, `counts` [B] of each."""
+        """`boxes` [R, 4] and `scores` [R, C] of all images before any NMS, one after the other,
+        `counts` [B] of each."""
         found = self.detector.detect(
             self.detector.pyramid(self.backbone(self.normalize_images(batch))), batch["size"]
         )
@@ -407,16 +445,19 @@ class Coco(Task):
             "counts": torch.tensor([len(each.boxes) for each in found]),
         }
 
-    # Inference -------------------------------------------------------------------------------------------------------
+    # Inference ------------------------------------------------------------------------------------
 
     def predict(self, batch: Batch) -> list[Prediction]:
-        """`objects`, best first: `box` [x, y, w, h] in the picture's own pixels, `label`, `name`, `score`, and `mask`, an RLE."""
+        """`objects`, best first: `box` [x, y, w, h] in the picture's own pixels, `label`, `name`,
+        `score`, and `mask`, an RLE."""
         views = []
         for size in self.sizes:
             at = _at(size, self.config.image.image_size)
-            view = View(self.normalize_images(batch, at), batch[f"size{at}"])
-            views += [view, mirror(view)] if self.config.test_flip else [view]
-        found = detect(self.backbone, self.detector, views, batch["original"], self.config.detector)
+            view = ImageView(self.normalize_images(batch, at), batch[f"size{at}"])
+            views += [view, flip_view(view)] if self.config.test_flip else [view]
+        found = detect_objects(
+            self.backbone, self.detector, views, batch["original"], self.config.detector
+        )
         return [
             {"id": key, "height": height, "width": width, "objects": self.named(each)}
             for key, (height, width), each in zip(
@@ -440,7 +481,8 @@ class Coco(Task):
 
     @staticmethod
     def score(predictions: Sequence[Prediction], records: Sequence[Record]) -> dict[str, float]:
-        """COCO's twelve figures of boxes, `box_ap` and so on, and of masks where both sides have them."""
+        """COCO's twelve figures of boxes, `box_ap` and so on, and of masks where both sides have
+        them."""
         join_by_id(predictions, records)
         if any("objects" not in row for row in records):
             raise ValueError(
@@ -450,9 +492,9 @@ class Coco(Task):
         outlined = outlined and all(
             each.get("segmentation") for row in records for each in row["objects"]
         )
-        kinds: tuple[Kind, ...] = ("box", "mask") if outlined else ("box",)
-        figures = {kind: coco_ap(predictions, records, kind=kind) for kind in kinds}
-        return {f"{kind}_{name}": figures[kind][name] for kind in kinds for name in FIGURES}
+        kinds: tuple[IouKind, ...] = ("box", "mask") if outlined else ("box",)
+        figures = {kind: compute_coco_ap(predictions, records, kind=kind) for kind in kinds}
+        return {f"{kind}_{name}": figures[kind][name] for kind in kinds for name in COCO_METRICS}
 
     @staticmethod
     def submission(
@@ -464,7 +506,8 @@ class Coco(Task):
             for each in prediction["objects"]:
                 if "category" not in each:
                     raise ValueError(
-                        "these weights know no category ids: fine-tune them on records of `beit3 prepare coco`"
+                        "these weights know no category ids: fine-tune them on records of `beit3 "
+                        "prepare coco`"
                     )
                 row = {
                     "image_id": read_server_id(record),
@@ -483,10 +526,10 @@ def _at(size: int, usual: int) -> str:
 
 def _padded(view: Tensor, side: int) -> Example:
     """A view uint8 [3, h, w] in its square."""
-    return {"image": pad_square(view, side), "size": torch.tensor(view.shape[1:])}
+    return {"image": pad_to_square(view, side), "size": torch.tensor(view.shape[1:])}
 
 
-def _seen(seen: Visible) -> Example:
+def _seen(seen: VisibleObjects) -> Example:
     """What a view shows, as tensors."""
     return {"boxes": seen.boxes, "labels": seen.labels} | (
         {} if seen.masks is None else {"masks": seen.masks}

@@ -1,7 +1,9 @@
 """Image classification (paper section 3.2), in two forms.
 
-`head="linear"`, the release's: the mean of the patches' states, without a final norm, through a norm and a linear layer.
-`head="names"`, the paper's: image-to-text retrieval, in which the class names are the texts; it needs no head of its own,
+`head="linear"`, the release's: the mean of the patches' states, without a final norm, through a
+norm and a linear layer.
+`head="names"`, the paper's: image-to-text retrieval, in which the class names are the texts; it
+needs no head of its own,
 so the same weights classify into any list of names.
 """
 
@@ -18,20 +20,22 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from beit3.data.loader import Source
+from beit3.data.loader import RecordDataset
 from beit3.data.prepare import formats
 from beit3.data.prepare.splits import write_splits
-from beit3.data.stores.records import locate, write_text
-from beit3.data.views.augment import auto_augment, erase, random_erasing
-from beit3.data.views.mixup import mix
-from beit3.data.views.transforms import IMAGENET, Preprocessing, training_view
+from beit3.data.stores.split_files import locate_split
+from beit3.data.views.augment import auto_augment, draw_erasing, erase_boxes
+from beit3.data.views.mixup import mix_batch
+from beit3.data.views.preprocessing import IMAGENET_MEAN_STD, Preprocessing
+from beit3.data.views.transforms import crop_and_flip
+from beit3.files import write_text
 from beit3.images import open_image
-from beit3.metrics.classification import top_k_accuracy
+from beit3.metrics.classification import compute_top_k_accuracy
 from beit3.model.beit3 import BEiT3
-from beit3.model.config import BASE, GIANT, LARGE, SMALL, TINY, ModelConfig
+from beit3.model.config import BASE, GIANT, IMAGE, LARGE, SMALL, TEXT, TINY, ModelConfig
 from beit3.ops.collectives import all_gather_with_gradient, rank, world_size
-from beit3.ops.losses import LOGIT_SCALE, similarities
-from beit3.ops.precision import at_least_float32
+from beit3.ops.losses import INIT_LOGIT_SCALE, compute_similarities
+from beit3.ops.precision import promote_to_float32
 from beit3.recipe import DataConfig, OptimConfig, Recipe, RunConfig, TaskConfig
 from beit3.task import (
     Batch,
@@ -39,7 +43,6 @@ from beit3.task import (
     Prediction,
     Record,
     Task,
-    experts_left_out,
     join_labels,
     make_record_rng,
 )
@@ -49,10 +52,10 @@ Names = tuple[tuple[str, ...], str]
 """Class names and the prompt around them."""
 
 CANDIDATES = 5
-SMALL_START = 1e-3
+HEAD_INIT_SCALE = 1e-3
 """Factor of the initial values of the linear head (release)."""
 
-PIXELS = Preprocessing(224, *IMAGENET, resize="crop")
+PIXELS = Preprocessing(224, *IMAGENET_MEAN_STD, resize="crop")
 
 
 @dataclass(frozen=True)
@@ -66,11 +69,13 @@ class ImageNetConfig(TaskConfig):
     head: Literal["linear", "names"] = "linear"
     num_classes: int = 1000
     classes: tuple[str, ...] = ()
-    """Class names in the order of the labels; empty = unknown, which a linear head can do without."""
+    """Class names in the order of the labels; empty = unknown, which a linear head can do
+    without."""
     prompt: str = "{}"
     """What is said of a name, which takes the place of {}."""
     names_per_pass: int = 512
-    """Names that are encoded at once; beyond it a pass is recomputed for its gradient instead of kept."""
+    """Names that are encoded at once; beyond it a pass is recomputed for its gradient instead of
+    kept."""
     crop: tuple[float, float] = (0.08, 1.0)
     flip: float = 0.5
     auto_augment: bool = True
@@ -78,8 +83,19 @@ class ImageNetConfig(TaskConfig):
     """Chance that a box of a training picture is filled with noise."""
     mixup: float = 0.8
     cutmix: float = 1.0
-    """Parameters of the Beta distributions that blend pictures or boxes of them; both 0 = no mixing."""
+    """Parameters of the Beta distributions that blend pictures or boxes of them; both 0 = no
+    mixing."""
     label_smoothing: float = 0.1
+
+    supports_names_head: ClassVar[bool] = True
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        return self.classes
+
+    @property
+    def classifies_by_names(self) -> bool:
+        return self.head == "names"
 
 
 def _finetuning(
@@ -151,7 +167,7 @@ class ImageNet(Task):
 
     Config = ImageNetConfig
     headline = "accuracy"
-    official_names: ClassVar[Mapping[str, str]] = {
+    released_names: ClassVar[Mapping[str, str]] = {
         "fc_norm": "fc_norm",
         "head": "head",
         "image_projection": "vision_head",
@@ -201,11 +217,13 @@ class ImageNet(Task):
         self.config: ImageNetConfig = config
         if config.classes and len(config.classes) != config.num_classes:
             raise ValueError(
-                f"{len(config.classes)} class names for {config.num_classes} classes: give the list of these weights"
+                f"{len(config.classes)} class names for {config.num_classes} classes: give the "
+                "list of these weights"
             )
         if config.model.final_norm != (config.head == "names"):
             raise ValueError(
-                f"task.model.final_norm must be {config.head == 'names'} with task.head {config.head}"
+                f"task.model.final_norm must be {config.head == 'names'} with task.head "
+                f"{config.head}"
             )
         self.backbone = BEiT3(config.model)
         dim = config.model.dim
@@ -222,20 +240,21 @@ class ImageNet(Task):
     @property
     def unused_parameters(self) -> Mapping[str, str]:  # type: ignore[override]
         """With a linear head no text is read; nothing is ever fused."""
-        return experts_left_out(
-            self.backbone, "fusion", *(("text",) if self.config.head == "linear" else ())
-        )
+        if self.config.head == "linear":
+            return self.find_unused_in_backbone((IMAGE,))
+        return self.find_unused_in_backbone((IMAGE,), (TEXT,))
 
     def init_parameter(self, name: str, parameter: Tensor, generator: torch.Generator) -> None:
         """The linear head starts a thousand times smaller, the temperature at the release's."""
         super().init_parameter(name, parameter, generator)
         if name.startswith("head."):
-            parameter.mul_(SMALL_START)
+            parameter.mul_(HEAD_INIT_SCALE)
         if name == "logit_scale":
-            parameter.fill_(LOGIT_SCALE)
+            parameter.fill_(INIT_LOGIT_SCALE)
 
     def train(self, mode: bool = True) -> "ImageNet":
-        """The names' features are kept as long as the weights stand still: until training, loading, or a move."""
+        """The names' features are kept as long as the weights stand still: until training, loading,
+        or a move."""
         self._features = {}
         return super().train(mode)
 
@@ -247,11 +266,12 @@ class ImageNet(Task):
         self._features = {}
         return super().load_state_dict(*arguments, **options)
 
-    # Data ------------------------------------------------------------------------------------------------------------
+    # Data -----------------------------------------------------------------------------------------
 
     @staticmethod
     def prepare(raw: Path, root: Path, source: str) -> Mapping[str, Any]:
-        """Folders of one class each, or a table of images and class names -> records with labels, and the names beside them."""
+        """Folders of one class each, or a table of images and class names -> records with labels,
+        and the names beside them."""
         names, rows = formats.classes(raw)
         report = write_splits(root, "imagenet", source, rows)
         write_text(
@@ -261,13 +281,18 @@ class ImageNet(Task):
 
     @staticmethod
     def configure(config: TaskConfig, root: Path) -> TaskConfig:
-        """Take the class names from the records; a linear head without them counts the labels, as upstream's index files need."""
+        """Take the class names from the records; a linear head without them counts the labels, as
+        upstream's index files need."""
         assert isinstance(config, ImageNetConfig)
-        records = locate(root, "imagenet", "main", "train")
+        records = locate_split(root, "imagenet", "main", "train")
         file = records.with_name("classes.txt")
         if config.head == "linear" and not file.exists():
             largest = max(
-                (int(record["label"]) for record in Source(records, root) if "label" in record),
+                (
+                    int(record["label"])
+                    for record in RecordDataset(records, root)
+                    if "label" in record
+                ),
                 default=None,
             )
             if largest is None:
@@ -283,7 +308,8 @@ class ImageNet(Task):
     def example(
         self, record: Record, train: bool, *, rng: np.random.Generator | None = None
     ) -> Example:
-        """`image` uint8 [3, S, S], of training `erased`, and `target`, the label, where the record holds one."""
+        """`image` uint8 [3, S, S], of training `erased`, and `target`, the label, where the record
+        holds one."""
         rng = rng or make_record_rng(record)
         image, config = open_image(record["image"]), self.config
         example: Example = {
@@ -291,20 +317,22 @@ class ImageNet(Task):
             "image": config.image.preprocess(self.view(image, rng) if train else image),
         }
         if train and config.erasing:
-            example["erased"] = random_erasing(example["image"], rng, rate=config.erasing)
+            example["erased"] = draw_erasing(example["image"], rng, rate=config.erasing)
         if "label" not in record:
             return example
         label = int(record["label"])
         if not 0 <= label < self.config.num_classes:
             raise ValueError(
-                f"label {label} is none of the {self.config.num_classes} classes: give records of the same classes"
+                f"label {label} is none of the {self.config.num_classes} classes: give records of "
+                "the same classes"
             )
         return example | {"target": torch.tensor(label)}
 
     def view(self, image: Tensor, rng: np.random.Generator) -> Tensor:
-        """The training view, uint8 [3, H, W]: crop, flip, RandAugment as far as the config asks for them."""
+        """The training view, uint8 [3, H, W]: crop, flip, RandAugment as far as the config asks for
+        them."""
         config = self.config
-        image = training_view(
+        image = crop_and_flip(
             image, rng, image_size=config.image.image_size, crop=config.crop, flip=config.flip
         )
         return auto_augment(image, rng) if config.auto_augment else image
@@ -312,9 +340,9 @@ class ImageNet(Task):
     def normalize_images(self, batch: Batch) -> Tensor:
         """Those of every task, with noise in the boxes that training erases."""
         pixels = super().normalize_images(batch)
-        return erase(pixels, batch["erased"]) if "erased" in batch else pixels
+        return erase_boxes(pixels, batch["erased"]) if "erased" in batch else pixels
 
-    # Training --------------------------------------------------------------------------------------------------------
+    # Training -------------------------------------------------------------------------------------
 
     def outputs(self, batch: Batch) -> dict[str, Tensor]:
         """`logits` [B, C]."""
@@ -327,10 +355,10 @@ class ImageNet(Task):
                 )
             }
         states = self.backbone(image=self.normalize_images(batch), read="first").first("image")
-        image = F.normalize(at_least_float32(self.image_projection(states)), dim=-1)
+        image = F.normalize(promote_to_float32(self.image_projection(states)), dim=-1)
         return {
-            "logits": similarities(
-                image, self.name_features(), at_least_float32(self.logit_scale).exp()
+            "logits": compute_similarities(
+                image, self.name_features(), promote_to_float32(self.logit_scale).exp()
             )
         }
 
@@ -341,13 +369,13 @@ class ImageNet(Task):
             self.normalize_images(batch),
             config.label_smoothing if self.training else 0.0,
         )
-        target = F.one_hot(label, config.num_classes).to(at_least_float32(images).dtype)
+        target = F.one_hot(label, config.num_classes).to(promote_to_float32(images).dtype)
         if self.training and (config.mixup or config.cutmix):
-            images, target = mix(
+            images, target = mix_batch(
                 images, target, None, mixup=config.mixup, cutmix=config.cutmix, smoothing=smoothing
             )
             smoothing = 0.0
-        logits = at_least_float32(self.outputs({"image": images})["logits"])
+        logits = promote_to_float32(self.outputs({"image": images})["logits"])
         loss = F.cross_entropy(
             logits, target.to(logits.dtype), reduction="sum", label_smoothing=smoothing
         )
@@ -356,7 +384,7 @@ class ImageNet(Task):
             "metrics": {"loss/accuracy": (logits.argmax(1) == target.argmax(1)).sum()},
         }
 
-    # Names -----------------------------------------------------------------------------------------------------------
+    # Names ----------------------------------------------------------------------------------------
 
     @property
     def names(self) -> Names:
@@ -364,7 +392,8 @@ class ImageNet(Task):
         return self.config.classes, self.config.prompt
 
     def name_features(self) -> Tensor:
-        """Unit features [C, D] of the class names. Processes share the work; an evaluation keeps them."""
+        """Unit features [C, D] of the class names. Processes share the work; an evaluation keeps
+        them."""
         kept = not self.training and not torch.is_grad_enabled()
         if kept and self.names in self._features:
             return self._features[self.names]
@@ -392,7 +421,8 @@ class ImageNet(Task):
         """`text` and `text_padding` [C, L] of the prompts, as long as the longest."""
         if not self.config.classes:
             raise ValueError(
-                "classification by names needs the class names: give classes=FILE, one name per line"
+                "classification by names needs the class names: give classes=FILE, one name per "
+                "line"
             )
         if self.names not in self._texts:  # seconds for ImageNet-21k's
             texts = [
@@ -409,7 +439,7 @@ class ImageNet(Task):
 
         def encode(text: Tensor, padding: Tensor) -> Tensor:
             states = self.backbone(text=text, text_padding=padding, read="first").first("text")
-            return F.normalize(at_least_float32(self.text_projection(states)), dim=-1)
+            return F.normalize(promote_to_float32(self.text_projection(states)), dim=-1)
 
         return (
             checkpoint(encode, text, padding, use_reentrant=False)
@@ -417,10 +447,11 @@ class ImageNet(Task):
             else encode(text, padding)
         )
 
-    # Inference -------------------------------------------------------------------------------------------------------
+    # Inference ------------------------------------------------------------------------------------
 
     def predict(self, batch: Batch) -> list[Prediction]:
-        """The likeliest `label`, its `name` where names are known, its probability, and the first `CANDIDATES` of all."""
+        """The likeliest `label`, its `name` where names are known, its probability, and the first
+        `CANDIDATES` of all."""
         config = self.config
         scores, labels = (
             self.outputs(batch)["logits"]
@@ -451,8 +482,8 @@ class ImageNet(Task):
             for prediction, _ in pairs
         ]
         return {
-            "accuracy": top_k_accuracy(ranked, truth, 1),
-            "top5": top_k_accuracy(ranked, truth, 5),
+            "accuracy": compute_top_k_accuracy(ranked, truth, 1),
+            "top5": compute_top_k_accuracy(ranked, truth, 5),
             "most_frequent": max(Counter(truth).values()) / len(truth),
         }
 
@@ -463,7 +494,8 @@ def doubtful(names: Sequence[str]) -> dict[str, str]:
     doubled = [name for name, count in Counter(names).items() if count > 1]
     said = (
         [
-            f"{len(bare)} are WordNet's numbers, such as {bare[0]}: put LOC_synset_mapping.txt beside the folders"
+            f"{len(bare)} are WordNet's numbers, such as {bare[0]}: put LOC_synset_mapping.txt "
+            "beside the folders"
         ]
         if bare
         else []

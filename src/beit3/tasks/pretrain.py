@@ -1,7 +1,10 @@
-"""Masked data modelling (paper section 2.2): predict the hidden tokens of images, texts and image-text pairs.
+"""Masked data modelling (paper section 2.2): predict the hidden tokens of images, texts and
+image-text pairs.
 
-One step visits three sources: images lose 40 % of their patches, texts 15 % of their tokens, pairs 50 % of their text
-and 40 % of their patches. Patches are predicted as the codes of a frozen visual tokenizer. What the paper leaves open
+One step visits three sources: images lose 40 % of their patches, texts 15 % of their tokens, pairs
+50 % of their text
+and 40 % of their patches. Patches are predicted as the codes of a frozen visual tokenizer. What the
+paper leaves open
 is a field with the choice argued in docs/pretraining.md.
 """
 
@@ -16,18 +19,20 @@ from torch import Tensor, nn
 
 from beit3.data.prepare import formats
 from beit3.data.prepare.splits import write_splits
-from beit3.data.stores.shards import write_shards
-from beit3.data.text.tokenize import drop_unused, write_tokens
-from beit3.data.views.masking import IGNORE, block_mask, text_mask
-from beit3.data.views.transforms import Preprocessing, two_views
+from beit3.data.stores.shard_writer import write_shards
+from beit3.data.text.tokenize import remove_unused_arrays, write_tokens
+from beit3.data.views.masking import IGNORE_INDEX, draw_block_mask, mask_text
+from beit3.data.views.preprocessing import Preprocessing
+from beit3.data.views.transforms import make_two_views
 from beit3.images import open_image
 from beit3.model.beit3 import BEiT3, Encoded
-from beit3.model.config import BASE, GIANT, LARGE, MEDIUM, SMALL, TINY
-from beit3.ops.losses import cross_entropies, over_vocabulary
+from beit3.model.config import BASE, GIANT, LARGE, MEDIUM, SMALL, TINY, ModelConfig
+from beit3.ops.losses import chunked_vocabulary_loss, token_cross_entropy
 from beit3.recipe import DataConfig, OptimConfig, Recipe, RunConfig, TaskConfig
 from beit3.task import (
     Batch,
     Example,
+    FrozenFile,
     Prediction,
     Record,
     Task,
@@ -36,29 +41,33 @@ from beit3.task import (
     make_record_rng,
     pad_token_ids,
 )
-from beit3.tokenizer.text import FILE, TextTokenizer
+from beit3.tokenizer.text import MODEL_FILE, TextTokenizer
 from beit3.tokenizer.visual import VisualTokenizer
-from beit3.weights.store import FrozenFile, load_frozen
+from beit3.weights.loading import load_frozen
 
 
 @dataclass(frozen=True)
 class PretrainConfig(TaskConfig):
-    """Defaults are the paper's (sections 2.2, 2.3 and appendix B), or the choice argued in docs/pretraining.md."""
+    """Defaults are the paper's (sections 2.2, 2.3 and appendix B), or the choice argued in
+    docs/pretraining.md."""
 
     visual_tokenizer: str = ""
     """Weights of the visual tokenizer (`beit3 train vqkd`, or a VQ-KD file of BEiT v2)."""
     num_codes: int = 8192
     token_size: int = 224
-    """Pixels of the visual tokenizer's own view: 256 where the patch is 14, so that both see one grid."""
+    """Pixels of the visual tokenizer's own view: 256 where the patch is 14, so that both see one
+    grid."""
     image_mask_rate: float = 0.4
     min_mask_block: int = 16
     text_mask_rate: float = 0.15
     pair_text_mask_rate: float = 0.5
     pair_masking: Literal["both", "text_only", "image_only", "alternate"] = "both"
-    """What a pair hides: its text and its patches at once, one of them, or by turns of the record's own coin."""
+    """What a pair hides: its text and its patches at once, one of them, or by turns of the record's
+    own coin."""
     monomodal_text_length: int = 512
     cache_codes: bool = False
-    """Keep each image's codes in memory after its first epoch; only where views are fixed (no crop, flip or jitter)."""
+    """Keep each image's codes in memory after its first epoch; only where views are fixed (no crop,
+    flip or jitter)."""
     image_crop: tuple[float, float] = (0.2, 1.0)
     """Share of an image's area that a random crop keeps."""
     pair_crop: tuple[float, float] = (0.5, 1.0)
@@ -81,7 +90,7 @@ class PretrainConfig(TaskConfig):
         return all(crop[0] >= 1 for crop in crops) and not any(rates)
 
 
-def _paper(model, *, token_size: int = 224, note: str) -> Recipe:
+def _paper(model: ModelConfig, *, token_size: int = 224, note: str) -> Recipe:
     """The paper's run (section 2.3, appendix B): 1M steps of 2048 images, texts and pairs."""
     return Recipe(
         task=PretrainConfig(model=replace(model, drop_path_rate=0.1), token_size=token_size),
@@ -114,7 +123,8 @@ PRETRAIN_NO_DECAY = (
     "image_embedding.class_token",
     "image_embedding.mask_token",
 )
-"""Pretraining also spares both position tables and the mask token from decay, as BEiT's scripts do."""
+"""Pretraining also spares both position tables and the mask token from decay, as BEiT's scripts
+do."""
 
 
 DEMO = Recipe(
@@ -147,7 +157,8 @@ DEMO = Recipe(
     run=RunConfig(steps=600, log_every=10, save_every=200, eval_records=500),
     note="the embedded world on a laptop CPU; in pairs only the text is hidden, which grounds words far sooner here",
 )
-"""No random views: the world's language names colors, places and sizes, and codes stay the same over epochs."""
+"""No random views: the world's language names colors, places and sizes, and codes stay the same
+over epochs."""
 
 
 PHOTOGRAPHS = PretrainConfig(
@@ -190,7 +201,7 @@ class Pretrain(Task):
     Config = PretrainConfig
     sources = ("images", "texts", "pairs")
     headline = "negative_loss"
-    official_names: ClassVar[Mapping[str, str]] = {
+    released_names: ClassVar[Mapping[str, str]] = {
         "text_head": "mlm_head",
         "image_head": "mim_head",
     }
@@ -243,7 +254,8 @@ class Pretrain(Task):
         self.known_codes: dict[tuple[str, str], Tensor] = {}
         if config.cache_codes and not config.fixed_views:
             raise ValueError(
-                "task.cache_codes needs fixed views: set the crops to 1.0 1.0 and flips and color_jitter to 0"
+                "task.cache_codes needs fixed views: set the crops to 1.0 1.0 and flips and "
+                "color_jitter to 0"
             )
         if (
             config.visual_tokenizer and Path(config.visual_tokenizer).exists()
@@ -254,10 +266,11 @@ class Pretrain(Task):
             found = self.visual_tokenizer.config.num_codes
             if found != config.num_codes:
                 raise ValueError(
-                    f"task.num_codes is {config.num_codes}, but {config.visual_tokenizer} has {found} codes"
+                    f"task.num_codes is {config.num_codes}, but {config.visual_tokenizer} has "
+                    f"{found} codes"
                 )
 
-    # Data ------------------------------------------------------------------------------------------------------------
+    # Data -----------------------------------------------------------------------------------------
 
     @staticmethod
     def prepare(
@@ -269,23 +282,27 @@ class Pretrain(Task):
         field: str = "text",
         workers: int = 0,
     ) -> Mapping[str, Any]:
-        """`images`: a folder of images; `texts`: .txt, .jsonl and .parquet files; `pairs`: images with captions; or tars of images.
+        """`images`: a folder of images; `texts`: .txt, .jsonl and .parquet files; `pairs`: images
+        with captions; or tars of images.
 
         source: with a set's own name behind it, pairs/coco, where a source is to be several sets.
-        pack: tokens of a text record under the root's `text.model`, whose ids are written; 0 = one record a paragraph, in words.
-        field: where .jsonl and .parquet have their texts. workers: processes that tokenize, 0 = one a core.
+        pack: tokens of a text record under the root's `text.model`, whose ids are written; 0 = one
+        record a paragraph, in words.
+        field: where .jsonl and .parquet have their texts. workers: processes that tokenize, 0 = one
+        a core.
         """
         kind = source.partition("/")[0]
         if kind == "texts":
-            if pack and not (root / FILE).exists():
+            if pack and not (root / MODEL_FILE).exists():
                 raise ValueError(
-                    f"packing counts tokens: write {root / FILE} first (beit3 tokenizer train), or give --pack 0"
+                    f"packing counts tokens: write {root / MODEL_FILE} first (beit3 tokenizer "
+                    "train), or give --pack 0"
                 )
             if pack:
                 return write_tokens(
                     raw,
                     root / "pretrain" / source,
-                    TextTokenizer(root / FILE),
+                    TextTokenizer(root / MODEL_FILE),
                     pack=pack,
                     field=field,
                     workers=workers,
@@ -294,7 +311,7 @@ class Pretrain(Task):
             report = write_splits(
                 root, "pretrain", source, formats.texts(raw, field=field), lengths=lengths
             )
-            drop_unused(root / "pretrain" / source)
+            remove_unused_arrays(root / "pretrain" / source)
             return report
         lengths, captions = make_length_counter(root, PretrainConfig.text_length), kind == "pairs"
         if formats.lies_in_tars(raw, captions=captions):
@@ -315,14 +332,16 @@ class Pretrain(Task):
         assert isinstance(config, PretrainConfig)
         if config.visual_tokenizer and not Path(config.visual_tokenizer).exists():
             raise ValueError(
-                f"task.visual_tokenizer: {config.visual_tokenizer} is not there (beit3 train vqkd writes one)"
+                f"task.visual_tokenizer: {config.visual_tokenizer} is not there (beit3 train vqkd "
+                "writes one)"
             )
         return config
 
     def example(
         self, record: Record, train: bool, *, rng: np.random.Generator | None = None
     ) -> Example:
-        """`text` and/or `image` with what was hidden of them; `token_image` where codes will be wanted."""
+        """`text` and/or `image` with what was hidden of them; `token_image` where codes will be
+        wanted."""
         rng = rng or make_record_rng(record)
         example: Example = {"id": str(record["id"])}
         pair = "image" in record and "text" in record
@@ -346,9 +365,10 @@ class Pretrain(Task):
     def image_example(
         self, record: Record, train: bool, rng: np.random.Generator, *, pair: bool, hide: bool
     ) -> Example:
-        """`image` uint8 [3, S, S], and with masking in use `image_mask` [P] and `token_image` uint8 [3, T, T]."""
+        """`image` uint8 [3, S, S], and with masking in use `image_mask` [P] and `token_image` uint8
+        [3, T, T]."""
         config = self.config
-        view, token_view = two_views(
+        view, token_view = make_two_views(
             open_image(record["image"]),
             rng,
             image_size=config.image.image_size,
@@ -363,7 +383,7 @@ class Pretrain(Task):
         grid = config.model.grid
         count = int(config.image_mask_rate * grid[0] * grid[1]) if hide else 0
         mask = (
-            block_mask(grid, count, rng, min_block=config.min_mask_block)
+            draw_block_mask(grid, count, rng, min_block=config.min_mask_block)
             if count
             else np.zeros(grid, dtype=bool)
         )
@@ -375,14 +395,15 @@ class Pretrain(Task):
     def text_example(
         self, record: Record, rng: np.random.Generator, *, pair: bool, hide: bool
     ) -> Example:
-        """`text` [L] with words hidden, `text_padding` [L], and `text_target` [L] where any may be hidden."""
+        """`text` [L] with words hidden, `text_padding` [L], and `text_target` [L] where any may be
+        hidden."""
         config, tokenizer = self.config, self.tokenizer
         length = config.text_length if pair else config.monomodal_text_length
         ids = np.asarray(self.encode_text(record["text"], length), dtype=np.int64)
-        targets = np.full(length, IGNORE, dtype=np.int64)
+        targets = np.full(length, IGNORE_INDEX, dtype=np.int64)
         if hide:
             rate = config.pair_text_mask_rate if pair else config.text_mask_rate
-            ids, targets[: len(ids)] = text_mask(
+            ids, targets[: len(ids)] = mask_text(
                 ids,
                 rng,
                 rate=rate,
@@ -397,7 +418,7 @@ class Pretrain(Task):
             else example | {"text_target": torch.from_numpy(targets)}
         )
 
-    # Training --------------------------------------------------------------------------------------------------------
+    # Training -------------------------------------------------------------------------------------
 
     @property
     def loss_weights(self) -> Mapping[str, float]:
@@ -419,11 +440,12 @@ class Pretrain(Task):
         if "image_mask" in batch:
             counts[self.prefix(batch) + "image"] = int(batch["image_mask"].sum())
         if "text_target" in batch:
-            counts[self.prefix(batch) + "text"] = int((batch["text_target"] != IGNORE).sum())
+            counts[self.prefix(batch) + "text"] = int((batch["text_target"] != IGNORE_INDEX).sum())
         return counts
 
     def encode(self, batch: Batch, read: Literal["real", "all"] = "real") -> Encoded:
-        """The backbone's states of whatever the batch holds, those of padding among them if all are read."""
+        """The backbone's states of whatever the batch holds, those of padding among them if all are
+        read."""
         image = self.normalize_images(batch) if "image" in batch else None
         text, padding = batch.get("text"), batch.get("text_padding")
         return self.backbone(
@@ -438,16 +460,17 @@ class Pretrain(Task):
             where = self.config.visual_tokenizer
             reason = f"{where} is not there" if where else "none is given"
             raise ValueError(
-                f"image targets need a visual tokenizer and {reason}: --task.visual_tokenizer WEIGHTS (beit3 train vqkd)"
+                f"image targets need a visual tokenizer and {reason}: --task.visual_tokenizer "
+                "WEIGHTS (beit3 train vqkd)"
             )
         if not self.config.cache_codes:
-            return self.visual_tokenizer.codes(batch["token_image"])
+            return self.visual_tokenizer.tokenize(batch["token_image"])
         keys = [
             (f"{self.prefix(batch)}{self.training}", key) for key in batch["id"]
         ]  # ids may recur in another split
         new = [row for row, key in enumerate(keys) if key not in self.known_codes]
         if new:
-            found = self.visual_tokenizer.codes(batch["token_image"][new])
+            found = self.visual_tokenizer.tokenize(batch["token_image"][new])
             self.known_codes |= dict(zip((keys[row] for row in new), found, strict=True))
         return torch.stack([self.known_codes[key] for key in keys])
 
@@ -462,19 +485,24 @@ class Pretrain(Task):
     def predicted(
         self, batch: Batch, encoded: Encoded
     ) -> Iterator[tuple[str, Tensor, Tensor, Tensor]]:
-        """(modality, losses [M], whether right [M], hidden [B, P or L]) for every modality with hidden positions."""
+        """(modality, losses [M], whether right [M], hidden [B, P or L]) for every modality with
+        hidden positions."""
         if "image_mask" in batch:
             hidden = batch["image_mask"].bool()
             states, target = encoded.of("image")[:, 1:][hidden], self.codes(batch)[hidden]
             yield (
                 "image",
-                *over_vocabulary(states, target, self.image_head, cross_entropies),
+                *chunked_vocabulary_loss(states, target, self.image_head, token_cross_entropy),
                 hidden,
             )
         if "text_target" in batch:
-            hidden = batch["text_target"] != IGNORE
+            hidden = batch["text_target"] != IGNORE_INDEX
             states, target = encoded.of("text")[hidden], batch["text_target"][hidden]
-            yield "text", *over_vocabulary(states, target, self.text_head, cross_entropies), hidden
+            yield (
+                "text",
+                *chunked_vocabulary_loss(states, target, self.text_head, token_cross_entropy),
+                hidden,
+            )
 
     def outputs(self, batch: Batch) -> dict[str, Tensor]:
         """`image_logits` [B, P, K] and `text_logits` [B, L, V] of whatever is present."""
@@ -486,10 +514,11 @@ class Pretrain(Task):
             outputs["text_logits"] = self.text_head(encoded.of("text"))
         return outputs
 
-    # Inference -------------------------------------------------------------------------------------------------------
+    # Inference ------------------------------------------------------------------------------------
 
     def predict(self, batch: Batch) -> list[Prediction]:
-        """Per record and modality: summed loss, hidden positions, and how many were named correctly."""
+        """Per record and modality: summed loss, hidden positions, and how many were named
+        correctly."""
         predictions: list[Prediction] = [{"id": key} for key in batch["id"]]
         for name, losses, right, hidden in self.predicted(batch, self.encode(batch)):
             sums = torch.zeros(3, len(predictions), dtype=torch.float64, device=losses.device)
@@ -507,7 +536,8 @@ class Pretrain(Task):
 
     @staticmethod
     def score(predictions: Sequence[Prediction], records: Sequence[Record]) -> dict[str, float]:
-        """Mean loss in nats and accuracy over all hidden positions of each modality; `negative_loss` is the headline."""
+        """Mean loss in nats and accuracy over all hidden positions of each modality;
+        `negative_loss` is the headline."""
         pairs = join_by_id(predictions, records)
         scores: dict[str, float] = {}
         for name in ("image", "text"):

@@ -1,7 +1,9 @@
-"""Image-text retrieval with two encoders (paper section 3.1): an image and its caption get features that are close.
+"""Image-text retrieval with a dual encoder (paper section 3.1).
 
-Both sides go through the backbone alone, the image on its experts and the text on its own; the class token's and the
-begin mark's states are projected to unit features. Training compares every image with every text of the global batch.
+The image goes through the backbone alone, on its own experts, and so does the text. The states of
+the class token and of BOS are projected to unit features, which are close for an image and its
+caption. Training compares every image with every text of the global batch.
+
 Contrastive intermediate tuning (appendix) is the same on pretraining's pairs: recipes `*_itc`.
 """
 
@@ -18,13 +20,14 @@ from torch.utils.data import default_collate
 
 from beit3.data.prepare import formats
 from beit3.data.prepare.splits import write_splits
-from beit3.data.views.transforms import Preprocessing, training_view
+from beit3.data.views.preprocessing import Preprocessing
+from beit3.data.views.transforms import crop_and_flip
 from beit3.images import open_image
-from beit3.metrics.retrieval import recall
+from beit3.metrics.retrieval import compute_recall
 from beit3.model.beit3 import BEiT3
-from beit3.model.config import BASE, GIANT, LARGE, SMALL, TINY, ModelConfig
-from beit3.ops.losses import LOGIT_SCALE, contrastive
-from beit3.ops.precision import at_least_float32
+from beit3.model.config import BASE, GIANT, IMAGE, LARGE, SMALL, TEXT, TINY, ModelConfig
+from beit3.ops.losses import INIT_LOGIT_SCALE, contrastive_loss
+from beit3.ops.precision import promote_to_float32
 from beit3.recipe import DataConfig, OptimConfig, Recipe, RunConfig, TaskConfig
 from beit3.task import (
     Batch,
@@ -33,7 +36,6 @@ from beit3.task import (
     Record,
     Task,
     check_same_fields,
-    experts_left_out,
     join_by_id,
     make_length_counter,
     make_record_rng,
@@ -44,32 +46,37 @@ from beit3.tokenizer.text import TextTokenizer
 
 @dataclass(frozen=True)
 class RetrievalConfig(TaskConfig):
-    """Pairs of an image and a caption."""
+    """Settings of the random crops and flips of training."""
 
     crop: tuple[float, float] = (0.5, 1.0)
+    """Fraction of the area that the random crop keeps."""
     flip: float = 0.5
 
 
-def _recipe(
+# Recipes ---------------------------------------------------------------------------------------
+
+
+def _make_recipe(
     model: ModelConfig,
-    size: int,
+    image_size: int,
     *,
     lr: float,
     layer_decay: float,
     epochs: float,
-    warmup: float,
+    warmup_epochs: float,
     note: str,
-    drop: float = 0.2,
+    drop_path_rate: float = 0.2,
     batch: int = 3072,
     source: str = "main",
 ) -> Recipe:
     """The release's commands, and the giant's rows of the paper's appendix."""
+    model = replace(model, image_size=image_size, drop_path_rate=drop_path_rate)
     return Recipe(
-        task=RetrievalConfig(
-            model=replace(model, image_size=size, drop_path_rate=drop), image=Preprocessing(size)
-        ),
+        task=RetrievalConfig(model=model, image=Preprocessing(image_size)),
         data=DataConfig(batch={source: batch}, workers=8),
-        optim=OptimConfig(lr=lr, weight_decay=0.05, warmup_epochs=warmup, layer_decay=layer_decay),
+        optim=OptimConfig(
+            lr=lr, weight_decay=0.05, warmup_epochs=warmup_epochs, layer_decay=layer_decay
+        ),
         run=RunConfig(
             epochs=epochs,
             micro_batch=32,
@@ -82,28 +89,28 @@ def _recipe(
     )
 
 
-def _itc(model: ModelConfig, note: str) -> Recipe:
-    """Appendix, contrastive intermediate tuning: 5 epochs over pretraining's pairs, one of warmup, 16,384 a step."""
-    return _recipe(
+def _make_itc_recipe(model: ModelConfig, note: str) -> Recipe:
+    """Contrastive intermediate tuning (appendix): 5 epochs of pretraining's pairs, batch 16,384."""
+    return _make_recipe(
         model,
         224,
         lr=3e-5,
         layer_decay=0.95,
         epochs=5,
-        warmup=1,
-        drop=0.3,
+        warmup_epochs=1,
+        drop_path_rate=0.3,
         batch=16_384,
         source="pairs",
         note=note,
     )
 
 
-def _small(
-    task: RetrievalConfig, source: str, batch: int, lr: float, steps: int, note: str
+def _make_small_recipe(
+    task: RetrievalConfig, source: str, *, lr: float, steps: int, note: str
 ) -> Recipe:
     return Recipe(
         task=task,
-        data=DataConfig(batch={source: batch}),
+        data=DataConfig(batch={source: 64}),
         optim=OptimConfig(
             lr=lr, betas=(0.9, 0.98), weight_decay=0.05, warmup_steps=steps // 10, clip=3.0
         ),
@@ -112,110 +119,113 @@ def _small(
     )
 
 
-DEMO = RetrievalConfig(
+_DEMO_TASK = RetrievalConfig(
     model=TINY, image=Preprocessing(32), text_length=20, crop=(1.0, 1.0), flip=0.0
 )
-LAPTOP = RetrievalConfig(model=SMALL, image=Preprocessing(112), text_length=32)
+_LAPTOP_TASK = RetrievalConfig(model=SMALL, image=Preprocessing(112), text_length=32)
+
+_RELEASED_ITC_NOTE = (
+    "contrastive intermediate tuning with the giant's settings: the release does not tell its own"
+)
 
 
 class Retrieval(Task):
-    """Backbone, a projection per modality, and the temperature."""
+    """The backbone, a projection per modality, and the temperature."""
 
     Config = RetrievalConfig
     sources = ("main", "pairs")
     records_from: ClassVar[Mapping[str, str]] = {"pairs": "pretrain"}
     headline = "mean_recall"
     compares_examples = True
-    official_names: ClassVar[Mapping[str, str]] = {
+    released_names: ClassVar[Mapping[str, str]] = {
         "image_projection": "vision_head",
         "text_projection": "language_head",
         "logit_scale": "logit_scale",
     }
     recipes: ClassVar[Mapping[str, Recipe]] = {
-        "demo": _small(DEMO, "main", 64, 5e-4, 200, "the embedded world's captioned pictures"),
-        "laptop": _small(
-            LAPTOP,
+        "demo": _make_small_recipe(
+            _DEMO_TASK,
             "main",
-            64,
-            3e-4,
-            200,
-            "captioned photographs on two CPU cores, from the weights of pretrain laptop",
+            lr=5e-4,
+            steps=200,
+            note="the embedded world's captioned pictures",
         ),
-        "laptop_itc": _small(
-            LAPTOP,
+        "laptop": _make_small_recipe(
+            _LAPTOP_TASK,
+            "main",
+            lr=3e-4,
+            steps=200,
+            note="captioned photographs on two CPU cores, from the weights of pretrain laptop",
+        ),
+        "laptop_itc": _make_small_recipe(
+            _LAPTOP_TASK,
             "pairs",
-            64,
-            5e-4,
-            400,
-            "the contrastive stage on pretraining's pairs, on two CPU cores",
+            lr=5e-4,
+            steps=400,
+            note="the contrastive stage on pretraining's pairs, on two CPU cores",
         ),
-        "base_384_coco": _recipe(
+        "base_384_coco": _make_recipe(
             BASE,
             384,
             lr=2e-4,
             layer_decay=0.65,
             epochs=15,
-            warmup=3,
+            warmup_epochs=3,
             note="release, from itc weights: image R@1 61.4, text R@1 79.1",
         ),
-        "large_384_coco": _recipe(
+        "large_384_coco": _make_recipe(
             LARGE,
             384,
             lr=5e-5,
             layer_decay=0.85,
             epochs=15,
-            warmup=3,
+            warmup_epochs=3,
             note="release, from itc weights: image R@1 63.4, text R@1 82.1",
         ),
-        "giant_420_coco": _recipe(
+        "giant_420_coco": _make_recipe(
             GIANT,
             420,
             lr=1e-5,
             layer_decay=0.95,
             epochs=15,
-            warmup=3,
-            drop=0.3,
+            warmup_epochs=3,
+            drop_path_rate=0.3,
             note="paper: image R@1 67.2, text R@1 84.8",
         ),
-        "base_384_flickr30k": _recipe(
+        "base_384_flickr30k": _make_recipe(
             BASE,
             384,
             lr=1e-4,
             layer_decay=0.65,
             epochs=20,
-            warmup=5,
+            warmup_epochs=5,
             note="release, from itc weights: image R@1 86.2, text R@1 96.3",
         ),
-        "large_384_flickr30k": _recipe(
+        "large_384_flickr30k": _make_recipe(
             LARGE,
             384,
             lr=5e-5,
             layer_decay=0.85,
             epochs=20,
-            warmup=5,
+            warmup_epochs=5,
             note="release, from itc weights: image R@1 88.1, text R@1 97.2",
         ),
-        "giant_420_flickr30k": _recipe(
+        "giant_420_flickr30k": _make_recipe(
             GIANT,
             420,
             lr=1e-5,
             layer_decay=0.95,
             epochs=20,
-            warmup=5,
-            drop=0.3,
+            warmup_epochs=5,
+            drop_path_rate=0.3,
             note="paper: image R@1 90.3, text R@1 98.0",
         ),
-        "base_224_itc": _itc(
-            BASE,
-            "contrastive intermediate tuning with the giant's settings: the release does not tell its own",
-        ),
-        "large_224_itc": _itc(
-            LARGE,
-            "contrastive intermediate tuning with the giant's settings: the release does not tell its own",
-        ),
-        "giant_224_itc": _itc(
+        "base_224_itc": _make_itc_recipe(BASE, _RELEASED_ITC_NOTE),
+        "large_224_itc": _make_itc_recipe(LARGE, _RELEASED_ITC_NOTE),
+        "giant_224_itc": _make_itc_recipe(
             GIANT,
-            "paper: contrastive intermediate tuning; zero-shot Flickr30k image R@1 81.5, text R@1 94.9",
+            "paper: contrastive intermediate tuning; zero-shot Flickr30k image R@1 81.5, "
+            "text R@1 94.9",
         ),
     }
 
@@ -224,142 +234,159 @@ class Retrieval(Task):
     def __init__(self, config: RetrievalConfig, *, tokenizer: TextTokenizer | None = None):
         super().__init__(config, tokenizer=tokenizer)
         self.config: RetrievalConfig = config
+        dim = config.model.dim
         self.backbone = BEiT3(config.model)
-        self.image_projection = nn.Linear(config.model.dim, config.model.dim, bias=False)
-        self.text_projection = nn.Linear(config.model.dim, config.model.dim, bias=False)
-        self.logit_scale = nn.Parameter(
-            torch.empty(1)
-        )  # one dimension, because FSDP2 shards no scalars
+        self.image_projection = nn.Linear(dim, dim, bias=False)
+        self.text_projection = nn.Linear(dim, dim, bias=False)
+        # Of one dimension, because FSDP2 shards no scalars.
+        self.logit_scale = nn.Parameter(torch.empty(1))
 
     @property
     def unused_parameters(self) -> Mapping[str, str]:  # type: ignore[override]
         """A text and an image never meet in one sequence."""
-        return experts_left_out(self.backbone, "fusion")
+        return self.find_unused_in_backbone((IMAGE,), (TEXT,))
 
     def init_parameter(self, name: str, parameter: Tensor, generator: torch.Generator) -> None:
-        """The temperature starts at the release's, and has no limit."""
+        """Starts the temperature at the release's value; it has no limit."""
         super().init_parameter(name, parameter, generator)
         if name == "logit_scale":
-            parameter.fill_(LOGIT_SCALE)
+            parameter.fill_(INIT_LOGIT_SCALE)
 
-    # Data ------------------------------------------------------------------------------------------------------------
+    # Data --------------------------------------------------------------------------------------
 
     @staticmethod
     def prepare(raw: Path, root: Path, source: str) -> Mapping[str, Any]:
-        """Karpathy's, COCO's or Flickr8k's files, or a table of one's own -> a record per training caption, else per image."""
-        rows = formats.one_per_caption(formats.captioned(raw))
-        return write_splits(
-            root,
-            "retrieval",
-            source,
-            rows,
-            lengths=make_length_counter(root, RetrievalConfig.text_length),
-        )
+        """Converts Karpathy's, COCO's or Flickr8k's files, or a table of your own.
+
+        Training has a record per caption, the other splits a record per image.
+        """
+        records = formats.one_per_caption(formats.captioned(raw))
+        lengths = make_length_counter(root, RetrievalConfig.text_length)
+        return write_splits(root, "retrieval", source, records, lengths=lengths)
 
     def record(self, image: Any = None, text: str | None = None) -> Record:
-        """Raw inputs -> record: an image, a text or both; None or an empty string leaves one out."""
-        given = {"image": image, "text": text}
-        return {"id": "0"} | {
-            name: value for name, value in given.items() if value not in (None, "")
-        }
+        """Makes a record of an image, a text or both; None or an empty string leaves one out."""
+        record: Record = {"id": "0"}
+        if image not in (None, ""):
+            record["image"] = image
+        if text not in (None, ""):
+            record["text"] = text
+        return record
 
     def example(
         self, record: Record, train: bool, *, rng: np.random.Generator | None = None
     ) -> Example:
-        """`image` uint8 [3, S, S], and `text` and `text_padding` [K, L] of its K captions, of whatever the record holds."""
+        """Returns what the record holds: `image` uint8 [3, S, S], `text` and `text_padding` [K, L].
+
+        K is the number of captions.
+        """
+        config = self.config
         example: Example = {"id": str(record["id"])}
         if "image" in record:
             image = open_image(record["image"])
             if train:
-                size, crop, flip = self.config.image.image_size, self.config.crop, self.config.flip
-                image = training_view(
-                    image, rng or make_record_rng(record), image_size=size, crop=crop, flip=flip
+                image = crop_and_flip(
+                    image,
+                    rng or make_record_rng(record),
+                    image_size=config.image.image_size,
+                    crop=config.crop,
+                    flip=config.flip,
                 )
-            example["image"] = self.config.image.preprocess(image)
-        captions = record.get("captions") or ([record["text"]] if "text" in record else [])
+            example["image"] = config.image.preprocess(image)
+        captions = record.get("captions") or []
+        if not captions and "text" in record:
+            captions = [record["text"]]
         if captions:
-            texts = [self.tokenize_text(caption, self.config.text_length) for caption in captions]
-            example["text"], example["text_padding"] = (
-                torch.stack(part) for part in zip(*texts, strict=True)
+            texts, paddings = zip(
+                *(self.tokenize_text(caption, config.text_length) for caption in captions),
+                strict=True,
             )
+            example["text"] = torch.stack(texts)
+            example["text_padding"] = torch.stack(paddings)
         return example
 
     def collate(self, examples: Sequence[Example]) -> Batch:
-        """Images stacked [B, 3, S, S]; all captions one after the other [T, L], `num_texts` of each record."""
+        """Stacks images [B, 3, S, S] and concatenates all captions [T, L].
+
+        `num_texts` lists how many of the captions belong to each record.
+        """
         check_same_fields(examples)
         batch: Batch = {"id": [example["id"] for example in examples]}
         if "image" in examples[0]:
             batch["image"] = default_collate([example["image"] for example in examples])
         if "text" in examples[0]:
-            batch |= {
-                name: torch.cat([example[name] for example in examples])
-                for name in ("text", "text_padding")
-            }
+            for key in ("text", "text_padding"):
+                batch[key] = torch.cat([example[key] for example in examples])
             batch["num_texts"] = [len(example["text"]) for example in examples]
         return trim_padding(batch)
 
-    # Training --------------------------------------------------------------------------------------------------------
+    # Training ----------------------------------------------------------------------------------
 
     def outputs(self, batch: Batch) -> dict[str, Tensor]:
-        """Unit features `image_features` [B, D] and `text_features` [T, D] of whatever is present."""
+        """Returns unit features of what is present, in float32 or more.
+
+        `image_features` are [B, D], `text_features` [T, D].
+        """
         outputs = {}
         if "image" in batch:
-            states = self.backbone(image=self.normalize_images(batch), read="first").first("image")
-            outputs["image_features"] = F.normalize(
-                at_least_float32(self.image_projection(states)), dim=-1
-            )
+            encoded = self.backbone(image=self.normalize_images(batch), read="first")
+            projected = self.image_projection(encoded.first("image"))
+            outputs["image_features"] = F.normalize(promote_to_float32(projected), dim=-1)
         if "text" in batch:
-            states = self.backbone(
+            encoded = self.backbone(
                 text=batch["text"], text_padding=batch.get("text_padding"), read="first"
-            ).first("text")
-            outputs["text_features"] = F.normalize(
-                at_least_float32(self.text_projection(states)), dim=-1
             )
+            projected = self.text_projection(encoded.first("text"))
+            outputs["text_features"] = F.normalize(promote_to_float32(projected), dim=-1)
         return outputs
 
     def compare(self, features: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-        """InfoNCE over the pairs of all processes (release; unclamped temperature)."""
+        """InfoNCE over the pairs of all processes (release; the temperature is not clamped)."""
         images, texts = features["image_features"], features["text_features"]
         if len(images) != len(texts):
             raise ValueError(
                 f"{len(images)} images and {len(texts)} texts: training needs one caption a record"
             )
-        loss, right = contrastive(images, texts, at_least_float32(self.logit_scale).exp())
-        return {"losses": {"loss": loss}, "metrics": {"loss/accuracy": right}}
+        scale = promote_to_float32(self.logit_scale).exp()
+        loss, num_correct = contrastive_loss(images, texts, scale)
+        return {"losses": {"loss": loss}, "metrics": {"loss/accuracy": num_correct}}
 
-    # Inference -------------------------------------------------------------------------------------------------------
+    # Inference ---------------------------------------------------------------------------------
 
     def predict(self, batch: Batch) -> list[Prediction]:
-        """Unit features as arrays: `image` [D] and `texts` [K, D] of whatever is present."""
-        outputs = {
-            name: values.detach().float().cpu() for name, values in self.outputs(batch).items()
-        }
-        predictions: list[Prediction] = [{"id": key} for key in batch["id"]]
-        for name, each in zip(("image", "texts"), ("image_features", "text_features"), strict=True):
-            if each in outputs:
-                counts = [1] * len(predictions) if name == "image" else batch["num_texts"]
-                for prediction, rows in zip(predictions, outputs[each].split(counts), strict=True):
-                    prediction[name] = (rows[0] if name == "image" else rows).numpy()
+        """Returns unit features as float32 arrays: `image` [D] and `texts` [K, D] where present."""
+        outputs = self.outputs(batch)
+        features = {name: values.detach().float().cpu() for name, values in outputs.items()}
+        predictions: list[Prediction] = [{"id": id} for id in batch["id"]]
+        if "image_features" in features:
+            for prediction, image in zip(predictions, features["image_features"], strict=True):
+                prediction["image"] = image.numpy()
+        if "text_features" in features:
+            texts_per_record = features["text_features"].split(batch["num_texts"])
+            for prediction, texts in zip(predictions, texts_per_record, strict=True):
+                prediction["texts"] = texts.numpy()
         return predictions
 
     @staticmethod
     def score(predictions: Sequence[Prediction], records: Sequence[Record]) -> dict[str, float]:
-        """Recall at 1, 5 and 10 both ways, over distinct images: records of one `image_id` are one image."""
-        pairs = join_by_id(predictions, records)
-        place: dict[str, int] = {}
+        """Returns recall at 1, 5 and 10 both ways, over distinct images.
+
+        Records of one `image_id` (without it, of one `image`) are one image.
+        """
+        image_indices: dict[str, int] = {}
         images: list[np.ndarray] = []
         texts: list[np.ndarray] = []
-        owner: list[int] = []
-        for prediction, record in pairs:
+        owners: list[int] = []  # index of the image that each text belongs to
+        for prediction, record in join_by_id(predictions, records):
             if "image" not in prediction or "texts" not in prediction:
                 raise ValueError(
                     f"record {record['id']} lacks an image or captions: recall needs both"
                 )
-            key = str(record["image_id"] if "image_id" in record else record["image"])
-            if key not in place:
-                place[key] = len(images)
+            image_id = str(record["image_id"] if "image_id" in record else record["image"])
+            if image_id not in image_indices:
+                image_indices[image_id] = len(images)
                 images.append(np.asarray(prediction["image"], dtype=np.float32))
-            rows = np.asarray(prediction["texts"], dtype=np.float32)
-            texts.append(rows)
-            owner += [place[key]] * len(rows)
-        return recall(np.stack(images), np.concatenate(texts), np.array(owner))
+            captions = np.asarray(prediction["texts"], dtype=np.float32)
+            texts.append(captions)
+            owners += [image_indices[image_id]] * len(captions)
+        return compute_recall(np.stack(images), np.concatenate(texts), np.array(owners))

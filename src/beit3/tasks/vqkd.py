@@ -1,6 +1,7 @@
 """The visual tokenizer as a task: vector-quantised knowledge distillation (BEiT v2, section 3.1).
 
-An encoder names each patch by a code, a decoder predicts a frozen teacher's feature of every patch from the codes
+An encoder names each patch by a code, a decoder predicts a frozen teacher's feature of every patch
+from the codes
 alone. Pixels come in [0, 1]: the network itself maps them to [-1, 1].
 """
 
@@ -16,18 +17,19 @@ from torch import Tensor
 
 from beit3.data.prepare import formats
 from beit3.data.prepare.splits import write_splits
-from beit3.data.stores.shards import write_shards
-from beit3.data.views.transforms import Preprocessing, two_views
+from beit3.data.stores.shard_writer import write_shards
+from beit3.data.views.preprocessing import Preprocessing
+from beit3.data.views.transforms import make_two_views
 from beit3.images import open_image
-from beit3.ops.precision import at_least_float32
+from beit3.ops.precision import promote_to_float32
 from beit3.recipe import DataConfig, OptimConfig, Recipe, RunConfig, TaskConfig
 from beit3.seeding import make_generator
 from beit3.task import Batch, Example, Prediction, Record, Task, join_by_id, make_record_rng
 from beit3.tokenizer.teacher import BackboneTeacher, Teacher, load_teacher
 from beit3.tokenizer.text import TextTokenizer
 from beit3.tokenizer.visual import VisualTokenizer, VisualTokenizerConfig
-from beit3.tokenizer.vit import patch_grid
-from beit3.weights.store import load_backbone
+from beit3.tokenizer.vit import compute_patch_grid
+from beit3.weights.loading import load_backbone
 
 
 def unit(image_size: int) -> Preprocessing:
@@ -129,18 +131,20 @@ class VQKD(Task):
         self.teacher: Teacher | None = None
 
     def init_weights(self, seed: int = 0) -> None:
-        """BEiT's initial values; the codebook's directions are drawn too, until k-means replaces them."""
+        """BEiT's initial values; the codebook's directions are drawn too, until k-means replaces
+        them."""
         super().init_weights(seed)
         self.backbone.quantizer.init_weights(make_generator(seed, "quantizer.codebook"))
 
     def init_parameter(self, name: str, parameter: Tensor, generator: torch.Generator) -> None:
         self.backbone.init_parameter(name.removeprefix("backbone."), parameter, generator)
 
-    # Data ------------------------------------------------------------------------------------------------------------
+    # Data -----------------------------------------------------------------------------------------
 
     @staticmethod
     def prepare(raw: Path, root: Path, source: str) -> Mapping[str, Any]:
-        """A folder of images, with `train` and `val` below it or split by name; or tars of images."""
+        """A folder of images, with `train` and `val` below it or split by name; or tars of
+        images."""
         if formats.lies_in_tars(raw, captions=False):
             return write_shards(root, "vqkd", source, raw, captions=False)
         return write_splits(root, "vqkd", source, formats.images(raw))
@@ -153,7 +157,7 @@ class VQKD(Task):
     ) -> Example:
         """`token_image` uint8 [3, S, S]."""
         config = self.config
-        view, _ = two_views(
+        view, _ = make_two_views(
             open_image(record["image"]),
             rng or make_record_rng(record),
             image_size=config.image.image_size,
@@ -164,7 +168,7 @@ class VQKD(Task):
         )
         return {"id": str(record["id"]), "token_image": view}
 
-    # Training --------------------------------------------------------------------------------------------------------
+    # Training -------------------------------------------------------------------------------------
 
     def targets(self, batch: Batch) -> dict[str, int]:
         """One reconstruction and one commitment per patch."""
@@ -172,7 +176,8 @@ class VQKD(Task):
         return {"reconstruction": patches, "commitment": patches}
 
     def normalize_images(self, batch: Batch) -> Tensor:
-        """Bytes, or floats in [0, 1], which tokenizer and teachers take alike; `image` serves where there is no separate `token_image`."""
+        """Bytes, or floats in [0, 1], which tokenizer and teachers take alike; `image` serves where
+        there is no separate `token_image`."""
         return batch["token_image"] if "token_image" in batch else batch["image"]
 
     def forward(self, batch: Batch) -> dict[str, dict[str, Tensor]]:
@@ -180,12 +185,12 @@ class VQKD(Task):
         images = self.normalize_images(batch)
         features, commitment, codes = self.backbone(images)
         distance = 1 - F.cosine_similarity(
-            at_least_float32(features), self.ask_teacher(images), dim=-1
+            promote_to_float32(features), self.ask_teacher(images), dim=-1
         )
         count = codes.numel()
         statistics = {
-            "codebook_use": self.backbone.quantizer.usage(),
-            "perplexity": self.backbone.quantizer.perplexity(),
+            "codebook_use": self.backbone.quantizer.compute_usage(),
+            "perplexity": self.backbone.quantizer.compute_perplexity(),
         }
         return {
             "losses": {"reconstruction": distance.sum(), "commitment": commitment * count},
@@ -195,7 +200,8 @@ class VQKD(Task):
         }
 
     def ask_teacher(self, images: Tensor) -> Tensor:
-        """The teacher's features [B, P, F]; it is read when first asked. ValueError where it does not fit the config."""
+        """The teacher's features [B, P, F]; it is read when first asked. ValueError where it does
+        not fit the config."""
         if self.teacher is None:
             config = self.config
             if config.teacher == "beit3":
@@ -210,16 +216,17 @@ class VQKD(Task):
                 )
             if teacher.dim != config.model.teacher_dim:
                 raise ValueError(
-                    f"task.model.teacher_dim is {config.model.teacher_dim}, the {config.teacher} teacher has {teacher.dim}"
+                    f"task.model.teacher_dim is {config.model.teacher_dim}, the {config.teacher} "
+                    f"teacher has {teacher.dim}"
                 )
             self.teacher = teacher.to(images.device)
-        return self.teacher.features(images)
+        return self.teacher.extract_features(images)
 
     def outputs(self, batch: Batch) -> dict[str, Tensor]:
         """`codes` [B, P] int64."""
-        return {"codes": self.backbone.codes(self.normalize_images(batch))}
+        return {"codes": self.backbone.tokenize(self.normalize_images(batch))}
 
-    # Inference -------------------------------------------------------------------------------------------------------
+    # Inference ------------------------------------------------------------------------------------
 
     def predict(self, batch: Batch) -> list[Prediction]:
         """The codes of each image, and with a teacher at hand the distance to it."""
@@ -231,9 +238,9 @@ class VQKD(Task):
         ]
         if self.teacher is not None or self.config.teacher == "gradients":
             features = self.ask_teacher(self.normalize_images(batch))
-            grid = patch_grid(self.normalize_images(batch), self.config.model.patch_size)
+            grid = compute_patch_grid(self.normalize_images(batch), self.config.model.patch_size)
             distance = 1 - F.cosine_similarity(
-                at_least_float32(self.backbone.decode(codes, grid)), features, dim=-1
+                promote_to_float32(self.backbone.decode(codes, grid)), features, dim=-1
             ).mean(1)
             for prediction, value in zip(predictions, distance.tolist(), strict=True):
                 prediction["distance"] = value
@@ -241,7 +248,8 @@ class VQKD(Task):
 
     @staticmethod
     def score(predictions: Sequence[Prediction], records: Sequence[Record]) -> dict[str, float]:
-        """Share of the codebook in use and perplexity of the codes; where a teacher was at hand, `score` = 1 - distance to it."""
+        """Share of the codebook in use and perplexity of the codes; where a teacher was at hand,
+        `score` = 1 - distance to it."""
         pairs = [prediction for prediction, _ in join_by_id(predictions, records)]
         num_codes = pairs[0]["num_codes"]
         counts = np.bincount(np.concatenate([p["codes"] for p in pairs]), minlength=num_codes)

@@ -1,1 +1,1 @@
-"""What turns images and texts into discrete targets: the visual tokenizer with its teachers, and the text tokenizer."""
+"""Turns images and texts into discrete targets: the visual tokenizer, its teachers, text."""

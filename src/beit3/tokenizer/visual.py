@@ -1,7 +1,8 @@
-"""The visual tokenizer, VQ-KD (BEiT v2, section 3.1): an image -> a code per patch that stands for a teacher's feature.
+"""The visual tokenizer VQ-KD (BEiT v2, section 3.1): one code per patch, learned from a teacher.
 
-Shapes: images [B, 3, H, W], pixels in [0, 1] or uint8 -> codes [B, P] int64, row-major; codes -> features [B, P, F] in
-the teacher's space. H and W are any multiples of the patch size: positions are resampled.
+Images [B, 3, H, W], uint8 or floats in [0, 1], become codes [B, P] int64 in row-major order; codes
+become features [B, P, F] in the teacher's space. H and W may be any multiples of the patch size:
+positions are resampled.
 """
 
 import math
@@ -10,30 +11,35 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from beit3.ops.precision import at_least_float32
+from beit3.ops.precision import promote_to_float32
 from beit3.seeding import make_generator
 from beit3.tokenizer.quantizer import Quantizer
-from beit3.tokenizer.vit import Grid, ViT, ViTConfig, patch_grid, unit_pixels
+from beit3.tokenizer.vit import Grid, ViT, ViTConfig, compute_patch_grid, to_unit_range
 
 
 @dataclass(frozen=True)
 class VisualTokenizerConfig:
-    """Sizes; the published base tokenizer is 224, 16, 768, 12, 12, 3072, 3, 32, 8192, 512."""
+    """Sizes. The published base tokenizer has 224, 16, 768, 12, 12, 3072, 3, 32, 8192, 512."""
 
     image_size: int
+    """Pixels."""
     patch_size: int
+    """Pixels."""
     dim: int
     """Width of encoder and decoder."""
     depth: int
+    """Blocks of the encoder."""
     num_heads: int
     ffn_dim: int
     decoder_depth: int
+    """Blocks of the decoder."""
     code_dim: int
     num_codes: int
     teacher_dim: int
+    """Channels of the teacher's features."""
     ln_eps: float = 1e-6
     revive_after: int = 0
-    """Updates after which unused codes are replaced; 0, the paper's, never."""
+    """Updates after which unused codes are replaced; 0, the paper's value, = never."""
     decay: float = 0.99
     beta: float = 1.0
 
@@ -42,45 +48,45 @@ class VisualTokenizerConfig:
             raise ValueError(f"decay {self.decay} lies outside 0 <= decay < 1")
         if self.revive_after < 0:
             raise ValueError(
-                f"revive_after {self.revive_after} is negative: give a number of updates, 0 for never"
+                f"revive_after {self.revive_after} is negative: "
+                "give a number of updates, 0 for never"
             )
 
     @property
     def encoder(self) -> ViTConfig:
         return ViTConfig(
-            self.image_size,
-            self.patch_size,
-            self.dim,
-            self.depth,
-            self.num_heads,
-            self.ffn_dim,
+            image_size=self.image_size,
+            patch_size=self.patch_size,
+            dim=self.dim,
+            depth=self.depth,
+            num_heads=self.num_heads,
+            ffn_dim=self.ffn_dim,
             ln_eps=self.ln_eps,
         )
 
     @property
     def decoder(self) -> ViTConfig:
-        """Its image is the map of quantised vectors, its patch one of them."""
-        side = self.image_size // self.patch_size
+        """The decoder's image is the map of quantized vectors, with patches of one vector."""
         return ViTConfig(
-            side,
-            1,
-            self.dim,
-            self.decoder_depth,
-            self.num_heads,
-            self.ffn_dim,
-            self.code_dim,
-            self.ln_eps,
+            image_size=self.image_size // self.patch_size,
+            patch_size=1,
+            dim=self.dim,
+            depth=self.decoder_depth,
+            num_heads=self.num_heads,
+            ffn_dim=self.ffn_dim,
+            in_channels=self.code_dim,
+            ln_eps=self.ln_eps,
         )
 
 
 class VisualTokenizer(nn.Module):
-    """Parts: `encoder`, `to_code`, `quantizer`, `decoder`, `to_feature`."""
+    """Encoder, quantizer and decoder, with two layers on either side of the codebook."""
 
     def __init__(self, config: VisualTokenizerConfig):
         super().__init__()
         self.config = config
         self.encoder = ViT(config.encoder)
-        self.to_code = _two_layers(config.dim, config.code_dim)
+        self.to_code = _make_two_layers(config.dim, config.code_dim)
         self.quantizer = Quantizer(
             config.num_codes,
             config.code_dim,
@@ -89,64 +95,80 @@ class VisualTokenizer(nn.Module):
             revive_after=config.revive_after,
         )
         self.decoder = ViT(config.decoder)
-        self.to_feature = _two_layers(config.dim, config.teacher_dim)
+        self.to_feature = _make_two_layers(config.dim, config.teacher_dim)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Images -> (features [B, P, F], commitment, codes [B, P]); in train mode the codebook moves one step."""
-        quantised, commitment, codes = self.quantizer(self.encode(images))
-        return self.decode(quantised, patch_grid(images, self.config.patch_size)), commitment, codes
+        """Returns features [B, P, F], the commitment loss and codes [B, P] of images.
+
+        In train mode the codebook moves one step.
+        """
+        quantized, commitment, codes = self.quantizer(self.encode(images))
+        grid = compute_patch_grid(images, self.config.patch_size)
+        return self.decode(quantized, grid), commitment, codes
 
     @torch.no_grad()
-    def codes(self, images: Tensor) -> Tensor:
-        """Images -> codes [B, P] int64. Changes no state, in train mode too."""
-        return self.quantizer.codes(self.encode(images))
+    def tokenize(self, images: Tensor) -> Tensor:
+        """Returns the codes [B, P] int64 of images; changes no state in any mode."""
+        return self.quantizer.find_codes(self.encode(images))
 
     def encode(self, images: Tensor) -> Tensor:
-        """Images -> vectors [B, P, C] before quantisation, float32. ValueError for pixels outside [0, 1]."""
-        pixels = unit_pixels(images).to(self.encoder.patch.weight.dtype)
+        """Returns the vectors [B, P, C] of images before quantization, in float32.
+
+        Raises ValueError for pixels outside [0, 1].
+        """
+        pixels = to_unit_range(images).to(self.encoder.patch.weight.dtype)
         states = self.encoder(pixels * 2 - 1)[:, 1:]
         with torch.autocast(images.device.type, enabled=False):
-            return self.to_code(at_least_float32(states))
+            return self.to_code(promote_to_float32(states))
 
     def decode(self, codes: Tensor, grid: Grid | None = None) -> Tensor:
-        """Codes [B, P] int64, or quantised vectors [B, P, C], -> features [B, P, F].
+        """Returns the features [B, P, F] of codes.
 
-        `grid` is (rows, columns) of the patches, by default a square. ValueError where P is not their product.
+        Args:
+            codes: Codes [B, P] int64, or quantized vectors [B, P, C].
+            grid: Rows and columns of patches; by default a square.
+
+        Raises:
+            ValueError: P is not the product of rows and columns.
         """
         vectors = codes if codes.is_floating_point() else self.quantizer.codebook[codes]
-        rows, columns = grid or (math.isqrt(vectors.shape[1]),) * 2
-        if rows * columns != vectors.shape[1]:
+        num_patches = vectors.shape[1]
+        rows, columns = grid or (math.isqrt(num_patches), math.isqrt(num_patches))
+        if rows * columns != num_patches:
             raise ValueError(
-                f"{vectors.shape[1]} codes do not fill a {rows} x {columns} grid: give its rows and columns"
+                f"{num_patches} codes do not fill a {rows} x {columns} grid: "
+                "give its rows and columns"
             )
-        states = self.decoder(
-            vectors.transpose(1, 2).unflatten(2, (rows, columns))
-        )  # [B, 1 + P, D]
+        code_map = vectors.transpose(1, 2).unflatten(2, (rows, columns))  # [B, C, rows, columns]
+        states = self.decoder(code_map)  # [B, 1 + P, D]
         return self.to_feature(states[:, 1:])
 
     @torch.no_grad()
     def init_weights(self, seed: int = 0) -> None:
-        """BEiT's initial values, each parameter from its own generator: no process or order changes them."""
+        """Sets BEiT's initial values, each parameter from a generator of its own.
+
+        They depend on neither the number of processes nor the order of parameters.
+        """
         for name, parameter in self.named_parameters():
             self.init_parameter(name, parameter, make_generator(seed, name))
         self.quantizer.init_weights(make_generator(seed, "quantizer.codebook"))
 
     def init_parameter(self, name: str, parameter: Tensor, generator: torch.Generator) -> None:
-        """Norms 1, biases 0, the rest normal .02; each block's two outputs divided by sqrt(2 * layer).
+        """Sets norms to 1, biases to 0, and the rest to normal values of deviation .02.
 
-        The tokenizer's official file cuts the normal at +-2, so 100 deviations: not at all.
+        The two outputs of each block are divided by sqrt(2 * layer). Upstream cuts the normal
+        distribution at +-2, which is 100 deviations, so not at all.
         """
         if "norm" in name or name.endswith("bias"):
-            nn.init.constant_(parameter, float("norm" in name and name.endswith("weight")))
+            is_norm_weight = "norm" in name and name.endswith("weight")
+            nn.init.constant_(parameter, float(is_norm_weight))
             return
-        parameter.copy_(
-            torch.empty(parameter.shape, dtype=parameter.dtype).normal_(
-                std=0.02, generator=generator
-            )
-        )
+        values = torch.empty(parameter.shape, dtype=parameter.dtype)
+        parameter.copy_(values.normal_(std=0.02, generator=generator))
         if name.endswith((".attention.out.weight", ".ffn.fc2.weight")):
-            parameter.div_(math.sqrt(2 * (int(name.split(".")[2]) + 1)))
+            layer = int(name.split(".")[2]) + 1
+            parameter.div_(math.sqrt(2 * layer))
 
 
-def _two_layers(dim: int, out: int) -> nn.Sequential:
-    return nn.Sequential(nn.Linear(dim, dim), nn.Tanh(), nn.Linear(dim, out))
+def _make_two_layers(in_dim: int, out_dim: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(in_dim, in_dim), nn.Tanh(), nn.Linear(in_dim, out_dim))

@@ -1,8 +1,8 @@
-"""A plain pre-norm Vision Transformer: the VQ-KD encoder and decoder (BEiT v2) and the CLIP and DINO teachers.
+"""A pre-norm Vision Transformer: VQ-KD's encoder and decoder (BEiT v2), CLIP's and DINO's towers.
 
-Shapes: images [B, C, H, W] of any multiple of the patch size -> normed token states [B, 1 + P, D], class token first,
-then patches in row-major order. The last norm works token by token, so that BEiT v2's norm of patch tokens, CLIP's and
-DINO's are the same module.
+Images [B, C, H, W] of any multiple of the patch size become normed token states [B, 1 + P, D], the
+class token first, then the patches in row-major order. The last norm works token by token, so that
+BEiT v2's norm of patch tokens and CLIP's and DINO's norms are the same module.
 
 | style | bias of keys | bias of the patch embedding | norm before the blocks | activation |
 |-------|--------------|-----------------------------|------------------------|------------|
@@ -25,7 +25,7 @@ Grid = tuple[int, int]
 
 @dataclass(frozen=True)
 class ViTConfig:
-    """Sizes in pixels of the input (a code map's pixels are its codes)."""
+    """Sizes, in pixels of the input. The pixels of a code map are its codes."""
 
     image_size: int
     patch_size: int
@@ -52,7 +52,7 @@ class ViTConfig:
 
 
 class ViT(nn.Module):
-    """Parameters: `patch`, `class_token` [1, 1, D], `positions` [1, 1 + P, D], `blocks`, `norm`, CLIP's `pre_norm`."""
+    """Patch embedding, class token, learned positions, blocks and a final norm."""
 
     def __init__(self, config: ViTConfig):
         super().__init__()
@@ -72,11 +72,15 @@ class ViT(nn.Module):
         self.norm = nn.LayerNorm(config.dim, eps=config.ln_eps)
 
     def forward(self, images: Tensor) -> Tensor:
-        """[B, C, H, W] -> [B, 1 + P, D]. ValueError for a size that patches do not tile."""
-        rows, columns = patch_grid(images, self.config.patch_size)
-        states = self.patch(images).flatten(2).transpose(1, 2)  # [B, P, D]
-        states = torch.cat((self.class_token.expand(len(states), -1, -1), states), 1)
-        states = states + resample_learned(self.positions, (rows, columns))
+        """Returns the normed states [B, 1 + P, D] of images [B, C, H, W].
+
+        Raises ValueError for a size that patches do not tile.
+        """
+        grid = compute_patch_grid(images, self.config.patch_size)
+        patches = self.patch(images).flatten(2).transpose(1, 2)  # [B, P, D]
+        class_token = self.class_token.expand(len(patches), -1, -1)
+        states = torch.cat((class_token, patches), 1)
+        states = states + resample_learned_positions(self.positions, grid)
         if self.pre_norm is not None:
             states = self.pre_norm(states)
         for block in self.blocks:
@@ -85,14 +89,14 @@ class ViT(nn.Module):
 
 
 class Block(nn.Module):
-    """[B, N, D] -> [B, N, D]."""
+    """A pre-norm block of attention and feed-forward network, on states [B, N, D]."""
 
     def __init__(self, config: ViTConfig):
         super().__init__()
         self.norm1 = nn.LayerNorm(config.dim, eps=config.ln_eps)
         self.attention = Attention(config.dim, config.num_heads, key_bias=config.style != "beit")
         self.norm2 = nn.LayerNorm(config.dim, eps=config.ln_eps)
-        self.ffn = FeedForward(config.dim, config.ffn_dim, quick=config.style == "clip")
+        self.ffn = FeedForward(config.dim, config.ffn_dim, quick_gelu=config.style == "clip")
 
     def forward(self, states: Tensor) -> Tensor:
         states = states + self.attention(self.norm1(states))
@@ -100,7 +104,7 @@ class Block(nn.Module):
 
 
 class Attention(nn.Module):
-    """Self-attention. Without `key_bias`, queries and values have biases of their own and keys have none."""
+    """Self-attention. Without `key_bias`, only queries and values have biases, of their own."""
 
     def __init__(self, dim: int, num_heads: int, *, key_bias: bool):
         super().__init__()
@@ -114,43 +118,51 @@ class Attention(nn.Module):
         bias: Tensor | None = self.qkv.bias
         if self.query_bias is not None and self.value_bias is not None:
             bias = torch.cat((self.query_bias, torch.zeros_like(self.query_bias), self.value_bias))
-        qkv = F.linear(states, self.qkv.weight, bias).unflatten(
-            2, (3, self.num_heads, -1)
-        )  # [B, N, 3, H, D/H]
+        qkv = F.linear(states, self.qkv.weight, bias)
+        qkv = qkv.unflatten(2, (3, self.num_heads, -1))  # [B, N, 3, H, D/H]
         query, key, value = qkv.permute(2, 0, 3, 1, 4)
         mixed = F.scaled_dot_product_attention(query, key, value)  # [B, H, N, D/H]
         return self.out(mixed.transpose(1, 2).flatten(2))
 
 
 class FeedForward(nn.Module):
-    """Linear, GELU, linear. CLIP was trained with x * sigmoid(1.702 x) for GELU."""
+    """Two linear layers around GELU, or around CLIP's approximation of it with `quick_gelu`."""
 
-    def __init__(self, dim: int, ffn_dim: int, *, quick: bool):
+    def __init__(self, dim: int, ffn_dim: int, *, quick_gelu: bool):
         super().__init__()
-        self.quick = quick
+        self.quick_gelu = quick_gelu
         self.fc1 = nn.Linear(dim, ffn_dim)
         self.fc2 = nn.Linear(ffn_dim, dim)
 
     def forward(self, states: Tensor) -> Tensor:
         states = self.fc1(states)
-        return self.fc2(states * torch.sigmoid(1.702 * states) if self.quick else F.gelu(states))
+        if self.quick_gelu:
+            states = states * torch.sigmoid(1.702 * states)
+        else:
+            states = F.gelu(states)
+        return self.fc2(states)
 
 
-def patch_grid(images: Tensor, patch_size: int) -> Grid:
-    """Rows and columns of patches of [B, C, H, W]; ValueError where patches do not tile the image."""
+def compute_patch_grid(images: Tensor, patch_size: int) -> Grid:
+    """Returns the rows and columns of patches of images [B, C, H, W].
+
+    Raises ValueError where patches do not tile the image.
+    """
     height, width = images.shape[2:]
     if height % patch_size or width % patch_size or not height or not width:
         raise ValueError(
-            f"image of {height} x {width} px is not a multiple of the {patch_size} px patch: resize it"
+            f"image of {height} x {width} px is not a multiple of the {patch_size} px patch: "
+            "resize it"
         )
     return height // patch_size, width // patch_size
 
 
-def resample_learned(positions: Tensor, grid: Grid) -> Tensor:
-    """`positions` [1, 1 + n * n, D] for another grid -> [1, 1 + rows * columns, D]; the class token's row is kept.
+def resample_learned_positions(positions: Tensor, grid: Grid) -> Tensor:
+    """Resamples positions [1, 1 + n * n, D] to a grid: [1, 1 + rows * columns, D].
 
-    Bicubic by the scale (rows + 0.1) / n, as DINO and BEiT v2 do: the tenth, there against rounding, also moves the
-    sampling points, so codes of 256 px images need it.
+    The class token's row is kept. Interpolation is bicubic by the scale (rows + 0.1) / n, as in
+    DINO and BEiT v2. They add the tenth against rounding, but it also moves the sampling points,
+    so the codes of 256 px images depend on it.
     """
     side = isqrt(positions.shape[1] - 1)
     if grid == (side, side):
@@ -158,14 +170,15 @@ def resample_learned(positions: Tensor, grid: Grid) -> Tensor:
     table = positions[:, 1:].float().unflatten(1, (side, side)).permute(0, 3, 1, 2)  # [1, D, n, n]
     scale = ((grid[0] + 0.1) / side, (grid[1] + 0.1) / side)
     table = F.interpolate(table, scale_factor=scale, mode="bicubic", align_corners=False)
-    return torch.cat((positions[:, :1], table.flatten(2).transpose(1, 2).to(positions.dtype)), 1)
+    patch_rows = table.flatten(2).transpose(1, 2).to(positions.dtype)  # [1, rows * columns, D]
+    return torch.cat((positions[:, :1], patch_rows), 1)
 
 
-def unit_pixels(images: Tensor) -> Tensor:
-    """Pixels as the tokenizer and the teachers take them: uint8, or floats in [0, 1] -> floats in [0, 1], [B, 3, H, W].
+def to_unit_range(images: Tensor) -> Tensor:
+    """Returns images [B, 3, H, W], given as uint8 or as floats in [0, 1], as floats in [0, 1].
 
-    Values outside mean that the images were normalised, which would silently give wrong codes: ValueError. A thousandth
-    is allowed for rounding.
+    Raises ValueError for values outside, beyond a thousandth for rounding: they mean that the
+    images were normalized, which would give wrong codes without a sign.
     """
     if images.ndim != 4 or images.shape[1] != 3:
         raise ValueError(f"images have shape {list(images.shape)}, not [batch, 3, height, width]")
@@ -177,6 +190,7 @@ def unit_pixels(images: Tensor) -> Tensor:
         low, high = torch.stack(torch.aminmax(images.detach())).tolist()
         if not (low >= -1e-3 and high <= 1 + 1e-3):
             raise ValueError(
-                f"image values span {low:.3g} to {high:.3g}: give pixels in [0, 1], not normalised ones"
+                f"image values span {low:.3g} to {high:.3g}: "
+                "give pixels in [0, 1], not normalized ones"
             )
     return images

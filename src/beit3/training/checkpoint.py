@@ -1,8 +1,19 @@
-"""Checkpoints from which a run goes on exactly where it was, on the same or another number of processes.
+"""Checkpoints from which a run resumes exactly, on the same or another number of processes.
 
-`checkpoints/step_00000400/` holds one safetensors file per process (torch's distributed checkpoint, DCP, in Hugging
-Face's format: no pickle is ever read) and `checkpoint.json`: step, best score so far, and the SHA-256 of every file. It
-is written under a temporary name, flushed to disk and renamed when it is whole.
+    OUT/checkpoints/
+        step_00000400/                     the state after 400 steps
+            shard-00001-model-...safetensors    the tensors of process 0
+            shard-00002-model-...safetensors    the tensors of process 1
+            ...
+            checkpoint.json                step, best score so far, SHA-256 of every file
+        step_00000800/
+            ...
+        step_00001200.part/                being written
+
+The tensor files are torch's distributed checkpoint (DCP) in Hugging Face's format, so no pickle is
+ever read. Weights and buffers are named `task.<name>`, the optimizer's tensors
+`optimizer.<parameter>.<key>`. A checkpoint is written under the temporary name, flushed to disk and
+renamed when it is complete.
 """
 
 import errno
@@ -22,84 +33,111 @@ from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.api import CheckpointException
 
-from beit3.files import flush_to_disk
+from beit3.files import compute_sha256, flush_to_disk
 from beit3.ops.collectives import all_gather_objects, barrier, rank, world_size
 from beit3.task import Task
-from beit3.weights.matching import first_few, stored
-from beit3.weights.store import digest
+from beit3.weights.matching import abbreviate, get_weights
 
-warnings.filterwarnings(
-    "ignore", message="torch.distributed is disabled"
-)  # one process alone is no fault
+# A single process needs no process group.
+warnings.filterwarnings("ignore", message="torch.distributed is disabled")
 
-DESCRIPTION = "checkpoint.json"
-STEP, PART = "step_{:08d}", ".part"
-
-Say = Callable[[str], None]
+DESCRIPTION_FILE = "checkpoint.json"
+DIRECTORY_FORMAT = "step_{:08d}"
+PARTIAL_SUFFIX = ".part"
 
 
-class Checkpoints:
-    """The checkpoints of one run. Every process must call each method at the same step."""
+class Checkpointer:
+    """Saves and restores the checkpoints of one run.
 
-    def __init__(self, run: Path, *, keep: int, asynchronous: bool = False, say: Say = print):
-        """keep: how many of the newest stay. asynchronous: `save` returns while files are still being written."""
-        self.folder = run / "checkpoints"
-        self.keep, self.asynchronous, self.say = max(1, keep), asynchronous, say
-        # Written beside the training, which uses the default group: two collectives of one group must not cross.
-        self.group: Any = (
-            dist.new_group(backend="gloo") if asynchronous and world_size() > 1 else None
-        )
+    Every process must call each method at the same step.
+    """
+
+    def __init__(
+        self,
+        run: Path,
+        *,
+        keep: int,
+        asynchronous: bool = False,
+        info: Callable[[str], None] = print,
+    ):
+        """Prepares the checkpoints of the run directory `run`; nothing is written yet.
+
+        Args:
+            run: The run directory.
+            keep: How many of the newest checkpoints stay, at least 1.
+            asynchronous: Whether `save` returns while files are still being written. It then takes
+                memory for a copy of the state.
+            info: Prints a line.
+        """
+        self.directory = run / "checkpoints"
+        self.keep, self.asynchronous, self.info = max(1, keep), asynchronous, info
+        # A group of its own: training uses the default one meanwhile, and two collectives of one
+        # group must not cross.
+        self.group: Any = None
+        if asynchronous and world_size() > 1:
+            self.group = dist.new_group(backend="gloo")
         self.pending: threading.Thread | None = None
         self.failure: BaseException | None = None
 
-    # Writing ---------------------------------------------------------------------------------------------------------
+    # Saving ---------------------------------------------------------------------------------------
 
     def save(
         self, step: int, task: Task, optimizer: torch.optim.Optimizer, best: float | None
     ) -> None:
-        """The state after `step` steps; then all but the newest `keep` go. OSError where it cannot be written."""
+        """Saves the state after `step` steps and deletes all but the newest `keep` checkpoints.
+
+        `best` is the best score so far. Raises OSError if the checkpoint cannot be written.
+        """
         self.wait()
-        path = self.folder / STEP.format(step)
-        part = path.with_suffix(PART)
-        self._forget_parts()
+        path = self.directory / DIRECTORY_FORMAT.format(step)
+        self._delete_partial()
         if rank() == 0:
-            part.mkdir(parents=True)
+            path.with_suffix(PARTIAL_SUFFIX).mkdir(parents=True)
         barrier()
-        state = tensors_of(task) | optimizer_state(task, optimizer)
+        state = get_task_state(task) | get_optimizer_state(task, optimizer)
         description = {
             "step": step,
             "best": best,
             "processes": world_size(),
             "torch": torch.__version__,
         }
-        writer = HuggingFaceStorageWriter(str(part), save_distributed=True)
-        alone = world_size() == 1
         if self.asynchronous:
-            snapshot = {name: tensor.detach().clone() for name, tensor in state.items()}
-            future = dcp.async_save(
-                snapshot, storage_writer=writer, process_group=self.group, no_dist=alone
-            )
-            self.pending = threading.Thread(target=self._finish, args=(future, path, description))
-            self.pending.start()
+            self._save_asynchronously(path, state, description)
         else:
-            try:
-                dcp.save(state, storage_writer=writer, no_dist=alone)
-                self._publish(path, description)
-            except (OSError, RuntimeError, CheckpointException) as error:
-                self._failed(error)
-        barrier()  # a process that leaves early would have the others killed while they write
+            self._save(path, state, description)
+        barrier()  # if a process left early, the launcher would kill the others while they write
 
-    def wait(self) -> None:
-        """Until what is being written is whole. OSError where that failed."""
-        if self.pending is not None:
-            self.pending.join()
-            self.pending = None
-        failure, self.failure = self.failure, None
-        failures = [text for text in all_gather_objects(str(failure) if failure else "") if text]
-        if failures:
-            self._failed(failure or OSError(failures[0]))
+    def _save(self, path: Path, state: dict[str, Tensor], description: dict[str, Any]) -> None:
+        """Writes and publishes a checkpoint."""
+        writer = HuggingFaceStorageWriter(
+            str(path.with_suffix(PARTIAL_SUFFIX)), save_distributed=True
+        )
+        try:
+            dcp.save(state, storage_writer=writer, no_dist=world_size() == 1)
+            self._publish(path, description)
+        except (OSError, RuntimeError, CheckpointException) as error:
+            self._fail(error)
 
-    def _finish(self, future: Future, path: Path, description: dict[str, Any]) -> None:
+    def _save_asynchronously(
+        self, path: Path, state: dict[str, Tensor], description: dict[str, Any]
+    ) -> None:
+        """Starts a thread that writes and publishes a copy of the state."""
+        writer = HuggingFaceStorageWriter(
+            str(path.with_suffix(PARTIAL_SUFFIX)), save_distributed=True
+        )
+        copies = {name: tensor.detach().clone() for name, tensor in state.items()}
+        future = dcp.async_save(
+            copies, storage_writer=writer, process_group=self.group, no_dist=world_size() == 1
+        )
+        self.pending = threading.Thread(
+            target=self._publish_when_written, args=(future, path, description)
+        )
+        self.pending.start()
+
+    def _publish_when_written(
+        self, future: Future, path: Path, description: dict[str, Any]
+    ) -> None:
+        """Publishes a checkpoint when its files are written; keeps an error for `wait`."""
         try:
             future.result()
             self._publish(path, description)
@@ -107,128 +145,181 @@ class Checkpoints:
             self.failure = error
 
     def _publish(self, path: Path, description: dict[str, Any]) -> None:
-        """Rank 0: name the files with their digests, make everything durable, rename, forget old ones."""
+        """Completes a written checkpoint: digests, flush, rename, deletion of old ones (rank 0)."""
         if rank() > 0:
             return
-        part = path.with_suffix(PART)
-        files = sorted(part.iterdir())
-        text = json.dumps(
-            description | {"files": {file.name: digest(file) for file in files}}, indent=1
-        )
-        (part / DESCRIPTION).write_text(text + "\n")
-        for each in (*files, part / DESCRIPTION, part):
-            flush_to_disk(each)
+        partial = path.with_suffix(PARTIAL_SUFFIX)
+        files = sorted(partial.iterdir())
+        digests = {file.name: compute_sha256(file) for file in files}
+        text = json.dumps(description | {"files": digests}, indent=1)
+        (partial / DESCRIPTION_FILE).write_text(text + "\n")
+        for written in (*files, partial / DESCRIPTION_FILE, partial):
+            flush_to_disk(written)
         shutil.rmtree(path, ignore_errors=True)
-        part.rename(path)
-        flush_to_disk(self.folder)
-        kept = [each for each in self.paths() if each <= path][-self.keep :]
-        for each in self.paths():
-            if each not in kept:  # an old one, or a newer one that was damaged and passed over
-                shutil.rmtree(each)
+        partial.rename(path)
+        flush_to_disk(self.directory)
+        self._delete_others(path)
 
-    def _failed(self, error: BaseException) -> NoReturn:
-        """Remove what was begun and say what is still good."""
-        self._forget_parts()
-        raise full_disk(error, self.folder.parent) from error
+    def _delete_others(self, newest: Path) -> None:
+        """Deletes old checkpoints, and damaged ones that are newer than `newest`."""
+        checkpoints = self.list_checkpoints()
+        kept = [path for path in checkpoints if path <= newest][-self.keep :]
+        for path in checkpoints:
+            if path not in kept:
+                shutil.rmtree(path)
 
-    def _forget_parts(self) -> None:
-        for part in self.folder.glob(f"*{PART}") if rank() == 0 else ():
-            shutil.rmtree(part, ignore_errors=True)
+    def wait(self) -> None:
+        """Waits for the checkpoint that is being written. Raises OSError if that failed."""
+        if self.pending is not None:
+            self.pending.join()
+            self.pending = None
+        failure, self.failure = self.failure, None
+        messages = all_gather_objects(str(failure) if failure else "")
+        first_message = next((message for message in messages if message), "")
+        if first_message:
+            self._fail(failure or OSError(first_message))
 
-    # Reading ---------------------------------------------------------------------------------------------------------
+    def _fail(self, error: BaseException) -> NoReturn:
+        """Deletes the partial checkpoint and raises `error`, explained if the disk is full."""
+        self._delete_partial()
+        raise explain_full_disk(error, self.directory.parent) from error
 
-    def paths(self) -> list[Path]:
-        """Whole checkpoints, oldest first."""
+    def _delete_partial(self) -> None:
+        """Deletes checkpoints that were not completed (rank 0)."""
+        if rank() > 0:
+            return
+        for path in self.directory.glob(f"*{PARTIAL_SUFFIX}"):
+            shutil.rmtree(path, ignore_errors=True)
+
+    # Restoring ------------------------------------------------------------------------------------
+
+    def list_checkpoints(self) -> list[Path]:
+        """Returns the complete checkpoints, oldest first."""
         return sorted(
-            path for path in self.folder.glob("step_*") if path.suffix != PART and path.is_dir()
+            path
+            for path in self.directory.glob("step_*")
+            if path.suffix != PARTIAL_SUFFIX and path.is_dir()
         )
 
     def restore(self, task: Task, optimizer: torch.optim.Optimizer) -> tuple[int, float | None]:
-        """Load the newest checkpoint that is whole: (steps done, best score so far), or (0, None) where there is none.
+        """Loads the newest checkpoint that is not damaged.
 
-        One that was damaged is named and the one before it used. ValueError where none of several is whole, or where
-        one does not fit the task.
+        A damaged one is reported and the one before it is used.
+
+        Returns:
+            The number of steps done and the best score so far, or (0, None) without a checkpoint.
+
+        Raises:
+            ValueError: All checkpoints are damaged, or the checkpoint does not fit the task.
         """
-        paths = self.paths()
-        for index, path in enumerate(reversed(paths)):
-            fault = all_gather_objects(damage(path) if rank() == 0 else "")[0]
-            if not fault:
-                return load(path, task, optimizer)
-            before = paths[-index - 2] if index + 1 < len(paths) else None
-            if before is None:
+        newest_first = self.list_checkpoints()[::-1]
+        for index, path in enumerate(newest_first):
+            damage = all_gather_objects(find_damage(path) if rank() == 0 else "")[0]
+            if not damage:
+                return load_checkpoint(path, task, optimizer)
+            if index + 1 == len(newest_first):
                 raise ValueError(
-                    f"{path} is damaged ({fault}) and there is no other: delete {self.folder.parent} and start again"
+                    f"{path} is damaged ({damage}) and there is no other: delete "
+                    f"{self.directory.parent} and start again"
                 )
-            self.say(f"WARNING {path} is damaged ({fault}): going on from {before.name} instead")
+            previous = newest_first[index + 1]
+            self.info(
+                f"WARNING {path} is damaged ({damage}): resuming from {previous.name} instead"
+            )
         return 0, None
 
 
-def tensors_of(task: Task) -> dict[str, Tensor]:
-    """Weights and buffers by name, under `task.`; frozen parts left out."""
-    return {f"task.{name}": tensor for name, tensor in stored(task).items()}
+def get_task_state(task: Task) -> dict[str, Tensor]:
+    """Returns weights and buffers by name, under `task.`; frozen parts are left out."""
+    return {f"task.{name}": tensor for name, tensor in get_weights(task).items()}
 
 
-def optimizer_state(task: Task, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The optimizer's tensors by parameter name, under `optimizer.`. A parameter without a gradient so far has none."""
+def get_optimizer_state(task: Task, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Returns the optimizer's tensors by parameter name, under `optimizer.`.
+
+    A parameter that has had no gradient so far has none.
+    """
     return {
         f"optimizer.{name}.{key}": value
-        for name, parameter in task.trainable()
+        for name, parameter in task.trainable_parameters()
         for key, value in optimizer.state.get(parameter, {}).items()
     }
 
 
-def load(path: Path, task: Task, optimizer: torch.optim.Optimizer) -> tuple[int, float | None]:
-    """Fill task and optimizer from a whole checkpoint: (step, best). ValueError where names differ."""
+def load_checkpoint(
+    path: Path, task: Task, optimizer: torch.optim.Optimizer
+) -> tuple[int, float | None]:
+    """Fills task and optimizer from a complete checkpoint and returns (step, best score).
+
+    Raises ValueError if the names of the tensors differ.
+    """
     reader = HuggingFaceStorageReader(str(path))
-    written = set(reader.read_metadata().state_dict_metadata)
-    for name, parameter in task.trainable():
-        keys = [
-            key for key in ("step", "exp_avg", "exp_avg_sq") if f"optimizer.{name}.{key}" in written
-        ]
-        if keys:
-            empty = {"step": torch.zeros((), dtype=torch.float32, device=parameter.device)}
-            optimizer.state[parameter] = {
-                key: empty.get(key, torch.zeros_like(parameter)).detach() for key in keys
-            }
-    state = tensors_of(task) | optimizer_state(task, optimizer)
-    missing, unexpected = sorted(state.keys() - written), sorted(written - state.keys())
+    stored_names = set(reader.read_metadata().state_dict_metadata)
+    _allocate_optimizer_state(task, optimizer, stored_names)
+    state = get_task_state(task) | get_optimizer_state(task, optimizer)
+    missing, unexpected = state.keys() - stored_names, stored_names - state.keys()
     if missing or unexpected:
         verb, names = ("lacks", missing) if missing else ("has unknown", unexpected)
         raise ValueError(
-            f"{path} does not fit this run: it {verb} {first_few(names)}; use another --out"
+            f"{path} does not fit this run: it {verb} {abbreviate(sorted(names))}; use another "
+            "--out"
         )
     # Tensors of the state share their memory with task and optimizer, which are filled thereby.
     dcp.load(state, storage_reader=reader, no_dist=world_size() == 1)
-    description = json.loads((path / DESCRIPTION).read_text())
+    description = json.loads((path / DESCRIPTION_FILE).read_text())
     return description["step"], description["best"]
 
 
-def damage(path: Path) -> str:
-    """What is wrong with a checkpoint, in words; '' for a whole one."""
+def _allocate_optimizer_state(
+    task: Task, optimizer: torch.optim.Optimizer, stored_names: set[str]
+) -> None:
+    """Creates the tensors of AdamW for every parameter of which the checkpoint holds some."""
+    for name, parameter in task.trainable_parameters():
+        state = {
+            "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+            "exp_avg": torch.zeros_like(parameter).detach(),
+            "exp_avg_sq": torch.zeros_like(parameter).detach(),
+        }
+        stored = {
+            key: value for key, value in state.items() if f"optimizer.{name}.{key}" in stored_names
+        }
+        if stored:
+            optimizer.state[parameter] = stored
+
+
+def find_damage(path: Path) -> str:
+    """Returns the damage of a checkpoint in words, or '' if it is complete and unchanged."""
     try:
-        files = json.loads((path / DESCRIPTION).read_text())["files"]
-        for name, wanted in files.items():
-            if digest(path / name) != wanted:
+        files = json.loads((path / DESCRIPTION_FILE).read_text())["files"]
+        for name, digest in files.items():
+            if compute_sha256(path / name) != digest:
                 return f"{name} is not what was written"
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return f"{DESCRIPTION} cannot be read: {error}"
+        return f"{DESCRIPTION_FILE} cannot be read: {error}"
     return ""
 
 
-def full_disk(error: BaseException, run: Path) -> BaseException:
-    """The same error; for a disk that filled, one that says which checkpoint is still good and what to do."""
-    failures = getattr(error, "failures", {}).values()  # DCP's, by process: (error, traceback)
-    causes = [error, *(each[0] if isinstance(each, tuple) else each for each in failures)]
-    if not any(
+def explain_full_disk(error: BaseException, run: Path) -> BaseException:
+    """Returns an OSError that names the last good checkpoint if the disk is full, else `error`."""
+    causes = [error]
+    if isinstance(error, CheckpointException):  # holds (error, traceback) by process
+        causes += [failure[0] for failure in error.failures.values()]
+    disk_is_full = any(
         isinstance(cause, OSError) and cause.errno == errno.ENOSPC or "No space left" in str(cause)
         for cause in causes
-    ):
+    )
+    if not disk_is_full:
         return error
-    good = sorted(path.name for path in (run / "checkpoints").glob("step_*") if path.suffix != PART)
-    last = f"{good[-1]} is the last good checkpoint" if good else "there is no checkpoint yet"
+    names = [path.name for path in (run / "checkpoints").glob("step_*")]
+    complete = sorted(name for name in names if not name.endswith(PARTIAL_SUFFIX))
+    if complete:
+        last_good = f"{complete[-1]} is the last good checkpoint"
+    else:
+        last_good = "there is no checkpoint yet"
     return OSError(
         errno.ENOSPC,
-        f"the disk of {run} is full; {last}: free some space, then the same command goes on from it",
+        f"the disk of {run} is full; {last_good}: free some space, then the same command resumes "
+        "from it",
     )

@@ -1,64 +1,120 @@
-"""Predictions over a split, and their score. Processes share the records; every record counts once.
+"""Predictions for the records of a split, and their scores.
 
-Sharded weights are gathered for every forward, so all processes take the same number of batches: one that has no more of
-its own goes along with its last, and what that gives is thrown away.
+Processes share the records and every record counts once. Sharded weights are gathered for every
+forward pass, so all processes must take the same number of batches: a process without a batch of
+its
+own repeats an earlier one, and its predictions are dropped.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
 import torch
 
-from beit3.data.loader import Source
-from beit3.data.stores.tokens import Tokens
+from beit3.data.loader import RecordDataset
 from beit3.ops.collectives import all_gather_objects, rank, world_size
 from beit3.task import Batch, Example, Prediction, Record, Task
+from beit3.training.sources import check_tokenizer, has_raw_text
+
+MAX_LISTED_RECORDS = 20
+"""Unreadable records that an error lists."""
+
+Progress = Callable[[int, int], None]
+"""Receives (records done, records in all)."""
+
+SourcePredictions = dict[str, tuple[list[Prediction], list[Record]]]
+"""Source -> its predictions, and the records that they belong to."""
+
+
+def ignore_progress(done: int, total: int) -> None:
+    """Shows no progress: a training run shows its own."""
 
 
 def to_device(batch: Batch, device: torch.device, dtype: torch.dtype = torch.float32) -> Batch:
-    """The batch with its tensors on `device`, those of floats in `dtype`."""
+    """Returns the batch with its tensors on `device` and its floating-point tensors in `dtype`."""
 
     def move(value: Any) -> Any:
         if not isinstance(value, torch.Tensor):
             return value
-        return value.to(
-            device, dtype if value.is_floating_point() else value.dtype, non_blocking=True
-        )
+        new_dtype = dtype if value.is_floating_point() else value.dtype
+        return value.to(device, new_dtype, non_blocking=True)
 
     return {key: move(value) for key, value in batch.items()}
 
 
-Progress = Callable[[int, int], None]
-"""Told how many records of how many are done."""
+# Batches ------------------------------------------------------------------------------------------
 
 
-def silent(done: int, total: int) -> None:
-    """Tells nobody: a training run shows its own progress."""
-
-
-Predicted = dict[str, tuple[list[Prediction], list[Record]]]
-"""Per source, predictions and the records that they belong to."""
-
-
-def batches(
-    task: Task, records: Iterable[Record], size: int, broken: list[str] | None = None
+def iterate_batches(
+    task: Task, records: Iterable[Record], size: int, unreadable: list[str] | None = None
 ) -> Iterator[Batch]:
-    """Examples of `records` in order, stacked `size` at a time. With `broken`, unreadable records are named there."""
+    """Yields the examples of `records`, in order, in batches of `size`.
+
+    Unreadable records are skipped and described in `unreadable`; without it they raise ValueError.
+    """
     examples: list[Example] = []
     for record in records:
         try:
             examples.append(task.example(record, False))
         except ValueError as error:
-            if broken is None:
+            if unreadable is None:
                 raise
-            broken.append(f"{record['id']}: {error}")
+            unreadable.append(f"{record['id']}: {error}")
         if len(examples) == size:
             yield task.collate(examples)
             examples = []
     if examples:
         yield task.collate(examples)
+
+
+@dataclass
+class RankBatch:
+    """One of this process's turns in an evaluation."""
+
+    index: int
+    """Which batch of all processes' batches it is."""
+    batch: Batch | None
+    """None if a single process can read none of the batch's records."""
+    is_own: bool
+    """False for a batch that only keeps the process in step with the others."""
+    unreadable: list[str] = field(default_factory=list)
+    """Descriptions of records that cannot be read."""
+
+
+def iterate_rank_batches(
+    task: Task, records: Sequence[Record], size: int, *, skip_unreadable: bool
+) -> Iterator[RankBatch]:
+    """Yields this process's batches; processes take turns and all get the same number.
+
+    One of several processes that has no batch in a round, or none that can be read, repeats the
+    first that can be read.
+    """
+    chunks = [records[start : start + size] for start in range(0, len(records), size)]
+    num_rounds = -(-len(chunks) // world_size())
+    for index in range(rank(), num_rounds * world_size(), world_size()):
+        turn = RankBatch(index, batch=None, is_own=False)
+        if index < len(chunks):
+            unreadable = turn.unreadable if skip_unreadable else None
+            turn.batch = next(iterate_batches(task, chunks[index], size, unreadable), None)
+            turn.is_own = turn.batch is not None
+        if turn.batch is None and world_size() > 1:
+            turn.batch = _find_readable_batch(task, chunks, size)
+        yield turn
+
+
+def _find_readable_batch(task: Task, chunks: Sequence[Sequence[Record]], size: int) -> Batch:
+    """Returns the first batch that can be read. Raises ValueError if there is none."""
+    unreadable: list[str] = []
+    for chunk in chunks:
+        for batch in iterate_batches(task, chunk, size, unreadable):
+            return batch
+    raise ValueError(f"none of {len(unreadable)} records can be read; the first: {unreadable[0]}")
+
+
+# Predictions --------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -67,149 +123,135 @@ def predict(
     records: Iterable[Record],
     *,
     batch_size: int,
-    broken: list[str] | None = None,
-    precision: torch.autocast | None = None,
-    progress: Progress = silent,
+    unreadable: list[str] | None = None,
+    autocast: torch.autocast | None = None,
+    progress: Progress = ignore_progress,
 ) -> list[Prediction]:
-    """One prediction per record, in their order and on every process, in evaluation mode. `broken` as for `batches`.
+    """Predicts in evaluation mode; every process returns the predictions of all.
 
-    `precision`: the training's, which sharded weights need, because they are gathered for it; else that of the weights.
+    Args:
+        task: The task; its mode is restored afterwards.
+        records: The records, the same on every process.
+        batch_size: Records of a batch on one process.
+        unreadable: Receives a description of each record that cannot be read; without it such a
+            record raises ValueError.
+        autocast: The training's precision, which sharded weights need because they are gathered
+            for it; without it the precision is that of the weights.
+        progress: Receives the progress.
+
+    Returns:
+        One prediction per readable record, in the order of the records.
     """
+    records = list(records)
     was_training, weights = task.training, next(task.parameters())
     task.eval()
-    found: list[tuple[int, list[Prediction], list[str]]] = []
-    records = list(records)
-    for place, batch, mine, faults in shared_batches(
-        task, records, batch_size, skip=broken is not None
+    results: list[tuple[int, list[Prediction], list[str]]] = []
+    for turn in iterate_rank_batches(
+        task, records, batch_size, skip_unreadable=unreadable is not None
     ):
-        with precision or nullcontext():
-            predictions = (
-                task.predict(to_device(batch, weights.device, weights.dtype)) if batch else []
-            )
-        found.append((place, predictions if mine else [], faults))
-        progress(min(len(records), (place + 1) * batch_size), len(records))
+        predictions: list[Prediction] = []
+        if turn.batch is not None:
+            with autocast or nullcontext():
+                predictions = task.predict(to_device(turn.batch, weights.device, weights.dtype))
+        results.append((turn.index, predictions if turn.is_own else [], turn.unreadable))
+        progress(min(len(records), (turn.index + 1) * batch_size), len(records))
     task.train(was_training)
-    everyone = sorted(
-        (part for parts in all_gather_objects(found) for part in parts), key=lambda part: part[0]
-    )
-    if broken is not None:
-        broken += [line for *_, faults in everyone for line in faults]
-    return [prediction for _, predictions, _ in everyone for prediction in predictions]
 
-
-def shared_batches(
-    task: Task, records: list[Record], size: int, *, skip: bool
-) -> Iterator[tuple[int, Batch | None, bool, list[str]]]:
-    """This process's share of the batches: (place, batch, whether it counts, records that cannot be read).
-
-    Processes take turns. One of several that has no batch in a round, or none that can be read, repeats the first that can.
-    """
-    pieces = [records[start : start + size] for start in range(0, len(records), size)]
-    world = world_size()
-    for place in range(rank(), -(-len(pieces) // world) * world, world):
-        faults: list[str] = []
-        own = (
-            list(batches(task, pieces[place], size, faults if skip else None))
-            if place < len(pieces)
-            else []
-        )
-        yield (
-            place,
-            own[0] if own else spare(task, pieces, size) if world > 1 else None,
-            bool(own),
-            faults,
-        )
-
-
-def spare(task: Task, pieces: list[list[Record]], size: int) -> Batch:
-    """The first batch that can be read; ValueError where there is none."""
-    faults: list[str] = []
-    for piece in pieces:
-        for batch in batches(task, piece, size, faults):
-            return batch
-    raise ValueError(f"none of {len(faults)} records can be read; the first: {faults[0]}")
+    all_results = [
+        result for rank_results in all_gather_objects(results) for result in rank_results
+    ]
+    all_results.sort(key=lambda result: result[0])
+    if unreadable is not None:
+        unreadable += [line for _, _, lines in all_results for line in lines]
+    return [prediction for _, predictions, _ in all_results for prediction in predictions]
 
 
 def predict_sources(
     task: Task,
-    sources: Mapping[str, Source],
+    sources: Mapping[str, RecordDataset],
     *,
     batch_size: int,
     limit: int = 0,
     bad_share: float = 0.0,
-    precision: torch.autocast | None = None,
-    progress: Progress = silent,
-) -> Predicted:
-    """Predictions for every source of a split, at most `limit` (0 = all) of each.
+    autocast: torch.autocast | None = None,
+    progress: Progress = ignore_progress,
+) -> SourcePredictions:
+    """Predicts the records of every source of a split.
 
-    Unreadable records are passed over up to `bad_share` of a source; beyond it, ValueError with the list.
+    Args:
+        task: The task.
+        sources: Source -> its records.
+        batch_size: Records of a batch on one process.
+        limit: Records of each source, the first ones; 0 = all.
+        bad_share: The fraction of a source's records that may be unreadable; they are skipped.
+        autocast: As for `predict`.
+        progress: Receives the progress of each source.
+
+    Raises:
+        ValueError: More records of a source are unreadable; the message lists them.
     """
-    found = {}
-    refuse_other_ids(task, sources)
+    results: SourcePredictions = {}
+    check_tokenizer(task, sources)
     for name, source in sources.items():
-        broken: list[str] = []
+        unreadable: list[str] = []
         records = list(islice(source, limit or None))
-        if holds_words(records[0]):
-            task.tokenizer  # noqa: B018  # its absence is the caller's fault, not each record's
+        if has_raw_text(records[0]):
+            # Raises without a tokenizer, which is the caller's error and not that of each record.
+            task.tokenizer  # noqa: B018
         predictions = predict(
             task,
             records,
             batch_size=batch_size,
-            broken=broken,
-            precision=precision,
+            unreadable=unreadable,
+            autocast=autocast,
             progress=progress,
         )
-        if len(broken) > bad_share * len(records):
+        if len(unreadable) > bad_share * len(records):
             raise ValueError(
-                f"{len(broken)} of {len(records)} records of {source.path} cannot be read: {'; '.join(broken[:20])}"
+                f"{len(unreadable)} of {len(records)} records of {source.path} cannot be read: "
+                f"{'; '.join(unreadable[:MAX_LISTED_RECORDS])}"
             )
-        there = {str(prediction["id"]) for prediction in predictions}
-        found[name] = (predictions, [record for record in records if str(record["id"]) in there])
-    return found
+        predicted_ids = {str(prediction["id"]) for prediction in predictions}
+        readable_records = [record for record in records if str(record["id"]) in predicted_ids]
+        results[name] = (predictions, readable_records)
+    return results
 
 
-def holds_words(record: Record) -> bool:
-    """Whether a record's texts need the text tokenizer; index files hold ids."""
-    return any(isinstance(text, str) for text in (record.get("text"), *record.get("captions", ())))
+# Scores -------------------------------------------------------------------------------------------
 
 
-def refuse_other_ids(task: Task, sources: Mapping[str, Source]) -> None:
-    """ValueError for records that hold the ids of another text tokenizer than the task's."""
-    for store in (store for source in sources.values() for store in source.stores):
-        if isinstance(store, Tokens) and store.tokenizer != task.tokenizer.digest:
-            remedy = "give --data.text_model the one that wrote them, or run beit3 prepare again"
-            raise ValueError(
-                f"{store.path} holds ids of another text tokenizer than the one in use: {remedy}"
-            )
+def score_sources(task: type[Task], results: SourcePredictions) -> dict[str, float]:
+    """Returns the scores of a split.
 
-
-def score_sources(task: type[Task], found: Predicted) -> dict[str, float]:
-    """Scores of a split. With several sources each score is also given as `source/name`; the plain name is their mean."""
-    scores = {
-        name: task.score(predictions, records) for name, (predictions, records) in found.items()
+    With several sources each score is also given as `source/name`; the plain name is their mean.
+    """
+    source_scores = {
+        source: task.score(predictions, records)
+        for source, (predictions, records) in results.items()
     }
-    if len(scores) == 1:
-        return next(iter(scores.values()))
-    means = {}
-    for key in sorted({key for score in scores.values() for key in score}):
-        values = [score[key] for score in scores.values() if key in score]
-        means[key] = sum(values) / len(values)
-    return means | {
-        f"{source}/{key}": value for source, score in scores.items() for key, value in score.items()
-    }
+    if len(source_scores) == 1:
+        return next(iter(source_scores.values()))
+    names = sorted({name for scores in source_scores.values() for name in scores})
+    combined: dict[str, float] = {}
+    for name in names:
+        values = [scores[name] for scores in source_scores.values() if name in scores]
+        combined[name] = sum(values) / len(values)
+    for source, scores in source_scores.items():
+        combined |= {f"{source}/{name}": value for name, value in scores.items()}
+    return combined
 
 
 def evaluate(
     task: Task,
-    sources: Mapping[str, Source],
+    sources: Mapping[str, RecordDataset],
     *,
     batch_size: int,
     limit: int = 0,
     bad_share: float = 0.0,
-    precision: torch.autocast | None = None,
+    autocast: torch.autocast | None = None,
 ) -> dict[str, float]:
-    """Predict and score a split."""
-    found = predict_sources(
-        task, sources, batch_size=batch_size, limit=limit, bad_share=bad_share, precision=precision
+    """Predicts and scores a split; the arguments are those of `predict_sources`."""
+    results = predict_sources(
+        task, sources, batch_size=batch_size, limit=limit, bad_share=bad_share, autocast=autocast
     )
-    return score_sources(type(task), found)
+    return score_sources(type(task), results)

@@ -1,78 +1,116 @@
-"""AdamW over named groups, and the learning rate of a step."""
+"""AdamW over named parameter groups, the learning rate of a step, and how many steps a run has."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from beit3.ops.collectives import whole
-from beit3.recipe import OptimConfig
+from beit3.ops.collectives import gather_full
+from beit3.recipe import OptimConfig, Recipe
 from beit3.task import Task
 
 
-def decays(name: str, parameter: Tensor, no_decay: Iterable[str]) -> bool:
-    """Whether weight decay applies: not to biases, to anything of one dimension, or to the names of `no_decay`."""
-    return parameter.ndim > 1 and not name.endswith(".bias") and not name.endswith(tuple(no_decay))
+def make_optimizer(task: Task, config: OptimConfig) -> torch.optim.AdamW:
+    """Returns fused AdamW; each parameter group keeps its learning-rate factor as `lr_scale`."""
+    groups = make_parameter_groups(task, config)
+    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
 
 
-def lr_scale(task: Task, name: str, config: OptimConfig) -> float:
-    """Learning-rate factor of a parameter: `layer_decay` to the power of its distance from the head, times the head's own."""
-    layer, head = task.layer_of(name)
-    return config.layer_decay ** (head - layer) * (
-        config.head_lr_scale if name.startswith("head") else 1.0
-    )
+def make_parameter_groups(task: Task, config: OptimConfig) -> list[dict[str, Any]]:
+    """Groups the trainable parameters by learning-rate factor and weight decay.
 
-
-def parameter_groups(task: Task, config: OptimConfig) -> list[dict]:
-    """Groups of equal factor and decay, named `layer_<n>` or `head` with `_no_decay` where none applies."""
-    groups: dict[tuple[float, bool], dict] = {}
-    for name, parameter in task.trainable():
-        scale, decay = lr_scale(task, name, config), decays(name, parameter, config.no_decay)
-        layer, head = task.layer_of(name)
-        label = (
-            ("head" if layer == head else f"layer_{layer}")
-            if config.layer_decay != 1
-            else f"x{scale:g}"
-        )
-        group = groups.setdefault(
-            (scale, decay),
-            {
+    With layer decay a group's label is `layer_<n>` or `head`, else `x<factor>`; groups without
+    weight decay end in `_no_decay`.
+    """
+    groups: dict[tuple[float, bool], dict[str, Any]] = {}
+    for name, parameter in task.trainable_parameters():
+        scale = get_lr_scale(task, name, config)
+        decay = has_weight_decay(name, parameter, config.no_decay)
+        if (scale, decay) not in groups:
+            groups[scale, decay] = {
                 "params": [],
                 "names": [],
                 "lr_scale": scale,
                 "weight_decay": config.weight_decay if decay else 0.0,
-                "label": label + ("" if decay else "_no_decay"),
-            },
-        )
-        group["params"].append(parameter)
-        group["names"].append(name)
+                "label": _make_label(task, name, scale, config) + ("" if decay else "_no_decay"),
+            }
+        groups[scale, decay]["params"].append(parameter)
+        groups[scale, decay]["names"].append(name)
     return list(groups.values())
 
 
-def make_optimizer(task: Task, config: OptimConfig) -> torch.optim.AdamW:
-    """Fused AdamW; each group keeps its factor under `lr_scale`."""
-    return torch.optim.AdamW(
-        parameter_groups(task, config), lr=config.lr, betas=config.betas, eps=config.eps, fused=True
-    )
+def _make_label(task: Task, name: str, scale: float, config: OptimConfig) -> str:
+    """Returns the label of the group that begins with this parameter."""
+    if config.layer_decay == 1:
+        return f"x{scale:g}"
+    layer, head = task.layer_of(name)
+    return "head" if layer == head else f"layer_{layer}"
 
 
-def learning_rate(step: int, steps: int, warmup: int, config: OptimConfig) -> float:
-    """Linear from 0 over `warmup` steps, then by the schedule: to `min_lr` at the last of `steps`, or to a tenth at each drop."""
+def has_weight_decay(name: str, parameter: Tensor, no_decay: Iterable[str]) -> bool:
+    """Returns whether weight decay applies to a parameter.
+
+    It does not for biases, for parameters of one dimension, and for names that end in `no_decay`.
+    """
+    return parameter.ndim > 1 and not name.endswith(".bias") and not name.endswith(tuple(no_decay))
+
+
+def get_lr_scale(task: Task, name: str, config: OptimConfig) -> float:
+    """Returns a parameter's learning-rate factor.
+
+    It is `layer_decay` to the power of the distance from the head, times `head_lr_scale` for the
+    head's own parameters.
+    """
+    layer, head = task.layer_of(name)
+    head_scale = config.head_lr_scale if name.startswith("head") else 1.0
+    return config.layer_decay ** (head - layer) * head_scale
+
+
+def count_steps(recipe: Recipe, sizes: Mapping[str, int]) -> tuple[int, int]:
+    """Returns (steps, warmup steps) of a run, given the number of records of each source.
+
+    An epoch is the largest source's number of records over its batch size, rounded down.
+    """
+    run, optim = recipe.run, recipe.optim
+    per_epoch = max(1, max(size // recipe.data.batch[name] for name, size in sizes.items()))
+    steps = run.steps or round(run.epochs * per_epoch)
+    if steps < 1:
+        raise ValueError("run.steps and run.epochs are both 0: give one of them")
+    return steps, optim.warmup_steps or round(optim.warmup_epochs * per_epoch)
+
+
+def compute_learning_rate(step: int, num_steps: int, warmup: int, config: OptimConfig) -> float:
+    """Returns the learning rate of step `step`, counted from 0.
+
+    It rises linearly from 0 over `warmup` steps and then follows the schedule: to `min_lr` at the
+    last of `num_steps`, or to a tenth at each of `drops`.
+    """
     if step < warmup:
         return config.lr * step / warmup
     if config.schedule == "steps":
-        return config.lr * 0.1 ** sum(step >= share * steps for share in config.drops)
-    progress = (step - warmup) / max(1, steps - warmup)
-    left = 1 - progress if config.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
-    return config.min_lr + (config.lr - config.min_lr) * left
+        return config.lr * 0.1 ** sum(step >= fraction * num_steps for fraction in config.drops)
+    progress = (step - warmup) / max(1, num_steps - warmup)
+    if config.schedule == "linear":
+        remaining = 1 - progress
+    else:
+        remaining = 0.5 * (1 + math.cos(math.pi * progress))
+    return config.min_lr + (config.lr - config.min_lr) * remaining
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Sets the learning rate of every group to `lr` times the group's factor."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group["lr_scale"]
 
 
-def clip_gradients(parameters: Iterable[nn.Parameter], limit: float) -> float:
-    """The gradient norm before clipping; `limit` 0 only measures."""
-    return float(whole(nn.utils.clip_grad_norm_(parameters, limit or math.inf, foreach=True)))
+def get_group_learning_rates(optimizer: torch.optim.Optimizer) -> dict[str, float]:
+    """Returns `lr/<label>` of every group."""
+    return {f"lr/{group['label']}": group["lr"] for group in optimizer.param_groups}
+
+
+def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> float:
+    """Clips the gradients and returns their norm before; `max_norm` 0 only measures it."""
+    norm = nn.utils.clip_grad_norm_(parameters, max_norm or math.inf, foreach=True)
+    return float(gather_full(norm))

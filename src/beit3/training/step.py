@@ -1,7 +1,8 @@
 """One optimizer step: how many targets it has, its gradients, and what may stop it.
 
-A step's loss is the sum over loss names of weight * (sum over targets) / (targets of the whole step, all micro-batches
-and processes), so that accumulation, three objectives and any number of processes give one number.
+A step's loss is the sum over loss names of weight * (sum over targets) / (targets of the whole
+step, over all micro-batches and processes). Gradient accumulation, three objectives and any number
+of processes therefore give the same number.
 """
 
 import math
@@ -10,27 +11,30 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from beit3.data.loader import PASSED_OVER, Source
-from beit3.ops.collectives import all_gather_objects, all_reduce, whole, world_size
+from beit3.data.loader import SKIPPED, RecordDataset
+from beit3.ops.collectives import all_gather_objects, all_reduce, gather_full, world_size
 from beit3.task import Batch, Task
 from beit3.training.log import Log
-from beit3.training.parallel import sync_gradients
+from beit3.training.parallel import set_gradient_sync
 
-Place = Callable[[Batch], Batch]
+MoveBatch = Callable[[Batch], Batch]
 """Moves a micro-batch to the device that computes it."""
 
-NAMED = 8
-"""Records that an error lists."""
+MAX_LISTED_IDS = 8
+"""Record ids that an error lists."""
+
+MAX_LISTED_RECORDS = 20
+"""Unreadable records that an error lists."""
 
 
 def sum_targets(task: Task, micro_batches: Sequence[Batch]) -> dict[str, int]:
-    """Targets of the step per loss name, over all micro-batches and processes."""
+    """Returns the targets of the step per loss name, over all micro-batches and processes."""
     totals: dict[str, int] = {}
     for batch in micro_batches:
         for name, count in task.targets(batch).items():
             totals[name] = totals.get(name, 0) + count
     if world_size() > 1:
-        counts = all_reduce(torch.tensor([totals[name] for name in totals], dtype=torch.int64))
+        counts = all_reduce(torch.tensor(list(totals.values()), dtype=torch.int64))
         totals = dict(zip(totals, counts.tolist(), strict=True))
     return totals
 
@@ -39,174 +43,221 @@ def backward(
     task: Task,
     micro_batches: Sequence[Batch],
     totals: Mapping[str, int],
-    precision: torch.autocast,
-    place: Place = lambda batch: batch,
+    autocast: torch.autocast,
+    move_batch: MoveBatch = lambda batch: batch,
 ) -> tuple[dict[str, float], list[Tensor]]:
-    """Gradients of the step's loss, summed over processes with the last micro-batch; `place` moves one to its device.
+    """Computes the gradients of the step's loss.
 
-    Returns `loss`, `loss/<name>` and the metrics, each averaged over its targets everywhere, and this process's loss of
-    each micro-batch.
+    A task whose loss compares all examples of a step uses gradient caching when there are several
+    micro-batches.
+
+    Args:
+        task: The task; gradients are added to those of its parameters.
+        micro_batches: This process's micro-batches of the step, in order.
+        totals: Targets of the whole step per loss name, from `sum_targets`.
+        autocast: The precision of the forward pass.
+        move_batch: Moves a micro-batch to the device of the task.
+
+    Returns:
+        The step's `loss`, `loss/<name>` and metrics, each averaged over its targets on all
+        processes; and this process's loss of each micro-batch.
     """
+    if task.compares_examples and len(micro_batches) > 1:
+        return backward_with_cached_gradients(task, micro_batches, totals, autocast, move_batch)
     sums: dict[str, Tensor] = {}
     losses: list[Tensor] = []
-    if task.compares_examples and len(micro_batches) > 1:
-        return backward_by_features(task, micro_batches, totals, precision, place)
     for index, batch in enumerate(micro_batches):
-        sync_gradients(task, index == len(micro_batches) - 1)
-        with precision:
-            result = task(place(batch))
-        loss, logged = weigh(task, result, totals)
+        set_gradient_sync(task, index == len(micro_batches) - 1)
+        with autocast:
+            result = task(move_batch(batch))
+        loss, logged = combine_losses(task, result, totals)
         loss.backward()
         losses.append(loss.detach())
         for name, value in logged.items():
             sums[name] = sums.get(name, 0) + value
-    return averaged(sums), losses
+    return sum_over_ranks(sums), losses
 
 
-def backward_by_features(
+# Gradient caching ---------------------------------------------------------------------------------
+
+
+def backward_with_cached_gradients(
     task: Task,
     micro_batches: Sequence[Batch],
     totals: Mapping[str, int],
-    precision: torch.autocast,
-    place: Place,
+    autocast: torch.autocast,
+    move_batch: MoveBatch,
 ) -> tuple[dict[str, float], list[Tensor]]:
-    """`backward` of a loss that compares all examples of the step, in the memory of one micro-batch.
+    """Does what `backward` does for a loss that compares all examples of the step.
 
-    Gradient caching (Gao et al. 2021, arXiv:2101.06983): the features of every micro-batch without gradients, the loss of
-    them all and its gradients for them, then each micro-batch again with those. Stochastic depth draws the same twice.
+    Gradient caching (Gao et al. 2021, arXiv:2101.06983) needs the memory of one micro-batch: it
+    computes the features of every micro-batch without gradients, then the loss of all features and
+    its gradients with respect to them, then each micro-batch again with those gradients. Both
+    passes start from the same random states, so that stochastic depth drops the same blocks.
     """
-    states, parts = [], []
     device = next(task.parameters()).device
+    rng_states: list[list[Tensor]] = []
+    parts: list[dict[str, Tensor]] = []
     for batch in micro_batches:
-        states.append(chance(device))
-        with torch.no_grad(), precision:
-            parts.append(task.outputs(place(batch)))
+        rng_states.append(get_rng_state(device))
+        with torch.no_grad(), autocast:
+            parts.append(task.outputs(move_batch(batch)))
+
     features = {
         name: torch.cat([part[name] for part in parts]).requires_grad_() for name in parts[0]
     }
-    sync_gradients(task, False)
-    with precision:
+    set_gradient_sync(task, False)
+    with autocast:
         result = task({"features": features})
-    loss, sums = weigh(task, result, totals)
+    loss, sums = combine_losses(task, result, totals)
     loss.backward()
     gradients = {
-        name: value.grad.split([len(part[name]) for part in parts])
-        for name, value in features.items()
-        if value.grad is not None
+        name: feature.grad.split([len(part[name]) for part in parts])
+        for name, feature in features.items()
+        if feature.grad is not None
     }
+
     for index, batch in enumerate(micro_batches):
-        set_chance(device, states[index])
-        sync_gradients(task, index == len(micro_batches) - 1)
-        with precision:
-            theirs = {name: pieces[index] for name, pieces in gradients.items()}
-            product = task(place(batch) | {"feature_gradients": theirs})["losses"]["loss"]
-        product.backward()
-    return averaged(sums), [loss.detach()] * len(micro_batches)
+        set_rng_state(device, rng_states[index])
+        set_gradient_sync(task, index == len(micro_batches) - 1)
+        feature_gradients = {name: pieces[index] for name, pieces in gradients.items()}
+        with autocast:
+            result = task(move_batch(batch) | {"feature_gradients": feature_gradients})
+        result["losses"]["loss"].backward()
+    return sum_over_ranks(sums), [loss.detach()] * len(micro_batches)
 
 
-def chance(device: torch.device) -> list[Tensor]:
-    """The random states that a forward draws from: the processor's and the device's."""
-    return [torch.get_rng_state()] + (
-        [torch.get_device_module(device).get_rng_state(device)] if device.type != "cpu" else []
-    )
+def get_rng_state(device: torch.device) -> list[Tensor]:
+    """Returns the random states that a forward pass uses: the CPU's and the accelerator's."""
+    states = [torch.get_rng_state()]
+    if device.type != "cpu":
+        states.append(torch.get_device_module(device).get_rng_state(device))
+    return states
 
 
-def set_chance(device: torch.device, states: list[Tensor]) -> None:
-    """Back to the states that `chance` gave."""
+def set_rng_state(device: torch.device, states: list[Tensor]) -> None:
+    """Restores the random states that `get_rng_state` returned."""
     torch.set_rng_state(states[0])
     for state in states[1:]:
         torch.get_device_module(device).set_rng_state(state, device)
 
 
-def weigh(
+# Losses and metrics -------------------------------------------------------------------------------
+
+
+def combine_losses(
     task: Task, result: Mapping[str, Mapping[str, Tensor]], totals: Mapping[str, int]
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """What `forward` returned -> (its part of the step's loss, that and every loss and metric as parts of their means)."""
+    """Divides the sums that `forward` returned by the step's totals.
+
+    Returns:
+        This micro-batch's part of the step's loss, with gradient; and that part, those of all
+        losses and those of all metrics by the names under which they are logged.
+    """
     means = {name: value / max(1, totals[name]) for name, value in result["losses"].items()}
-    loss = torch.stack(
-        [task.loss_weights.get(name, 1.0) * mean for name, mean in means.items()]
-    ).sum()
+    weighted = [task.loss_weights.get(name, 1.0) * mean for name, mean in means.items()]
+    loss = torch.stack(weighted).sum()
     logged = {"loss": loss} | {f"loss/{name}": mean for name, mean in means.items()}
     for name, value in result["metrics"].items():
-        logged[name.removeprefix("loss/")] = value / max(1, totals[name.rpartition("/")[0]])
+        target = name.rpartition("/")[0]
+        logged[name.removeprefix("loss/")] = value / max(1, totals[target])
     return loss, {name: value.detach().double() for name, value in logged.items()}
 
 
-def averaged(sums: Mapping[str, Tensor]) -> dict[str, float]:
-    """Parts of means, summed over processes; one wait for the device a step."""
-    values = all_reduce(torch.stack(list(sums.values())).cpu())
-    return dict(zip(sums, values.tolist(), strict=True))
+def sum_over_ranks(parts: Mapping[str, Tensor]) -> dict[str, float]:
+    """Sums the parts of means over processes; waits for the device once."""
+    values = all_reduce(torch.stack(list(parts.values())).cpu())
+    return dict(zip(parts, values.tolist(), strict=True))
 
 
-def gradient_norms(task: Task) -> dict[str, float]:
-    """`gradient_norm/<part>` of every part of the network: embeddings, each block, heads."""
-    parts: dict[str, list[Tensor]] = {}
-    for name, parameter in task.trainable():
+def measure_gradient_norms(task: Task) -> dict[str, float]:
+    """Returns `gradient_norm/<part>` of every part of the network: embeddings, blocks, heads."""
+    gradients: dict[str, list[Tensor]] = {}
+    for name, parameter in task.trainable_parameters():
         if parameter.grad is not None:
-            parts.setdefault(part_of(name), []).append(parameter.grad)
-    return {
-        f"gradient_norm/{part}": float(whole(torch.nn.utils.get_total_norm(grads)))
-        for part, grads in parts.items()
-    }
+            gradients.setdefault(get_part_name(name), []).append(parameter.grad)
+    norms: dict[str, float] = {}
+    for part, tensors in gradients.items():
+        norms[f"gradient_norm/{part}"] = float(gather_full(torch.nn.utils.get_total_norm(tensors)))
+    return norms
 
 
-def part_of(name: str) -> str:
-    """`blocks.3` of backbone.blocks.3.ffn.image.fc1.weight, else the first name below the backbone, or the head's own."""
+def get_part_name(name: str) -> str:
+    """Returns the part of the network that a parameter belongs to.
+
+    That is `blocks.3` for backbone.blocks.3.ffn.image.fc1.weight, else the first name below the
+    backbone, or the name of the head.
+    """
     names = name.removeprefix("backbone.").split(".")
     return ".".join(names[:2]) if names[0] == "blocks" else names[0]
+
+
+# Checks -------------------------------------------------------------------------------------------
 
 
 def check_finite(
     step: int, loss: float, norm: float, micro_batches: Sequence[Batch], losses: Sequence[Tensor]
 ) -> None:
-    """FloatingPointError on a loss or gradient that is not finite, naming step and records, on every process alike.
+    """Raises FloatingPointError, on all processes, if the loss or the gradient norm is not finite.
 
-    The records are those of the micro-batches whose loss is not finite, or all of the step's where only gradients are.
+    The error names the records of the micro-batches whose loss is not finite, or all of the step's
+    if only gradients are not.
     """
     if math.isfinite(loss) and math.isfinite(norm):
         return
-    faulty = [
+    faulty_batches = [
         batch
         for batch, value in zip(micro_batches, losses, strict=True)
         if not math.isfinite(float(value))
     ]
-    some, every = (
-        [
-            str(key)
-            for keys in all_gather_objects(
-                [key for batch in batches for key in batch.get("id", [])]
-            )
-            for key in keys
-        ]
-        for batches in (faulty, micro_batches)
-    )
-    ids = some or every
+    faulty_ids, all_ids = _gather_ids(faulty_batches), _gather_ids(micro_batches)
+    ids = faulty_ids or all_ids
+    listed = ", ".join(ids[:MAX_LISTED_IDS]) + (" ..." if len(ids) > MAX_LISTED_IDS else "")
     raise FloatingPointError(
-        f"step {step + 1}: loss {loss}, gradient norm {norm}; records {', '.join(ids[:NAMED])}{' ...' if len(ids) > NAMED else ''}; "
+        f"step {step + 1}: loss {loss}, gradient norm {norm}; records {listed}; "
         "lower optim.lr, set optim.clip, or look at those records"
     )
 
 
-def note_broken(
-    broken: dict[str, set[str]],
+def _gather_ids(batches: Sequence[Batch]) -> list[str]:
+    """Returns the record ids of all processes' batches."""
+    ids = [str(record_id) for batch in batches for record_id in batch.get("id", [])]
+    return [record_id for rank_ids in all_gather_objects(ids) for record_id in rank_ids]
+
+
+def report_unreadable_records(
+    reported: dict[str, set[str]],
     micro_batches: Sequence[Batch],
-    sources: Mapping[str, Source],
-    share: float,
+    sources: Mapping[str, RecordDataset],
+    max_fraction: float,
     log: Log,
 ) -> None:
-    """Name each unreadable record once; more than `share` of a source's records, on any process, end the run."""
-    lines = [line for batch in micro_batches for line in batch.pop(PASSED_OVER)]
+    """Logs each unreadable record once and removes the lines about them from the batches.
+
+    Args:
+        reported: Source -> lines logged so far; lines are added.
+        micro_batches: The step's micro-batches with the loader's lines under `SKIPPED`.
+        sources: The records of each source.
+        max_fraction: The fraction of a source's records that may be unreadable.
+        log: Where the lines go.
+
+    Raises:
+        ValueError: More than `max_fraction` of a source's records are unreadable, on any process.
+    """
+    lines = [line for batch in micro_batches for line in batch.pop(SKIPPED)]
     if not int(all_reduce(torch.tensor(len(lines)))):
         return
-    for line in dict.fromkeys(line for some in all_gather_objects(lines) for line in some):
+    all_lines = [line for rank_lines in all_gather_objects(lines) for line in rank_lines]
+    for line in dict.fromkeys(all_lines):
         name = line.split(" record ")[0]
-        known = broken.setdefault(name, set())
-        if line in known:
+        source, source_lines = sources[name], reported.setdefault(name, set())
+        if line in source_lines:
             continue
-        known.add(line)
-        log.say(f"passed over: {line}")
-        if len(known) > share * len(sources[name]):
+        source_lines.add(line)
+        log.info(f"skipped: {line}")
+        if len(source_lines) > max_fraction * len(source):
             raise ValueError(
-                f"{len(known)} of {len(sources[name])} records of {sources[name].path} cannot be read, "
-                f"data.bad_share allows {share:.0%}: {'; '.join(sorted(known)[:20])}"
+                f"{len(source_lines)} of {len(source)} records of {source.path} cannot be read, "
+                f"data.bad_share allows {max_fraction:.0%}: "
+                f"{'; '.join(sorted(source_lines)[:MAX_LISTED_RECORDS])}"
             )

@@ -1,79 +1,101 @@
-"""Configs of tasks around a network that exists: what its weights fix, what the task wants, and the names that a person gives."""
+"""Configs of tasks around existing weights: what the weights fix, and the names a user gives."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any
 
-from beit3.data.views.transforms import Preprocessing
+from beit3.data.views.preprocessing import Preprocessing
 from beit3.model.config import ModelConfig
 from beit3.task import Task, task_name
 
-COUNTS = {"answers": "num_answers", "classes": "num_classes"}
-"""Config fields of names -> those that say how many there are."""
+COUNT_FIELDS = {"answers": "num_answers", "classes": "num_classes"}
+"""Config field with the names of a head's outputs -> config field with their number."""
 
 
-def adapted(kind: type[Task], model: ModelConfig, image: Preprocessing, *, by_names: bool) -> Any:
-    """The config of `kind` for the network `model` and the pictures that its weights know.
+def adapt_config(
+    task_class: type[Task], model: ModelConfig, image: Preprocessing, *, by_names: bool
+) -> Any:
+    """Returns the config of a task for an existing network.
 
-    by_names: the weights hold a projection per modality, so that a task that can classify by names does. Texts are as
-    long as the task reads them, within the network's table. A backbone is built as the network is; a task as it must
-    be, and the final norm that the weights then lack starts fresh.
+    Texts are as long as the task reads them, within the network's position table. A bare backbone
+    is built exactly as the network is. A task keeps its own choice of final norm; where the
+    weights lack that norm, it starts fresh.
+
+    Args:
+        task_class: The task.
+        model: Config of the network.
+        image: The preprocessing that the weights were trained with.
+        by_names: Whether the weights hold a projection per modality, so that a task that can
+            classify by names does.
     """
-    config: Any = kind.Config()
-    known = fields_of(config)
-    by_names = by_names and isinstance(getattr(config, "head", None), str)
-    if "fit" in (
-        config.image.resize,
-        image.resize,
-    ):  # detection's pictures keep their aspect, nobody else's do
+    config: Any = task_class.Config()
+    field_names = get_field_names(config)
+    by_names = by_names and config.supports_names_head
+    if "fit" in (config.image.resize, image.resize):
+        # Only detection keeps the aspect ratio of its images.
         image = replace(image, resize=config.image.resize)
-    final_norm = (
-        model.final_norm if task_name(kind) == "backbone" else by_names or config.model.final_norm
-    )
-    lengths = {
+    if task_name(task_class) == "backbone":
+        final_norm = model.final_norm
+    else:
+        final_norm = by_names or config.model.final_norm
+    changes: dict[str, Any] = {
         name: min(getattr(config, name), model.max_text_length)
-        for name in known
+        for name in field_names
         if name.endswith("text_length")
     }
-    head = {"head": "names"} if by_names else {}
-    return replace(
-        config, model=replace(model, final_norm=final_norm), image=image, **lengths, **head
-    )
+    if by_names:
+        changes["head"] = "names"
+    return replace(config, model=replace(model, final_norm=final_norm), image=image, **changes)
 
 
-def with_names(
+def add_names(
     config: Any,
-    kind: type[Task],
+    task_class: type[Task],
     *,
     answers: Sequence[str] = (),
     classes: Sequence[str] = (),
     prompt: str = "",
     fixed: Mapping[str, int],
 ) -> Any:
-    """`config` with the names of answers or classes, and their number. `fixed`: how many outputs a head has, by config field.
+    """Returns `config` with the names of a head's outputs, and their number.
 
-    ValueError for names of another number, for a task without such names, and for a prompt without a place for them.
+    Args:
+        config: The task's config.
+        task_class: The task.
+        answers: Names of a VQA head's outputs; empty = leave them as they are.
+        classes: Names of a classification head's outputs; empty = leave them as they are.
+        prompt: A sentence with `{}` where a class name goes; empty = leave it as it is.
+        fixed: Config field of `COUNT_FIELDS` -> number of outputs that the weights' head has.
+
+    Raises:
+        ValueError: The number of names is not the head's, the task has no such names, or the
+            prompt has no `{}`.
     """
     given = {"answers": tuple(answers), "classes": tuple(classes), "prompt": prompt}
     changes: dict[str, Any] = {name: value for name, value in given.items() if value}
     for name in changes:
-        if name not in fields_of(config):
-            raise ValueError(f"{name} given, but {task_name(kind)} has none: leave {name} out")
+        if name not in get_field_names(config):
+            raise ValueError(
+                f"{name} given, but {task_name(task_class)} has none: leave {name} out"
+            )
     if prompt and "{}" not in prompt:
         raise ValueError(
-            f"prompt {prompt!r} has no {{}}, which a name takes the place of: write it as 'a photo of a {{}}'"
+            f"prompt {prompt!r} has no {{}}, which a name replaces: write it as 'a photo of a {{}}'"
         )
-    for name, count in COUNTS.items():
-        if name in changes:
-            outputs = fixed.get(count, len(changes[name]))
-            if outputs != len(changes[name]):
-                raise ValueError(
-                    f"{len(changes[name])} {name} given, the file's head has {outputs} outputs: give its own list"
-                )
-            changes[count] = outputs
+    for name, count_field in COUNT_FIELDS.items():
+        if name not in changes:
+            continue
+        num_names = len(changes[name])
+        num_outputs = fixed.get(count_field, num_names)
+        if num_outputs != num_names:
+            raise ValueError(
+                f"{num_names} {name} given, the file's head has {num_outputs} outputs: "
+                "give its own list"
+            )
+        changes[count_field] = num_outputs
     return replace(config, **changes)
 
 
-def fields_of(config: Any) -> set[str]:
-    """Names of a config's fields."""
+def get_field_names(config: Any) -> set[str]:
+    """Returns the names of a config's fields."""
     return {field.name for field in fields(config)}

@@ -1,7 +1,8 @@
-"""BEiT v2's published visual tokenizers: their state dict -> ours.
+"""Translates the published visual tokenizers of BEiT v2 (VQ-KD) to our names.
 
-All sizes are read from the tensors' shapes. What only their training used (teacher, losses, pixel scaling, bookkeeping
-of the codebook) is dropped; any other name that ours lacks is refused.
+All sizes are read from the shapes of the tensors. Tensors that only their training used (teacher,
+losses, pixel scaling, statistics of the codebook) are dropped; any other name that ours lacks is
+refused.
 """
 
 import re
@@ -13,12 +14,14 @@ from torch import Tensor
 
 from beit3.tokenizer.visual import VisualTokenizer, VisualTokenizerConfig
 
-DROPPED = re.compile(
-    r"loss|teacher|scaling|quantize\.cluster_size$|quantize\.embedding\.(cluster_size|embed_avg|initted)$"
+TRAINING_ONLY = re.compile(
+    r"loss|teacher|scaling"
+    r"|quantize\.cluster_size$"
+    r"|quantize\.embedding\.(cluster_size|embed_avg|initted)$"
 )
-"""Matched from the beginning of a name, as the official loader does."""
+"""Names that are dropped. The pattern matches from a name's start, as upstream's loader does."""
 
-RENAMED = (
+RENAMES = (
     (r"^quantize\.embedding\.weight$", "quantizer.codebook"),
     (r"^encode_task_layer\.", "to_code."),
     (r"^decode_task_layer\.", "to_feature."),
@@ -32,85 +35,91 @@ RENAMED = (
     (r"\.attn\.proj\.", ".attention.out."),
     (r"\.mlp\.", ".ffn."),
 )
+"""(pattern, replacement), applied in this order."""
+
+SIZE_TENSORS = {
+    "encoder.patch.weight": 4,
+    "encoder.positions": 3,
+    "encoder.blocks.0.ffn.fc1.weight": 2,
+    "quantizer.codebook": 2,
+    "to_feature.2.weight": 2,
+}
+"""Our names of the tensors that give the sizes -> their number of dimensions."""
 
 
 def read_vqkd(
     state: Mapping[str, Tensor], *, num_heads: int | None = None
 ) -> tuple[VisualTokenizerConfig, dict[str, Tensor]]:
-    """An official tokenizer's tensors -> (config, complete state dict of `VisualTokenizer`, in float32).
+    """Returns the config and the complete float32 state dict of `VisualTokenizer`.
 
-    num_heads: shapes do not tell it; by default 64 units a head, as published. ValueError names tensors that are
-    missing, unknown or of another shape than the rest implies.
+    Args:
+        state: The tensors of a published tokenizer under its own names.
+        num_heads: Number of attention heads, which no shape tells. By default one per 64 channels,
+            as published.
+
+    Raises:
+        ValueError: Tensors are missing, unknown or of another shape than the rest implies.
     """
-    given = {
-        _rename(name): (name, tensor) for name, tensor in state.items() if not DROPPED.match(name)
-    }
-    tensors = {name: tensor.float() for name, (_, tensor) in given.items()}
-    config = _sizes(tensors, num_heads)
+    published_names = {_rename(name): name for name in state if not TRAINING_ONLY.match(name)}
+    tensors = {name: state[published].float() for name, published in published_names.items()}
+    config = _infer_config(tensors, num_heads)
     with torch.device("meta"):
         expected = VisualTokenizer(config).state_dict()
-    bookkeeping = {name for name in expected if name.startswith("quantizer.")} - {
-        "quantizer.codebook"
-    }
+    statistics = {name for name in expected if name.startswith("quantizer.")}
+    statistics.remove("quantizer.codebook")
     unknown = [
-        original
-        for name, (original, _) in given.items()
-        if name not in expected or name in bookkeeping
+        published
+        for name, published in published_names.items()
+        if name not in expected or name in statistics
     ]
     if unknown:
         raise ValueError(f"not a VQ-KD tokenizer: unknown tensors {', '.join(sorted(unknown))}")
-    missing = sorted(expected.keys() - tensors.keys() - bookkeeping)
+    missing = sorted(expected.keys() - tensors.keys() - statistics)
     if missing:
         raise ValueError(f"incomplete VQ-KD tokenizer: no tensors for {', '.join(missing)}")
-    for name, (original, tensor) in given.items():
+    for name, tensor in tensors.items():
         if tensor.shape != expected[name].shape:
             raise ValueError(
-                f"{original} has shape {list(tensor.shape)}, not {list(expected[name].shape)}"
+                f"{published_names[name]} has shape {list(tensor.shape)}, "
+                f"not {list(expected[name].shape)}"
             )
-    for name in bookkeeping:
+    for name in statistics:
         tensors[name] = torch.zeros(expected[name].shape, dtype=expected[name].dtype)
     tensors["quantizer.started"] = torch.tensor(True)
     return config, tensors
 
 
 def _rename(name: str) -> str:
-    for pattern, ours in RENAMED:
-        name = re.sub(pattern, ours, name)
+    """Returns our name of a published tensor."""
+    for pattern, replacement in RENAMES:
+        name = re.sub(pattern, replacement, name)
     return name
 
 
-def _sizes(tensors: Mapping[str, Tensor], num_heads: int | None) -> VisualTokenizerConfig:
-    """The config that the shapes imply. ValueError where a tensor that gives a size is missing or of another rank."""
-    ranks = {
-        "encoder.patch.weight": 4,
-        "encoder.positions": 3,
-        "encoder.blocks.0.ffn.fc1.weight": 2,
-        "quantizer.codebook": 2,
-        "to_feature.2.weight": 2,
-    }
-    for name, rank in ranks.items():
+def _infer_config(tensors: Mapping[str, Tensor], num_heads: int | None) -> VisualTokenizerConfig:
+    """Returns the config that the shapes imply; ValueError where one of `SIZE_TENSORS` is unfit."""
+    for name, rank in SIZE_TENSORS.items():
         if name not in tensors or tensors[name].ndim != rank:
             raise ValueError(f"not a VQ-KD tokenizer: no tensor of {rank} dimensions for {name}")
     dim, _, patch_size, _ = tensors["encoder.patch.weight"].shape
     if num_heads is None and dim % 64:
         raise ValueError(f"width {dim} is not a multiple of 64: give num_heads")
+    num_codes, code_dim = tensors["quantizer.codebook"].shape
     return VisualTokenizerConfig(
         image_size=isqrt(tensors["encoder.positions"].shape[1] - 1) * patch_size,
         patch_size=patch_size,
         dim=dim,
-        depth=_depth(tensors, "encoder"),
+        depth=_count_blocks(tensors, "encoder"),
         num_heads=num_heads or dim // 64,
         ffn_dim=len(tensors["encoder.blocks.0.ffn.fc1.weight"]),
-        decoder_depth=_depth(tensors, "decoder"),
-        code_dim=tensors["quantizer.codebook"].shape[1],
-        num_codes=tensors["quantizer.codebook"].shape[0],
+        decoder_depth=_count_blocks(tensors, "decoder"),
+        code_dim=code_dim,
+        num_codes=num_codes,
         teacher_dim=len(tensors["to_feature.2.weight"]),
     )
 
 
-def _depth(tensors: Mapping[str, Tensor], part: str) -> int:
-    """One more than the highest block, so that a gap shows as missing tensors."""
-    return 1 + max(
-        (int(name.split(".")[2]) for name in tensors if name.startswith(f"{part}.blocks.")),
-        default=-1,
-    )
+def _count_blocks(tensors: Mapping[str, Tensor], part: str) -> int:
+    """Returns one more than the highest block, so that a gap shows as missing tensors."""
+    blocks = [int(name.split(".")[2]) for name in tensors if name.startswith(f"{part}.blocks.")]
+    return 1 + max(blocks, default=-1)

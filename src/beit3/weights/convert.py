@@ -1,24 +1,27 @@
-"""Foreign files to our directories and back, without resampling anything and in each file's own precision.
+"""Converts foreign files to weights directories and back, byte for byte.
 
-`model.safetensors` keeps the types of the file's tensors (reading makes them float32), so what goes back is equal to the
-byte, names included. What a file does not hold is not written. Shapes: paths, and report lines for a person.
+Nothing is resampled, and each tensor keeps its file's precision (reading makes it float32), so a
+file that is converted and exported again is equal to the byte, names included. Tensors that a file
+does not hold are not written.
 """
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
+from beit3.files import flush_to_disk
 from beit3.task import task_name
 from beit3.tokenizer.teacher import CLIPTeacher, load_teacher, save_clip
 from beit3.tokenizer.text import TextTokenizer
-from beit3.weights.matching import first_few
-from beit3.weights.release_format import load_official, read_file, to_official, translate
-from beit3.weights.store import find, in_place_of, load, read_tensors, save
+from beit3.weights.loading import load_released, load_weights
+from beit3.weights.matching import abbreviate
+from beit3.weights.release_format import to_released_state, translate
+from beit3.weights.state_dicts import read_state_dict
+from beit3.weights.store import find_weights, read_tensors, replace_directory, save_weights
 
 
-def from_official(
+def convert_released(
     path: str | Path,
     out: str | Path,
     *,
@@ -29,15 +32,21 @@ def from_official(
     prompt: str = "",
     tokenizer: TextTokenizer | None = None,
 ) -> list[str]:
-    """A released file -> our directory `out`; what became of every tensor, as lines.
+    """Converts a released file to a weights directory and returns a report, as lines.
 
-    Without `task` the keys decide and nothing may be lost. Raises ValueError where something would be, for an `out` that
-    exists, and for whatever `load_official` refuses.
+    Args:
+        path: The file.
+        out: The directory to write, which must not exist.
+        task: What to convert it to. By default the keys decide, and no tensor may be lost.
+        num_heads, answers, classes, prompt, tokenizer: As for `load_released`.
+
+    Raises:
+        ValueError: `out` exists, `load_released` refuses the file, or a tensor would be lost.
     """
-    refuse_existing(out)
-    state = read_file(path, as_stored=True)
+    check_does_not_exist(out)
+    state = read_state_dict(path, as_stored=True)
     try:
-        built, report = load_official(
+        built, report = load_released(
             state,
             task,
             num_heads=num_heads,
@@ -48,75 +57,80 @@ def from_official(
         )
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
+    kind = task_name(type(built))
     if report.ignored and task is None:
-        reason, kind = next(iter(report.ignored.values())), task_name(type(built))
-        lost = (
-            f"{len(report.ignored)} tensors would be lost ({reason}): {first_few(report.ignored)}"
+        reason = next(iter(report.ignored.values()))
+        raise ValueError(
+            f"{path}: {len(report.ignored)} tensors would be lost ({reason}): "
+            f"{abbreviate(report.ignored)}; give --task {kind} to convert the rest"
         )
-        raise ValueError(f"{path}: {lost}; give --task {kind} to convert the rest")
-    tensors = translate(state, built)[0]
-    save(
-        built, out, tensors={name: tensor.clone() for name, tensor in tensors.items()}
-    )  # files may share memory between tensors
-    left_out = (
-        ["what is fresh was not written: fine-tuning starts it (--init)"] if report.fresh else []
-    )
-    return [*report.lines(), *left_out, f"{task_name(type(built))} at {out}"]
+    tensors, _, _ = translate(state, built)
+    # Tensors of a file may share memory, which safetensors refuses: they are copied.
+    save_weights(built, out, tensors={name: tensor.clone() for name, tensor in tensors.items()})
+    lines = report.lines()
+    if report.fresh:
+        lines.append("what is fresh was not written: fine-tuning starts it (--init)")
+    return [*lines, f"{kind} at {out}"]
 
 
-def to_file(path: str | Path, out: str | Path) -> list[str]:
-    """Our directory or run -> a file as the release's: `{"model": tensors}` under its names; what was done, as lines.
+def export_released(path: str | Path, out: str | Path) -> list[str]:
+    """Writes a weights directory or run as a file of the released format; returns a report.
 
-    Raises ValueError for weights in a form that the release has no names for, and for an `out` that exists.
+    The file holds `{"model": tensors}` under the released names.
+
+    Raises ValueError for weights that the release has no names for, and for an `out` that exists.
     """
-    directory, out = find(path), Path(out)
+    directory, out = find_weights(path), Path(out)
     if out.suffix != ".pth":
         raise ValueError(
             f"--out {out}: weights of ours go back into one file, give a name that ends in .pth"
         )
-    refuse_existing(out)
-    task = load(directory)
-    state = to_official(task, read_tensors(directory, as_stored=True))
+    check_does_not_exist(out)
+    task = load_weights(directory)
+    state = to_released_state(task, read_tensors(directory, as_stored=True))
     out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(f".{out.name}.new")
+    partial = out.with_name(f".{out.name}.new")
     try:
-        with temporary.open("wb") as file:
+        with partial.open("wb") as file:  # an open file, whose name torch.save does not record
             torch.save({"model": state}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.rename(out)
+        flush_to_disk(partial)
+        partial.rename(out)
     finally:
-        temporary.unlink(missing_ok=True)
-    kinds = ", ".join(
-        sorted({str(tensor.dtype).removeprefix("torch.") for tensor in state.values()})
-    )
+        partial.unlink(missing_ok=True)
+    dtypes = {str(tensor.dtype).removeprefix("torch.") for tensor in state.values()}
+    summary = f"{task_name(type(task))}, {', '.join(sorted(dtypes))}"
     return [
-        f"{len(state)} tensors of {directory} ({task_name(type(task))}, {kinds}) at {out}",
-        "a released file has no place for the preprocessing, the text tokenizer and the names of answers: keep the directory",
+        f"{len(state)} tensors of {directory} ({summary}) at {out}",
+        "a released file holds no preprocessing, text tokenizer or names of answers: "
+        "keep the directory",
     ]
 
 
-def from_clip(path: str | Path, out: str | Path) -> list[str]:
-    """CLIP's image tower, OpenAI's or Hugging Face's tensors -> a directory for `--task.teacher_weights` of vqkd.
+def convert_clip(path: str | Path, out: str | Path) -> list[str]:
+    """Converts CLIP's image tower to a directory for `--task.teacher_weights` of vqkd.
 
-    Raises ValueError for a file of another network, for a TorchScript archive, and for an `out` that exists.
+    `path` holds tensors under OpenAI's or Hugging Face's names. Returns a report, as lines.
+
+    Raises ValueError for a file of another network, for a TorchScript archive, and for an `out`
+    that exists.
     """
-    refuse_existing(out)
-    with in_place_of(Path(out)) as new:
-        teacher = load_teacher(
-            "clip", path=path, patch_size=16
-        )  # of who asks it: its own patches stay what they are
+    check_does_not_exist(out)
+    with replace_directory(Path(out)) as new:
+        # The patch size is that of a tokenizer, which plays no part in what is stored.
+        teacher = load_teacher("clip", path=path, patch_size=16)
         assert isinstance(teacher, CLIPTeacher)
         save_clip(teacher, new)
-    network = teacher.vit.config
+    vit = teacher.vit.config
     return [
-        f"image tower of CLIP, {network.depth} x {network.dim}, {network.image_size} px / {network.patch_size}, at {out}",
-        f"train with it: --task.teacher clip --task.teacher_weights {out} --task.model.teacher_dim {teacher.dim}",
+        f"image tower of CLIP, {vit.depth} x {vit.dim}, {vit.image_size} px / {vit.patch_size}, "
+        f"at {out}",
+        f"train with it: --task.teacher clip --task.teacher_weights {out} "
+        f"--task.model.teacher_dim {teacher.dim}",
     ]
 
 
-def refuse_existing(out: str | Path) -> None:
-    """ValueError where `out` is there, unless it is an empty directory: converting replaces nothing."""
+def check_does_not_exist(out: str | Path) -> None:
+    """Raises ValueError where `out` exists and is not an empty directory."""
     out = Path(out)
     if out.is_file() or (out.is_dir() and any(out.iterdir())):
         raise ValueError(f"--out {out} exists already: give another one, or remove it")

@@ -1,41 +1,33 @@
-"""Released BEiT-3 files: read safely, recognise by their keys, load into a task, and give back under their names.
+"""The format of Microsoft's released BEiT-3 checkpoints: their parameter names, and what they hold.
 
-The release names everything twice, `.A` for images and `.B` for texts, keeps query, key and value apart and mislabels
-two norms; TABLE is the whole correspondence. Shapes: dict[str, Tensor] under the released names, in float32
-unless asked otherwise.
+The release stores every parameter twice, `.A` for images and `.B` for texts, keeps query, key and
+value apart, and mislabels two norms. `NAME_TABLE` is the complete correspondence between its names
+and ours.
 """
 
-import argparse
-import pickle
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from math import isqrt
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
-from beit3.data.views.transforms import Preprocessing
+from beit3.data.views.preprocessing import Preprocessing
 from beit3.model.config import ModelConfig
 from beit3.model.trunk import ImageTrunk
 from beit3.recipe import TaskConfig
-from beit3.task import Task, task_name
-from beit3.task import load_task as load_task
-from beit3.tokenizer.teacher import is_torchscript
+from beit3.task import Task, load_task, task_name
 from beit3.tokenizer.text import TextTokenizer
-from beit3.weights.adapt import adapted, fields_of, with_names
-from beit3.weights.beit2_format import DROPPED, read_vqkd
-from beit3.weights.catalog import about
-from beit3.weights.matching import KEEP, Report, complete, first_few, match, stored
+from beit3.weights.adapt import adapt_config, get_field_names
+from beit3.weights.beit2_format import TRAINING_ONLY, read_vqkd
+from beit3.weights.matching import NUM_EXTRA_ROWS, abbreviate, get_weights
 
 PREFIX = "beit3."
-"""In front of the backbone's names in files of a task; a bare backbone has none."""
+"""Precedes the backbone's names in checkpoints of a task; a checkpoint of the backbone has none."""
 
-TABLE = (
+NAME_TABLE = (
     ("text_embedding.tokens.*", "text_embed.*"),
     ("text_embedding.positions", "encoder.embed_positions.B.weight"),
     ("image_embedding.positions", "encoder.embed_positions.A.weight"),
@@ -52,9 +44,10 @@ TABLE = (
     ("blocks.#.ffn.@.fc2.*", "encoder.layers.#.ffn.@.fc2.*"),
     ("norm.@.*", "encoder.layer_norm.@.*"),
 )
-"""(ours, released): # a layer, @ a modality, * weight or bias; [qkv] three tensors that ours stacks by rows."""
+"""(our name, released name). `#` is a layer, `@` a modality, `*` weight or bias. `[qkv]` stands for
+three tensors that are stacked by rows in ours."""
 
-SIDES = {"image": "A", "text": "B"}
+MODALITY_LETTERS = {"image": "A", "text": "B"}
 
 HEADS: Mapping[str, tuple[str, ...]] = {
     "pretrain": ("mlm_head.", "mim_head."),
@@ -64,101 +57,34 @@ HEADS: Mapping[str, tuple[str, ...]] = {
     "retrieval": ("vision_head.", "language_head.", "logit_scale"),
     "imagenet": ("fc_norm.", "head.weight", "head.bias"),
 }
-"""What the released heads of each task are called; a file is of the first task of which it holds every part."""
+"""Name prefixes of each task's released head. A checkpoint belongs to the first task of which it
+holds every part."""
 
-SCALAR = "logit_scale"
-"""Without dimensions in the files, with one here: sharding cannot cut a scalar."""
+SCALAR_KEY = "logit_scale"
+"""Zero-dimensional in the released files and of shape [1] in ours: sharding cannot cut a scalar."""
 
 RELEASED_ROWS, RELEASED_IDS = 64010, 64002
-"""Rows of the released text tables, and ids of the released tokenizer."""
+"""Rows of the released token embedding, and number of ids of the released tokenizer."""
 
 HEAD_SIZES = {
     "num_answers": "head.3.bias",
     "num_codes": "mim_head.bias",
     "num_classes": "head.bias",
 }
-"""Config fields that a head's rows tell."""
+"""Config field -> the released parameter whose length it is."""
 
 CAPTION_LENGTH = 64
 """Tokens up to which the release's evaluation writes a caption; it trains on half of that."""
 
 
-# Reading -------------------------------------------------------------------------------------------------------------
+# Identify a checkpoint ---------------------------------------------------------------------------
 
 
-def read_file(path: str | Path, *, as_stored: bool = False) -> dict[str, Tensor]:
-    """The tensors of a released file under its own names, floating ones in float32 or, `as_stored`, as they are.
+def identify_checkpoint(keys: Iterable[str]) -> str:
+    """Returns which released model has these keys: "vqkd", a task of `HEADS`, or "backbone".
 
-    The content decides, not the ending: safetensors, or what torch.save wrote, nested under `model`, `module` or
-    `state_dict` or bare. Nothing in the file is executed. Raises ValueError, in one line, for everything else; for a
-    file that is not there it says what the release calls so.
+    Raises ValueError where they belong to none.
     """
-    path = Path(path)
-    if path.is_dir():
-        raise ValueError(f"{path} is a directory, a released file is needed here: give a .pth file")
-    if not path.is_file():
-        raise ValueError(
-            f"no weights at {path}: {about(path.name) or 'give a released .pth file or a directory of weights'}"
-        )
-    with path.open("rb") as file:
-        start = file.read(9)
-    if start[:4] == b"PK\x03\x04" or start[:1] == b"\x80":
-        content = _read_pickle(path)
-    elif start[8:] == b"{":
-        content = _read_safetensors(path)
-    else:
-        raise ValueError(f"{path} is neither a torch nor a safetensors file: download it again")
-    for nest in ("model", "module", "state_dict"):
-        if isinstance(content, Mapping) and isinstance(content.get(nest), Mapping):
-            content = content[nest]
-            break
-    if not isinstance(content, Mapping) or not content:
-        raise ValueError(f"{path} holds no named tensors: a state dict is expected")
-    for key, value in content.items():
-        if not isinstance(value, Tensor):
-            raise ValueError(
-                f"{path}: {key!r} is of type {type(value).__name__}: a state dict of tensors is expected"
-            )
-    return {str(key): value if as_stored else in_float32(value) for key, value in content.items()}
-
-
-def in_float32(tensor: Tensor) -> Tensor:
-    """Floating tensors in float32, others as they are."""
-    return tensor.float() if tensor.is_floating_point() else tensor
-
-
-def _read_pickle(path: Path) -> Any:
-    if is_torchscript(path):
-        raise ValueError(
-            f"{path} is a TorchScript archive, as OpenAI's CLIP files are: a file of tensors is needed here"
-        )
-    try:
-        # Checkpoints of the official trainer carry their command line.
-        # An open file, because torch.load goes by the ending where it is given a path.
-        with torch.serialization.safe_globals([argparse.Namespace]), path.open("rb") as file:
-            return torch.load(file, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        found = re.search(r"GLOBAL (\S+)", str(error))
-        what = found[1] if found else "something damaged"
-        raise ValueError(
-            f"{path} is refused, it holds {what}: ask for a file of tensors alone"
-        ) from None
-    except (RuntimeError, EOFError, KeyError, AttributeError, IndexError, ValueError, OSError):
-        raise ValueError(f"{path} is not a whole torch file: download it again") from None
-
-
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(path)
-    except SafetensorError:
-        raise ValueError(f"{path} is not a whole safetensors file: download it again") from None
-
-
-# Recognising ---------------------------------------------------------------------------------------------------------
-
-
-def family(keys: Iterable[str]) -> str:
-    """Which released model these keys are of: "vqkd", a task of HEADS, or "backbone"; ValueError for none of them."""
     keys = list(keys)
     if any(key.startswith("quantize.") for key in keys):
         return "vqkd"
@@ -168,251 +94,270 @@ def family(keys: Iterable[str]) -> str:
         raise ValueError(
             "these are CLIP's tensors, not BEiT-3's: they can teach a vqkd (beit3 convert clip)"
         )
-    if not any(
-        key.removeprefix(PREFIX).startswith(("vision_embed.", "text_embed.")) for key in keys
-    ):
+    embeddings = ("vision_embed.", "text_embed.")
+    if not any(key.removeprefix(PREFIX).startswith(embeddings) for key in keys):
         raise ValueError(
-            f"not BEiT-3 weights: the keys begin with {first_few(keys)}; give a released BEiT-3 file or weights of ours"
+            f"not BEiT-3 weights: the keys begin with {abbreviate(keys)}; "
+            "give a released BEiT-3 file or weights of ours"
         )
-    for task, heads in HEADS.items():
-        if all(any(key.startswith(head) for key in keys) for head in heads):
+    for task, prefixes in HEADS.items():
+        if all(any(key.startswith(prefix) for key in keys) for prefix in prefixes):
             return task
     return "backbone"
 
 
-def sizes(state: Mapping[str, Tensor], num_heads: int | None = None) -> ModelConfig:
-    """The network that these shapes imply. The shapes do not tell the heads: 64 units each, as released, unless given.
+def infer_model_config(state: Mapping[str, Tensor], num_heads: int | None = None) -> ModelConfig:
+    """Returns the config of the network that the shapes in a released checkpoint imply.
 
-    A file without the text side gets the released text tables. Raises ValueError for shapes that imply no network.
+    A checkpoint without text parameters gets the released text tables.
+
+    Args:
+        state: Tensors under released names, with or without `PREFIX`.
+        num_heads: Number of attention heads, which no shape tells. By default one per 64 channels,
+            as in all released networks.
+
+    Raises:
+        ValueError: The shapes imply no network.
     """
     state = {key.removeprefix(PREFIX): tensor for key, tensor in state.items()}
 
-    def shape(key: str, rank: int) -> torch.Size:
+    def get_shape(key: str, rank: int) -> torch.Size:
         if key not in state or state[key].ndim != rank:
             raise ValueError(f"not BEiT-3 weights: no tensor of {rank} dimensions called {key}")
         return state[key].shape
 
-    dim, _, patch, _ = shape("vision_embed.proj.weight", 4)
-    rows = shape("encoder.embed_positions.A.weight", 2)[0] - KEEP
-    if rows < 1 or isqrt(rows) ** 2 != rows:
+    dim, _, patch_size, _ = get_shape("vision_embed.proj.weight", 4)
+    num_rows = get_shape("encoder.embed_positions.A.weight", 2)[0]
+    num_patches = num_rows - NUM_EXTRA_ROWS
+    if num_patches < 1 or isqrt(num_patches) ** 2 != num_patches:
         raise ValueError(
-            f"encoder.embed_positions.A.weight has {rows + KEEP} rows: not {KEEP} and a square grid"
+            f"encoder.embed_positions.A.weight has {num_rows} rows: "
+            f"not {NUM_EXTRA_ROWS} and a square grid"
         )
     if num_heads is None and dim % 64:
         raise ValueError(
-            f"width {dim} is not a multiple of 64, so the number of heads is unknown: give num_heads"
+            f"width {dim} is not a multiple of 64, so the number of heads is unknown: "
+            "give num_heads"
         )
-    words, positions = (
-        key in state for key in ("text_embed.weight", "encoder.embed_positions.B.weight")
-    )
+    layers = [int(key.split(".")[2]) for key in state if key.startswith("encoder.layers.")]
+    vocab_size, text_positions = ModelConfig.vocab_size, ModelConfig.text_positions
+    if "text_embed.weight" in state:
+        vocab_size = get_shape("text_embed.weight", 2)[0]
+    if "encoder.embed_positions.B.weight" in state:
+        text_positions = get_shape("encoder.embed_positions.B.weight", 2)[0]
     return ModelConfig(
         dim=dim,
-        depth=1
-        + max(
-            (int(key.split(".")[2]) for key in state if key.startswith("encoder.layers.")),
-            default=-1,
-        ),
+        depth=1 + max(layers, default=-1),
         num_heads=num_heads or dim // 64,
-        ffn_dim=shape("encoder.layers.0.ffn.A.fc1.weight", 2)[0],
-        image_size=isqrt(rows) * patch,
-        patch_size=patch,
-        vocab_size=shape("text_embed.weight", 2)[0] if words else ModelConfig.vocab_size,
-        text_positions=shape("encoder.embed_positions.B.weight", 2)[0]
-        if positions
-        else ModelConfig.text_positions,
+        ffn_dim=get_shape("encoder.layers.0.ffn.A.fc1.weight", 2)[0],
+        image_size=isqrt(num_patches) * patch_size,
+        patch_size=patch_size,
+        vocab_size=vocab_size,
+        text_positions=text_positions,
         sub_ln="encoder.layers.0.self_attn.inner_attn_ln.A.weight" in state,
         final_norm="encoder.layer_norm.A.weight" in state,
     )
 
 
-# Loading and writing -------------------------------------------------------------------------------------------------
+def infer_task_config(
+    state: Mapping[str, Tensor], task_class: type[Task], num_heads: int | None
+) -> Any:
+    """Returns the default config of a task with the sizes and preprocessing of a checkpoint."""
+    checkpoint, task = _check_compatible(state, task_class)
+    default: Any = task_class.Config()
+    image = find_preprocessing(state) or default.image
+    if checkpoint == "vqkd":
+        visual, _ = read_vqkd(state, num_heads=num_heads)
+        return replace(default, model=visual, image=replace(image, image_size=visual.image_size))
+    model = infer_model_config(state, num_heads)
+    image = replace(image, image_size=model.image_size)
+    config = adapt_config(task_class, model, image, by_names=checkpoint == "retrieval")
+    field_names = get_field_names(config)
+    changes = {
+        field: len(state[key])
+        for field, key in HEAD_SIZES.items()
+        if field in field_names and key in state
+    }
+    if checkpoint == task == "captioning":
+        changes["text_length"] = min(CAPTION_LENGTH, model.max_text_length)
+    return replace(config, **changes)
 
 
-def load_official(
-    state: Mapping[str, Tensor],
-    task: str | type[Task] | None = None,
-    *,
-    num_heads: int | None = None,
-    answers: Sequence[str] = (),
-    classes: Sequence[str] = (),
-    prompt: str = "",
-    tokenizer: TextTokenizer | None = None,
-) -> tuple[Task, Report]:
-    """A task built after a released file's shapes and filled with its tensors, and the report.
+def find_preprocessing(keys: Iterable[str]) -> Preprocessing | None:
+    """Returns how a checkpoint's own task prepares images, or None where its keys tell no task.
 
-    Without `task` the keys decide. Pictures are prepared as for the file's own task. What the file cannot give is
-    initialised with seed 0 and reported. `classes` and `prompt` are for imagenet, which takes retrieval files too and
-    then classifies by names. Raises ValueError for missing or unknown keys, for shapes that do not agree, and for names
-    of another number than the head's outputs.
+    The image size is that of the task's default config.
     """
-    kind = task if isinstance(task, type) else load_task(task or family(state))
-    config = _config(state, kind, num_heads)
-    fixed = {name: len(state[key]) for name, key in HEAD_SIZES.items() if key in state}
-    built = kind(
-        with_names(config, kind, answers=answers, classes=classes, prompt=prompt, fixed=fixed),
-        tokenizer=tokenizer,
-    )
-    if any(key.endswith("text_embed.weight") for key in state):
-        refuse_other_tokenizer(tokenizer, built.config)
-    tensors, ignored, label = translate(state, built)
-    values, fresh = match(built, tensors, exact=True, label=label)
-    complete(built, values, fresh)
-    return built, Report(f"a released {family(state)} file", tuple(values), ignored, fresh)
+    checkpoint = identify_checkpoint(keys)
+    return None if checkpoint == "backbone" else load_task(checkpoint).Config().image
 
 
-def refuse_other_tokenizer(tokenizer: TextTokenizer | None, config: TaskConfig) -> None:
-    """ValueError where the text table is the released one and the tokenizer is not: its <mask> would be another row."""
-    if (
-        tokenizer is None
-        or config.model.vocab_size != RELEASED_ROWS
-        or tokenizer.vocab_size == RELEASED_IDS
-    ):
+def has_text_embedding(keys: Iterable[str]) -> bool:
+    """Returns whether a checkpoint holds a token embedding."""
+    return any(key.endswith("text_embed.weight") for key in keys)
+
+
+def check_released_tokenizer(tokenizer: TextTokenizer | None, config: TaskConfig) -> None:
+    """Raises ValueError where the token embedding is the released one and the tokenizer is not.
+
+    The id of <mask> would then select another row of the embedding.
+    """
+    if tokenizer is None or config.model.vocab_size != RELEASED_ROWS:
         return
-    raise ValueError(
-        f"the text tokenizer has {tokenizer.vocab_size} ids, the released one {RELEASED_IDS}: give the beit3.spm of the release"
-    )
+    if tokenizer.vocab_size != RELEASED_IDS:
+        raise ValueError(
+            f"the text tokenizer has {tokenizer.vocab_size} ids, the released one {RELEASED_IDS}: "
+            "give the beit3.spm of the release"
+        )
 
 
-def to_official(task: Task, tensors: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-    """The weights of a task, or `tensors` under its names, under the released ones, in memory of their own.
+# Translate names ---------------------------------------------------------------------------------
 
-    Raises ValueError for a parameter that the release has no name for.
+
+def find_released_keys(
+    name: str, heads: Mapping[str, str], prefix: str = PREFIX
+) -> tuple[str, ...]:
+    """Returns the released names of one parameter of a task.
+
+    The tuple is empty where the release has no such parameter, and holds three names where query,
+    key and value are stacked by rows in ours.
+
+    Args:
+        name: Our name, such as `backbone.blocks.3.ffn.image.fc1.weight`.
+        heads: The task's `released_names`.
+        prefix: What precedes the backbone's names in the file.
+    """
+    if name.startswith("backbone."):
+        keys = _find_backbone_keys(name.removeprefix("backbone."))
+        return tuple(prefix + key for key in keys)
+    for our_prefix, released_prefix in heads.items():
+        if name == our_prefix or name.startswith(f"{our_prefix}."):
+            return (released_prefix + name.removeprefix(our_prefix),)
+    return ()
+
+
+def split_rows(tensor: Tensor, num_parts: int) -> tuple[Tensor, ...]:
+    """Returns views of a tensor's rows in equal parts, or the tensor itself for one part."""
+    return tensor.chunk(num_parts) if num_parts > 1 else (tensor,)
+
+
+def to_released_state(task: Task, tensors: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """Returns copies of a task's weights under their released names.
+
+    Args:
+        task: The task that names the parameters.
+        tensors: Tensors under the task's names to take in place of its own weights.
+
+    Raises:
+        ValueError: The release has no name for a parameter.
     """
     state = {}
-    for name, tensor in (stored(task) if tensors is None else tensors).items():
-        keys = keys_of(name, task.official_names)
+    for name, tensor in (get_weights(task) if tensors is None else tensors).items():
+        keys = find_released_keys(name, task.released_names)
         if not keys:
             raise ValueError(
                 f"{name} has no counterpart in the released files: keep these weights as they are"
             )
-        for key, rows in zip(
-            keys, tensor.chunk(len(keys)) if len(keys) > 1 else (tensor,), strict=True
-        ):
-            state[key] = rows.detach().clone().squeeze() if key == SCALAR else rows.detach().clone()
+        for key, rows in zip(keys, split_rows(tensor, len(keys)), strict=True):
+            copy = rows.detach().clone()
+            state[key] = copy.squeeze() if key == SCALAR_KEY else copy
     return state
-
-
-def keys_of(name: str, heads: Mapping[str, str], prefix: str = PREFIX) -> tuple[str, ...]:
-    """The released keys of a task's parameter: none, one, or three of which ours is the rows, one after the other."""
-    if name.startswith("backbone."):
-        return tuple(prefix + key for key in _backbone_keys(name.removeprefix("backbone.")))
-    for ours, theirs in heads.items():
-        if name == ours or name.startswith(f"{ours}."):
-            return (theirs + name.removeprefix(ours),)
-    return ()
 
 
 def translate(
     state: Mapping[str, Tensor], task: Task
 ) -> tuple[dict[str, Tensor], dict[str, str], Callable[[str], str]]:
-    """A released file for `task`: (tensors under our names, ignored keys with reasons, our name -> released name).
+    """Translates a released checkpoint to the names of a task.
 
-    ValueError for keys that no released file has.
+    Returns:
+        The tensors under our names; for each ignored key the reason; and a function from one of
+        our names to what the file calls it, for error messages.
+
+    Raises:
+        ValueError: A key occurs in no released file, or the checkpoint and the task are of
+            different kinds.
     """
-    found, _ = _same_kind(state, type(task))
-    if found == "vqkd":
-        tensors = {
-            f"backbone.{name}": tensor for name, tensor in read_vqkd(state, num_heads=1)[1].items()
-        }
-        return (
-            tensors,
-            {key: "only its training used it" for key in state if DROPPED.match(key)},
-            str,
-        )
+    checkpoint, _ = _check_compatible(state, type(task))
+    if checkpoint == "vqkd":
+        _, visual_tensors = read_vqkd(state, num_heads=1)
+        ignored = {key: "only its training used it" for key in state if TRAINING_ONLY.match(key)}
+        return {f"backbone.{name}": t for name, t in visual_tensors.items()}, ignored, str
     prefix = PREFIX if any(key.startswith(PREFIX) for key in state) else ""
-    here = stored(task)
-    keys = {name: keys_of(name, task.official_names, prefix) for name in here}
-    given = [name for name, parts in keys.items() if any(key in state for key in parts)]
-    tensors = {name: _stack(state, keys[name], here[name].shape) for name in given}
-    used = {key for parts in keys.values() for key in parts}
-    ignored = _ignored([key for key in state if key not in used], prefix, found, task)
-    return tensors, ignored, lambda name: " / ".join(keys[name]) or name
+    weights = get_weights(task)
+    keys_by_name = {name: find_released_keys(name, task.released_names, prefix) for name in weights}
+    tensors = {
+        name: _stack_parts(state, keys, weights[name].shape)
+        for name, keys in keys_by_name.items()
+        if any(key in state for key in keys)
+    }
+    used_keys = {key for keys in keys_by_name.values() for key in keys}
+    unused_keys = [key for key in state if key not in used_keys]
+    ignored = _explain_ignored(unused_keys, prefix, checkpoint, task)
+    return tensors, ignored, lambda name: " / ".join(keys_by_name[name]) or name
 
 
-def _same_kind(state: Iterable[str], kind: type[Task]) -> tuple[str, str]:
-    """(what the file is, the task's name); ValueError where one is a visual tokenizer and the other is not."""
-    found, task = family(state), task_name(kind)
-    if (found == "vqkd") != (task == "vqkd"):
+def _check_compatible(keys: Iterable[str], task_class: type[Task]) -> tuple[str, str]:
+    """Returns the kind of a checkpoint and the task's name.
+
+    Raises ValueError where one is a visual tokenizer and the other is not.
+    """
+    checkpoint, task = identify_checkpoint(keys), task_name(task_class)
+    if (checkpoint == "vqkd") != (task == "vqkd"):
         raise ValueError(
-            f"a released {found} file cannot become {task}: give another file or another task"
+            f"a released {checkpoint} file cannot become {task}: give another file or another task"
         )
-    return found, task
+    return checkpoint, task
 
 
-def _backbone_keys(name: str) -> tuple[str, ...]:
-    for ours, theirs in TABLE:
-        pattern = (
-            re.escape(ours).replace(r"\#", r"(?P<layer>\d+)").replace("@", "(?P<side>image|text)")
-        )
-        found = re.fullmatch(pattern.replace(r"\*", "(?P<part>weight|bias)"), name)
-        if found:
-            groups = found.groupdict()
-            key = theirs.replace("#", groups.get("layer", "")).replace("*", groups.get("part", ""))
-            key = key.replace("@", SIDES.get(groups.get("side", ""), ""))
-            return (
-                tuple(key.replace("[qkv]", letter) for letter in "qkv")
-                if "[qkv]" in key
-                else (key,)
-            )
+def _find_backbone_keys(name: str) -> tuple[str, ...]:
+    """Returns the released names, without prefix, of a backbone's parameter."""
+    for our_name, released_name in NAME_TABLE:
+        pattern = re.escape(our_name).replace(r"\#", r"(?P<layer>\d+)")
+        pattern = pattern.replace("@", "(?P<modality>image|text)")
+        pattern = pattern.replace(r"\*", "(?P<part>weight|bias)")
+        match = re.fullmatch(pattern, name)
+        if match:
+            groups = match.groupdict()
+            key = released_name.replace("#", groups.get("layer", ""))
+            key = key.replace("*", groups.get("part", ""))
+            key = key.replace("@", MODALITY_LETTERS.get(groups.get("modality", ""), ""))
+            if "[qkv]" in key:
+                return tuple(key.replace("[qkv]", letter) for letter in "qkv")
+            return (key,)
     return ()
 
 
-def _stack(state: Mapping[str, Tensor], keys: tuple[str, ...], shape: torch.Size) -> Tensor:
-    """One tensor of ours from its released parts; where there are several, each must have its share of the rows."""
+def _stack_parts(state: Mapping[str, Tensor], keys: tuple[str, ...], shape: torch.Size) -> Tensor:
+    """Returns one tensor of ours from its released parts, each of which must have its rows."""
     if len(keys) == 1:
-        return state[keys[0]].view(1) if keys[0] == SCALAR else state[keys[0]]
-    share = torch.Size((shape[0] // len(keys), *shape[1:]))
+        tensor = state[keys[0]]
+        return tensor.view(1) if keys[0] == SCALAR_KEY else tensor
+    part_shape = [shape[0] // len(keys), *shape[1:]]
     for key in keys:
         if key not in state:
             raise ValueError(f"1 tensor is missing: {key}")
-        if state[key].shape != share:
-            raise ValueError(f"{key} has shape {list(state[key].shape)}, {list(share)} is needed")
+        if list(state[key].shape) != part_shape:
+            raise ValueError(f"{key} has shape {list(state[key].shape)}, {part_shape} is needed")
     return torch.cat([state[key] for key in keys])
 
 
-def _ignored(keys: Iterable[str], prefix: str, found: str, task: Task) -> dict[str, str]:
-    """Reasons for the keys that the task leaves in the file; ValueError where there is none."""
-    ignored, unknown, kind = {}, [], task_name(type(task))
+def _explain_ignored(
+    keys: Iterable[str], prefix: str, checkpoint: str, task: Task
+) -> dict[str, str]:
+    """Returns why the task ignores each key; raises ValueError for a key without a reason."""
+    reasons, unknown, name = {}, [], task_name(type(task))
     for key in keys:
-        owners = [name for name, heads in HEADS.items() if key.startswith(heads)]
-        if isinstance(task.backbone, ImageTrunk) and (
-            ".B." in key or key.startswith(f"{prefix}text_embed.")
-        ):
-            ignored[key] = f"{kind} takes images alone"
+        owners = [owner for owner, prefixes in HEADS.items() if key.startswith(prefixes)]
+        serves_text = ".B." in key or key.startswith(f"{prefix}text_embed.")
+        if isinstance(task.backbone, ImageTrunk) and serves_text:
+            reasons[key] = f"{name} takes images alone"
         elif key.startswith(f"{prefix}encoder.layer_norm."):
-            ignored[key] = f"the final norm: {kind} reads the states before it"
+            reasons[key] = f"the final norm: {name} reads the states before it"
         elif owners:
-            owner = found if found in owners else owners[0]
-            ignored[key] = f"head of {owner}: no part of {kind}"
+            owner = checkpoint if checkpoint in owners else owners[0]
+            reasons[key] = f"head of {owner}: no part of {name}"
         else:
             unknown.append(key)
     if unknown:
-        raise ValueError(f"{len(unknown)} unknown tensors: {first_few(unknown)}")
-    return ignored
-
-
-def known_pictures(state: Iterable[str]) -> Preprocessing | None:
-    """How the pictures of a released file's own task are prepared, at that task's size; None where the keys tell no task."""
-    found = family(state)
-    return None if found == "backbone" else load_task(found).Config().image
-
-
-def _config(state: Mapping[str, Tensor], kind: type[Task], num_heads: int | None) -> Any:
-    """The task's own config with the file's sizes."""
-    found, task = _same_kind(state, kind)
-    image = known_pictures(state) or kind.Config().image
-    if found == "vqkd":
-        visual, _ = read_vqkd(state, num_heads=num_heads)
-        tokenizer: Any = kind.Config()
-        return replace(tokenizer, model=visual, image=replace(image, image_size=visual.image_size))
-    model = sizes(state, num_heads)
-    config = adapted(
-        kind, model, replace(image, image_size=model.image_size), by_names=found == "retrieval"
-    )
-    known = fields_of(config)
-    changes = {
-        name: len(state[key]) for name, key in HEAD_SIZES.items() if name in known and key in state
-    }
-    if found == task == "captioning":
-        changes["text_length"] = min(CAPTION_LENGTH, model.max_text_length)
-    return replace(config, **changes)
+        raise ValueError(f"{len(unknown)} unknown tensors: {abbreviate(unknown)}")
+    return reasons

@@ -1,1 +1,2 @@
-"""The embedded world: scenes that are photographed, described and questioned, all true by construction."""
+"""The embedded world: scenes that are photographed, described and questioned, all true by
+construction."""

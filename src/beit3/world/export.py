@@ -1,10 +1,12 @@
-"""Writes the embedded world to disk in the public datasets' own file formats, so that there is only one data path.
+"""Writes the embedded world to disk in the public datasets' own file formats, so that there is only
+one data path.
 
 Layout under `out` (every part and split has scenes of its own; pictures are PNG throughout):
   images/{train,val}/NNNNNN.png                plain pictures
   texts/{train,val}/NNN.txt                    documents separated by a blank line
   pairs/dataset_world.json, pairs/images/      Karpathy's caption file (train, val, test)
-  vqa/                                         VQAv2 questions and annotations; COCO_<split>_<id>.png
+  vqa/                                         VQAv2 questions and annotations;
+  COCO_<split>_<id>.png
   nlvr2/{train,dev}.json                       JSON lines; images/train/<directory>/, dev/
   imagenet/{train,val}/<color>_<shape>/        ten class folders
   coco/annotations/, coco/{train,val}/         COCO instances and captions
@@ -26,8 +28,15 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from beit3.world.language import Question, captions, name, paragraph, questions, statement
-from beit3.world.render import SEMANTIC_CLASSES, outline, render, semantic_map
+from beit3.world.language import (
+    Question,
+    ask_questions,
+    describe_object,
+    make_statement,
+    write_captions,
+    write_paragraph,
+)
+from beit3.world.render import SEMANTIC_CLASSES, compute_outline, render, render_semantic_map
 from beit3.world.scene import NUM_OBJECTS, SHAPES, Object, Scene, make_scene
 
 IMAGENET_CLASSES = tuple(f"{color}_{shape}" for color in ("blue", "red") for shape in SHAPES)
@@ -43,7 +52,8 @@ STREAM, SEED = (
 
 @dataclass(frozen=True)
 class WorldSizes:
-    """How much of everything there is; the parts that only show a format take a fixed share of the pictures."""
+    """How much of everything there is; the parts that only show a format take a fixed share of the
+    pictures."""
 
     num_train: int
     num_val: int
@@ -86,8 +96,10 @@ def write_world(
 ) -> None:
     """Write the whole world to the new folder `out`: all of it or, when interrupted, nothing.
 
-    `num_questions` counts the VQA training questions (3 per picture). The same arguments give the same bytes.
-    ValueError: a size below 1 (3 questions), a negative seed, or an `out` that exists and is not an empty folder.
+    `num_questions` counts the VQA training questions (3 per picture). The same arguments give the
+    same bytes.
+    ValueError: a size below 1 (3 questions), a negative seed, or an `out` that exists and is not an
+    empty folder.
     """
     out = Path(out).absolute()
     _check(out, seed, num_train=num_train, num_val=num_val, num_test=num_test)
@@ -122,7 +134,8 @@ class _Camera:
     def scenes(
         self, stream: str, count: int, *, num_objects: tuple[float, float, float] = NUM_OBJECTS
     ) -> Iterator[tuple[int, Scene, np.random.Generator]]:
-        """(index, scene, generator for its words) of a stream; no two streams, of any `seed`, share a scene seed."""
+        """(index, scene, generator for its words) of a stream; no two streams, of any `seed`, share
+        a scene seed."""
         first = self.seed * SEED + STREAMS.index(stream) * STREAM
         for index in range(count):
             scene = make_scene(first + index, num_objects=num_objects)
@@ -205,7 +218,7 @@ def _images(camera: _Camera, split: str, count: int) -> Iterator[None]:
 def _texts(camera: _Camera, split: str, count: int) -> Iterator[None]:
     documents = []
     for index, scene, rng in camera.scenes(f"texts/{split}", count):
-        documents.append(paragraph(scene, rng))
+        documents.append(write_paragraph(scene, rng))
         if len(documents) == DOCUMENTS_PER_FILE or index == count - 1:
             camera.text(
                 "\n\n".join(documents) + "\n",
@@ -226,7 +239,7 @@ def _pairs(camera: _Camera, counts: dict[str, int]) -> Iterator[None]:
             sentences = [
                 {"tokens": _tokens(raw), "raw": raw, "imgid": imgid, "sentid": sentid}
                 for raw, sentid in zip(
-                    captions(scene, rng, CAPTIONS_PER_IMAGE), sentids, strict=True
+                    write_captions(scene, rng, CAPTIONS_PER_IMAGE), sentids, strict=True
                 )
             ]
             head = {
@@ -254,7 +267,7 @@ def _vqa(camera: _Camera, split: str, count: int) -> Iterator[None]:
             split == "val"
         )  # like COCO's, unique over both splits and not consecutive
         camera.shoot(scene, f"vqa/{subset}/COCO_{subset}_{image_id:012d}.png")
-        for k, question in enumerate(questions(scene, rng, QUESTIONS_PER_IMAGE)):
+        for k, question in enumerate(ask_questions(scene, rng, QUESTIONS_PER_IMAGE)):
             ids = {"image_id": image_id, "question_id": 1000 * image_id + k}
             asked.append({**ids, "question": question.text})
             answered.append({**ids, **_annotation(question)})
@@ -273,7 +286,8 @@ def _vqa(camera: _Camera, split: str, count: int) -> Iterator[None]:
 
 
 def _annotation(question: Question) -> dict[str, Any]:
-    """VQAv2's annotation fields: ten annotators who agree; the question type is its first two words."""
+    """VQAv2's annotation fields: ten annotators who agree; the question type is its first two
+    words."""
     answer = question.answer
     kind = "yes/no" if answer in ("yes", "no") else "number" if answer.isdigit() else "other"
     votes = [{"answer": answer, "answer_confidence": "yes", "answer_id": k} for k in range(1, 11)]
@@ -291,7 +305,7 @@ def _nlvr2(camera: _Camera, split: str, count: int) -> Iterator[None]:
     lefts = camera.scenes(f"nlvr2/{split}", count)
     rights = camera.scenes(f"nlvr2/{split}/right", count)
     for (index, left, rng), (_, right, _) in zip(lefts, rights, strict=True):
-        sentence, label = statement(left, right, rng)
+        sentence, label = make_statement(left, right, rng)
         directory = index % 100
         folder = f"nlvr2/images/train/{directory}" if split == "train" else f"nlvr2/{split}"
         for side, scene in enumerate((left, right)):
@@ -331,7 +345,7 @@ def _coco(camera: _Camera, split: str, count: int) -> Iterator[None]:
             instances.append(
                 {"id": len(instances) + 1, "image_id": image_id, **_instance(item, size)}
             )
-        for caption in captions(scene, rng, CAPTIONS_PER_IMAGE):
+        for caption in write_captions(scene, rng, CAPTIONS_PER_IMAGE):
             said.append({"id": len(said) + 1, "image_id": image_id, "caption": caption})
         yield
     categories = [
@@ -346,8 +360,9 @@ def _coco(camera: _Camera, split: str, count: int) -> Iterator[None]:
 
 
 def _instance(item: Object, size: int) -> dict[str, Any]:
-    """COCO's fields of one object: polygon, its box xywh and area, in pixels rounded as COCO's are."""
-    corners = (size * outline(item)).round(2)  # [V, 2]
+    """COCO's fields of one object: polygon, its box xywh and area, in pixels rounded as COCO's
+    are."""
+    corners = (size * compute_outline(item)).round(2)  # [V, 2]
     low, high = corners.min(axis=0), corners.max(axis=0)
     x, y = corners.T
     area = abs(float(x @ np.roll(y, -1) - y @ np.roll(x, -1))) / 2
@@ -362,12 +377,16 @@ def _instance(item: Object, size: int) -> dict[str, Any]:
 
 def _ade20k(camera: _Camera, split: str, count: int) -> Iterator[None]:
     folder = {"train": "training", "val": "validation"}[split]
-    camera.text("".join(f"{name}\n" for name in SEMANTIC_CLASSES), "ade20k/classes.txt")
+    camera.text(
+        "".join(f"{describe_object}\n" for describe_object in SEMANTIC_CLASSES),
+        "ade20k/classes.txt",
+    )
     for index, scene, _ in camera.scenes(f"ade20k/{split}", count):
         stem = f"{folder}/ADE_{split}_{index + 1:08d}.png"
         camera.shoot(scene, f"ade20k/images/{stem}")
         camera.picture(
-            Image.fromarray(semantic_map(scene, camera.image_size)), f"ade20k/annotations/{stem}"
+            Image.fromarray(render_semantic_map(scene, camera.image_size)),
+            f"ade20k/annotations/{stem}",
         )
         yield
 
@@ -379,11 +398,11 @@ def _shards(camera: _Camera, count: int) -> Iterator[None]:
         camera.folder(path)
         with tarfile.open(camera.root / path, "w") as tar:
             for index, scene, rng in islice(dealt, PAIRS_PER_SHARD):
-                caption = captions(scene, rng, 1)[0]
+                caption = write_captions(scene, rng, 1)[0]
                 record = {
                     "key": f"{index:09d}",
                     "caption": caption,
-                    "objects": [name(item) for item in scene.objects],
+                    "objects": [describe_object(item) for item in scene.objects],
                 }
                 buffer = io.BytesIO()
                 render(scene, camera.image_size).save(buffer, format="PNG", compress_level=1)

@@ -1,8 +1,12 @@
-"""What can truly be said and asked about a scene: names, captions, paragraphs, questions, statements on two scenes.
+"""What can truly be said and asked about a scene: names, captions, paragraphs, questions,
+statements on two scenes.
 
-Lower-case English, the words (and marks) separated by single spaces. Everything said is true by construction and every
-question has one answer. Both sides of a yes/no or true/false are drawn from the same forms: guessing from the words
-alone scores 51 % on statements, 50 % on "is there", 60 % on sizes, 31 % over all questions (on held-out scenes).
+Lower-case English, the words (and marks) separated by single spaces. Everything said is true by
+construction and every
+question has one answer. Both sides of a yes/no or true/false are drawn from the same forms:
+guessing from the words
+alone scores 51 % on statements, 50 % on "is there", 60 % on sizes, 31 % over all questions (on
+held-out scenes).
 """
 
 from collections.abc import Callable, Iterator
@@ -20,9 +24,9 @@ from beit3.world.scene import (
     TEXTURES,
     Object,
     Scene,
-    opposite,
+    find_relation,
+    invert_relation,
     pick,
-    relation,
 )
 
 NUMBERS = (
@@ -33,7 +37,7 @@ NUMBERS = (
 )  # in captions; answers use digits, as VQA's own normalisation does
 SIDES = {"left of": "left", "right of": "right", "above": "above", "below": "below"}
 ANSWERS = (*COLORS, *SHAPES, *SIZES, *TEXTURES, "0", "1", "2", "3", "yes", "no", *SIDES.values())
-WORDS = {
+ATTRIBUTE_VALUES = {
     "size": SIZES,
     "texture": TEXTURES,
     "color": tuple(COLORS),
@@ -60,28 +64,33 @@ class Question:
     kind: str
 
 
-def name(item: Object) -> str:
+def describe_object(item: Object) -> str:
     """Size, texture (unless plain), color and shape: "large striped red circle"."""
-    return _words({key: getattr(item, key) for key in WORDS if getattr(item, key) != "plain"})
+    return _words(
+        {key: getattr(item, key) for key in ATTRIBUTE_VALUES if getattr(item, key) != "plain"}
+    )
 
 
-def captions(scene: Scene, rng: Generator, count: int) -> list[str]:
+def write_captions(scene: Scene, rng: Generator, count: int) -> list[str]:
     """`count` captions, all different as long as the scene affords it, else in rounds."""
     choices = _captions(scene)
     order = [choices[i] for i in rng.permutation(len(choices))]
     return [order[i % len(order)] for i in range(count)]
 
 
-def paragraph(scene: Scene, rng: Generator) -> str:
+def write_paragraph(scene: Scene, rng: Generator) -> str:
     """A text-only document of three to seven sentences about one scene, each closed by " ."."""
     objects = [scene.objects[i] for i in rng.permutation(len(scene.objects))]
     number = NUMBERS[len(objects)] + (" object" if len(objects) == 1 else " objects")
     opening = pick(rng, ("there {is} {n} in the picture", "the picture shows {n}", "here {is} {n}"))
     sentences = [opening.format(n=number, **{"is": "is" if len(objects) == 1 else "are"})]
     sentences += [
-        pick(rng, ("there is {}", "this is {}", "i see {}")).format(_a(name(o))) for o in objects
+        pick(rng, ("there is {}", "this is {}", "i see {}")).format(_a(describe_object(o)))
+        for o in objects
     ]
-    facts = [f"the {name(a)} is {r} the {name(b)}" for a, r, b in _pairs(scene)]
+    facts = [
+        f"the {describe_object(a)} is {r} the {describe_object(b)}" for a, r, b in _pairs(scene)
+    ]
     for item in objects:
         facts += [f"the {ref} is {item.color}" for ref in _refer(scene, item, hidden="color")]
         facts += [f"the {ref} is {item.size}" for ref in _refer(scene, item, hidden="size")]
@@ -89,8 +98,9 @@ def paragraph(scene: Scene, rng: Generator) -> str:
     return " . ".join(sentences + picked) + " ."
 
 
-def questions(scene: Scene, rng: Generator, count: int) -> list[Question]:
-    """`count` questions of different wording (fewer only when the scene affords no more), kinds as in KIND_WEIGHTS."""
+def ask_questions(scene: Scene, rng: Generator, count: int) -> list[Question]:
+    """`count` questions of different wording (fewer only when the scene affords no more), kinds as
+    in KIND_WEIGHTS."""
     asked: dict[str, Question] = {}
     kinds, weights = tuple(KIND_WEIGHTS), tuple(KIND_WEIGHTS.values())
     for _ in range(50 * count):
@@ -105,8 +115,9 @@ def questions(scene: Scene, rng: Generator, count: int) -> list[Question]:
     return list(asked.values())
 
 
-def statement(left: Scene, right: Scene, rng: Generator) -> tuple[str, bool]:
-    """A claim on a pair of pictures, as in NLVR2, and whether it holds: even odds for every form of claim."""
+def make_statement(left: Scene, right: Scene, rng: Generator) -> tuple[str, bool]:
+    """A claim on a pair of pictures, as in NLVR2, and whether it holds: even odds for every form of
+    claim."""
     forms = [form for form in _claims(left, right) if len({holds for _, holds in form}) == 2]
     form, truth = pick(rng, forms), rng.random() < 0.5
     text = pick(rng, [text for text, holds in form if holds == truth])
@@ -117,7 +128,7 @@ def statement(left: Scene, right: Scene, rng: Generator) -> tuple[str, bool]:
 
 
 def _words(description: Description) -> str:
-    words = [description[key] for key in WORDS if key in description]
+    words = [description[key] for key in ATTRIBUTE_VALUES if key in description]
     return " ".join(words if "shape" in description else [*words, "object"])
 
 
@@ -134,8 +145,9 @@ def _any(scene: Scene, description: Description) -> bool:
 
 
 def _refer(scene: Scene, item: Object, *, hidden: str) -> list[str]:
-    """The shortest and second shortest descriptions that fit `item` alone and do not tell the attribute `hidden`."""
-    keys = [key for key in WORDS if key != hidden and getattr(item, key) != "plain"]
+    """The shortest and second shortest descriptions that fit `item` alone and do not tell the
+    attribute `hidden`."""
+    keys = [key for key in ATTRIBUTE_VALUES if key != hidden and getattr(item, key) != "plain"]
     found: list[tuple[int, str]] = []
     for length in range(len(keys) + 1):
         for chosen in combinations(keys, length):
@@ -147,18 +159,21 @@ def _refer(scene: Scene, item: Object, *, hidden: str) -> list[str]:
 
 def _pairs(scene: Scene) -> list[tuple[Object, str, Object]]:
     """Every (a, relation, b) that holds, both ways round."""
-    found = [(a, relation(a, b), b) for a, b in permutations(scene.objects, 2)]
+    found = [(a, find_relation(a, b), b) for a, b in permutations(scene.objects, 2)]
     return [(a, where, b) for a, where, b in found if where is not None]
 
 
 def _captions(scene: Scene) -> list[str]:
-    names = [_a(name(item)) for item in scene.objects]
+    names = [_a(describe_object(item)) for item in scene.objects]
     if len(names) == 1:
         return [
             form.format(*names)
             for form in ("{}", "there is {}", "a picture of {}", "one object : {}")
         ]
-    said = [f"{_a(name(a))} {where} {_a(name(b))}" for a, where, b in _pairs(scene)]
+    said = [
+        f"{_a(describe_object(a))} {where} {_a(describe_object(b))}"
+        for a, where, b in _pairs(scene)
+    ]
     if len(names) == 2:
         for first, second in permutations(names):
             said += [f"{first} and {second}", f"two objects : {first} and {second}"]
@@ -186,7 +201,8 @@ def _ask_attribute(
 
 
 def _ask_texture(scene: Scene, rng: Generator) -> Question | None:
-    # Most objects are plain: leave out most questions on those, or "plain" would be the answer 70 % of the time.
+    # Most objects are plain: leave out most questions on those, or "plain" would be the answer 70 %
+    # of the time.
     item = pick(rng, scene.objects)
     references = _refer(scene, item, hidden="texture")
     if not references or (item.texture == "plain" and rng.random() < 0.75):
@@ -211,7 +227,7 @@ def _ask_exists(scene: Scene, rng: Generator) -> Question:
         scene, description
     ):  # ends: no scene shows all colors, or all shapes
         key = pick(rng, keys)
-        description[key] = pick(rng, WORDS[key])
+        description[key] = pick(rng, ATTRIBUTE_VALUES[key])
     return Question(f"is there {_a(_words(description))} ?", answer, "exists")
 
 
@@ -223,7 +239,7 @@ def _ask_relation(scene: Scene, rng: Generator) -> Question | None:
     landmark = _named(second)
     form = pick(rng, ("attribute", "attribute", "yes/no", "side"))
     if form == "yes/no":
-        told, answer = (where, "yes") if rng.random() < 0.5 else (opposite(where), "no")
+        told, answer = (where, "yes") if rng.random() < 0.5 else (invert_relation(where), "no")
         return Question(f"is the {_named(first)} {told} the {landmark} ?", answer, "relation")
     if form == "side":
         text = f"on which side of the {landmark} is the {_named(first)} ?"
@@ -267,21 +283,23 @@ _FEW = ((1, "one object"), (2, "two objects"))
 def _claims(left: Scene, right: Scene) -> Iterator[list[tuple[str, bool]]]:
     """Forms of claim, each with its possible wordings and their truth.
 
-    One form holds wordings that are interchangeable (all colors, both relations of an axis ...), so that a wording is
+    One form holds wordings that are interchangeable (all colors, both relations of an axis ...), so
+    that a wording is
     about as often true as false (between 37 and 61 % for the worst, those on sizes).
     """
     for side, scene in (("left", left), ("right", right)):
         # Not "three": rarer than the others, it would be false more often than true.
         yield [(f"the {side} image shows {said}", len(scene.objects) == n) for n, said in _FEW]
         for a, where, b in _pairs(scene):
-            told = (where, opposite(where))
+            told = (where, invert_relation(where))
             yield [
                 (f"in the {side} image the {_named(a)} is {w} the {_named(b)}", w == where)
                 for w in told
             ]
     for key in ("color", "shape", "size"):
         found = [
-            (_a(_words({key: w})), _any(left, {key: w}), _any(right, {key: w})) for w in WORDS[key]
+            (_a(_words({key: w})), _any(left, {key: w}), _any(right, {key: w}))
+            for w in ATTRIBUTE_VALUES[key]
         ]
         yield [(f"the left image contains {it}", in_left) for it, in_left, _ in found]
         yield [(f"the right image contains {it}", in_right) for it, _, in_right in found]

@@ -1,6 +1,8 @@
-"""Photographs of the embedded world and their exact labels: Scene -> picture, instance masks, boxes, semantic map.
+"""Photographs of the embedded world and their exact labels: Scene -> picture, instance masks,
+boxes, semantic map.
 
-Shapes cross the border as: picture PIL RGB [S, S]; masks bool [n, S, S]; boxes float [n, 4] xywh pixels;
+Shapes cross the border as: picture PIL RGB [S, S]; masks bool [n, S, S]; boxes float [n, 4] xywh
+pixels;
 semantic map uint8 [S, S]; outline float [V, 2], fractions of the picture.
 """
 
@@ -34,8 +36,9 @@ def render(scene: Scene, image_size: int = 32) -> Image.Image:
     return Image.fromarray(canvas).reduce(SUPERSAMPLING)
 
 
-def instance_masks(scene: Scene, image_size: int = 32) -> NDArray[np.bool_]:
-    """[n, S, S]: True where the pixel's centre lies in object n; unlike "half covered", no bias toward large masks."""
+def render_instance_masks(scene: Scene, image_size: int = 32) -> NDArray[np.bool_]:
+    """[n, S, S]: True where the pixel's centre lies in object n; unlike "half covered", no bias
+    toward large masks."""
     _side(image_size)
     masks = np.zeros((len(scene.objects), image_size, image_size), dtype=bool)
     for mask, item in zip(masks, scene.objects, strict=True):
@@ -44,25 +47,26 @@ def instance_masks(scene: Scene, image_size: int = 32) -> NDArray[np.bool_]:
     return masks
 
 
-def boxes(scene: Scene, image_size: int = 32) -> NDArray[np.float64]:
+def compute_boxes(scene: Scene, image_size: int = 32) -> NDArray[np.float64]:
     """[n, 4]: the tight x, y, width, height of each instance mask, in pixels."""
     found = []
-    for mask in instance_masks(scene, image_size):
+    for mask in render_instance_masks(scene, image_size):
         rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
         found.append((columns[0], rows[0], columns[-1] - columns[0] + 1, rows[-1] - rows[0] + 1))
     return np.array(found, dtype=np.float64)
 
 
-def semantic_map(scene: Scene, image_size: int = 32) -> NDArray[np.uint8]:
+def render_semantic_map(scene: Scene, image_size: int = 32) -> NDArray[np.uint8]:
     """[S, S]: 1 + index into SEMANTIC_CLASSES."""
     labels = np.ones((image_size, image_size), dtype=np.uint8)
-    for mask, item in zip(instance_masks(scene, image_size), scene.objects, strict=True):
+    for mask, item in zip(render_instance_masks(scene, image_size), scene.objects, strict=True):
         labels[mask] = 1 + SEMANTIC_CLASSES.index(item.shape)
     return labels
 
 
-def outline(item: Object) -> NDArray[np.float64]:
-    """[V, 2]: the corners of the object's outline (a circle as 24 of them), as x, y fractions of the picture."""
+def compute_outline(item: Object) -> NDArray[np.float64]:
+    """[V, 2]: the corners of the object's outline (a circle as 24 of them), as x, y fractions of
+    the picture."""
     return np.array([item.x, item.y]) + item.radius * _UNIT[item.shape]
 
 
@@ -117,7 +121,8 @@ def _background(scene: Scene, side: int) -> NDArray[np.uint8]:
 
 
 def _coverage(item: Object, side: int) -> tuple[slice, slice, NDArray[np.bool_]]:
-    """The object's window on the canvas as rows and columns, and which pixel centres in it lie inside the object."""
+    """The object's window on the canvas as rows and columns, and which pixel centres in it lie
+    inside the object."""
     left, right = int((item.x - item.radius) * side), int((item.x + item.radius) * side) + 1
     top, bottom = int((item.y - item.radius) * side), int((item.y + item.radius) * side) + 1
     x = (np.arange(left, right) + 0.5) / side
@@ -125,14 +130,15 @@ def _coverage(item: Object, side: int) -> tuple[slice, slice, NDArray[np.bool_]]
     if item.shape == "circle":
         inside = (x - item.x) ** 2 + (y - item.y) ** 2 <= item.radius**2
     else:
-        inside = _inside(outline(item), x, y)
+        inside = _inside(compute_outline(item), x, y)
     return slice(top, bottom), slice(left, right), inside
 
 
 def _inside(
     corners: NDArray[np.float64], x: NDArray[np.float64], y: NDArray[np.float64]
 ) -> NDArray[np.bool_]:
-    """Even-odd rule: a point lies inside when an odd number of edges crosses its row on its left."""
+    """Even-odd rule: a point lies inside when an odd number of edges crosses its row on its
+    left."""
     inside = np.zeros((len(y), len(x)), dtype=bool)
     for (x1, y1), (x2, y2) in zip(corners, np.roll(corners, -1, axis=0), strict=True):
         if y1 != y2:
@@ -152,13 +158,15 @@ def _texture(item: Object, rows: slice, columns: slice, side: int) -> NDArray[np
         :, None
     ]
     if item.texture == "striped":
-        # Half a period off the centre, so that even a small object shows two stripes and a cross keeps its bar.
+        # Half a period off the centre, so that even a small object shows two stripes and a cross
+        # keeps its bar.
         return np.broadcast_to(abs(down % 1 - 0.5) < 0.18, (len(down), len(across)))
     return (across - across.round()) ** 2 + (down - down.round()) ** 2 < 0.3**2
 
 
 def _shade(color: RGB) -> RGB:
-    """The second tone of a textured object: dark for a bright color, light for a dark one, beyond every background."""
+    """The second tone of a textured object: dark for a bright color, light for a dark one, beyond
+    every background."""
     brightness = 0.3 * color[0] + 0.59 * color[1] + 0.11 * color[2]
     target = 0 if brightness > 100 else 255
     red, green, blue = (round(0.12 * channel + 0.88 * target) for channel in color)

@@ -1,7 +1,10 @@
-"""The embedded world's scenes: one to three simple objects on a muted background, fully decided by a seed.
+"""The embedded world's scenes: one to three simple objects on a muted background, fully decided by
+a seed.
 
-Places and lengths are fractions of the picture, x to the right and y downward, so one scene renders at any size.
-Two objects of a scene never share both color and shape: "the red circle" always names at most one object.
+Places and lengths are fractions of the picture, x to the right and y downward, so one scene renders
+at any size.
+Two objects of a scene never share both color and shape: "the red circle" always names at most one
+object.
 """
 
 from collections.abc import Sequence
@@ -50,7 +53,8 @@ HORIZON_RATE = 0.4
 
 @dataclass(frozen=True)
 class Object:
-    """One object: its words, its centre (x, y) and its radius (half the side of the square that it fills)."""
+    """One object: its words, its centre (x, y) and its radius (half the side of the square that it
+    fills)."""
 
     shape: str
     color: str
@@ -93,7 +97,8 @@ def make_scene(seed: int, *, num_objects: tuple[float, float, float] = NUM_OBJEC
         raise ValueError(f"seed: {seed} is negative; give 0 or more")
     if len(num_objects) != 3 or min(num_objects) < 0 or abs(sum(num_objects) - 1) > 1e-6:
         raise ValueError(
-            f"num_objects: {num_objects} must be three probabilities (of 1, 2, 3 objects) that sum to 1"
+            f"num_objects: {num_objects} must be three probabilities (of 1, 2, 3 objects) that "
+            "sum to 1"
         )
     rng = np.random.default_rng(seed)
     count = int(np.searchsorted(np.cumsum(num_objects)[:2], rng.random(), side="right")) + 1
@@ -104,8 +109,9 @@ def make_scene(seed: int, *, num_objects: tuple[float, float, float] = NUM_OBJEC
     return Scene(seed, objects, background)
 
 
-def relation(first: Object, second: Object) -> str | None:
-    """Where `first` lies as seen from `second`: one of RELATIONS on the dominant axis, None when it is not clear."""
+def find_relation(first: Object, second: Object) -> str | None:
+    """Where `first` lies as seen from `second`: one of RELATIONS on the dominant axis, None when it
+    is not clear."""
     dx, dy = first.x - second.x, first.y - second.y
     if max(abs(dx), abs(dy)) <= CLEAR:
         return None
@@ -114,13 +120,14 @@ def relation(first: Object, second: Object) -> str | None:
     return "above" if dy < 0 else "below"
 
 
-def opposite(name: str) -> str:
+def invert_relation(name: str) -> str:
     """The relation that holds with the two objects exchanged."""
     return RELATIONS[RELATIONS.index(name) ^ 1]
 
 
 def pick(rng: np.random.Generator, options: Sequence[T]) -> T:
-    """One of a non-empty sequence, uniformly (`rng.choice` would turn tuples into arrays, and is 20 times slower)."""
+    """One of a non-empty sequence, uniformly (`rng.choice` would turn tuples into arrays, and is 20
+    times slower)."""
     return options[int(rng.random() * len(options))]
 
 

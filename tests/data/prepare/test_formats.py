@@ -1,4 +1,5 @@
-"""Readers: the real samples where they are at hand; small files made here; malformed ones, which must be named."""
+"""Readers: the real samples where they are at hand; small files made here; malformed ones, which
+must be named."""
 
 import json
 import shutil
@@ -11,7 +12,7 @@ from PIL import Image
 from beit3.data.prepare import formats
 from beit3.data.prepare.splits import find_fault
 
-DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
+DATA = Path(__file__).resolve().parents[4] / "shared" / "data"
 
 
 def sample(name):
@@ -47,7 +48,7 @@ def refused(reader, raw, *words):
     )
 
 
-# The real samples ----------------------------------------------------------------------------------------------------
+# The real samples ---------------------------------------------------------------------------------
 
 
 def test_real_images():
@@ -66,9 +67,7 @@ def test_real_texts():
     assert max(len(record["text"]) for record in records) <= formats.LONGEST_TEXT
     speech = next(record for record in records if record["id"] == "tinyshakespeare/input.txt:1")
     assert speech["text"] == "First Citizen: Before we proceed any further, hear me speak."
-    written = sum(
-        len(path.read_text().split()) for path in sample("text_corpus").rglob("*.txt")
-    )
+    written = sum(len(path.read_text().split()) for path in sample("text_corpus").rglob("*.txt"))
     assert sum(len(record["text"].split()) for record in records) == written
 
 
@@ -163,7 +162,7 @@ def test_real_samples_are_recognised(name, reader):
     assert formats.detect(sample(name)) == reader
 
 
-# Images and texts ----------------------------------------------------------------------------------------------------
+# Images and texts ---------------------------------------------------------------------------------
 
 
 def test_image_folder(tmp_path):
@@ -234,7 +233,7 @@ def test_split_by_hash(tmp_path):
     assert not formats.holdout("a", 0.0) and formats.holdout("a", 1.0)
 
 
-# Captions ------------------------------------------------------------------------------------------------------------
+# Captions -----------------------------------------------------------------------------------------
 
 IMAGE = {"filename": "a.jpg", "split": "train", "sentences": [{"raw": "one"}, {"raw": "two"}]}
 
@@ -273,7 +272,8 @@ def test_missing_images_name_the_folders_searched(tmp_path):
     files(tmp_path, {"annotations/dataset_coco.json": {"images": [entry]}})
     fault = find_fault(next(formats.pairs(tmp_path))[1], {})
     assert fault.startswith(
-        f"image {tmp_path / 'annotations/train2014/a.jpg'} is missing, looked for in train2014, ., images, Images"
+        f"image {tmp_path / 'annotations/train2014/a.jpg'} is missing, looked for in train2014, "
+        "., images, Images"
     )
     assert str(tmp_path / "images/train2014") in fault
 
@@ -336,7 +336,7 @@ def test_flickr8k(tmp_path):
     refused(formats.flickr8k, tmp_path, "Flickr_8k.trainImages.txt")
 
 
-# Questions -----------------------------------------------------------------------------------------------------------
+# Questions ----------------------------------------------------------------------------------------
 
 VOTES = [{"answer": answer} for answer in ["Net"] * 9 + ["mesh"]]
 ASKED = [{"question_id": 70, "image_id": 7, "question": "What?"}]

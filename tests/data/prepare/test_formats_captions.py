@@ -1,4 +1,5 @@
-"""One record per captioned image: the real samples, COCO's and NoCaps' JSON, tables; what breaks them is named."""
+"""One record per captioned image: the real samples, COCO's and NoCaps' JSON, tables; what breaks
+them is named."""
 
 import json
 from pathlib import Path

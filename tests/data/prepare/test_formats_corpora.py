@@ -1,4 +1,5 @@
-"""Corpora: however they are written and wherever they are cut, the same documents; what is no document is named."""
+"""Corpora: however they are written and wherever they are cut, the same documents; what is no
+document is named."""
 
 import gzip
 import io
@@ -173,7 +174,7 @@ def test_packages_that_are_absent_are_named(tmp_path, monkeypatch):
         Corpus.open(tmp_path)
 
 
-# With pyarrow --------------------------------------------------------------------------------------------------------
+# With pyarrow -------------------------------------------------------------------------------------
 
 
 def test_parquet(tmp_path, monkeypatch):

@@ -9,7 +9,7 @@ from PIL import Image
 from beit3.data.stores.records import Records
 from beit3.task import load_task
 
-PAGE = (Path(__file__).resolve().parents[2] / "docs/records.md").read_text(encoding="utf-8")
+PAGE = (Path(__file__).resolve().parents[3] / "docs/records.md").read_text(encoding="utf-8")
 SHOWN = {
     file: content
     for file, content in re.findall(

@@ -1,4 +1,5 @@
-"""COCO's and Objects365's objects: the real sample against its JSON, the embedded world, and files with every known defect."""
+"""COCO's and Objects365's objects: the real sample against its JSON, the embedded world, and files
+with every known defect."""
 
 import json
 from collections import Counter
@@ -7,13 +8,13 @@ from pathlib import Path
 import pytest
 from PIL import ExifTags, Image
 
-from beit3.data.loader import Source
+from beit3.data.loader import RecordDataset
 from beit3.data.prepare.formats.instances import instances
 from beit3.data.prepare.splits import write_splits
 from beit3.world.export import write_world
 from beit3.world.scene import SHAPES
 
-COCO_MINI = Path(__file__).resolve().parents[3] / "shared" / "data" / "coco_mini"
+COCO_MINI = Path(__file__).resolve().parents[4] / "shared" / "data" / "coco_mini"
 SQUARE = [[1, 1, 5, 1, 5, 5, 1, 5]]
 CATEGORIES = [{"id": 7, "name": "cat"}, {"id": 3, "name": "dog"}]
 
@@ -72,7 +73,7 @@ def refused(raw, *words):
     )
 
 
-# The real sample -----------------------------------------------------------------------------------------------------
+# The real sample ----------------------------------------------------------------------------------
 
 
 def test_real_coco_is_what_its_files_say():
@@ -89,9 +90,7 @@ def test_real_coco_is_what_its_files_say():
     ]
     assert sum(found["crowd"] for _, record in records for found in record["objects"]) == 13
     for split in ("train", "val"):
-        content = json.loads(
-            (COCO_MINI / f"annotations/instances_{split}2017.json").read_text()
-        )
+        content = json.loads((COCO_MINI / f"annotations/instances_{split}2017.json").read_text())
         mine = {record["id"]: record for side, record in records if side == split}
         assert list(mine) == [str(entry["id"]) for entry in content["images"]]
         for record in mine.values():
@@ -120,13 +119,13 @@ def test_the_embedded_world_and_back_from_its_records(tmp_path):
     assert [category["name"] for category in categories] == list(SHAPES)
     report = write_splits(root, "coco", "main", pairs)
     assert report["passed_over"] == [] and report["records"] == {"train": 10, "val": 10}
-    source = Source(root / "coco" / "main" / "val.jsonl", root)
+    source = RecordDataset(root / "coco" / "main" / "val.jsonl", root)
     rows = json.loads((raw / "annotations" / "instances_val.json").read_text())["annotations"]
     assert sum(len(source[index]["objects"]) for index in range(len(source))) == len(rows)
     assert all(Path(source[index]["image"]).is_file() for index in range(len(source)))
 
 
-# COCO's files --------------------------------------------------------------------------------------------------------
+# COCO's files -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -200,7 +199,8 @@ def test_images_of_the_evaluation_server_have_no_objects(tmp_path):
 
 
 def test_masks_that_are_none(tmp_path):
-    """Polygons without an inside go, objects go with the last of them; a box without any mask stays a box."""
+    """Polygons without an inside go, objects go with the last of them; a box without any mask stays
+    a box."""
     rle = {"size": [10, 20], "counts": [3, 100, 97]}
     rows = [
         thing(1, 1, segmentation=[[1, 2, 3, 4], *SQUARE, [1, 1, 2, 2, 3, 3, 4]]),
@@ -250,7 +250,7 @@ def test_sizes_are_compared_with_the_files(tmp_path):
         assert name in line and "20 x 10" in line and "10 x 20" in line
 
 
-# Objects365 ----------------------------------------------------------------------------------------------------------
+# Objects365 ---------------------------------------------------------------------------------------
 
 
 def objects365(root, images, annotations, split="train"):
@@ -333,7 +333,7 @@ def test_missing_images_are_named_and_passed_over(tmp_path):
     )
 
 
-# What is refused -----------------------------------------------------------------------------------------------------
+# What is refused ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,5 @@
-"""Folders of label maps: the real samples, the embedded world, made-up folders of each layout, and what is wrong with them."""
+"""Folders of label maps: the real samples, the embedded world, made-up folders of each layout, and
+what is wrong with them."""
 
 import shutil
 from collections import Counter
@@ -8,12 +9,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from beit3.data.loader import Source
+from beit3.data.loader import RecordDataset
 from beit3.data.prepare.formats.scenes import CAMVID, CITYSCAPES, scenes
 from beit3.data.prepare.splits import write_splits
 from beit3.world.export import write_world
 
-DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
+DATA = Path(__file__).resolve().parents[4] / "shared" / "data"
 SIZE = (6, 4)  # width, height
 
 
@@ -43,7 +44,7 @@ def refused(raw, *words):
     )
 
 
-# The real samples ----------------------------------------------------------------------------------------------------
+# The real samples ---------------------------------------------------------------------------------
 
 
 def test_real_ade20k():
@@ -89,7 +90,7 @@ def test_the_embedded_world_and_back_from_its_records(tmp_path):
         and report["images"]["distinct"] == 20
         and not report["passed_over"]
     )
-    record = Source(root / "ade20k" / "main" / "val.jsonl", root)[0]
+    record = RecordDataset(root / "ade20k" / "main" / "val.jsonl", root)[0]
     assert Path(record["image"]).is_file() and Path(record["label_map"]).is_file()
     largest = max(
         np.asarray(Image.open(path)).max()
@@ -98,7 +99,7 @@ def test_the_embedded_world_and_back_from_its_records(tmp_path):
     assert options["reduce_zero"] and len(names) >= largest
 
 
-# Layouts -------------------------------------------------------------------------------------------------------------
+# Layouts ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("above", ["", "ADEChallengeData2016/"])
@@ -181,7 +182,7 @@ def test_cityscapes_by_train_ids_or_by_its_own(tmp_path):
     )
 
 
-# What is wrong -------------------------------------------------------------------------------------------------------
+# What is wrong ------------------------------------------------------------------------------------
 
 
 def test_label_maps_that_are_no_label_maps_are_named(tmp_path):

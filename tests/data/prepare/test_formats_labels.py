@@ -1,4 +1,5 @@
-"""Classified images: the real samples, folders and tables made by hand, how classes get readable names; what breaks them is named."""
+"""Classified images: the real samples, folders and tables made by hand, how classes get readable
+names; what breaks them is named."""
 
 from pathlib import Path
 
@@ -25,7 +26,7 @@ def refused(raw: Path, *words: str) -> None:
     )
 
 
-# The real samples ----------------------------------------------------------------------------------------------------
+# The real samples ---------------------------------------------------------------------------------
 
 
 def test_real_cifar10():
@@ -79,7 +80,7 @@ def test_the_world_reads_as_imagenet(raw):
     assert {record["label"] for _, record in pairs} == set(range(len(names)))
 
 
-# Folders -------------------------------------------------------------------------------------------------------------
+# Folders ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -165,7 +166,8 @@ MAPPING = "n01440764 tench, Tinca tinca\nn01443537 goldfish, Carassius auratus\n
     ("place", "raw"), [("", ""), (f"{KAGGLE}/", ""), (f"{KAGGLE}/", f"{KAGGLE}/")]
 )
 def test_kaggles_imagenet(tmp_path, place, raw):
-    """val/ without folders, its classes in a list; named from the folder that Kaggle unpacks or from that of the images."""
+    """val/ without folders, its classes in a list; named from the folder that Kaggle unpacks or
+    from that of the images."""
     files(tmp_path, {f"{place}train/{name}": None for name in TRAIN})
     files(
         tmp_path,
@@ -200,7 +202,7 @@ def test_places_are_checked_before_the_first_record(tmp_path):
             formats.classes(tmp_path)
 
 
-# Names ---------------------------------------------------------------------------------------------------------------
+# Names --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -259,7 +261,7 @@ def test_numbered_folders_keep_torchvisions_order_and_find_their_names(tmp_path)
     )
 
 
-# Lists and tables ----------------------------------------------------------------------------------------------------
+# Lists and tables ---------------------------------------------------------------------------------
 
 
 def test_a_list_with_a_short_line(tmp_path):
@@ -273,7 +275,8 @@ def test_a_list_with_a_short_line(tmp_path):
         ("x.csv", "image,label,split\na.png,great_dog,train\nb.png,cat,val\nc.png,,test\n"),
         (
             "x.jsonl",
-            '{"file": "a.png", "class": "great_dog"}\n{"file": "b.png", "class": "cat", "split": "val"}\n'
+            '{"file": "a.png", "class": "great_dog"}\n{"file": "b.png", "class": "cat", "split": '
+            '"val"}\n'
             '{"file": "c.png", "class": null, "split": "test"}\n',
         ),
     ],

@@ -1,4 +1,5 @@
-"""Statements on two images: the real samples, the embedded world's, files made by hand; what breaks them is named."""
+"""Statements on two images: the real samples, the embedded world's, files made by hand; what breaks
+them is named."""
 
 import json
 from collections import Counter
@@ -15,7 +16,7 @@ def jsonl(*rows: dict) -> str:
     return "".join(json.dumps(row) + "\n" for row in rows)
 
 
-# NLVR2 ---------------------------------------------------------------------------------------------------------------
+# NLVR2 --------------------------------------------------------------------------------------------
 
 
 def test_real_nlvr2():
@@ -136,7 +137,7 @@ def test_test_and_test1_are_different_splits(tmp_path):
     )
 
 
-# NLVR1 ---------------------------------------------------------------------------------------------------------------
+# NLVR1 --------------------------------------------------------------------------------------------
 
 
 def test_real_nlvr1():
@@ -193,7 +194,7 @@ def test_nlvr1_with_its_own_splits(tmp_path):
     refused(formats.statements, tmp_path, "dev.json line 1 has no directory (str)")
 
 
-# Tables --------------------------------------------------------------------------------------------------------------
+# Tables -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -205,7 +206,8 @@ def test_nlvr1_with_its_own_splits(tmp_path):
         ),
         (
             "train.tsv",
-            "left\tright\tsentence\tlabel\na.png\tb.png\tTwo dogs.\tYes\nb.png\ta.png\tTwo dogs.\tFalse\n",
+            "left\tright\tsentence\tlabel\na.png\tb.png\tTwo dogs.\tYes\nb.png\ta.png\tTwo "
+            "dogs.\tFalse\n",
         ),
         (
             "train.jsonl",

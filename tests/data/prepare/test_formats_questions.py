@@ -1,4 +1,5 @@
-"""OK-VQA, tables of questions and Visual Genome: real samples, files made by hand; what breaks them is named."""
+"""OK-VQA, tables of questions and Visual Genome: real samples, files made by hand; what breaks them
+is named."""
 
 import json
 from collections import Counter
@@ -9,11 +10,12 @@ import pytest
 from beit3.data.prepare import formats
 from tests.data.prepare.test_formats import counts, files, refused, sample
 
-# OK-VQA --------------------------------------------------------------------------------------------------------------
+# OK-VQA -------------------------------------------------------------------------------------------
 
 
 def test_okvqa_official(tmp_path):
-    """VQA's files but for the chosen answer; `answer` is what its scores compare, `raw_answer` what people typed."""
+    """VQA's files but for the chosen answer; `answer` is what its scores compare, `raw_answer` what
+    people typed."""
     asked = {
         "data_subtype": "val2014",
         "questions": [{"image_id": 7, "question": "What race?", "question_id": 75}],
@@ -75,7 +77,7 @@ def test_real_okvqa_soft_labels():
             assert record["image"] == str(raw / row["image"]) and Path(record["image"]).is_file()
 
 
-# Tables --------------------------------------------------------------------------------------------------------------
+# Tables -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -84,7 +86,8 @@ def test_real_okvqa_soft_labels():
         ("train.csv", "image,question,answer\na.png,What?,Red\na.png,Is it?,yes\n"),
         (
             "mine.tsv",
-            "split\timg\ttext\tanswer\ntrain\ta.png\tWhat?\tRed\ntrain\ta.png\tIs it?\tyes\nval\ta.png\tWho?\tme\n",
+            "split\timg\ttext\tanswer\ntrain\ta.png\tWhat?\tRed\ntrain\ta.png\tIs "
+            "it?\tyes\nval\ta.png\tWho?\tme\n",
         ),
         (
             "train.jsonl",
@@ -204,7 +207,7 @@ def test_a_table_of_ones_own_may_be_called_as_daquars(tmp_path):
     assert formats.detect(tmp_path, "daquar", "question_tables") == "question_tables"
 
 
-# Visual Genome -------------------------------------------------------------------------------------------------------
+# Visual Genome ------------------------------------------------------------------------------------
 
 
 @pytest.fixture

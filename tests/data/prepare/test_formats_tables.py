@@ -1,4 +1,5 @@
-"""Tables of captions: written here by hand, and one made from a real sample; what breaks them is named."""
+"""Tables of captions: written here by hand, and one made from a real sample; what breaks them is
+named."""
 
 import csv
 import json
@@ -34,17 +35,20 @@ THREE = ("b.png#0", "b.png", "a cat")
         ),
         (
             "x.csv",
-            '\ufeffFilePath\tother\tTitle\r\na.png\t1\tA dog, asleep\r\na.png\t2\t"the ""dog"""\r\nb.png\t3\ta cat\r\n',
+            '\ufeffFilePath\tother\tTitle\r\na.png\t1\tA dog, asleep\r\na.png\t2\t"the '
+            '""dog"""\r\nb.png\t3\ta cat\r\n',
         ),
         ("x.tsv", 'caption\timage\nA dog, asleep\ta.png\n"the ""dog"""\t./a.png\na cat\tb.png\n'),
         (
             "results.csv",
-            'image_name| comment_number| comment\na.png| 0| A dog, asleep\na.png| 1| the "dog"\nb.png| 0| a cat\n',
+            "image_name| comment_number| comment\na.png| 0| A dog, asleep\na.png| 1| the "
+            '"dog"\nb.png| 0| a cat\n',
         ),
         ("x.csv", 'id;img;text\n1;a.png;A dog, asleep\n1;a.png;"the ""dog"""\n1;b.png;a cat\n'),
         (
             "x.jsonl",
-            '{"file": "a.png", "Captions": ["A dog, asleep", "the \\"dog\\""]}\n\n{"file": "b.png", "captions": "a cat"}\n',
+            '{"file": "a.png", "Captions": ["A dog, asleep", "the \\"dog\\""]}\n\n{"file": '
+            '"b.png", "captions": "a cat"}\n',
         ),
     ],
 )
@@ -68,7 +72,8 @@ def test_the_flickr30k_line_without_a_delimiter_is_passed_over(tmp_path):
     report = write_splits(tmp_path / "root", "pretrain", "pairs", formats.pairs(tmp_path / "raw"))
     assert sum(report["records"].values()) == 119
     assert report["passed_over"] == [
-        f"{tmp_path / 'raw/results.csv'} line 52: 2 cells for 3 columns: put quotes around cells with '|'"
+        f"{tmp_path / 'raw/results.csv'} line 52: 2 cells for 3 columns: put quotes around cells "
+        "with '|'"
     ]
 
 
@@ -208,7 +213,7 @@ REFUSED = [
     (
         "x.jsonl",
         '{"image": "a.png", "text": "b"}\n{"image": "a.png", "te',
-        ["x.jsonl line 2 is not JSON", "whole"],
+        ["x.jsonl line 2 is not JSON", "complete"],
     ),
     ("x.jsonl", "[1]\n", ["x.jsonl line 1 holds a list"]),
     ("x.jsonl", "[" * 100_000, ["x.jsonl line 1 is not JSON"]),

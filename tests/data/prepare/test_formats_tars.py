@@ -1,4 +1,5 @@
-"""Tar shards: a real one of img2dataset, and small ones made here, among them cut, damaged and hostile ones."""
+"""Tar shards: a real one of img2dataset, and small ones made here, among them cut, damaged and
+hostile ones."""
 
 import io
 import json
@@ -93,9 +94,7 @@ def test_records_of_tars_can_be_written_as_any_others(tmp_path):
         and report["images"]["distinct"] == 40
         and not report["passed_over"]
     )
-    line = json.loads(
-        (tmp_path / "root/pretrain/pairs/train.jsonl").read_text().splitlines()[0]
-    )
+    line = json.loads((tmp_path / "root/pretrain/pairs/train.jsonl").read_text().splitlines()[0])
     assert (
         line["image"].startswith("../raw/00000.tar@")
         and content({"image": str(tmp_path / "root" / line["image"])}) == picture()
@@ -234,7 +233,8 @@ def test_names_lead_nowhere_else(tmp_path):
 
 
 def cut_after(tar: Path, cut: int) -> int | None:
-    """How many records a tar cut at byte `cut` still has for sure, slowly: those before a member of another key; None = all."""
+    """How many records a tar cut at byte `cut` still has for sure, slowly: those before a member of
+    another key; None = all."""
     with tarfile.open(tar) as whole:
         members = whole.getmembers()
     end = members[-1].offset_data + -(-members[-1].size // 512) * 512

@@ -1,4 +1,5 @@
-"""Records into a root: what is counted, what is refused, and that a refusal leaves nothing behind."""
+"""Records into a root: what is counted, what is run_failing_cli, and that a refusal leaves nothing
+behind."""
 
 import json
 import os
@@ -65,10 +66,10 @@ def test_faults_within_the_share_are_named_and_passed_over(tmp_path, picture):
     assert kept == {str(i) for i in range(300)} - {"5", "6", "7"}
 
 
-@pytest.mark.parametrize(("count", "refused"), [(100, False), (99, True)])
-def test_the_share_is_counted_over_all_records(tmp_path, picture, count, refused):
+@pytest.mark.parametrize(("count", "run_failing_cli"), [(100, False), (99, True)])
+def test_the_share_is_counted_over_all_records(tmp_path, picture, count, run_failing_cli):
     given = rows(picture, count, n0={"image": str(tmp_path / "gone.png")})
-    if not refused:
+    if not run_failing_cli:
         assert write_splits(tmp_path / "root", "vqa", "main", given)["records"] == {"train": 99}
         return
     with pytest.raises(
@@ -229,7 +230,7 @@ def test_a_png_whose_text_unpacks_to_megabytes_is_a_fault(picture):
     assert image_fault(picture) == f"image {picture} cannot be read (ValueError)"
 
 
-# Through a task, on a world of which something is broken --------------------------------------------------------------
+# Through a task, on a world of which something is broken ------------------------------------------
 
 
 @pytest.fixture

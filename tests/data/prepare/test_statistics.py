@@ -1,4 +1,5 @@
-"""What `prepare` says of a source: against lists sorted by hand, on a real sample, and as people read it."""
+"""What `prepare` says of a source: against lists sorted by hand, on a real sample, and as people
+read it."""
 
 import json
 import random
@@ -51,7 +52,8 @@ def test_lengths_in_words_and_uses_of_images():
 
 def test_lengths_in_tokens_count_marks_and_cuts_as_the_task_does():
     report = surveyed([{"text": text} for text in ("abcd", "aaaaa", "az", "a")], LETTERS)["lengths"]
-    # With begin and end: 6, 7, 4, 3; the limit of 6 cuts one of four. Of 12 pieces one is unknown; a, b, c, d of ten occur.
+    # With begin and end: 6, 7, 4, 3; the limit of 6 cuts one of four. Of 12 pieces one is unknown;
+    # a, b, c, d of ten occur.
     assert report["unit"] == "tokens" and (
         report["median"],
         report["longest"],
@@ -155,7 +157,7 @@ def test_a_real_tokenizer_on_real_captions(tmp_path):
     texts = [record["text"] for _, record in pairs]
     tokenizer = TextTokenizer.train(texts[:2000], vocab_size=400, model_type="bpe")
     lengths = Lengths(
-        tokenizer.pieces,
+        tokenizer.encode_pieces,
         limit=32,
         unk=tokenizer.unk,
         num_pieces=tokenizer.mask - tokenizer.first_piece,

@@ -1,6 +1,7 @@
-"""Predictions with and without arrays come back as they were; broken files are refused by name."""
+"""Predictions with and without arrays are read as they were written; broken files are named."""
 
 import json
+from typing import Any
 
 import numpy as np
 import pytest
@@ -8,66 +9,59 @@ import pytest
 from beit3.data.stores.predictions import read_predictions, write_predictions
 
 
-def same(one, two) -> bool:
-    return (
-        np.array_equal(one, two) and one.dtype == two.dtype
-        if isinstance(one, np.ndarray)
-        else one == two
-    )
+def is_equal(first: Any, second: Any) -> bool:
+    if isinstance(first, np.ndarray):
+        return np.array_equal(first, second) and first.dtype == second.dtype
+    return first == second
 
 
 @pytest.fixture
-def rows():
-    draw = np.random.default_rng(0)
+def predictions() -> list[dict[str, Any]]:
+    rng = np.random.default_rng(0)
     return [
         {
             "id": "a",
-            "image": draw.random(4, np.float32),
-            "texts": draw.random((3, 4), np.float32),
+            "image": rng.random(4, np.float32),
+            "texts": rng.random((3, 4), np.float32),
             "note": {"file": "kept"},
         },
-        {"id": "b", "texts": draw.random((1, 4), np.float32)},
+        {"id": "b", "texts": rng.random((1, 4), np.float32)},
         {
             "id": "c",
-            "image": draw.random(4, np.float32),
-            "texts": draw.random((2, 4), np.float32),
+            "image": rng.random(4, np.float32),
+            "texts": rng.random((2, 4), np.float32),
             "candidates": [{"label": 1}],
         },
     ]
 
 
-def test_arrays_and_all_else_come_back(rows, tmp_path):
-    write_predictions(tmp_path / "new" / "x.jsonl", rows)
-    again = list(read_predictions(tmp_path / "new" / "x.jsonl"))
-    assert [row.keys() for row in again] == [row.keys() for row in rows]
-    assert all(
-        same(row[name], value)
-        for row, wanted in zip(again, rows, strict=True)
-        for name, value in wanted.items()
-    )
-    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == [
-        "x.image.npy",
-        "x.jsonl",
-        "x.texts.npy",
-    ]
+def test_predictions_are_read_as_they_were_written(predictions, tmp_path):
+    path = tmp_path / "new" / "x.jsonl"
+    write_predictions(path, predictions)
+    copies = list(read_predictions(path))
+    assert [copy.keys() for copy in copies] == [prediction.keys() for prediction in predictions]
+    for copy, prediction in zip(copies, predictions, strict=True):
+        assert all(is_equal(copy[name], value) for name, value in prediction.items())
+    names = sorted(path.name for path in path.parent.iterdir())
+    assert names == ["x.image.npy", "x.jsonl", "x.texts.npy"]
 
 
-def test_broken_arrays_are_named(rows, tmp_path):
+def test_broken_arrays_are_named(predictions, tmp_path):
     path = tmp_path / "x.jsonl"
-    write_predictions(path, rows)
+    write_predictions(path, predictions)
     np.save(tmp_path / "x.image.npy", np.zeros((1, 4), np.float32))
-    with pytest.raises(ValueError, match=r"x\.image\.npy has 1 rows, 1 to 2"):
+    with pytest.raises(ValueError, match=r"x\.image\.npy has 1 rows, rows 1 to 2 are needed"):
         list(read_predictions(path))
     (tmp_path / "x.image.npy").unlink()
     with pytest.raises(ValueError, match=r"cannot read the arrays .*x\.image\.npy"):
         list(read_predictions(path))
 
 
-def test_a_line_cannot_name_a_file_elsewhere(rows, tmp_path):
-    """Only the name counts, not a path in front of it."""
+def test_a_line_cannot_name_a_file_elsewhere(predictions, tmp_path):
+    """Directories in the name of an array's file are ignored."""
     path = tmp_path / "x.jsonl"
-    write_predictions(path, rows)
+    write_predictions(path, predictions)
     line = json.loads(path.read_text().splitlines()[0])
     line["image"]["file"] = "../../elsewhere/x.image.npy"
     path.write_text(json.dumps(line) + "\n")
-    assert same(next(read_predictions(path))["image"], rows[0]["image"])
+    assert is_equal(next(read_predictions(path))["image"], predictions[0]["image"])

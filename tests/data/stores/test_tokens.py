@@ -1,4 +1,4 @@
-"""The store of ids: what was written comes back by index; opening reads nothing; what is damaged or another's is refused."""
+"""Token ids in arrays: access by index, opening without reading, refusal of damaged files."""
 
 import io
 import json
@@ -8,15 +8,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from beit3.data.loader import Source
-from beit3.data.stores.records import locate
-from beit3.data.stores.tokens import RUN, About, Tokens
+from beit3.data.loader import RecordDataset
+from beit3.data.stores.split_files import locate_split
+from beit3.data.stores.tokens import RUN_LENGTH, Tokens, TokensHeader
 from beit3.data.text.packing import Packer
 from beit3.data.text.tokenize import write_tokens
 from beit3.task import load_task
 from beit3.tasks.pretrain import Pretrain, PretrainConfig
 from beit3.tokenizer.text import TextTokenizer
-from beit3.training.evaluate import refuse_other_ids
+from beit3.training.sources import check_tokenizer
 
 TEXTS = {
     "a.txt": "One two three. " * 9,
@@ -48,130 +48,116 @@ def root(raw, tokenizer, tmp_path) -> Path:
     return tmp_path / "root"
 
 
-def expected(tokenizer: TextTokenizer) -> list[dict]:
-    """The records of train, in the order of the files' names with those of folders behind."""
-    found = []
+def make_records(tokenizer: TextTokenizer) -> list[dict]:
+    """The records of train in the order of file names, those in directories last."""
+    records = []
     for name in ("a.txt", "c.txt", "d.txt", "b/ö.txt"):
-        ids = Packer(tokenizer.pieces, 16).records(io.StringIO(TEXTS[name]))
-        rows = [np.frombuffer(each, np.uint16).tolist() for each in ids]
-        found += [
-            {"id": f"train/{name}:{number}", "text": row} for number, row in enumerate(rows, 1)
-        ]
-    return found
+        packed = Packer(tokenizer.encode_pieces, 16).pack(io.StringIO(TEXTS[name]))
+        for number, ids in enumerate(packed, 1):
+            text = np.frombuffer(ids, np.uint16).tolist()
+            records.append({"id": f"train/{name}:{number}", "text": text})
+    return records
 
 
-def test_records_come_back_by_index(root, tokenizer):
-    tokens, rows = Tokens(root / "pretrain/texts/train.tokens"), expected(tokenizer)
-    assert [*tokens] == rows and len(tokens) == len(rows) > 10
-    assert [tokens[i] for i in (3, 0, -1, np.int64(2))] == [rows[i] for i in (3, 0, -1, 2)]
-    for index in (len(rows), -len(rows) - 1):
+def test_records_are_read_by_index(root, tokenizer):
+    tokens, records = Tokens(root / "pretrain/texts/train.tokens"), make_records(tokenizer)
+    assert [*tokens] == records and len(tokens) == len(records) > 10
+    indices = (3, 0, -1, 2)
+    assert [tokens[i] for i in (3, 0, -1, np.int64(2))] == [records[i] for i in indices]
+    for index in (len(records), -len(records) - 1):
         with pytest.raises(IndexError):
             tokens[index]
-    assert tokens.tokenizer == tokenizer.digest and tokens.runs.sum() == len(tokens)
+    assert tokens.tokenizer_digest == tokenizer.digest
+    assert tokens.run_lengths.sum() == len(tokens)
     json.dumps(tokens[0])
 
 
-def test_opening_reads_no_array_and_what_is_pickled_is_the_path(root):
-    """An array of a terabyte, all hole: who reads it does not come back."""
+def test_opening_reads_no_array_and_pickling_keeps_the_path_alone(root):
+    """The array is a sparse file of a terabyte, which would take hours to read."""
     path, size = root / "pretrain/texts/train.tokens", 1 << 39
-    about = json.loads(path.read_text())
-    with (path.parent / about["arrays"] / "train.ids.npy").open("r+b") as file:
-        head = io.BytesIO()
-        np.lib.format.write_array_header_1_0(
-            head, {"descr": "<u2", "fortran_order": False, "shape": (size,)}
-        )
-        file.write(head.getvalue())
-        file.truncate(len(head.getvalue()) + 2 * size)
-    path.write_text(json.dumps(about | {"ids": size}))
+    header = json.loads(path.read_text())
+    with (path.parent / header["arrays"] / "train.ids.npy").open("r+b") as file:
+        buffer = io.BytesIO()
+        fields = {"descr": "<u2", "fortran_order": False, "shape": (size,)}
+        np.lib.format.write_array_header_1_0(buffer, fields)
+        file.write(buffer.getvalue())
+        file.truncate(len(buffer.getvalue()) + 2 * size)
+    path.write_text(json.dumps(header | {"ids": size}))
     tokens = Tokens(path)
     copy = pickle.loads(pickle.dumps(tokens))
     assert copy[1] == tokens[1] and len(pickle.dumps(tokens)) < 1000
 
 
-def test_a_large_vocabulary_takes_32_bits(tmp_path):
-    about = About("arrays", "digest", (1 << 16) + 1, 512, 3, 1, 2)
-    assert (
-        about.dtype("ids") == np.uint32
-        and About("arrays", "digest", 1 << 16, 512, 3, 1, 2).dtype("ids") == np.uint16
-    )
+@pytest.mark.parametrize("vocab_size, dtype", [(1 << 16, np.uint16), ((1 << 16) + 1, np.uint32)])
+def test_a_large_vocabulary_takes_32_bits(vocab_size, dtype):
+    header = TokensHeader("arrays", "digest", vocab_size, 512, 3, 1, 2)
+    assert header.get_dtype("ids") == dtype
 
 
-def test_as_a_source(root, tokenizer):
-    """`locate` finds it, `limit` cuts it, and an epoch reads every record once."""
-    source = Source(locate(root, "pretrain", "texts", "train"), root)
-    assert [*source] == expected(tokenizer)
-    assert len(Source(source.path, root, limit=3)) == 3
-    order = source.order(0, lambda name: np.random.default_rng(0))
-    assert sorted(order[i] for i in range(len(source))) == [*range(len(source))]
-    assert RUN < 100_000, "a window holds many runs"
+def test_a_record_dataset_reads_tokens(root, tokenizer):
+    """It finds them, limits them, and an epoch reads every record once."""
+    dataset = RecordDataset(locate_split(root, "pretrain", "texts", "train"), root)
+    assert [*dataset] == make_records(tokenizer)
+    assert len(RecordDataset(dataset.path, root, limit=3)) == 3
+    order = dataset.make_order(0, lambda name: np.random.default_rng(0))
+    assert sorted(order[i] for i in range(len(dataset))) == [*range(len(dataset))]
+    assert RUN_LENGTH < 100_000, "a window holds many runs"
 
 
-def test_an_example_of_ids_is_that_of_their_words(root, tokenizer):
-    """Masks are drawn from the id, so the two records need the same."""
-    config = PretrainConfig(
-        model=load_task("pretrain").recipes["demo"].task.model, monomodal_text_length=16
-    )
-    task = Pretrain(config, tokenizer=tokenizer)
+def test_an_example_from_ids_equals_that_from_text(root, tokenizer):
+    """Masks are drawn from the record's id, so both records need the same."""
+    model = load_task("pretrain").recipes["demo"].task.model
+    task = Pretrain(PretrainConfig(model=model, monomodal_text_length=16), tokenizer=tokenizer)
     for record in Tokens(root / "pretrain/texts/train.tokens"):
-        words = record | {"text": tokenizer.decode(record["text"])}
-        one, two = task.example(record, False), task.example(words, False)
-        assert one.keys() == two.keys() and all(np.array_equal(one[key], two[key]) for key in one)
+        text_record = record | {"text": tokenizer.decode(record["text"])}
+        from_ids, from_text = task.example(record, False), task.example(text_record, False)
+        assert from_ids.keys() == from_text.keys()
+        assert all(np.array_equal(from_ids[key], from_text[key]) for key in from_ids)
 
 
-def test_another_tokenizer_is_refused(root, tokenizer):
+def test_ids_of_another_tokenizer_are_refused(root, tokenizer):
     other = TextTokenizer.train(
         ["Another text altogether. One two."], vocab_size=40, model_type="bpe"
     )
-    sources = {"texts": Source(locate(root, "pretrain", "texts", "val"), root)}
+    sources = {"texts": RecordDataset(locate_split(root, "pretrain", "texts", "val"), root)}
     config = PretrainConfig(model=load_task("pretrain").recipes["demo"].task.model)
-    refuse_other_ids(Pretrain(config, tokenizer=tokenizer), sources)
-    with pytest.raises(
-        ValueError,
-        match=r"val.tokens holds ids of another text tokenizer .* give --data.text_model",
-    ):
-        refuse_other_ids(Pretrain(config, tokenizer=other), sources)
+    check_tokenizer(Pretrain(config, tokenizer=tokenizer), sources)
+    message = r"val.tokens holds ids of another text tokenizer .* give --data.text_model"
+    with pytest.raises(ValueError, match=message):
+        check_tokenizer(Pretrain(config, tokenizer=other), sources)
 
 
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        (lambda path, arrays: path.unlink(), "no records at"),
-        (lambda path, arrays: path.write_text("{"), "is no index of tokens"),
-        (lambda path, arrays: path.write_text('{"format": 1}'), "is no index of tokens"),
-        (
-            lambda path, arrays: path.write_text(
-                path.read_text().replace('"format": 1', '"format": 9')
-            ),
-            "format 9, not 1",
-        ),
-        (
-            lambda path, arrays: path.write_text(
-                path.read_text().replace("tokens-1", "../tokens-1")
-            ),
-            "not beside it",
-        ),
-        (lambda path, arrays: (arrays / "train.ids.npy").unlink(), "train.ids.npy cannot be read"),
-        (
-            lambda path, arrays: (arrays / "train.ids.npy").write_bytes(
-                (arrays / "train.ids.npy").read_bytes()[:-1]
-            ),
-            "cannot be read",
-        ),
-        (
-            lambda path, arrays: (arrays / "train.records.npy").write_bytes(b""),
-            "train.records.npy cannot be read",
-        ),
-        (
-            lambda path, arrays: (arrays / "val.ids.npy").replace(arrays / "train.names.npy"),
-            "is not the one that",
-        ),
-    ],
-)
-def test_what_is_damaged_is_named(root, change, words):
+# Damaged files --------------------------------------------------------------------------------
+
+
+def replace_in(path: Path, old: str, new: str) -> None:
+    path.write_text(path.read_text().replace(old, new))
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+DAMAGES = {
+    "no records at": lambda path, arrays: path.unlink(),
+    "is no index of tokens (Exp": lambda path, arrays: path.write_text("{"),
+    "is no index of tokens (Tok": lambda path, arrays: path.write_text('{"format": 1}'),
+    "format 9, not 1": lambda path, arrays: replace_in(path, '"format": 1', '"format": 9'),
+    "not beside it": lambda path, arrays: replace_in(path, "tokens-1", "../tokens-1"),
+    "ids.npy cannot be read ([": lambda path, arrays: (arrays / "train.ids.npy").unlink(),
+    "ids.npy cannot be read (m": lambda path, arrays: truncate(arrays / "train.ids.npy"),
+    "records.npy cannot be": lambda path, arrays: (arrays / "train.records.npy").write_bytes(b""),
+    "names.npy is not the one that": lambda path, arrays: (arrays / "val.ids.npy").replace(
+        arrays / "train.names.npy"
+    ),
+}
+
+
+@pytest.mark.parametrize("message", DAMAGES)
+def test_damaged_files_are_named(root, message):
     path = root / "pretrain/texts/train.tokens"
-    change(path, path.parent / "tokens-1")
-    with pytest.raises(
-        ValueError, match="run `beit3 prepare` again|write them with `beit3 prepare`"
-    ) as error:
+    DAMAGES[message](path, path.parent / "tokens-1")
+    remedy = "run `beit3 prepare` again|write them with `beit3 prepare`"
+    with pytest.raises(ValueError, match=remedy) as error:
         Tokens(path)
-    assert words in str(error.value) and "\n" not in str(error.value)
+    assert message in str(error.value) and "\n" not in str(error.value)

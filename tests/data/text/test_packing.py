@@ -1,4 +1,4 @@
-"""Packing: a document's pieces in their order and nothing else, records full but never beyond the limit."""
+"""Packing: a document's tokens in order, in records that are full and never too long."""
 
 import io
 import re
@@ -12,11 +12,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from beit3.data.text import packing
-from beit3.data.text.packing import CLOSING, FULL, LONGEST_WORD, MARKS, SENTENCE_END, Packer, blocks
+from beit3.data.text.packing import (
+    CLOSING_MARKS,
+    MAX_WORD_LENGTH,
+    MIN_FILL,
+    NUM_SPECIAL_TOKENS,
+    SENTENCE_END,
+    Packer,
+    read_blocks,
+)
 from beit3.tokenizer.text import TextTokenizer
 
-DATA = Path(__file__).resolve().parents[3] / "shared" / "data" / "text_corpus"
-DOCUMENTS = sorted((Path(__file__).resolve().parents[2] / "docs").glob("*.md"))
+DATA = Path(__file__).resolve().parents[4] / "shared" / "data" / "text_corpus"
+DOCUMENTS = sorted((Path(__file__).resolve().parents[3] / "docs").glob("*.md"))
 BOOKS = (
     "blake-poems.txt",
     "burgess-busterbrown.txt",
@@ -25,7 +33,7 @@ BOOKS = (
 )
 KINDS = ("unigram", "bpe")
 
-# Letters that normalisation widens, joins or removes, marks that end sentences, and words of any length.
+# Letters that normalization widens, joins or removes, ends of sentences, words of any length.
 LONG = st.builds(str.__mul__, st.sampled_from("ab語x-"), st.integers(1, 60))
 WORD = LONG | st.text('abé.!?"”語´\u0301\u200b\u00adﷺ①', min_size=1, max_size=8)
 LINES = st.lists(
@@ -33,16 +41,16 @@ LINES = st.lists(
 ).map("".join)
 
 
-def letters(text: str) -> list[int]:
-    """A tokenizer that can be counted by hand: a piece a letter."""
+def encode_letters(text: str) -> list[int]:
+    """A tokenizer that can be counted by hand: one token per letter."""
     return [ord(letter) for letter in text]
 
 
 def pack(
-    text: str, pieces: Callable[[str], list[int]], room: int, typecode: str = "H"
+    text: str, encode: Callable[[str], list[int]], room: int, typecode: str = "H"
 ) -> list[list[int]]:
     """The ids of each record."""
-    records = Packer(pieces, room + MARKS, typecode=typecode).records(
+    records = Packer(encode, room + NUM_SPECIAL_TOKENS, typecode=typecode).pack(
         io.StringIO(text, newline=None)
     )
     return [
@@ -50,23 +58,23 @@ def pack(
     ]
 
 
-def spelled(text: str, room: int) -> list[str]:
+def pack_letters(text: str, room: int) -> list[str]:
     """The letters of each record."""
-    return ["".join(map(chr, ids)) for ids in pack(text, letters, room)]
+    return ["".join(map(chr, ids)) for ids in pack(text, encode_letters, room)]
 
 
 @pytest.fixture(scope="module", params=KINDS)
 def tokenizer(request) -> TextTokenizer:
-    """Trained on this project's documents, which are always at hand."""
+    """Trained on this project's documents, which are always available."""
     texts = [line for path in DOCUMENTS for line in path.read_text().splitlines()]
     return TextTokenizer.train(texts, vocab_size=800, model_type=request.param)
 
 
 @pytest.fixture(scope="module", params=KINDS)
-def reader(request) -> TextTokenizer:
+def book_tokenizer(request) -> TextTokenizer:
     """Trained on verse, prose and a play."""
     if not DATA.exists():
-        pytest.skip(f"real sample not at hand: {DATA}")
+        pytest.skip(f"real sample not available: {DATA}")
     texts = [
         line
         for name in BOOKS
@@ -75,60 +83,62 @@ def reader(request) -> TextTokenizer:
     return TextTokenizer.train(texts, vocab_size=3000, model_type=request.param)
 
 
-# Real texts ----------------------------------------------------------------------------------------------------------
+# Real texts -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("limit", [16, 64, 512])
-def test_real_books_are_kept_whole_in_full_records(reader, limit):
+def test_real_books_lose_nothing_and_fill_their_records(book_tokenizer, limit):
     inner = []
     for name in BOOKS:
         text = (DATA / "gutenberg" / name).read_text()
-        records = pack(text, reader.pieces, limit - MARKS)
+        records = pack(text, book_tokenizer.encode_pieces, limit - NUM_SPECIAL_TOKENS)
         words = " ".join(text.split())
         assert [id for ids in records for id in ids] == [
-            id for line in text.splitlines() for id in reader.pieces(line)
+            id for line in text.splitlines() for id in book_tokenizer.encode_pieces(line)
         ]
-        assert " ".join(reader.decode(ids) for ids in records) == words or reader.unk in {
-            id for ids in records for id in ids
-        }
-        sizes = [len(ids) + MARKS for ids in records]
+        assert " ".join(
+            book_tokenizer.decode(ids) for ids in records
+        ) == words or book_tokenizer.unk in {id for ids in records for id in ids}
+        sizes = [len(ids) + NUM_SPECIAL_TOKENS for ids in records]
         assert max(sizes) <= limit
         inner += sizes[:-1]
     assert sum(inner) / len(inner) >= 0.95 * limit
     assert min(inner) >= 0.9 * (limit - 2) - 10, (
-        "a word that does not fit leaves its own pieces empty at most"
+        "at most the tokens of a word that does not fit stay empty"
     )
 
 
-def test_records_end_with_sentences_where_they_can(reader):
-    """Prose of short sentences: one in ten words or fewer ends one, most records do."""
+def test_records_end_with_sentences_where_they_can(book_tokenizer):
+    """In prose of short sentences, most records end with one."""
     records = pack(
-        (DATA / "gutenberg" / "burgess-busterbrown.txt").read_text(), reader.pieces, 510
+        (DATA / "gutenberg" / "burgess-busterbrown.txt").read_text(),
+        book_tokenizer.encode_pieces,
+        510,
     )
     assert sum(
-        bool(re.search(r"[.!?][\"')\]]*$", reader.decode(ids))) for ids in records
+        bool(re.search(r"[.!?][\"')\]]*$", book_tokenizer.decode(ids))) for ids in records
     ) >= 0.75 * len(records)
 
 
-# Any text ------------------------------------------------------------------------------------------------------------
+# Any text -------------------------------------------------------------------------------------
 
 
 @settings(max_examples=100, deadline=None)
 @given(text=LINES, room=st.integers(1, 200))
-def test_pieces_of_any_text_keep_their_order(tokenizer, text, room):
-    """And are those of the words as the tokenizer gives them for the whole line."""
-    records = pack(text, tokenizer.pieces, room)
+def test_tokens_of_any_text_keep_their_order(tokenizer, text, room):
+    """They are those of its words and of its lines."""
+    records = pack(text, tokenizer.encode_pieces, room)
     assert all(0 < len(ids) <= room for ids in records)
     assert [id for ids in records for id in ids] == [
-        id for word in text.split() for id in tokenizer.pieces(word)
+        id for word in text.split() for id in tokenizer.encode_pieces(word)
     ]
     assert [id for ids in records for id in ids] == [
-        id for line in text.splitlines() for id in tokenizer.pieces(line)
+        id for line in text.splitlines() for id in tokenizer.encode_pieces(line)
     ]
 
 
-def slowly(text: str, room: int) -> list[str]:
-    """The same from the rule as it is written: look at every number of words that could come next."""
+def pack_slowly(text: str, room: int) -> list[str]:
+    """Packs by the rule as it is written: tries every number of words that could come next."""
     words, starts, new = [], [], True
     for line in text.split("\n"):
         new = new or not line.strip()
@@ -137,14 +147,14 @@ def slowly(text: str, room: int) -> list[str]:
                 words, starts, new, word = [*words, word[:room]], [*starts, new], False, word[room:]
             words.append(word)
             starts.append(new)
-            new = word.rstrip(CLOSING)[-1:] in SENTENCE_END
+            new = word.rstrip(CLOSING_MARKS)[-1:] in SENTENCE_END
     texts = []
     while words:
         fitting = [n for n in range(1, len(words) + 1) if sum(map(len, words[:n])) <= room]
         count = fitting[-1]
         if count < len(words):
             count = max(
-                (n for n in fitting if starts[n] and sum(map(len, words[:n])) >= FULL * room),
+                (n for n in fitting if starts[n] and sum(map(len, words[:n])) >= MIN_FILL * room),
                 default=count,
             )
         texts.append("".join(words[:count]))
@@ -161,17 +171,17 @@ LETTERS = st.lists(
 @settings(max_examples=200, deadline=None)
 @given(text=LETTERS.map("\n".join), room=st.integers(5, 30))
 def test_packing_equals_a_slow_second_implementation(text, room):
-    assert spelled(text, room) == slowly(text, room)
+    assert pack_letters(text, room) == pack_slowly(text, room)
 
 
 @settings(max_examples=300, deadline=None)
 @given(text=st.text("aaa.  \n", max_size=60), room=st.integers(3, 12), block=st.integers(1, 20))
-def test_how_much_is_read_at_once_changes_no_record(text, room, block):
-    """Words that are longer than a block are cut where it ends; here none is."""
+def test_the_length_of_blocks_changes_no_record(text, room, block):
+    """Only words longer than a block would be cut at its end; these are removed."""
     text = re.sub(rf"\S{{{block},}}", "b", text)
-    with patch.object(packing, "BLOCK", block):
-        assert " ".join(blocks(io.StringIO(text))).split() == text.split()
-        assert spelled(text, room) == slowly(text, room)
+    with patch.object(packing, "BLOCK_LENGTH", block):
+        assert " ".join(read_blocks(io.StringIO(text))).split() == text.split()
+        assert pack_letters(text, room) == pack_slowly(text, room)
 
 
 @pytest.mark.parametrize(
@@ -183,29 +193,29 @@ def test_how_much_is_read_at_once_changes_no_record(text, room, block):
         (
             ["aaaa bbbb. c ddd"],
             ["aaaabbbb.", "cddd"],
-        ),  # nine of ten pieces: the sentence ends the record
+        ),  # nine of ten tokens: the sentence ends the record
         (["aaaa bbb. cc ddd"], ["aaaabbb.cc", "ddd"]),  # eight: it does not
         (
             ["aaaa bbb.\u201d c ddd"],
             ["aaaabbb.\u201d", "cddd"],
-        ),  # behind a closing quote it ends too
+        ),  # also after a closing quote
         (
             ["aaaa bbbbb", "", "c ddd"],
             ["aaaabbbbb", "cddd"],
-        ),  # so does a paragraph without a full stop
+        ),  # so does a paragraph without a period
         (["aaaa bbbbb\r", " \t\r", "c ddd"], ["aaaabbbbb", "cddd"]),
-        (["aaaa bbbbb", "c ddd"], ["aaaabbbbbc", "ddd"]),  # but no mere line
-        (["aaaa bbbb. c"], ["aaaabbbb.c"]),  # what fits whole is not cut
+        (["aaaa bbbbb", "c ddd"], ["aaaabbbbbc", "ddd"]),  # but not a line
+        (["aaaa bbbb. c"], ["aaaabbbb.c"]),  # a text that fits is not cut
         (["aa bbbbbbbbbbbbbbb cc"], ["aa", "bbbbbbbbbb", "bbbbbcc"]),
         (["", "  \t ", "\n"], []),
         ([], []),
     ],
 )
 def test_records_of_ten_letters_worked_by_hand(lines, texts):
-    assert spelled("\n".join(lines), 10) == texts
+    assert pack_letters("\n".join(lines), 10) == texts
 
 
-# Limits --------------------------------------------------------------------------------------------------------------
+# Limits ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -218,44 +228,47 @@ def test_records_of_ten_letters_worked_by_hand(lines, texts):
     ],
 )
 @pytest.mark.parametrize("room", [18, 510])
-def test_a_huge_word_is_cut_between_its_pieces(tokenizer, word, room):
-    parts = [word[at : at + LONGEST_WORD] for at in range(0, len(word), LONGEST_WORD)]
-    records = pack(f"one {word} two", tokenizer.pieces, room)
-    whole = [id for part in ("one", *parts, "two") for id in tokenizer.pieces(part)]
-    assert [id for ids in records for id in ids] == whole
+def test_a_huge_word_is_cut_between_its_tokens(tokenizer, word, room):
+    parts = [word[at : at + MAX_WORD_LENGTH] for at in range(0, len(word), MAX_WORD_LENGTH)]
+    records = pack(f"one {word} two", tokenizer.encode_pieces, room)
+    expected = [id for part in ("one", *parts, "two") for id in tokenizer.encode_pieces(part)]
+    assert [id for ids in records for id in ids] == expected
     assert all(len(ids) == room for ids in records[1:-2]), "its records are full"
 
 
 def test_a_text_without_a_space_is_read_in_blocks():
-    with patch.object(packing, "BLOCK", 8):
-        assert [*blocks(io.StringIO("x" * 20))] == ["x" * 8, "x" * 8, "x" * 4]
-        spaces = [*blocks(io.StringIO(" " * 30 + "\n" * 30 + "x"))]
+    with patch.object(packing, "BLOCK_LENGTH", 8):
+        assert [*read_blocks(io.StringIO("x" * 20))] == ["x" * 8, "x" * 8, "x" * 4]
+        spaces = [*read_blocks(io.StringIO(" " * 30 + "\n" * 30 + "x"))]
         assert spaces[-1].endswith("\n\nx") and max(map(len, spaces)) < 16, (
-            "whitespace does not pile up"
+            "whitespace does not accumulate"
         )
 
 
-def test_remembered_words_are_few_and_short():
-    asked = []
+def test_few_and_short_words_are_cached():
+    encoded = []
 
-    def pieces(word: str) -> list[int]:
-        asked.append(word)
+    def encode(word: str) -> list[int]:
+        encoded.append(word)
         return [len(word)]
 
-    with patch.object(packing, "KEPT_WORDS", 2), patch.object(packing, "KEPT_LETTERS", 3):
-        assert pack("a b a b longer longer a c a c", pieces, 100) == [
+    with (
+        patch.object(packing, "MAX_CACHED_WORDS", 2),
+        patch.object(packing, "MAX_CACHED_LETTERS", 3),
+    ):
+        assert pack("a b a b longer longer a c a c", encode, 100) == [
             [1, 1, 1, 1, 6, 6, 1, 1, 1, 1]
         ]
-    assert asked == ["a", "b", "longer", "longer", "c", "a"]
+    assert encoded == ["a", "b", "longer", "longer", "c", "a"]
 
 
-def test_ids_beyond_16_bits():
+def test_ids_beyond_16_bits_need_another_typecode():
     assert pack("a b c", lambda word: [70_000 + ord(word)], 2, "I") == [[70_097, 70_098], [70_099]]
     with pytest.raises(OverflowError):
         pack("a", lambda word: [70_000], 2)
 
 
 @pytest.mark.parametrize("length", [-1, 1, 2])
-def test_lengths_without_room(length):
+def test_lengths_without_room_are_refused(length):
     with pytest.raises(ValueError, match=f"pack {length} leaves no room .* use 512"):
-        Packer(letters, length)
+        Packer(encode_letters, length)

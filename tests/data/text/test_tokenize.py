@@ -1,4 +1,4 @@
-"""Writing ids: equal to the obvious way, for any number of processes, and wherever a run was stopped; faults named, nothing lost."""
+"""Tokenizing corpora: against a slow way, with any number of processes, interrupted anywhere."""
 
 import gzip
 import io
@@ -22,13 +22,13 @@ from beit3.data.prepare.formats import corpora
 from beit3.data.prepare.statistics import Lengths, Survey, describe
 from beit3.data.stores.records import Records, write_records
 from beit3.data.stores.tokens import Tokens
-from beit3.data.text import tokenize as tokenise
+from beit3.data.text import tokenize
 from beit3.data.text.packing import Packer
-from beit3.data.text.tokenize import drop_unused, write_tokens
+from beit3.data.text.tokenize import remove_unused_arrays, write_tokens
 from beit3.tasks.pretrain import Pretrain
 from beit3.tokenizer.text import TextTokenizer
 
-DOCUMENTS = sorted((Path(__file__).resolve().parents[2] / "docs").glob("*.md"))
+DOCUMENTS = sorted((Path(__file__).resolve().parents[3] / "docs").glob("*.md"))
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,7 @@ def tokenizer() -> TextTokenizer:
 
 @pytest.fixture
 def raw(tmp_path) -> Path:
-    """This project's documents as plain texts, JSON lines and a packed file of them; one line is none."""
+    """This project's documents as plain texts, JSON lines and gzip; one line is not JSON."""
     raw = tmp_path / "raw"
     raw.mkdir()
     texts = [path.read_text()[:6000] for path in DOCUMENTS]
@@ -57,10 +57,10 @@ def raw(tmp_path) -> Path:
 def parts(monkeypatch) -> None:
     """Corpora in parts of 3000 bytes."""
     monkeypatch.setattr(corpora, "PART", 3000)
-    monkeypatch.setattr(tokenise, "PART", 3000)
+    monkeypatch.setattr(tokenize, "PART", 3000)
 
 
-def digest(folder: Path) -> dict[str, str]:
+def hash_files(folder: Path) -> dict[str, str]:
     return {
         str(path.relative_to(folder)): sha256(path.read_bytes()).hexdigest()
         for path in sorted(folder.rglob("*"))
@@ -68,22 +68,24 @@ def digest(folder: Path) -> dict[str, str]:
     }
 
 
-def refused(call: Callable[[], object], *words: str) -> None:
+def assert_refused(call: Callable[[], object], *phrases: str) -> None:
     with pytest.raises(ValueError) as error:
         call()
-    assert "\n" not in str(error.value) and all(word in str(error.value) for word in words), (
+    assert "\n" not in str(error.value) and all(phrase in str(error.value) for phrase in phrases), (
         error.value
     )
 
 
-# What is written -----------------------------------------------------------------------------------------------------
+# What is written ------------------------------------------------------------------------------
 
 
-def slowly(raw: Path, tokenizer: TextTokenizer, pack: int) -> tuple[list[dict], Survey]:
-    """The records of `raw` and what is to be said of them, a document and a word at a time, with nothing cut."""
+def tokenize_slowly(raw: Path, tokenizer: TextTokenizer, pack: int) -> tuple[list[dict], Survey]:
+    """The records of `raw` and their survey, one document at a time and without parts."""
     records, numbers = [], Counter[str]()
     survey = Survey(
-        Lengths(tokenizer.pieces, pack, tokenizer.unk, tokenizer.mask - tokenizer.first_piece)
+        Lengths(
+            tokenizer.encode_pieces, pack, tokenizer.unk, tokenizer.mask - tokenizer.first_piece
+        )
     )
     for path in sorted(raw.iterdir()):
         content = (
@@ -94,7 +96,7 @@ def slowly(raw: Path, tokenizer: TextTokenizer, pack: int) -> tuple[list[dict], 
         lines = content.split("\n") if ".jsonl" in path.name else [json.dumps({"text": content})]
         for line in lines:
             if line.startswith("{"):
-                for ids in Packer(tokenizer.pieces, pack).records(
+                for ids in Packer(tokenizer.encode_pieces, pack).pack(
                     io.StringIO(json.loads(line)["text"])
                 ):
                     numbers[path.name] += 1
@@ -110,20 +112,18 @@ def slowly(raw: Path, tokenizer: TextTokenizer, pack: int) -> tuple[list[dict], 
 
 
 @pytest.mark.parametrize("pack", [16, 512])
-def test_it_equals_the_obvious_way(raw, tokenizer, tmp_path, pack):
+def test_tokens_equal_a_slow_second_implementation(raw, tokenizer, tmp_path, pack):
     report = write_tokens(raw, tmp_path / "texts", tokenizer, pack=pack, workers=1, bad_share=0.1)
-    records, survey = slowly(raw, tokenizer, pack)
-    found = {split: [*Tokens(tmp_path / f"texts/{split}.tokens")] for split in report["records"]}
-    assert {split: len(rows) for split, rows in found.items()} == report["records"] and {
-        "train",
-        "val",
-    } >= found.keys()
+    records, survey = tokenize_slowly(raw, tokenizer, pack)
+    written = {split: [*Tokens(tmp_path / f"texts/{split}.tokens")] for split in report["records"]}
+    assert {split: len(rows) for split, rows in written.items()} == report["records"]
+    assert written.keys() <= {"train", "val"}
     assert sorted(
-        (row for rows in found.values() for row in rows), key=lambda row: row["id"]
+        (row for rows in written.values() for row in rows), key=lambda row: row["id"]
     ) == sorted(records, key=lambda row: row["id"])
-    for rows in found.values():
-        places = [records.index(row) for row in rows]
-        assert places == sorted(places), "in the order of the files"
+    for rows in written.values():
+        indices = [records.index(row) for row in rows]
+        assert indices == sorted(indices), "in the order of the files"
     assert report | survey.report() == report and report["tokens"] == survey.tokens
     assert report["documents"] == 4 + len((raw / "d.jsonl").read_text().split("\n")) - 1
     (fault,) = report["passed_over"]
@@ -131,13 +131,13 @@ def test_it_equals_the_obvious_way(raw, tokenizer, tmp_path, pack):
     assert fault in describe(report) and f"tokens       {survey.tokens}" in describe(report)
 
 
-def test_how_a_corpus_is_cut_changes_names_alone(raw, tokenizer, tmp_path, parts):
+def test_the_size_of_parts_changes_ids_of_records_alone(raw, tokenizer, tmp_path, parts):
     write_tokens(raw, tmp_path / "texts", tokenizer, pack=64, workers=1, bad_share=0.1)
-    found = [row for path in sorted((tmp_path / "texts").glob("*.tokens")) for row in Tokens(path)]
-    records, _ = slowly(raw, tokenizer, 64)
-    assert sorted(row["text"] for row in found) == sorted(row["text"] for row in records)
-    assert len({row["id"] for row in found}) == len(found) and any(
-        "d.jsonl@3000:1" == row["id"] for row in found
+    rows = [row for path in sorted((tmp_path / "texts").glob("*.tokens")) for row in Tokens(path)]
+    records, _ = tokenize_slowly(raw, tokenizer, 64)
+    assert sorted(row["text"] for row in rows) == sorted(row["text"] for row in records)
+    assert len({row["id"] for row in rows}) == len(rows) and any(
+        "d.jsonl@3000:1" == row["id"] for row in rows
     )
 
 
@@ -146,50 +146,54 @@ def test_two_processes_equal_one(raw, tokenizer, tmp_path, parts):
         write_tokens(raw, tmp_path / f"{n}", tokenizer, pack=64, workers=n, bad_share=0.1)
         for n in (1, 2)
     ]
-    assert reports[0] == reports[1] and digest(tmp_path / "1") == digest(tmp_path / "2")
-    assert len(digest(tmp_path / "1")) == 4 * len(reports[0]["records"]), "nothing else is left"
+    assert reports[0] == reports[1] and hash_files(tmp_path / "1") == hash_files(tmp_path / "2")
+    assert len(hash_files(tmp_path / "1")) == 4 * len(reports[0]["records"]), (
+        "no other file is left"
+    )
 
 
-class Wide:
+class LargeTokenizer:
     """A tokenizer of more than 65536 pieces, which are numbers."""
 
     unk, first_piece, mask, digest, vocab_size = 3, 4, 99_999, "wide", 100_000
 
-    def pieces(self, text: str) -> list[int]:
+    def encode_pieces(self, text: str) -> list[int]:
         return [int(word) if word.isdecimal() else 4 for word in text.split()]
 
-    def word(self, id: int) -> str:
+    def id_to_piece(self, id: int) -> str:
         return f" {id}"
 
 
-def test_a_large_vocabulary(tmp_path):
+def test_a_large_vocabulary_takes_32_bits(tmp_path):
     (tmp_path / "raw/val").mkdir(parents=True)
     (tmp_path / "raw/val/a.txt").write_text("70000 5 99998 65536")
-    write_tokens(tmp_path / "raw", tmp_path / "texts", Wide(), pack=5, workers=1)
+    write_tokens(tmp_path / "raw", tmp_path / "texts", LargeTokenizer(), pack=5, workers=1)
     tokens = Tokens(tmp_path / "texts/val.tokens")
     assert [row["text"] for row in tokens] == [[70000, 5, 99998], [65536]]
     assert np.load(tmp_path / "texts/tokens-1/val.ids.npy").dtype == np.uint32
 
 
-# Stopped and started again -------------------------------------------------------------------------------------------
+# Interrupted runs -----------------------------------------------------------------------------
 
 
 class Killed(BaseException):
-    """As if the power had gone."""
+    """As if the power failed."""
 
 
-def test_killed_anywhere_it_goes_on_and_ends_the_same(raw, tokenizer, tmp_path, parts, monkeypatch):
-    """Before and after all that is written to stay; the records that were there before serve until the end."""
+def test_a_run_killed_anywhere_is_continued_to_the_same_result(
+    raw, tokenizer, tmp_path, parts, monkeypatch
+):
+    """It is killed before and after each write; old records stay in use until the end."""
 
     def run(folder: Path) -> dict:
         return write_tokens(raw, folder, tokenizer, pack=64, workers=1, bad_share=0.1)
 
-    def watched(call: Callable) -> Callable:
-        def wrapped(*given, **named):
+    def count_steps(call: Callable) -> Callable:
+        def wrapped(*args, **kwargs):
             step()
-            done = call(*given, **named)
+            result = call(*args, **kwargs)
             step()
-            return done
+            return result
 
         return wrapped
 
@@ -199,22 +203,22 @@ def test_killed_anywhere_it_goes_on_and_ends_the_same(raw, tokenizer, tmp_path, 
         if steps == deadline:
             os._exit(9)
 
-    def made(job: tokenise._Job, number: int, spans: tuple) -> None:
-        make(job, number, spans)
+    def call_and_log(job: tokenize.TokenizeJob, number: int, spans: tuple) -> None:
+        call(job, number, spans)
         with log.open("a") as file:
             file.write(f"{number}\n")
 
-    expected, folder, log = run(tmp_path / "whole"), tmp_path / "texts", tmp_path / "made"
+    expected, folder, log = run(tmp_path / "whole"), tmp_path / "texts", tmp_path / "log"
     write_records(folder / "train.jsonl", [{"id": "old", "text": "old"}])
-    make = tokenise._Job.__call__
-    monkeypatch.setattr(tokenise._Job, "__call__", made)
+    call = tokenize.TokenizeJob.__call__
+    monkeypatch.setattr(tokenize.TokenizeJob, "__call__", call_and_log)
     for module, name in (
-        (tokenise, "write_text"),
+        (tokenize, "write_text"),
         (os, "fsync"),
         (Path, "unlink"),
         (Path, "replace"),
     ):
-        monkeypatch.setattr(module, name, watched(getattr(module, name)))
+        monkeypatch.setattr(module, name, count_steps(getattr(module, name)))
     status, deadline = 9, 2
     while (
         status == 9 and not (folder / "train.tokens").exists()
@@ -226,19 +230,20 @@ def test_killed_anywhere_it_goes_on_and_ends_the_same(raw, tokenizer, tmp_path, 
         assert (folder / "train.jsonl").exists() or len(
             Tokens(folder / "train.tokens")
         ) == expected["records"]["train"]
-    assert status in (0, 9) and deadline > 50, "killed while it clears up, it is done too"
-    whole, here = digest(tmp_path / "whole/tokens-1"), digest(folder / "tokens-1")
-    assert {name: here[name] for name in whole} == whole and (status or here == whole)
+    assert status in (0, 9) and deadline > 50, "it may be killed while it cleans up"
+    complete, resumed = hash_files(tmp_path / "whole/tokens-1"), hash_files(folder / "tokens-1")
+    assert {name: resumed[name] for name in complete} == complete
+    assert status or resumed == complete
     finished = log.read_text().split()
-    assert len(set(finished)) == len(finished) > 5, "none is made again"
+    assert len(set(finished)) == len(finished) > 5, "no part is tokenized twice"
 
 
-def test_other_files_or_settings_begin_anew(raw, tokenizer, tmp_path, parts, monkeypatch):
+def test_other_files_or_settings_start_again(raw, tokenizer, tmp_path, parts, monkeypatch):
     def run(pack: int, *, stop: int = -1) -> None:
-        job = tokenise._Job.__call__
+        job = tokenize.TokenizeJob.__call__
         with monkeypatch.context() as patch:
             patch.setattr(
-                tokenise._Job,
+                tokenize.TokenizeJob,
                 "__call__",
                 lambda self, n, spans: killed() if n == stop else job(self, n, spans),
             )
@@ -255,25 +260,26 @@ def test_other_files_or_settings_begin_anew(raw, tokenizer, tmp_path, parts, mon
     write_tokens(raw, tmp_path / "whole", tokenizer, pack=32, workers=1, bad_share=0.1)
     assert [*Tokens(tmp_path / "texts/train.tokens")] == [*Tokens(tmp_path / "whole/train.tokens")]
     assert [path.name for path in (tmp_path / "texts").glob("tokens-*")] == ["tokens-3"], (
-        "what was begun is gone"
+        "unfinished arrays are removed"
     )
 
 
 @pytest.mark.slow
-def test_a_killed_run_takes_its_workers_along_and_goes_on(tokenizer, tmp_path):
-    """With two processes and SIGKILL; what they had finished is not made again."""
+def test_the_workers_of_a_killed_run_end_and_the_next_run_continues(tokenizer, tmp_path):
+    """With two processes and SIGKILL; finished parts are not tokenized again."""
     (tmp_path / "raw").mkdir()
     for n in range(40):
         (tmp_path / f"raw/{n}.txt").write_text(" ".join(f"word{n}x{i}." for i in range(40_000)))
     tokenizer.save(tmp_path / "root/text.model")
     code = f"""
 from pathlib import Path
-from beit3.data.text import tokenize as tokenise
+from beit3.data.text import tokenize
 from beit3.tokenizer.text import TextTokenizer
 if __name__ == "__main__":
-    tokenise.PART = 1
-    place = Path({str(tmp_path)!r})
-    tokenise.write_tokens(place / "raw", place / "texts", TextTokenizer(place / "root/text.model"), pack=512, workers=2)
+    tokenize.PART = 1
+    folder = Path({str(tmp_path)!r})
+    tokenizer = TextTokenizer(folder / "root/text.model")
+    tokenize.write_tokens(folder / "raw", folder / "texts", tokenizer, pack=512, workers=2)
 """
     (tmp_path / "run.py").write_text(code)
     first = subprocess.Popen([sys.executable, str(tmp_path / "run.py")], start_new_session=True)
@@ -284,58 +290,60 @@ if __name__ == "__main__":
     first.send_signal(signal.SIGKILL)
     first.wait()
     time.sleep(3)
-    there = {path.name: path.stat().st_mtime_ns for path in place.glob("0*.json")}
+    summaries = {path.name: path.stat().st_mtime_ns for path in place.glob("0*.json")}
     time.sleep(2)
     assert (
-        there == {path.name: path.stat().st_mtime_ns for path in place.glob("0*.json")}
-        and len(there) < 40
+        summaries == {path.name: path.stat().st_mtime_ns for path in place.glob("0*.json")}
+        and len(summaries) < 40
     )
     assert not (tmp_path / "texts/train.tokens").exists()
     subprocess.run([sys.executable, str(tmp_path / "run.py")], check=True)
     expected = write_tokens(tmp_path / "raw", tmp_path / "whole", tokenizer, pack=512, workers=1)
     assert len(Tokens(tmp_path / "texts/train.tokens")) == expected["records"]["train"]
-    assert digest(tmp_path / "texts") == digest(tmp_path / "whole")
+    assert hash_files(tmp_path / "texts") == hash_files(tmp_path / "whole")
 
 
-# Refusals ------------------------------------------------------------------------------------------------------------
+# Refusals -------------------------------------------------------------------------------------
 
 
-def test_too_many_faults_leave_what_is_there(raw, tokenizer, tmp_path):
+def test_too_many_faults_leave_existing_records(raw, tokenizer, tmp_path):
     folder = tmp_path / "root/pretrain/texts"
     write_records(folder / "train.jsonl", [{"id": "old", "text": "old"}])
-    before = digest(tmp_path)
+    before = hash_files(tmp_path)
 
-    def run(**given) -> object:
-        return write_tokens(raw, folder, tokenizer, **{"pack": 64, "workers": 1} | given)
+    def run(**options) -> object:
+        return write_tokens(raw, folder, tokenizer, **{"pack": 64, "workers": 1} | options)
 
-    refused(
+    assert_refused(
         lambda: run(bad_share=0.001), "1 of ", "0% are allowed, nothing was written: d.jsonl line "
     )
-    refused(
+    assert_refused(
         lambda: run(field="body"), "documents are unusable", "no text 'body' (--field), but text"
     )
-    refused(lambda: run(pack=2), "pack 2 leaves no room")
-    assert digest(tmp_path) == before
+    assert_refused(lambda: run(pack=2), "pack 2 leaves no room")
+    assert hash_files(tmp_path) == before
     for path in raw.iterdir():
         path.unlink()
-    refused(run, "no texts found for pretrain", "check --raw")
-    refused(
+    assert_refused(run, "no texts found for pretrain", "check --raw")
+    assert_refused(
         lambda: write_tokens(raw / "absent", tmp_path / "new/texts", tokenizer, pack=64),
         "raw folder",
         "does not exist",
     )
-    refused(lambda: write_tokens(raw, tmp_path / "new/texts", tokenizer, pack=64), "no texts found")
+    assert_refused(
+        lambda: write_tokens(raw, tmp_path / "new/texts", tokenizer, pack=64), "no texts found"
+    )
     assert (
-        digest(tmp_path).keys() == {"root/pretrain/texts/train.jsonl"}
+        hash_files(tmp_path).keys() == {"root/pretrain/texts/train.jsonl"}
         and not (tmp_path / "new").exists()
     )
 
 
-def test_a_wrong_field_is_noticed_early(raw, tokenizer, tmp_path, parts, monkeypatch):
-    monkeypatch.setattr(tokenise, "NAMED_OF_PART", 3)
+def test_a_wrong_field_is_reported_early(raw, tokenizer, tmp_path, parts, monkeypatch):
+    monkeypatch.setattr(tokenize, "MAX_NAMED_FAULTS", 3)
     (raw / "0.jsonl").write_text('{"body": "x"}\n' * 5)
     (raw / "1.txt").write_text("x" * 3000)
-    refused(
+    assert_refused(
         lambda: write_tokens(raw, tmp_path / "texts", tokenizer, pack=64, workers=1),
         "none of the first 3 documents can be used: 0.",
     )
@@ -344,46 +352,44 @@ def test_a_wrong_field_is_noticed_early(raw, tokenizer, tmp_path, parts, monkeyp
     assert report["more_passed_over"] == 2 and len(report["passed_over"]) == 3 + 1
 
 
-def test_two_runs_at_once(raw, tokenizer, tmp_path, monkeypatch):
-    def meanwhile(*given) -> None:
-        refused(
+def test_two_runs_at_once_are_refused(raw, tokenizer, tmp_path, monkeypatch):
+    def run_again(*args) -> None:
+        assert_refused(
             lambda: write_tokens(raw, tmp_path / "texts", tokenizer, pack=64),
             "tokens-1 is being written by another process",
         )
-        drop_unused(tmp_path / "texts")
+        remove_unused_arrays(tmp_path / "texts")
         assert (tmp_path / "texts/tokens-1/plan.json").exists()
         raise Killed
 
-    monkeypatch.setattr(tokenise._Job, "__call__", meanwhile)
+    monkeypatch.setattr(tokenize.TokenizeJob, "__call__", run_again)
     with pytest.raises(Killed):
         write_tokens(raw, tmp_path / "texts", tokenizer, pack=64, workers=1)
     with FileLock(tmp_path / "texts/tokens-1/lock", timeout=0):
         pass
 
 
-def test_a_tokenizer_that_joins_words(raw, tmp_path):
-    class Joining(Wide):
-        def word(self, id: int) -> str:
+def test_a_tokenizer_that_joins_words_is_refused(raw, tmp_path):
+    class Joining(LargeTokenizer):
+        def id_to_piece(self, id: int) -> str:
             return " of the" if id == 7 else f" {id}"
 
-    class Bare(Wide):
-        def pieces(self, text: str) -> list[int]:
+    class Bare(LargeTokenizer):
+        def encode_pieces(self, text: str) -> list[int]:
             return [4] * len(text)
 
     for tokenizer in (Joining(), Bare()):
-        refused(
+        assert_refused(
             lambda tokenizer=tokenizer: write_tokens(raw, tmp_path / "texts", tokenizer, pack=64),
             "joins words",
             "--pack 0",
         )
 
 
-# By the command line -------------------------------------------------------------------------------------------------
+# The command line -----------------------------------------------------------------------------
 
 
-def test_prepare_writes_ids_or_paragraphs_and_the_one_replaces_the_other(
-    tokenizer, tmp_path, capsys
-):
+def test_prepare_writes_token_ids_or_paragraphs_and_replaces_the_other(tokenizer, tmp_path, capsys):
     raw, root = tmp_path / "raw", tmp_path / "root"
     raw.mkdir()
     (raw / "one.txt").write_text("One two three. Four five.\n\nSix seven.\n")
@@ -416,20 +422,20 @@ def test_prepare_writes_ids_or_paragraphs_and_the_one_replaces_the_other(
         return sorted(row["text"] if options else tokenizer.decode(row["text"]) for row in rows)
 
     def path() -> Path:
-        (found,) = (each for each in texts.iterdir() if each.is_file())
-        return found
+        (file,) = (path for path in texts.iterdir() if path.is_file())
+        return file
 
     for _ in range(2):
         assert prepare() == ["Eight.", "One two three. Four five. Six seven."]
-        assert sorted(each.suffix for each in texts.iterdir()) == ["", ".tokens"]
+        assert sorted(path.suffix for path in texts.iterdir()) == ["", ".tokens"]
         assert prepare("--pack", "0") == ["Eight.", "One two three. Four five.", "Six seven."]
-        assert sorted(each.name for each in texts.iterdir()) == ["train.jsonl"]
-    for options, words in (
+        assert sorted(path.name for path in texts.iterdir()) == ["train.jsonl"]
+    for options, message in (
         (("--pack", "2"), "leaves no room"),
         (("--pack", "-3"), "a whole number"),
-        (("--field",), "takes a name"),
+        (("--field",), "expected a name"),
     ):
         assert main([*command, *options]) == 2
-        said = capsys.readouterr().err
-        assert words in said and len(said.splitlines()) == 1
+        error = capsys.readouterr().err
+        assert message in error and len(error.splitlines()) == 1
     assert Pretrain.prepare(raw, root, "texts", field="body", workers=1)["records"] == {"train": 2}

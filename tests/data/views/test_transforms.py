@@ -1,4 +1,4 @@
-"""Transforms: evaluation against the recorded release and Pillow; views against torchvision, their bounds and seeds."""
+"""Preprocessing against the recorded release and Pillow; augmentation against torchvision."""
 
 import dataclasses
 import json
@@ -10,9 +10,10 @@ from PIL import Image
 from torchvision.transforms.v2 import functional as F
 
 from beit3.data.views import transforms
-from beit3.data.views.transforms import IMAGENET, VL, Preprocessing, random_resized_crop, two_views
+from beit3.data.views.preprocessing import IMAGENET_MEAN_STD, VL_MEAN_STD, Preprocessing
+from beit3.data.views.transforms import make_two_views, random_resized_crop
 from beit3.seeding import make_rng
-from tests.golden import config, tensors
+from tests.golden import load_config, load_tensors
 
 
 @pytest.fixture(scope="module")
@@ -28,66 +29,67 @@ def from_pillow(image, size, box=None):
 
 
 @pytest.mark.parametrize(
-    "name, statistics, resize", [("vl", VL, "squash"), ("imagenet", IMAGENET, "crop")]
+    "name, mean_std, resize",
+    [("vl", VL_MEAN_STD, "squash"), ("imagenet", IMAGENET_MEAN_STD, "crop")],
 )
-def test_evaluation_equals_the_release(name, statistics, resize):
-    size = config("preprocess")["input_size"]
-    preprocessing = Preprocessing(size, *statistics, resize=resize)
-    expected = tensors("preprocess", "outputs")
-    for image, pixels in tensors("preprocess", "inputs").items():
-        found, wanted = preprocessing(pixels.permute(2, 0, 1)), expected[f"{image}.{name}"]
-        assert found.shape == wanted.shape and found.dtype == torch.float32
+def test_evaluation_equals_the_release(name, mean_std, resize):
+    size = load_config("preprocess")["input_size"]
+    preprocessing = Preprocessing(size, *mean_std, resize=resize)
+    expected = load_tensors("preprocess", "outputs")
+    for image, pixels in load_tensors("preprocess", "inputs").items():
+        normalized, released = preprocessing(pixels.permute(2, 0, 1)), expected[f"{image}.{name}"]
+        assert normalized.shape == released.shape and normalized.dtype == torch.float32
         assert (
-            (found - wanted).abs() <= 1.5 / 255 / torch.tensor(statistics[1]).view(3, 1, 1)
+            (normalized - released).abs() <= 1.5 / 255 / torch.tensor(mean_std[1]).view(3, 1, 1)
         ).all(), image
 
 
-def test_crop_pct(photo):
-    # 48 / 0.8: the shorter side 60 is kept, and the middle 48 x 48 of 60 x 80 remains.
-    found = Preprocessing(48, (0, 0, 0), (1, 1, 1), resize="crop", crop_pct=0.8)(photo)
-    assert torch.allclose(found, photo[:, 6:54, 16:64] / 255)
+def test_crop_pct_keeps_the_center(photo):
+    # 48 / 0.8 keeps the shorter side of 60; the central 48 x 48 of 60 x 80 remain.
+    cropped = Preprocessing(48, (0, 0, 0), (1, 1, 1), resize="crop", crop_pct=0.8)(photo)
+    assert torch.allclose(cropped, photo[:, 6:54, 16:64] / 255)
 
 
-def test_fitting_size_is_not_resized(photo, monkeypatch):
+def test_an_image_of_the_right_size_is_not_resized(photo, monkeypatch):
     monkeypatch.setattr(F, "resize_image", None)
     square = photo[:, :, :60]
     expected = (square / 255 - 0.5) / 0.5
     assert torch.allclose(Preprocessing(60)(square), expected, atol=1e-6)
     sizes = {"image_size": 60, "token_size": 60}
-    patches, tokens = two_views(
+    patches, tokens = make_two_views(
         square, make_rng(0, 0, 0), **sizes, scale=(1, 1), hflip=0, color_jitter=0
     )
     assert torch.equal(patches, square) and torch.equal(patches, tokens)
 
 
 def test_interleaved_and_separate_colors_give_the_same(photo):
-    """As decoders lay them out, and as everything else does; cut out of a larger picture, too."""
+    """Decoders interleave colors; an image may also be cut out of a larger one."""
     interleaved = photo.permute(1, 2, 0).contiguous().permute(2, 0, 1)
     assert interleaved.stride() != photo.stride()
-    for preprocessing in (Preprocessing(32), Preprocessing(32, *IMAGENET, resize="crop")):
+    for preprocessing in (Preprocessing(32), Preprocessing(32, *IMAGENET_MEAN_STD, resize="crop")):
         for cut in (slice(None), slice(3, 50)):
             assert torch.equal(
                 preprocessing(interleaved[:, cut, cut]), preprocessing(photo[:, cut, cut])
             )
     one, two = (
-        two_views(image, make_rng(0, 0, 4), image_size=32, token_size=24)
+        make_two_views(image, make_rng(0, 0, 4), image_size=32, token_size=24)
         for image in (photo, interleaved)
     )
     assert torch.equal(one[0], two[0]) and torch.equal(one[1], two[1])
 
 
-def test_fitted_is_what_is_normalised(photo):
-    for preprocessing in (Preprocessing(32), Preprocessing(32, *IMAGENET, resize="crop")):
-        fitted = preprocessing.preprocess(photo)
-        assert fitted.dtype == torch.uint8 and torch.equal(
-            preprocessing(photo), preprocessing.normalize(fitted)
+def test_preprocessed_images_are_normalized(photo):
+    for preprocessing in (Preprocessing(32), Preprocessing(32, *IMAGENET_MEAN_STD, resize="crop")):
+        preprocessed = preprocessing.preprocess(photo)
+        assert preprocessed.dtype == torch.uint8 and torch.equal(
+            preprocessing(photo), preprocessing.normalize(preprocessed)
         )
 
 
 def test_normalize_takes_bytes_and_fractions(photo):
-    preprocessing = Preprocessing(8, *IMAGENET)
-    expected = (photo / 255 - torch.tensor(IMAGENET[0]).view(3, 1, 1)) / torch.tensor(
-        IMAGENET[1]
+    preprocessing = Preprocessing(8, *IMAGENET_MEAN_STD)
+    expected = (photo / 255 - torch.tensor(IMAGENET_MEAN_STD[0]).view(3, 1, 1)) / torch.tensor(
+        IMAGENET_MEAN_STD[1]
     ).view(3, 1, 1)
     before = photo.clone()
     assert torch.allclose(preprocessing.normalize(photo), expected, atol=1e-6)
@@ -97,7 +99,7 @@ def test_normalize_takes_bytes_and_fractions(photo):
 
 
 def test_preprocessing_survives_json():
-    preprocessing = Preprocessing(224, *IMAGENET, resize="crop", crop_pct=0.875)
+    preprocessing = Preprocessing(224, *IMAGENET_MEAN_STD, resize="crop", crop_pct=0.875)
     copy = Preprocessing(**json.loads(json.dumps(dataclasses.asdict(preprocessing))))
     assert copy == preprocessing and hash(copy) == hash(preprocessing)
 
@@ -118,19 +120,19 @@ def test_preprocessing_names_the_wrong_field(wrong):
         Preprocessing(**{"image_size": 32, **wrong})
 
 
-def test_views_share_one_crop(photo):
+def test_both_views_show_the_same_crop(photo):
     for key in range(20):
-        draw = dict(scale=(0.2, 1.0), color_jitter=0.0, hflip=0.5)
-        patches, tokens = two_views(
-            photo, make_rng(0, 0, key), image_size=28, token_size=32, **draw
+        ranges = dict(scale=(0.2, 1.0), color_jitter=0.0, hflip=0.5)
+        patches, tokens = make_two_views(
+            photo, make_rng(0, 0, key), image_size=28, token_size=32, **ranges
         )
         assert patches.shape == (3, 28, 28) and tokens.shape == (3, 32, 32)
         assert patches.dtype == tokens.dtype == torch.uint8
         generator = make_rng(0, 0, key)
-        top, left, tall, wide = transforms._draw_box(
-            photo, generator, draw["scale"], (3 / 4, 4 / 3)
+        top, left, box_height, box_width = transforms._sample_box(
+            photo, generator, ranges["scale"], (3 / 4, 4 / 3)
         )
-        crop = photo[:, top : top + tall, left : left + wide]
+        crop = photo[:, top : top + box_height, left : left + box_width]
         crop = crop.flip(-1) if generator.random() < 0.5 else crop
         for view, size in ((patches, 28), (tokens, 32)):
             assert (view.int() - from_pillow(crop, size).int()).abs().max() <= 2
@@ -139,41 +141,45 @@ def test_views_share_one_crop(photo):
 def test_boxes_stay_inside_and_keep_scale_and_ratio(photo):
     boxes = np.array(
         [
-            transforms._draw_box(photo, make_rng(0, 0, key), (0.2, 1.0), (3 / 4, 4 / 3))
+            transforms._sample_box(photo, make_rng(0, 0, key), (0.2, 1.0), (3 / 4, 4 / 3))
             for key in range(3000)
         ]
     )
-    top, left, tall, wide = boxes.T
-    assert (boxes[:, :2] >= 0).all() and (top + tall).max() == 60 and (left + wide).max() == 80
-    area, shape = tall * wide / 4800, wide / tall
+    top, left, box_height, box_width = boxes.T
+    assert (
+        (boxes[:, :2] >= 0).all()
+        and (top + box_height).max() == 60
+        and (left + box_width).max() == 80
+    )
+    area, shape = box_height * box_width / 4800, box_width / box_height
     assert 0.18 < area.min() < 0.23 and area.max() > 0.95
     assert shape.min() > 0.7 and shape.max() < 1.4 and abs(np.log(shape).mean()) < 0.1
     assert (top == 0).any() and (left == 0).any() and len(np.unique(top)) > 25
 
 
-WHOLE = {
+LARGEST_BOXES = {
     **{(10, 10): (0, 0, 10, 10), (10, 13): (0, 0, 10, 13), (10, 40): (0, 13, 10, 13)},
     **{(40, 10): (13, 0, 13, 10), (1, 1): (0, 0, 1, 1), (1, 9): (0, 4, 1, 1)},
 }
 
 
-@pytest.mark.parametrize("size, expected", WHOLE.items())
-def test_whole_image_keeps_the_ratio(size, expected):
+@pytest.mark.parametrize("size, expected", LARGEST_BOXES.items())
+def test_the_largest_box_keeps_the_ratio(size, expected):
     image = torch.zeros((3, *size), dtype=torch.uint8)
-    assert transforms._draw_box(image, make_rng(0, 0, 0), (1.0, 1.0), (3 / 4, 4 / 3)) == expected
+    assert transforms._sample_box(image, make_rng(0, 0, 0), (1.0, 1.0), (3 / 4, 4 / 3)) == expected
 
 
 def test_one_pixel_and_narrow_images():
     for size in ((1, 1), (1, 50), (50, 1), (2, 3)):
         image = torch.full((3, *size), 200, dtype=torch.uint8)
         for key in range(10):
-            patches, tokens = two_views(
+            patches, tokens = make_two_views(
                 image, make_rng(0, 0, key), image_size=16, token_size=8, color_jitter=0
             )
             assert (patches == 200).all() and tokens.shape == (3, 8, 8)
 
 
-def test_jitter_equals_torchvision(photo):
+def test_color_changes_equal_torchvision(photo):
     operations = (F.adjust_brightness_image, F.adjust_contrast_image, F.adjust_saturation_image)
     seen = set()
     for key in range(12):
@@ -181,36 +187,36 @@ def test_jitter_equals_torchvision(photo):
         order = generator.permutation(3).tolist()
         for change in order:
             expected = operations[change](expected, 0.6 + 0.8 * generator.random())
-        changes = transforms._draw_changes(make_rng(0, 0, key), 0.4)
-        found = transforms._jitter(photo, changes, (0, 0, 60, 80))
-        assert found.dtype == torch.uint8 and (found - expected * 255).abs().max() < 0.6
+        changes = transforms._sample_color_changes(make_rng(0, 0, key), 0.4)
+        changed = transforms._change_colors(photo, changes, (0, 0, 60, 80))
+        assert changed.dtype == torch.uint8 and (changed - expected * 255).abs().max() < 0.6
         assert torch.equal(
-            transforms._jitter(photo, changes, (5, 7, 20, 30)), found[:, 5:25, 7:37]
-        ), "its contrast is the whole picture's"
+            transforms._change_colors(photo, changes, (5, 7, 20, 30)), changed[:, 5:25, 7:37]
+        ), "contrast is that of the whole image"
         seen.add(tuple(order))
     assert len(seen) > 3
 
 
-def test_all_chance_comes_from_the_generator(photo):
-    def views(seed):
-        return two_views(photo, make_rng(seed, 0, "x"), image_size=16, token_size=8)
+def test_all_randomness_comes_from_the_generator(photo):
+    def make_views(seed):
+        return make_two_views(photo, make_rng(seed, 0, "x"), image_size=16, token_size=8)
 
     torch.manual_seed(0)
-    first = views(0)
+    first = make_views(0)
     torch.manual_seed(1)
     np.random.seed(1)
-    assert all(torch.equal(a, b) for a, b in zip(first, views(0), strict=True))
-    assert not torch.equal(first[0], views(1)[0])
+    assert all(torch.equal(a, b) for a, b in zip(first, make_views(0), strict=True))
+    assert not torch.equal(first[0], make_views(1)[0])
 
 
-def test_fine_tuning_crop(photo):
+def test_random_resized_crops(photo):
     crops = [random_resized_crop(photo, make_rng(0, 0, key), image_size=24) for key in range(8)]
     assert all(crop.shape == (3, 24, 24) and crop.dtype == torch.uint8 for crop in crops)
     whole = random_resized_crop(photo, make_rng(0, 0, 0), image_size=24, scale=(1, 1), hflip=0)
     assert (whole.int() - from_pillow(photo, 24).int()).abs().max() <= 1
-    mirrored = random_resized_crop(photo, make_rng(0, 0, 0), image_size=24, scale=(1, 1), hflip=1)
-    assert (mirrored.int() - whole.flip(-1).int()).abs().max() <= 1
-    # Red rises from left to right in the photo, so its order in the crop tells which ones were mirrored.
+    flipped = random_resized_crop(photo, make_rng(0, 0, 0), image_size=24, scale=(1, 1), hflip=1)
+    assert (flipped.int() - whole.flip(-1).int()).abs().max() <= 1
+    # Red rises from left to right in the photo, so its order tells which crops were flipped.
     flips = [
         random_resized_crop(photo, make_rng(1, 0, key), image_size=8)[0].float()
         for key in range(400)
@@ -218,12 +224,12 @@ def test_fine_tuning_crop(photo):
     assert 0.4 < np.mean([(view[:, 0] > view[:, -1]).all().item() for view in flips]) < 0.6
 
 
-def test_transforms_leave_the_image_alone(photo):
+def test_transforms_do_not_write_into_the_image(photo):
     before = photo.clone()
     square = photo[:, :, :60].contiguous()
     for image in (photo, square):
-        two_views(image, make_rng(0, 0, 3), image_size=60, token_size=60)
-        two_views(
+        make_two_views(image, make_rng(0, 0, 3), image_size=60, token_size=60)
+        make_two_views(
             image, make_rng(0, 0, 3), image_size=60, token_size=60, scale=(1, 1), color_jitter=0
         )
         Preprocessing(60)(image)

@@ -1,6 +1,7 @@
 """Records into a root: checked one by one, written aside, moved in place when all splits are whole.
 
-A missing or unreadable image, or an empty text, is counted, named and passed over up to a stated share of the records;
+A missing or unreadable image, or an empty text, is counted, named and passed over up to a stated
+share of the records;
 beyond it nothing is written. Records are not kept in memory.
 """
 
@@ -15,10 +16,11 @@ from typing import Any, BinaryIO
 
 from beit3.data.prepare.formats.files import Expected
 from beit3.data.prepare.statistics import NAMED, Lengths, Survey, describe
-from beit3.data.stores.records import FILES, IMAGES, STORES
+from beit3.data.stores.records import FILE_FIELDS, IMAGE_FIELDS
+from beit3.data.stores.split_files import STORE_SUFFIXES
 from beit3.files import parse_tar_member, read_tar_member
 from beit3.images import find_header_fault
-from beit3.progress import bar
+from beit3.progress import show_progress
 
 __all__ = ["BAD_SHARE", "Lengths", "describe", "find_fault", "image_fault", "write_splits"]
 
@@ -35,10 +37,13 @@ def write_splits(
     lengths: Lengths | None = None,
     bad_share: float = BAD_SHARE,
 ) -> dict[str, Any]:
-    """Write `root/task/source/<split>.jsonl` from (split, record) pairs; image paths become relative to `root`.
+    """Write `root/task/source/<split>.jsonl` from (split, record) pairs; image paths become
+    relative to `root`.
 
-    Returns the report: records per split, the lines of those passed over, and what `Survey` counts: images and their
-    uses, lengths of texts (in words without `lengths`), balance of labels. ValueError beyond `bad_share`; what was there then stays.
+    Returns the report: records per split, the lines of those passed over, and what `Survey` counts:
+    images and their
+    uses, lengths of texts (in words without `lengths`), balance of labels. ValueError beyond
+    `bad_share`; what was there then stays.
     """
     written: Counter[str] = Counter()
     bad: list[str] = []
@@ -48,7 +53,7 @@ def write_splits(
     place = os.path.realpath(root)
     with (
         split_writers(root / task / source, ".jsonl") as file_of,
-        bar(f"{task} {source}: records") as advance,
+        show_progress(f"{task} {source}: records") as advance,
     ):
         for count, (split, record) in enumerate(records, 1):
             advance(count, 0)
@@ -60,7 +65,7 @@ def write_splits(
             # Links resolved first: the system walks ".." from where a link leads.
             record = record | {
                 key: os.path.relpath(os.path.realpath(record[key]), place)
-                for key in FILES
+                for key in FILE_FIELDS
                 if key in record
             }
             file_of(split).write(f"{json.dumps(record, ensure_ascii=False)}\n".encode())
@@ -70,7 +75,8 @@ def write_splits(
     if "lengths" in report and lengths is None:
         train = root / task / source / "train.jsonl"
         report["lengths"]["hint"] = (
-            f"for tokens: beit3 tokenizer train {train} --model {root / 'text.model'}, then prepare again"
+            f"for tokens: beit3 tokenizer train {train} --model {root / 'text.model'}, then "
+            "prepare again"
         )
     return report
 
@@ -90,7 +96,7 @@ def find_fault(record: dict[str, Any], known: dict[str, str]) -> str:
         json.dumps(record, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
         return f"it holds {error.object[error.start]!r}, which is no character: write names and texts in UTF-8"
-    for path in (record[key] for key in IMAGES if key in record):
+    for path in (record[key] for key in IMAGE_FIELDS if key in record):
         if path not in known:
             known[path] = image_fault(
                 path, (record["width"], record["height"]) if "width" in record else None
@@ -101,7 +107,8 @@ def find_fault(record: dict[str, Any], known: dict[str, str]) -> str:
 
 
 def doubled(split: str, record: dict[str, Any], seen: set[tuple[str, str]]) -> str:
-    """'' for a record whose id is new in its held-out split, where predictions are joined to records by it; else why not."""
+    """'' for a record whose id is new in its held-out split, where predictions are joined to
+    records by it; else why not."""
     key = split, str(record.get("id"))
     if split == "train" or key not in seen:
         seen.update([key] if split != "train" else [])
@@ -110,7 +117,8 @@ def doubled(split: str, record: dict[str, Any], seen: set[tuple[str, str]]) -> s
 
 
 def image_fault(path: str, size: tuple[int, int] | None = None) -> str:
-    """'' for an image whose header can be read, and is of this width and height where they are given; else one line with its name."""
+    """'' for an image whose header can be read, and is of this width and height where they are
+    given; else one line with its name."""
     tar, start, length = parse_tar_member(path)
     if not os.path.exists(tar or path):
         return f"image {path} is missing" + (
@@ -127,9 +135,8 @@ def judge(written: Counter[str], bad: list[str], bad_share: float, what: str, go
     total = written.total() + len(bad)
     if len(bad) > bad_share * total:
         raise ValueError(
-            f"{len(bad)} of {total} {what} are unusable, {bad_share:.0%} are allowed, nothing was written: "
-            + "; ".join(bad[:NAMED])
-            + (" ..." if len(bad) > NAMED else "")
+            f"{len(bad)} of {total} {what} are unusable, {bad_share:.0%} are allowed, nothing was "
+            "written: " + "; ".join(bad[:NAMED]) + (" ..." if len(bad) > NAMED else "")
         )
     if not written["train"] and not written["val"]:
         others = f" in train or val, only in {', '.join(written)}" if written.total() else ""
@@ -138,7 +145,8 @@ def judge(written: Counter[str], bad: list[str], bad_share: float, what: str, go
 
 @contextmanager
 def split_writers(folder: Path, ending: str) -> Iterator[Callable[[str], BinaryIO]]:
-    """Gives `file_of(split)`: files aside that take their places at the end, also those of records kept in another way.
+    """Gives `file_of(split)`: files aside that take their places at the end, also those of records
+    kept in another way.
 
     After an error they vanish, and so do new folders.
     """
@@ -157,7 +165,7 @@ def split_writers(folder: Path, ending: str) -> Iterator[Callable[[str], BinaryI
             file.close()
         for split, file in files.items():
             Path(file.name).replace(folder / f"{split}{ending}")
-            for other in STORES:
+            for other in STORE_SUFFIXES:
                 if other != ending:
                     (folder / f"{split}{other}").unlink(missing_ok=True)
     except BaseException:
@@ -172,5 +180,6 @@ def split_writers(folder: Path, ending: str) -> Iterator[Callable[[str], BinaryI
 
 
 def printable(line: str) -> str:
-    """`line` with control characters, line ends and what is no character spelled out: names come from outside."""
+    """`line` with control characters, line ends and what is no character spelled out: names come
+    from outside."""
     return "".join(each if each.isprintable() else repr(each)[1:-1] for each in line)

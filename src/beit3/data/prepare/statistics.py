@@ -1,6 +1,8 @@
-"""What a prepared source holds, counted while its records pass: images and their uses, texts, vocabulary, labels.
+"""What a prepared source holds, counted while its records pass: images and their uses, texts,
+vocabulary, labels.
 
-`Survey.report` is the JSON that `prepare` returns, `describe` the same for people. Memory grows with the images only.
+`Survey.report` is the JSON that `prepare` returns, `describe` the same for people. Memory grows
+with the images only.
 """
 
 from collections import Counter
@@ -8,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from beit3.data.stores.records import IMAGES
+from beit3.data.stores.records import IMAGE_FIELDS
 
 BINS = 10
 BAR = 40
@@ -22,8 +24,10 @@ FEW_LABELS = 5
 class Lengths:
     """How texts are measured: in tokens, as the task reads them.
 
-    pieces: a text's ids without begin and end mark; marks: how many marks are added. limit: tokens at which the task cuts
-    a text, marks included; 0 = it does not. unk: the id of an unknown character. num_pieces: ids that `pieces` can give
+    pieces: a text's ids without begin and end mark; marks: how many marks are added. limit: tokens
+    at which the task cuts
+    a text, marks included; 0 = it does not. unk: the id of an unknown character. num_pieces: ids
+    that `pieces` can give
     beside `unk`.
     """
 
@@ -47,7 +51,7 @@ class Survey:
 
     def add(self, record: Mapping[str, Any]) -> None:
         self.uses.update(
-            {record[key] for key in IMAGES if key in record}
+            {record[key] for key in IMAGE_FIELDS if key in record}
         )  # NLVR1's two are one file
         if "label" in record:
             self.labels[record["label"]] += 1
@@ -65,7 +69,8 @@ class Survey:
         self.seen.update(pieces)
 
     def texts(self) -> dict[str, Any]:
-        """What was counted of texts, as JSON, for `take` of another survey with the same `lengths`."""
+        """What was counted of texts, as JSON, for `take` of another survey with the same
+        `lengths`."""
         return {
             "sizes": [*self.sizes.items()],
             "tokens": self.tokens,
@@ -81,7 +86,8 @@ class Survey:
         self.seen.update(texts["seen"])
 
     def report(self) -> dict[str, Any]:
-        """`images`, `labels` and `lengths`, each where there are some; shares are between 0 and 1."""
+        """`images`, `labels` and `lengths`, each where there are some; shares are between 0 and
+        1."""
         report: dict[str, Any] = {}
         if self.uses:
             uses = Counter(self.uses.values())
@@ -111,7 +117,8 @@ class Survey:
         return report
 
     def _tokens(self) -> dict[str, Any]:
-        """What only a tokenizer tells: the share of texts that are cut, of unknown tokens, and of pieces that occur."""
+        """What only a tokenizer tells: the share of texts that are cut, of unknown tokens, and of
+        pieces that occur."""
         if self.lengths is None:
             return {}
         limit = self.lengths.limit
@@ -136,7 +143,8 @@ def quantile(counts: Counter[int], share: float) -> int:
 
 
 def histogram(sizes: Counter[int]) -> dict[str, int]:
-    """ "first-last" -> count in bins of one width up to the 99th percentile; the last bin takes all that is longer."""
+    """ "first-last" -> count in bins of one width up to the 99th percentile; the last bin takes all
+    that is longer."""
     low, high = min(sizes), quantile(sizes, 0.99)
     width = max(1, -(-(high + 1 - low) // BINS))
     counts: Counter[int] = Counter()
@@ -150,7 +158,8 @@ def histogram(sizes: Counter[int]) -> dict[str, int]:
 
 
 def describe(report: Mapping[str, Any]) -> str:
-    """A report as lines for people: a table of what is there, a picture of the lengths, and what was passed over."""
+    """A report as lines for people: a table of what is there, a picture of the lengths, and what
+    was passed over."""
     rows = [(split, f"{count:,}") for split, count in report.get("records", {}).items()]
     rows += [
         (name.replace("_", " "), str(value))
@@ -162,7 +171,8 @@ def describe(report: Mapping[str, Any]) -> str:
         rows.append(
             (
                 "images",
-                f"{images['distinct']:,} distinct; uses of one: median {images['median_uses']}, most {images['most_uses']}",
+                f"{images['distinct']:,} distinct; uses of one: median {images['median_uses']}, "
+                f"most {images['most_uses']}",
             )
         )
     if "labels" in report:
@@ -191,13 +201,15 @@ def _length_rows(lengths: Mapping[str, Any]) -> list[tuple[str, str]]:
             rows.append(
                 (
                     "",
-                    f"{lengths['cut']:.1%} are longer than {lengths['limit']} {unit} and will be cut",
+                    f"{lengths['cut']:.1%} are longer than {lengths['limit']} {unit} and will be "
+                    "cut",
                 )
             )
         rows.append(
             (
                 "vocabulary",
-                f"{lengths['pieces_seen']:.1%} of {lengths['pieces']:,} pieces occur, {lengths['unknown']:.2%} unknown",
+                f"{lengths['pieces_seen']:.1%} of {lengths['pieces']:,} pieces occur, "
+                f"{lengths['unknown']:.2%} unknown",
             )
         )
     return rows

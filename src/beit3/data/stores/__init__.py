@@ -1,1 +1,1 @@
-"""Where records lie: JSON lines, tars, arrays of token ids, upstream's index files, and predictions."""
+"""Files with records: JSON lines, tars, token ids, the release's index files; and predictions."""

@@ -1,8 +1,9 @@
-"""Texts as piece ids in memory-mapped arrays: what `beit3 prepare pretrain --source texts` writes of corpora of any size.
+"""Token ids of texts in memory-mapped arrays, for corpora of any size.
 
-`<split>.tokens` is a small JSON file that names the folder of the arrays beside it and the tokenizer; the folder holds
-`<split>.ids.npy` (uint16, or uint32 for large vocabularies), `<split>.records.npy` (RECORD) and `<split>.names.npy` (bytes).
-Shapes: index -> record {id, text: list of ids without marks}.
+`beit3 prepare pretrain --source texts` writes them. `<split>.tokens` is a small JSON file. It names
+the text tokenizer and a directory beside it with three arrays: `<split>.ids.npy` (uint16, or uint32
+for large vocabularies), `<split>.records.npy` (RECORD_DTYPE) and `<split>.names.npy` (bytes).
+A record is {"id": "file:number", "text": list of token ids without special tokens}.
 """
 
 import json
@@ -14,76 +15,78 @@ from typing import Any
 
 import numpy as np
 
-ENDING = ".tokens"
+SUFFIX = ".tokens"
 FORMAT = 1
 
-RECORD = np.dtype([("start", "<u8"), ("name", "<u8"), ("size", "<u4"), ("number", "<u4")])
-"""Where a record begins in `ids` and how long it is; where its file's name begins in `names`, ended by a zero; its number there."""
+RECORD_DTYPE = np.dtype([("start", "<u8"), ("name", "<u8"), ("size", "<u4"), ("number", "<u4")])
+"""Start and size of a record in `ids`; start of its file's name in `names`, which ends with a zero
+byte; and its number within that file."""
 
-ARRAYS = {"ids": None, "records": RECORD, "names": np.dtype("u1")}
-"""Arrays of a split and their types; that of ids goes by the vocabulary."""
+ARRAY_DTYPES = {"ids": None, "records": RECORD_DTYPE, "names": np.dtype("u1")}
+"""Arrays of a split and their types. The type of the ids depends on the vocabulary."""
 
-RUN = 256
-"""Neighbouring records that an epoch keeps near each other: 256 KB of a disk, or part of a book."""
+RUN_LENGTH = 256
+"""Number of neighboring records that an epoch keeps together: 256 KB of disk, or part of a book."""
 
-LONGEST_NAME = 1 << 13
-"""Bytes; systems allow 4096."""
+MAX_NAME_BYTES = 1 << 13
+"""Longest name of a file; systems allow 4096 bytes."""
 
 
 @dataclass(frozen=True)
-class About:
-    """What `<split>.tokens` says."""
+class TokensHeader:
+    """The content of `<split>.tokens`."""
 
     arrays: str
-    """Folder of the arrays, beside the file."""
+    """Name of the directory of the arrays, beside the file."""
     tokenizer: str
-    """SHA-256 of the text tokenizer that gave the ids."""
+    """SHA-256 of the text tokenizer that made the ids."""
     vocab_size: int
     pack: int
-    """Tokens of the longest record, marks included."""
+    """Number of tokens of the longest record, special tokens included."""
     ids: int
+    """Length of this array, as the next two."""
     records: int
     names: int
-    """Lengths of the three arrays."""
     format: int = FORMAT
 
-    def dtype(self, name: str) -> np.dtype:
-        return ARRAYS[name] or np.dtype("<u2" if self.vocab_size <= 1 << 16 else "<u4")
+    def get_dtype(self, name: str) -> np.dtype:
+        """Returns the type of an array."""
+        return ARRAY_DTYPES[name] or np.dtype("<u2" if self.vocab_size <= 1 << 16 else "<u4")
 
-    def json(self) -> str:
+    def to_json(self) -> str:
+        """Returns the header as the text of its file."""
         return json.dumps(asdict(self), indent=1) + "\n"
 
 
 class Tokens:
-    """The records of one `.tokens` file, by index: {"id": "file:number", "text": [ids without begin and end mark]}.
+    """The records of one `.tokens` file, by index: {"id": "file:number", "text": token ids}.
 
-    Reads as `Records` does: `len`, `[index]`, iteration; safe in loader workers, processes and threads. Opening maps the
-    arrays and reads none of them, so that 160 GB take a millisecond and no memory; pickled, it is its path. `tokenizer`
-    is the digest of the text tokenizer that gave the ids: whoever reads with another must refuse. ValueError when the
-    file is absent, no such file, or its arrays are cut.
+    Instances may be used in loader workers, processes and threads; pickled, they are their path.
+    Opening maps the arrays without reading them: 160 GB take a millisecond and no memory. Whoever
+    reads with a text tokenizer whose digest is not `tokenizer_digest` must refuse the file. Raises
+    ValueError when the file is absent or malformed, or its arrays are truncated.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self.about = read_about(self.path)
-        self.tokenizer = self.about.tokenizer
-        self._ids, self._records, self._names = (self._open(name) for name in ARRAYS)
+        self.header = read_tokens_header(self.path)
+        self._ids, self._records, self._names = (self._open_array(name) for name in ARRAY_DTYPES)
 
     def __len__(self) -> int:
-        return self.about.records
+        return self.header.records
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         index = operator.index(index)
         if not -len(self) <= index < len(self):
             raise IndexError(f"record {index} of {len(self)} in {self.path}")
-        start, name, size, number = self._records[index].item()
-        file = self._names[name : name + LONGEST_NAME].tobytes().partition(b"\0")[0].decode()
-        return {"id": f"{file}:{number}", "text": self._ids[start : start + size].tolist()}
-
-    @property
-    def runs(self) -> np.ndarray:
-        """Records of neighbouring ones that are read about the same time, as the loader's order of shards takes them."""
-        return np.diff([*range(0, len(self), RUN), len(self)])
+        start, name_start, size, number = self._records[index].item()
+        name, _, _ = (
+            self._names[name_start : name_start + MAX_NAME_BYTES].tobytes().partition(b"\0")
+        )
+        return {
+            "id": f"{name.decode()}:{number}",
+            "text": self._ids[start : start + size].tolist(),
+        }
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         return (self[index] for index in range(len(self)))
@@ -91,34 +94,45 @@ class Tokens:
     def __reduce__(self) -> tuple[type["Tokens"], tuple[Path]]:
         return Tokens, (self.path,)
 
-    def _open(self, name: str) -> np.ndarray:
-        path = self.path.parent / self.about.arrays / f"{self.path.stem}.{name}.npy"
+    @property
+    def tokenizer_digest(self) -> str:
+        """SHA-256 of the text tokenizer that made the ids."""
+        return self.header.tokenizer
+
+    @property
+    def run_lengths(self) -> np.ndarray:
+        """Number of records in each run of neighbors that are read at about the same time."""
+        return np.diff([*range(0, len(self), RUN_LENGTH), len(self)])
+
+    def _open_array(self, name: str) -> np.ndarray:
+        path = self.path.parent / self.header.arrays / f"{self.path.stem}.{name}.npy"
         try:
             array = np.load(path, mmap_mode="r", allow_pickle=False)
         except (OSError, EOFError, ValueError) as error:
             raise ValueError(
                 f"{path} cannot be read ({error}): run `beit3 prepare` again"
             ) from None
-        expected = self.about.dtype(name), (getattr(self.about, name),)
+        expected = self.header.get_dtype(name), (getattr(self.header, name),)
         if (array.dtype, array.shape) != expected:
             raise ValueError(
-                f"{path} is not the one that {self.path} was written with: run `beit3 prepare` again"
+                f"{path} is not the one that {self.path} was written with: "
+                "run `beit3 prepare` again"
             )
-        return array.view(np.ndarray)  # of the same pages; its slices are made faster
+        return array.view(np.ndarray)  # the same memory; slicing it is faster than a memmap
 
 
-def read_about(path: Path) -> About:
-    """What a `.tokens` file says; ValueError where it is absent or none."""
+def read_tokens_header(path: Path) -> TokensHeader:
+    """Reads a `.tokens` file. Raises ValueError when it is absent or malformed."""
     try:
-        about = About(**json.loads(path.read_text(encoding="utf-8")))
-        if about.format != FORMAT:
-            raise ValueError(f"format {about.format}, not {FORMAT}")
-        if Path(about.arrays).name != about.arrays:
-            raise ValueError(f"arrays {about.arrays!r} are not beside it")
+        header = TokensHeader(**json.loads(path.read_text(encoding="utf-8")))
+        if header.format != FORMAT:
+            raise ValueError(f"format {header.format}, not {FORMAT}")
+        if Path(header.arrays).name != header.arrays:
+            raise ValueError(f"arrays {header.arrays!r} are not beside it")
     except OSError:
         raise ValueError(f"no records at {path}: write them with `beit3 prepare`") from None
     except (TypeError, ValueError) as error:
         raise ValueError(
             f"{path} is no index of tokens ({error}): run `beit3 prepare` again"
         ) from None
-    return about
+    return header

@@ -1,8 +1,10 @@
-"""Upstream's jsonl index files as they are: each line (for evaluation, each image) translated to our record when it is read.
+"""Index files of the BEiT-3 release, read as they are.
 
-`text_segment` stays a list of piece ids (null in caption files), `image_path` is relative to the root as ours is. Which
-file serves which split is in `beit3.data.stores.records`. Beside the index files lie VQA's answer2label.txt and the references of
-captions: coco_karpathy_{val,test}_gt.json, nocaps_val_4500_captions.json.
+Each line of such a .jsonl file (in evaluation of retrieval, each image) is converted to a record
+of ours when it is read. `text_segment` stays a list of piece ids, and is null in files of captions.
+`image_path` is relative to the root, as our paths are. `beit3.data.stores.split_files` says which
+file holds which split. Beside the index files lie VQA's answer2label.txt and the references of
+captions: coco_karpathy_{val,test}_gt.json and nocaps_val_4500_captions.json.
 """
 
 from collections.abc import Callable
@@ -17,171 +19,187 @@ from beit3.files import read_json
 
 Record: TypeAlias = dict[str, Any]
 
-# VQA's val without the images of rest_val belongs to training, as soon as rest_val is what is scored.
-JOINED = ("vqa.train.jsonl", "vqa.trainable_val.jsonl", "vqa.rest_val.jsonl")
-ANSWERS = "answer2label.txt"
-REFERENCES = {
+# With these three files, VQA's val is rest_val, and the images of val outside it are for training.
+VQA_TRAIN_FILES = ("vqa.train.jsonl", "vqa.trainable_val.jsonl")
+VQA_REST_VAL_FILE = "vqa.rest_val.jsonl"
+VQA_ANSWERS_FILE = "answer2label.txt"
+
+CAPTION_FILES = {
     "coco_captioning": "coco_karpathy_{}_gt.json",
     "nocaps": "nocaps_{}_4500_captions.json",
 }
 
 
-class Index:
-    """The records of an index file, by index. Retrieval's lines of val and test are grouped to one record per image.
+class UpstreamIndex:
+    """The records of an index file, by index.
 
-    ValueError naming file and line for what is not as upstream writes it.
+    Retrieval's lines in val and test are grouped to one record per image. Raises ValueError naming
+    file and line for content that is not as the release writes it.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.kind, self.split = path.name.split(".")[:2]
         self.files = [Records(path)]
-        if path.name == JOINED[0] and all(path.with_name(name).is_file() for name in JOINED[1:]):
-            self.files.append(Records(path.with_name(JOINED[1])))
-        self.groups = (
-            self._by_image()
-            if self.kind in ("coco_retrieval", "flickr30k") and self.split != "train"
-            else None
-        )
-        self.answers = _answers(path.with_name(ANSWERS)) if self.kind == "vqa" else {}
-        self.captions = (
-            _references(path.with_name(REFERENCES[self.kind].format(self.split)))
-            if self.kind in REFERENCES
-            else {}
-        )
+        if path.name == VQA_TRAIN_FILES[0]:
+            others = [path.with_name(name) for name in (*VQA_TRAIN_FILES[1:], VQA_REST_VAL_FILE)]
+            if all(other.is_file() for other in others):
+                self.files.append(Records(others[0]))
+        self.groups: list[list[int]] | None = None
+        """Lines of each image where a record is an image, else None."""
+        if self.kind in ("coco_retrieval", "flickr30k") and self.split != "train":
+            self.groups = self._group_by_image()
+        self.answers: dict[int, str] = {}
+        """VQA's answers by label."""
+        if self.kind == "vqa":
+            self.answers = _read_answers(path.with_name(VQA_ANSWERS_FILE))
+        self.captions: dict[int, list[str]] = {}
+        """Reference captions by image id."""
+        if self.kind in CAPTION_FILES:
+            captions_file = CAPTION_FILES[self.kind].format(self.split)
+            self.captions = _read_captions(path.with_name(captions_file))
 
     def __len__(self) -> int:
         return sum(map(len, self.files)) if self.groups is None else len(self.groups)
 
     def __getitem__(self, index: int) -> Record:
         if self.groups is not None:
-            rows = [self._row(line) for line in self.groups[index]]
-            return _of_image(*rows[0]) | {"captions": [_text(row, where) for row, where in rows]}
-        record = TRANSLATE[self.kind](self, *self._row(index))
-        # The captions of one image share its number.
-        return (
-            record | {"id": f"{record['id']}#{index}"}
-            if record.keys() >= {"image_id", "text"}
-            else record
-        )
+            lines = [self._read_line(line) for line in self.groups[index]]
+            record = _convert_image(*lines[0])
+            return record | {"captions": [_get_text(line, location) for line, location in lines]}
+        record = CONVERTERS[self.kind](self, *self._read_line(index))
+        if "image_id" in record and "text" in record:
+            # The captions of one image share its number.
+            record["id"] = f"{record['id']}#{index}"
+        return record
 
-    def _row(self, index: int) -> tuple[Record, str]:
-        """A line and its name for errors."""
+    def _read_line(self, index: int) -> tuple[Record, str]:
+        """Returns a line and its location for error messages."""
         for records in self.files:
             if index < len(records):
                 return records[index], f"{records.path} line {index + 1}"
             index -= len(records)
         raise IndexError(f"record {index} beyond {self.path}")
 
-    def _by_image(self) -> list[list[int]]:
-        """Lines of each image, in the order of their first."""
+    def _group_by_image(self) -> list[list[int]]:
+        """Returns the lines of each image; images come in the order of their first lines."""
         groups: dict[int, list[int]] = {}
-        for line in range(len(self.files[0])):
-            row, where = self._row(line)
-            groups.setdefault(field(row, "image_id", int, where), []).append(line)
+        for index in range(len(self.files[0])):
+            line, location = self._read_line(index)
+            groups.setdefault(field(line, "image_id", int, location), []).append(index)
         return list(groups.values())
 
 
-def is_index(path: Path) -> bool:
-    """Whether a file is called as upstream's index files are: vqa.train.jsonl, nlvr2.dev.index.jsonl ..."""
-    return path.name.count(".") > 1 and path.name.partition(".")[0] in TRANSLATE
+def is_upstream_index(path: Path) -> bool:
+    """Whether a file has the name of an index file: vqa.train.jsonl, nlvr2.dev.index.jsonl ..."""
+    return path.name.count(".") > 1 and path.name.partition(".")[0] in CONVERTERS
 
 
-def _question(index: Index, row: Record, where: str) -> Record:
-    """{id, image, text, answers: {answer: score}}; answers {} in the tests."""
+# Lines to records -----------------------------------------------------------------------------
+
+
+def _convert_question(index: UpstreamIndex, line: Record, location: str) -> Record:
+    """Returns {id, image, text, answers: {answer: score}}; the test splits have no answers."""
     record = {
-        "id": str(field(row, "qid", int, where)),
-        "image": field(row, "image_path", str, where),
-        "text": _text(row, where),
+        "id": str(field(line, "qid", int, location)),
+        "image": field(line, "image_path", str, location),
+        "text": _get_text(line, location),
+        "answers": {},
     }
-    if "labels" not in row:
-        return record | {"answers": {}}
-    labels, scores = field(row, "labels", list, where), field(row, "scores", list, where)
-    unknown = [
-        label for label in labels if not isinstance(label, int) or label not in index.answers
-    ]
-    if unknown or len(labels) != len(scores):
-        wrong = (
-            f"label {unknown[0]}, which {ANSWERS} beside it does not name"
-            if unknown
-            else f"{len(labels)} labels, {len(scores)} scores"
+    if "labels" not in line:
+        return record
+    labels = field(line, "labels", list, location)
+    scores = field(line, "scores", list, location)
+    fault = ""
+    if len(labels) != len(scores):
+        fault = f"{len(labels)} labels, {len(scores)} scores"
+    for label in labels:
+        if not isinstance(label, int) or label not in index.answers:
+            fault = f"label {label}, which {VQA_ANSWERS_FILE} beside it does not name"
+            break
+    if fault:
+        raise ValueError(
+            f"{location} has {fault}: put the {VQA_ANSWERS_FILE} that was written with it beside it"
         )
-        raise ValueError(f"{where} has {wrong}: put the {ANSWERS} that was written with it there")
-    return record | {
-        "answers": {
-            index.answers[label]: score for label, score in zip(labels, scores, strict=True)
-        }
-    }
+    names = [index.answers[label] for label in labels]
+    return record | {"answers": dict(zip(names, scores, strict=True))}
 
 
-def _statement(index: Index, row: Record, where: str) -> Record:
-    """{id, image, image2, text, label, group}."""
-    identifier = field(row, "identifier", str, where)
-    images = {
-        "image": field(row, "image_path", str, where),
-        "image2": field(row, "image2_path", str, where),
-    }
-    label = {"label": field(row, "label", int, where)} if "label" in row else {}
-    return {
+def _convert_statement(index: UpstreamIndex, line: Record, location: str) -> Record:
+    """Returns {id, image, image2, text, label, group}, without label where the line has none."""
+    identifier = field(line, "identifier", str, location)
+    record = {
         "id": identifier,
-        **images,
-        "text": _text(row, where),
-        **label,
-        "group": sentence_of(identifier),
+        "image": field(line, "image_path", str, location),
+        "image2": field(line, "image2_path", str, location),
+        "text": _get_text(line, location),
     }
+    if "label" in line:
+        record["label"] = field(line, "label", int, location)
+    return record | {"group": sentence_of(identifier)}
 
 
-def _captioned(index: Index, row: Record, where: str) -> Record:
-    """{id, image, image_id, text} of a caption; {id, image, image_id, captions} of an image without one."""
-    record = _of_image(row, where)
-    if row.get("text_segment") is None:
+def _convert_caption(index: UpstreamIndex, line: Record, location: str) -> Record:
+    """Returns {id, image, image_id} and the text of a caption, or captions of an image without."""
+    record = _convert_image(line, location)
+    if line.get("text_segment") is None:
         return record | {"captions": index.captions.get(record["image_id"], [])}
-    return record | {"text": _text(row, where)}
+    return record | {"text": _get_text(line, location)}
 
 
-def _classified(index: Index, row: Record, where: str) -> Record:
-    """{id: image_path, image, label}."""
-    image = field(row, "image_path", str, where)
-    return {"id": image, "image": image, "label": field(row, "label", int, where)}
+def _convert_class(index: UpstreamIndex, line: Record, location: str) -> Record:
+    """Returns {id, image, label} with the image's path as id."""
+    image = field(line, "image_path", str, location)
+    return {"id": image, "image": image, "label": field(line, "label", int, location)}
 
 
-TRANSLATE: dict[str, Callable[[Index, Record, str], Record]] = {
-    "vqa": _question,
-    "nlvr2": _statement,
-    "coco_retrieval": _captioned,
-    "flickr30k": _captioned,
-    "coco_captioning": _captioned,
-    "nocaps": _captioned,
-    "imagenet": _classified,
+CONVERTERS: dict[str, Callable[[UpstreamIndex, Record, str], Record]] = {
+    "vqa": _convert_question,
+    "nlvr2": _convert_statement,
+    "coco_retrieval": _convert_caption,
+    "flickr30k": _convert_caption,
+    "coco_captioning": _convert_caption,
+    "nocaps": _convert_caption,
+    "imagenet": _convert_class,
 }
-"""First part of a file's name -> what makes a record of (index, line, its name for errors)."""
+"""First part of a file's name -> function of (index, line, location) that returns a record."""
 
 
-def _of_image(row: Record, where: str) -> Record:
-    id = field(row, "image_id", int, where)
-    return {"id": str(id), "image": field(row, "image_path", str, where), "image_id": id}
-
-
-def _text(row: Record, where: str) -> str | list[int]:
-    text = row.get("text_segment")
-    if isinstance(text, str) or (
-        isinstance(text, list) and text and all(isinstance(id, int) for id in text)
-    ):
-        return text
-    raise ValueError(f"{where} has text_segment {str(text)[:40]}: it should be a list of piece ids")
-
-
-def _answers(file: Path) -> dict[int, str]:
-    """Label -> answer; {} where the file is absent."""
-    rows = enumerate(Records(file) if file.is_file() else (), 1)
+def _convert_image(line: Record, location: str) -> Record:
+    """Returns {id, image, image_id}."""
+    image_id = field(line, "image_id", int, location)
     return {
-        field(row, "label", int, f"{file} line {line}"): field(
-            row, "answer", str, f"{file} line {line}"
-        )
-        for line, row in rows
+        "id": str(image_id),
+        "image": field(line, "image_path", str, location),
+        "image_id": image_id,
     }
 
 
-def _references(file: Path) -> dict[int, list[str]]:
-    """image_id -> captions; {} where the file is absent."""
-    return captions_by_image(read_json(file), file) if file.is_file() else {}
+def _get_text(line: Record, location: str) -> str | list[int]:
+    """Returns `text_segment`: a list of piece ids, or a string in files that others wrote."""
+    text = line.get("text_segment")
+    if isinstance(text, str):
+        return text
+    if isinstance(text, list) and text and all(isinstance(id, int) for id in text):
+        return text
+    raise ValueError(
+        f"{location} has text_segment {str(text)[:40]}: it should be a list of piece ids"
+    )
+
+
+# Files beside the index -----------------------------------------------------------------------
+
+
+def _read_answers(path: Path) -> dict[int, str]:
+    """Returns label -> answer, empty where the file is absent."""
+    answers: dict[int, str] = {}
+    for number, line in enumerate(Records(path) if path.is_file() else (), 1):
+        location = f"{path} line {number}"
+        label = field(line, "label", int, location)
+        answers[label] = field(line, "answer", str, location)
+    return answers
+
+
+def _read_captions(path: Path) -> dict[int, list[str]]:
+    """Returns image id -> captions, empty where the file is absent."""
+    return captions_by_image(read_json(path), path) if path.is_file() else {}

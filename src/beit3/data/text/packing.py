@@ -1,7 +1,8 @@
-"""Documents -> records of full length: the pieces of a document's words in their order, as many as fit.
+"""Packs documents into records of full length: the token ids of a document's words, in order.
 
-A record never mixes two documents, and a document never loses or repeats a piece. Shapes: a text file, or a
-string opened as one -> the ids of each record as bytes of unsigned integers, begin and end marks not among them.
+A record never mixes two documents, and a document never loses or repeats a token. A document is a
+text file that is open for reading. A record is the ids of its tokens as the bytes of unsigned
+integers, without the special tokens around a text.
 """
 
 import re
@@ -11,140 +12,176 @@ from collections.abc import Callable, Iterator
 from itertools import accumulate
 from typing import TextIO
 
-MARKS = 2
-"""Tokens around every text: its begin and its end."""
+NUM_SPECIAL_TOKENS = 2
+"""Number of special tokens around every text: `<s>` and `</s>`."""
 
-FULL = 0.9
-"""A record ends with a sentence that ends beyond this share of its room, else between any two words.
+MIN_FILL = 0.9
+"""A record ends with a sentence beyond this fraction of its length, else between any two words.
 
-Ending with whole sentences alone left 5 to 13 % of 512 tokens empty in novels and verse, 20 % of 64.
+Ending at sentences alone left 5 to 13 % of 512 tokens empty in novels and verse, 20 % of 64.
 """
-SENTENCE_END, CLOSING = (".", "!", "?", "…"), "\"'”’»)]"
+
+SENTENCE_END = (".", "!", "?", "…")
+CLOSING_MARKS = "\"'”’»)]"
+"""Characters that may follow the end of a sentence."""
+
 BLANK_LINE = re.compile(r"\n\s*\n")
 
-BLOCK = 1 << 20
-"""Characters of a document that are read at once; in memory are those and one record."""
-LONGEST_WORD = 1 << 13
-"""Characters that are tokenized at once; of a longer word (a coded file, a book without spaces) each so many are a word."""
+BLOCK_LENGTH = 1 << 20
+"""Number of characters of a document that are read at once. They and one record are in memory."""
 
-KEPT_LETTERS, KEPT_WORDS = 32, 1 << 18
-"""Words whose ids are remembered: at most so long and so many, which is about 50 MB.
+MAX_WORD_LENGTH = 1 << 13
+"""Number of characters that are tokenized at once. A longer word (an encoded file, a book without
+spaces) is divided into parts of this length."""
 
-Words recur: of 1.5 million in 9 MB of books 65,000 are different.
+MAX_CACHED_LETTERS = 32
+"""Length of the longest word whose ids are cached."""
+
+MAX_CACHED_WORDS = 1 << 18
+"""Number of words whose ids are cached, which takes about 50 MB.
+
+Words recur: of 1.5 million in 9 MB of books, 65,000 are different.
 """
 
 
 class Packer:
-    """Cuts documents into records of at most `length` tokens, marks included. ValueError for a length without room for text.
+    """Cuts documents into records of at most `length` tokens, special tokens included.
 
-    pieces: a word's ids without marks. typecode: "H" for ids below 65536, "I" for larger ones, as in `array`.
+    Args:
+        encode: Returns the token ids of a word, without special tokens.
+        length: Number of tokens of the longest record.
+        typecode: Type of the ids as in `array`: "H" for ids below 65536, "I" for larger ones.
+
+    Raises:
+        ValueError: The length leaves no room for text.
     """
 
     def __init__(
-        self, pieces: Callable[[str], list[int]], length: int, *, typecode: str = "H"
+        self, encode: Callable[[str], list[int]], length: int, *, typecode: str = "H"
     ) -> None:
-        if length <= MARKS:
+        if length <= NUM_SPECIAL_TOKENS:
             raise ValueError(
-                f"pack {length} leaves no room between begin and end mark: use 512, or 0 for one record a paragraph"
+                f"pack {length} leaves no room between <s> and </s>: "
+                "use 512, or 0 for one record a paragraph"
             )
-        self.ids_of = _WordIds(pieces, typecode)
-        self.room = (length - MARKS) * array(typecode).itemsize  # in bytes, as all sizes here
+        self.word_ids = _WordIds(encode, typecode)
+        self.max_bytes = (length - NUM_SPECIAL_TOKENS) * array(typecode).itemsize
+        """Size of the longest record. All sizes below are in bytes, too."""
 
-    def records(self, document: TextIO) -> Iterator[bytes]:
-        """The ids of each record of `document`; none where nothing in it is visible."""
-        waiting = _Words([], [], set())
-        for block in blocks(document):
-            self._add(waiting, block)
-            done = 0
-            for end in self._ends(waiting):
-                yield b"".join(waiting.ids[done:end])
-                done = end
-            waiting = waiting.behind(done)
-        if rest := b"".join(waiting.ids):
-            yield rest
+    def pack(self, document: TextIO) -> Iterator[bytes]:
+        """Yields the ids of each record of `document`; none if it has no visible characters."""
+        pending = _Words([], [], set())
+        for block in read_blocks(document):
+            self._append_words(pending, block)
+            start = 0
+            for end in self._find_ends(pending):
+                yield b"".join(pending.ids[start:end])
+                start = end
+            pending = pending.drop(start)
+        if remainder := b"".join(pending.ids):
+            yield remainder
 
-    def _add(self, waiting: "_Words", block: str) -> None:
-        """The words of `block` join those that wait, those beyond `room` in parts, which are words without letters but for the last."""
-        first, *others = BLANK_LINE.split(block)
-        words, paragraphs = first.split(), set()
-        for paragraph in others:
-            paragraphs.add(len(words))
-            words += paragraph.split()
-        ids = [*map(self.ids_of.__getitem__, words)]
-        if max(map(len, ids), default=0) <= self.room:
-            waiting.paragraphs |= {len(waiting.texts) + place for place in paragraphs}
-            waiting.texts += words
-            waiting.ids += ids
+    def _append_words(self, pending: "_Words", block: str) -> None:
+        """Appends the words of `block` to those that wait for their record."""
+        first, *paragraphs = BLANK_LINE.split(block)
+        texts = first.split()
+        paragraph_starts = set()
+        for paragraph in paragraphs:
+            paragraph_starts.add(len(texts))
+            texts += paragraph.split()
+        ids = [*map(self.word_ids.__getitem__, texts)]
+        if max(map(len, ids), default=0) <= self.max_bytes:
+            offset = len(pending.texts)
+            pending.paragraph_starts |= {offset + start for start in paragraph_starts}
+            pending.texts += texts
+            pending.ids += ids
             return
-        for place, (word, found) in enumerate(zip(words, ids, strict=True)):
-            parts = [found[at : at + self.room] for at in range(0, len(found), self.room)]
-            waiting.paragraphs |= {len(waiting.texts)} if place in paragraphs else set()
-            waiting.texts += ["" for _ in parts[1:]] + [word for _ in parts[:1]]
-            waiting.ids += parts
+        # A word that does not fit is divided. Its parts are words without letters but for the last.
+        for index, (text, own_ids) in enumerate(zip(texts, ids, strict=True)):
+            starts = range(0, len(own_ids), self.max_bytes)
+            parts = [own_ids[start : start + self.max_bytes] for start in starts]
+            if index in paragraph_starts:
+                pending.paragraph_starts.add(len(pending.texts))
+            if parts:
+                pending.texts += [""] * (len(parts) - 1) + [text]
+            pending.ids += parts
 
-    def _ends(self, waiting: "_Words") -> Iterator[int]:
-        """How many words end each record that cannot grow: up to a sentence's end beyond FULL, else all that fit."""
-        sizes = [*accumulate(map(len, waiting.ids))]
-        first = before = 0
-        while sizes and sizes[-1] - before > self.room:
-            fit = bisect_right(sizes, before + self.room, lo=first)
-            least = bisect_left(sizes, before + FULL * self.room, lo=first, hi=fit)
-            first = next((end for end in range(fit, least, -1) if waiting.starts(end)), fit)
-            before = sizes[first - 1]
-            yield first
+    def _find_ends(self, pending: "_Words") -> Iterator[int]:
+        """Yields after how many words each record ends that cannot grow.
+
+        It ends with the last sentence that ends beyond MIN_FILL, else with the last word that fits.
+        """
+        sizes = [*accumulate(map(len, pending.ids))]
+        end = start_size = 0
+        while sizes and sizes[-1] - start_size > self.max_bytes:
+            last = bisect_right(sizes, start_size + self.max_bytes, lo=end)
+            least = bisect_left(sizes, start_size + MIN_FILL * self.max_bytes, lo=end, hi=last)
+            sentence_ends = (
+                count for count in range(last, least, -1) if pending.starts_sentence(count)
+            )
+            end = next(sentence_ends, last)
+            start_size = sizes[end - 1]
+            yield end
 
 
 class _Words:
-    """Words that wait for their record: letters, ids, and where a paragraph begins."""
+    """Words that wait for their record, and the indices of those that begin a paragraph."""
 
-    def __init__(self, texts: list[str], ids: list[bytes], paragraphs: set[int]) -> None:
-        self.texts, self.ids, self.paragraphs = texts, ids, paragraphs
+    def __init__(self, texts: list[str], ids: list[bytes], paragraph_starts: set[int]) -> None:
+        self.texts, self.ids, self.paragraph_starts = texts, ids, paragraph_starts
 
-    def starts(self, place: int) -> bool:
-        """Whether a sentence or paragraph starts with the word at `place`, which is not the first."""
-        return place in self.paragraphs or self.texts[place - 1].rstrip(CLOSING).endswith(
-            SENTENCE_END
-        )
+    def starts_sentence(self, index: int) -> bool:
+        """Whether a sentence or paragraph starts at `index`, which is not the first word."""
+        if index in self.paragraph_starts:
+            return True
+        return self.texts[index - 1].rstrip(CLOSING_MARKS).endswith(SENTENCE_END)
 
-    def behind(self, done: int) -> "_Words":
-        """Without the first `done` words."""
-        return _Words(
-            self.texts[done:],
-            self.ids[done:],
-            {place - done for place in self.paragraphs if place > done},
-        )
+    def drop(self, count: int) -> "_Words":
+        """Returns the words without the first `count`."""
+        starts = {start - count for start in self.paragraph_starts if start > count}
+        return _Words(self.texts[count:], self.ids[count:], starts)
 
 
 class _WordIds(dict[str, bytes]):
-    """Word -> its ids as bytes, asked for once while it is remembered."""
+    """Cache: word -> its ids as bytes."""
 
-    def __init__(self, pieces: Callable[[str], list[int]], typecode: str) -> None:
+    def __init__(self, encode: Callable[[str], list[int]], typecode: str) -> None:
         super().__init__()
-        self.pieces, self.typecode = pieces, typecode
+        self.encode, self.typecode = encode, typecode
 
     def __missing__(self, word: str) -> bytes:
-        parts = (word[at : at + LONGEST_WORD] for at in range(0, len(word), LONGEST_WORD))
-        ids = array(self.typecode, [id for part in parts for id in self.pieces(part)]).tobytes()
-        if len(word) <= KEPT_LETTERS:
-            if len(self) == KEPT_WORDS:
+        starts = range(0, len(word), MAX_WORD_LENGTH)
+        parts = (word[start : start + MAX_WORD_LENGTH] for start in starts)
+        ids = array(self.typecode, [id for part in parts for id in self.encode(part)]).tobytes()
+        if len(word) <= MAX_CACHED_LETTERS:
+            if len(self) == MAX_CACHED_WORDS:
                 self.clear()
             self[word] = ids
         return ids
 
 
-def blocks(document: TextIO) -> Iterator[str]:
-    """The text in blocks of about BLOCK characters, cut between words, or within one that is longer; blank lines are in front."""
-    waiting = ""
-    while text := document.read(BLOCK):
-        waiting += text
-        if len(text) < BLOCK:
+def read_blocks(document: TextIO) -> Iterator[str]:
+    """Yields a text in blocks of about BLOCK_LENGTH characters.
+
+    A block ends between two words, or within a word that is longer. Blank lines begin a block.
+    """
+    pending = ""
+    while text := document.read(BLOCK_LENGTH):
+        pending += text
+        if len(text) < BLOCK_LENGTH:
             break
-        parts = waiting.rsplit(maxsplit=1)
-        whole = (
-            waiting[-1].isspace() or len(waiting.strip()) >= BLOCK
-        )  # counts where there is one word, or none
-        head = parts[0] if len(parts) == 2 else waiting.rstrip() if whole else ""
+        head = _cut_before_last_word(pending)
         yield head
-        words = waiting[len(head) :].lstrip()
-        waiting = "\n" * min(2, waiting.count("\n", len(head), len(waiting) - len(words))) + words
-    yield waiting
+        words = pending[len(head) :].lstrip()
+        num_newlines = pending.count("\n", len(head), len(pending) - len(words))
+        pending = "\n" * min(2, num_newlines) + words
+    yield pending
+
+
+def _cut_before_last_word(text: str) -> str:
+    """Returns `text` up to its last word, which may continue; all of it if it is one long word."""
+    parts = text.rsplit(maxsplit=1)
+    if len(parts) == 2:
+        return parts[0]
+    is_complete = text[-1].isspace() or len(text.strip()) >= BLOCK_LENGTH
+    return text.rstrip() if is_complete else ""

@@ -1,1 +1,1 @@
-"""From a decoded image to what a network sees: transforms, augmentation, masks."""
+"""From a decoded image to the network's input: preprocessing, augmentation, masking."""

@@ -1,8 +1,9 @@
-"""Geometry of pictures with objects: large-scale jitter for training, and padding to a square.
+"""Large-scale jitter of images with objects for detection, and padding to a square.
 
-Large-scale jitter as ViTDet trains with it (arXiv:2203.16527, appendix; detectron2's configuration): mirror, scale, crop.
-uint8 pictures [3, H, W] and objects in, a view [3, h, w] and what it shows out; boxes float32 [n, 4], x1 y1 x2 y2 in pixels,
-labels int64 [n], masks uint8 [n, h, w]. All chance comes from the given numpy generator. Resizing is antialiased.
+Large-scale jitter as ViTDet trains with it (arXiv:2203.16527, appendix; detectron2's
+configuration): flip, scale, crop. Images are uint8 [3, H, W]. Boxes are float32 [n, 4] with x1, y1,
+x2, y2 in pixels, labels int64 [n], masks uint8 [n, h, w]. Resizing is antialiased. All randomness
+comes from the numpy generator that is passed in.
 """
 
 from collections.abc import Sequence
@@ -12,19 +13,26 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torchvision.transforms.v2 import InterpolationMode
-from torchvision.transforms.v2 import functional as V
 
-from beit3.data.stores.rle import RLE, Segmentation, area, decode, encode, extent, rasterise, united
-from beit3.data.views.transforms import fitting
+from beit3.data.stores.rle import (
+    RLE,
+    Segmentation,
+    compute_area,
+    compute_box,
+    decode_rle,
+    encode_rle,
+    merge_polygons,
+    rasterize,
+)
+from beit3.data.views.preprocessing import fit_longer_side, resize
 
 MIN_SIDE = 1.0
-"""Pixels of the view: where only boxes are known, one that is narrower or lower after clipping is dropped."""
+"""Smallest width and height in pixels of a clipped box, where no masks are known."""
 
 
 @dataclass(frozen=True)
-class Objects:
-    """What a picture shows: boxes, labels, and polygons or an RLE of each; None where only boxes are known."""
+class ObjectAnnotations:
+    """The objects of an image: boxes, labels, and polygons or an RLE of each if known."""
 
     boxes: Tensor
     labels: Tensor
@@ -38,8 +46,8 @@ class Objects:
 
 
 @dataclass(frozen=True)
-class Visible:
-    """What a view shows of the objects: boxes, labels, and masks, or None where only boxes are known."""
+class VisibleObjects:
+    """The objects that are visible in a crop: boxes, labels, and masks if known."""
 
     boxes: Tensor
     labels: Tensor
@@ -48,113 +56,137 @@ class Visible:
 
 def large_scale_jitter(
     image: Tensor,
-    objects: Objects,
+    objects: ObjectAnnotations,
     rng: np.random.Generator,
     *,
     size: int,
     scale: tuple[float, float] = (0.1, 2.0),
     flip: float = 0.5,
-) -> tuple[Tensor, Visible]:
-    """A view of at most `size` x `size`: uint8 [3, h, w], and what it shows.
+) -> tuple[Tensor, VisibleObjects]:
+    """Flips, scales and crops an image with its objects.
 
-    Mirrored at rate `flip`; scaled by a uniform factor within `scale` of what fits into the square; cropped where larger, at a
-    place drawn for each axis by itself (detectron2 draws one number for both, which gives diagonal crops). Boxes are those of
-    the masks within the view, or clipped where there are none; objects that are not seen are dropped.
+    The position of the crop is drawn for each axis by itself. (detectron2 draws one number for
+    both, which gives diagonal crops.)
+
+    Args:
+        image: uint8 [3, H, W].
+        objects: The image's objects.
+        rng: Random generator.
+        size: Largest side of the result in pixels.
+        scale: Range of the factor by which the image is scaled from the size that fits.
+        flip: Probability of a horizontal flip.
+
+    Returns:
+        The crop, uint8 [3, h, w], and the objects in it. Boxes are those of the visible masks, or
+        clipped where there are no masks. Objects that are not visible are dropped.
     """
     height, width = image.shape[-2:]
-    mirrored = bool(flip) and rng.random() < flip
+    flipped = bool(flip) and rng.random() < flip
     factor = scale[0] + (scale[1] - scale[0]) * rng.random()
-    tall, wide = fitting(height, width, size * factor)
-    shape = min(tall, size), min(wide, size)
-    corner = int(rng.integers(tall - shape[0] + 1)), int(rng.integers(wide - shape[1] + 1))
-    view = View((height, width), (tall, wide), corner, shape, mirrored)
-    return view.image(image), view.objects(objects)
+    resized_height, resized_width = fit_longer_side(height, width, size * factor)
+    crop_height, crop_width = min(resized_height, size), min(resized_width, size)
+    top = int(rng.integers(resized_height - crop_height + 1))
+    left = int(rng.integers(resized_width - crop_width + 1))
+    transform = FlipResizeCrop(
+        image_size=(height, width),
+        resized_size=(resized_height, resized_width),
+        crop_corner=(top, left),
+        crop_size=(crop_height, crop_width),
+        flipped=flipped,
+    )
+    return transform.transform_image(image), transform.transform_objects(objects)
 
 
-def pad_square(pixels: Tensor, size: int) -> Tensor:
-    """Pixels [3, h, w] -> [3, size, size]: zeros fill up at the bottom and on the right. Of normalised pixels they are the mean colour."""
+def pad_to_square(pixels: Tensor, size: int) -> Tensor:
+    """Pads pixels [3, h, w] with zeros at the bottom and the right to [3, size, size].
+
+    In normalized pixels, zero is the mean color.
+    """
     height, width = pixels.shape[-2:]
     assert max(height, width) <= size, (height, width, size)
     return F.pad(pixels, (0, size - width, 0, size - height))
 
 
 @dataclass(frozen=True)
-class View:
-    """A picture of `size`, mirrored or not, resized to `scaled`, of which `shape` from `corner` on is kept; all (y, x) in pixels."""
+class FlipResizeCrop:
+    """A horizontal flip, a resize and a crop, in this order. All sizes are (y, x) in pixels."""
 
-    size: tuple[int, int]
-    scaled: tuple[int, int]
-    corner: tuple[int, int]
-    shape: tuple[int, int]
-    mirrored: bool = False
+    image_size: tuple[int, int]
+    resized_size: tuple[int, int]
+    crop_corner: tuple[int, int]
+    crop_size: tuple[int, int]
+    flipped: bool = False
 
-    def image(self, image: Tensor) -> Tensor:
-        """uint8 [3, H, W] -> [3, h, w]."""
-        (top, left), (height, width) = self.corner, self.shape
-        image = _resized(image.flip(-1) if self.mirrored else image, *self.scaled)
+    def transform_image(self, image: Tensor) -> Tensor:
+        """Returns the crop of an image, uint8 [3, H, W] -> [3, h, w]."""
+        (top, left), (height, width) = self.crop_corner, self.crop_size
+        image = resize(image.flip(-1) if self.flipped else image, *self.resized_size)
         return image[:, top : top + height, left : left + width]
 
-    def objects(self, objects: Objects) -> Visible:
-        """What of them is seen; masks are drawn within the view alone, one byte per pixel and object."""
-        height, width = self.shape
+    def transform_objects(self, objects: ObjectAnnotations) -> VisibleObjects:
+        """Returns the objects that are visible in the crop.
+
+        Masks are drawn in the crop alone, with one byte per pixel and object.
+        """
         if objects.segmentations is None:
-            boxes = (
-                self.boxes(objects.boxes)
-                .clamp(min=0)
-                .minimum(torch.tensor([width, height, width, height]))
-            )
-            seen = (boxes[:, 2:] - boxes[:, :2] >= MIN_SIDE).all(1)
-            return Visible(boxes[seen], objects.labels[seen])
-        drawn = [self.draw(segmentation) for segmentation in objects.segmentations]
-        seen = torch.tensor([area(rle) > 0 for rle in drawn], dtype=torch.bool)
-        drawn = [rle for rle in drawn if area(rle) > 0]
-        masks = torch.empty(len(drawn), height, width, dtype=torch.uint8)
-        for mask, rle in zip(masks, drawn, strict=True):
-            mask.copy_(decode(rle))
-        return Visible(
-            torch.tensor([extent(rle) for rle in drawn]).float().view(-1, 4),
-            objects.labels[seen],
-            masks,
-        )
+            return self._clip_boxes(objects)
+        rles = [self.transform_segmentation(item) for item in objects.segmentations]
+        visible = torch.tensor([compute_area(rle) > 0 for rle in rles], dtype=torch.bool)
+        rles = [rle for rle in rles if compute_area(rle) > 0]
+        masks = torch.empty(len(rles), *self.crop_size, dtype=torch.uint8)
+        for mask, rle in zip(masks, rles, strict=True):
+            mask.copy_(decode_rle(rle))
+        boxes = torch.tensor([compute_box(rle) for rle in rles]).float().view(-1, 4)
+        return VisibleObjects(boxes, objects.labels[visible], masks)
 
-    def boxes(self, boxes: Tensor) -> Tensor:
-        """Boxes [n, 4] of the picture -> of the view, not clipped to it."""
+    def transform_boxes(self, boxes: Tensor) -> Tensor:
+        """Moves boxes [n, 4] of the image into the crop's pixels, without clipping them."""
         x1, y1, x2, y2 = boxes.unbind(1)
-        if self.mirrored:
-            x1, x2 = self.size[1] - x2, self.size[1] - x1
-        (by_y, by_x), (top, left) = self._scale(), self.corner
-        return torch.stack(
-            [x1 * by_x - left, y1 * by_y - top, x2 * by_x - left, y2 * by_y - top], 1
-        )
+        if self.flipped:
+            x1, x2 = self.image_size[1] - x2, self.image_size[1] - x1
+        (scale_y, scale_x), (top, left) = self._scale, self.crop_corner
+        moved = [x1 * scale_x - left, y1 * scale_y - top, x2 * scale_x - left, y2 * scale_y - top]
+        return torch.stack(moved, 1)
 
-    def draw(self, segmentation: Segmentation) -> RLE:
-        """What the view shows of one object. Polygons are moved, then drawn; pixels of an RLE are taken where they are nearest."""
+    def transform_segmentation(self, segmentation: Segmentation) -> RLE:
+        """Returns the visible pixels of one object.
+
+        Polygons are moved, then drawn. Pixels of an RLE are taken where they are nearest.
+        """
         if isinstance(segmentation, list):
-            return united([self._moved(polygon) for polygon in segmentation], *self.shape)
-        mask = rasterise(segmentation, *self.size)
-        (rows, columns) = (
-            ((torch.arange(count) + start + 0.5) / factor).long().clamp(max=side - 1)
-            for count, start, factor, side in zip(
-                self.shape, self.corner, self._scale(), self.size, strict=True
+            polygons = [self._transform_polygon(polygon) for polygon in segmentation]
+            return merge_polygons(polygons, *self.crop_size)
+        mask = rasterize(segmentation, *self.image_size)
+        if self.flipped:
+            mask = mask.flip(-1)
+        rows, columns = (
+            ((torch.arange(count) + start + 0.5) / scale).long().clamp(max=side - 1)
+            for count, start, scale, side in zip(
+                self.crop_size, self.crop_corner, self._scale, self.image_size, strict=True
             )
         )
-        return encode((mask.flip(-1) if self.mirrored else mask)[rows][:, columns])
+        return encode_rle(mask[rows][:, columns])
 
-    def _moved(self, polygon: Sequence[float]) -> list[float]:
-        """A polygon x1, y1, x2, y2, ... in the view's pixels."""
-        (by_y, by_x), (top, left), width = self._scale(), self.corner, self.size[1]
-        moved = [number * by_y - top for number in polygon]
-        moved[::2] = [
-            (width - number if self.mirrored else number) * by_x - left for number in polygon[::2]
-        ]
-        return moved
-
+    @property
     def _scale(self) -> tuple[float, float]:
-        return self.scaled[0] / self.size[0], self.scaled[1] / self.size[1]
+        """Resized size / image size of each axis."""
+        (height, width), (resized_height, resized_width) = self.image_size, self.resized_size
+        return resized_height / height, resized_width / width
 
+    def _clip_boxes(self, objects: ObjectAnnotations) -> VisibleObjects:
+        """Clips boxes to the crop and drops those that become too small."""
+        height, width = self.crop_size
+        limits = torch.tensor([width, height, width, height])
+        boxes = self.transform_boxes(objects.boxes).clamp(min=0).minimum(limits)
+        visible = (boxes[:, 2:] - boxes[:, :2] >= MIN_SIDE).all(1)
+        return VisibleObjects(boxes[visible], objects.labels[visible])
 
-def _resized(image: Tensor, height: int, width: int) -> Tensor:
-    """uint8 [3, H, W] -> uint8 [3, height, width]."""
-    if image.shape[-2:] == (height, width):
-        return image
-    return V.resize_image(image, [height, width], InterpolationMode.BICUBIC, antialias=True)
+    def _transform_polygon(self, polygon: Sequence[float]) -> list[float]:
+        """Moves a polygon x1, y1, x2, y2, ... into the crop's pixels."""
+        (scale_y, scale_x), (top, left) = self._scale, self.crop_corner
+        xs = polygon[::2]
+        if self.flipped:
+            xs = [self.image_size[1] - x for x in xs]
+        moved = [value * scale_y - top for value in polygon]
+        moved[::2] = [x * scale_x - left for x in xs]
+        return moved

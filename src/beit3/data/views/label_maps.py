@@ -1,180 +1,55 @@
-"""Pictures with a label for every pixel: reading, and the views of semantic segmentation.
+"""Reading label maps, which give every pixel of an image a class.
 
-Shapes: uint8 [3, H, W] RGB and its label map [H, W], uint8 or int32, in which `ignore` marks pixels without a
-label. All chance comes from the given numpy generator. The training view is mmseg's for ADE20K, which ViT-Adapter uses.
+A label map is read as [H, W], uint8 or int32, in which `ignore` marks pixels without a label.
 """
 
 import io
-import math
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torchvision.transforms.v2 import InterpolationMode
-from torchvision.transforms.v2 import functional as F
 
 from beit3.files import parse_tar_member, read_tar_member
-from beit3.images import MAX_BYTES, MAX_PIXELS, UNREADABLE, open_image
+from beit3.images import DECODE_ERRORS, MAX_BYTES, MAX_PIXELS, open_image
 
-IGNORE = 255
+IGNORE_INDEX = 255
 
-CROP_TRIES = 10
-BRIGHTNESS = 32
-"""At most added to every value of 0 to 255 (this and the next two: SSD, arXiv:1512.02325, as mmseg has them)."""
-
-FACTORS = (0.5, 1.5)
-"""Of contrast and of saturation."""
-
-HUE = 0.1
-"""Of the whole circle, either way: 18 of OpenCV's 180."""
-
-INDEXED = {"1", "L", "P", "I", "I;16", "I;16B"}
-"""Pillow's modes of one whole number a pixel; of a palette it is the index, whatever the colour."""
+INDEXED_MODES = {"1", "L", "P", "I", "I;16", "I;16B"}
+"""Pillow's modes of one integer per pixel. In a palette it is the index, whatever the color."""
 
 
-@dataclass(frozen=True)
-class SceneView:
-    """The training view: resized by the long-short rule times a factor, cropped, mirrored, distorted."""
-
-    crop: int = 896
-    short: int = 896
-    long: int = 3584
-    scale: tuple[float, float] = (0.5, 2.0)
-    """Range of the factor."""
-    largest_share: float = 0.75
-    """A crop in which one class has that much of the labelled pixels is drawn anew, up to `CROP_TRIES` times."""
-    flip: float = 0.5
-    distort: bool = True
-    """Whether brightness, contrast, saturation and hue change."""
-
-    def __call__(
-        self, image: Tensor, labels: Tensor, rng: np.random.Generator, *, ignore: int = IGNORE
-    ) -> tuple[Tensor, Tensor]:
-        """At most `crop` pixels a side: what is smaller stays so, for `pad` to fill once pixels are normalised."""
-        height, width = fitted(
-            *labels.shape, short=self.short, long=self.long, factor=rng.uniform(*self.scale)
-        )
-        image, labels = resized(image, height, width), nearest(labels, height, width)
-        top, left = self.corner(labels, rng, ignore)
-        image, labels = (
-            each[..., top : top + self.crop, left : left + self.crop] for each in (image, labels)
-        )
-        if rng.random() < self.flip:
-            image, labels = image.flip(-1), labels.flip(-1)
-        return distorted(image, rng) if self.distort else image, labels
-
-    def corner(self, labels: Tensor, rng: np.random.Generator, ignore: int) -> tuple[int, int]:
-        """Top and left of a crop in which no class has too large a share, or of the last that was tried."""
-        top = left = 0
-        for _ in range(CROP_TRIES if self.largest_share < 1 else 1):
-            top, left = (int(rng.integers(max(0, side - self.crop) + 1)) for side in labels.shape)
-            found = labels[top : top + self.crop, left : left + self.crop]
-            counts = torch.bincount(found[found != ignore].long())
-            if (counts > 0).sum() > 1 and counts.max() < self.largest_share * counts.sum():
-                break
-        return top, left
-
-
-def pad(
-    pixels: Tensor, labels: Tensor, size: int, *, ignore: int = IGNORE
-) -> tuple[Tensor, Tensor]:
-    """Pixels [3, H, W] and labels [H, W] filled up to a square at the bottom and on the right, with 0 and `ignore`."""
-    down, right = size - labels.shape[0], size - labels.shape[1]
-    return F.pad_image(pixels, [0, 0, right, down], fill=0.0), F.pad_image(
-        labels[None], [0, 0, right, down], fill=float(ignore)
-    )[0]
-
-
-def distorted(image: Tensor, rng: np.random.Generator) -> Tensor:
-    """Brightness, contrast, saturation and hue, each at one half; contrast before or after the last two: uint8 [3, H, W]."""
-    pixels = image.float()
-    if rng.random() < 0.5:
-        pixels = (pixels + rng.uniform(-BRIGHTNESS, BRIGHTNESS)).clamp(0, 255)
-    contrast = rng.uniform(*FACTORS) if rng.random() < 0.5 else 1.0
-    early = rng.random() < 0.5
-    if early:
-        pixels = (pixels * contrast).clamp(0, 255)
-    if rng.random() < 0.5:
-        pixels = saturated(pixels, rng.uniform(*FACTORS))
-    if rng.random() < 0.5:
-        pixels = F.adjust_hue(pixels / 255, rng.uniform(-HUE, HUE)) * 255
-    if not early:
-        pixels = pixels * contrast
-    return pixels.clamp(0, 255).round().to(torch.uint8)
-
-
-def saturated(pixels: Tensor, factor: float) -> Tensor:
-    """Hue and value kept, saturation times `factor` but at most full: float [3, H, W], 0 to 255."""
-    value = pixels.amax(0)
-    span = value - pixels.amin(0)
-    factors = torch.full_like(value, factor).minimum(value / span.clamp(min=1e-6))
-    return value - (value - pixels) * factors
-
-
-# Sizes ---------------------------------------------------------------------------------------------------------------
-
-
-def fitted(
-    height: int, width: int, *, short: float, long: float, factor: float = 1.0
-) -> tuple[int, int]:
-    """The size whose shorter side is `short`, or whose longer is `long` where that is less, times `factor`; aspect kept."""
-    scale = factor * min(short / min(height, width), long / max(height, width))
-    return max(1, math.floor(height * scale + 0.5)), max(1, math.floor(width * scale + 0.5))
-
-
-def evaluation_size(
-    height: int, width: int, *, short: float, long: float, multiple: int
-) -> tuple[int, int]:
-    """`fitted`, with both sides rounded up to a multiple."""
-    tall, wide = fitted(height, width, short=short, long=long)
-    return -(-tall // multiple) * multiple, -(-wide // multiple) * multiple
-
-
-def resized(image: Tensor, height: int, width: int) -> Tensor:
-    """uint8 [3, H, W] -> uint8 [3, height, width], bilinear and antialiased."""
-    return F.resize_image(image, [height, width], InterpolationMode.BILINEAR, antialias=True)
-
-
-def nearest(labels: Tensor, height: int, width: int) -> Tensor:
-    """[H, W] -> [height, width] of any type: the label at the middle of every new pixel."""
-    rows, columns = (
-        ((torch.arange(new) + 0.5) * (old / new)).long().clamp(max=old - 1)
-        for new, old in zip((height, width), labels.shape, strict=True)
-    )
-    return labels[rows][:, columns]
-
-
-# Files ---------------------------------------------------------------------------------------------------------------
-
-
-def open_scene(
+def open_labeled_image(
     image: str | Path,
     label_map: str | Path | io.BytesIO,
     *,
     num_classes: int,
     reduce_zero: bool = False,
-    unlabelled: Collection[int] = (),
+    unlabeled: Collection[int] = (),
     lookup: Sequence[int] = (),
-    ignore: int = IGNORE,
+    ignore: int = IGNORE_INDEX,
 ) -> tuple[Tensor, Tensor]:
-    """A picture and its label map. ValueError naming the file where one cannot be read, or they differ in size."""
+    """Opens an image, uint8 [3, H, W], and its label map [H, W].
+
+    The options are those of `open_label_map`. Raises ValueError naming the file when one of them
+    cannot be read, or their sizes differ.
+    """
     pixels = open_image(image)
-    options: dict[str, Any] = {
-        "reduce_zero": reduce_zero,
-        "unlabelled": unlabelled,
-        "lookup": lookup,
-        "ignore": ignore,
-    }
-    labels = open_label_map(label_map, num_classes=num_classes, **options)
+    labels = open_label_map(
+        label_map,
+        num_classes=num_classes,
+        reduce_zero=reduce_zero,
+        unlabeled=unlabeled,
+        lookup=lookup,
+        ignore=ignore,
+    )
     if pixels.shape[1:] != labels.shape:
-        (height, width), (tall, wide) = pixels.shape[1:], labels.shape
+        (height, width), (map_height, map_width) = pixels.shape[1:], labels.shape
         raise ValueError(
-            f"label map {label_map} is {wide} x {tall}, its image {image} {width} x {height}: give pairs of one size"
+            f"label map {label_map} is {map_width} x {map_height}, "
+            f"its image {image} {width} x {height}: give pairs of one size"
         )
     return pixels, labels
 
@@ -184,65 +59,86 @@ def open_label_map(
     *,
     num_classes: int,
     reduce_zero: bool = False,
-    unlabelled: Collection[int] = (),
+    unlabeled: Collection[int] = (),
     lookup: Sequence[int] = (),
-    ignore: int = IGNORE,
+    ignore: int = IGNORE_INDEX,
 ) -> Tensor:
-    """Labels [H, W] in 0..num_classes - 1 or `ignore`, uint8 where they fit, else int32.
+    """Reads a label map.
 
-    reduce_zero: 0 in the file means unlabelled, k is class k - 1 (ADE20K). unlabelled: other values of the file that mean
-    so, beside `ignore`. lookup: the label of each number of the file, before all that. ValueError naming the file for any
-    other value, and for files that are not a whole number a pixel.
+    Args:
+        path: A file, a member of a tar file, or the file's content.
+        num_classes: Number of classes.
+        reduce_zero: Whether 0 in the file means "no label" and k is class k - 1, as in ADE20K.
+        unlabeled: Further values in the file that mean "no label", besides `ignore`.
+        lookup: Label of each value in the file; it is applied before all other options.
+        ignore: Label of pixels without a label.
+
+    Returns:
+        Labels [H, W] between 0 and num_classes - 1, or `ignore`. They are uint8 if all of them
+        fit, else int32.
+
+    Raises:
+        ValueError: The file cannot be read, has more than one channel or contains another value.
+            The message names it.
     """
     if 0 <= ignore < num_classes:
         raise ValueError(
-            f"the label {ignore} for ignored pixels is one of the {num_classes} classes: give another"
+            f"the label {ignore} for ignored pixels is one of the {num_classes} classes: "
+            "give another"
         )
-    values = read_indices(path)
+    values = read_pixel_values(path)
     if lookup:
         if values.max(initial=0) >= len(lookup):
             raise ValueError(
-                f"label map {path} holds {values.max()}, its data set has numbers up to {len(lookup) - 1}: give its own files"
+                f"label map {path} holds {values.max()}, its dataset has values up to "
+                f"{len(lookup) - 1}: give files of this dataset"
             )
         values = np.asarray(lookup)[values]
-    hidden = np.isin(values, [ignore, *unlabelled, *([0] if reduce_zero else [])])
-    labels = np.where(hidden, ignore, values - reduce_zero)
-    wrong = labels[~hidden & ((labels < 0) | (labels >= num_classes))]
-    if len(wrong):
-        first = int(wrong[0]) + reduce_zero
-        remedy = "give the number of classes that the files have, or name the value as unlabelled"
+    ignored_values = [ignore, *unlabeled, *([0] if reduce_zero else [])]
+    is_ignored = np.isin(values, ignored_values)
+    labels = np.where(is_ignored, ignore, values - reduce_zero)
+    is_wrong = ~is_ignored & ((labels < 0) | (labels >= num_classes))
+    if is_wrong.any():
+        value = int(labels[is_wrong][0]) + reduce_zero
+        start = " from 1 on" if reduce_zero else ""
         raise ValueError(
-            f"label map {path} holds {first}, beyond its {num_classes} classes{' from 1 on' * reduce_zero}: {remedy}"
+            f"label map {path} holds {value}, beyond its {num_classes} classes{start}: give the "
+            "number of classes that the files have, or name the value as unlabeled"
         )
-    return torch.from_numpy(
-        labels.astype(np.uint8 if max(ignore, num_classes - 1) <= 255 else np.int32)
-    )
+    fits_uint8 = max(ignore, num_classes - 1) <= 255
+    return torch.from_numpy(labels.astype(np.uint8 if fits_uint8 else np.int32))
 
 
-def read_indices(path: str | Path | io.BytesIO) -> np.ndarray:
-    """The numbers of a picture of one channel, [H, W] int64: grey of 1 to 16 bits, or indices into a palette."""
+def read_pixel_values(path: str | Path | io.BytesIO) -> np.ndarray:
+    """Reads the integers of an image with one channel, int64 [H, W].
+
+    They are gray values of 1 to 16 bits, or indices into a palette. Raises ValueError naming the
+    file when it cannot be read or has another mode.
+    """
     try:
-        data = path.getvalue() if isinstance(path, io.BytesIO) else _bytes(path)
-        with Image.open(io.BytesIO(data)) as picture:
-            if picture.width * picture.height > MAX_PIXELS:
+        data = path.getvalue() if isinstance(path, io.BytesIO) else _read_bytes(path)
+        with Image.open(io.BytesIO(data)) as image:
+            if image.width * image.height > MAX_PIXELS:
                 raise Image.DecompressionBombError
-            mode, values = picture.mode, np.asarray(picture)
+            mode, values = image.mode, np.asarray(image)
     except Image.DecompressionBombError:
         raise ValueError(
             f"label map {path} has more than {MAX_PIXELS} pixels: make it smaller"
         ) from None
     except OSError as error:
         raise ValueError(f"cannot read label map {path}: {error.strerror or error}") from error
-    except UNREADABLE as error:
+    except DECODE_ERRORS as error:
         raise ValueError(f"label map {path} cannot be read: {error}") from error
-    if mode not in INDEXED:
+    if mode not in INDEXED_MODES:
         raise ValueError(
-            f"label map {path} is a picture of mode {mode}: give one number a pixel, 8 or 16 bits of grey or a palette"
+            f"label map {path} is an image of mode {mode}: "
+            "give one integer per pixel, 8 or 16 bits of gray or a palette"
         )
-    return values.astype(np.int64) // _spread(data, mode)
+    return values.astype(np.int64) // _find_gray_factor(data, mode)
 
 
-def _bytes(path: str | Path) -> bytes:
+def _read_bytes(path: str | Path) -> bytes:
+    """Reads a file or a member of a tar."""
     tar, start, size = parse_tar_member(str(path))
     if tar:
         return read_tar_member(tar, start, size)
@@ -252,7 +148,10 @@ def _bytes(path: str | Path) -> bytes:
     return path.read_bytes()
 
 
-def _spread(data: bytes, mode: str) -> int:
-    """What Pillow multiplies grey values of 2 or 4 bits by, to make white 255: 85 or 17. PNG keeps the bits in byte 24."""
+def _find_gray_factor(data: bytes, mode: str) -> int:
+    """Returns the factor by which Pillow multiplies gray values of 2 or 4 bits: 85 or 17.
+
+    It makes white 255. A PNG file has the number of bits in byte 24.
+    """
     bits = data[24] if data.startswith(b"\x89PNG") and mode == "L" else 8
     return 255 // (2**bits - 1)

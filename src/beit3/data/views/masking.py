@@ -1,18 +1,23 @@
-"""What masked data modelling hides: block-wise image masks (BEiT v2's generator) and BERT-style text masks.
+"""Masking of pretraining: block-wise masks of images (BEiT v2) and BERT-style masks of texts.
 
-BEiT-3 paper section 2.2: 40 % of the patches block-wise, 15 % of the tokens of a text, 50 % of those of a pair's text.
-Shapes, numpy: mask [h, w] bool, True = masked; ids [L] int64 -> corrupted [L], targets [L] (-100 = ignore).
+BEiT-3 paper, section 2.2: 40 % of the image patches are masked block-wise, 15 % of the tokens of a
+text, and 50 % of those of an image-text pair's text. Everything is a numpy array.
 """
 
 import math
 
 import numpy as np
 
-IGNORE = -100
-TRIES = 10
+IGNORE_INDEX = -100
+"""Target at positions that are not masked."""
+
+NUM_SPECIAL_IDS = 4
+"""Ids below it are special tokens."""
+
+BLOCK_TRIES = 10
 
 
-def block_mask(
+def draw_block_mask(
     grid: tuple[int, int],
     num_masked: int,
     rng: np.random.Generator,
@@ -20,30 +25,44 @@ def block_mask(
     min_block: int = 16,
     aspect: tuple[float, float] = (0.3, 1 / 0.3),
 ) -> np.ndarray:
-    """Mask [h, w] with exactly `num_masked` cells True, in rectangles of `min_block` cells or more where they fit.
+    """Draws a mask of image patches that consists of rectangular blocks.
 
-    `aspect` bounds height / width, drawn log-uniformly. What blocks cannot reach is filled cell by cell (BEiT v2).
-    ValueError when the grid has fewer than `num_masked` cells.
+    Patches that blocks cannot cover without exceeding the number are drawn one by one, as in
+    BEiT v2.
+
+    Args:
+        grid: Rows and columns of patches (h, w).
+        num_masked: Number of masked patches.
+        rng: Random generator.
+        min_block: Smallest area of a block in patches, where it fits.
+        aspect: Range of a block's height / width, which is drawn log-uniformly.
+
+    Returns:
+        bool [h, w] with exactly `num_masked` True values.
+
+    Raises:
+        ValueError: The grid has fewer patches.
     """
     height, width = grid
     if not 0 <= num_masked <= height * width:
         raise ValueError(
-            f"num_masked {num_masked} does not fit a {height} x {width} grid: use 0 to {height * width}"
+            f"num_masked {num_masked} does not fit a {height} x {width} grid: "
+            f"use 0 to {height * width}"
         )
     mask = np.zeros(grid, dtype=bool)
-    missing = num_masked
-    while missing:
-        added = _add_block(mask, missing, min_block, aspect, rng)
-        if not added:
+    remaining = num_masked
+    while remaining:
+        num_added = _add_block(mask, remaining, min_block, aspect, rng)
+        if not num_added:
             break
-        missing -= added
-    if missing:
+        remaining -= num_added
+    if remaining:
         free = np.flatnonzero(~mask)
-        mask.flat[rng.choice(free, size=missing, replace=False)] = True
+        mask.flat[rng.choice(free, size=remaining, replace=False)] = True
     return mask
 
 
-def text_mask(
+def mask_text(
     ids: np.ndarray,
     rng: np.random.Generator,
     *,
@@ -53,46 +72,58 @@ def text_mask(
     vocab: tuple[int, int] | None = None,
     keep: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Corrupt `ids` [L]; returns (corrupted [L], targets [L], -100 at positions not chosen).
+    """Masks tokens of a text: 80 % become the mask token, 10 % a random token, 10 % stay.
 
-    Of the n maskable positions exactly `count`, or max(1, round(rate * n)), are chosen (none when n is 0): 80 % of them become
-    `mask_id`, 10 % a random id of `vocab` (low inclusive, high exclusive; default every real piece), 10 % stay.
-    `keep` [L] bool marks positions never chosen; by default the specials, ids below 4.
+    Args:
+        ids: Token ids, int64 [L].
+        rng: Random generator.
+        mask_id: Id of the mask token.
+        rate: Fraction of the maskable tokens to mask, rounded, at least one.
+        count: Number of tokens to mask instead.
+        vocab: Range of random ids, without the upper one; by default all pieces.
+        keep: bool [L], True where a token is never masked; by default special tokens.
+
+    Returns:
+        The masked ids [L], and the targets [L] with `IGNORE_INDEX` where nothing is masked. Without
+        maskable tokens nothing is.
     """
-    low, high = vocab or (4, mask_id)
-    maskable = np.flatnonzero(~keep if keep is not None else ids >= 4)
-    corrupted, targets = ids.copy(), np.full_like(ids, IGNORE)
+    low, high = vocab or (NUM_SPECIAL_IDS, mask_id)
+    is_maskable = ~keep if keep is not None else ids >= NUM_SPECIAL_IDS
+    maskable = np.flatnonzero(is_maskable)
+    masked_ids, targets = ids.copy(), np.full_like(ids, IGNORE_INDEX)
     if not len(maskable):
-        return corrupted, targets
+        return masked_ids, targets
     count = min(len(maskable), count or max(1, round(rate * len(maskable))))
     chosen = rng.choice(maskable, size=count, replace=False)
     targets[chosen] = ids[chosen]
-    fate = rng.random(count)
-    replacement = np.where(fate < 0.8, mask_id, rng.integers(low, high, size=count))
-    corrupted[chosen] = np.where(fate < 0.9, replacement, ids[chosen])
-    return corrupted, targets
+    draw = rng.random(count)
+    replacement = np.where(draw < 0.8, mask_id, rng.integers(low, high, size=count))
+    masked_ids[chosen] = np.where(draw < 0.9, replacement, ids[chosen])
+    return masked_ids, targets
 
 
 def _add_block(
-    mask: np.ndarray, cap: int, smallest: int, aspect: tuple[float, float], rng: np.random.Generator
+    mask: np.ndarray,
+    max_added: int,
+    min_area: int,
+    aspect: tuple[float, float],
+    rng: np.random.Generator,
 ) -> int:
-    """Add one block of at most `cap` new cells to `mask`; returns how many it added, 0 after ten failures."""
+    """Masks one block; returns how many patches it adds, 0 when no block fits after ten tries."""
     height, width = mask.shape
     low, high = math.log(aspect[0]), math.log(aspect[1])
-    for _ in range(TRIES):
-        # With cap below the smallest block the interval is merely walked backwards, as in the release.
-        area = smallest + (cap - smallest) * rng.random()
+    for _ in range(BLOCK_TRIES):
+        # Where max_added is below min_area the interval is reversed, as in the release.
+        area = min_area + (max_added - min_area) * rng.random()
         ratio = math.exp(low + (high - low) * rng.random())
         rows, columns = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
-        if not (rows < height and columns < width):
+        if rows >= height or columns >= width:
             continue
-        top, left = (
-            int(rng.random() * (height - rows + 1)),
-            int(rng.random() * (width - columns + 1)),
-        )
+        top = int(rng.random() * (height - rows + 1))
+        left = int(rng.random() * (width - columns + 1))
         block = mask[top : top + rows, left : left + columns]
-        added = rows * columns - int(block.sum())
-        if 0 < added <= cap:
+        num_added = rows * columns - int(block.sum())
+        if 0 < num_added <= max_added:
             block[:] = True
-            return added
+            return num_added
     return 0

@@ -1,8 +1,12 @@
-"""Readers of public annotation files: what the data sets' owners publish -> plain records with absolute image paths.
+"""Readers of public annotation files: what the data sets' owners publish -> plain records with
+absolute image paths.
 
-`images`, `texts`, `pairs`, `questions`, `statements`, `captioned` and `classes` recognise the files of their kind and give
-(split, record): train, val, test. A record is {id, image and/or text} and what the task adds to it, see each of them.
-A missing image is not noticed here, and a part of a file that holds no record is {id, fault}: `prepare` counts both. A
+`images`, `texts`, `pairs`, `questions`, `statements`, `captioned` and `classes` recognise the files
+of their kind and give
+(split, record): train, val, test. A record is {id, image and/or text} and what the task adds to it,
+see each of them.
+A missing image is not noticed here, and a part of a file that holds no record is {id, fault}:
+`prepare` counts both. A
 file that breaks its format is a ValueError naming it.
 """
 
@@ -110,7 +114,8 @@ __all__ = [
 
 
 class Format(NamedTuple):
-    """A kind of files: what reads it, whether a folder or file is of it, and what people are told to look for."""
+    """A kind of files: what reads it, whether a folder or file is of it, and what people are told
+    to look for."""
 
     read: Callable[..., Any]
     understands: Callable[[Path], bool]
@@ -137,7 +142,8 @@ FORMATS = {
     "statement_tables": Format(statement_tables, is_tables, ".csv, .tsv or .jsonl"),
     "class_tables": Format(class_tables, is_tables, ".csv, .tsv or .jsonl"),
 }
-"""In the order in which they are looked for. Tables come last: a folder of images may well have a list of its classes."""
+"""In the order in which they are looked for. Tables come last: a folder of images may well have a
+list of its classes."""
 
 
 CAPTIONED = ("karpathy", "flickr8k", "tables", "webdataset")
@@ -154,7 +160,8 @@ def images(raw: str | Path) -> Iterator[Pair]:
 
 
 def texts(raw: str | Path, *, field: str = "text") -> Iterator[Pair]:
-    """The paragraphs of the .txt, .jsonl and .parquet files below `raw`, split by folders, names or hash."""
+    """The paragraphs of the .txt, .jsonl and .parquet files below `raw`, split by folders, names or
+    hash."""
     return text_files(raw, field=field)
 
 
@@ -164,22 +171,26 @@ def pairs(raw: str | Path) -> Iterator[Pair]:
 
 
 def lies_in_tars(raw: str | Path, *, captions: bool) -> bool:
-    """Whether `pairs` (`images` without captions) reads tars here: unpacked images and other lists of captions come first."""
+    """Whether `pairs` (`images` without captions) reads tars here: unpacked images and other lists
+    of captions come first."""
     if captions:
         return detect(raw, *CAPTIONED) == "webdataset"
     return not holds_images(Path(raw)) and is_webdataset(Path(raw))
 
 
 def questions(raw: str | Path) -> Iterator[Pair]:
-    """Questions about images, of VQA, OK-VQA, easy-VQA, DAQUAR or tables: {id, image, text, answers, multiple_choice_answer}.
+    """Questions about images, of VQA, OK-VQA, easy-VQA, DAQUAR or tables: {id, image, text,
+    answers, multiple_choice_answer}.
 
-    answers: [str per annotator], or {answer: score} where the file scores them; [] and None in a test without answers.
+    answers: [str per annotator], or {answer: score} where the file scores them; [] and None in a
+    test without answers.
     """
     return FORMATS[detect(raw, *QUESTIONS)].read(raw)
 
 
 def asks_as_vqa(raw: str | Path) -> bool:
-    """Whether `questions` reads VQA v1's or v2's own files here, not another set's or one's own in their format."""
+    """Whether `questions` reads VQA v1's or v2's own files here, not another set's or one's own in
+    their format."""
     return detect(raw, *QUESTIONS) == "vqav2" and is_vqa(Path(raw).absolute())
 
 
@@ -189,19 +200,22 @@ def extra_questions(raw: str | Path) -> Iterator[Pair]:
 
 
 def statements(raw: str | Path) -> Iterator[Pair]:
-    """True and false statements on two images, of NLVR2, NLVR1 or tables: {id, image, image2, text, label?, group, boxes?}."""
+    """True and false statements on two images, of NLVR2, NLVR1 or tables: {id, image, image2, text,
+    label?, group, boxes?}."""
     return FORMATS[detect(raw, "nlvr1", "nlvr2", "statement_tables")].read(raw)
 
 
 def captioned(raw: str | Path) -> Iterator[Pair]:
-    """Captioned images, one record per image: {id, image, image_id, captions, domain?}; captions [] in a test without them."""
+    """Captioned images, one record per image: {id, image, image_id, captions, domain?}; captions []
+    in a test without them."""
     name = detect(raw, "karpathy", "flickr8k", "coco_captions", "tables")
     own = {"karpathy": karpathy_images, "coco_captions": coco_captions}
     return own[name](raw) if name in own else by_image(FORMATS[name].read(raw))
 
 
 def classes(raw: str | Path) -> Classes:
-    """Classified images in class folders, a list or tables: (names in label order, the pairs of {id, image, label})."""
+    """Classified images in class folders, a list or tables: (names in label order, the pairs of
+    {id, image, label})."""
     return FORMATS[detect(raw, "class_list", "class_folders", "class_tables")].read(raw)
 
 

@@ -1,6 +1,8 @@
-"""Captioned images in the files of their owners: Karpathy's JSON (COCO, Flickr30k, Flickr8k), Flickr8k's lists, COCO's and NoCaps' JSON.
+"""Captioned images in the files of their owners: Karpathy's JSON (COCO, Flickr30k, Flickr8k),
+Flickr8k's lists, COCO's and NoCaps' JSON.
 
-For pretraining (split, {id: "file#k", image, text}), one record per caption; for captioning and retrieval one per image,
+For pretraining (split, {id: "file#k", image, text}), one record per caption; for captioning and
+retrieval one per image,
 (split, {id, image, image_id, captions: [str], domain?}), where id is image_id as a str.
 """
 
@@ -41,20 +43,23 @@ class Entry(NamedTuple):
 
 
 def karpathy(raw: str | Path) -> Iterator[Pair]:
-    """Karpathy's `dataset_*.json` (COCO, Flickr30k, Flickr8k), one record per sentence: {id: "file#k", image, text}."""
+    """Karpathy's `dataset_*.json` (COCO, Flickr30k, Flickr8k), one record per sentence: {id:
+    "file#k", image, text}."""
     for entry in _karpathy(raw):
         for k, text in enumerate(entry.captions):
             yield entry.split, {"id": f"{entry.name}#{k}", "image": entry.path, "text": text}
 
 
 def karpathy_images(raw: str | Path) -> Iterator[Pair]:
-    """The same, one record per image: {id, image, image_id: COCO's number, else the file's own, captions: all sentences}."""
+    """The same, one record per image: {id, image, image_id: COCO's number, else the file's own,
+    captions: all sentences}."""
     for entry in _karpathy(raw):
         yield entry.split, _image(entry.image_id, entry.path, entry.captions)
 
 
 def flickr8k(raw: str | Path) -> Iterator[Pair]:
-    """Flickr8k's own `Flickr8k.token.txt` and `Flickr_8k.{train,dev,test}Images.txt`: {id: "file#k", image, text}."""
+    """Flickr8k's own `Flickr8k.token.txt` and `Flickr_8k.{train,dev,test}Images.txt`: {id:
+    "file#k", image, text}."""
     tokens = only(raw, "*Flickr8k.token.txt", "Flickr8k's captions")
     listing = Listing(folder(raw), "Images", "Flicker8k_Dataset", "Flickr8k_Dataset", "images", "")
     splits = {}
@@ -79,7 +84,8 @@ def flickr8k(raw: str | Path) -> Iterator[Pair]:
 
 
 def coco_captions(raw: str | Path) -> Iterator[Pair]:
-    """COCO's `captions_<split>.json` and NoCaps' `nocaps_<split>_*.json`: {id, image, image_id, captions, domain?}.
+    """COCO's `captions_<split>.json` and NoCaps' `nocaps_<split>_*.json`: {id, image, image_id,
+    captions, domain?}.
 
     Test files need no annotations. Without a val, 5 % of the images are held out.
     """
@@ -115,7 +121,8 @@ def coco_captions(raw: str | Path) -> Iterator[Pair]:
             )
         if captions:
             raise ValueError(
-                f"{file} has captions of image_id {next(iter(captions))}, which its images do not list: check it is whole"
+                f"{file} has captions of image_id {next(iter(captions))}, which its images do not "
+                "list: check it is whole"
             )
 
 
@@ -131,7 +138,8 @@ def captions_by_image(content: Any, file: Path) -> dict[int, list[str]]:
 
 
 def by_image(pairs: Iterable[Pair]) -> Iterator[Pair]:
-    """Records of captions "image#k" -> one record per image, in the order of their first captions; faults as they are."""
+    """Records of captions "image#k" -> one record per image, in the order of their first captions;
+    faults as they are."""
     images: dict[tuple[str, str], Record] = {}
     for split, record in pairs:
         if "fault" in record:
@@ -148,7 +156,8 @@ def by_image(pairs: Iterable[Pair]) -> Iterator[Pair]:
 
 
 def one_per_caption(images: Iterable[Pair]) -> Iterator[Pair]:
-    """Training images become one record per caption; others stay one per image, with all captions as references."""
+    """Training images become one record per caption; others stay one per image, with all captions
+    as references."""
     for split, image in images:
         if split != "train" or "captions" not in image:
             yield split, image

@@ -1,7 +1,10 @@
-"""Text corpora: .txt files (a document each), JSON lines and Parquet (a document a line or row), of any size.
+"""Text corpora: .txt files (a document each), JSON lines and Parquet (a document a line or row), of
+any size.
 
-Large files are read in parts, by several processes at once: JSON lines by ranges of bytes, Parquet by row groups. Across
-the border: a document as a text file open for reading, or what is wrong with it; the split of each record made of it.
+Large files are read in parts, by several processes at once: JSON lines by ranges of bytes, Parquet
+by row groups. Across
+the border: a document as a text file open for reading, or what is wrong with it; the split of each
+record made of it.
 """
 
 import gzip
@@ -11,6 +14,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, TextIO
@@ -32,7 +36,8 @@ PART = 1 << 27
 LONGEST = 1 << 26
 """Bytes of a line or cell, which is read as a whole: no book is so long."""
 HELD_OUT_BYTES = 1 << 26
-"""Without a val split HELD_OUT of the records become one, but of large corpora about these bytes: more would not score better."""
+"""Without a val split HELD_OUT of the records become one, but of large corpora about these bytes:
+more would not score better."""
 SKIP = 1 << 20
 """Bytes of a line beyond it that are passed at once."""
 ROWS = 256
@@ -70,7 +75,8 @@ Document = TextIO | Fault
 
 @dataclass(frozen=True)
 class Corpus:
-    """All corpora below a folder, or some spans of them, and what says to which split a record belongs."""
+    """All corpora below a folder, or some spans of them, and what says to which split a record
+    belongs."""
 
     raw: Path
     field: str
@@ -82,7 +88,8 @@ class Corpus:
 
     @classmethod
     def open(cls, raw: str | Path, field: str = "text") -> "Corpus":
-        """ValueError where there is no such folder, or one of the files needs a package that is absent."""
+        """ValueError where there is no such folder, or one of the files needs a package that is
+        absent."""
         raw = folder(raw)
         spans = tuple(_spans(raw))
         share = min(HELD_OUT, HELD_OUT_BYTES / max(1, sum(span.size for span in spans)))
@@ -91,7 +98,8 @@ class Corpus:
     def documents(self, span: Span) -> Iterator[Document]:
         """The documents that begin in `span`; those of JSON lines and Parquet are their `field`.
 
-        A file that ends too early or is damaged is one fault, where that is noticed; what came before it counts.
+        A file that ends too early or is damaged is one fault, where that is noticed; what came
+        before it counts.
         """
         path, kind = self.raw / span.file, _kind(self.raw / span.file)
         if kind == ".txt":
@@ -116,7 +124,8 @@ def _kind(path: Path) -> str:
 
 
 def _spans(raw: Path) -> Iterator[Span]:
-    """Splits are those of the folders right below `raw`; files of many documents may also be named after theirs."""
+    """Splits are those of the folders right below `raw`; files of many documents may also be named
+    after theirs."""
     folders = folder_splits(raw)
     for path in walk(raw):
         kind = _kind(path)
@@ -148,7 +157,8 @@ def _text(path: Path, span: Span) -> Iterator[Document]:
     except UnicodeDecodeError as error:
         yield Fault(
             span.name,
-            f"it is not UTF-8 ({error.reason} 0x{error.object[error.start]:02x}): convert it to UTF-8",
+            f"it is not UTF-8 ({error.reason} 0x{error.object[error.start]:02x}): convert it to "
+            "UTF-8",
         )
         return
     with path.open(encoding="utf-8-sig") as file:
@@ -185,9 +195,7 @@ def _json_lines(file: BinaryIO, span: Span, field: str) -> Iterator[Document]:
                 at += 0 if line.endswith(b"\n") else _skip(file)
                 yield Fault(place, f"it is longer than {LONGEST} bytes: cut it")
             elif line.strip():
-                yield _document(
-                    place, lambda line=line: json.loads(line.decode("utf-8-sig")), field
-                )  # type: ignore[misc]
+                yield _document(place, partial(_decode_json, line), field)
     except (EOFError, OSError, zlib.error) as error:
         yield Fault(
             span.name, f"it cannot be read behind line {number - 1} ({error}): get the file again"
@@ -202,6 +210,16 @@ def _skip(file: BinaryIO, limit: int = 0) -> int:
         if line.endswith(b"\n") or 0 < limit < passed:
             break
     return passed
+
+
+def _decode_json(line: bytes) -> Any:
+    """Returns the JSON value of a line in UTF-8, with or without a byte order mark."""
+    return json.loads(line.decode("utf-8-sig"))
+
+
+def _read_cell(cell: Any, field: str) -> dict[str, Any]:
+    """Returns a cell of a Parquet column as a record."""
+    return {field: cell.as_py()}
 
 
 def _document(place: str, read: Callable[[], Any], field: str) -> Document:
@@ -228,7 +246,8 @@ def _document(place: str, read: Callable[[], Any], field: str) -> Document:
 
 
 def arrow(path: Path) -> Any:
-    """The package that reads Parquet and Zstandard; ValueError with the remedy where it is absent."""
+    """The package that reads Parquet and Zstandard; ValueError with the remedy where it is
+    absent."""
     try:
         import pyarrow
         import pyarrow.parquet
@@ -240,7 +259,8 @@ def arrow(path: Path) -> Any:
 
 
 def _row_groups(path: Path) -> list[int]:
-    """Numbers of row groups between which a file is cut; for a file that cannot be read [0], `documents` says why."""
+    """Numbers of row groups between which a file is cut; for a file that cannot be read [0],
+    `documents` says why."""
     try:
         about = arrow(path).parquet.ParquetFile(path).metadata
     except OSError:
@@ -264,7 +284,8 @@ def _parquet(path: Path, span: Span, field: str) -> Iterator[Document]:
             if field not in file.schema_arrow.names:
                 yield Fault(
                     span.name,
-                    f"it has no column {field!r} (--field), but {', '.join(file.schema_arrow.names)[:80]}",
+                    f"it has no column {field!r} (--field), but "
+                    f"{', '.join(file.schema_arrow.names)[:80]}",
                 )
                 return
             for batch in file.iter_batches(
@@ -273,8 +294,8 @@ def _parquet(path: Path, span: Span, field: str) -> Iterator[Document]:
                 for cell in batch.column(0):
                     number += 1
                     yield _document(
-                        f"{span.name} row {number}", lambda cell=cell: {field: cell.as_py()}, field
-                    )  # type: ignore[misc]
+                        f"{span.name} row {number}", partial(_read_cell, cell, field), field
+                    )
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         yield Fault(

@@ -1,6 +1,8 @@
-"""Files of a raw data set: listed, walked, read as lines or JSON, their fields checked, their splits named.
+"""Files of a raw data set: listed, walked, read as lines or JSON, their fields checked, their
+splits named.
 
-What is wrong with a file is a ValueError of one line that names the file, the place in it and the remedy.
+What is wrong with a file is a ValueError of one line that names the file, the place in it and the
+remedy.
 """
 
 import os
@@ -52,7 +54,8 @@ def found(raw: Path, pattern: str) -> list[Path]:
 
 
 def only(raw: str | Path, pattern: str, what: str) -> Path:
-    """The one file of this name in or right below `raw`, or `raw` itself if it is a file; ValueError for none or several."""
+    """The one file of this name in or right below `raw`, or `raw` itself if it is a file;
+    ValueError for none or several."""
     raw = Path(raw).absolute()
     files = [raw] if raw.is_file() else found(folder(raw), pattern)
     if len(files) != 1:
@@ -67,10 +70,12 @@ def nothing_known(raw: Path, wanted: str) -> ValueError:
 
 
 def field(entry: Any, name: str, kind: type, where: str | Path) -> Any:
-    """`entry[name]`, which must be there and of this kind; `where` says in the ValueError which entry it was."""
+    """`entry[name]`, which must be there and of this kind; `where` says in the ValueError which
+    entry it was."""
     if not isinstance(entry, dict) or not isinstance(entry.get(name), kind):
         raise ValueError(
-            f"{where} has no {name} ({kind.__name__}): check that the file is whole and of this format"
+            f"{where} has no {name} ({kind.__name__}): check that the file is whole and of this "
+            "format"
         )
     return entry[name]
 
@@ -87,7 +92,8 @@ class Expected(str):
 
 
 class Listing:
-    """Image files of some folders below `base`, or below those in `also`, each listed once; what is named first wins."""
+    """Image files of some folders below `base`, or below those in `also`, each listed once; what is
+    named first wins."""
 
     def __init__(self, base: Path, *folders: str, also: Sequence[Path] = ()) -> None:
         self.bases, self.folders = [each.absolute() for each in (base, *also)], folders
@@ -95,7 +101,8 @@ class Listing:
         self.places: dict[str, list[Path]] = {}
 
     def find(self, *names: str, folder: str = "") -> str:
-        """Absolute path of the first of `names` that exists; else where the first name was expected, as `Expected`."""
+        """Absolute path of the first of `names` that exists; else where the first name was
+        expected, as `Expected`."""
         if folder not in self.places:
             # "images" and the folder an entry names may be nested either way.
             nested = [f"{outer}/{folder}" for outer in self.folders if outer and folder]
@@ -115,7 +122,8 @@ class Listing:
 
 
 def expected(places: Sequence[Path], name: str, base: Path) -> Expected:
-    """The path of a missing image in the first of `places`; those below `base` are named from there."""
+    """The path of a missing image in the first of `places`; those below `base` are named from
+    there."""
     shown = [
         os.path.relpath(place, base) if place.is_relative_to(base) else str(place)
         for place in places
@@ -123,15 +131,17 @@ def expected(places: Sequence[Path], name: str, base: Path) -> Expected:
     return Expected(str(places[0] / name), f"{', '.join(dict.fromkeys(shown))} of {base}")
 
 
-# Splits --------------------------------------------------------------------------------------------------------------
+# Splits -------------------------------------------------------------------------------------------
 
 
 def split(
     records: Iterable[Record], raw: str | Path, *, held_out: float = HELD_OUT
 ) -> Iterator[Pair]:
-    """Give records of `image_folder` or `text_files` their splits: by the folders train, val, test right below `raw`.
+    """Give records of `image_folder` or `text_files` their splits: by the folders train, val, test
+    right below `raw`.
 
-    Without a val folder, a share `held_out` of what would be train becomes val, chosen by hash of the id.
+    Without a val folder, a share `held_out` of what would be train becomes val, chosen by hash of
+    the id.
     """
     names = folder_splits(folder(raw))
     for record in records:
@@ -152,7 +162,8 @@ def folder_splits(raw: Path) -> dict[str, str]:
 
 
 def named_split(file: Path, raw: Path) -> str:
-    """The split that the file's name holds (captions_val2017.csv, cc12m-train-0000.tar) or a folder below `raw`; else ''."""
+    """The split that the file's name holds (captions_val2017.csv, cc12m-train-0000.tar) or a folder
+    below `raw`; else ''."""
     words = [
         *re.split(r"[._-]", file.stem)[::-1],
         *file.parent.relative_to(raw if raw.is_dir() else raw.parent).parts[::-1],
@@ -161,19 +172,22 @@ def named_split(file: Path, raw: Path) -> str:
 
 
 def subset(file: Path) -> str:
-    """`val2014` of v2_OpenEnded_mscoco_val2014_questions.json; train where the name says nothing."""
+    """`val2014` of v2_OpenEnded_mscoco_val2014_questions.json; train where the name says
+    nothing."""
     return next(
         (part for part in reversed(file.stem.split("_")) if part.lower() in SPLITS), "train"
     )
 
 
 def or_held_out(name: str, key: str, *, has_val: bool, held_out: float = HELD_OUT) -> str:
-    """The split `name`; where the owners made no val, val for the share of train that the hash of `key` holds out."""
+    """The split `name`; where the owners made no val, val for the share of train that the hash of
+    `key` holds out."""
     return "val" if name == "train" and not has_val and holdout(key, held_out) else name
 
 
 def holdout(key: str, share: float) -> bool:
-    """Whether `key` (say an image's name: its questions stay together) is in the held-out share; the same for ever."""
+    """Whether `key` (say an image's name: its questions stay together) is in the held-out share;
+    the same for ever."""
     return (
         int.from_bytes(blake2b(key.encode(errors="surrogatepass"), digest_size=8).digest(), "big")
         < share * 2**64

@@ -1,4 +1,5 @@
-"""Folders of images and of texts -> records {id, image}, whose splits `files.split` gives, and pairs of {id, text}."""
+"""Folders of images and of texts -> records {id, image}, whose splits `files.split` gives, and
+pairs of {id, text}."""
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -21,7 +22,8 @@ def image_folder(raw: str | Path) -> Iterator[Record]:
 
 
 def text_files(raw: str | Path, *, field: str = "text") -> Iterator[Pair]:
-    """The paragraphs (between blank lines, cut where long) of the corpora below `raw`: {id: "file:number", text}.
+    """The paragraphs (between blank lines, cut where long) of the corpora below `raw`: {id:
+    "file:number", text}.
 
     A document that cannot be read is {id, fault}.
     """
@@ -39,9 +41,11 @@ def text_files(raw: str | Path, *, field: str = "text") -> Iterator[Pair]:
 
 
 def paragraphs(lines: Iterable[str]) -> Iterator[str]:
-    """Paragraphs as single lines of single-spaced words; long ones are cut at the last line end within LONGEST_TEXT.
+    """Paragraphs as single lines of single-spaced words; long ones are cut at the last line end
+    within LONGEST_TEXT.
 
-    Some books of the Gutenberg selections have no blank line at all: each would be one record of a million characters.
+    Some books of the Gutenberg selections have no blank line at all: each would be one record of a
+    million characters.
     """
     words: list[str] = []
     size = 0

@@ -1,14 +1,21 @@
-"""Objects in images: COCO's instances_*.json and image_info_test*.json, Objects365's zhiyuan_objv2_*.json -> one record per image.
+"""Objects in images: COCO's instances_*.json and image_info_test*.json, Objects365's
+zhiyuan_objv2_*.json -> one record per image.
 
-{id: str, image, width, height, objects: [{id: int >= 1, box: [x, y, w, h] pixels, label, area, crowd: bool, segmentation?}]}.
-Labels count the sorted category ids from 0. segmentation is COCO's: polygons [[x, y, x, y, ...]] or RLE {size: [h, w], counts}.
-Crowd regions stay, which evaluation needs and training leaves out, and so do images without objects. An image_info file lists
+{id: str, image, width, height, objects: [{id: int >= 1, box: [x, y, w, h] pixels, label, area,
+crowd: bool, segmentation?}]}.
+Labels count the sorted category ids from 0. segmentation is COCO's: polygons [[x, y, x, y, ...]] or
+RLE {size: [h, w], counts}.
+Crowd regions stay, which evaluation needs and training leaves out, and so do images without
+objects. An image_info file lists
 images whose objects only the evaluation server knows; their records have none.
 
-What is known to be wrong in Objects365 is put right and counted. Boxes without a mask are clipped to the image, and dropped
-where they repeat another; where there is a mask, it is the truth, and the box stays as the evaluators know it.
+What is known to be wrong in Objects365 is put right and counted. Boxes without a mask are clipped
+to the image, and dropped
+where they repeat another; where there is a mask, it is the truth, and the box stays as the
+evaluators know it.
 
-A file is parsed whole: a GB of boxes takes 3.7 GB of memory while it is read, and 2.7 GB until its last record, so 8 GB of
+A file is parsed whole: a GB of boxes takes 3.7 GB of memory while it is read, and 2.7 GB until its
+last record, so 8 GB of
 Objects365 take about 30 GB once, to `prepare` them.
 """
 
@@ -30,7 +37,7 @@ from beit3.data.prepare.formats.files import (
     or_held_out,
     subset,
 )
-from beit3.data.stores.rle import FARTHEST
+from beit3.data.stores.rle import MAX_COORDINATE
 from beit3.files import read_json
 
 Category = dict[str, Any]
@@ -44,10 +51,13 @@ ROUNDING = 0.01
 
 
 def instances(raw: str | Path, *, repaired: Counter[str] | None = None) -> Instances:
-    """([{id, name}] in the order of the labels, the pairs) of the COCO or Objects365 files in or right below `raw`.
+    """([{id, name}] in the order of the labels, the pairs) of the COCO or Objects365 files in or
+    right below `raw`.
 
-    `repaired` takes what was put right while the pairs are read: what -> how often. Without a val file, 5 % of the images
-    are held out. ValueError for no file, two of one split, categories of two names, or a part that is not of the format.
+    `repaired` takes what was put right while the pairs are read: what -> how often. Without a val
+    file, 5 % of the images
+    are held out. ValueError for no file, two of one split, categories of two names, or a part that
+    is not of the format.
     """
     raw = folder(raw)
     files = {split: _File(file, read_json(file)) for split, file in _files(raw).items()}
@@ -89,9 +99,10 @@ class _Reader:
             where = f"{file} images[{number}]"
             key, name = field(image, "id", int, where), field(image, "file_name", str, where)
             width, height = field(image, "width", int, where), field(image, "height", int, where)
-            if not (0 < width <= FARTHEST and 0 < height <= FARTHEST):
+            if not (0 < width <= MAX_COORDINATE and 0 < height <= MAX_COORDINATE):
                 raise ValueError(
-                    f"{where} is {str(width)[:20]} x {str(height)[:20]} pixels: give its width and height"
+                    f"{where} is {str(width)[:20]} x {str(height)[:20]} pixels: give its width "
+                    "and height"
                 )
             mine = by_image.pop(key, None)
             if mine is None:
@@ -112,7 +123,8 @@ class _Reader:
             yield or_held_out(split, name, has_val=has_val), record
 
     def by_image(self, images: Sequence[Any], annotations: Sequence[Any]) -> dict[int, list[int]]:
-        """Image id -> places of its annotations, [] where it has none; those of images that are not listed are counted."""
+        """Image id -> places of its annotations, [] where it has none; those of images that are not
+        listed are counted."""
         file = self.file.path
         places: dict[int, list[int]] = {
             field(image, "id", int, f"{file} images[{at}]"): [] for at, image in enumerate(images)
@@ -126,13 +138,15 @@ class _Reader:
                 unknown += 1
         if annotations and unknown == len(annotations):
             raise ValueError(
-                f"{file} has {unknown} annotations, all of images that it does not list: check that it is whole"
+                f"{file} has {unknown} annotations, all of images that it does not list: check "
+                "that it is whole"
             )
         self.count("annotations of images that are not listed, dropped", unknown)
         return places
 
     def ids(self, annotations: Sequence[Any]) -> Sequence[int]:
-        """The annotations' ids; 1, 2, ... for all of them where one is below 1 or repeats, which evaluators take for no match."""
+        """The annotations' ids; 1, 2, ... for all of them where one is below 1 or repeats, which
+        evaluators take for no match."""
         given = [row.get("id") for row in annotations]
         good = {id for id in given if isinstance(id, int) and 1 <= id <= LARGEST_ID}
         if len(good) == len(given):
@@ -202,7 +216,8 @@ class _Reader:
         return None
 
     def mask(self, given: Any, where: str, width: int, height: int) -> Any:
-        """The polygons that enclose something, or the RLE of an image of this size; None where nothing is left."""
+        """The polygons that enclose something, or the RLE of an image of this size; None where
+        nothing is left."""
         if given is None:
             return None
         if isinstance(given, dict):
@@ -214,7 +229,8 @@ class _Reader:
             isinstance(polygon, list) and _are_numbers(polygon) for polygon in given
         ):
             raise ValueError(
-                f"{where} has a segmentation that is neither polygons of numbers nor RLE: {str(given)[:60]}"
+                f"{where} has a segmentation that is neither polygons of numbers nor RLE: "
+                f"{str(given)[:60]}"
             )
         polygons = [polygon for polygon in given if len(polygon) >= 6 and len(polygon) % 2 == 0]
         self.count(
@@ -259,7 +275,8 @@ def _categories(files: Sequence[_File]) -> list[Category]:
                 )
             if id in own or names.setdefault(id, name) != name:
                 raise ValueError(
-                    f"{where}, {name[:60]}, has the id {id} of {names[id][:60]}: give each category an id of its own"
+                    f"{where}, {name[:60]}, has the id {id} of {names[id][:60]}: give each "
+                    "category an id of its own"
                 )
             own.add(id)
     if not names:
@@ -268,7 +285,8 @@ def _categories(files: Sequence[_File]) -> list[Category]:
 
 
 def _places(file: Path, split: str) -> list[str]:
-    """Folders of the images of a file: train2017 or train, test2017 also for test-dev, images/..., and as Objects365's parts unpack."""
+    """Folders of the images of a file: train2017 or train, test2017 also for test-dev, images/...,
+    and as Objects365's parts unpack."""
     names = list(dict.fromkeys((subset(file), subset(file).replace("-dev", ""), split)))
     places = [*names, *(f"images/{name}" for name in names), "images", ""]
     parts = [
@@ -280,7 +298,8 @@ def _places(file: Path, split: str) -> list[str]:
 
 
 def _image(listing: Listing, name: str) -> str:
-    """Path of an image: Objects365's names begin with images/v1/ or images/v2/, its folders often do not."""
+    """Path of an image: Objects365's names begin with images/v1/ or images/v2/, its folders often
+    do not."""
     path = PurePosixPath(re.sub(r"^images/v[12]/", "", name))
     return listing.find(path.name, folder="" if len(path.parts) < 2 else path.parent.as_posix())
 
@@ -289,12 +308,13 @@ def _area(row: Any, box: Sequence[float]) -> float:
     """The annotation's area; that of the box where it has none, or was clipped."""
     area = row.get("area")
     clipped = [float(side) for side in row["bbox"]] != [*box]
-    known = isinstance(area, int | float) and 0 < area <= FARTHEST**2
+    known = isinstance(area, int | float) and 0 < area <= MAX_COORDINATE**2
     return float(area) if known and not clipped else box[2] * box[3]
 
 
 def _is_rle(given: Mapping[str, Any], width: int, height: int) -> bool:
-    """Whether RLE is of this size; runs in a list must fill it, those in a string are checked by who decodes them."""
+    """Whether RLE is of this size; runs in a list must fill it, those in a string are checked by
+    who decodes them."""
     counts = given.get("counts")
     if given.get("size") != [height, width]:
         return False
@@ -309,5 +329,6 @@ def _is_rle(given: Mapping[str, Any], width: int, height: int) -> bool:
 def _are_numbers(values: Sequence[Any]) -> bool:
     """Whether all are finite numbers that can be pixels, as far as masks are drawn."""
     return all(
-        isinstance(value, int | float) and -FARTHEST <= value <= FARTHEST for value in values
+        isinstance(value, int | float) and -MAX_COORDINATE <= value <= MAX_COORDINATE
+        for value in values
     )

@@ -1,6 +1,7 @@
 """Images with one class each: ImageNet's and CIFAR's class folders, a list of classes, tables.
 
-All give (names, iterator of (split, {id, image, label})): names in the order of the labels, which count the sorted classes
+All give (names, iterator of (split, {id, image, label})): names in the order of the labels, which
+count the sorted classes
 from 0, as ImageNet's do; numbers in a table are the labels themselves.
 """
 
@@ -29,7 +30,8 @@ Classes = tuple[tuple[str, ...], Iterator[Pair]]
 LABEL_COLUMNS = ("label", "class", "category", "label_name", "class_name")
 # Files that name the classes, beside their folders; the first is Kaggle's of ImageNet.
 NAMES = ("LOC_synset_mapping.txt", "classes.tsv", "classes.txt")
-# Kaggle's ImageNet: where its images are, and the classes of those in its val/, which has no folders.
+# Kaggle's ImageNet: where its images are, and the classes of those in its val/, which has no
+# folders.
 KAGGLE = "ILSVRC/Data/CLS-LOC"
 VAL_CLASSES = "LOC_val_solution.csv"
 MOST_CLASSES = 100_000
@@ -37,10 +39,13 @@ MOST_CLASSES = 100_000
 
 
 def class_folders(raw: str | Path) -> Classes:
-    """train/<class>/, val/<class>/, test/<class>/ (or synonyms), images at any depth: {id: path below `raw`, image, label}.
+    """train/<class>/, val/<class>/, test/<class>/ (or synonyms), images at any depth: {id: path
+    below `raw`, image, label}.
 
-    test is val where there is no val. Without either, or with class folders right in `raw`, 5 % are held out. Images right
-    in test/ have no label; those right in val/ need Kaggle's LOC_val_solution.csv beside it or above.
+    test is val where there is no val. Without either, or with class folders right in `raw`, 5 % are
+    held out. Images right
+    in test/ have no label; those right in val/ need Kaggle's LOC_val_solution.csv beside it or
+    above.
     """
     raw = _inside(folder(raw))
     places = _places(raw)
@@ -54,7 +59,8 @@ def class_folders(raw: str | Path) -> Classes:
 
 
 def class_list(raw: str | Path) -> Classes:
-    """`classes.tsv` of index, class, name, file, with the images in `images/`, all of them train: {id: file, image, label}."""
+    """`classes.tsv` of index, class, name, file, with the images in `images/`, all of them train:
+    {id: file, image, label}."""
     raw = folder(raw)
     file = raw / "classes.tsv"
     rows = [
@@ -78,9 +84,11 @@ def class_list(raw: str | Path) -> Classes:
 
 
 def class_tables(raw: str | Path) -> Classes:
-    """Tables with image and label (the class's name, or the label itself), perhaps id and split: {id: image, image, label}.
+    """Tables with image and label (the class's name, or the label itself), perhaps id and split:
+    {id: image, image, label}.
 
-    A row without a label is a fault, unless it is of a test split. Labels beyond the classes that a classes.txt names are a
+    A row without a label is a fault, unless it is of a test split. Labels beyond the classes that a
+    classes.txt names are a
     ValueError; without one the largest label says how many there are.
     """
     raw = Path(raw).absolute()
@@ -133,7 +141,8 @@ def _inside(raw: Path) -> Path:
 
 
 def _places(raw: Path) -> dict[str, Path]:
-    """Split -> its folder of class folders; {"train": raw} for class folders on their own; {} where there are none."""
+    """Split -> its folder of class folders; {"train": raw} for class folders on their own; {} where
+    there are none."""
     places: dict[str, Path] = {}
     for each in _class_folders(raw):
         name = SPLITS.get(each.lower(), "")
@@ -165,7 +174,8 @@ def _class_folders(place: Path) -> list[str]:
 
 
 def _checked(raw: Path, places: dict[str, Path], classes: Sequence[str]) -> dict[str, str]:
-    """ValueError for a folder that is no class; else the classes of the images right in val/, {} where it has class folders."""
+    """ValueError for a folder that is no class; else the classes of the images right in val/, {}
+    where it has class folders."""
     flat: dict[str, str] = {}
     known = set(classes)
     for name, place in places.items():
@@ -183,17 +193,20 @@ def _checked(raw: Path, places: dict[str, Path], classes: Sequence[str]) -> dict
     for image, each in flat.items():
         if each not in known:
             raise ValueError(
-                f"{VAL_CLASSES} says that {image} is {each[:30]!r}, which is no class of the training folder: add it there"
+                f"{VAL_CLASSES} says that {image} is {each[:30]!r}, which is no class of the "
+                "training folder: add it there"
             )
     return flat
 
 
 def _val_classes(raw: Path, place: Path) -> dict[str, str]:
-    """Image -> class as Kaggle lists ImageNet's val: `ILSVRC2012_val_00000001,n01440764 1 2 3 4`."""
+    """Image -> class as Kaggle lists ImageNet's val: `ILSVRC2012_val_00000001,n01440764 1 2 3
+    4`."""
     file = next(iter([*found(raw, VAL_CLASSES), *_above(raw, VAL_CLASSES)]), None)
     if file is None:
         raise ValueError(
-            f"{place} holds no class folders: sort its images into {place}/<class>/, or put {VAL_CLASSES} beside it"
+            f"{place} holds no class folders: sort its images into {place}/<class>/, or put "
+            f"{VAL_CLASSES} beside it"
         )
     rows = [row for row in csv.reader(read_lines(file)) if row][1:]
     if not all(len(row) == 2 and row[1].split() for row in rows):
@@ -234,7 +247,8 @@ def _is_image(path: Path) -> bool:
 
 
 def _names(raw: Path, classes: Sequence[str]) -> tuple[str, ...]:
-    """Readable names of the classes, from the first of `NAMES` in `raw` or right below it (Kaggle's also above), else their own."""
+    """Readable names of the classes, from the first of `NAMES` in `raw` or right below it (Kaggle's
+    also above), else their own."""
     files = _names_files(raw)
     given = _named(files[0], classes) if files else {}
     return tuple(
@@ -247,7 +261,8 @@ def _names_files(raw: Path) -> list[Path]:
 
 
 def _numbered(raw: Path, rows: Sequence[Row]) -> list[str]:
-    """The classes 0, 1, ... of a table of numbers: as many as `NAMES` has lines, else up to the largest label."""
+    """The classes 0, 1, ... of a table of numbers: as many as `NAMES` has lines, else up to the
+    largest label."""
     file = next(iter(found(raw, NAMES[2])), None)
     count = sum(1 for line in read_lines(file) if line.strip()) if file else MOST_CLASSES
     numbers = {
@@ -269,7 +284,8 @@ def _numbered(raw: Path, rows: Sequence[Row]) -> list[str]:
 
 
 def _named(file: Path, classes: Sequence[str]) -> dict[str, str]:
-    """Class -> name: from lines that hold a class and its name, else from as many lines as there are classes, in their order."""
+    """Class -> name: from lines that hold a class and its name, else from as many lines as there
+    are classes, in their order."""
     rows = [line.strip() for line in read_lines(file) if line.strip()]
     known = set(classes)
     named: dict[str, str] = {}

@@ -1,7 +1,10 @@
-"""Statements on two images, true or false: NLVR2 and NLVR1 in the files of their owners, and tables of one's own.
+"""Statements on two images, true or false: NLVR2 and NLVR1 in the files of their owners, and tables
+of one's own.
 
-All give (split, {id, image, image2, text, label: 0 | 1, group, boxes?}); tests may lack the label. `group` is shared by the
-uses of one sentence, which NLVR2's consistency counts together. `boxes`: pixels [left, top, right, bottom] of `image` and
+All give (split, {id, image, image2, text, label: 0 | 1, group, boxes?}); tests may lack the label.
+`group` is shared by the
+uses of one sentence, which NLVR2's consistency counts together. `boxes`: pixels [left, top, right,
+bottom] of `image` and
 of `image2` that are looked at.
 """
 
@@ -28,14 +31,17 @@ from beit3.data.prepare.formats.tables import (
 )
 from beit3.files import read_json_lines
 
-# Their files -> our splits. test1 is the public test of NLVR2 (test-P), test2 the one that was held back first (test-U);
-# test is NLVR1's, and in NLVR2's folder somebody's own: both are one split here, so that they cannot stand side by side.
+# Their files -> our splits. test1 is the public test of NLVR2 (test-P), test2 the one that was held
+# back first (test-U);
+# test is NLVR1's, and in NLVR2's folder somebody's own: both are one split here, so that they
+# cannot stand side by side.
 FILES = {"train": "train", "dev": "val", "test1": "test", "test": "test", "test2": "test2"}
 
 PERMUTATIONS = 6
 """Orders of the three boxes in which NLVR1 draws each example."""
 VAL_DIRECTORY = "5"
-"""NLVR1's directories share no group of sentences: where there is one file alone, this one is val."""
+"""NLVR1's directories share no group of sentences: where there is one file alone, this one is
+val."""
 CANVAS = [[0, 0, 250, 100], [250, 0, 400, 100]]
 """NLVR1's 400 x 100 pixels, three boxes: the first two are one image, the third the other."""
 
@@ -58,7 +64,8 @@ def nlvr2(raw: str | Path) -> Iterator[Pair]:
             identifier = field(row, "identifier", str, where)
             if identifier.count("-") < 3:
                 raise ValueError(
-                    f"{where} has identifier {identifier[:60]!r}: NLVR2's are split-set-pair-sentence"
+                    f"{where} has identifier {identifier[:60]!r}: NLVR2's are "
+                    "split-set-pair-sentence"
                 )
             stem = identifier.rpartition("-")[0]
             inside = f"{place}/{row['directory']}" if "directory" in row else place
@@ -78,9 +85,11 @@ def nlvr2(raw: str | Path) -> Iterator[Pair]:
 
 
 def nlvr1(raw: str | Path) -> Iterator[Pair]:
-    """NLVR1's train/train.json, dev/dev.json, test/test.json: {id: "n-m-k", image, image2: the same, text, label, group: "n", boxes}.
+    """NLVR1's train/train.json, dev/dev.json, test/test.json: {id: "n-m-k", image, image2: the
+    same, text, label, group: "n", boxes}.
 
-    Training records are all six orders k of the boxes, others the first. Where there is one file alone, its directory 5 is val.
+    Training records are all six orders k of the boxes, others the first. Where there is one file
+    alone, its directory 5 is val.
     """
     files = _files(folder(raw))
     if not files:
@@ -103,7 +112,8 @@ def nlvr1(raw: str | Path) -> Iterator[Pair]:
 
 
 def statement_tables(raw: str | Path) -> Iterator[Pair]:
-    """Tables with image, image2, text, label (true, false, 1, 0, yes, no), perhaps id, split and group; group is else the text.
+    """Tables with image, image2, text, label (true, false, 1, 0, yes, no), perhaps id, split and
+    group; group is else the text.
 
     A row without a label is a fault, unless it is of a test split.
     """
@@ -155,7 +165,8 @@ def is_nlvr2(raw: Path) -> bool:
 
 
 def is_nlvr1(raw: Path) -> bool:
-    """Whether `raw` holds {train,dev,test}.json with the drawn boxes of NLVR1 in their first lines."""
+    """Whether `raw` holds {train,dev,test}.json with the drawn boxes of NLVR1 in their first
+    lines."""
     firsts = (next(read_json_lines(file), ("", None))[1] for file in _files(raw).values())
     return any(isinstance(row, dict) and "structured_rep" in row for row in firsts)
 
@@ -171,7 +182,8 @@ def _files(raw: Path) -> dict[str, Path]:
             files[name] = places[0]
     if {"test", "test1"} <= files.keys():
         raise ValueError(
-            f"{files['test1']} and {files['test']} would both be test, and are different splits: keep the one that is meant"
+            f"{files['test1']} and {files['test']} would both be test, and are different splits: "
+            "keep the one that is meant"
         )
     return files
 

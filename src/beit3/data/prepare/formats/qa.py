@@ -1,6 +1,8 @@
-"""Questions about images in the files of their owners: VQA v1 and v2, OK-VQA, easy-VQA, DAQUAR, Visual Genome; and tables.
+"""Questions about images in the files of their owners: VQA v1 and v2, OK-VQA, easy-VQA, DAQUAR,
+Visual Genome; and tables.
 
-All give (split, {id, image, text, answers, multiple_choice_answer}), answers [str per annotator], or {answer: score} where
+All give (split, {id, image, text, answers, multiple_choice_answer}), answers [str per annotator],
+or {answer: score} where
 the file scores them.
 """
 
@@ -46,10 +48,13 @@ DAQUAR_ENDING = re.compile(r"\s+in (the )?image ?\d+\s*\??$")
 
 
 def vqav2(raw: str | Path) -> Iterator[Pair]:
-    """VQA v1/v2 and OK-VQA questions and annotations by split: {id: question_id, image, text, answers, multiple_choice_answer}.
+    """VQA v1/v2 and OK-VQA questions and annotations by split: {id: question_id, image, text,
+    answers, multiple_choice_answer}.
 
-    Official file names or plain questions.json / annotations.json. Questions without an annotations file (the test
-    splits) have no answers and None. Of OK-VQA's `answer` and `raw_answer` the first counts, as in its scores.
+    Official file names or plain questions.json / annotations.json. Questions without an annotations
+    file (the test
+    splits) have no answers and None. Of OK-VQA's `answer` and `raw_answer` the first counts, as in
+    its scores.
     """
     raw = folder(raw)
     if not is_vqav2(raw):
@@ -107,7 +112,8 @@ def easy_vqa(raw: str | Path) -> Iterator[Pair]:
                 and isinstance(row[1], str)
             ):
                 raise ValueError(
-                    f"{where} is not [question, answer, image], the first two texts: {str(row)[:60]}"
+                    f"{where} is not [question, answer, image], the first two texts: "
+                    f"{str(row)[:60]}"
                 )
             text, answer, image = row
             yield (
@@ -119,9 +125,11 @@ def easy_vqa(raw: str | Path) -> Iterator[Pair]:
 
 
 def daquar(raw: str | Path, *, held_out: float = 0.1) -> Iterator[Pair]:
-    """DAQUAR: `qa.*.txt` (question line, answer line) or `data_*.csv`; one person's answer, perhaps "book, cup".
+    """DAQUAR: `qa.*.txt` (question line, answer line) or `data_*.csv`; one person's answer, perhaps
+    "book, cup".
 
-    The image's name leaves the question. Where there is no test or val file, the questions on a share `held_out` of the
+    The image's name leaves the question. Where there is no test or val file, the questions on a
+    share `held_out` of the
     training images are val.
     """
     raw = folder(raw)
@@ -147,12 +155,14 @@ def daquar(raw: str | Path, *, held_out: float = 0.1) -> Iterator[Pair]:
 
 
 def soft_labels(raw: str | Path) -> Iterator[Pair]:
-    """`*soft_labels.json`, a list of objects with image, question, label {answer: score}, question_id and okvqa_split."""
+    """`*soft_labels.json`, a list of objects with image, question, label {answer: score},
+    question_id and okvqa_split."""
     return _asked(raw, [only(raw, "*soft_labels.json", "questions with scored answers")])
 
 
 def question_tables(raw: str | Path) -> Iterator[Pair]:
-    """Tables with image, question, answer, perhaps id and split; in JSON lines `answers` may be a list or {answer: score}.
+    """Tables with image, question, answer, perhaps id and split; in JSON lines `answers` may be a
+    list or {answer: score}.
 
     A row without an answer is a fault, unless it is of a test split.
     """
@@ -160,9 +170,11 @@ def question_tables(raw: str | Path) -> Iterator[Pair]:
 
 
 def visual_genome(raw: str | Path) -> Iterator[Pair]:
-    """Visual Genome's question_answers.json as training questions, images in VG_100K and VG_100K_2; nothing where it is absent.
+    """Visual Genome's question_answers.json as training questions, images in VG_100K and VG_100K_2;
+    nothing where it is absent.
 
-    Images that VQA's val or test in the same folder asks about are left out; image_data.json, which knows which are COCO's, must
+    Images that VQA's val or test in the same folder asks about are left out; image_data.json, which
+    knows which are COCO's, must
     then be there.
     """
     raw = folder(raw)
@@ -193,7 +205,8 @@ def is_vqav2(raw: Path) -> bool:
 
 
 def is_vqa(raw: Path) -> bool:
-    """Whether the questions in `raw` are VQA's own, v1 or v2: files of its names that are not said to be of another set."""
+    """Whether the questions in `raw` are VQA's own, v1 or v2: files of its names that are not said
+    to be of another set."""
     files = _question_files(raw)
     for file in files:
         info = _whole(file).get("info")
@@ -242,12 +255,14 @@ def _one_set(raw: Path) -> None:
     }
     if len(names) > 1:
         raise ValueError(
-            f"{raw} holds {names[True]} of VQAv2 and {names[False]} of VQA v1 or OK-VQA: keep each set in its own folder"
+            f"{raw} holds {names[True]} of VQAv2 and {names[False]} of VQA v1 or OK-VQA: keep "
+            "each set in its own folder"
         )
 
 
 def _annotations(raw: Path, questions: Path) -> dict[int, tuple[list[str], str]] | None:
-    """question_id -> (the annotators' answers as given, the chosen one) of the file that belongs to `questions`."""
+    """question_id -> (the annotators' answers as given, the chosen one) of the file that belongs to
+    `questions`."""
     file = _annotations_file(raw, questions)
     if not file:
         return None
@@ -257,7 +272,8 @@ def _annotations(raw: Path, questions: Path) -> dict[int, tuple[list[str], str]]
         given = [field(entry, "answer", str, where) for entry in field(row, "answers", list, where)]
         if not given:
             raise ValueError(
-                f"{where} has no entry in answers: leave out the file's questions that nobody answered"
+                f"{where} has no entry in answers: leave out the file's questions that nobody "
+                "answered"
             )
         # OK-VQA chooses none.
         chosen = (
@@ -363,13 +379,15 @@ def _answers(given: Any, where: str) -> list[str] | dict[str, Any]:
     answers = given if isinstance(given, list) else [given] if given != "" else []
     if not all(isinstance(answer, str | int) for answer in answers):
         raise ValueError(
-            f"{where} has answers {str(given)[:60]}: give an answer, a list of answers, or {{answer: score}}"
+            f"{where} has answers {str(given)[:60]}: give an answer, a list of answers, or "
+            f"{{answer: score}}"
         )
     return [str(answer) for answer in answers]
 
 
 def _genome_of_val(raw: Path) -> set[int]:
-    """Visual Genome's numbers of the COCO images that the val or test questions in `raw` are about."""
+    """Visual Genome's numbers of the COCO images that the val or test questions in `raw` are
+    about."""
     questions = [
         file for file in _question_files(raw) if SPLITS.get(subset(file).lower()) != "train"
     ]
@@ -381,8 +399,10 @@ def _genome_of_val(raw: Path) -> set[int]:
     file = next(iter(found(raw, "image_data.json")), None)
     if file is None:
         raise ValueError(
-            f"Visual Genome's question_answers.json in {raw} needs its image_data.json beside it, which tells the images of "
-            f"{questions[0].name} from those to train on: download it, or move question_answers.json away"
+            f"Visual Genome's question_answers.json in {raw} needs its image_data.json beside it, "
+            "which tells the images of "
+            f"{questions[0].name} from those to train on: download it, or move "
+            "question_answers.json away"
         )
     rows = (
         (field(row, "image_id", int, where), row.get("coco_id"))

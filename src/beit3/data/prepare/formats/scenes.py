@@ -1,8 +1,12 @@
-"""Images with a label for every pixel: folders as ADE20K, CamVid and Cityscapes publish them -> one record per image.
+"""Images with a label for every pixel: folders as ADE20K, CamVid and Cityscapes publish them -> one
+record per image.
 
-{id: its path in its split's folder without the ending, image, label_map}. A label map holds numbers in one channel, which
-stay as they are. What they mean stands in the options, beside the names of the classes: `reduce_zero`: 0 is no class, 1 is
-label 0; `ignore`: the number of pixels that count nowhere (255, where it is no class, is another); `lookup`, where it is
+{id: its path in its split's folder without the ending, image, label_map}. A label map holds numbers
+in one channel, which
+stay as they are. What they mean stands in the options, beside the names of the classes:
+`reduce_zero`: 0 is no class, 1 is
+label 0; `ignore`: the number of pixels that count nowhere (255, where it is no class, is another);
+`lookup`, where it is
 there: the label of each number, `ignore` for none.
 """
 
@@ -15,9 +19,9 @@ from PIL import Image
 
 from beit3.data.prepare.formats.files import SPLITS, Pair, folder, nothing_known, or_held_out, walk
 from beit3.data.prepare.formats.folders import IMAGES
-from beit3.data.views.label_maps import IGNORE, INDEXED, read_indices
+from beit3.data.views.label_maps import IGNORE_INDEX, INDEXED_MODES, read_pixel_values
 from beit3.files import read_lines
-from beit3.images import UNREADABLE, read_upright_size
+from beit3.images import DECODE_ERRORS, read_upright_size
 
 Options = dict[str, Any]
 Scenes = tuple[tuple[str, ...], Options, Iterator[Pair]]
@@ -40,7 +44,8 @@ CAMVID = (
     "Bicyclist",
 )
 
-# The classes of Cityscapes that are trained (labels.py of cityscapesScripts), and their numbers in *_labelIds.png, 0 to 33.
+# The classes of Cityscapes that are trained (labels.py of cityscapesScripts), and their numbers in
+# *_labelIds.png, 0 to 33.
 CITYSCAPES = {
     "road": 7,
     "sidewalk": 8,
@@ -66,7 +71,8 @@ CITYSCAPES_IDS = 34
 
 
 class Part(NamedTuple):
-    """One split: its folder of images and that of their label maps (None: not published), and how the names of both end."""
+    """One split: its folder of images and that of their label maps (None: not published), and how
+    the names of both end."""
 
     split: str
     images: Path
@@ -76,7 +82,8 @@ class Part(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """How a data set lies: what reads its parts, what finds them in a folder, and what people are told to look for."""
+    """How a data set lies: what reads its parts, what finds them in a folder, and what people are
+    told to look for."""
 
     read: Callable[[Path, list[Part]], Scenes]
     parts: Callable[[Path], list[Part]]
@@ -86,8 +93,10 @@ class Layout(NamedTuple):
 def scenes(raw: str | Path) -> Scenes:
     """(names in the order of the labels, options, the pairs) of a folder in one of `LAYOUTS`.
 
-    Without a val folder, 5 % of the images are held out. An image whose label map is missing, of another size or of several
-    channels is a fault. ValueError where the folder is of no layout, or a list of names is not of its format.
+    Without a val folder, 5 % of the images are held out. An image whose label map is missing, of
+    another size or of several
+    channels is a fault. ValueError where the folder is of no layout, or a list of names is not of
+    its format.
     """
     raw = folder(raw)
     for layout in LAYOUTS.values():
@@ -111,32 +120,35 @@ def ade20k(raw: Path, parts: list[Part]) -> Scenes:
             (_largest(path) for part in parts for path in _label_maps(part).values()), default=0
         )
         names = tuple(str(number) for number in range(1, largest + 1))
-    return names, {"reduce_zero": True, "ignore": IGNORE}, _pairs(parts)
+    return names, {"reduce_zero": True, "ignore": IGNORE_INDEX}, _pairs(parts)
 
 
 def camvid(raw: Path, parts: list[Part]) -> Scenes:
-    """CamVid's eleven classes as SegNet numbers them, or those of a classes.txt; the number after the last is unlabelled."""
+    """CamVid's eleven classes as SegNet numbers them, or those of a classes.txt; the number after
+    the last is unlabelled."""
     names = _listed(raw / "classes.txt") or CAMVID
     return names, {"reduce_zero": False, "ignore": len(names)}, _pairs(parts)
 
 
 def cityscapes(raw: Path, parts: list[Part]) -> Scenes:
-    """Cityscapes' 19 classes: *_labelTrainIds.png where there are some, else *_labelIds.png and their lookup.
+    """Cityscapes' 19 classes: *_labelTrainIds.png where there are some, else *_labelIds.png and
+    their lookup.
 
     The published maps of test are empty: its records have none.
     """
     trained = any((raw / "gtFine").glob("*/*/*_gtFine_labelTrainIds.png"))
     ending = "_gtFine_labelTrainIds" if trained else "_gtFine_labelIds"
     parts = [part._replace(image_ending="_leftImg8bit", map_ending=ending) for part in parts]
-    options: Options = {"reduce_zero": False, "ignore": IGNORE}
+    options: Options = {"reduce_zero": False, "ignore": IGNORE_INDEX}
     if not trained:
         labels = {number: label for label, number in enumerate(CITYSCAPES.values())}
-        options["lookup"] = [labels.get(number, IGNORE) for number in range(CITYSCAPES_IDS)]
+        options["lookup"] = [labels.get(number, IGNORE_INDEX) for number in range(CITYSCAPES_IDS)]
     return tuple(CITYSCAPES), options, _pairs(parts)
 
 
 def _ade20k_parts(raw: Path) -> list[Part]:
-    """images/training with annotations/training, and validation alike; perhaps in ADEChallengeData2016, as the zip unpacks."""
+    """images/training with annotations/training, and validation alike; perhaps in
+    ADEChallengeData2016, as the zip unpacks."""
     raw = raw / "ADEChallengeData2016" if (raw / "ADEChallengeData2016").is_dir() else raw
     return _there(
         Part(SPLITS[name], raw / "images" / name, raw / "annotations" / name)
@@ -226,12 +238,14 @@ def _label_maps(part: Part) -> dict[str, Path]:
 
 
 def _key(path: Path, place: Path, ending: str) -> str:
-    """aachen/aachen_0 of leftImg8bit/train/aachen/aachen_0_leftImg8bit.png, by which an image and its label map are joined."""
+    """aachen/aachen_0 of leftImg8bit/train/aachen/aachen_0_leftImg8bit.png, by which an image and
+    its label map are joined."""
     return (path.relative_to(place).parent / path.stem.removesuffix(ending)).as_posix()
 
 
 def _fault(image: Path, key: str, part: Part, label_maps: Mapping[str, Path]) -> str:
-    """What is wrong with the label map of an image, or ''; of an image that cannot be read `prepare` says so."""
+    """What is wrong with the label map of an image, or ''; of an image that cannot be read
+    `prepare` says so."""
     if part.label_maps is None:
         return ""
     if key not in label_maps:
@@ -240,30 +254,32 @@ def _fault(image: Path, key: str, part: Part, label_maps: Mapping[str, Path]) ->
     try:
         with Image.open(label_maps[key]) as header:
             mode, size = header.mode, header.size
-    except (*UNREADABLE, Image.DecompressionBombError) as error:
+    except (*DECODE_ERRORS, Image.DecompressionBombError) as error:
         return f"its label map {label_maps[key]} cannot be read ({type(error).__name__})"
-    if mode not in INDEXED:
+    if mode not in INDEXED_MODES:
         return f"its label map {label_maps[key]} is a picture ({mode}): one channel of numbers is needed"
     try:
         with Image.open(image) as header:
             found = read_upright_size(header)
-    except (*UNREADABLE, Image.DecompressionBombError):
+    except (*DECODE_ERRORS, Image.DecompressionBombError):
         return ""
     differ = f"its label map {label_maps[key]} has {size[0]} x {size[1]} pixels, the image {found[0]} x {found[1]}"
     return "" if size == found else differ
 
 
 def _largest(path: Path) -> int:
-    """The largest number in a label map that is a class; 0 where it cannot be read, which `_fault` says."""
+    """The largest number in a label map that is a class; 0 where it cannot be read, which `_fault`
+    says."""
     try:
-        numbers = read_indices(path)
+        numbers = read_pixel_values(path)
     except ValueError:
         return 0
-    return int(numbers[numbers != IGNORE].max(initial=0))
+    return int(numbers[numbers != IGNORE_INDEX].max(initial=0))
 
 
 def _object_info(file: Path) -> tuple[str, ...]:
-    """The names in ADE20K's objectInfo150.txt, each the first of its synonyms unless two classes share it; () without the file."""
+    """The names in ADE20K's objectInfo150.txt, each the first of its synonyms unless two classes
+    share it; () without the file."""
     if not file.is_file():
         return ()
     rows = [line.rstrip().split("\t") for line in read_lines(file) if line.strip()][1:]
@@ -271,7 +287,8 @@ def _object_info(file: Path) -> tuple[str, ...]:
         str(number) for number in range(1, len(rows) + 1)
     ]:
         raise ValueError(
-            f"{file} does not list Idx, ..., Name of the classes 1, 2, ...: take it from ADEChallengeData2016 again"
+            f"{file} does not list Idx, ..., Name of the classes 1, 2, ...: take it from "
+            "ADEChallengeData2016 again"
         )
     whole = [" ".join(row[-1].split()) for row in rows]
     uses = Counter(name.partition(",")[0] for name in whole)

@@ -1,7 +1,10 @@
-"""Tables, CSV, TSV or JSON lines, with a column of images: read row by row for any task, and captions made of them.
+"""Tables, CSV, TSV or JSON lines, with a column of images: read row by row for any task, and
+captions made of them.
 
-open_clip's training files, Hugging Face's image folders, Kaggle's Flickr8k and Flickr30k and most sets made at home look
-like this. A reader says which columns it wants; `table_rows` finds them, the images and the splits. Nothing is ever downloaded.
+open_clip's training files, Hugging Face's image folders, Kaggle's Flickr8k and Flickr30k and most
+sets made at home look
+like this. A reader says which columns it wants; `table_rows` finds them, the images and the splits.
+Nothing is ever downloaded.
 """
 
 import csv
@@ -25,7 +28,8 @@ from beit3.data.prepare.formats.files import (
 from beit3.files import read_json_lines, read_json_list, read_lines
 
 Columns = Mapping[str, tuple[str, ...]]
-"""A reader's name for a column -> the names that a table may give it. Case is ignored; of several the first counts."""
+"""A reader's name for a column -> the names that a table may give it. Case is ignored; of several
+the first counts."""
 
 IMAGE_COLUMNS = (
     "image",
@@ -60,7 +64,8 @@ DELIMITERS = ",\t|;"
 
 
 class Row(NamedTuple):
-    """A row: its image as the table names it and where that is; the columns asked for. `fault` says why a row is none."""
+    """A row: its image as the table names it and where that is; the columns asked for. `fault` says
+    why a row is none."""
 
     file: Path
     where: str
@@ -72,9 +77,11 @@ class Row(NamedTuple):
 
 
 def tables(raw: str | Path) -> Iterator[Pair]:
-    """The captions of a table, or of all tables in a folder: {id: "image#k", image, text}, k counting an image's captions.
+    """The captions of a table, or of all tables in a folder: {id: "image#k", image, text}, k
+    counting an image's captions.
 
-    An `id` in JSON lines takes the place of the image's name. A row with too few or too many cells is a record {id, fault}.
+    An `id` in JSON lines takes the place of the image's name. A row with too few or too many cells
+    is a record {id, fault}.
     """
     captions: Counter[str] = Counter()
     for row in table_rows(raw, {"image": IMAGE_COLUMNS, "text": TEXT_COLUMNS}):
@@ -100,9 +107,11 @@ def tables(raw: str | Path) -> Iterator[Pair]:
 def table_rows(
     raw: str | Path, needed: Columns, also: Columns = OPTIONAL, *, files: Sequence[Path] = ()
 ) -> Iterator[Row]:
-    """The rows of a table, of all tables in a folder, or of `files`; `needed` columns must be there, `also` may ("" if not).
+    """The rows of a table, of all tables in a folder, or of `files`; `needed` columns must be
+    there, `also` may ("" if not).
 
-    Splits come from a column `split`, else from the file's name or folder. Without a val, 5 % of the images are held out
+    Splits come from a column `split`, else from the file's name or folder. Without a val, 5 % of
+    the images are held out
     with all their rows. A row without an image, or with too few or too many cells, has a fault.
     """
     raw = Path(raw).absolute()
@@ -120,7 +129,8 @@ def table_rows(
                 continue
             image = field(cells, "image", str, where)
             path = find_image(file, image)
-            # From the table's folder, so that "./a.jpg", "a.jpg" and the absolute path are one image, wherever the folder is.
+            # From the table's folder, so that "./a.jpg", "a.jpg" and the absolute path are one
+            # image, wherever the folder is.
             image = os.path.relpath(os.path.join(file.parent, image), file.parent)
             given = str(cells.get("split", ""))
             side = or_held_out(
@@ -130,7 +140,8 @@ def table_rows(
 
 
 def table_files(raw: Path) -> list[Path]:
-    """The tables in `raw` and in the folders train, val, test (or a synonym) right below it; or `raw` itself."""
+    """The tables in `raw` and in the folders train, val, test (or a synonym) right below it; or
+    `raw` itself."""
     if raw.is_file():
         return [raw] if raw.suffix.lower() in ENDINGS | {".txt"} else []
     places = [
@@ -152,7 +163,8 @@ def is_tables(raw: Path) -> bool:
 
 
 def find_image(table: Path, image: str) -> str:
-    """Absolute path of an image beside the table or in the folder above, or where it was expected; an absolute name stays."""
+    """Absolute path of an image beside the table or in the folder above, or where it was expected;
+    an absolute name stays."""
     if "://" in image:
         raise _urls(table)
     base = table.parent
@@ -185,7 +197,8 @@ def _cells(file: Path, needed: Columns, also: Columns) -> Iterator[Cells]:
     for where, entry in read_json_lines(file) if kind == ".jsonl" else read_json_list(file):
         if not isinstance(entry, dict):
             raise ValueError(
-                f"{where} holds a {type(entry).__name__}: it should be an object with an {', a '.join(needed)}"
+                f"{where} holds a {type(entry).__name__}: it should be an object with an "
+                f"{', a '.join(needed)}"
             )
         entry = {name.lower(): value for name, value in entry.items()}
         names = _columns(entry, needed, also, where)
@@ -210,7 +223,8 @@ def _csv_cells(file: Path, needed: Columns, also: Columns) -> Iterator[Cells]:
             where = f"{file} line {reader.line_num + 1}"
             row = dict(zip(heads, map(str.strip, cells), strict=False))
             if len(cells) == len(heads):
-                # A column without a name, as pandas writes its index, is none of those that are not there.
+                # A column without a name, as pandas writes its index, is none of those that are not
+                # there.
                 yield (
                     where,
                     {column: row[name] if name else "" for column, name in names.items()},
@@ -220,7 +234,8 @@ def _csv_cells(file: Path, needed: Columns, also: Columns) -> Iterator[Cells]:
                 yield (
                     where,
                     {},
-                    f"{len(cells)} cells for {len(heads)} columns: put quotes around cells with {delimiter!r}",
+                    f"{len(cells)} cells for {len(heads)} columns: put quotes around cells with "
+                    f"{delimiter!r}",
                 )
     except csv.Error as error:
         raise ValueError(
@@ -239,7 +254,8 @@ def _heads(header: str, file: Path) -> tuple[list[str], str]:
 def _columns(
     names: Collection[str], needed: Columns, also: Columns, where: str | Path
 ) -> dict[str, str]:
-    """The table's name of each column, "" for those of `also` that are not there. ValueError where a needed one is missing."""
+    """The table's name of each column, "" for those of `also` that are not there. ValueError where
+    a needed one is missing."""
     found = {
         column: next((name for name in known if name in names), "")
         for column, known in {**also, **needed}.items()
@@ -252,14 +268,16 @@ def _columns(
             for known in needed.values()
         )
         raise ValueError(
-            f"{where} has the columns {', '.join(map(_short, [*names][:8])) or 'none'}: name {wanted}"
+            f"{where} has the columns {', '.join(map(_short, [*names][:8])) or 'none'}: name "
+            f"{wanted}"
         )
     return found
 
 
 def _urls(where: Any) -> ValueError:
     return ValueError(
-        f"{where} names images by url: download them first, for example with img2dataset, and give its tar files as --raw"
+        f"{where} names images by url: download them first, for example with img2dataset, and "
+        "give its tar files as --raw"
     )
 
 

@@ -1,7 +1,10 @@
-"""Tar shards as WebDataset and img2dataset write them: neighbouring members 0007.jpg, 0007.txt, 0007.json are one record.
+"""Tar shards as WebDataset and img2dataset write them: neighbouring members 0007.jpg, 0007.txt,
+0007.json are one record.
 
-The tars stay as they are: a record names the bytes of its image inside them. Of an image only the header is read here.
-Nothing in a tar is trusted: names become plain ones, sizes are limited, links and devices are no members.
+The tars stay as they are: a record names the bytes of its image inside them. Of an image only the
+header is read here.
+Nothing in a tar is trusted: names become plain ones, sizes are limited, links and devices are no
+members.
 """
 
 import json
@@ -33,7 +36,8 @@ class Span(NamedTuple):
 
 @dataclass
 class Sample:
-    """What the members of one key hold. `caption`: where the text is; `fault`: why this is no record."""
+    """What the members of one key hold. `caption`: where the text is; `fault`: why this is no
+    record."""
 
     key: str
     image: Span | None = None
@@ -46,10 +50,13 @@ class Sample:
 
 
 def webdataset(raw: str | Path, *, captions: bool = True) -> Iterator[Pair]:
-    """The records of the .tar files in `raw`, or right below it, or of `raw` itself: {id: "shard/key", image, text}.
+    """The records of the .tar files in `raw`, or right below it, or of `raw` itself: {id:
+    "shard/key", image, text}.
 
-    captions: False gives {id, image}. Splits come from the names of shards and folders; without a val, 5 % of the keys
-    are held out. A key without image or caption is {id, fault}, and so is a tar that is cut or damaged, after its whole
+    captions: False gives {id, image}. Splits come from the names of shards and folders; without a
+    val, 5 % of the keys
+    are held out. A key without image or caption is {id, fault}, and so is a tar that is cut or
+    damaged, after its whole
     records.
     """
     files = shards(raw)
@@ -64,7 +71,8 @@ def webdataset(raw: str | Path, *, captions: bool = True) -> Iterator[Pair]:
 
 
 def shards(raw: str | Path) -> list[tuple[Path, str, str]]:
-    """(file, its name in ids, split) of the .tar files in `raw` or right below it, or of `raw` itself; ValueError for none."""
+    """(file, its name in ids, split) of the .tar files in `raw` or right below it, or of `raw`
+    itself; ValueError for none."""
     raw = Path(raw).absolute()
     files = _tars(raw)
     if not files:
@@ -84,7 +92,8 @@ def is_webdataset(raw: Path) -> bool:
 def samples(file: Path, *, captions: bool) -> Iterator[Sample]:
     """The keys of a shard in its order; at a second place of the same key, with a fault.
 
-    tarfile.TarError, saying how many came before, where the tar is cut or damaged, also at a place that tarfile takes for the end.
+    tarfile.TarError, saying how many came before, where the tar is cut or damaged, also at a place
+    that tarfile takes for the end.
     """
     done: set[str] = set()
     try:
@@ -140,7 +149,8 @@ def caption(content: bytes, in_json: bool) -> str:
 
 
 def plain(key: str) -> str:
-    """`key` as a file name of letters, digits, - and _; what is not such a name gets a hash behind it and stays distinct."""
+    """`key` as a file name of letters, digits, - and _; what is not such a name gets a hash behind
+    it and stays distinct."""
     name = re.sub(r"[^A-Za-z0-9_-]", "_", key)[-100:]
     return (
         name
@@ -156,7 +166,8 @@ def _tars(raw: Path) -> list[Path]:
 
 
 def _neighbours(file: Path, *, captions: bool) -> Iterator[Sample]:
-    """Each run of members of one key, once a member of another key, or the end of a whole tar, has followed it."""
+    """Each run of members of one key, once a member of another key, or the end of a whole tar, has
+    followed it."""
     sample = Sample("")
     with tarfile.open(file, "r:") as tar:
         while entry := tar.next():

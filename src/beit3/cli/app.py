@@ -1,0 +1,165 @@
+"""The table of verbs, and `main`, which runs one of them.
+
+Errors that the user can mend are one line on stderr and status 2; `--debug` shows their traceback.
+"""
+
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from cyclopts import App, CycloptsError, Group
+
+from beit3.cli.convert import convert_clip, convert_official, convert_vqkd
+from beit3.cli.demo import demo, world
+from beit3.cli.doctor import doctor
+from beit3.cli.evaluate import evaluate, score
+from beit3.cli.options import DEFAULTS
+from beit3.cli.predict import predict
+from beit3.cli.prepare import prepare
+from beit3.cli.recipes import recipes
+from beit3.cli.report import report
+from beit3.cli.tokenizer import decode, encode, train_tokenizer
+from beit3.cli.train import plan, train
+
+# Threads that wait must not spin: where another program shares the cores, spinning made steps 20
+# times slower. It has to be set before torch is imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+Verb = Callable[..., None]
+
+
+@dataclass(frozen=True)
+class SubVerbs:
+    """A verb that has verbs of its own, such as `beit3 tokenizer train`."""
+
+    help: str
+    verbs: dict[str, Verb]
+
+
+TOKENIZER = SubVerbs(
+    "Train or use a SentencePiece text tokenizer with BEiT-3's special tokens.",
+    {"train": train_tokenizer, "encode": encode, "decode": decode},
+)
+CONVERT = SubVerbs(
+    "Convert released files to weights directories, and back.",
+    {"official": convert_official, "vqkd": convert_vqkd, "clip": convert_clip},
+)
+
+VERBS: dict[str, dict[str, Verb | SubVerbs]] = {
+    "Start": {"demo": demo, "doctor": doctor},
+    "Data": {"prepare": prepare, "tokenizer": TOKENIZER, "world": world},
+    "Training": {"recipes": recipes, "plan": plan, "train": train, "report": report},
+    "Weights": {"eval": evaluate, "predict": predict, "score": score, "convert": CONVERT},
+}
+"""Group in the help -> name -> verb."""
+
+
+def build_app() -> App:
+    """Builds the parser of the whole command line."""
+    app = App(
+        name="beit3",
+        help="BEiT-3: pretrain, fine-tune, evaluate and use it.\n\n"
+        "```\n"
+        "beit3 demo\n"
+        "beit3 train vqa demo --optim.lr 5e-4 --run.steps 200\n"
+        'beit3 predict runs/vqa-demo picture.png "what color is the circle ?"\n'
+        "```",
+        help_epilogue="`beit3 VERB --help` explains a verb. Any verb takes `--debug`, which shows "
+        "the traceback of an error.",
+        help_format="markdown",
+        default_parameter=DEFAULTS,
+        result_action="return_value",
+        # `main` reports errors and interrupts itself.
+        exit_on_error=False,
+        print_error=False,
+        verbose=False,
+        suppress_keyboard_interrupt=False,
+    )
+    for title, verbs in VERBS.items():
+        group = Group.create_ordered(title)
+        for position, (name, verb) in enumerate(verbs.items()):
+            if callable(verb):
+                app.command(verb, name=name, group=group, sort_key=position)
+            else:
+                app.command(build_sub_app(name, verb, group=group, sort_key=position))
+    options = Group.create_ordered("Options")
+    app["--help"].group = app["--version"].group = options
+    app.register_install_completion_command(
+        help="Install completion for bash, zsh, fish or PowerShell.", group=options
+    )
+    return app
+
+
+def build_sub_app(name: str, verbs: SubVerbs, *, group: Group, sort_key: int) -> App:
+    """Builds the parser of a verb that has verbs of its own."""
+    app = App(name=name, help=verbs.help, group=group, sort_key=sort_key)
+    for position, (sub_name, verb) in enumerate(verbs.verbs.items()):
+        app.command(verb, name=sub_name, sort_key=position)
+    return app
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one verb.
+
+    Args:
+        arguments: The words of the command line after `beit3`; those of the process by default.
+
+    Returns:
+        The exit status: 0, 2 for an error that the user can mend, 130 for Ctrl-C, 128 + the
+        number of another signal.
+    """
+    hide_enum_warnings()
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in words
+    words = [word for word in words if word != "--debug"]
+    app = build_app()
+    if not words:
+        app.help_print([])
+        return 2
+    try:
+        app(words)
+    except KeyboardInterrupt as interrupt:
+        message = str(interrupt) or "interrupted; the same command goes on from the last checkpoint"
+        print(f"\n{message}", file=sys.stderr)
+        # Training raises a subclass with the signal's status. Its class is not imported here: that
+        # would load torch, perhaps in the middle of an interrupted import.
+        return getattr(interrupt, "status", 130)
+    except (CycloptsError, ValueError, FloatingPointError, OSError) as error:
+        if debug:
+            raise
+        message = explain_usage(error) if isinstance(error, CycloptsError) else str(error)
+        print(f"beit3: {' '.join(message.split())}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def explain_usage(error: CycloptsError) -> str:
+    """Returns an error of the parser with the command that explains the verb."""
+    message = str(error).strip()
+    if not message.endswith("..."):
+        message = message.removesuffix(".")
+    command = " ".join(["beit3", *(error.command_chain or ()), "--help"])
+    return f"{message[:1].lower()}{message[1:]}; see {command}"
+
+
+def hide_enum_warnings() -> None:
+    """Hides torch's warnings about two enums of torchao.
+
+    torchao 0.18 registers enums with torch's pytrees, which torch 2.14 warns about whenever
+    torchao is imported. transformers imports it where it is installed, so `ade20k` and `coco`
+    printed the warnings into every run. Other messages of that logger are shown.
+    """
+    logging.getLogger("torch.utils._pytree").addFilter(is_no_enum_warning)
+
+
+def is_no_enum_warning(record: logging.LogRecord) -> bool:
+    return "is an Enum subclass and is now natively supported" not in str(record.msg)
+
+
+def read_command(words: Sequence[str]) -> tuple[Verb, dict[str, Any]]:
+    """Parses a command line without running it: returns the verb and its arguments by name."""
+    command, bound, _ = build_app().parse_args(list(words))
+    return command, bound.arguments

@@ -1,0 +1,82 @@
+"""`beit3 predict`, and loading weights as its options and those of `beit3 eval` say."""
+
+import json
+from collections.abc import Sequence
+from itertools import takewhile
+from typing import TYPE_CHECKING
+
+from beit3.cli.options import (
+    NOT_RELEASED,
+    ReleasedOptions,
+    Word,
+    check_task_fields,
+)
+from beit3.config import override
+
+if TYPE_CHECKING:
+    from beit3.predict import Predictor
+
+
+def predict(
+    weights: str,
+    input: str,
+    /,
+    *inputs: Word,
+    out: str = "",
+    min_score: float | None = None,
+    int8: bool = False,
+    released: ReleasedOptions = NOT_RELEASED,
+) -> None:
+    """Predict from an image, a text or both, as the task of the weights takes them.
+
+    ```
+    beit3 predict runs/vqa-demo picture.png "what color is the circle ?"
+    beit3 predict runs/captioning-demo picture.png --task.decoding.method greedy
+    beit3 predict runs/coco-demo street.jpg --out objects.png
+    ```
+
+    Args:
+        weights: A weights directory, a run or a released file.
+        input: An image or a text, as the task takes it first.
+        inputs: Further images and texts, then `--task.field value` for how the weights are used,
+            such as the decoding of captions.
+        out: Also draw the objects or classes that coco or ade20k predicts onto the image, into
+            this file.
+        min_score: Lowest score of the objects that are drawn and listed; 0.3 by default.
+        int8: Compute in 8-bit integers, on CPU (docs/speed.md).
+    """
+    inputs_alone = list(takewhile(lambda word: not word.startswith("--"), inputs))
+    fields = inputs[len(inputs_alone) :]
+    check_task_fields(fields, predict, "predict")
+    predictor = load_predictor(weights, released, int8=int8, fields=fields)
+    if out or min_score is not None:
+        from beit3.report.drawing import predict_drawn
+
+        predictions = predict_drawn(predictor, [input, *inputs_alone], out, min_score=min_score)
+    else:
+        predictions = predictor(input, *inputs_alone)
+    print(json.dumps(predictions, ensure_ascii=False))
+
+
+def load_predictor(
+    weights: str, released: ReleasedOptions, *, int8: bool, fields: Sequence[str]
+) -> "Predictor":
+    """Loads weights; `fields` (`--task.field value`) change how they are used, not the network."""
+    from beit3.predict import load
+    from beit3.recipe import Recipe
+
+    predictor = load(
+        weights,
+        task=released.task,
+        num_heads=released.num_heads,
+        text_model=released.text_model,
+        answers=released.answers,
+        classes=released.classes,
+        prompt=released.prompt or "",
+        int8=int8,
+    )
+    config = override(Recipe(task=predictor.task.config), fields).task
+    if config.model != predictor.task.config.model:
+        raise ValueError(f"{' '.join(fields)}: the network of existing weights cannot change")
+    predictor.task.config = config
+    return predictor
