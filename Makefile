@@ -1,7 +1,8 @@
 # Everything a newcomer runs. `make demo` and `make test` need Python >= 3.11, make and a package index.
 PYTHON ?= python3
 VENV := .venv
-RUN := $(VENV)/bin
+# Windows has the environment's programs in another folder.
+RUN := $(VENV)/$(if $(filter Windows_NT,$(OS)),Scripts,bin)
 
 .PHONY: demo test install check clean
 
@@ -19,14 +20,14 @@ check: install
 	$(RUN)/ruff format --check .
 	$(RUN)/mypy
 
-$(VENV)/bin/python:
+$(RUN)/python:
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.package: pyproject.toml | $(VENV)/bin/python
+$(VENV)/.package: pyproject.toml | $(RUN)/python
 	$(RUN)/pip install --quiet --editable '.[dense]'
 	touch $@
 
-$(VENV)/.development: pyproject.toml | $(VENV)/bin/python
+$(VENV)/.development: pyproject.toml | $(RUN)/python
 	$(RUN)/pip install --quiet --editable '.[dev]'
 	touch $@ $(VENV)/.package
 

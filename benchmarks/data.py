@@ -1,23 +1,18 @@
-"""Input: images a second of our loader beside a plain one, shards beside files, and the first batch
-of a resume.
+"""Input: images per second of our loader and a plain one, of shards and files, and a first batch.
 
     python benchmarks/data.py --images DIR --json benchmarks/data.json
 
 1. decode: open, crop, flip, resize and stack JPEGs by our loader, and by Pillow and torchvision's
-   transforms in a DataLoader,
-   as training scripts have it; the same views of the same files, as many worker processes each.
-   Plain workers normalise;
-   we do it on the device, which `ours` leaves out and `normalised` counts, in this process on this
-   processor.
-2. two views: the same with jittered colors and a second view, of 112 pixels, as pretraining has it.
+   transforms in a DataLoader, as training scripts do it; the same views of the same files with the
+   same number of workers. Plain workers normalize; we do that on the device, which `ours` leaves
+   out and `normalised` counts, in this process on CPU.
+2. two views: the same with color jitter and a second view of 112 px, as in pretraining.
 3. shards: the same images by our loader from files, and from tars.
-4. resume: a fresh loader over 1,000 shards until its first batch, at random places.
+4. resume: a fresh loader over 1,000 shards until its first batch, at random positions.
 
-All take turns in one process; medians over rounds, ratios to the last of them with quartiles.
-`busy` is processor time over
-wall time times cores. Beside each round stands what a plain matrix product reached in it: where
-that sinks, other work was
-going on.
+All alternate in one process. Reported are medians over rounds, and ratios to the last of them with
+quartiles. `busy` is CPU time over wall time times cores. Beside each round stands the rate that a
+plain matrix product reached in it: where that drops, other work was running.
 """
 
 import argparse
@@ -69,7 +64,9 @@ def ours(record: dict[str, Any], train: bool, *, rng: np.random.Generator) -> di
     return {"id": record["id"], "image": view}
 
 
-def ours_twice(record: dict[str, Any], train: bool, *, rng: np.random.Generator) -> dict[str, Any]:
+def make_two_view_example(
+    record: dict[str, Any], train: bool, *, rng: np.random.Generator
+) -> dict[str, Any]:
     """An image of pretraining: with the visual tokenizer's view."""
     image = open_image(record["image"])
     view, tokens = make_two_views(
@@ -123,7 +120,7 @@ def read_ours(
     make: Callable[..., dict[str, Any]] = ours,
     normalise: bool = False,
 ) -> None:
-    places = partial(
+    sample_positions = partial(
         sample_micro_batches,
         batch={"images": BATCH},
         sources=["images"],
@@ -133,7 +130,7 @@ def read_ours(
     )
     examples = ExampleDataset({"images": source}, make, seed=0)
     for batches in load_batches(
-        examples, default_collate, places, range(count // BATCH), workers=workers
+        examples, default_collate, sample_positions, range(count // BATCH), workers=workers
     ):
         pixels = OURS.normalize(batches[0]["image"]) if normalise else batches[0]["image"]
         assert pixels.shape == (BATCH, 3, SIZE, SIZE)
@@ -147,17 +144,18 @@ def read_plain(paths: Sequence[str], count: int, workers: int, twice: bool = Fal
         assert views[0].shape == (BATCH, 3, SIZE, SIZE)
 
 
-def cpu() -> float:
+def read_cpu_seconds() -> float:
     """Seconds of processor time of this process and of its workers that have ended."""
     return sum(
-        sum(resource.getrusage(who)[:2]) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+        sum(resource.getrusage(process)[:2])
+        for process in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
     )
 
 
-def measured(read: Callable[[], None], count: int) -> dict[str, float]:
-    wall, busy = time.perf_counter(), cpu()
+def measure_epoch(read: Callable[[], None], count: int) -> dict[str, float]:
+    wall, busy = time.perf_counter(), read_cpu_seconds()
     read()
-    wall, busy = time.perf_counter() - wall, cpu() - busy
+    wall, busy = time.perf_counter() - wall, read_cpu_seconds() - busy
     return {
         "images_per_second": count / wall,
         "images_per_cpu_second": count / busy,
@@ -165,55 +163,56 @@ def measured(read: Callable[[], None], count: int) -> dict[str, float]:
     }
 
 
-def rounds(sides: dict[str, Callable[[], None]], count: int, number: int) -> dict[str, Any]:
+def measure_rounds(sides: dict[str, Callable[[], None]], count: int, number: int) -> dict[str, Any]:
     """All sides in turns, after a round that only warms up; each over the last."""
-    found: dict[str, list[dict[str, float]]] = {name: [] for name in sides}
+    results: dict[str, list[dict[str, float]]] = {name: [] for name in sides}
     products = []
     for turn in range(number + 1):
         product = probe(768) / 1e9
         for name, read in sides.items() if turn % 2 else reversed(sides.items()):
-            seen = measured(read, count)
+            seen = measure_epoch(read, count)
             if turn:
-                found[name].append(seen)
+                results[name].append(seen)
         products += [product] if turn else []
     medians = {
-        name: {key: float(np.median([each[key] for each in some])) for key in some[0]}
-        for name, some in found.items()
+        name: {key: float(np.median([values[key] for values in some])) for key in some[0]}
+        for name, some in results.items()
     }
     *others, last = sides
     ratios: dict[str, dict[str, list[float]]] = {}
     for name in others:
         for key in ("images_per_second", "images_per_cpu_second"):
-            each = [
-                one[key] / other[key] for one, other in zip(found[name], found[last], strict=True)
+            values = [
+                one[key] / other[key]
+                for one, other in zip(results[name], results[last], strict=True)
             ]
             ratios.setdefault(f"{name} / {last}", {})[key] = [
-                float(value) for value in np.quantile(each, (0.25, 0.5, 0.75))
+                float(value) for value in np.quantile(values, (0.25, 0.5, 0.75))
             ]
     return {"matrix_product_gflops": products, "medians": medians, "ratios": ratios}
 
 
-def write_files(place: Path, files: Sequence[Path]) -> tuple[RecordDataset, RecordDataset]:
+def write_files(folder: Path, files: Sequence[Path]) -> tuple[RecordDataset, RecordDataset]:
     """The same images as records of files and as tars of 500."""
     names = [(f"{number:06d}", file) for number, file in enumerate(files)]
     write_records(
-        place / "files/train.jsonl", [{"id": key, "image": str(file)} for key, file in names]
+        folder / "files/train.jsonl", [{"id": key, "image": str(file)} for key, file in names]
     )
-    (place / "raw").mkdir()
+    (folder / "raw").mkdir()
     for start in range(0, len(names), 500):
-        with tarfile.open(place / f"raw/train-{start:06d}.tar", "w") as tar:
+        with tarfile.open(folder / f"raw/train-{start:06d}.tar", "w") as tar:
             for key, file in names[start : start + 500]:
                 tar.add(file, f"{key}.jpg")
-    write_shards(place, "vqkd", "main", place / "raw", captions=False)
-    return RecordDataset(place / "files/train.jsonl", place), RecordDataset(
-        locate_split(place, "vqkd", "main", "train"), place
+    write_shards(folder, "vqkd", "main", folder / "raw", captions=False)
+    return RecordDataset(folder / "files/train.jsonl", folder), RecordDataset(
+        locate_split(folder, "vqkd", "main", "train"), folder
     )
 
 
-def resumes(place: Path, file: Path, number: int) -> dict[str, Any]:
+def measure_resumes(folder: Path, file: Path, number: int) -> dict[str, Any]:
     """Seconds from nothing to the first batch, at random places of an epoch of 1,000 shards of 20
     images."""
-    first = place / "many/train-00000.tar"
+    first = folder / "many/train-00000.tar"
     first.parent.mkdir()
     with tarfile.open(first, "w") as tar:
         for key in range(20):
@@ -221,13 +220,13 @@ def resumes(place: Path, file: Path, number: int) -> dict[str, Any]:
     for shard in range(1, SHARDS):
         first.with_name(f"train-{shard:05d}.tar").hardlink_to(first)
     start = time.perf_counter()
-    write_shards(place, "pretrain", "images", first.parent, captions=False)
+    write_shards(folder, "pretrain", "images", first.parent, captions=False)
     prepared, seconds = time.perf_counter() - start, []
-    path = locate_split(place, "pretrain", "images", "train")
+    path = locate_split(folder, "pretrain", "images", "train")
     for step in np.random.default_rng(0).integers(0, SHARDS * 20 // BATCH, number).tolist():
         start = time.perf_counter()
-        examples = ExampleDataset({"images": RecordDataset(path, place)}, ours, seed=0)
-        places = partial(
+        examples = ExampleDataset({"images": RecordDataset(path, folder)}, ours, seed=0)
+        sample_positions = partial(
             sample_micro_batches,
             batch={"images": BATCH},
             sources=["images"],
@@ -235,7 +234,11 @@ def resumes(place: Path, file: Path, number: int) -> dict[str, Any]:
             rank=0,
             world=1,
         )
-        next(load_batches(examples, default_collate, places, range(step, step + 1), workers=CORES))
+        next(
+            load_batches(
+                examples, default_collate, sample_positions, range(step, step + 1), workers=CORES
+            )
+        )
         seconds.append(time.perf_counter() - start)
     return {
         "shards": SHARDS,
@@ -245,23 +248,23 @@ def resumes(place: Path, file: Path, number: int) -> dict[str, Any]:
     }
 
 
-def table(found: dict[str, Any]) -> str:
+def format_table(results: dict[str, Any]) -> str:
     """One line a side and a ratio; medians, with quartiles of the ratios."""
     lines = ["| | images/s | per processor second | cores busy |", "|---|---|---|---|"]
     for part in ("decode", "two views", "shards"):
-        for name, side in found[part]["medians"].items():
-            rates = f"{side['images_per_second']:.0f} | {side['images_per_cpu_second']:.0f} | {side['busy']:.0%}"
-            lines.append(f"| {part}: {name} | {rates} |")
-        for name, ratios in found[part]["ratios"].items():
-            each = ("{1:.2f} ({0:.2f} to {2:.2f})".format(*three) for three in ratios.values())
-            lines.append(f"| {part}: {name} | {' | '.join(each)} | |")
-    resume = found["resume"]
-    middle, longest = (
+        for name, side in results[part]["medians"].items():
+            rate, cpu_rate = side["images_per_second"], side["images_per_cpu_second"]
+            lines.append(f"| {part}: {name} | {rate:.0f} | {cpu_rate:.0f} | {side['busy']:.0%} |")
+        for name, ratios in results[part]["ratios"].items():
+            values = ("{1:.2f} ({0:.2f} to {2:.2f})".format(*three) for three in ratios.values())
+            lines.append(f"| {part}: {name} | {' | '.join(values)} | |")
+    resume = results["resume"]
+    median, longest = (
         f"{resume['median_seconds']:.2f} s",
         f"longest {resume['longest_seconds']:.2f} s",
     )
     lines.append(
-        f"| first batch after a resume in {resume['shards']} shards | {middle} | {longest} | |"
+        f"| first batch after a resume in {resume['shards']} shards | {median} | {longest} | |"
     )
     return "\n".join(lines)
 
@@ -277,39 +280,42 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--workers", type=int, default=CORES)
     parser.add_argument("--json", type=Path)
-    known = parser.parse_args()
+    args = parser.parse_args()
     torch.set_num_threads(1)
     files = sorted(
         path.absolute()
-        for path in known.images.rglob("*")
+        for path in args.images.rglob("*")
         if path.suffix.lower() in (".jpg", ".jpeg")
     )
-    count = known.count // BATCH * BATCH
+    count = args.count // BATCH * BATCH
     with tempfile.TemporaryDirectory() as scratch:
         as_files, as_shards = write_files(Path(scratch), files)
-        ours_of = partial(read_ours, as_files, count, known.workers)
-        plain = partial(read_plain, [str(file) for file in files], count, known.workers)
-        shards = partial(read_ours, as_shards, count, known.workers)
-        found = {
+        ours_of = partial(read_ours, as_files, count, args.workers)
+        plain = partial(read_plain, [str(file) for file in files], count, args.workers)
+        shards = partial(read_ours, as_shards, count, args.workers)
+        results = {
             "images": len(files),
-            "workers": known.workers,
+            "workers": args.workers,
             "count": count,
-            "decode": rounds(
+            "decode": measure_rounds(
                 {"ours": ours_of, "normalised": partial(ours_of, normalise=True), "plain": plain},
                 count,
-                known.rounds,
+                args.rounds,
             ),
-            "two views": rounds(
-                {"ours": partial(ours_of, ours_twice), "plain": partial(plain, twice=True)},
+            "two views": measure_rounds(
+                {
+                    "ours": partial(ours_of, make_two_view_example),
+                    "plain": partial(plain, twice=True),
+                },
                 count,
-                known.rounds,
+                args.rounds,
             ),
-            "shards": rounds({"shards": shards, "files": ours_of}, count, known.rounds),
-            "resume": resumes(Path(scratch), files[0], known.rounds),
+            "shards": measure_rounds({"shards": shards, "files": ours_of}, count, args.rounds),
+            "resume": measure_resumes(Path(scratch), files[0], args.rounds),
         }
-    print(table(found))
-    if known.json:
-        save(known.json, table(found), found)
+    print(format_table(results))
+    if args.json:
+        save(args.json, format_table(results), results)
 
 
 if __name__ == "__main__":

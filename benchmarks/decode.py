@@ -1,11 +1,10 @@
-"""Captions on CPU: what the image costs, what each word costs, beside encoding everything anew for
-each word.
+"""Captions on CPU: the cost of the image, of each token, and of encoding everything per token.
 
     python benchmarks/decode.py --json benchmarks/decode.json
 
-BASE at 224, 16 tokens, random weights. In one process, alternating: the cached search, plain and
-with packed weights, and
-the time of encoding image and caption once a word, which is what a search without a cache does.
+BASE at 224 px, 16 tokens, random weights. One process alternates between the search with a cache,
+plain and with packed weights, and encoding image and caption once per token, which is what a
+search without a cache does.
 """
 
 import argparse
@@ -40,7 +39,7 @@ def first(task: Captioning, image: Tensor) -> None:
     DecoderState(task.backbone, task.text_head, image, MARKS)
 
 
-def anew(task: Captioning, image: Tensor, beams: int) -> None:
+def encode_again(task: Captioning, image: Tensor, beams: int) -> None:
     """Image and caption encoded whole for every word of every beam: first for one, then for all."""
     for length in range(2, LENGTH):
         rows = image if length == 2 else image.repeat_interleave(beams, 0)
@@ -67,7 +66,7 @@ def main() -> None:
     plain.init_weights()
     packed.load_state_dict(plain.state_dict())
     pack(packed)
-    found = []
+    results = []
     lines = [
         "| images, beams | a search | of it the image | a word | packed | everything anew |",
         "|---|---|---|---|---|---|",
@@ -81,27 +80,27 @@ def main() -> None:
         }
         times: dict[str, list[float]] = {name: [] for name in calls}
         for call in calls.values():
-            call(), call()  # noqa: B018
+            call(), call()
         rates = []
         for _ in range(options.rounds):
             rates.append(probe())
             for name, call in calls.items():
                 times[name].append(seconds(call))
-        slow = seconds(partial(anew, plain, image, beams))
-        middle = {name: statistics.median(each) for name, each in times.items()}
-        word = (middle["search"] - middle["first"]) / (LENGTH - 3)
-        found.append(
+        slow = seconds(partial(encode_again, plain, image, beams))
+        medians = {name: statistics.median(values) for name, values in times.items()}
+        token = (medians["search"] - medians["first"]) / (LENGTH - 3)
+        results.append(
             {"images": count, "beams": beams, "seconds": times, "anew": slow, "probe": rates}
         )
         lines.append(
-            f"| {count}, {beams} | {middle['search'] * 1e3:.0f} ms | {middle['first'] * 1e3:.0f} "
-            f"ms | {word * 1e3:.0f} ms "
-            f"| {middle['packed'] * 1e3:.0f} ms | {slow * 1e3:.0f} ms "
-            f"({slow / middle['search']:.1f}x) |"
+            f"| {count}, {beams} | {medians['search'] * 1e3:.0f} ms | {medians['first'] * 1e3:.0f} "
+            f"ms | {token * 1e3:.0f} ms "
+            f"| {medians['packed'] * 1e3:.0f} ms | {slow * 1e3:.0f} ms "
+            f"({slow / medians['search']:.1f}x) |"
         )
     print("\n".join(lines))
     if options.json:
-        save(options.json, "\n".join(lines), found)
+        save(options.json, "\n".join(lines), results)
 
 
 if __name__ == "__main__":

@@ -1,23 +1,18 @@
-"""Detection and segmentation of BASE: time and memory of a forward pass and of a training step, and
-the trunk's share.
+"""Detection and segmentation of BASE: time and memory, and the fraction that the trunk takes.
 
     python benchmarks/dense_speed.py --json benchmarks/dense_speed.json
     python benchmarks/dense_speed.py --gpu --json benchmarks/dense_gpu.json
 
-One picture, random weights, float32, one thread; times are medians in processor seconds, which on
-an idle core are those of
-the clock. The networks are those of `coco base_1024` (windowed trunk, detector, 80 classes) and
-`ade20k base_512` (adapter,
+Measured are a forward pass and a training step on one image, with random weights, in float32, on
+one thread. Times are medians in CPU seconds, which on an idle core equal wall time. The networks
+are those of `coco base_1024` (windowed trunk, detector, 80 classes) and `ade20k base_512` (adapter,
 small head, 150 classes). A forward pass of detection scores the boxes of 1,000 proposals; a
-prediction adds Soft-NMS, masks
-and their outlines, or labels at the picture's size. Pictures for training are crowded: 63 objects,
-32 classes. Each case is
-measured in a process of its own; its peak is that of the whole process, libraries and weights
-included.
+prediction adds Soft-NMS, masks and their outlines, or labels at the size of the image. Training
+images are crowded: 63 objects, 32 classes. Each case is measured in a process of its own; its peak
+is that of the process, libraries and weights included.
 
---gpu: steps of BASE in bfloat16 with and without checkpointing, of trunk, adapter and head alike.
-With --device cpu, --model
-tiny and --sizes 64 it only proves that the program runs.
+--gpu: steps of BASE in bfloat16 with and without checkpointing of trunk, adapter and head. With
+--device cpu, --model tiny and --sizes 64 it only shows that the program runs.
 """
 
 import argparse
@@ -72,7 +67,7 @@ class Case:
     threads: int = 1
 
 
-def recipe_of(case: Case) -> Recipe:
+def make_recipe(case: Case) -> Recipe:
     """The published-size recipe at the case's model and size of picture."""
     recipe = load_task(case.task).recipes[RECIPES[case.task]]
     size = case.size
@@ -107,7 +102,7 @@ def recipe_of(case: Case) -> Recipe:
     return replace(recipe, task=task, run=run)
 
 
-def picture(side: int) -> Image.Image:
+def make_image(side: int) -> Image.Image:
     """Noise."""
     return Image.fromarray(
         np.random.default_rng(0).integers(0, 256, (side, side, 3), dtype=np.uint8)
@@ -117,47 +112,51 @@ def picture(side: int) -> Image.Image:
 def measure(case: Case) -> dict[str, Any]:
     """In the fresh process: times of each part in interleaved rounds, and the peak of the whole."""
     torch.set_grad_enabled(case.train)
-    recipe, device = recipe_of(case), torch.device(case.device)
+    recipe, device = make_recipe(case), torch.device(case.device)
     torch.set_num_threads(case.threads)
     torch.manual_seed(0)
     task = build_meta_task(load_task(case.task), recipe.task, recipe.run)
     materialize(task, device, 0)
-    calls = steps(task, recipe, case, device) if case.train else passes(task, case, device)
-    found: dict[str, Any] = {"before": memory(device), "processor": {}, "wall": {}}
+    calls = (
+        build_steps(task, recipe, case, device) if case.train else build_passes(task, case, device)
+    )
+    results: dict[str, Any] = {"before": read_peak_memory(device), "processor": {}, "wall": {}}
     for name, call in calls.items():
         call()
-        found.setdefault("peak", memory(device))  # of the first call, which is the whole
-        found["processor"][name], found["wall"][name] = [], []
+        results.setdefault(
+            "peak", read_peak_memory(device)
+        )  # of the first call, which is the whole
+        results["processor"][name], results["wall"][name] = [], []
     for _ in range(case.rounds):
         for name, call in calls.items():
-            processor, wall = timed(call, device)
-            found["processor"][name].append(processor)
-            found["wall"][name].append(wall)
-    return found
+            processor, wall = time_pass(call, device)
+            results["processor"][name].append(processor)
+            results["wall"][name].append(wall)
+    return results
 
 
-def passes(task: Task, case: Case, device: torch.device) -> dict[str, Callable[[], object]]:
+def build_passes(task: Task, case: Case, device: torch.device) -> dict[str, Callable[[], object]]:
     """The network, its trunk alone, and a whole prediction."""
     batch = to_device(
-        task.collate([task.example({"id": "0", "image": picture(case.size)}, False)]), device
+        task.collate([task.example({"id": "0", "image": make_image(case.size)}, False)]), device
     )
     stacked = batch if case.task == "coco" else {"image": torch.stack(list(batch["image"]))}
     task.eval()
     return {
         "whole": partial(task.outputs, stacked),
-        "trunk": lambda: task.backbone(task.pixels(stacked)),
+        "trunk": lambda: task.backbone(task.normalize_images(stacked)),
         "predict": partial(task.predict, batch),
     }
 
 
-def steps(
+def build_steps(
     task: Task, recipe: Recipe, case: Case, device: torch.device
 ) -> dict[str, Callable[[], object]]:
     """A training step, and the trunk's forward and backward pass alone."""
     classes = CLASSES[case.task]
     record = {
         "id": "0",
-        "image": picture(IMAGE_SIZE),
+        "image": make_image(IMAGE_SIZE),
         "objects": list(make_objects()),
         "label_map": make_label_map(classes),
         "labels": {"num_classes": classes},
@@ -176,14 +175,14 @@ def steps(
 
     def trunk() -> None:
         with precision:
-            features = task.backbone(task.pixels(to_device(batch, device)))
+            features = task.backbone(task.normalize_images(to_device(batch, device)))
         features.float().square().mean().backward()
         optimizer.zero_grad(set_to_none=True)
 
     return {"whole": whole, "trunk": trunk}
 
 
-def timed(call: Callable[[], object], device: torch.device) -> tuple[float, float]:
+def time_pass(call: Callable[[], object], device: torch.device) -> tuple[float, float]:
     """Seconds of the processor's and of the clock's, an accelerator waited for."""
     processor, wall = time.process_time(), time.perf_counter()
     call()
@@ -192,14 +191,14 @@ def timed(call: Callable[[], object], device: torch.device) -> tuple[float, floa
     return time.process_time() - processor, time.perf_counter() - wall
 
 
-def memory(device: torch.device) -> float:
+def read_peak_memory(device: torch.device) -> float:
     """Most bytes so far: of tensors on an accelerator, of the process on a CPU."""
     return (
         float(torch.cuda.max_memory_allocated(device)) if device.type == "cuda" else peak_memory()
     )
 
 
-def alone(case: Case) -> dict[str, Any]:
+def run_in_process(case: Case) -> dict[str, Any]:
     """`measure` in a process of its own; `peak` 0 where the accelerator's memory does not hold the
     case."""
     command = [sys.executable, str(Path(__file__).resolve()), "--one", json.dumps(asdict(case))]
@@ -211,17 +210,23 @@ def alone(case: Case) -> dict[str, Any]:
     return asdict(case) | json.loads(done.stdout.splitlines()[-1])
 
 
-def described(found: dict[str, Any]) -> str:
+def format_case(results: dict[str, Any]) -> str:
     """A row."""
-    clock = "wall" if found["device"] == "cuda" else "processor"
-    middle = {name: statistics.median(values) for name, values in found.get(clock, {}).items()}
-    what = f"{NAMES[found['task']]}, {'training step' if found['train'] else 'forward'}"
-    what += f" of {found['batch']}" * (found["batch"] > 1) + ", checkpointing" * found["recompute"]
-    if not middle:
-        return f"| {what} | {found['size']} | out of memory | | | |"
-    predict = f"{middle['predict']:.2f} s" if "predict" in middle else ""
-    share = f"{middle['trunk'] / middle['whole']:.0%}"
-    return f"| {what} | {found['size']} | {middle['whole']:.3g} s | {share} | {predict} | {found['peak'] / 1e9:.2f} GB |"
+    clock = "wall" if results["device"] == "cuda" else "processor"
+    medians = {name: statistics.median(values) for name, values in results.get(clock, {}).items()}
+    label = f"{NAMES[results['task']]}, {'training step' if results['train'] else 'forward'}"
+    label += (
+        f" of {results['batch']}" * (results["batch"] > 1)
+        + ", checkpointing" * results["recompute"]
+    )
+    if not medians:
+        return f"| {label} | {results['size']} | out of memory | | | |"
+    predict = f"{medians['predict']:.2f} s" if "predict" in medians else ""
+    share = f"{medians['trunk'] / medians['whole']:.0%}"
+    peak = f"{results['peak'] / 1e9:.2f} GB"
+    return (
+        f"| {label} | {results['size']} | {medians['whole']:.3g} s | {share} | {predict} | {peak} |"
+    )
 
 
 def main() -> None:
@@ -239,48 +244,48 @@ def main() -> None:
     parser.add_argument("--device", default="", help="with --gpu; cpu proves that it runs")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--one", default="", help=argparse.SUPPRESS)
-    known = parser.parse_args()
-    if known.one:
-        print(json.dumps(measure(Case(**json.loads(known.one)))))
+    args = parser.parse_args()
+    if args.one:
+        print(json.dumps(measure(Case(**json.loads(args.one)))))
         return
-    device = known.device or ("cuda" if known.gpu else "cpu")
+    device = args.device or ("cuda" if args.gpu else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
         parser.error(
             "--gpu finds no CUDA device: give --device cpu --model tiny --sizes 64 to see that it "
             "runs"
         )
     general: dict[str, Any] = {
-        "model": known.model,
+        "model": args.model,
         "device": device,
-        "rounds": known.rounds,
-        "threads": known.threads,
+        "rounds": args.rounds,
+        "threads": args.threads,
     }
-    if known.gpu:
-        sizes = known.sizes or (896, 1024)
+    if args.gpu:
+        sizes = args.sizes or (896, 1024)
         cases = [
             Case(task, size, train=True, recompute=recompute, batch=batch, **general)
             for task in RECIPES
             for size in sizes
-            for batch in known.batch
+            for batch in args.batch
             for recompute in (False, True)
         ]
     else:
-        sizes = known.sizes or (512, 896, 1024)
+        sizes = args.sizes or (512, 896, 1024)
         cases = [Case(task, size, **general) for task in RECIPES for size in sizes]
         cases += [
             Case(task, sizes[0], train=True, recompute=recompute, **general)
             for task in RECIPES
             for recompute in (False, True)
         ]
-    found = []
+    results = []
     lines = ["| what | px | time | trunk | a prediction | peak |", "|---" * 6 + "|"]
     print("\n".join(lines), flush=True)
     for case in cases:
-        found.append(alone(case))
-        lines.append(described(found[-1]))
+        results.append(run_in_process(case))
+        lines.append(format_case(results[-1]))
         print(lines[-1], flush=True)
-    if known.json:
-        save(known.json, "\n".join(lines), found)
+    if args.json:
+        save(args.json, "\n".join(lines), results)
 
 
 if __name__ == "__main__":

@@ -1,15 +1,12 @@
-"""Kills a pretraining at random moments, or fills its disk, and shows that the same command ends as
-if nothing had been.
+"""Kills a pretraining, or fills its disk, and checks that the same command ends as if undisturbed.
 
     python benchmarks/drill.py --kills 20 --out DIR
     python benchmarks/drill.py --full-disk --out DIR        as root: it mounts a small tmpfs
 
 A trial starts `beit3 train pretrain demo` on the small embedded world, waits for a moment, kills
-the process (SIGKILL)
-and starts the same command again to its end. Then weights, checkpoint with optimizer, metrics
-without timings and scores
-are compared, bit for bit, with a run that was left alone. What a process was doing is read from the
-files it left.
+the process (SIGKILL) and runs the same command again to its end. Then weights, checkpoint with
+optimizer, metrics without timings and scores are compared, bit for bit, with an undisturbed run.
+What the process was doing is read from the files it left.
 """
 
 import argparse
@@ -70,23 +67,23 @@ class Job:
     eval_records: int = 20
     asynchronous: bool = False
 
-    def start(self, out: Path, said: Path) -> subprocess.Popen:
-        """A process of its own, one thread; it prints to `said` and complains to `said`.err."""
-        said.parent.mkdir(parents=True, exist_ok=True)
+    def start(self, out: Path, log: Path) -> subprocess.Popen:
+        """A process of its own, one thread; it prints to `log` and complains to `log`.err."""
+        log.parent.mkdir(parents=True, exist_ok=True)
         command = [*self.command(), "train", "pretrain", "demo", "--out", str(out), *self.given]
         for name in ("steps", "save_every", "eval_every", "eval_records"):
             command += [f"--run.{name}", str(getattr(self, name))]
         command += ["--run.log_every", "1", "--run.async_save", str(self.asynchronous)]
-        with said.open("w") as output, said.with_suffix(".err").open("w") as errors:
+        with log.open("w") as output, log.with_suffix(".err").open("w") as errors:
             return subprocess.Popen(command, stdout=output, stderr=errors, env=environment())
 
     def command(self) -> list[str]:
         """What starts `beit3`."""
         return [sys.executable, "-m", "beit3"]
 
-    def finish(self, out: Path, said: Path) -> int:
+    def finish(self, out: Path, log: Path) -> int:
         """The same, to its end; its status."""
-        return self.start(out, said).wait()
+        return self.start(out, log).wait()
 
 
 @dataclass
@@ -115,32 +112,32 @@ def environment() -> dict[str, str]:
 # What a run is doing ------------------------------------------------------------------------------
 
 
-def going_on(job: Job, out: Path, said: Path) -> str:
-    """What the process that prints to `said` is doing, or did when it was killed, by the traces of
+def read_activity(job: Job, out: Path, log: Path) -> str:
+    """What the process that prints to `log` is doing, or did when it was killed, by the traces of
     each activity.
 
     Every process shows its first step, so one that has shown none is starting.
     """
-    if not re.search(r"step \d+/", said.read_text()):
+    if not re.search(r"step \d+/", log.read_text()):
         return "start-up"
     if parts := list(out.glob("checkpoints/*.part")):
-        return "file" if written(parts[0]) else "checkpoint"
+        return "file" if count_bytes(parts[0]) else "checkpoint"
     for name in ("best", "last"):
         if (out / f".{name}.new").exists():
             return name
-    row = reached(out)
+    row = read_progress(out)
     due = row["step"] % job.eval_every == 0 or row["step"] == job.steps
     return "evaluation" if due and "loss" in row else "end" if (out / "last").exists() else "step"
 
 
-def reached(out: Path) -> dict[str, float]:
+def read_progress(out: Path) -> dict[str, float]:
     """The last whole line of the metrics."""
     path = out / "metrics.jsonl"
     rows = path.read_text().split("\n")[:-1] if path.exists() else []
     return json.loads(rows[-1]) if rows else {"step": 0}
 
 
-def written(part: Path) -> int:
+def count_bytes(part: Path) -> int:
     """Bytes of a checkpoint so far; its folder and files may go at any time."""
     with suppress(OSError):
         return sum(path.stat().st_size for path in part.iterdir())
@@ -148,14 +145,14 @@ def written(part: Path) -> int:
 
 
 def episodes(
-    job: Job, process: subprocess.Popen, out: Path, said: Path
+    job: Job, process: subprocess.Popen, out: Path, log: Path
 ) -> Iterator[tuple[str, int, float]]:
     """While `process` runs, a thousand times a second: activity, how many times it has begun that,
     seconds in it."""
     counts: Counter[str] = Counter()
     before, since = "", 0.0
     while process.poll() is None:
-        now = going_on(job, out, said)
+        now = read_activity(job, out, log)
         if now != before:
             counts[now] += 1
             before, since = now, time.monotonic()
@@ -170,15 +167,15 @@ Usual = dict[str, list[float]]
 def rehearse(job: Job, out: Path) -> Usual:
     """The run that is left alone: how long each of its activities took."""
     shutil.rmtree(out, ignore_errors=True)
-    said = out.with_name(f"{out.name}.txt")
-    process = job.start(out, said)
+    log = out.with_name(f"{out.name}.txt")
+    process = job.start(out, log)
     lasted = {
-        (activity, index): seconds for activity, index, seconds in episodes(job, process, out, said)
+        (activity, index): seconds for activity, index, seconds in episodes(job, process, out, log)
     }
     if process.returncode:
         raise RuntimeError(
             f"the run to compare with ended with {process.returncode}: "
-            f"{said.with_suffix('.err').read_text()[-2000:]}"
+            f"{log.with_suffix('.err').read_text()[-2000:]}"
         )
     usual: Usual = {}
     for (activity, _), seconds in sorted(lasted.items()):
@@ -190,7 +187,7 @@ def await_moment(
     job: Job,
     process: subprocess.Popen,
     out: Path,
-    said: Path,
+    log: Path,
     aim: str,
     usual: Usual,
     rng: random.Random,
@@ -198,7 +195,7 @@ def await_moment(
     """Wait until `process` is at a random point of an activity; whether it came."""
     index = rng.randrange(len(usual[aim]))
     delay = rng.uniform(0, usual[aim][index])
-    for activity, begun, _ in episodes(job, process, out, said):
+    for activity, begun, _ in episodes(job, process, out, log):
         if (activity, begun) == (aim, index + 1):
             time.sleep(delay)
             return process.poll() is None
@@ -208,7 +205,7 @@ def await_moment(
 # Comparing ----------------------------------------------------------------------------------------
 
 
-def contents(out: Path) -> dict[str, Any]:
+def read_contents(out: Path) -> dict[str, Any]:
     """What two equal runs have in common, by name; tensors as their bytes."""
     groups = {folder: load_file(out / folder / "model.safetensors") for folder in ("last", "best")}
     shards = sorted(find_newest_checkpoint(out).glob("*.safetensors"))  # one of each process
@@ -216,20 +213,20 @@ def contents(out: Path) -> dict[str, Any]:
         find_newest_checkpoint(out).name + (f"/{index}" if index else ""): load_file(shard)
         for index, shard in enumerate(shards)
     }
-    found: dict[str, Any] = {
+    contents: dict[str, Any] = {
         f"{group}/{name}": (tensor.dtype, tensor.shape, tensor.numpy().tobytes())
         for group, state in groups.items()
         for name, tensor in state.items()
     }
-    found |= {
+    contents |= {
         f"metrics.jsonl line {number}": row for number, row in enumerate(read_metrics(out), start=1)
     }
-    return found | {"scores.json": (out / "scores.json").read_text()}
+    return contents | {"scores.json": (out / "scores.json").read_text()}
 
 
-def differences(one: Path, two: Path) -> list[str]:
+def find_differences(run_trial: Path, two: Path) -> list[str]:
     """Names of what differs between two finished runs."""
-    mine, theirs = contents(one), contents(two)
+    mine, theirs = read_contents(run_trial), read_contents(two)
     assert any(name.endswith(".exp_avg") for name in mine), (
         "a checkpoint without an optimizer proves nothing"
     )
@@ -238,7 +235,7 @@ def differences(one: Path, two: Path) -> list[str]:
     )
 
 
-def files(out: Path) -> set[str]:
+def list_files(out: Path) -> set[str]:
     """Relative paths of a run's files; TensorBoard's bear the time."""
     return {
         str(path.relative_to(out))
@@ -247,69 +244,71 @@ def files(out: Path) -> set[str]:
     }
 
 
-def go_on(job: Job, whole: Path, out: Path, said: Path, trial: Trial) -> Trial:
+def resume(job: Job, reference: Path, out: Path, log: Path, trial: Trial) -> Trial:
     """Start the same command again to its end, and note where it went on, what differs and what was
     left behind."""
     good = [int(path.name[5:]) for path in out.glob("checkpoints/step_*") if path.suffix != ".part"]
-    status = job.finish(out, said)
+    status = job.finish(out, log)
     shown = re.search(
-        r"step (\d+)/", said.read_text()
+        r"step (\d+)/", log.read_text()
     )  # the first step it took, if there was one left
     trial.resumed_from = int(shown[1]) - 1 if shown else job.steps
     if status:
-        trial.wrong = f"status {status}: {said.with_suffix('.err').read_text()[-300:]}"
+        trial.wrong = f"status {status}: {log.with_suffix('.err').read_text()[-300:]}"
     elif trial.resumed_from != max(good, default=0):
         trial.wrong = f"the newest checkpoint was {max(good, default=0)}"
     else:
-        trial.wrong = ", ".join(differences(whole, out)[:5])
-        trial.left = tuple(sorted(files(out) - files(whole)))
+        trial.wrong = ", ".join(find_differences(reference, out)[:5])
+        trial.left = tuple(sorted(list_files(out) - list_files(reference)))
     return trial
 
 
 # Killing ------------------------------------------------------------------------------------------
 
 
-def kill_and_go_on(job: Job, whole: Path, usual: Usual, place: Path, aim: str, seed: str) -> Trial:
-    """One trial in the new folder `place`, which stays where something was wrong."""
-    rng, out = random.Random(seed), place / "run"
+def kill_and_resume(
+    job: Job, reference: Path, usual: Usual, folder: Path, aim: str, seed: str
+) -> Trial:
+    """One trial in the new folder `folder`, which stays where something was wrong."""
+    rng, out = random.Random(seed), folder / "run"
     while True:  # a moment that did not come, because this run took another course, is drawn again
-        shutil.rmtree(place, ignore_errors=True)
-        trial = killed(job, out, place / "1.txt", "step" if aim == "resume" else aim, usual, rng)
+        shutil.rmtree(folder, ignore_errors=True)
+        trial = kill_job(job, out, folder / "1.txt", "step" if aim == "resume" else aim, usual, rng)
         if trial and aim == "resume":
-            trial = killed(job, out, place / "2.txt", "start-up", usual, rng)
+            trial = kill_job(job, out, folder / "2.txt", "start-up", usual, rng)
         if trial:
             break
     trial.aim = aim
-    go_on(job, whole, out, place / "3.txt", trial)
+    resume(job, reference, out, folder / "3.txt", trial)
     if not trial.wrong:
-        shutil.rmtree(place)
+        shutil.rmtree(folder)
     return trial
 
 
-def killed(
-    job: Job, out: Path, said: Path, aim: str, usual: Usual, rng: random.Random
+def kill_job(
+    job: Job, out: Path, log: Path, aim: str, usual: Usual, rng: random.Random
 ) -> Trial | None:
     """Start the job and kill it at a random point of `aim`; None where it ended before."""
-    began, process = time.monotonic(), job.start(out, said)
+    began, process = time.monotonic(), job.start(out, log)
     try:
-        await_moment(job, process, out, said, aim, usual, rng)
+        await_moment(job, process, out, log, aim, usual, rng)
     finally:
         process.kill()
     if process.wait() >= 0:
         return None
-    found = going_on(job, out, said)
+    activity = read_activity(job, out, log)
     return Trial(
         aim,
         time.monotonic() - began,
-        told(found, out),
-        found in ("checkpoint", "file"),
-        int(reached(out)["step"]),
+        describe_activity(activity, out),
+        activity in ("checkpoint", "file"),
+        int(read_progress(out)["step"]),
     )
 
 
-def told(activity: str, out: Path) -> str:
+def describe_activity(activity: str, out: Path) -> str:
     """The activity in words, with how far it was."""
-    step = int(reached(out)["step"])
+    step = int(read_progress(out)["step"])
     if activity not in ("checkpoint", "file"):
         plain = {
             "step": f"after step {step}",
@@ -321,7 +320,7 @@ def told(activity: str, out: Path) -> str:
     state = (
         "described, not renamed"
         if (part / "checkpoint.json").exists()
-        else f"{written(part) / 2**20:.1f} MB written"
+        else f"{count_bytes(part) / 2**20:.1f} MB written"
     )
     return f"checkpoint {int(part.stem[5:])}: {state}"
 
@@ -330,28 +329,28 @@ def told(activity: str, out: Path) -> str:
 
 
 @contextmanager
-def small_disk(place: Path, size: int) -> Iterator[Callable[[int], bool]]:
-    """A tmpfs of `size` bytes at `place`, and a function that resizes it (0 = to what it holds) and
-    says whether that went."""
+def mount_small_disk(folder: Path, size: int) -> Iterator[Callable[[int], bool]]:
+    """Mounts a tmpfs of `size` bytes at `folder`; yields a function that resizes it (0 = to its
+    contents) and returns whether that worked."""
 
     def resize(wanted: int) -> bool:
-        status = os.statvfs(place)
+        status = os.statvfs(folder)
         used = max(4096, (status.f_blocks - status.f_bfree) * status.f_frsize)
-        return mount("-o", f"remount,size={wanted or used}", str(place))
+        return mount("-o", f"remount,size={wanted or used}", str(folder))
 
-    place.mkdir(parents=True, exist_ok=True)
-    if not mount("-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(place)):
-        raise OSError(f"no tmpfs could be mounted at {place}")
+    folder.mkdir(parents=True, exist_ok=True)
+    if not mount("-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)):
+        raise OSError(f"no tmpfs could be mounted at {folder}")
     try:
         yield resize
     finally:
-        subprocess.run(["umount", str(place)], check=True)
+        subprocess.run(["umount", str(folder)], check=True)
 
 
-def may_mount(out: Path) -> bool:
+def can_mount(out: Path) -> bool:
     """Whether a tmpfs can be mounted below `out`."""
     try:
-        with small_disk(out / "disk", 4096):
+        with mount_small_disk(out / "disk", 4096):
             return True
     except OSError:
         return False
@@ -365,40 +364,45 @@ def mount(*arguments: str) -> bool:
     )
 
 
-def fill_and_go_on(job: Job, whole: Path, usual: Usual, place: Path, aim: str, seed: str) -> Trial:
+def fill_and_resume(
+    job: Job, reference: Path, usual: Usual, folder: Path, aim: str, seed: str
+) -> Trial:
     """One trial on a disk that fills while the run does `aim`, then has room again."""
-    rng, out, roomy = random.Random(seed), place / "disk" / "run", 2**30
-    size = sum(path.stat().st_size for path in find_newest_checkpoint(whole).iterdir())
-    shutil.rmtree(place, ignore_errors=True)
-    with small_disk(place / "disk", size * 5 // 2 if aim == "small" else roomy) as resize:
-        began, process = time.monotonic(), job.start(out, place / "1.txt")
+    rng, out, roomy = random.Random(seed), folder / "disk" / "run", 2**30
+    size = sum(path.stat().st_size for path in find_newest_checkpoint(reference).iterdir())
+    shutil.rmtree(folder, ignore_errors=True)
+    with mount_small_disk(folder / "disk", size * 5 // 2 if aim == "small" else roomy) as resize:
+        began, process = time.monotonic(), job.start(out, folder / "1.txt")
         try:
-            if aim != "small" and await_moment(job, process, out, place / "1.txt", aim, usual, rng):
+            if aim != "small" and await_moment(
+                job, process, out, folder / "1.txt", aim, usual, rng
+            ):
                 while not resize(0):  # it has grown meanwhile
                     pass
             status = process.wait(timeout=900)
         finally:
             process.kill()
-        said, wrong = how_it_ended(
-            status, out, (place / "1.txt").read_text(), (place / "1.err").read_text()
+        log, wrong = check_end(
+            status, out, (folder / "1.txt").read_text(), (folder / "1.err").read_text()
         )
-        trial = Trial(aim, time.monotonic() - began, said, step=int(reached(out)["step"]))
+        trial = Trial(aim, time.monotonic() - began, log, step=int(read_progress(out)["step"]))
         resize(roomy)
-        go_on(job, whole, out, place / "2.txt", trial)
+        resume(job, reference, out, folder / "2.txt", trial)
         trial.wrong = "; ".join(text for text in (wrong, trial.wrong) if text)
     if not trial.wrong:
-        shutil.rmtree(place)
+        shutil.rmtree(folder)
     return trial
 
 
-def how_it_ended(status: int, out: Path, output: str, errors: str) -> tuple[str, str]:
+def check_end(status: int, out: Path, output: str, errors: str) -> tuple[str, str]:
     """What a run on a full disk called its last good checkpoint, and what was wrong with its end
     ('' = nothing)."""
     from beit3.training.checkpoint import find_damage
 
     last = errors.splitlines()[-1] if errors else ""
-    named = re.fullmatch(
-        r"beit3: .*disk of .* is full; ((step_\d+) is the last good checkpoint|there is no checkpoint yet): .*",
+    match = re.fullmatch(
+        r"beit3: .*disk of .* is full; "
+        r"((step_\d+) is the last good checkpoint|there is no checkpoint yet): .*",
         last,
     )
     good = max(
@@ -408,17 +412,19 @@ def how_it_ended(status: int, out: Path, output: str, errors: str) -> tuple[str,
     faults = {
         f"status {status}": status != 2,
         "a traceback": "Traceback" in output + errors,
-        f"last line: {last}": named is None,
-        f"{good} is the newest": named is not None and named[2] != good,
+        f"last line: {last}": match is None,
+        f"{good} is the newest": match is not None and match[2] != good,
         f"{good} is damaged": good is not None and find_damage(out / "checkpoints" / good) != "",
     }
-    return named[1] if named else "", "; ".join(text for text, found in faults.items() if found)
+    return match[1] if match else "", "; ".join(
+        text for text, is_fault in faults.items() if is_fault
+    )
 
 
 # The command --------------------------------------------------------------------------------------
 
 
-def demo_job(out: Path) -> Job:
+def make_demo_job(out: Path) -> Job:
     """The demo's pretraining, small: its world and a visual tokenizer of ten steps, made once."""
     from beit3.task import load_task
     from beit3.training.embedded_world import prepare_embedded_world
@@ -448,19 +454,27 @@ def demo_job(out: Path) -> Job:
 
 
 def drill(
-    job: Job, place: Path, one: Callable[..., Trial], aims: Sequence[str], *, seed: int, jobs: int
+    job: Job,
+    folder: Path,
+    run_trial: Callable[..., Trial],
+    aims: Sequence[str],
+    *,
+    seed: int,
+    jobs: int,
 ) -> tuple[Usual, list[Trial]]:
     """The run left alone, then a trial per aim, `jobs` at a time; prints each as a line of the
     table."""
-    whole, line = place / "whole", "{:>5}  {:10}  {:>7}  {:40}  {:>4}  {:>12}  {}"
-    usual = rehearse(job, whole)
+    reference, line = folder / "whole", "{:>5}  {:10}  {:>7}  {:40}  {:>4}  {:>12}  {}"
+    usual = rehearse(job, reference)
     print(
         line.format("trial", "aim", "after", "what was going on", "step", "resumed from", "equal"),
         flush=True,
     )
 
     def run(number: int) -> Trial:
-        return one(job, whole, usual, place / f"{number + 1:03d}", aims[number], f"{seed} {number}")
+        return run_trial(
+            job, reference, usual, folder / f"{number + 1:03d}", aims[number], f"{seed} {number}"
+        )
 
     trials = []
     with ThreadPoolExecutor(jobs) as pool:
@@ -500,30 +514,30 @@ def main() -> int:
         "--asynchronous", action="store_true", help="write checkpoints while training goes on"
     )
     parser.add_argument("--full-disk", action="store_true", help="fill the disk instead of killing")
-    known = parser.parse_args()
+    args = parser.parse_args()
     out, name = (
-        known.out.resolve(),
-        ("full-disk" if known.full_disk else "kills")
-        + ("-asynchronous" if known.asynchronous else ""),
+        args.out.resolve(),
+        ("full-disk" if args.full_disk else "kills")
+        + ("-asynchronous" if args.asynchronous else ""),
     )
-    one = fill_and_go_on if known.full_disk else kill_and_go_on
-    aims = FILLS if known.full_disk else [AIMS[number % len(AIMS)] for number in range(known.kills)]
-    if known.full_disk and not may_mount(out):
+    run_trial = fill_and_resume if args.full_disk else kill_and_resume
+    aims = FILLS if args.full_disk else [AIMS[number % len(AIMS)] for number in range(args.kills)]
+    if args.full_disk and not can_mount(out):
         print("skipped: a disk that fills needs mount, which only root may use")
         return 0
-    job = replace(demo_job(out), asynchronous=known.asynchronous)
-    usual, trials = drill(job, out / name, one, aims, seed=known.seed, jobs=known.jobs)
+    job = replace(make_demo_job(out), asynchronous=args.asynchronous)
+    usual, trials = drill(job, out / name, run_trial, aims, seed=args.seed, jobs=args.jobs)
     wrong, writing = (
         sum(bool(trial.wrong) for trial in trials),
         sum(trial.writing for trial in trials),
     )
-    fell = "" if known.full_disk else f"; {writing} kills fell into the writing of a checkpoint"
+    fell = "" if args.full_disk else f"; {writing} kills fell into the writing of a checkpoint"
     print(f"{len(trials) - wrong} of {len(trials)} equal{fell}")
     table = {
         "machine": platform.platform(),
         "cores": os.cpu_count(),
         "torch": torch.__version__,
-        "seed": known.seed,
+        "seed": args.seed,
         "usual": usual,
     }
     (out / f"{name}.json").write_text(

@@ -1,17 +1,13 @@
-"""Kills one of several processes of a pretraining at random moments; torchrun starts all again, and
-nothing is lost.
+"""Kills one of several processes of a pretraining at random moments; torchrun restarts them all.
 
     python benchmarks/drill_group.py --kills 6 --processes 2 --out DIR
 
 A trial starts `beit3 train pretrain demo` under `torchrun --max-restarts`, waits for a moment of an
-activity, kills one
-process (SIGKILL), sometimes another one after the restart, and lets torchrun bring the run to its
-end. With `--signals` it
-tells torchrun to stop instead (SIGTERM, as a scheduler does), and starts the same command again.
-Then weights, checkpoint
-with optimizer, metrics without timings and scores are compared, bit for bit, with a run of as many
-processes that was left
-alone. Moments and comparison are those of drill.py.
+activity, kills one process (SIGKILL), sometimes another one after the restart, and lets torchrun
+bring the run to its end. With `--signals` it tells torchrun to stop instead (SIGTERM, as a
+scheduler does) and runs the same command again. Then weights, checkpoint with optimizer, metrics
+without timings and scores are compared, bit for bit, with an undisturbed run of the same number of
+processes. Moments and comparison are those of drill.py.
 """
 
 import argparse
@@ -39,13 +35,13 @@ from benchmarks.drill import (
     Trial,
     Usual,
     await_moment,
-    demo_job,
-    differences,
+    describe_activity,
     drill,
-    files,
-    going_on,
-    reached,
-    told,
+    find_differences,
+    list_files,
+    make_demo_job,
+    read_activity,
+    read_progress,
 )
 
 AIMS = ("step", "file", "checkpoint", "evaluation", "start-up", "twice", "last", "best")
@@ -71,7 +67,7 @@ class Group(Job):
         return [sys.executable, "-m", "torch.distributed.run", *group, "-m", "beit3"]
 
 
-def workers(launcher: int) -> list[int]:
+def list_workers(launcher: int) -> list[int]:
     """The processes that torchrun has started and that live."""
     listed = subprocess.run(
         ["ps", "-o", "pid=,stat=", "--ppid", str(launcher)], capture_output=True, text=True
@@ -80,33 +76,33 @@ def workers(launcher: int) -> list[int]:
     return [int(pid) for pid, state in rows if not state.startswith("Z")]
 
 
-def kill_one(job: Job, whole: Path, usual: Usual, place: Path, aim: str, seed: str) -> Trial:
-    """One trial in the new folder `place`, which stays where something was wrong."""
-    rng, out, said = random.Random(seed), place / "run", place / "said.txt"
+def kill_one(job: Job, reference: Path, usual: Usual, folder: Path, aim: str, seed: str) -> Trial:
+    """One trial in the new folder `folder`, which stays where something was wrong."""
+    rng, out, log = random.Random(seed), folder / "run", folder / "said.txt"
     while True:  # a moment that did not come, because this run took another course, is drawn again
-        shutil.rmtree(place, ignore_errors=True)
-        began, process = time.monotonic(), job.start(out, said)
+        shutil.rmtree(folder, ignore_errors=True)
+        began, process = time.monotonic(), job.start(out, log)
         try:
-            if found := killed(job, process, out, said, aim, usual, rng, began):
+            if killing := kill_job(job, process, out, log, aim, usual, rng, began):
                 break
         finally:
             process.wait(timeout=900)
-    trial, length = found
+    trial, length = killing
     shown = re.search(
-        r"step (\d+)/", said.read_text()[length:]
+        r"step (\d+)/", log.read_text()[length:]
     )  # a process shows the first step it takes
     trial.resumed_from = int(shown[1]) - 1 if shown else job.steps
-    deaths = said.with_suffix(".err").read_text().count("exitcode: -9")
+    deaths = log.with_suffix(".err").read_text().count("exitcode: -9")
     if deaths != 1 + (aim == "twice"):
         trial.wrong = f"{deaths} processes were killed"
-    return compared(trial, process.returncode, whole, out, said)
+    return compare(trial, process.returncode, reference, out, log)
 
 
-def killed(
+def kill_job(
     job: Job,
     process: subprocess.Popen,
     out: Path,
-    said: Path,
+    log: Path,
     aim: str,
     usual: Usual,
     rng: random.Random,
@@ -117,53 +113,53 @@ def killed(
 
     None where the moment did not come.
     """
-    if not await_moment(job, process, out, said, "step" if aim == "twice" else aim, usual, rng):
+    if not await_moment(job, process, out, log, "step" if aim == "twice" else aim, usual, rng):
         return None
-    alive = workers(process.pid)
+    alive = list_workers(process.pid)
     if len(alive) < 2:  # not started yet, or at their end
         return None
-    found = going_on(job, out, said)
+    activity = read_activity(job, out, log)
     trial = Trial(
         aim,
         time.monotonic() - began,
-        told(found, out),
-        found in ("checkpoint", "file"),
-        int(reached(out)["step"]),
+        describe_activity(activity, out),
+        activity in ("checkpoint", "file"),
+        int(read_progress(out)["step"]),
     )
-    length = len(said.read_text())
+    length = len(log.read_text())
     os.kill(rng.choice(alive), signal.SIGKILL)
     if aim == "twice":
-        again = wait_for_step(process, said, length)
+        again = wait_for_step(process, log, length)
         if again:
             os.kill(rng.choice(again), signal.SIGKILL)
             trial.doing += ", and again"
     return trial, length
 
 
-def wait_for_step(process: subprocess.Popen, said: Path, length: int) -> list[int]:
+def wait_for_step(process: subprocess.Popen, log: Path, length: int) -> list[int]:
     """The processes once a step has been shown behind the first `length` letters; none where the
     run ends before."""
     while process.poll() is None:
-        if re.search(r"step \d+/", said.read_text()[length:]):
-            return workers(process.pid)
+        if re.search(r"step \d+/", log.read_text()[length:]):
+            return list_workers(process.pid)
         time.sleep(0.01)
     return []
 
 
-def stop_all(job: Job, whole: Path, usual: Usual, place: Path, aim: str, seed: str) -> Trial:
+def stop_all(job: Job, reference: Path, usual: Usual, folder: Path, aim: str, seed: str) -> Trial:
     """Tell torchrun to stop at a random point, as a scheduler does, and start the same command
     again."""
-    rng, out, said = random.Random(seed), place / "run", place / "said.txt"
-    shutil.rmtree(place, ignore_errors=True)
-    began, process = time.monotonic(), job.start(out, said)
-    await_moment(job, process, out, said, aim, usual, rng)
-    found = going_on(job, out, said)
+    rng, out, log = random.Random(seed), folder / "run", folder / "said.txt"
+    shutil.rmtree(folder, ignore_errors=True)
+    began, process = time.monotonic(), job.start(out, log)
+    await_moment(job, process, out, log, aim, usual, rng)
+    activity = read_activity(job, out, log)
     trial = Trial(
         aim,
         time.monotonic() - began,
-        told(found, out),
-        found in ("checkpoint", "file"),
-        int(reached(out)["step"]),
+        describe_activity(activity, out),
+        activity in ("checkpoint", "file"),
+        int(read_progress(out)["step"]),
     )
     process.terminate()
     process.wait(timeout=900)
@@ -171,23 +167,23 @@ def stop_all(job: Job, whole: Path, usual: Usual, place: Path, aim: str, seed: s
         (int(path.name[5:]) for path in out.glob("checkpoints/step_*") if path.suffix != ".part"),
         default=0,
     )
-    status = job.finish(out, place / "again.txt")
-    shown = re.search(r"step (\d+)/", (place / "again.txt").read_text())
+    status = job.finish(out, folder / "again.txt")
+    shown = re.search(r"step (\d+)/", (folder / "again.txt").read_text())
     trial.resumed_from = int(shown[1]) - 1 if shown else saved
     if trial.doing.startswith("after") and trial.resumed_from < trial.step:
         trial.wrong = f"stopped after step {trial.step} and saved {saved}"
         return trial
-    return compared(trial, status, whole, out, said)
+    return compare(trial, status, reference, out, log)
 
 
-def compared(trial: Trial, status: int, whole: Path, out: Path, said: Path) -> Trial:
+def compare(trial: Trial, status: int, reference: Path, out: Path, log: Path) -> Trial:
     """What differs from the run left alone, and what was left behind; the folder goes where nothing
     is wrong."""
     if status:
-        trial.wrong += f" status {status}: {said.with_suffix('.err').read_text()[-300:]}"
+        trial.wrong += f" status {status}: {log.with_suffix('.err').read_text()[-300:]}"
         return trial
-    trial.wrong += ", ".join(differences(whole, out)[:5])
-    trial.left = tuple(sorted(files(out) - files(whole)))
+    trial.wrong += ", ".join(find_differences(reference, out)[:5])
+    trial.left = tuple(sorted(list_files(out) - list_files(reference)))
     if not trial.wrong:
         shutil.rmtree(out.parent)
     return trial
@@ -210,18 +206,18 @@ def main() -> int:
     parser.add_argument(
         "--signals", action="store_true", help="tell torchrun to stop instead of killing"
     )
-    known = parser.parse_args()
-    out, name = known.out.resolve(), "signals" if known.signals else "kills"
-    aims: Sequence[str] = ("step", "checkpoint", "evaluation") if known.signals else AIMS
-    job = Group(demo_job(out).given, steps=12, eval_every=6, processes=known.processes)
-    chosen = [aims[number % len(aims)] for number in range(known.kills)]
+    args = parser.parse_args()
+    out, name = args.out.resolve(), "signals" if args.signals else "kills"
+    aims: Sequence[str] = ("step", "checkpoint", "evaluation") if args.signals else AIMS
+    job = Group(make_demo_job(out).given, steps=12, eval_every=6, processes=args.processes)
+    chosen = [aims[number % len(aims)] for number in range(args.kills)]
     usual, trials = drill(
         job,
         out / name,
-        stop_all if known.signals else kill_one,
+        stop_all if args.signals else kill_one,
         chosen,
-        seed=known.seed,
-        jobs=known.jobs,
+        seed=args.seed,
+        jobs=args.jobs,
     )
     wrong = sum(bool(trial.wrong) for trial in trials)
     print(f"{len(trials) - wrong} of {len(trials)} equal")
@@ -229,14 +225,14 @@ def main() -> int:
         "machine": platform.platform(),
         "cores": os.cpu_count(),
         "torch": torch.__version__,
-        "processes": known.processes,
+        "processes": args.processes,
     }
-    found = table | {
-        "seed": known.seed,
+    results = table | {
+        "seed": args.seed,
         "usual": usual,
         "trials": [asdict(trial) for trial in trials],
     }
-    write_text(out / f"group-{name}.json", json.dumps(found, indent=1) + "\n")
+    write_text(out / f"group-{name}.json", json.dumps(results, indent=1) + "\n")
     return int(wrong > 0)
 
 

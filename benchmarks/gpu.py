@@ -1,17 +1,13 @@
-"""On an accelerator: forward and pretraining step beside torchscale, and what share of the chip's
-peak they use.
+"""On an accelerator: forward pass and pretraining step beside torchscale, and their utilization.
 
     benchmarks/gpu.sh
 
-BASE, LARGE and GIANT in bfloat16, each with images, texts of 512 and pairs in one step of three
-micro-batches, codes given.
-Utilisation is the model's FLOPs (recomputation not counted) over 989 TFLOP/s, an H100's dense
-bfloat16 peak; beside it
-stands what the step's own matrix products alone reach. torchscale has BASE's and LARGE's form and
-for GIANT the same sizes
+BASE, LARGE and GIANT in bfloat16. A step has three micro-batches, of images, of texts of 512 tokens
+and of pairs, with codes given. Utilization is the model's FLOPs, without recomputation, over
+989 TFLOP/s, the dense bfloat16 peak of an H100; beside it stands what the step's own matrix
+products alone reach. torchscale has the form of BASE and LARGE, and for GIANT the same sizes
 unshared; the faster of plain and compiled counts on both sides. On CPU (--device cpu --sizes tiny)
-it only proves
-that the program runs.
+it only shows that the program runs.
 """
 
 import argparse
@@ -65,11 +61,11 @@ class Clock:
             torch.cuda.synchronize(self.device)
 
 
-def to(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+def move_to(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
     return {name: value.to(device) for name, value in batch.items()}
 
 
-class TheirPretraining(nn.Module):
+class TorchscalePretraining(nn.Module):
     """The same losses on torchscale's network."""
 
     def __init__(self, model: ModelConfig, num_codes: int):
@@ -83,23 +79,23 @@ class TheirPretraining(nn.Module):
             visual_tokens=batch.get("image"),
             vision_masked_position=batch.get("image_mask"),
         )["encoder_out"]
-        found, num_image = [], 0
+        results, num_image = [], 0
         if "image" in batch:
             num_image, hidden = 1 + batch["image_mask"].shape[1], batch["image_mask"].bool()
-            found.append(
+            results.append(
                 (self.mim_head(states[:, 1:num_image][hidden]), batch["image_codes"][hidden])
             )
         if "text" in batch:
             hidden = batch["text_target"] != IGNORE_INDEX
-            found.append(
+            results.append(
                 (self.network.mlm_head(states[:, num_image:][hidden]), batch["text_target"][hidden])
             )
         return torch.stack(
-            [F.cross_entropy(logits, target, reduction="sum") for logits, target in found]
+            [F.cross_entropy(logits, target, reduction="sum") for logits, target in results]
         ).sum()
 
 
-def step_of(
+def build_step(
     network: nn.Module,
     loss: Callable[[dict[str, Tensor]], Tensor],
     batches: Sequence[dict[str, Tensor]],
@@ -119,7 +115,7 @@ def step_of(
     return step
 
 
-def products_rate(batches_flops: dict[tuple[int, int, int], int], clock: Clock) -> float:
+def measure_products(batches_flops: dict[tuple[int, int, int], int], clock: Clock) -> float:
     """FLOP/s of the step's matrix products alone, by shape (rows, in, out) and how often each
     occurs."""
     total, spent = 0.0, 0.0
@@ -132,13 +128,15 @@ def products_rate(batches_flops: dict[tuple[int, int, int], int], clock: Clock) 
     return total / spent
 
 
-def shapes(task: Pretrain, batches: Sequence[dict[str, Tensor]]) -> dict[tuple[int, int, int], int]:
+def count_product_shapes(
+    task: Pretrain, batches: Sequence[dict[str, Tensor]]
+) -> dict[tuple[int, int, int], int]:
     """The linear layers' products of a forward pass over `batches`, and how often each occurs."""
-    found: dict[tuple[int, int, int], int] = {}
+    results: dict[tuple[int, int, int], int] = {}
 
     def note(module: nn.Linear, inputs: tuple[Tensor], output: Tensor) -> None:
         key = (inputs[0].numel() // inputs[0].shape[-1], module.in_features, module.out_features)
-        found[key] = found.get(key, 0) + 1
+        results[key] = results.get(key, 0) + 1
 
     hooks = [
         module.register_forward_hook(note) for module in task.modules() if type(module) is nn.Linear
@@ -148,7 +146,7 @@ def shapes(task: Pretrain, batches: Sequence[dict[str, Tensor]]) -> dict[tuple[i
             task(batch)
     for hook in hooks:
         hook.remove()
-    return found
+    return results
 
 
 def measure(size: str, device: torch.device, rounds: int) -> dict[str, Any]:
@@ -160,15 +158,15 @@ def measure(size: str, device: torch.device, rounds: int) -> dict[str, Any]:
     with torch.device(device):
         ours = Pretrain(config).train()
     ours.init_weights()
-    batches = [to(batch, device) for batch in micro_batches(ours, *counts)]
+    batches = [move_to(batch, device) for batch in micro_batches(ours, *counts)]
     with FlopCounterMode(display=False) as counter, torch.autocast(device.type, torch.bfloat16):
         for batch in batches:
             torch.stack(list(ours(batch)["losses"].values())).sum().backward()
     flops = counter.get_total_flops()
-    rate = products_rate(shapes(ours, batches), clock)
+    rate = measure_products(count_product_shapes(ours, batches), clock)
     wrap_blocks(ours, recompute=recompute, compiled=device.type == "cuda")  # type: ignore[arg-type]
     steps = {
-        "ours": step_of(
+        "ours": build_step(
             ours, lambda batch: torch.stack(list(ours(batch)["losses"].values())).sum(), batches
         )
     }
@@ -186,11 +184,11 @@ def measure(size: str, device: torch.device, rounds: int) -> dict[str, Any]:
         try:
             if side == "theirs":
                 with torch.device(device):
-                    theirs = TheirPretraining(
+                    theirs = TorchscalePretraining(
                         replace(model, shared_attention=False), config.num_codes
                     ).train()
                 call = torch.compile(theirs) if device.type == "cuda" else theirs
-                steps["theirs"] = step_of(theirs, call, batches)
+                steps["theirs"] = build_step(theirs, call, batches)
                 forwards["theirs"] = lambda call=call: [call(batch) for batch in batches]
             for _ in range(3):
                 steps[side]()
@@ -224,7 +222,7 @@ def measure(size: str, device: torch.device, rounds: int) -> dict[str, Any]:
     return row
 
 
-def table(rows: Sequence[dict[str, Any]]) -> str:
+def format_table(rows: Sequence[dict[str, Any]]) -> str:
     lines = [
         "| network | step | torchscale | ratio | utilisation | products alone | memory, GB | "
         "torchscale |",
@@ -262,7 +260,7 @@ def main() -> None:
         rows.append(measure(size, torch.device(options.device), options.rounds))
         print(json.dumps(rows[-1]), flush=True)
         if options.json:
-            save(options.json, table(rows), rows)
+            save(options.json, format_table(rows), rows)
 
 
 if __name__ == "__main__":

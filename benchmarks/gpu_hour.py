@@ -1,13 +1,10 @@
 """The `gpu_hour` recipes, visual tokenizer first, then pretraining: throughput, memory and losses.
 
-    python benchmarks/gpu_hour.py data --out runs/gpu_hour            # one large GPU, 30 to 60
-    minutes
-    python benchmarks/gpu_hour.py data --out runs/dry --dry           # the same script in a few
-    steps, also on a CPU
+    python benchmarks/gpu_hour.py data --out runs/gpu_hour      # one large GPU, 30 to 60 minutes
+    python benchmarks/gpu_hour.py data --out runs/dry --dry     # a few steps of it, also on CPU
 
-`data` holds prepared records (docs/records.md) with `text.model`. Neither tyro nor a network is
-needed. Stopped, it
-goes on when it is started again.
+`data` holds prepared records (docs/records.md) with `text.model`. It needs no network access. A
+stopped run continues when it is started again.
 """
 
 import argparse
@@ -26,7 +23,7 @@ from beit3.training.loop import train
 DRY_STEPS = 4
 
 
-def dry(recipe: Recipe, device: str) -> Recipe:
+def shorten(recipe: Recipe, device: str) -> Recipe:
     """A few steps of a few records, everything else as it is."""
     batch = {name: max(2, count // 128) for name, count in recipe.data.batch.items()}
     run = replace(
@@ -41,7 +38,7 @@ def dry(recipe: Recipe, device: str) -> Recipe:
     return replace(recipe, data=replace(recipe.data, batch=batch, workers=0), run=run)
 
 
-def measured(run: Path) -> dict:
+def measure_run(run: Path) -> dict:
     """Figures of a run, without its first lines: they hold compilation and the loader's start."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     steps = [line for line in lines if "seconds" in line]
@@ -55,15 +52,15 @@ def measured(run: Path) -> dict:
         "records_a_second": steps[-1]["samples"] / seconds,
         "share_waiting": waiting / total,
         "memory_gb": steps[-1]["memory"],
-        "first": losses(steps[0]),
-        "last": losses(steps[-1]),
+        "first": read_losses(steps[0]),
+        "last": read_losses(steps[-1]),
         "held_out": {
             name: value for line in lines for name, value in line.items() if name.startswith("val/")
         },
     }
 
 
-def losses(line: dict) -> dict:
+def read_losses(line: dict) -> dict:
     return {name: value for name, value in line.items() if name.startswith("loss")}
 
 
@@ -78,29 +75,29 @@ def main() -> None:
         default=0,
         help="steps of pretraining, where less than an hour is at hand",
     )
-    known = parser.parse_args()
+    args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cpu" and not known.dry:
+    if device == "cpu" and not args.dry:
         raise SystemExit("no GPU here: give --dry")
     codes, pretrain = VQKD.recipes["gpu_hour"], Pretrain.recipes["gpu_hour"]
-    if known.dry:
-        codes, pretrain = dry(codes, device), dry(pretrain, device)
-    if known.steps:
-        pretrain = replace(pretrain, run=replace(pretrain.run, steps=known.steps))
-    root = str(known.data)
-    train(replace(codes, data=replace(codes.data, root=root)), VQKD, out=known.out / "codes")
-    task = replace(pretrain.task, visual_tokenizer=str(known.out / "codes" / "last"))
+    if args.dry:
+        codes, pretrain = shorten(codes, device), shorten(pretrain, device)
+    if args.steps:
+        pretrain = replace(pretrain, run=replace(pretrain.run, steps=args.steps))
+    root = str(args.data)
+    train(replace(codes, data=replace(codes.data, root=root)), VQKD, out=args.out / "codes")
+    task = replace(pretrain.task, visual_tokenizer=str(args.out / "codes" / "last"))
     train(
         replace(pretrain, task=task, data=replace(pretrain.data, root=root)),
         Pretrain,
-        out=known.out / "pretrain",
+        out=args.out / "pretrain",
     )
     name = torch.cuda.get_device_name() if device == "cuda" else "cpu"
-    found = {"device": name, "dry": known.dry} | {
-        part: measured(known.out / part) for part in ("codes", "pretrain")
+    results = {"device": name, "dry": args.dry} | {
+        part: measure_run(args.out / part) for part in ("codes", "pretrain")
     }
-    write_text(known.out / "gpu_hour.json", json.dumps(found, indent=1) + "\n")
-    print(json.dumps(found, indent=1))
+    write_text(args.out / "gpu_hour.json", json.dumps(results, indent=1) + "\n")
+    print(json.dumps(results, indent=1))
 
 
 if __name__ == "__main__":

@@ -1,17 +1,15 @@
-"""int8 beside float32 on CPU: how fast BASE encodes at 224 px, and what trained weights score.
+"""int8 and float32 on CPU: how fast BASE encodes at 224 px, and the scores of trained weights.
 
-    python benchmarks/int8.py --json benchmarks/int8.json --score runs/demo/retrieval
-    runs/flickr/best=data/flickr
+    python benchmarks/int8.py --json benchmarks/int8.json --score runs/flickr/best=data/flickr
 
-Speed: retrieval's network at its initial values, which do not matter to it. A round takes the rate
-of a plain float32
-product, then every form of the network once on the same input, so a noisy round is seen and hits
-all alike. Beside int8
-stand float32 with packed weights, and compiled, which says what compilation alone gives, and
-bfloat16, which is fast where
-the processor has tiles for it (AMX) and slow elsewhere. `--score WEIGHTS[=ROOT]`: a split of ROOT,
-or of the embedded world,
-scored in float32 and in int8.
+Speed: the network of retrieval at its initial values, which do not affect speed. A round measures
+the rate of a plain float32 product, then every form of the network once on the same input, so that
+a noisy round is visible and affects all forms alike. Beside int8 stand float32 with packed weights;
+float32 compiled, which shows what compilation alone gives; and bfloat16, which is fast where the
+CPU has tiles for it (AMX) and slow elsewhere.
+
+`--score WEIGHTS[=ROOT] ...`: a split of ROOT, or of the embedded world, scored in float32 and in
+int8.
 """
 
 import argparse

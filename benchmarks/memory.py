@@ -1,19 +1,14 @@
-"""The memory that `beit3 plan` foretells beside what a real step takes: peak resident memory of
-processes on CPU.
+"""Memory that `beit3 plan` predicts and that a real step takes: peak resident memory on CPU.
 
-    python benchmarks/memory.py --json benchmarks/memory.json        about 7 minutes of processor
-    time
+    python benchmarks/memory.py --json benchmarks/memory.json     # about 7 minutes of CPU time
 
 A case is a recipe with a micro-batch. A fresh process (two with gloo where weights are sharded)
-first takes a step of a
-very small network of the same task, so that libraries are loaded, then two steps of the real one;
-what its peak
-(VmHWM) is above the memory before them counts. Twice: `returned` with every tensor of more than 64
-KiB given back to the
-system when it is freed, as on a GPU a caching allocator would reuse it, and `usual` with glibc's
-own habits, which keep
-freed blocks of up to 32 MiB and leave gaps. The estimate is compared with the first. No data is
-read.
+first takes a step of a very small network of the same task, so that libraries are loaded, then two
+steps of the real one; the difference between its peak (VmHWM) and the memory before them counts.
+It is measured twice: `returned` gives every tensor of more than 64 KiB back to the system when it
+is freed, as a caching allocator on a GPU would reuse it; `usual` is the default of glibc, which
+keeps freed blocks of up to 32 MiB and leaves gaps. The estimate is compared with the first. No data
+is read.
 """
 
 import argparse
@@ -87,7 +82,7 @@ CASES = (
 )
 
 
-def named(case: Case) -> str:
+def format_name(case: Case) -> str:
     """As the table calls it."""
     name = f"{case.task} {case.recipe}, {case.pieces} x {case.micro_batch}"
     name += (
@@ -98,10 +93,10 @@ def named(case: Case) -> str:
     return name + (f", {case.processes} processes" if case.processes > 1 else "")
 
 
-def recipe_of(case: Case) -> Recipe:
+def make_recipe(case: Case) -> Recipe:
     """The recipe with the case's batch, on CPU."""
     recipe = load_task(case.task).recipes[case.recipe]
-    batch = {name: case.micro_batch * case.pieces * case.processes for name in recipe.data.batch}
+    batch = dict.fromkeys(recipe.data.batch, case.micro_batch * case.pieces * case.processes)
     run = replace(
         recipe.run,
         micro_batch=case.micro_batch,
@@ -122,7 +117,7 @@ def recipe_of(case: Case) -> Recipe:
 def estimated(case: Case) -> float:
     """Bytes."""
     return (
-        Estimate(load_task(case.task), recipe_of(case), PROCESSOR, case.processes)
+        Estimate(load_task(case.task), make_recipe(case), PROCESSOR, case.processes)
         .estimate_memory(case.micro_batch)
         .total
     )
@@ -155,7 +150,7 @@ def measured(case: Case, *, returned: bool = True) -> float:
 
 def measure(case: Case) -> None:
     """In the fresh process: prints the bytes."""
-    recipe, kind = recipe_of(case), load_task(case.task)
+    recipe, kind = make_recipe(case), load_task(case.task)
     init_device(recipe.run)
     model: Any = recipe.task.model
     fused = {"fusion_layers": 0} if hasattr(model, "fusion_layers") else {}
@@ -166,11 +161,11 @@ def measure(case: Case) -> None:
         Case(case.task, case.recipe, 1, case.pieces),
         1,
     )
-    before = status("VmRSS")
+    before = read_status("VmRSS")
     steps(kind, recipe, case, 2)
-    found = max(all_gather_objects(status("VmHWM") - before))
+    peak = max(all_gather_objects(read_status("VmHWM") - before))
     if rank() == 0:
-        print(found, flush=True)
+        print(peak, flush=True)
 
 
 def steps(kind: type[Task], recipe: Recipe, case: Case, count: int) -> None:
@@ -193,11 +188,11 @@ def steps(kind: type[Task], recipe: Recipe, case: Case, count: int) -> None:
         optimizer.zero_grad(set_to_none=True)
 
 
-def status(field: str) -> int:
+def read_status(field: str) -> int:
     """Bytes of a line of /proc/self/status."""
-    found = re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    assert found
-    return int(found[1]) * 1024
+    match = re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert match
+    return int(match[1]) * 1024
 
 
 def main() -> None:
@@ -207,12 +202,12 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--only", default="", help="cases whose name holds this")
     parser.add_argument("--measure", default="", help=argparse.SUPPRESS)
-    known = parser.parse_args()
-    if known.measure:
-        measure(Case(**json.loads(known.measure)))
+    args = parser.parse_args()
+    if args.measure:
+        measure(Case(**json.loads(args.measure)))
         return
     lines, rows = ["| step | estimate | returned | ratio | usual |", "|---" * 5 + "|"], []
-    for case in (each for each in CASES if known.only in named(each)):
+    for case in (case for case in CASES if args.only in format_name(case)):
         figures = {
             "estimate": estimated(case),
             "returned": measured(case),
@@ -221,14 +216,15 @@ def main() -> None:
         rows.append(asdict(case) | figures)
         mib = {key: f"{value / MIB:.0f} MiB" for key, value in figures.items()}
         ratio = f"{figures['estimate'] / figures['returned']:.2f}"
+        estimate, returned = mib["estimate"], mib["returned"]
         lines.append(
-            f"| {named(case)} | {mib['estimate']} | {mib['returned']} | {ratio} | {mib['usual']} |"
+            f"| {format_name(case)} | {estimate} | {returned} | {ratio} | {mib['usual']} |"
         )
         print(lines[-1], flush=True)
-    if known.json:
+    if args.json:
         from probe import save  # beside this program; a test imports it as part of a package
 
-        save(known.json, "\n".join(lines), rows)
+        save(args.json, "\n".join(lines), rows)
 
 
 if __name__ == "__main__":

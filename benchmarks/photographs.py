@@ -1,13 +1,10 @@
-"""What `pretrain laptop` learnt from photographs, books and captions, beside guesses that need no
-learning.
+"""What `pretrain laptop` learned from photographs, books and captions, beside simple guesses.
 
     python benchmarks/photographs.py runs/laptop --out benchmarks/photographs.json
 
-Held-out records under the masks that evaluation always draws. Hidden words of captions are
-predicted with their own
-picture and with each of `OTHERS` other pictures; the spread is over pictures (all captions of one
-together), because
-captions of one picture are not independent.
+It uses held-out records under the masks of evaluation. Masked tokens of captions are predicted with
+their own image and with each of `OTHERS` other images. The spread is over images, all captions of
+one together, because captions of one image are not independent.
 """
 
 import argparse
@@ -66,7 +63,7 @@ def paired(task: Pretrain, records: list[dict]) -> dict:
     """Losses of hidden words with the right and with other pictures, and the words that gain
     most."""
     pictures = sorted({record["image"] for record in records})
-    place = {picture: index for index, picture in enumerate(pictures)}
+    image_index = {picture: index for index, picture in enumerate(pictures)}
     pixels = task.collate([task.example({"id": p, "image": p}, False) for p in pictures])["image"]
     sums = np.zeros(
         (len(pictures), 1 + OTHERS)
@@ -76,7 +73,7 @@ def paired(task: Pretrain, records: list[dict]) -> dict:
     at = 0
     for batch in iterate_batches(task, records, BATCH):
         own = torch.tensor(
-            [place[record["image"]] for record in records[at : at + len(batch["id"])]]
+            [image_index[record["image"]] for record in records[at : at + len(batch["id"])]]
         )
         at += len(own)
         hidden = batch["text_target"] != IGNORE_INDEX
@@ -118,37 +115,37 @@ def paired(task: Pretrain, records: list[dict]) -> dict:
     }
 
 
-def table(found: dict) -> str:
-    low, high = found["gain_interval"]
+def table(results: dict) -> str:
+    low, high = results["gain_interval"]
     rows = [
         (
             "hidden patches: loss (nats)",
-            f"{found['image_loss']:.3f}",
-            f"{found['nearest_patch']:.3f} from the nearest visible patch",
+            f"{results['image_loss']:.3f}",
+            f"{results['nearest_patch']:.3f} from the nearest visible patch",
         ),
         (
             "hidden tokens of texts: loss (nats)",
-            f"{found['text_loss']:.3f}",
-            f"{found['frequency']:.3f} from token frequency",
+            f"{results['text_loss']:.3f}",
+            f"{results['frequency']:.3f} from token frequency",
         ),
         (
             "hidden tokens of captions: loss (nats)",
-            f"{found['text_right']:.3f}",
-            f"{found['pair_frequency']:.3f} from token frequency",
+            f"{results['text_right']:.3f}",
+            f"{results['pair_frequency']:.3f} from token frequency",
         ),
         (
             "the same with another's picture",
-            f"{found['text_wrong']:.3f}",
-            f"{found['gain']:.3f} more (95 %: {low:.3f} to {high:.3f})",
+            f"{results['text_wrong']:.3f}",
+            f"{results['gain']:.3f} more (95 %: {low:.3f} to {high:.3f})",
         ),
         (
             "pictures whose captions gain from it",
-            f"{found['pictures_that_gain']:.0%}",
-            f"of {found['pictures']}; 50 % by chance",
+            f"{results['pictures_that_gain']:.0%}",
+            f"of {results['pictures']}; 50 % by chance",
         ),
         (
             "words that gain most (nats)",
-            ", ".join(f"{w['word']} {w['gain']:.2f}" for w in found["words"]),
+            ", ".join(f"{w['word']} {w['gain']:.2f}" for w in results["words"]),
             f"hidden {SEEN} times or more",
         ),
     ]
@@ -165,7 +162,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("run", type=Path)
     parser.add_argument("--out", type=Path, required=True)
-    known = parser.parse_args()
-    found = figures(known.run)
-    write_text(known.out, json.dumps(found, indent=1) + "\n")
-    print(table(found))
+    args = parser.parse_args()
+    results = figures(args.run)
+    write_text(args.out, json.dumps(results, indent=1) + "\n")
+    print(table(results))

@@ -1,13 +1,11 @@
-"""Memory and time of a pretraining step: what its largest pieces cost, and what is spared.
+"""Memory and time of a pretraining step: the cost of its largest parts, and what is saved.
 
     python benchmarks/pretrain_step.py --json benchmarks/pretrain_step.json
 
-Two tables. The head over 64,010 words: peak memory beyond states and weights of forward and
-backward, for growing numbers
-of predictions, all logits at once beside piece by piece; each measured in a process of its own, by
-the system's count of
-resident memory. And a whole step of BASE (4 images, 1 text of 512 tokens, 4 pairs; codes given)
-under the three settings of
+Two tables. The head over 64,010 token ids: peak memory of forward and backward beside states and
+weights, for growing numbers of predictions, with all logits at once and in chunks; each is measured
+in a process of its own, by the system's count of resident memory. And a complete step of BASE
+(4 images, 1 text of 512 tokens, 4 pairs; codes given) under the three settings of
 `run.checkpointing`: peak memory, and time in interleaved rounds with a matrix product beside each.
 """
 
@@ -34,7 +32,7 @@ SETTINGS = ("none", "selective", "full")
 SIZES = {"base": BASE, "tiny": TINY}
 
 
-def head_memory(predictions: int, most: int) -> dict[str, float]:
+def measure_head_memory(predictions: int, most: int) -> dict[str, float]:
     """MB that the head's losses and gradients take beyond states, weights and their gradients."""
     head, states = nn.Linear(768, 64010), torch.randn(predictions, 768, requires_grad=True)
     target = torch.randint(0, 64010, (predictions,))
@@ -92,13 +90,13 @@ class Step:
         self.optimizer.step()
 
 
-def step_memory(size: str, setting: str, counts: tuple[int, int, int]) -> dict[str, float]:
+def measure_step_memory(size: str, setting: str, counts: tuple[int, int, int]) -> dict[str, float]:
     step = Step(SIZES[size], setting, counts)
-    step(), step()  # noqa: B018
+    step(), step()
     return {"mb": peak_memory() / 1e6}
 
 
-def step_times(size: str, counts: tuple[int, int, int], rounds: int) -> dict[str, Any]:
+def measure_step_times(size: str, counts: tuple[int, int, int], rounds: int) -> dict[str, Any]:
     """Seconds of a step under each setting, and the rate of a matrix product beside each."""
     steps = {setting: Step(SIZES[size], setting, counts) for setting in SETTINGS}
     times: dict[str, list[float]] = {setting: [] for setting in SETTINGS}
@@ -118,7 +116,7 @@ def step_times(size: str, counts: tuple[int, int, int], rounds: int) -> dict[str
     return {"seconds": times, "ratio": ratios, "probe": rates}
 
 
-def alone(*arguments: object) -> float:
+def run_in_process(*arguments: object) -> float:
     """A measurement of memory in a process of its own."""
     command = [sys.executable, __file__, "--one", *map(str, arguments)]
     return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)[
@@ -141,27 +139,29 @@ def main() -> None:
     counts = tuple(options.counts)
     if options.one:
         kind, first, second = options.one[:3]
-        found = (
-            head_memory(int(first), int(second))
+        results = (
+            measure_head_memory(int(first), int(second))
             if kind == "head"
-            else step_memory(first, second, tuple(map(int, options.one[3:])))
+            else measure_step_memory(first, second, tuple(map(int, options.one[3:])))
         )
-        print(json.dumps(found))
+        print(json.dumps(results))
         return
     head = {
         count: {
-            "at once": alone("head", count, 1 << 40),
-            "in pieces": alone("head", count, MAX_LOGITS),
+            "at once": run_in_process("head", count, 1 << 40),
+            "in pieces": run_in_process("head", count, MAX_LOGITS),
         }
         for count in PREDICTIONS
     }
     lines = ["| predictions of 64,010 words | all logits at once | in pieces |", "|---|---|---|"]
     lines += [
-        f"| {count} | {found['at once']:.0f} MB | {found['in pieces']:.0f} MB |"
-        for count, found in head.items()
+        f"| {count} | {results['at once']:.0f} MB | {results['in pieces']:.0f} MB |"
+        for count, results in head.items()
     ]
-    memory = {setting: alone("step", options.size, setting, *counts) for setting in SETTINGS}
-    times = step_times(options.size, counts, options.rounds)
+    memory = {
+        setting: run_in_process("step", options.size, setting, *counts) for setting in SETTINGS
+    }
+    times = measure_step_times(options.size, counts, options.rounds)
     lines += ["", "| run.checkpointing | peak memory | time beside none |", "|---|---|---|"]
     for setting in SETTINGS:
         median = statistics.median(times["seconds"][setting])

@@ -1,5 +1,4 @@
-"""What every benchmark needs: the rate of a plain matrix product beside a measurement, and a file
-of what was found."""
+"""Shared by all benchmarks: the rate of a plain matrix product, and the file of the results."""
 
 import json
 import os
@@ -45,14 +44,14 @@ def save(path: Path, table: str, figures: Any) -> None:
     """
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
     commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
-    found = {
+    result = {
         "table": table.strip(),
         "machine": machine(),
         "date": f"{date.today()}",
         "commit": commit,
         "figures": figures,
     }
-    write_text(path, json.dumps(found, indent=1) + "\n")
+    write_text(path, json.dumps(result, indent=1) + "\n")
 
 
 def machine() -> str:
@@ -60,4 +59,5 @@ def machine() -> str:
     able = torch.cpu.get_capabilities()
     kinds = [name for name in ("avx2", "avx512_f", "avx512_vnni", "amx_int8") if able.get(name)]
     chip = f"{torch.cuda.get_device_name()}, " if torch.cuda.is_available() else ""
-    return f"{chip}{len(os.sched_getaffinity(0))} {platform.machine()} cores ({', '.join(kinds)}), torch {torch.__version__}"
+    cores = f"{len(os.sched_getaffinity(0))} {platform.machine()} cores ({', '.join(kinds)})"
+    return f"{chip}{cores}, torch {torch.__version__}"

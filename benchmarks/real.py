@@ -1,14 +1,12 @@
-"""Every vision-language task on small real data sets: from `pretrain laptop`'s weights and from
-scratch, fine-tuned alike.
+"""Every vision-language task on small real datasets, from `pretrain laptop` and from scratch.
 
     python benchmarks/real.py --data ../shared/data --out runs/real --json benchmarks/real.json
 
-Remakes the pretrained weights if `runs/real/laptop` (or --init) does not hold them, about 45
-minutes on two cores; then
-each run takes minutes, as many at a time as there are cores. Stopped anywhere, the same command
-goes on; `--only` names
-rows. Retrieval also starts from the contrastive stage, whose steps on the pretraining pairs come on
-top.
+Both sides are fine-tuned alike. The pretrained weights are made again if `runs/real/laptop` (or
+--init) does not hold them, in about 45 minutes on two cores; then each run takes minutes, as many
+at a time as there are cores. A stopped command continues when it is started again; `--only` selects
+rows. Retrieval also starts from the contrastive stage, whose steps on the pretraining pairs are
+additional.
 """
 
 import argparse
@@ -124,18 +122,18 @@ def tune(out: Path, name: str, side: str, seed: int, init: str) -> dict[str, flo
     return train(replace(recipe, run=run), kind, out=out / "runs" / label, init=init, label=label)
 
 
-def rows(found: dict[str, dict[str, list[dict]]]) -> Iterator[dict[str, str]]:
+def rows(results: dict[str, dict[str, list[dict]]]) -> Iterator[dict[str, str]]:
     """What the table says: each side over its seeds, and the guess that needs no learning."""
-    for name, sides in found.items():
+    for name, sides in results.items():
         this = ROWS[name]
         form = ".3f" if this.score == "cider" else ".1%"
         for side in reversed(this.sides):
-            beside = ""
+            reference = ""
             if side == "scratch" and "most_frequent" in sides[side][0]:
-                beside = f"{sides[side][0]['most_frequent']:.1%} for the most frequent"
+                reference = f"{sides[side][0]['most_frequent']:.1%} for the most frequent"
             what = {"contrastive": "pretrained, then the contrastive stage"}.get(side, side)
             measured = spread([run[this.score] for run in sides[side]], form)
-            yield row(f"{this.what}, {sides[side][0]['step']} steps, {what}", measured, beside)
+            yield row(f"{this.what}, {sides[side][0]['step']} steps, {what}", measured, reference)
 
 
 def main() -> None:
@@ -145,27 +143,27 @@ def main() -> None:
     parser.add_argument("--init", default="", help="weights of pretrain laptop, made before")
     parser.add_argument("--json", type=Path, help="write the figures here too")
     parser.add_argument("--only", nargs="*", choices=list(ROWS), default=list(ROWS))
-    known = parser.parse_args()
-    weights = pretrained(known.data, known.out, known.init)
+    args = parser.parse_args()
+    weights = pretrained(args.data, args.out, args.init)
     starts = {"scratch": "", "pretrained": str(weights)}
-    for name in known.only:
-        prepare(known.data, known.out, name, weights)
-    if "retrieval" in known.only:
-        starts["contrastive"] = str(contrastive(known.data, known.out, weights))
+    for name in args.only:
+        prepare(args.data, args.out, name, weights)
+    if "retrieval" in args.only:
+        starts["contrastive"] = str(contrastive(args.data, args.out, weights))
     jobs = [
         (name, side, seed)
-        for name in known.only
+        for name in args.only
         for seed in ROWS[name].seeds
         for side in ROWS[name].sides
     ]
-    scores = side_by_side([(tune, (known.out, *job, starts[job[1]])) for job in jobs])
-    found: dict[str, dict[str, list[dict]]] = {}
+    scores = side_by_side([(tune, (args.out, *job, starts[job[1]])) for job in jobs])
+    results: dict[str, dict[str, list[dict]]] = {}
     for (name, side, _), score in zip(jobs, scores, strict=True):
-        found.setdefault(name, {}).setdefault(side, []).append(score)
-    if known.json:
-        before = json.loads(known.json.read_text()) if known.json.exists() else {}
-        write_text(known.json, json.dumps(before | found, indent=1) + "\n")
-    print(markdown(list(rows(found))))
+        results.setdefault(name, {}).setdefault(side, []).append(score)
+    if args.json:
+        before = json.loads(args.json.read_text()) if args.json.exists() else {}
+        write_text(args.json, json.dumps(before | results, indent=1) + "\n")
+    print(markdown(list(rows(results))))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Put the tables of the JSON files beside it into RESULTS.md, each between its marks.
+"""Writes the tables of the JSON files beside it into RESULTS.md, each between its markers.
 
 python benchmarks/results.py
 """
@@ -13,19 +13,18 @@ HERE = Path(__file__).parent
 MARKS = re.compile(r"(<!-- from (\S+\.json) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
-def rendered(path: Path) -> str:
+def render(path: Path) -> str:
     """The table of one file and what it was measured on."""
-    found = json.loads(path.read_text())
-    return (
-        f"\n{found['table']}\n\n{found['date']}, commit {found['commit']}, {found['machine']}.\n\n"
-    )
+    results = json.loads(path.read_text())
+    origin = f"{results['date']}, commit {results['commit']}, {results['machine']}."
+    return f"\n{results['table']}\n\n{origin}\n\n"
 
 
 def main() -> None:
     page = HERE / "RESULTS.md"
     write_text(
         page,
-        MARKS.sub(lambda match: match[1] + rendered(HERE / match[2]) + match[3], page.read_text()),
+        MARKS.sub(lambda match: match[1] + render(HERE / match[2]) + match[3], page.read_text()),
     )
 
 

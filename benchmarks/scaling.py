@@ -1,14 +1,11 @@
-"""One process beside two that train together: records a second, the share of communication, memory
-of each.
+"""One process and two that train together: records per second, communication, memory.
 
     python benchmarks/scaling.py --json benchmarks/scaling.json
 
-A pretraining step of SMALL (8 images, 1 text of 512, 16 pairs a process; codes given) on one thread
-a process, gloo. `apart`
-is two processes at the same time that know nothing of each other: what the machine gives two, so
-that what a step takes
-longer when they are `together` is communication. Four are only shown to run. Forms take turns, a
-fresh start each.
+A pretraining step of SMALL (8 images, 1 text of 512 tokens, 16 pairs per process; codes given) on
+one thread per process, with gloo. `apart` is two independent processes at the same time: it shows
+what the machine gives two, so that the additional time of a step when they train `together` is
+communication. Four processes are only shown to run. Forms alternate, each with a fresh start.
 """
 
 import argparse
@@ -76,20 +73,20 @@ def work(steps: int, size: str) -> None:
         for state in optimizer.state.values()
         for value in state.values()
     )
-    found = {
+    results = {
         "seconds": statistics.median(times),
         "peak": peak_memory() - before,
         "optimizer": states,
     }
     if rank() == 0 or world_size() == 1:
-        print(json.dumps(found), flush=True)
+        print(json.dumps(results), flush=True)
 
 
 def run_form(form: str, steps: int, size: str = "small") -> dict[str, Any]:
     """Start the processes of a form and read what they found: seconds of the slowest, memory of the
     first."""
     count = FORMS[form]
-    alone = [sys.executable, __file__, "--steps", str(steps), "--work", size]
+    run_alone = [sys.executable, __file__, "--steps", str(steps), "--work", size]
     grouped = [
         sys.executable,
         "-m",
@@ -97,43 +94,43 @@ def run_form(form: str, steps: int, size: str = "small") -> dict[str, Any]:
         "--standalone",
         "--nproc-per-node",
         str(count),
-        *alone[1:],
+        *run_alone[1:],
     ]
-    commands = [grouped] if "together" in form else [alone] * count
+    commands = [grouped] if "together" in form else [run_alone] * count
     environment = os.environ | (RETURNED if size == "medium" else {})
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     running = [
         subprocess.Popen(command, text=True, env=environment, **pipes) for command in commands
     ]
-    found = []
+    results = []
     for process in running:
         printed, errors = process.communicate()
         if process.returncode:
             raise SystemExit(f"{form}: {errors[-2000:]}")
-        found.append(json.loads(printed.splitlines()[-1]))
-    return max(found, key=lambda each: each["seconds"])
+        results.append(json.loads(printed.splitlines()[-1]))
+    return max(results, key=lambda run: run["seconds"])
 
 
-def table(found: dict[str, list[dict[str, Any]]]) -> str:
-    middle = {
+def format_table(results: dict[str, list[dict[str, Any]]]) -> str:
+    medians = {
         form: {key: statistics.median(run[key] for run in runs) for key in runs[0]}
-        for form, runs in found.items()
+        for form, runs in results.items()
     }
-    one = middle["one"]["seconds"]
+    one = medians["one"]["seconds"]
     lines = [
         "| processes | a step | records a second | beside one | peak of each | its optimizer |",
         "|---" * 6 + "|",
     ]
-    for form, each in middle.items():
-        rate = FORMS[form] * sum(COUNTS) / each["seconds"]
+    for form, run in medians.items():
+        rate = FORMS[form] * sum(COUNTS) / run["seconds"]
         lines.append(
-            f"| {form} | {each['seconds']:.2f} s | {rate:.0f} | "
-            f"{FORMS[form] * one / each['seconds']:.2f} "
-            f"| {each['peak'] / 1e6:.0f} MB | {each['optimizer'] / 1e6:.0f} MB |"
+            f"| {form} | {run['seconds']:.2f} s | {rate:.0f} | "
+            f"{FORMS[form] * one / run['seconds']:.2f} "
+            f"| {run['peak'] / 1e6:.0f} MB | {run['optimizer'] / 1e6:.0f} MB |"
         )
     shares = [
         1 - apart["seconds"] / both["seconds"]
-        for apart, both in zip(found["apart"], found["together"], strict=True)
+        for apart, both in zip(results["apart"], results["together"], strict=True)
     ]
     lines += [
         "",
@@ -143,12 +140,12 @@ def table(found: dict[str, list[dict[str, Any]]]) -> str:
     return "\n".join(lines)
 
 
-def memory_table(found: dict[str, dict[str, Any]]) -> str:
+def format_memory_table(results: dict[str, dict[str, Any]]) -> str:
     """Of the large network."""
     lines = ["| processes, MEDIUM | peak of each | its optimizer |", "|---" * 3 + "|"]
     lines += [
-        f"| {form} | {each['peak'] / 1e6:,.0f} MB | {each['optimizer'] / 1e6:,.0f} MB |"
-        for form, each in found.items()
+        f"| {form} | {run['peak'] / 1e6:,.0f} MB | {run['optimizer'] / 1e6:,.0f} MB |"
+        for form, run in results.items()
     ]
     return "\n".join(lines)
 
@@ -165,18 +162,20 @@ def main() -> None:
     if options.work:
         work(options.steps, options.work)
         return
-    found: dict[str, list[dict[str, Any]]] = {form: [] for form in FORMS}
+    results: dict[str, list[dict[str, Any]]] = {form: [] for form in FORMS}
     rates = []
     for turn in range(options.rounds):
         for form in FORMS:
             if form != "four together" or turn == 0:
                 rates.append(probe())
-                found[form].append(run_form(form, 2 if form == "four together" else options.steps))
+                results[form].append(
+                    run_form(form, 2 if form == "four together" else options.steps)
+                )
     large = {form: run_form(form, 2, "medium") for form in ("one", "together", "four together")}
-    tables = f"{table(found)}\n\n{memory_table(large)}"
+    tables = f"{format_table(results)}\n\n{format_memory_table(large)}"
     print(tables)
     if options.json:
-        save(options.json, tables, {"runs": found, "probe": rates, "medium": large})
+        save(options.json, tables, {"runs": results, "probe": rates, "medium": large})
 
 
 if __name__ == "__main__":

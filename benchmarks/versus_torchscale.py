@@ -1,20 +1,16 @@
-"""BASE at 224 beside torchscale's BEiT-3 with the same weights and inputs, on CPU in float32.
+r"""BASE at 224 px beside torchscale's BEiT-3 with the same weights and inputs, on CPU in float32.
 
     pip install --no-deps --target TORCHSCALE torchscale==0.3.0
-    python benchmarks/versus_torchscale.py --torchscale TORCHSCALE --json
-    benchmarks/versus_torchscale.json
+    python benchmarks/versus_torchscale.py --torchscale TORCHSCALE \
+        --json benchmarks/versus_torchscale.json
 
-Each row is a use, and both sides return what it reads: the class token's state of images and pairs,
-the begin mark's of
-texts, the loss of a training step with AdamW, the captions of a beam search. Each has a process of
-its own, in which rounds
-alternate between the sides; a matrix product runs before and after each call, so that a round in
-which the machine was busy
-is known. torchscale runs as released and, except for captions, compiled; ours also with packed
-weights, with blocks compiled
-around these, and in training compiled. Its captions are decoded as the release does: the image
-repeated for every beam,
-padding kept, logits at every position.
+Each row is a use, and both sides return what it reads: the state of the class token for images and
+pairs, that of the BOS token for texts, the loss of a training step with AdamW, the captions of a
+beam search. Each has a process of its own, in which rounds alternate between the sides; a matrix
+product runs before and after each call, so that a round on a busy machine is recognized. torchscale
+runs as released and, except for captions, compiled; ours also with packed weights, with blocks
+compiled around these, and in training compiled. Its captions are decoded as the release does: the
+image repeated for every beam, padding kept, logits at every position.
 """
 
 import argparse
@@ -155,19 +151,21 @@ class Released(nn.Module):
                 :, -1
             ].log_softmax(-1)
             totals = (scores.view(-1, 1) + log_probs).view(count, -1)
-            values, places = totals.topk(CANDIDATES * BEAMS, dim=1)
-            ends = (places % VOCAB == MARKS.eos) | (length == CAPTION - 1)
+            values, indices = totals.topk(CANDIDATES * BEAMS, dim=1)
+            ends = (indices % VOCAB == MARKS.eos) | (length == CAPTION - 1)
             closed = torch.where(ends, values / length**0.6, -torch.inf)
             best = torch.maximum(best, closed.max(1).values)
             scores, order = values.masked_fill(ends, -1e9).topk(BEAMS, dim=1)
-            places = places.gather(1, order)
-            rows = (places // VOCAB + torch.arange(count)[:, None] * BEAMS).view(-1)
+            indices = indices.gather(1, order)
+            rows = (indices // VOCAB + torch.arange(count)[:, None] * BEAMS).view(-1)
             for layer in state.values():
                 layer |= {
                     name: layer[name].index_select(0, rows)[:, :, :-1]
                     for name in ("prev_key", "prev_value")
                 }
-            text = torch.stack(((places % VOCAB).view(-1), torch.full((len(rows),), MARKS.mask)), 1)
+            text = torch.stack(
+                ((indices % VOCAB).view(-1), torch.full((len(rows),), MARKS.mask)), 1
+            )
         return best
 
 
@@ -233,8 +231,10 @@ def first(
 
 def captions(task: Captioning, image: Tensor) -> Tensor:
     """Scores [B] of the best captions."""
-    found = generate(DecoderState(task.backbone, task.text_head, image, MARKS), CAPTION, Decoding())
-    return torch.tensor([caption.score for caption in found])
+    results = generate(
+        DecoderState(task.backbone, task.text_head, image, MARKS), CAPTION, Decoding()
+    )
+    return torch.tensor([caption.score for caption in results])
 
 
 def inferring(call: Callable[..., Tensor], inputs: tuple) -> Callable[[], Tensor]:
@@ -354,30 +354,33 @@ def measure(use: Use, rounds: int) -> dict[str, Any]:
     }
 
 
-def row(found: Mapping[str, Any]) -> dict[str, str]:
+def row(results: Mapping[str, Any]) -> dict[str, str]:
     """The table's line: medians, and ratios of the same round with their spread."""
-    times, rates, memory = found["seconds"], found["product"], found["peak_gb"]
-    middle = {name: statistics.median(each) for name, each in times.items()}
+    times, rates, memory = results["seconds"], results["product"], results["peak_gb"]
+    medians = {name: statistics.median(values) for name, values in times.items()}
     ours, theirs = (
-        min((name for name in middle if name.startswith(side)), key=lambda name: middle[name])
+        min((name for name in medians if name.startswith(side)), key=lambda name: medians[name])
         for side in ("ours", "theirs")
     )
 
     def ratio(other: str) -> str:
-        each = sorted(there / here for here, there in zip(times[ours], times[other], strict=True))
-        return f"{statistics.median(each):.2f} ({each[0]:.2f} to {each[-1]:.2f})"
+        values = sorted(
+            their_seconds / our_seconds
+            for our_seconds, their_seconds in zip(times[ours], times[other], strict=True)
+        )
+        return f"{statistics.median(values):.2f} ({values[0]:.2f} to {values[-1]:.2f})"
 
     share = statistics.median(
-        found["flops"] / took / rate for took, rate in zip(times[ours], rates[ours], strict=True)
+        results["flops"] / took / rate for took, rate in zip(times[ours], rates[ours], strict=True)
     )
     return {
-        "use": found["use"],
-        "ours": f"{middle[ours] * 1e3:.0f} ms, {ours.split()[1]}",
-        "torchscale": f"{middle['theirs eager'] * 1e3:.0f} ms",
+        "use": results["use"],
+        "ours": f"{medians[ours] * 1e3:.0f} ms, {ours.split()[1]}",
+        "torchscale": f"{medians['theirs eager'] * 1e3:.0f} ms",
         "ratio": ratio("theirs eager"),
-        "its best": f"{middle[theirs] * 1e3:.0f} ms, {theirs.split()[1]}",
+        "its best": f"{medians[theirs] * 1e3:.0f} ms, {theirs.split()[1]}",
         "ratio to that": ratio(theirs),
-        "wanted": f"{WANTED[found['use']]}",
+        "wanted": f"{WANTED[results['use']]}",
         "of the product's rate": f"{share:.0%}",
         "peak memory, ours, packed, its": ", ".join(
             f"{memory[side]:.2f}" if side in memory else "" for side in SIDES
@@ -389,12 +392,12 @@ def row(found: Mapping[str, Any]) -> dict[str, str]:
 def peaks(folder: str, use: str) -> dict[str, float]:
     """Most resident memory in GB of each side's eager form, and of packed weights, in a process of
     its own."""
-    found = {}
+    results = {}
     for side in SIDES if not use.startswith("training") else ("ours", "theirs"):
         command = [sys.executable, __file__, "--torchscale", folder, "--peak", side, "--only", use]
         done = subprocess.run(command, check=True, capture_output=True, text=True)
-        found[side] = float(done.stdout.split()[-1])
-    return found
+        results[side] = float(done.stdout.split()[-1])
+    return results
 
 
 def peak(side: str, use: str) -> float:
@@ -409,8 +412,8 @@ def peak(side: str, use: str) -> float:
         for task in forms.values() if side == "packed" else ():
             pack(task)
     rows = uses(forms, None if forms else Released().eval(), ("eager",))
-    found = next(each for each in rows if each.name == use)
-    call = next(iter((found.ours or found.theirs).values()))
+    results = next(values for values in rows if values.name == use)
+    call = next(iter((results.ours or results.theirs).values()))
     for _ in range(3):
         call()
     return peak_memory() / 1e9
@@ -443,7 +446,7 @@ def in_process(options: argparse.Namespace, use: str) -> dict[str, Any]:
         return json.loads(out.read_text())["figures"][0]
 
 
-def alone(options: argparse.Namespace) -> dict[str, Any]:
+def run_in_process(options: argparse.Namespace) -> dict[str, Any]:
     """The measurement itself, in that process."""
     torch.manual_seed(0)
     theirs = Released().eval()
@@ -454,7 +457,7 @@ def alone(options: argparse.Namespace) -> dict[str, Any]:
     pack(compiled)
     wrap_blocks(compiled, compiled=True)
     rows = uses({"eager": ours, "packed": packed, "packed+compiled": compiled}, theirs)
-    use = next(each for each in rows if each.name == options.only)
+    use = next(values for values in rows if values.name == options.only)
     return measure(use, options.rounds) | {"peak_gb": peaks(options.torchscale, use.name)}
 
 
@@ -472,14 +475,14 @@ def main() -> None:
     if options.peak:
         print(peak(options.peak, options.only))
         return
-    found = []
+    results = []
     for use in [options.only] if options.only else WANTED:
-        found.append(alone(options) if options.only else in_process(options, use))
-        print(lined([row(found[-1])]).splitlines()[-1], flush=True)
-    table = lined([row(each) for each in found])
+        results.append(run_in_process(options) if options.only else in_process(options, use))
+        print(lined([row(results[-1])]).splitlines()[-1], flush=True)
+    table = lined([row(values) for values in results])
     print(table)
     if options.json:
-        save(options.json, table, found)
+        save(options.json, table, results)
 
 
 if __name__ == "__main__":

@@ -65,7 +65,7 @@ OUTSIDE = {
     "ops": {"torch"},
     "metrics": {"numpy", "faster_coco_eval"},
     "world": {"numpy", "PIL"},
-    "config": {"tyro"},
+    "config": set(),
     "progress": {"rich"},
     "model": {"torch"},
 }
@@ -188,7 +188,7 @@ def loaded_by(statement: str) -> set[str]:
 
 
 def test_importing_the_package_is_free():
-    assert not {"torch", "numpy", "beit3.model", "rich", "tyro"} & loaded_by("import beit3")
+    assert not {"torch", "numpy", "beit3.model", "rich", "cyclopts"} & loaded_by("import beit3")
     assert not {"torch", "torchvision"} & loaded_by(
         "from beit3.cli.app import build_app; build_app()"
     ), "the command line opens fast"

@@ -2,6 +2,7 @@
 damaged."""
 
 import json
+import logging
 import shutil
 import signal
 from dataclasses import replace
@@ -11,7 +12,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+import beit3
 from beit3.cli import main
+from beit3.cli.app import hide_enum_warnings
+from beit3.cli.options import complete_tasks
 from beit3.data.stores.records import Records, write_records
 from beit3.data.stores.tokens import Tokens
 from beit3.recipe import Recipe
@@ -35,7 +39,7 @@ NETWORK = [
 ]
 
 
-def digest(folder: Path) -> dict[str, str]:
+def hash_files(folder: Path) -> dict[str, str]:
     """Every file below `folder` and what it holds."""
     return {
         str(path.relative_to(folder)): sha256(path.read_bytes()).hexdigest()
@@ -70,7 +74,7 @@ def vqa(root, tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def picture(tmp_path) -> Path:
+def image_path(tmp_path) -> Path:
     (tmp_path / "pictures").mkdir()
     Image.new("RGB", (40, 30), "red").save(tmp_path / "pictures" / "a.png")
     return tmp_path / "pictures" / "a.png"
@@ -105,10 +109,10 @@ def test_from_the_world_to_records_and_a_tokenizer(tmp_path, run_cli):
     assert report["records"]["train"] == 18 and report["answers"] > 2
     model = root / "text.model"
     files = [root / f"pretrain/{source}/train.jsonl" for source in ("texts", "pairs")]
-    said = run_cli(
+    output = run_cli(
         "tokenizer", "train", *files, "--model", model, "--vocab-size", 200, "--type", "bpe"
     )
-    assert said == f"{TextTokenizer(model).vocab_size} ids at {model}\n"
+    assert output == f"{TextTokenizer(model).vocab_size} ids at {model}\n"
     text = Records(files[1])[0]["text"]
     ids = run_cli("tokenizer", "encode", text, "--model", model).split()
     assert [int(i) for i in ids] == TextTokenizer(model).encode(text)
@@ -137,7 +141,7 @@ def test_from_the_world_to_records_and_a_tokenizer(tmp_path, run_cli):
     )
 
 
-def test_a_run_can_be_evaluated_scored_asked_and_reported(vqa, root, tmp_path, run_cli, picture):
+def test_a_run_can_be_evaluated_scored_asked_and_reported(vqa, root, tmp_path, run_cli, image_path):
     scores = json.loads((vqa / "scores.json").read_text())
     evaluated = json.loads(
         run_cli("eval", vqa / "last", "--data.root", root, "--predictions", tmp_path / "p.jsonl")
@@ -150,12 +154,12 @@ def test_a_run_can_be_evaluated_scored_asked_and_reported(vqa, root, tmp_path, r
     assert [p["id"] for p in predictions] == [r["id"] for r in Records(root / "vqa/main/val.jsonl")]
     first = Records(root / "vqa/main/val.jsonl")[0]
     asked = json.loads(run_cli("predict", vqa / "last", root / first["image"], first["text"]))
-    assert [each["answer"] for each in asked] == [
-        each["answer"] for each in predictions[0]["candidates"]
+    assert [candidate["answer"] for candidate in asked] == [
+        candidate["answer"] for candidate in predictions[0]["candidates"]
     ]
     best = [
-        run_cli("predict", place, root / first["image"], first["text"])
-        for place in (vqa, vqa / "best")
+        run_cli("predict", weights, root / first["image"], first["text"])
+        for weights in (vqa, vqa / "best")
     ]
     assert best[0] == best[1], "a run answers with its best weights"
     page = tmp_path / "page.html"
@@ -164,8 +168,8 @@ def test_a_run_can_be_evaluated_scored_asked_and_reported(vqa, root, tmp_path, r
 
 
 def test_the_same_command_goes_on(vqa, root, run_cli):
-    before = digest(vqa)
-    said = run_cli(
+    before = hash_files(vqa)
+    output = run_cli(
         "train",
         "vqa",
         "demo",
@@ -174,8 +178,9 @@ def test_the_same_command_goes_on(vqa, root, run_cli):
         *NETWORK,
         *overrides(root, 3, "--data.batch.main", "8"),
     )
-    assert json.loads(said[: said.index("}") + 1]) == json.loads((vqa / "scores.json").read_text())
-    assert f"weights at {vqa}/last and {vqa}/best" in said and digest(vqa) == before
+    scores = json.loads((vqa / "scores.json").read_text())
+    assert json.loads(output[: output.index("}") + 1]) == scores
+    assert f"weights at {vqa}/last and {vqa}/best" in output and hash_files(vqa) == before
 
 
 def test_pretraining_and_fine_tuning_from_it(root, vqkd_weights, tmp_path, run_cli):
@@ -208,7 +213,7 @@ def test_pretraining_and_fine_tuning_from_it(root, vqkd_weights, tmp_path, run_c
     } <= scores.keys()
     evaluated = json.loads(run_cli("eval", tmp_path / "pretrain" / "last", "--data.root", root))
     assert evaluated["images/image_loss"] > 0
-    said = run_cli(
+    output = run_cli(
         "train",
         "vqa",
         "--out",
@@ -218,17 +223,17 @@ def test_pretraining_and_fine_tuning_from_it(root, vqkd_weights, tmp_path, run_c
         *NETWORK,
         *overrides(root, 1, "--data.batch.main", "8"),
     )
-    assert "tensors loaded from" in said and "(pretrain)" in said
+    assert "tensors loaded from" in output and "(pretrain)" in output
 
 
 def test_recipes_are_listed_and_shown_whole(run_cli):
-    listed = run_cli("recipes")
+    listing = run_cli("recipes")
     assert (
-        all(f"{task} " in listed for task in list_tasks() if task != "backbone")
-        and "base_480" in listed
+        all(f"{task} " in listing for task in list_tasks() if task != "backbone")
+        and "base_480" in listing
     )
-    shown = json.loads(run_cli("recipes", "vqa", "--show", "base_480"))
-    assert Recipe.from_dict(shown, VQA.Config) == VQA.recipes["base_480"]
+    recipe_json = json.loads(run_cli("recipes", "vqa", "--show", "base_480"))
+    assert Recipe.from_dict(recipe_json, VQA.Config) == VQA.recipes["base_480"]
     assert "giant_224" in run_cli("recipes", "pretrain") and "base_480" not in run_cli(
         "recipes", "pretrain"
     )
@@ -242,9 +247,9 @@ def test_recipes_are_listed_and_shown_whole(run_cli):
 
 
 def test_doctor_finds_nothing_wrong_here(run_cli):
-    said = run_cli("doctor")
-    assert "ok    torch " in said and all(
-        line[:5] in ("ok   ", "note ", "FAULT") for line in said.splitlines()
+    output = run_cli("doctor")
+    assert "ok    torch " in output and all(
+        line[:5] in ("ok   ", "note ", "FAULT") for line in output.splitlines()
     )
 
 
@@ -274,17 +279,41 @@ def test_every_verb_explains_itself(verb, capsys):
     assert main([verb, "--help"]) == 0 and len(capsys.readouterr().out) > 80
 
 
+def test_version_is_that_of_the_package(run_cli):
+    assert run_cli("--version").strip() == beit3.__version__
+
+
+def test_shells_complete_every_task():
+    assert sorted(complete_tasks(None)) == sorted(list_tasks())
+
+
+def test_completion_is_written_for_a_shell(tmp_path, monkeypatch, run_cli):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    script = tmp_path / "beit3.fish"
+    run_cli("--install-completion", "--shell", "fish", "--output", script)
+    assert "predict" in script.read_text()
+
+
+def test_only_the_warnings_about_enums_are_hidden(caplog):
+    hide_enum_warnings()
+    logger = logging.getLogger("torch.utils._pytree")
+    text = "%s is an Enum subclass and is now natively supported by torch.compile"
+    logger.warning(text, "KernelPreference")
+    logger.warning("another warning")
+    assert [record.getMessage() for record in caplog.records] == ["another warning"]
+
+
 # Mistakes -----------------------------------------------------------------------------------------
 
 
 def test_data_roots_without_records(vqa, tmp_path, run_failing_cli):
     (tmp_path / "empty").mkdir()
-    said = run_failing_cli(
+    output = run_failing_cli(
         "train", "vqa", "--out", tmp_path / "run", "--data.root", tmp_path / "empty"
     )
-    assert "no vqa/main/train.jsonl under" in said and "beit3 prepare vqa --raw DIR" in said
+    assert "no vqa/main/train.jsonl under" in output and "beit3 prepare vqa --raw DIR" in output
     assert not (tmp_path / "run").exists()
-    before = digest(vqa)
+    before = hash_files(vqa)
     assert "no vqa/main/val.jsonl under" in run_failing_cli(
         "eval", vqa / "last", "--data.root", tmp_path / "empty"
     )
@@ -295,39 +324,39 @@ def test_data_roots_without_records(vqa, tmp_path, run_failing_cli):
     assert "no vqa/main/val.jsonl under" in run_failing_cli(
         "score", "vqa", tmp_path / "p.jsonl", "--data.root", tmp_path / "empty"
     )
-    assert digest(vqa) == before
+    assert hash_files(vqa) == before
 
 
-def test_a_file_that_is_no_image(vqa, tmp_path, run_failing_cli, picture):
-    picture.write_text("not an image")
+def test_a_file_that_is_no_image(vqa, tmp_path, run_failing_cli, image_path):
+    image_path.write_text("not an image")
     assert "a.png is not an image that can be read" in run_failing_cli(
-        "predict", vqa, picture, "what is it ?"
+        "predict", vqa, image_path, "what is it ?"
     )
     assert "cannot read image" in run_failing_cli(
         "predict", vqa, tmp_path / "absent.png", "what is it ?"
     )
-    before = digest(tmp_path)
-    said = run_failing_cli(
+    before = hash_files(tmp_path)
+    output = run_failing_cli(
         "prepare", "vqkd", "--raw", tmp_path / "pictures", "--root", tmp_path / "root"
     )
     assert (
-        "1 of 1 main records are unusable" in said
-        and "a.png cannot be read" in said
-        and "nothing was written" in said
+        "1 of 1 main records are unusable" in output
+        and "a.png cannot be read" in output
+        and "nothing was written" in output
     )
-    assert digest(tmp_path) == before
+    assert hash_files(tmp_path) == before
 
 
-def test_empty_captions_and_questions(vqa, raw, tmp_path, run_failing_cli, picture):
+def test_empty_captions_and_questions(vqa, raw, tmp_path, run_failing_cli, image_path):
     for text in ("", "   "):
-        assert "is empty" in run_failing_cli("predict", vqa, picture, text)
+        assert "is empty" in run_failing_cli("predict", vqa, image_path, text)
     shutil.copytree(raw / "pairs", tmp_path / "pairs")
     path = tmp_path / "pairs" / "dataset_world.json"
     data = json.loads(path.read_text())
     for image in data["images"]:
         image["sentences"][0]["raw"] = ""
     path.write_text(json.dumps(data))
-    said = run_failing_cli(
+    output = run_failing_cli(
         "prepare",
         "pretrain",
         "--raw",
@@ -337,16 +366,16 @@ def test_empty_captions_and_questions(vqa, raw, tmp_path, run_failing_cli, pictu
         "--source",
         "pairs",
     )
-    assert "its text is empty" in said and not (tmp_path / "root").exists()
+    assert "its text is empty" in output and not (tmp_path / "root").exists()
 
 
 def test_lengths_beyond_the_text_table(root, tmp_path, run_failing_cli):
     """The table of the tiny sizes places 128 tokens."""
-    said = run_failing_cli(
+    output = run_failing_cli(
         "train", "vqa", "--out", tmp_path / "vqa", *overrides(root, 2), "--task.text_length", "300"
     )
-    assert "task.text_length 300 is beyond the 128 tokens of the text table" in said
-    said = run_failing_cli(
+    assert "task.text_length 300 is beyond the 128 tokens of the text table" in output
+    output = run_failing_cli(
         "train",
         "pretrain",
         "--out",
@@ -355,35 +384,35 @@ def test_lengths_beyond_the_text_table(root, tmp_path, run_failing_cli):
         "--task.monomodal_text_length",
         "129",
     )
-    assert "task.monomodal_text_length 129 is beyond the 128 tokens of the text table" in said
+    assert "task.monomodal_text_length 129 is beyond the 128 tokens of the text table" in output
     assert not (tmp_path / "vqa").exists() and not (tmp_path / "p").exists(), (
         "the corrected command starts afresh"
     )
 
 
-def test_long_questions_are_cut(vqa, run_cli, picture):
+def test_long_questions_are_cut(vqa, run_cli, image_path):
     """`text_length` says how long a text is read; what comes after changes nothing."""
     question = "what color is the object ? " * 10
-    one, two = (
-        run_cli("predict", vqa, picture, question + end)
+    predictions = [
+        run_cli("predict", vqa, image_path, question + end)
         for end in ("", "is there a circle ? " * 50)
-    )
-    assert one == two
+    ]
+    assert predictions[0] == predictions[1]
 
 
-def test_text_tokenizers_that_do_not_fit(vqa, root, tmp_path, run_failing_cli, picture):
+def test_text_tokenizers_that_do_not_fit(vqa, root, tmp_path, run_failing_cli, image_path):
     other = tmp_path / "other.spm"
     TextTokenizer.train(
         ["completely other words than theirs"] * 3, vocab_size=40, model_type="bpe"
     ).save(other)
-    before = digest(vqa)
+    before = hash_files(vqa)
     assert "does not fit the weights" in run_failing_cli(
-        "predict", vqa, picture, "what ?", "--text-model", other
+        "predict", vqa, image_path, "what ?", "--text-model", other
     )
     assert "does not fit the weights" in run_failing_cli(
         "eval", vqa / "last", "--data.root", root, "--text-model", other
     )
-    said = run_failing_cli(
+    output = run_failing_cli(
         "train",
         "vqa",
         "--out",
@@ -396,14 +425,14 @@ def test_text_tokenizers_that_do_not_fit(vqa, root, tmp_path, run_failing_cli, p
         other,
     )
     assert (
-        "the text tokenizer is not the one that these weights were trained with" in said
+        "the text tokenizer is not the one that these weights were trained with" in output
         and not (tmp_path / "run").exists()
     )
     (tmp_path / "words.txt").write_text("no model")
     assert "words.txt is not a complete SentencePiece model" in run_failing_cli(
         "tokenizer", "encode", "a", "--model", tmp_path / "words.txt"
     )
-    assert digest(vqa) == before
+    assert hash_files(vqa) == before
 
 
 @pytest.mark.parametrize(
@@ -419,6 +448,14 @@ def test_text_tokenizers_that_do_not_fit(vqa, root, tmp_path, run_failing_cli, p
             "vqa has no recipe dmeo; did you mean demo? (known: demo, laptop, base_480, "
             "large_480, large_768, ",
         ),
+        (["trian", "vqa"], 'unknown command "trian". Did you mean "train"?'),
+        (["train", "vqa", "--intt", "x"], "unknown field --intt; did you mean --init?"),
+        (
+            ["demo", "--flast"],
+            "unknown option: --flast. Did you mean --fast?; see beit3 demo --help",
+        ),
+        (["demo", "--fast", "--full"], "--fast and --full exclude each other"),
+        (["plan", "vqa", "--gpus", "1.5"], "'1.5' is no whole number"),
         (["train", "vqaa"], "unknown task 'vqaa'; did you mean vqa? (known: "),
         (["train", "json.decoder"], "module json.decoder defines 0 Task classes"),
         (["train", "no.such.module"], "unknown task 'no.such.module': there is no module no"),
@@ -474,11 +511,11 @@ def test_text_tokenizers_that_do_not_fit(vqa, root, tmp_path, run_failing_cli, p
 def test_words_that_mean_nothing(arguments, message, run_failing_cli, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert message in run_failing_cli(*arguments)
-    assert digest(tmp_path) == {}
+    assert hash_files(tmp_path) == {}
 
 
 def test_weights_that_are_not_there_to_start_from(root, tmp_path, run_failing_cli):
-    said = run_failing_cli(
+    output = run_failing_cli(
         "train",
         "vqa",
         "--out",
@@ -487,44 +524,43 @@ def test_weights_that_are_not_there_to_start_from(root, tmp_path, run_failing_cl
         tmp_path / "absent",
         *overrides(root, 1),
     )
-    assert (
-        "cannot start from" in said and "no weights at" in said and not (tmp_path / "run").exists()
-    )
+    assert "cannot start from" in output and "no weights at" in output
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_network_of_another_size_to_start_from(vqa, root, tmp_path, run_failing_cli):
-    said = run_failing_cli(
+    output = run_failing_cli(
         "train", "vqa", "--out", tmp_path / "run", "--init", vqa / "last", *overrides(root, 1)
     )
     assert (
-        "cannot start from" in said
-        and "backbone.blocks.1.ffn.fusion" in said
+        "cannot start from" in output
+        and "backbone.blocks.1.ffn.fusion" in output
         and not (tmp_path / "run").exists()
     )
 
 
-def test_directories_that_hold_something_else(vqa, root, raw, tmp_path, run_failing_cli, picture):
-    before = digest(vqa)
+def test_directories_that_hold_something_else(vqa, root, tmp_path, run_failing_cli, image_path):
+    before = hash_files(vqa)
     same = ["train", "vqa", "demo", "--out", vqa, *NETWORK]
-    said = run_failing_cli(*same, *overrides(root, 4, "--data.batch.main", "8"))
-    assert "holds another run (its recipe.run.steps differs): give another --out" in said
+    output = run_failing_cli(*same, *overrides(root, 4, "--data.batch.main", "8"))
+    assert "holds another run (its recipe.run.steps differs): give another --out" in output
     assert "(its task differs)" in run_failing_cli(
         "train", "vqkd", "--out", vqa, *overrides(root, 3)
     )
-    assert digest(vqa) == before
-    before = digest(tmp_path)
-    said = run_failing_cli("train", "vqa", "--out", picture.parent, *overrides(root, 1))
-    assert "is not empty and holds no run" in said
-    assert "exists already" in run_failing_cli("world", "--out", picture.parent, "--scenes", "3")
-    assert digest(tmp_path) == before
+    assert hash_files(vqa) == before
+    before = hash_files(tmp_path)
+    output = run_failing_cli("train", "vqa", "--out", image_path.parent, *overrides(root, 1))
+    assert "is not empty and holds no run" in output
+    assert "exists already" in run_failing_cli("world", "--out", image_path.parent, "--scenes", "3")
+    assert hash_files(tmp_path) == before
 
 
 def test_a_released_file_needs_a_tokenizer_and_its_answers(
-    root, tmp_path, run_cli, run_failing_cli, picture
+    root, tmp_path, run_cli, run_failing_cli, image_path
 ):
     file = [
         find_fixture("vqa") / "model.safetensors",
-        picture,
+        image_path,
         "what color is it ?",
         "--num-heads",
         "4",
@@ -532,20 +568,20 @@ def test_a_released_file_needs_a_tokenizer_and_its_answers(
     tokenizer = ["--text-model", root / "text.model"]
     assert "text_model" in run_failing_cli("predict", *file)
     assert "answers=FILE" in run_failing_cli("predict", *file, *tokenizer)
-    list_tasks = tmp_path / "answers.txt"
-    list_tasks.write_text("yes\nno\n")
+    answers = tmp_path / "answers.txt"
+    answers.write_text("yes\nno\n")
     assert "2 answers given, the file's head has 37 outputs" in run_failing_cli(
-        "predict", *file, *tokenizer, "--answers", list_tasks
+        "predict", *file, *tokenizer, "--answers", answers
     )
     assert "no answer list at" in run_failing_cli(
         "predict", *file, *tokenizer, "--answers", tmp_path / "absent.txt"
     )
-    list_tasks.write_text("".join(f"answer {i}\n" for i in range(37)))
-    assert json.loads(run_cli("predict", *file, *tokenizer, "--answers", list_tasks))[0][
+    answers.write_text("".join(f"answer {i}\n" for i in range(37)))
+    assert json.loads(run_cli("predict", *file, *tokenizer, "--answers", answers))[0][
         "answer"
     ].startswith("answer ")
     assert "num_heads" in run_failing_cli(
-        "predict", *file[:3], *tokenizer, "--answers", list_tasks, "--num-heads", "5"
+        "predict", *file[:3], *tokenizer, "--answers", answers, "--num-heads", "5"
     )
 
 
@@ -592,9 +628,7 @@ def test_a_signal_says_how_to_go_on(root, tmp_path, capsys, monkeypatch, number,
     handler = signal.getsignal(getattr(signal, number))
     raised_in_steps(monkeypatch, number, times=1)
     assert main(arguments) == status
-    assert (
-        "stopped after step 1 of 3; the same command goes on from there" in capsys.readouterr().err
-    )
+    assert "stopped after step 1 of 3; the same command resumes it" in capsys.readouterr().err
     assert signal.getsignal(getattr(signal, number)) == handler
     monkeypatch.undo()
     assert main(arguments) == 0
@@ -612,7 +646,7 @@ def test_a_second_ctrl_c_does_not_wait_for_the_step(root, tmp_path, capsys, monk
     raised_in_steps(monkeypatch, "SIGINT", times=2)
     assert main(arguments) == 130
     assert (
-        "interrupted; the same command goes on from the last checkpoint" in capsys.readouterr().err
+        "interrupted; the same command resumes from the last checkpoint" in capsys.readouterr().err
     )
     assert not (tmp_path / "run" / "checkpoints").exists()
     monkeypatch.undo()
@@ -622,22 +656,22 @@ def test_a_second_ctrl_c_does_not_wait_for_the_step(root, tmp_path, capsys, monk
 def raised_in_steps(monkeypatch: pytest.MonkeyPatch, number: str, *, times: int) -> None:
     rate = loop.compute_learning_rate
 
-    def signalled(*given) -> float:
+    def raise_signal_first(*arguments) -> float:
         for _ in range(times):
             signal.raise_signal(getattr(signal, number))
-        return rate(*given)
+        return rate(*arguments)
 
-    monkeypatch.setattr(loop, "compute_learning_rate", signalled)
+    monkeypatch.setattr(loop, "compute_learning_rate", raise_signal_first)
 
 
 def test_recipe_on_the_command_line_is_the_recipe_of_the_run(vqa, root):
-    kept = json.loads((vqa / "recipe.json").read_text())
+    stored = json.loads((vqa / "recipe.json").read_text())
     recipe = VQA.recipes["demo"]
     model = replace(recipe.task.model, dim=32, depth=2, num_heads=2, ffn_dim=48)
-    wanted = replace(
+    expected = replace(
         recipe,
         task=replace(recipe.task, model=model),
         data=replace(recipe.data, root=str(root), batch={"main": 8}),
         run=replace(recipe.run, steps=3),
     )
-    assert Recipe.from_dict(kept["recipe"], VQA.Config) == wanted
+    assert Recipe.from_dict(stored["recipe"], VQA.Config) == expected

@@ -30,23 +30,25 @@ from tests.golden import find_fixture
 from tests.tokenizer.test_teacher import hugging_face_state, openai_state
 
 
-def network(**changes) -> Backbone:
+def make_backbone(**changes) -> Backbone:
     task = Backbone(TaskConfig(model=replace(TINY, **changes)))
     task.init_weights(0)
     return task
 
 
-def released() -> Backbone:
+def make_released_backbone() -> Backbone:
     task = Backbone(TaskConfig(model=TINY_RELEASE))
     task.init_weights(0)
     return task
 
 
 def test_a_file_becomes_a_directory_and_a_file_again(tmp_path, run_cli, root):
-    state = {name: tensor.half() for name, tensor in to_released_state(released()).items()}
+    state = {
+        name: tensor.half() for name, tensor in to_released_state(make_released_backbone()).items()
+    }
     torch.save({"model": state}, tmp_path / "given.pth")
     ours = tmp_path / "ours"
-    said = run_cli(
+    output = run_cli(
         "convert",
         "official",
         tmp_path / "given.pth",
@@ -58,8 +60,8 @@ def test_a_file_becomes_a_directory_and_a_file_again(tmp_path, run_cli, root):
         root / "text.model",
     )
     assert (
-        said.startswith("139 tensors loaded from a released backbone file\n")
-        and f"backbone at {ours}\n" in said
+        output.startswith("139 tensors loaded from a released backbone file\n")
+        and f"backbone at {ours}\n" in output
     )
     assert load_weights(ours).has_tokenizer and read_config(ours).config.model == TINY_RELEASE
     assert "171 tensors" in run_cli("convert", "official", ours, "--out", tmp_path / "back.pth")
@@ -79,10 +81,10 @@ def test_answers_task_tokenizers_and_teachers(tmp_path, run_cli, run_failing_cli
         "convert", "official", file, "--out", tmp_path / "vqa", "--num-heads", 4, "--answers", names
     )
     assert read_config(tmp_path / "vqa").config.answers[36] == "answer 36"
-    said = run_cli(
+    output = run_cli(
         "convert", "official", file, "--out", tmp_path / "b", "--num-heads", 4, "--task", "backbone"
     )
-    assert "ignored (head of vqa: no part of backbone): " in said
+    assert "ignored (head of vqa: no part of backbone): " in output
     assert "37 outputs" in run_failing_cli(
         "convert",
         "official",
@@ -92,14 +94,16 @@ def test_answers_task_tokenizers_and_teachers(tmp_path, run_cli, run_failing_cli
         "--task",
         "vqa",
         "--answers",
-        short(names),
+        write_short_list(names),
     )
     codes = find_fixture("vqkd") / "model.safetensors"
     assert f"vqkd at {tmp_path / 'codes'}" in run_cli(
         "convert", "vqkd", codes, "--out", tmp_path / "codes", "--num-heads", 4
     )
-    said = run_failing_cli("convert", "official", codes, "--out", tmp_path / "d", "--num-heads", 4)
-    assert "would be lost (only its training used it)" in said and "give --task vqkd" in said
+    output = run_failing_cli(
+        "convert", "official", codes, "--out", tmp_path / "d", "--num-heads", 4
+    )
+    assert "would be lost (only its training used it)" in output and "give --task vqkd" in output
     save_file(hugging_face_state(openai_state()), tmp_path / "clip.safetensors")
     assert "--task.teacher_weights" in run_cli(
         "convert", "clip", tmp_path / "clip.safetensors", "--out", tmp_path / "clip"
@@ -107,7 +111,7 @@ def test_answers_task_tokenizers_and_teachers(tmp_path, run_cli, run_failing_cli
     assert not [name for name in "cd" if (tmp_path / name).exists()]
 
 
-def short(names: Path) -> Path:
+def write_short_list(names: Path) -> Path:
     (names.parent / "short.txt").write_text("yes\nno\n")
     return names.parent / "short.txt"
 
@@ -146,13 +150,13 @@ def test_convert_explains_itself(capsys):
 
 
 def test_released_files_are_listed(run_cli, run_failing_cli):
-    said = run_cli("recipes", "--released")
+    output = run_cli("recipes", "--released")
     assert (
-        "beit3_large_indomain_patch16_768_vgqaaug_vqa.pth" in said
-        and "vqkd_encoder_base_decoder_3x768x12_clip" in said
+        "beit3_large_indomain_patch16_768_vgqaaug_vqa.pth" in output
+        and "vqkd_encoder_base_decoder_3x768x12_clip" in output
     )
-    only = run_cli("recipes", "vqa", "--released")
-    assert "beit3_base_patch16_480_vqa.pth" in only and "nlvr2" not in only
+    listing = run_cli("recipes", "vqa", "--released")
+    assert "beit3_base_patch16_480_vqa.pth" in listing and "nlvr2" not in listing
     assert "no file was released for vqkdd; did you mean vqkd?" in run_failing_cli(
         "recipes", "vqkdd", "--released"
     )
@@ -160,10 +164,13 @@ def test_released_files_are_listed(run_cli, run_failing_cli):
 
 # Every task of a released file --------------------------------------------------------------------
 
-RELEASED_FORM = "--task.model.shared_attention False --task.model.shared_norms False --task.model.sub_ln True --task.model.fusion_layers 0"
+RELEASED_FORM = (
+    "--task.model.shared_attention False --task.model.shared_norms False "
+    "--task.model.sub_ln True --task.model.fusion_layers 0"
+)
 INPUTS = {
     "vqa": ("what color ?",),
-    "nlvr2": ("{picture}", "there is a circle"),
+    "nlvr2": ("{image_path}", "there is a circle"),
     "retrieval": ("a circle",),
 }
 
@@ -211,21 +218,32 @@ def test_a_released_file_is_tuned_written_back_and_asked(kind, root, tmp_path, r
         "imagenet": ("--classes", root / "imagenet/main/classes.txt"),
     }
     names = lists.get(kind, ())
-    given = [tmp_path / "tuned.pth", "--num-heads", 4, "--text-model", root / "text.model", *names]
-    assert json.loads(run_cli("eval", *given, "--data.root", few(root, kind, tmp_path)))
+    arguments = [
+        tmp_path / "tuned.pth",
+        "--num-heads",
+        4,
+        "--text-model",
+        root / "text.model",
+        *names,
+    ]
+    assert json.loads(
+        run_cli("eval", *arguments, "--data.root", write_few_records(root, kind, tmp_path))
+    )
     Image.new("RGB", (40, 30), "red").save(tmp_path / "a.png")
-    words = [word.format(picture=tmp_path / "a.png") for word in INPUTS.get(kind, ())]
-    from_file = json.loads(run_cli("predict", given[0], tmp_path / "a.png", *words, *given[1:]))
+    inputs = [word.format(image_path=tmp_path / "a.png") for word in INPUTS.get(kind, ())]
+    from_file = json.loads(
+        run_cli("predict", arguments[0], tmp_path / "a.png", *inputs, *arguments[1:])
+    )
     assert (
         from_file[0].keys()
-        == json.loads(run_cli("predict", tmp_path / "run", tmp_path / "a.png", *words))[0].keys()
+        == json.loads(run_cli("predict", tmp_path / "run", tmp_path / "a.png", *inputs))[0].keys()
     )
 
 
-def few(root: Path, kind: str, folder: Path) -> Path:
+def write_few_records(root: Path, kind: str, folder: Path) -> Path:
     """A root with the first records of a split."""
-    place = folder / "few" / kind / "main"
-    place.mkdir(parents=True)
+    directory = folder / "few" / kind / "main"
+    directory.mkdir(parents=True)
     records = []
     for line in (root / kind / "main/val.jsonl").read_text().splitlines()[:2]:
         record = json.loads(line)
@@ -237,7 +255,7 @@ def few(root: Path, kind: str, folder: Path) -> Path:
                 if key in record
             }
         )
-    (place / "val.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    (directory / "val.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     return folder / "few"
 
 
@@ -287,14 +305,14 @@ def test_retrieval_weights_are_scored_on_classes(dual, root, run_cli, tmp_path):
 
 
 def test_a_picture_by_names(dual, root, run_cli, run_failing_cli, tmp_path):
-    picture = tmp_path / "a.png"
-    Image.new("RGB", (40, 30), "red").save(picture)
+    image_path = tmp_path / "a.png"
+    Image.new("RGB", (40, 30), "red").save(image_path)
     (tmp_path / "names.txt").write_text("a red circle\na blue square\n")
-    said = json.loads(
+    output = json.loads(
         run_cli(
             "predict",
             dual,
-            picture,
+            image_path,
             "--task",
             "imagenet",
             "--classes",
@@ -303,16 +321,16 @@ def test_a_picture_by_names(dual, root, run_cli, run_failing_cli, tmp_path):
             "{} there",
         )
     )
-    assert {each["name"] for each in said} == {"a red circle", "a blue square"}
-    assert sum(each["score"] for each in said) == pytest.approx(1)
+    assert {prediction["name"] for prediction in output} == {"a red circle", "a blue square"}
+    assert sum(prediction["score"] for prediction in output) == pytest.approx(1)
     assert "needs the class names: give classes=FILE" in run_failing_cli(
-        "predict", dual, picture, "--task", "imagenet"
+        "predict", dual, image_path, "--task", "imagenet"
     )
     assert "prompt 'a photo' has no {}" in run_failing_cli(
-        "predict", dual, picture, "--task", "imagenet", "--prompt", "a photo"
+        "predict", dual, image_path, "--task", "imagenet", "--prompt", "a photo"
     )
     assert "the head of vqa is untrained" in run_failing_cli(
-        "predict", dual, picture, "how many ?", "--task", "vqa"
+        "predict", dual, image_path, "how many ?", "--task", "vqa"
     )
     assert "the head of captioning is untrained" in run_failing_cli(
         "eval", dual, "--task", "captioning", "--data.root", root
@@ -329,8 +347,8 @@ def test_class_names_travel_in_a_directory(tmp_path, run_cli, run_failing_cli):
     config = read_config(tmp_path / "w").config
     assert config.classes[10] == "class 10" and config.image.resize == "crop"
     Image.new("RGB", (40, 30), "red").save(tmp_path / "a.png")
-    said = json.loads(run_cli("predict", tmp_path / "w", tmp_path / "a.png"))
-    assert len(said) == 5 and said[0]["name"] == f"class {said[0]['label']}"
+    output = json.loads(run_cli("predict", tmp_path / "w", tmp_path / "a.png"))
+    assert len(output) == 5 and output[0]["name"] == f"class {output[0]['label']}"
     assert "11 outputs" in run_failing_cli(
         "convert",
         "official",
@@ -340,7 +358,7 @@ def test_class_names_travel_in_a_directory(tmp_path, run_cli, run_failing_cli):
         "--num-heads",
         4,
         "--classes",
-        short(names),
+        write_short_list(names),
     )
     assert "--classes is not for directories" in run_failing_cli(
         "convert", "official", tmp_path / "w", "--out", "a.pth", "--classes", names
@@ -349,9 +367,9 @@ def test_class_names_travel_in_a_directory(tmp_path, run_cli, run_failing_cli):
 
 def test_preprocessing_that_differs_is_said_at_the_start(dual, root, run_cli, tmp_path, capsys):
     """A network that knows other pictures than the recipe gives it trains, and the line says so."""
-    network = read_config(dual).config.model
+    config = read_config(dual).config.model
     names = ("dim", "depth", "num_heads", "ffn_dim", "vocab_size")
-    flags = [part for name in names for part in (f"--task.model.{name}", getattr(network, name))]
+    flags = [part for name in names for part in (f"--task.model.{name}", getattr(config, name))]
     flags += [
         "--data.root",
         root,
@@ -367,8 +385,8 @@ def test_preprocessing_that_differs_is_said_at_the_start(dual, root, run_cli, tm
     assert (
         main(
             [
-                str(each)
-                for each in [
+                str(argument)
+                for argument in [
                     "train",
                     "imagenet",
                     "demo_names",
@@ -387,8 +405,8 @@ def test_preprocessing_that_differs_is_said_at_the_start(dual, root, run_cli, tm
     assert (
         main(
             [
-                str(each)
-                for each in [
+                str(argument)
+                for argument in [
                     "train",
                     "imagenet",
                     "demo_names",
@@ -402,9 +420,9 @@ def test_preprocessing_that_differs_is_said_at_the_start(dual, root, run_cli, tm
         )
         == 0
     )
-    said = "".join(capsys.readouterr())
+    output = "".join(capsys.readouterr())
     assert (
-        said.count(
+        output.count(
             "images are prepared differently than for these weights' training: mean is (0.5, 0.5, "
             "0.5), here (0.4, 0.4, 0.4)"
         )
@@ -448,7 +466,7 @@ def test_how_captions_are_written_is_said_to_weights_that_exist(
         "eval",
         captioner,
         "--data.root",
-        few(root, "captioning", tmp_path),
+        write_few_records(root, "captioning", tmp_path),
         "--task.decoding.num_beams",
         1,
     )
@@ -472,7 +490,7 @@ def test_meteor_and_spice_are_asked_for(
 
         Spice = Meteor
 
-    records = few(root, "captioning", tmp_path)
+    records = write_few_records(root, "captioning", tmp_path)
     evaluated = ("eval", captioner, "--data.root", records, "--predictions", tmp_path / "p.jsonl")
     scored = ("score", "captioning", tmp_path / "p.jsonl", "--data.root", records)
     monkeypatch.setattr(caption_java.shutil, "which", lambda name: None)
@@ -500,26 +518,28 @@ def test_meteor_and_spice_are_asked_for(
 
 def write(kind: str, folder: Path) -> Path:
     """Weights that do not fit the demo's network, each in its own way."""
-    place = folder / kind
+    directory = folder / kind
     if kind == "resnet":
-        torch.save({"conv1.weight": torch.zeros(64, 3, 7, 7), "bn1.weight": torch.zeros(64)}, place)
+        torch.save(
+            {"conv1.weight": torch.zeros(64, 3, 7, 7), "bn1.weight": torch.zeros(64)}, directory
+        )
     elif kind == "clip":
-        torch.save(openai_state(), place)
+        torch.save(openai_state(), directory)
     elif kind == "torchscript":
-        with ZipFile(place, "w") as archive:
+        with ZipFile(directory, "w") as archive:
             archive.writestr("script/constants.pkl", b"")
     elif kind == "released":
-        torch.save({"model": to_released_state(released())}, place)
+        torch.save({"model": to_released_state(make_released_backbone())}, directory)
     elif kind.startswith("beit3_"):
         pass
     else:
         save_weights(
-            network(
+            make_backbone(
                 **{"wider": {"dim": 256}, "deeper": {"depth": 5}, "heads": {"num_heads": 2}}[kind]
             ),
-            place,
+            directory,
         )
-    return place
+    return directory
 
 
 @pytest.mark.parametrize(
@@ -557,26 +577,26 @@ def write(kind: str, folder: Path) -> Path:
 def test_weights_of_another_network_leave_the_run_unwritten(
     kind, message, root, tmp_path, run_failing_cli
 ):
-    given = write(kind, tmp_path)
+    arguments = write(kind, tmp_path)
     before = {
         path: sha256(path.read_bytes()).hexdigest()
         for path in tmp_path.rglob("*")
         if path.is_file()
     }
-    said = run_failing_cli(
+    output = run_failing_cli(
         "train",
         "vqa",
         "demo",
         "--out",
         tmp_path / "run",
         "--init",
-        given,
+        arguments,
         "--data.root",
         root,
         "--run.steps",
         1,
     )
-    assert said.startswith(f"beit3: cannot start from {given}: ") and message in said
+    assert output.startswith(f"beit3: cannot start from {arguments}: ") and message in output
     assert not (tmp_path / "run").exists()
     assert {
         path: sha256(path.read_bytes()).hexdigest()
@@ -586,7 +606,7 @@ def test_weights_of_another_network_leave_the_run_unwritten(
 
 
 def test_the_remedy_of_another_network_works(root, tmp_path, run_failing_cli, run_cli):
-    save_weights(network(dim=64, num_heads=2, depth=1, ffn_dim=96), tmp_path / "w")
+    save_weights(make_backbone(dim=64, num_heads=2, depth=1, ffn_dim=96), tmp_path / "w")
     call = [
         "train",
         "vqa",

@@ -160,15 +160,15 @@ def test_every_recipe_can_be_overridden(task, name):
 
 
 def test_flags_name_every_field_once():
-    list_tasks = list_flags(DEMO)
-    assert len(list_tasks) == len(set(list_tasks))
+    flags = list_flags(DEMO)
+    assert len(flags) == len(set(flags))
     assert {
         "--optim.lr",
         "--task.model.dim",
         "--data.batch.main",
         "--run.steps",
         "--task.image.mean",
-    } <= set(list_tasks)
+    } <= set(flags)
     assert {"--batch.images", "--batch.texts"} <= set(
         list_flags(load_task("pretrain").recipes["demo"].data)
     )

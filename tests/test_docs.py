@@ -179,7 +179,10 @@ def tuning_row(task: str, name: str, recipe: Recipe) -> str:
     model, run, optim = recipe.task.model, recipe.run, recipe.optim
     size = f"{model.depth} x {model.dim} | {model.image_size} | {sum(recipe.data.batch.values()):,}"
     length = f"{run.steps:,} steps" if run.steps else f"{run.epochs:g} epochs"
-    return f"| `{task} {name}` | {size} | {length} | {optim.lr:g} | {optim.layer_decay:g} | {recipe.note} |"
+    return (
+        f"| `{task} {name}` | {size} | {length} | {optim.lr:g} | {optim.layer_decay:g} | "
+        f"{recipe.note} |"
+    )
 
 
 def test_tables_of_the_tasks():
@@ -196,7 +199,10 @@ def dense_row(task: str, name: str, recipe: Recipe) -> str:
     side = config.image.image_size if task == "coco" else config.train_view.crop
     size = f"{model.depth} x {model.dim} | {side} | {sum(recipe.data.batch.values()):,}"
     length = f"{run.steps:,} steps" if run.steps else f"{run.epochs:g} epochs"
-    return f"| `{task} {name}` | {size} | {length} | {optim.lr:g} | {optim.layer_decay:g} | {model.drop_path_rate:g} | {recipe.note} |"
+    return (
+        f"| `{task} {name}` | {size} | {length} | {optim.lr:g} | {optim.layer_decay:g} | "
+        f"{model.drop_path_rate:g} | {recipe.note} |"
+    )
 
 
 def test_tables_of_the_dense_tasks():
@@ -272,7 +278,6 @@ def test_the_task_of_the_guide_trains_and_predicts(rating, tmp_path):
         )
     assert rating.prepare(raw, root, "main")["records"] == {"train": 4, "val": 4}
 
-    pytest.importorskip("tyro")
     fields = [
         "--data.root",
         str(root),

@@ -100,7 +100,9 @@ def test_the_recipe_follows_the_weights(model, wanted, monkeypatch, tmp_path):
     monkeypatch.setattr(
         initialization,
         "read_config",
-        lambda path: store.StoredConfig("pretrain", PretrainConfig(model=model), None, {}),
+        lambda path: store.StoredConfig(
+            "pretrain", PretrainConfig(model=model, image=Preprocessing(model.image_size)), None, {}
+        ),
     )
     monkeypatch.setattr(initialization, "find_weights", lambda path: path)
     assert [initialization.find_recipe(load_task(task), tmp_path) for task in TABLES] == wanted

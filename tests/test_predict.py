@@ -88,7 +88,7 @@ def released(tmp_path):
 
 @pytest.fixture
 def pretrained(tmp_path):
-    task = Pretrain(PretrainConfig(model=RELEASE, num_codes=9))
+    task = Pretrain(PretrainConfig(model=RELEASE, image=Preprocessing(16), num_codes=9))
     task.init_weights(0)
     torch.save({"model": to_released_state(task)}, tmp_path / "pretrained.pth")
     return tmp_path / "pretrained.pth"

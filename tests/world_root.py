@@ -53,7 +53,19 @@ def write_root(raw: Path, root: Path) -> Path:
 
 def make_vqkd_recipe(root: Path, *, steps: int = 6, **run) -> Recipe:
     """A visual tokenizer of 16 codes."""
-    model = VisualTokenizerConfig(32, 8, 32, 1, 2, 64, 1, 8, NUM_CODES, 45, revive_after=4)
+    model = VisualTokenizerConfig(
+        image_size=32,
+        patch_size=8,
+        dim=32,
+        depth=1,
+        num_heads=2,
+        ffn_dim=64,
+        decoder_depth=1,
+        code_dim=8,
+        num_codes=NUM_CODES,
+        teacher_dim=45,
+        revive_after=4,
+    )
     return Recipe(
         task=VQKDConfig(
             teacher="gradients",

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from beit3.data.stores import label_names
 from beit3.model.packed import pack
 from beit3.quantize import check_support, quantize
 from beit3.task import Prediction, Record, Task, task_name
@@ -23,7 +24,7 @@ from beit3.tokenizer.text import TextTokenizer
 from beit3.training.evaluate import iterate_batches, to_device
 from beit3.training.parallel import wrap_blocks
 from beit3.weights import loading, state_dicts, store
-from beit3.weights.adapt import COUNT_FIELDS, add_names
+from beit3.weights.adapt import add_names
 from beit3.weights.matching import LoadReport, get_weights, serves_text
 
 CLASSES = "imagenet/main/classes.txt"
@@ -90,22 +91,19 @@ class Predictor:
         ValueError where the weights' classes are others, or in another order: labels would mean
         something else.
         """
-        config: Any = self.task.config
-        known = getattr(config, "classes", getattr(config, "categories", None))
-        if known is None or not file.exists():
+        config, own_names = self.task.config, self.task.class_names
+        if not file.exists() or not (own_names or config.classifies_by_names):
             return
-        theirs = read_classes(file)
-        if getattr(config, "head", "") == "names" and not known:
-            self.task.config = add_names(config, type(self.task), classes=theirs, fixed={})
-        elif known and known != theirs:
-            pairs = enumerate(zip_longest(known, theirs))
-            place, (ours, there) = next(
-                (place, pair) for place, pair in pairs if pair[0] != pair[1]
-            )
-            raise ValueError(
-                f"class {place} is {ours!r} to the weights and {there!r} in {file}: score records "
-                "of the same classes"
-            )
+        record_names = read_classes(file)
+        if not own_names:
+            self.task.config = add_names(config, type(self.task), classes=record_names, fixed={})
+            return
+        for label, (own, other) in enumerate(zip_longest(own_names, record_names)):
+            if own != other:
+                raise ValueError(
+                    f"class {label} is {own!r} to the weights and {other!r} in {file}: "
+                    "score records of the same classes"
+                )
 
     @torch.inference_mode()
     def __call__(self, *inputs: Any) -> list[Prediction]:
@@ -118,19 +116,17 @@ class Predictor:
         Raises ValueError for inputs that the task does not take or cannot read, and for parts that
         nobody has trained.
         """
-        name = task_name(type(self.task))
-        make = getattr(self.task, "record", None)
-        if make is None:
+        name, input_names = task_name(type(self.task)), self.task.input_names
+        if not input_names:
             raise ValueError(f"{name} takes no raw inputs: give tensors to .task.outputs(batch)")
         self.check_trained()
-        signature = inspect.signature(make)
         try:
-            signature.bind(*inputs)
+            inspect.signature(self.task.record).bind(*inputs)
         except TypeError:
             raise ValueError(
-                f"{name} takes {', '.join(signature.parameters)}: {len(inputs)} inputs given"
+                f"{name} takes {', '.join(input_names)}: {len(inputs)} inputs given"
             ) from None
-        record = make(*inputs)
+        record = self.task.record(*inputs)
         self._require_side(record)
         batch = self.task.collate([self.task.example(record, False)])
         prediction = self.task.predict(to_device(batch, next(self.task.parameters()).device))[0]
@@ -153,11 +149,11 @@ class Predictor:
         normalised nor in one
         space. Raises ValueError for a task without features, and for an input that cannot be read.
         """
-        name, make = task_name(type(self.task)), getattr(self.task, "record", None)
-        if make is None or set(inspect.signature(make).parameters) != {"image", "text"}:
+        make = self.task.record
+        if set(self.task.input_names) != {"image", "text"}:
             raise ValueError(
-                f"{name} has no features of single inputs: give weights of retrieval, or load "
-                "these with task='backbone'"
+                f"{task_name(type(self.task))} has no features of single inputs: give weights of "
+                "retrieval, or load these with task='backbone'"
             )
         self.check_trained()
         given = {
@@ -284,11 +280,6 @@ def _load_directory(
         return loading.load_weights_as(
             directory, task, text_model=text_model, answers=answers, classes=classes, prompt=prompt
         )
-    fixed = (
-        {}
-        if getattr(config, "head", "") == "names"
-        else {count: getattr(config, count, 0) for count in COUNT_FIELDS.values()}
-    )
     try:
         config = add_names(
             config,
@@ -296,7 +287,7 @@ def _load_directory(
             answers=answers,
             classes=classes,
             prompt=prompt,
-            fixed=fixed,
+            fixed=config.head_sizes,
         )
     except ValueError as error:
         raise ValueError(f"{directory}: {error}") from None
@@ -307,9 +298,7 @@ def _load_directory(
 def read_answers(names: Names) -> tuple[str, ...]:
     """Names of the VQA head's outputs; a file as released, or one per line."""
     if isinstance(names, str | Path):
-        from beit3.tasks import vqa
-
-        return vqa.read_answers(Path(names))
+        return label_names.read_answers(Path(names))
     return tuple(names or ())
 
 
@@ -322,8 +311,6 @@ def read_classes(names: Names) -> tuple[str, ...]:
             for each in json.loads(Path(names).read_text(encoding="utf-8"))
         )
     if isinstance(names, str | Path):
-        from beit3.tasks import imagenet
-
-        place = Path(names)
-        return imagenet.read_classes(place / CLASSES if place.is_dir() else place)
+        path = Path(names)
+        return label_names.read_class_names(path / CLASSES if path.is_dir() else path)
     return tuple(names or ())

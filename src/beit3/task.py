@@ -352,6 +352,11 @@ def make_length_counter(root: Path, limit: int) -> Lengths | None:
 # Examples and batches --------------------------------------------------------------------------
 
 
+def make_record(**inputs: Any) -> Record:
+    """Makes a record of raw inputs by name; None or an empty string leaves an input out."""
+    return {"id": "0"} | {name: value for name, value in inputs.items() if value not in (None, "")}
+
+
 def make_record_rng(record: Record) -> np.random.Generator:
     """Returns the generator of a record outside training: the same at every evaluation."""
     return make_rng(0, 0, str(record["id"]))

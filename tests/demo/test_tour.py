@@ -42,7 +42,7 @@ def test_ctrl_c_leaves_a_run_that_goes_on(out, capsys):
         stop.set()
         watch.join()
     captured = capsys.readouterr()
-    assert status == 130 and "goes on" in captured.err
+    assert status == 130 and "resumes it" in captured.err
     assert (
         not (out / "pairs").exists()
         and (find_newest_checkpoint(out / "vqkd") / "checkpoint.json").is_file()

@@ -1,5 +1,4 @@
-"""Views and their merging, with a stand-in that finds coloured areas, and once with the whole
-network."""
+"""Merging of views, with fake detectors that find colored areas, and once with a real network."""
 
 from dataclasses import replace
 
@@ -21,67 +20,66 @@ SIDE = 64
 
 
 def trunk(pixels):
-    """The stand-in's features are the pixels."""
+    """The features of the fake trunk are the pixels."""
     return pixels.permute(0, 2, 3, 1)
 
 
-class Flat:
+class FakeDetector:
     """A detector whose pyramid is the features themselves."""
 
     def pyramid(self, features):
         return features
 
 
-class Finder(Flat):
-    """Label c is where channel c is above .5; its box is exact, its mask is read from the
-    pixels."""
+class ColorDetector(FakeDetector):
+    """Detects label c where channel c is above .5, with exact boxes and masks from the pixels."""
 
     def __init__(self, scores=(0.9, 0.8, 0.7)):
-        self.scores, self.asked = scores, 0
+        self.scores, self.num_mask_calls = scores, 0
 
-    def detect(self, features, sizes):
-        found = []
-        for image, (height, width) in zip(features, sizes.tolist(), strict=True):
-            boxes, scores = [], []
-            for label in range(3):
-                rows, columns = (image[:height, :width, label] > 0.5).nonzero().unbind(1)
-                if len(rows):
-                    boxes.append([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1])
-                    scores.append(torch.eye(3)[label] * self.scores[label])
-            found.append(
-                BoxPredictions(
-                    torch.tensor(boxes).float().view(-1, 4),
-                    torch.stack(scores) if scores else torch.zeros(0, 3),
-                )
-            )
-        return found
+    def predict_boxes(self, features, sizes):
+        return [
+            self.predict_image_boxes(image[:height, :width])
+            for image, (height, width) in zip(features, sizes.tolist(), strict=True)
+        ]
 
-    def masks(self, features, boxes, labels):
-        self.asked += 1
+    def predict_image_boxes(self, image):
+        boxes, scores = torch.zeros(0, 4), torch.zeros(0, 3)
+        for label in range(3):
+            rows, columns = (image[..., label] > 0.5).nonzero().unbind(1)
+            if len(rows):
+                box = [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
+                boxes = torch.cat([boxes, torch.tensor([box]).float()])
+                scores = torch.cat([scores, torch.eye(3)[label : label + 1] * self.scores[label]])
+        return BoxPredictions(boxes, scores)
+
+    def predict_masks(self, features, boxes, labels):
+        self.num_mask_calls += 1
         maps = features.permute(0, 3, 1, 2)
         return [
-            roi_align(image[None], [own], 28, aligned=True)[torch.arange(len(own)), label]
-            for image, own, label in zip(maps, boxes, labels, strict=True)
+            roi_align(image[None], [image_boxes], 28, aligned=True)[
+                torch.arange(len(image_boxes)), image_labels
+            ]
+            for image, image_boxes, image_labels in zip(maps, boxes, labels, strict=True)
         ]
 
 
-class Fixed(Flat):
-    """Gives each view in turn what it was told to, boxes in the view's pixels, and constant
-    masks."""
+class ConstantDetector(FakeDetector):
+    """Returns the given predictions for one view after another, and constant masks."""
 
-    def __init__(self, *raws, masks=(1.0,)):
-        self.raws, self.constants = iter(raws), iter(masks)
+    def __init__(self, *predictions, masks=(1.0,)):
+        self.predictions, self.mask_values = iter(predictions), iter(masks)
 
-    def detect(self, features, sizes):
-        return [next(self.raws) for _ in sizes]
+    def predict_boxes(self, features, sizes):
+        return [next(self.predictions) for _ in sizes]
 
-    def masks(self, features, boxes, labels):
-        constant = next(self.constants)
-        return [torch.full((len(own), 28, 28), constant) for own in boxes]
+    def predict_masks(self, features, boxes, labels):
+        value = next(self.mask_values)
+        return [torch.full((len(image_boxes), 28, 28), value) for image_boxes in boxes]
 
 
-def picture():
-    """[3, 24, 40]: a rectangle, a triangle and a bar, one channel each, nowhere symmetric."""
+def make_image():
+    """An image [3, 24, 40] with a rectangle, a triangle and a bar, one per channel, asymmetric."""
     image = torch.zeros(3, 24, 40)
     image[0, 4:12, 6:18] = 1
     image[1, 8:24, 20:36] = torch.tril(torch.ones(16, 16))
@@ -89,183 +87,179 @@ def picture():
     return image
 
 
-def shown(*images, factors, side=SIDE, mirrored=False):
-    """A view of these images, each enlarged by a whole factor, at the top left of a square full of
-    nonsense."""
+def make_view(*images, factors, side=SIDE, flipped=False):
+    """A view of images that are enlarged by integer factors; the padding has random content."""
     pixels = torch.full((len(images), 3, side, side), 0.9)
     sizes = []
-    for place, (image, factor) in enumerate(zip(images, factors, strict=True)):
-        large = image.repeat_interleave(factor, 1).repeat_interleave(factor, 2)
-        pixels[place, :, : large.shape[1], : large.shape[2]] = large
-        sizes.append(large.shape[1:])
+    for index, (image, factor) in enumerate(zip(images, factors, strict=True)):
+        enlarged = image.repeat_interleave(factor, 1).repeat_interleave(factor, 2)
+        height, width = enlarged.shape[1:]
+        pixels[index, :, :height, :width] = enlarged
+        sizes.append((height, width))
     view = ImageView(pixels, torch.tensor(sizes))
-    return flip_view(view) if mirrored else view
+    return flip_view(view) if flipped else view
 
 
-def sizes_of(*images):
+def make_blank_view(side=16, size=None, flipped=False):
+    size = size or side
+    return ImageView(torch.zeros(1, 3, side, side), torch.tensor([[size, size]]), flipped)
+
+
+def get_sizes(*images):
     return torch.tensor([image.shape[1:] for image in images])
 
 
 # Views --------------------------------------------------------------------------------------------
 
 
-def test_mirror_keeps_to_the_valid_width():
+def test_flipping_leaves_the_padding_in_place():
     view = ImageView(torch.rand(3, 3, 8, 8), torch.tensor([[8, 8], [3, 5], [2, 1]]))
-    turned = flip_view(view)
+    flipped = flip_view(view)
     for before, after, (height, width) in zip(
-        view.pixels, turned.pixels, view.sizes.tolist(), strict=True
+        view.pixels, flipped.pixels, view.sizes.tolist(), strict=True
     ):
         assert torch.equal(after[:, :height, :width], before[:, :height, :width].flip(-1))
         assert torch.equal(after[:, :, width:], before[:, :, width:])
-    assert turned.mirrored and torch.equal(turned.sizes, view.sizes)
-    assert torch.equal(flip_view(turned).pixels, view.pixels) and not flip_view(turned).mirrored
+    assert flipped.flipped and torch.equal(flipped.sizes, view.sizes)
+    restored = flip_view(flipped)
+    assert torch.equal(restored.pixels, view.pixels) and not restored.flipped
 
 
-@pytest.mark.parametrize("mirrored", [False, True])
+@pytest.mark.parametrize("flipped", [False, True])
 @pytest.mark.parametrize("factors", [(1, 1), (1, 2), (2, 1)])
-def test_one_view_gives_the_images_own_pixels(factors, mirrored):
-    """Boxes and masks are the areas that were painted, whatever the view's size and side."""
-    images = picture(), picture().flip(1)[:, :, :30]
-    view = shown(*images, factors=factors, side=96, mirrored=mirrored)
-    for image, found in zip(
-        images, detect_objects(trunk, Finder(), [view], sizes_of(*images), CONFIG), strict=True
-    ):
-        assert found.labels.tolist() == [0, 1, 2] and found.scores.tolist() == pytest.approx(
-            [0.9, 0.8, 0.7]
-        )
-        for label, (box, rle) in enumerate(zip(found.boxes.tolist(), found.masks, strict=True)):
+def test_detections_are_in_the_pixels_of_the_image(factors, flipped):
+    """Boxes and masks are the drawn areas at any size of the view, flipped or not."""
+    images = make_image(), make_image().flip(1)[:, :, :30]
+    view = make_view(*images, factors=factors, side=96, flipped=flipped)
+    detections = detect_objects(trunk, ColorDetector(), [view], get_sizes(*images), CONFIG)
+    for image, detected in zip(images, detections, strict=True):
+        assert detected.labels.tolist() == [0, 1, 2]
+        assert detected.scores.tolist() == pytest.approx([0.9, 0.8, 0.7])
+        for label, box in enumerate(detected.boxes.tolist()):
             rows, columns = image[label].nonzero().unbind(1)
             assert box == [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
+            rle = detected.masks[label]
             assert rle["size"] == list(image.shape[1:])
-            missed = decode_rle(rle).bool() != image[label].bool()
-            assert missed.sum() <= (0 if label != 1 else 16), (
-                "on the triangle's slope cells of the mask lie across pixels"
-            )
+            num_wrong = (decode_rle(rle).bool() != image[label].bool()).sum()
+            # On the slope of the triangle the mask's cells lie across pixels.
+            assert num_wrong <= (16 if label == 1 else 0)
 
 
 def test_many_views_agree_with_one():
-    image, other = picture(), picture().flip(2)
+    images = make_image(), make_image().flip(2)
     views = [
-        shown(image, other, factors=(f, f), side=s, mirrored=m)
-        for f, s in ((1, 64), (2, 96), (3, 128))
-        for m in (False, True)
+        make_view(*images, factors=(factor, factor), side=side, flipped=flipped)
+        for factor, side in ((1, 64), (2, 96), (3, 128))
+        for flipped in (False, True)
     ]
-    one = detect_objects(trunk, Finder(), views[:1], sizes_of(image, other), CONFIG)
-    many = detect_objects(trunk, Finder(), views, sizes_of(image, other), CONFIG)
-    for single, merged in zip(one, many, strict=True):
-        assert torch.equal(single.boxes, merged.boxes) and torch.equal(single.labels, merged.labels)
+    sizes = get_sizes(*images)
+    single = detect_objects(trunk, ColorDetector(), views[:1], sizes, CONFIG)
+    merged = detect_objects(trunk, ColorDetector(), views, sizes, CONFIG)
+    for expected, detected in zip(single, merged, strict=True):
+        assert torch.equal(detected.boxes, expected.boxes)
+        assert torch.equal(detected.labels, expected.labels)
         for label in (0, 2):
-            assert torch.equal(decode_rle(single.masks[label]), decode_rle(merged.masks[label]))
+            masks = decode_rle(detected.masks[label]), decode_rle(expected.masks[label])
+            assert torch.equal(*masks)
 
 
 # Merging ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["linear", "gaussian", "hard"])
-def test_the_union_goes_through_one_nms(kind):
+def test_boxes_of_all_views_go_through_one_nms(kind):
     generator = torch.Generator().manual_seed(0)
-    raws = []
+    predictions = []
     for side in (20, 40):
-        corner = torch.rand(30, 2, generator=generator) * side / 2
-        raws.append(
-            BoxPredictions(
-                torch.cat([corner, corner + side / 2], 1), torch.rand(30, 3, generator=generator)
-            )
-        )
-    config = replace(CONFIG, nms=kind, detections_per_image=40)
-    views = [
-        ImageView(torch.zeros(1, 3, 64, 64), torch.tensor([[side, side]]), mirrored)
-        for side, mirrored in ((20, False), (40, True))
-    ]
-    (found,) = detect_objects(
-        trunk, Fixed(*raws), views, torch.tensor([[80, 60]]), replace(config, masks=False)
+        corners = torch.rand(30, 2, generator=generator) * side / 2
+        boxes = torch.cat([corners, corners + side / 2], 1)
+        predictions.append(BoxPredictions(boxes, torch.rand(30, 3, generator=generator)))
+    config = replace(CONFIG, nms=kind, detections_per_image=40, masks=False)
+    views = [make_blank_view(64, 20), make_blank_view(64, 40, flipped=True)]
+    (detected,) = detect_objects(
+        trunk, ConstantDetector(*predictions), views, torch.tensor([[80, 60]]), config
     )
-    turned = raws[1].boxes[:, [2, 1, 0, 3]] * torch.tensor([-1.5, 2, -1.5, 2]) + torch.tensor(
-        [60, 0, 60, 0]
+    plain_boxes = predictions[0].boxes * torch.tensor([3, 4, 3, 4])
+    flipped_boxes = predictions[1].boxes[:, [2, 1, 0, 3]] * torch.tensor([-1.5, 2, -1.5, 2])
+    flipped_boxes += torch.tensor([60, 0, 60, 0])
+    expected = soft_nms(
+        torch.cat([plain_boxes, flipped_boxes]),
+        torch.cat([predicted.scores for predicted in predictions]),
+        kind=kind,
+        limit=40,
     )
-    union = torch.cat([raws[0].boxes * torch.tensor([3, 4, 3, 4]), turned])
-    wanted = soft_nms(union, torch.cat([raws[0].scores, raws[1].scores]), kind=kind, limit=40)
-    assert found.masks is None and len(wanted[0]) == 40
-    for part, expected in zip((found.boxes, found.scores, found.labels), wanted, strict=True):
-        torch.testing.assert_close(part, expected, rtol=1e-5, atol=1e-4)
+    assert detected.masks is None and len(expected[0]) == 40
+    for part, expected_part in zip(
+        (detected.boxes, detected.scores, detected.labels), expected, strict=True
+    ):
+        torch.testing.assert_close(part, expected_part, rtol=1e-5, atol=1e-4)
 
 
-@pytest.mark.parametrize("values, full", [((0.2, 0.9), True), ((0.2, 0.7), False), ((0.5,), True)])
-def test_probabilities_are_averaged(values, full):
-    raw = BoxPredictions(torch.tensor([[4.0, 4, 12, 12]]), torch.tensor([[0.9]]))
-    views = [ImageView(torch.zeros(1, 3, 16, 16), torch.tensor([[16, 16]])) for _ in values]
-    (found,) = detect_objects(
-        trunk, Fixed(*[raw] * len(values), masks=values), views, torch.tensor([[32, 32]]), CONFIG
-    )
-    assert found.boxes.tolist() == [[8, 8, 24, 24]] and decode_rle(found.masks[0]).sum() == (
-        256 if full else 0
-    )
+@pytest.mark.parametrize(
+    "mask_values, is_full", [((0.2, 0.9), True), ((0.2, 0.7), False), ((0.5,), True)]
+)
+def test_mask_probabilities_are_averaged(mask_values, is_full):
+    predicted = BoxPredictions(torch.tensor([[4.0, 4, 12, 12]]), torch.tensor([[0.9]]))
+    views = [make_blank_view() for _ in mask_values]
+    detector = ConstantDetector(*[predicted] * len(views), masks=mask_values)
+    (detected,) = detect_objects(trunk, detector, views, torch.tensor([[32, 32]]), CONFIG)
+    assert detected.boxes.tolist() == [[8, 8, 24, 24]]
+    assert decode_rle(detected.masks[0]).sum() == (256 if is_full else 0)
 
 
-def test_boxes_end_at_the_image():
-    raw = BoxPredictions(
-        torch.tensor([[-3.0, 4, 12, 99], [20, 0, 30, 9], [3, 3, 3, 8]]),
-        torch.tensor([[0.9], [0.8], [0.7]]),
-    )
-    (found,) = detect_objects(
+def test_boxes_are_clipped_and_empty_ones_dropped():
+    boxes = torch.tensor([[-3.0, 4, 12, 99], [20, 0, 30, 9], [3, 3, 3, 8]])
+    predicted = BoxPredictions(boxes, torch.tensor([[0.9], [0.8], [0.7]]))
+    (detected,) = detect_objects(
         trunk,
-        Fixed(raw),
-        [ImageView(torch.zeros(1, 3, 16, 16), torch.tensor([[16, 16]]))],
+        ConstantDetector(predicted),
+        [make_blank_view()],
         torch.tensor([[32, 32]]),
         CONFIG,
     )
-    assert found.boxes.tolist() == [[0, 8, 24, 32]], "what lies outside or has no area is left out"
+    assert detected.boxes.tolist() == [[0, 8, 24, 32]]
 
 
-# What is odd --------------------------------------------------------------------------------------
+# Special cases ------------------------------------------------------------------------------------
 
 
-def test_nothing_found():
-    images = torch.zeros(3, 10, 20), picture()
-    finder = Finder()
-    empty, full = detect_objects(
-        trunk, finder, [shown(*images, factors=(1, 1))], sizes_of(*images), CONFIG
-    )
-    assert (
-        empty.boxes.shape == (0, 4)
-        and empty.masks == []
-        and len(full.masks) == 3
-        and finder.asked == 1
-    )
-    alone = detect_objects(
-        trunk, finder, [shown(images[0], factors=(1,))], sizes_of(images[0]), CONFIG
-    )
-    assert alone[0].masks == [] and alone[0].labels.dtype == torch.long and finder.asked == 1
+def test_masks_are_not_predicted_without_detections():
+    images = torch.zeros(3, 10, 20), make_image()
+    detector = ColorDetector()
+    view = make_view(*images, factors=(1, 1))
+    empty, full = detect_objects(trunk, detector, [view], get_sizes(*images), CONFIG)
+    assert empty.boxes.shape == (0, 4) and empty.masks == []
+    assert len(full.masks) == 3 and detector.num_mask_calls == 1
+    view = make_view(images[0], factors=(1,))
+    (empty,) = detect_objects(trunk, detector, [view], get_sizes(images[0]), CONFIG)
+    assert empty.masks == [] and empty.labels.dtype == torch.long
+    assert detector.num_mask_calls == 1
 
 
-def test_boxes_alone():
-    finder = Finder()
-    (found,) = detect_objects(
-        trunk,
-        finder,
-        [shown(picture(), factors=(1,))],
-        sizes_of(picture()),
-        replace(CONFIG, masks=False),
-    )
-    assert found.masks is None and len(found.boxes) == 3 and finder.asked == 0
+def test_masks_are_not_predicted_by_detectors_of_boxes():
+    detector, image = ColorDetector(), make_image()
+    view = make_view(image, factors=(1,))
+    config = replace(CONFIG, masks=False)
+    (detected,) = detect_objects(trunk, detector, [view], get_sizes(image), config)
+    assert detected.masks is None and len(detected.boxes) == 3 and detector.num_mask_calls == 0
 
 
 @pytest.mark.parametrize("field", ["boxes", "scores"])
-def test_not_finite(field):
-    raw = BoxPredictions(torch.tensor([[4.0, 4, 12, 12]]), torch.tensor([[0.9]]))
-    raw = raw._replace(**{field: getattr(raw, field) * torch.nan})
+def test_outputs_that_are_not_finite_are_refused(field):
+    predicted = BoxPredictions(torch.tensor([[4.0, 4, 12, 12]]), torch.tensor([[0.9]]))
+    predicted = predicted._replace(**{field: getattr(predicted, field) * torch.nan})
     with pytest.raises(ValueError, match="not finite"):
         detect_objects(
             trunk,
-            Fixed(raw),
-            [ImageView(torch.zeros(1, 3, 16, 16), torch.tensor([[16, 16]]))],
+            ConstantDetector(predicted),
+            [make_blank_view()],
             torch.tensor([[32, 32]]),
             CONFIG,
         )
 
 
-def test_the_whole_network():
-    """Two sizes and both sides: boxes within each image, masks of its size, no gradient."""
+def test_a_real_network_detects_within_each_image():
+    """Two sizes, each also flipped: boxes lie within the images, masks have their sizes."""
     torch.manual_seed(0)
     config = DetectorConfig(
         pyramid_dim=16,
@@ -288,15 +282,12 @@ def test_the_whole_network():
         )
         for side in (64, 128)
     ]
-    originals = torch.tensor([[50, 25], [20, 80]])
-    found = detect_objects(network, detector, [*views, *map(flip_view, views)], originals, config)
-    for image, (height, width) in zip(found, originals.tolist(), strict=True):
-        assert len(image.boxes) == len(image.masks) == 7 and not image.boxes.requires_grad
-        assert (
-            (image.boxes >= 0).all()
-            and (image.boxes[:, 2] <= width).all()
-            and (image.boxes[:, 3] <= height).all()
-        )
-        assert (image.scores[:-1] >= image.scores[1:]).all() and all(
-            rle["size"] == [height, width] for rle in image.masks
-        )
+    views += [flip_view(view) for view in views]
+    sizes = torch.tensor([[50, 25], [20, 80]])
+    detections = detect_objects(network, detector, views, sizes, config)
+    for detected, (height, width) in zip(detections, sizes.tolist(), strict=True):
+        boxes, scores = detected.boxes, detected.scores
+        assert len(boxes) == len(detected.masks) == 7 and not boxes.requires_grad
+        assert (boxes >= 0).all() and (boxes <= torch.tensor([width, height] * 2)).all()
+        assert (scores[:-1] >= scores[1:]).all()
+        assert all(rle["size"] == [height, width] for rle in detected.masks)

@@ -90,9 +90,7 @@ def test_a_window_as_large_as_the_grid_changes_nothing(config, size):
     windowed = ImageTrunk(config, window=5 if size == (24, 40) else 4, num_global=1).double().eval()
     windowed.load_state_dict(plain.state_dict())
     image = pictures(*size)
-    if (
-        size == (24, 40)
-    ):  # 3 x 5 patches in one window of 5 x 5: its two rows of zeros are seen, so this one is not equal
+    if size == (24, 40):  # 3 x 5 patches in a window of 5 x 5: two rows of zeros are attended to
         assert (windowed(image) - plain(image)).abs().max() > 1e-3
         return
     torch.testing.assert_close(windowed(image), plain(image), rtol=1e-12, atol=1e-12)

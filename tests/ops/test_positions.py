@@ -24,7 +24,7 @@ def test_larger_patches_answer_to_enlarged_pictures_as_the_old_ones_did():
 def test_smaller_patches_answer_nearly_the_same_and_equal_ones_are_the_kernel_itself():
     smooth = lambda count: F.interpolate(  # noqa: E731
         torch.randn(count, 3, 4, 4, dtype=torch.float64), size=(16, 16), mode="bicubic"
-    )  # noqa: E731
+    )
     kernel, patches = smooth(5), smooth(7)
     before = F.conv2d(patches, kernel).flatten(1)
     shrunk = F.interpolate(patches, size=(14, 14), mode="bicubic", align_corners=False)

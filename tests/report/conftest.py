@@ -214,7 +214,18 @@ def ade20k(tmp_path_factory, root) -> Path:
 
 @pytest.fixture(scope="session")
 def vqkd(tmp_path_factory, root) -> Path:
-    sizes = VisualTokenizerConfig(16, 4, 32, 1, 2, 32, 1, 8, 12, 45)
+    sizes = VisualTokenizerConfig(
+        image_size=16,
+        patch_size=4,
+        dim=32,
+        depth=1,
+        num_heads=2,
+        ffn_dim=32,
+        decoder_depth=1,
+        code_dim=8,
+        num_codes=12,
+        teacher_dim=45,
+    )
     task = VQKD(VQKDConfig(model=sizes, image=Preprocessing(16, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))))  # type: ignore[arg-type]
     task.init_weights(0)
     return write_run(

@@ -25,17 +25,17 @@ from beit3.tasks.ade20k import (
 )
 from beit3.weights.store import save_weights
 from tests.tasks.dense import (
-    DATA,
-    LABELS,
+    DATA_DIR,
     MODEL,
+    NUM_CLASSES,
     SIDE,
+    add_noise,
     ade20k_config,
-    blocks,
-    labelled,
-    made,
-    picture,
-    stirred,
-    windows,
+    make_inference_config,
+    make_label_blocks,
+    make_labeled_record,
+    make_task,
+    write_image,
 )
 
 NAMES = ("wall", "sky", "tree", "road")
@@ -43,7 +43,7 @@ NAMES = ("wall", "sky", "tree", "road")
 
 @pytest.fixture(scope="module")
 def ade20k() -> Ade20k:
-    return stirred(made("ade20k", classes=NAMES))
+    return add_noise(make_task("ade20k", classes=NAMES))
 
 
 def changed(task: Ade20k, **fields: Any) -> Ade20k:
@@ -82,10 +82,12 @@ def step(task: Ade20k, *rows: dict) -> tuple[dict[str, Tensor], dict[str, int]]:
 
 def test_eight_and_sixteen_bits_and_palettes_are_the_same_labels(ade20k, tmp_path):
     """To the bit: training views, and the score."""
-    values = blocks(80, 60)
+    values = make_label_blocks(80, 60)
     forms = {"eight": {}, "sixteen": {}, "palette": {"palette": True}}
     rows = [
-        labelled(tmp_path, name, values.astype(np.uint16) if name == "sixteen" else values, **form)
+        make_labeled_record(
+            tmp_path, name, values.astype(np.uint16) if name == "sixteen" else values, **form
+        )
         for name, form in forms.items()
     ]
     views = [ade20k.example(row | {"id": "same"}, True) for row in rows]
@@ -101,8 +103,8 @@ def test_ignored_pixels_count_nowhere(ade20k, tmp_path):
     """An image of nothing else is no target; beside others it changes nothing of theirs but what
     queries are worth."""
     some, none = (
-        labelled(tmp_path, "a", blocks(64, 64)),
-        labelled(tmp_path, "b", np.full((64, 64), 255, np.uint8)),
+        make_labeled_record(tmp_path, "a", make_label_blocks(64, 64)),
+        make_labeled_record(tmp_path, "b", np.full((64, 64), 255, np.uint8)),
     )
     losses, counts = step(ade20k, none, none)
     queries = ade20k.config.head.num_queries
@@ -119,10 +121,12 @@ def test_ignored_pixels_count_nowhere(ade20k, tmp_path):
 
 def test_more_classes_than_queries(ade20k, tmp_path):
     """Four classes on a picture, two queries: as many masks are learnt, and counted."""
-    small = stirred(made("ade20k", head=replace(ade20k.config.head, num_queries=2)))
-    row = labelled(tmp_path, "a", blocks(64, 64))
+    small = add_noise(make_task("ade20k", head=replace(ade20k.config.head, num_queries=2)))
+    row = make_labeled_record(tmp_path, "a", make_label_blocks(64, 64))
     counts = step(small, row)[1]
-    assert counts["mask"] == 2 < len(np.unique(blocks(64, 64))) and counts["class"] == 2000
+    assert (
+        counts["mask"] == 2 < len(np.unique(make_label_blocks(64, 64))) and counts["class"] == 2000
+    )
     assert predicted(small, row)[0]["map"]
 
 
@@ -130,7 +134,7 @@ def test_more_classes_than_queries(ade20k, tmp_path):
 def test_pictures_of_any_size(ade20k, tmp_path, size):
     """Predictions are of the picture's own size; windows are as many as were announced."""
     width, height = size
-    row = labelled(tmp_path, "a", blocks(width, height))
+    row = make_labeled_record(tmp_path, "a", make_label_blocks(width, height))
     step(ade20k, row)
     calls, scores = [], ade20k.scores
     ade20k.scores = lambda pixels: calls.append(1) or scores(pixels)  # type: ignore[method-assign]
@@ -144,19 +148,21 @@ def test_pictures_of_any_size(ade20k, tmp_path, size):
 
 
 def test_what_is_wrong_in_files_is_named(ade20k, tmp_path):
-    row = labelled(tmp_path, "a", blocks(40, 30))
-    beyond = labelled(tmp_path, "b", np.full((30, 40), LABELS, np.uint8))
+    row = make_labeled_record(tmp_path, "a", make_label_blocks(40, 30))
+    beyond = make_labeled_record(tmp_path, "b", np.full((30, 40), NUM_CLASSES, np.uint8))
     with pytest.raises(ValueError, match="b_labels.png holds 4, beyond its 4 classes"):
         ade20k.example(beyond, True)
     with pytest.raises(ValueError, match="b_labels.png holds 4, beyond its 4 classes"):
         Ade20k.score([predicted(ade20k, row)[0] | {"id": "b"}], [beyond])
-    other = row | {"label_map": labelled(tmp_path, "c", blocks(30, 30))["label_map"]}
+    other = row | {
+        "label_map": make_labeled_record(tmp_path, "c", make_label_blocks(30, 30))["label_map"]
+    }
     with pytest.raises(ValueError, match="c_labels.png is 30 x 30, its image .*a.png 40 x 30"):
         ade20k.example(other, True)
     with pytest.raises(ValueError, match="the prediction of a is 30 x 40, its label map 30 x 30"):
         Ade20k.score(predicted(ade20k, other), [other])
     with pytest.raises(ValueError, match="x.png is .* of mode RGB"):
-        ade20k.example(row | {"label_map": picture(tmp_path / "x.png", 40, 30)}, True)
+        ade20k.example(row | {"label_map": write_image(tmp_path / "x.png", 40, 30)}, True)
     bare = {key: value for key, value in row.items() if key != "label_map"}
     with pytest.raises(
         ValueError, match="record a has no label map: train on a split that has them"
@@ -168,7 +174,9 @@ def test_what_is_wrong_in_files_is_named(ade20k, tmp_path):
 
 def test_records_of_other_classes_are_refused(ade20k, tmp_path):
     """At training and at evaluation."""
-    row = labelled(tmp_path, "a", blocks(40, 30)) | {"labels": {"num_classes": 11}}
+    row = make_labeled_record(tmp_path, "a", make_label_blocks(40, 30)) | {
+        "labels": {"num_classes": 11}
+    }
     for train in (True, False):
         with pytest.raises(
             ValueError, match="11 classes in the records, 4 here: give records of the same classes"
@@ -195,12 +203,13 @@ def test_the_meaning_of_numbers(tmp_path):
         ({"num_classes": 3, "ignore": 3}, [[0, 1, 0], [1, 0, 0], [0, 1, 0]]),
         ({"num_classes": 3, "lookup": [255, 2, 255, 0]}, [[0, 0, 1], [0, 0, 0], [1, 0, 0]]),
     ):
-        row = labelled(tmp_path, "a", truth) | {"labels": meaning}
+        row = make_labeled_record(tmp_path, "a", truth) | {"labels": meaning}
         assert sum_confusion([found], [row]).tolist() == wanted, meaning
     assert (
         summarize_confusion(
             sum_confusion(
-                [found], [labelled(tmp_path, "a", truth, reduce_zero=True, num_classes=3)]
+                [found],
+                [make_labeled_record(tmp_path, "a", truth, reduce_zero=True, num_classes=3)],
             )
         )["miou"]
         == 1.0
@@ -226,7 +235,7 @@ def test_predictions_as_pngs():
 
 def test_one_window_is_the_network_alone(ade20k, tmp_path):
     """A picture of the window's size: the best of its scores, enlarged."""
-    row = labelled(tmp_path, "a", blocks(SIDE, SIDE))
+    row = make_labeled_record(tmp_path, "a", make_label_blocks(SIDE, SIDE))
     batch = {"image": torch.stack([ade20k.example(row, False)["image"]])}
     with torch.no_grad():
         scores = ade20k.eval().outputs(batch)["scores"]
@@ -237,7 +246,7 @@ def test_one_window_is_the_network_alone(ade20k, tmp_path):
         decode_label_map(predicted(ade20k, row)[0]), best.numpy()
     ) and scores.shape == (
         1,
-        LABELS,
+        NUM_CLASSES,
         SIDE // 2,
         SIDE // 2,
     )
@@ -246,15 +255,17 @@ def test_one_window_is_the_network_alone(ade20k, tmp_path):
 def test_scales_and_mirrored_views(ade20k, tmp_path):
     """The scale 1 alone is what it was; more views give whole maps, and mirroring makes blind to
     mirroring."""
-    pixels = np.asarray(Image.open(picture(tmp_path / "a.png", 96, SIDE)))
-    plain, mirrored = (changed(ade20k, views=windows(flip=flip)) for flip in (False, True))
+    pixels = np.asarray(Image.open(write_image(tmp_path / "a.png", 96, SIDE)))
+    plain, mirrored = (
+        changed(ade20k, views=make_inference_config(flip=flip)) for flip in (False, True)
+    )
     rows = [
         {"id": str(place), "image": Image.fromarray(each)}
         for place, each in enumerate((pixels, pixels[:, ::-1].copy()))
     ]
-    assert predicted(changed(ade20k, views=windows(scales=(1.0,), windows=3)), *rows) == predicted(
-        plain, *rows
-    )
+    assert predicted(
+        changed(ade20k, views=make_inference_config(scales=(1.0,), windows=3)), *rows
+    ) == predicted(plain, *rows)
     left, right = (decode_label_map(row) for row in predicted(mirrored, *rows))
     assert (left == right[:, ::-1]).mean() > 0.999
     left, right = (decode_label_map(row) for row in predicted(plain, *rows))
@@ -262,16 +273,16 @@ def test_scales_and_mirrored_views(ade20k, tmp_path):
     several = [
         decode_label_map(row)
         for row in predicted(
-            changed(ade20k, views=windows(scales=(0.75, 1.0, 1.5), flip=True)), *rows
+            changed(ade20k, views=make_inference_config(scales=(0.75, 1.0, 1.5), flip=True)), *rows
         )
     ]
-    assert all(each.shape == (SIDE, 96) and each.max() < LABELS for each in several)
+    assert all(each.shape == (SIDE, 96) and each.max() < NUM_CLASSES for each in several)
 
 
 def test_what_is_filled_up_says_nothing(ade20k, tmp_path):
     """A training view smaller than its square: whatever the padding's bytes, the network sees
     zeros, the mean color."""
-    row = labelled(tmp_path, "a", blocks(80, 24))
+    row = make_labeled_record(tmp_path, "a", make_label_blocks(80, 24))
     low = changed(ade20k, train_view=replace(ade20k.config.train_view, long=SIDE))
     batch = low.collate([low.example(row, True)])
     ((height, width),) = batch["size"].tolist()
@@ -295,11 +306,11 @@ def test_raw_inputs_of_any_kind(ade20k, tmp_path):
     """A path, a picture in memory, grey and 16 bits."""
     save_weights(ade20k, tmp_path / "w")
     ask = beit3.load(tmp_path / "w")
-    (one,) = ask(picture(tmp_path / "x.png", 60, 40))
+    (one,) = ask(write_image(tmp_path / "x.png", 60, 40))
     assert decode_label_map(one).shape == (40, 60) and json.dumps(one)
     assert ask(Image.open(tmp_path / "x.png"))[0]["map"] == one["map"]
-    grey = ask(picture(tmp_path / "grey.png", 60, 40, "L"))[0]["map"]
-    assert ask(picture(tmp_path / "deep.png", 60, 40, "I;16"))[0]["map"] == grey
+    grey = ask(write_image(tmp_path / "grey.png", 60, 40, "L"))[0]["map"]
+    assert ask(write_image(tmp_path / "deep.png", 60, 40, "I;16"))[0]["map"] == grey
     with pytest.raises(ValueError, match="absent.png"):
         ask(str(tmp_path / "absent.png"))
 
@@ -310,7 +321,7 @@ def test_raw_inputs_of_any_kind(ade20k, tmp_path):
 def test_the_embedded_world_through_the_command_line(raw, tmp_path, run_cli, run_failing_cli):
     """`prepare`, `eval` with predictions, `score`; there is no server to send anything to."""
     report = json.loads(run_cli("prepare", "ade20k", "--raw", raw / "ade20k", "--root", tmp_path))
-    task = stirred(Ade20k(Ade20k.configure(ade20k_config(), tmp_path)))
+    task = add_noise(Ade20k(Ade20k.configure(ade20k_config(), tmp_path)))
     assert report["classes"] == len(task.config.classes) == task.config.num_classes > 2
     save_weights(task, tmp_path / "w")
     verb = ["eval", tmp_path / "w", "--data.root", tmp_path, "--predictions", tmp_path / "p.jsonl"]
@@ -338,7 +349,7 @@ def test_the_embedded_world_through_the_command_line(raw, tmp_path, run_cli, run
 
 
 def test_weights_of_detection_are_not_scored_here(tmp_path, root, run_failing_cli):
-    save_weights(made("coco", model=replace(MODEL, depth=4)), tmp_path / "w")
+    save_weights(make_task("coco", model=replace(MODEL, depth=4)), tmp_path / "w")
     assert "the head of ade20k is untrained" in run_failing_cli(
         "eval", tmp_path / "w", "--data.root", root, "--task", "ade20k"
     )
@@ -350,14 +361,14 @@ def test_weights_of_detection_are_not_scored_here(tmp_path, root, run_failing_cl
 def test_real_folders(tmp_path, run_cli, name, split, classes):
     """The whole reader through the command line, training views, and a picture through windows at
     its own size."""
-    if not (DATA / name).exists():
-        pytest.skip(f"real sample not at hand: {DATA / name}")
-    report = json.loads(run_cli("prepare", "ade20k", "--raw", DATA / name, "--root", tmp_path))
+    if not (DATA_DIR / name).exists():
+        pytest.skip(f"real sample not at hand: {DATA_DIR / name}")
+    report = json.loads(run_cli("prepare", "ade20k", "--raw", DATA_DIR / name, "--root", tmp_path))
     assert (
         report["classes"] == classes and report["records"][split] >= 3 and not report["passed_over"]
     )
     names = tuple(json.loads((tmp_path / "ade20k/main" / CLASSES_FILE).read_text()))
-    task = stirred(made("ade20k", classes=names, num_classes=classes))
+    task = add_noise(make_task("ade20k", classes=names, num_classes=classes))
     records = [
         json.loads(line)
         for line in (tmp_path / f"ade20k/main/{split}.jsonl").read_text().splitlines()

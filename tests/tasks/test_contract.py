@@ -309,7 +309,7 @@ def by_hand(task: Any, batch: Batch) -> dict[str, Tensor]:
         }
     pair, losses = "pair_" if len(outputs) == 2 else "", {}
     if "image_logits" in outputs:
-        targets = torch.where(batch["image_mask"], task.codes(batch), -100)
+        targets = torch.where(batch["image_mask"], task.compute_codes(batch), -100)
         losses[f"{pair}image"] = F.cross_entropy(
             outputs["image_logits"].transpose(1, 2), targets, reduction="sum"
         )

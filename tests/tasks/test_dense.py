@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from beit3.data.views.preprocessing import Preprocessing
 from beit3.detection.config import DetectorConfig
 from beit3.model.config import GIANT, TINY_RELEASE
 from beit3.model.trunk import ImageTrunk
@@ -45,17 +46,17 @@ from beit3.weights.store import save_weights
 from tests.golden import find_fixture
 from tests.tasks.dense import (
     CONFIGS,
-    LABELS,
     MODEL,
+    NUM_CLASSES,
     SIDE,
-    blocks,
+    add_noise,
     coco_config,
-    labelled,
-    made,
-    scene,
-    stirred,
-    thing,
-    windows,
+    make_inference_config,
+    make_label_blocks,
+    make_labeled_record,
+    make_object,
+    make_record,
+    make_task,
 )
 
 DENSE = ("coco", "ade20k")
@@ -78,7 +79,7 @@ SEES = replace(OTHERS, image_size=SIDE, final_norm=False)
 def release() -> Backbone:
     task = Backbone(TaskConfig(model=OTHERS))
     task.init_weights(3)
-    return stirred(task)
+    return add_noise(task)
 
 
 def trunk_of(task: Any) -> dict[str, Tensor]:
@@ -106,7 +107,7 @@ def same_trunk(task: Any, source: Task) -> None:
 def test_a_released_file_starts_both(release, tmp_path, name):
     state = to_released_state(release)
     torch.save({"model": state}, tmp_path / "release.pth")
-    task = made(name, seed=5, model=SEES)
+    task = make_task(name, seed=5, model=SEES)
     head = {
         key: tensor.clone()
         for key, tensor in get_weights(task).items()
@@ -135,13 +136,13 @@ def test_our_own_weights_start_both(tmp_path, name, kind):
     """Of the paper's form, with vision-language experts that no picture alone goes through."""
     model = replace(OTHERS, fusion_layers=2, shared_attention=True, sub_ln=False, final_norm=True)
     configs: Any = {
-        "pretrain": (Pretrain, PretrainConfig(model=model)),
+        "pretrain": (Pretrain, PretrainConfig(model=model, image=Preprocessing(model.image_size))),
         "retrieval": (Retrieval, RetrievalConfig(model=model)),
     }
     source = configs[kind][0](configs[kind][1])
     source.init_weights(2)
     save_weights(source, tmp_path / "w")
-    task = made(name, model=replace(model, image_size=SIDE, final_norm=False))
+    task = make_task(name, model=replace(model, image_size=SIDE, final_norm=False))
     report = initialize_from(task, tmp_path / "w")
     same_trunk(task, source)
     backbone = {key: why for key, why in report.ignored.items() if key.startswith("backbone.")}
@@ -162,8 +163,8 @@ def test_patches_of_another_size_are_resampled_where_the_config_says_so(release,
         ValueError,
         match=r"proj.weight has shape .*8, 8.*needs .*16, 16.; --task.resize_patch True resamples it",
     ):
-        initialize_from(made(name, model=model), tmp_path / "release.pth")
-    task = made(name, model=model, resize_patch=True)
+        initialize_from(make_task(name, model=model), tmp_path / "release.pth")
+    task = make_task(name, model=model, resize_patch=True)
     initialize_from(task, tmp_path / "release.pth")
     theirs = get_weights(release)["backbone.image_embedding.patch.weight"]
     assert torch.equal(task.backbone.image_embedding.patch.weight, resample_patches(theirs, 16))
@@ -177,9 +178,9 @@ def test_patches_of_another_size_are_resampled_where_the_config_says_so(release,
 
 @pytest.mark.parametrize("name", DENSE)
 def test_records_of_other_classes_take_the_rest(tmp_path, name):
-    source = stirred(made(name))
+    source = add_noise(make_task(name))
     save_weights(source, tmp_path / "w")
-    task = made(name, seed=4, num_classes=LABELS + 2)
+    task = make_task(name, seed=4, num_classes=NUM_CLASSES + 2)
     report = initialize_from(task, tmp_path / "w")
     assert (
         report.fresh
@@ -187,7 +188,10 @@ def test_records_of_other_classes_take_the_rest(tmp_path, name):
         and all("in the file" in why for why in report.fresh.values())
     )
     assert all("class" in key or "mask_fcn_logits" in key for key in report.fresh)
-    theirs, fresh = get_weights(source), get_weights(made(name, seed=4, num_classes=LABELS + 2))
+    theirs, fresh = (
+        get_weights(source),
+        get_weights(make_task(name, seed=4, num_classes=NUM_CLASSES + 2)),
+    )
     for key, tensor in get_weights(task).items():
         assert torch.equal(tensor, fresh[key] if key in report.fresh else theirs[key]), key
 
@@ -213,9 +217,9 @@ def test_boxes_alone_come_before_masks(tmp_path):
 
 def test_each_starts_the_other(tmp_path):
     for name, other in (DENSE, DENSE[::-1]):
-        save_weights(stirred(made(name)), tmp_path / name)
-        report = initialize_from(made(other), tmp_path / name)
-        assert set(report.loaded) == set(trunk_of(made(other)))
+        save_weights(add_noise(make_task(name)), tmp_path / name)
+        report = initialize_from(make_task(other), tmp_path / name)
+        assert set(report.loaded) == set(trunk_of(make_task(other)))
 
 
 @pytest.mark.parametrize("name", DENSE)
@@ -237,7 +241,7 @@ def test_they_start_tasks_of_texts_and_pairs(tmp_path, name):
     """In the paper's form too, whose experts for pairs they do not hold either: what is not for
     images starts anew."""
     model = replace(SEES, fusion_layers=1)
-    save_weights(stirred(made(name, model=model)), tmp_path / "w")
+    save_weights(add_noise(make_task(name, model=model)), tmp_path / "w")
     task = Retrieval(RetrievalConfig(model=model))
     report = initialize_from(task, tmp_path / "w")
     own = [key for key in get_weights(task) if key.startswith("backbone.")]
@@ -255,7 +259,7 @@ def test_they_start_tasks_of_texts_and_pairs(tmp_path, name):
 
 def test_weights_of_detection_see_squares_as_other_tasks(tmp_path):
     """Its pictures keep their aspect; those of a classifier must be squares to stack."""
-    save_weights(made("coco", model=SEES), tmp_path / "w")
+    save_weights(make_task("coco", model=SEES), tmp_path / "w")
     assert load_predictor(tmp_path / "w", task="imagenet").task.config.image.resize == "crop"
 
 
@@ -290,7 +294,7 @@ def configs() -> dict[str, Any]:
     detector = replace(coco_config().detector, **EVERYTHING)
     return {
         "coco": coco_config(detector=detector, window=4, num_global=1),
-        "ade20k": CONFIGS["ade20k"](views=windows(flip=True)),
+        "ade20k": CONFIGS["ade20k"](views=make_inference_config(flip=True)),
     }
 
 
@@ -299,12 +303,16 @@ def records(folder: Path) -> dict[str, list[dict[str, Any]]]:
     found: dict[str, list[dict[str, Any]]] = {"coco": [], "ade20k": []}
     for place, (width, height) in enumerate(SIZES):
         objects = [
-            thing(4 * at, 3 * at, 12 + at, 14, label=at % LABELS, id=at + 1)
+            make_object(4 * at, 3 * at, 12 + at, 14, label=at % NUM_CLASSES, id=at + 1)
             for at in range((0, 3, 1, 4, 2)[place])
         ]
-        found["coco"].append(scene(folder, f"{place + 1}", (width, height), *objects))
+        found["coco"].append(make_record(folder, f"{place + 1}", (width, height), *objects))
         found["ade20k"].append(
-            labelled(folder, f"s{place}", blocks(width, height, place, labels=1 + place % LABELS))
+            make_labeled_record(
+                folder,
+                f"s{place}",
+                make_label_blocks(width, height, place, num_classes=1 + place % NUM_CLASSES),
+            )
         )
     return found
 
@@ -369,7 +377,7 @@ def runs(tmp_path_factory) -> tuple[dict[str, Any], dict[str, Any], dict[str, An
     for name, config in configs().items():
         task = load_task(name)(config)
         task.init_weights(0)
-        save_file(get_weights(stirred(task)), folder / f"{name}.safetensors")
+        save_file(get_weights(add_noise(task)), folder / f"{name}.safetensors")
     mp.spawn(_process, (folder,), nprocs=2)
     return measured(folder, 0, 1), *(
         torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)
@@ -458,7 +466,7 @@ def test_bfloat16_is_near_float32(tmp_path, name):
     """Losses in float32 and near those of float32, gradients finite; 8 bits of products: 5 %."""
     task = load_task(name)(configs()[name])
     task.init_weights(0)
-    task = stirred(task)
+    task = add_noise(task)
     batch = task.collate([task.example(row, True) for row in records(tmp_path)[name]])
     found = []
     for half in (False, True):

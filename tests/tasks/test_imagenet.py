@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 
 from beit3.data.loader import RecordDataset
+from beit3.data.stores.label_names import read_class_names
 from beit3.model.config import TINY
 from beit3.task import grow_vocabulary
-from beit3.tasks.imagenet import ImageNet, ImageNetConfig, doubtful, read_classes
+from beit3.tasks.imagenet import ImageNet, ImageNetConfig, describe_doubtful_names
 from beit3.tokenizer.text import TextTokenizer
 from tests.world_root import SMALL, make_finetuning_recipe
 
@@ -83,11 +84,11 @@ def test_names_are_encoded_once_for_an_evaluation_and_anew_after_training(root, 
     task = by_names(root)
     with torch.no_grad():
         task.predict(batch | {"id": list("abcdef")})
-        first = task.name_features()
-        assert task.name_features() is first
+        first = task.encode_class_names()
+        assert task.encode_class_names() is first
         task.train().eval()
         task.text_projection.weight.mul_(-1)
-        assert not torch.allclose(task.name_features(), first)
+        assert not torch.allclose(task.encode_class_names(), first)
 
 
 def test_the_linear_head_reads_the_mean_of_the_patches(root, batch):
@@ -145,12 +146,12 @@ def test_wrong_labels_lists_and_heads(root, tmp_path):
     with pytest.raises(ValueError, match="final_norm must be True with task.head names"):
         ImageNet(replace(task.config, head="names"))
     with pytest.raises(ValueError, match="no class names at"):
-        read_classes(tmp_path / "classes.txt")
+        read_class_names(tmp_path / "classes.txt")
     nameless = ImageNet(
         ImageNetConfig(model=replace(TINY, final_norm=True), head="names", num_classes=3)
     )
     with pytest.raises(ValueError, match="needs the class names"):
-        nameless.name_features()
+        nameless.encode_class_names()
 
 
 def test_scores_and_names_of_predictions(root, batch):
@@ -179,19 +180,19 @@ def test_kept_names_follow_weights_lists_and_gradients(root, batch):
     kept."""
     task = by_names(root)
     with torch.no_grad():
-        first = task.name_features()
+        first = task.encode_class_names()
         state = {
             name: -value if name == "text_projection.weight" else value
             for name, value in task.state_dict().items()
         }
         task.load_state_dict(state)
-        torch.testing.assert_close(task.name_features(), -first)
+        torch.testing.assert_close(task.encode_class_names(), -first)
         task.config = replace(task.config, classes=task.config.classes[:2], num_classes=2)
-        assert len(task.name_features()) == 2
-    assert task.name_features().requires_grad
+        assert len(task.encode_class_names()) == 2
+    assert task.encode_class_names().requires_grad
     task.train()
     with torch.no_grad():
-        task.name_features()
+        task.encode_class_names()
     task(batch | {"target": batch["target"] % 2})["losses"]["loss"].backward()
     assert task.text_projection.weight.grad.any()
 
@@ -214,8 +215,8 @@ def test_a_linear_head_without_names_counts_the_labels(tmp_path):
 
 
 def test_names_that_say_little_are_reported():
-    assert doubtful(("tench", "crane bird")) == {}
-    said = doubtful(("n01440764", "crane", "crane"))["names"]
+    assert describe_doubtful_names(("tench", "crane bird")) == {}
+    said = describe_doubtful_names(("n01440764", "crane", "crane"))["names"]
     assert said.startswith("1 are WordNet's numbers, such as n01440764") and said.endswith(
         "1 stand for several classes, such as crane"
     )

@@ -148,7 +148,7 @@ def test_alternating_pairs_toss_their_own_coin(root):
     assert any(count == 1 for count in sides.values()), (
         "a record's coin is tossed anew in the next epoch"
     )
-    assert len({task.hidden(True, make_rng(0, 0, "a")) for _ in range(5)}) == 1
+    assert len({task.choose_masked(True, make_rng(0, 0, "a")) for _ in range(5)}) == 1
 
 
 def test_both_views_show_the_same_crop(root):
@@ -183,13 +183,13 @@ def test_logits_at_hidden_positions_are_those_of_the_full_output(task, root, nam
         "image": rows.get("image_mask"),
         "text": rows["text_target"] != IGNORE_INDEX if "text_target" in rows else None,
     }
-    predicted = list(task.predicted(rows, task.encode(rows)))
+    predicted = list(task.predict_masked(rows))
     assert [part for part, *_ in predicted] == [
         part for part, mask in masks.items() if mask is not None
     ]
     for part, losses, right, hidden in predicted:
         assert torch.equal(hidden, masks[part])
-        target = rows["text_target"] if part == "text" else task.codes(rows)
+        target = rows["text_target"] if part == "text" else task.compute_codes(rows)
         logits = outputs[f"{part}_logits"][hidden]
         torch.testing.assert_close(
             losses, F.cross_entropy(logits, target[hidden], reduction="none"), rtol=1e-4, atol=1e-5
@@ -227,7 +227,7 @@ def test_given_codes_are_the_targets(root, vqkd_weights):
     rows = batch(task, records(root, "images"))
     wanted = task(rows)["losses"]["image"]
     codes = task.visual_tokenizer.tokenize(rows["token_image"])
-    assert torch.equal(task.codes(rows), codes) and codes.shape == (6, 16)
+    assert torch.equal(task.compute_codes(rows), codes) and codes.shape == (6, 16)
     alone = built(root)
     with pytest.raises(ValueError, match="image targets need a visual tokenizer"):
         alone(rows)
@@ -247,7 +247,7 @@ def test_the_number_of_codes_must_be_the_tokenizers(root, vqkd_weights):
 def test_hidden_patches_cannot_be_seen(task, root):
     """What lies under the mask changes neither logits nor loss, given the codes."""
     rows = batch(task, records(root, "pairs"))
-    rows["image_codes"] = task.codes(rows)
+    rows["image_codes"] = task.compute_codes(rows)
     hidden = (
         rows["image_mask"].reshape(-1, 1, 4, 4).repeat_interleave(8, 2).repeat_interleave(8, 3)
     )  # [B, 1, 32, 32]
@@ -284,7 +284,20 @@ def test_scores_are_means_over_all_hidden_positions(task, root):
 def test_a_giants_token_view_has_a_code_for_every_patch(root, tmp_path):
     """Patch 14 at 224 px and the tokenizer's patch 16 at 256 px: both 16 x 16."""
     visual = VQKD(
-        VQKDConfig(model=VisualTokenizerConfig(224, 16, 16, 1, 2, 16, 1, 4, NUM_CODES, 45))
+        VQKDConfig(
+            model=VisualTokenizerConfig(
+                image_size=224,
+                patch_size=16,
+                dim=16,
+                depth=1,
+                num_heads=2,
+                ffn_dim=16,
+                decoder_depth=1,
+                code_dim=4,
+                num_codes=NUM_CODES,
+                teacher_dim=45,
+            )
+        )
     )
     visual.init_weights(0)
     save_weights(visual, tmp_path / "visual")
@@ -298,7 +311,7 @@ def test_a_giants_token_view_has_a_code_for_every_patch(root, tmp_path):
     task.init_weights(0)
     rows = batch(task, records(root, "pairs"), 2)
     assert rows["image"].shape == (2, 3, 224, 224) and rows["token_image"].shape == (2, 3, 256, 256)
-    assert task.codes(rows).shape == (2, 256)
+    assert task.compute_codes(rows).shape == (2, 256)
     assert task.outputs(rows)["image_logits"].shape == (2, 256, NUM_CODES)
     assert (
         task.targets(rows)["pair_image"] == 2 * 102

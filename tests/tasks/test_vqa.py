@@ -43,9 +43,7 @@ def task(root) -> VQA:
 
 
 def batch(task: VQA, root: Path, count: int = 6, split: str = "train") -> Batch:
-    rows = [record for record in RecordDataset(locate_split(root, "vqa", "main", split), root)][
-        :count
-    ]
+    rows = list(RecordDataset(locate_split(root, "vqa", "main", split), root))[:count]
     return task.collate([task.example(row, False) for row in rows])
 
 

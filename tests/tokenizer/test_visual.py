@@ -23,7 +23,18 @@ TINY = VisualTokenizerConfig(
     num_codes=24,
     teacher_dim=10,
 )
-BASE = VisualTokenizerConfig(224, 16, 768, 12, 12, 3072, 3, 32, 8192, 512)
+BASE = VisualTokenizerConfig(
+    image_size=224,
+    patch_size=16,
+    dim=768,
+    depth=12,
+    num_heads=12,
+    ffn_dim=3072,
+    decoder_depth=3,
+    code_dim=32,
+    num_codes=8192,
+    teacher_dim=512,
+)
 
 
 def official() -> VisualTokenizer:

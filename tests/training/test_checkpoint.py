@@ -118,7 +118,7 @@ def test_a_run_asked_to_stop_saves_and_goes_on(recipes, whole, tmp_path, monkeyp
 
     with (
         monkeypatch.context() as patch,
-        pytest.raises(Interrupted, match=r"stopped after step 3 of 6; the same command goes on"),
+        pytest.raises(Interrupted, match=r"stopped after step 3 of 6; the same command resumes it"),
     ):
         patch.setattr(loop, "compute_learning_rate", asking)
         train(recipes[name], TASKS[name], out=tmp_path / "run")
@@ -398,6 +398,6 @@ def test_a_resume_notices_another_answer_list(root, tmp_path):
 def test_a_codebook_sees_its_share_at_once(root, tmp_path):
     recipe = make_vqkd_recipe(root, micro_batch=4)
     with pytest.raises(
-        ValueError, match=r"run\.micro_batch 4: vqkd needs its share of 8 records at once"
+        ValueError, match=r"run\.micro_batch 4: vqkd needs all 8 records of a process at once"
     ):
         train(recipe, VQKD, out=tmp_path / "run")

@@ -335,7 +335,7 @@ def test_a_second_run_is_refused_and_a_stopped_one_goes_on(root, tmp_path, capsy
         first.kill()
         first.communicate()
     assert first.returncode == 128 + signal.SIGTERM, errors
-    assert f"{out} stopped after step 3 of 5; the same command goes on from there" in errors
+    assert f"{out} stopped after step 3 of 5; the same command resumes it" in errors
     assert not (out / USER_FILE).exists() and [
         path.name for path in (out / "checkpoints").iterdir()
     ] == ["step_00000003"]

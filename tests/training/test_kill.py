@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import save_file
 
-from benchmarks.drill import AIMS, Job, Trial, differences, drill, kill_and_go_on
+from benchmarks.drill import AIMS, Job, Trial, drill, find_differences, kill_and_resume
 from tests.training.runs import find_newest_checkpoint, load_checkpoint_tensors
 from tests.world_root import NUM_CODES
 
@@ -44,7 +44,7 @@ def trials(job, place) -> list[Trial]:
 
 
 def trials_of(job: Job, place: Path, aims: Sequence[str]) -> list[Trial]:
-    return drill(job, place, kill_and_go_on, aims, seed=0, jobs=2)[1]
+    return drill(job, place, kill_and_resume, aims, seed=0, jobs=2)[1]
 
 
 def check(trials: Sequence[Trial]) -> None:
@@ -71,7 +71,7 @@ def test_the_drill_sees_one_bit(trials, place):
     (place / "other/metrics.jsonl").write_text(
         "".join(json.dumps(row | {"seconds": 0}) + "\n" for row in rows)
     )
-    assert differences(place / "whole", place / "other") == [
+    assert find_differences(place / "whole", place / "other") == [
         "metrics.jsonl line 3",
         f"{find_newest_checkpoint(place / 'whole').name}/{name}",
     ]

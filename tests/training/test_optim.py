@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from beit3.data.views.preprocessing import Preprocessing
 from beit3.model.config import BASE, TINY, TINY_RELEASE
 from beit3.recipe import OptimConfig, TaskConfig
 from beit3.task import Task, list_tasks, load_task
@@ -75,7 +76,11 @@ def test_layer_decay_is_the_releases(name):
         pytest.skip(f"no task {name} yet")
     kind = load_task(name)
     config = kind.Config()
-    config = replace(config, model=replace(RELEASE, final_norm=config.model.final_norm))
+    config = replace(
+        config,
+        model=replace(RELEASE, final_norm=config.model.final_norm),
+        image=replace(config.image, image_size=RELEASE.image_size),
+    )
     with torch.device("meta"):
         task = kind(config)
     found = as_released(
@@ -114,7 +119,7 @@ def test_what_the_paper_spares_from_decay():
     """Fine-tuning decays the text positions and the mask token, as released; pretraining does
     not."""
     with torch.device("meta"):
-        task = Pretrain(PretrainConfig(model=TINY))
+        task = Pretrain(PretrainConfig(model=TINY, image=Preprocessing(32)))
     tuned = {name for name, (_, decays) in facts(task, OptimConfig()).items() if not decays}
     pretrained = {
         name

@@ -58,7 +58,7 @@ def test_a_step_takes_sets_by_their_weights(recipe, tmp_path, monkeypatch):
         if learnt and key.startswith(("web/", "files/"))
     ]
     assert sorted(pairs) == ["files"] * 2 + ["web"] * 6
-    with pytest.raises(ValueError, match="data.weights names pears/web: give it by source/set"):
+    with pytest.raises(ValueError, match="data.weights names pears/web: give it by source/dataset"):
         train(
             replace(recipe, data=replace(recipe.data, weights={"pears/web": 1.0})),
             Pretrain,

@@ -137,7 +137,7 @@ def test_the_loss_is_the_plain_sum_of_means(pretrain_step):
         if "image" in batch:
             logits, codes = (
                 outputs["image_logits"][batch["image_mask"]],
-                task.codes(batch)[batch["image_mask"]],
+                task.compute_codes(batch)[batch["image_mask"]],
             )
             means[prefix + "image"] = torch.nn.functional.cross_entropy(logits, codes)
         if "text" in batch:

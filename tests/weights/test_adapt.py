@@ -119,7 +119,18 @@ def test_a_norm_that_the_weights_lack_is_fresh(tmp_path):
 
 
 def test_networks_of_another_kind(tmp_path):
-    visual = VisualTokenizerConfig(16, 8, 16, 1, 2, 32, 1, 4, 9, 12)
+    visual = VisualTokenizerConfig(
+        image_size=16,
+        patch_size=8,
+        dim=16,
+        depth=1,
+        num_heads=2,
+        ffn_dim=32,
+        decoder_depth=1,
+        code_dim=4,
+        num_codes=9,
+        teacher_dim=12,
+    )
     save_weights(
         filled(VQKD(VQKDConfig(model=visual, image=replace(VQKDConfig().image, image_size=16)))),
         tmp_path / "codes",

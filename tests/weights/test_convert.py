@@ -361,8 +361,9 @@ def test_a_clip_teacher_from_a_directory_is_the_files(tmp_path, file, names):
         num_heads=1,
         teacher_dim=24,
     )
-    task = VQKD(VQKDConfig(model=model, teacher_weights=str(tmp_path / "clip")))
-    assert torch.equal(task.ask_teacher(pixels()), ours.extract_features(pixels()))
+    image = replace(VQKDConfig().image, image_size=model.image_size)
+    task = VQKD(VQKDConfig(model=model, image=image, teacher_weights=str(tmp_path / "clip")))
+    assert torch.equal(task.extract_teacher_features(pixels()), ours.extract_features(pixels()))
 
 
 def test_teachers_that_are_none(tmp_path, file):

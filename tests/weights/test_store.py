@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from beit3.data.views.preprocessing import Preprocessing
 from beit3.model.config import TINY, TINY_RELEASE, ModelConfig
 from beit3.ops.positions import resample_positions
 from beit3.recipe import TaskConfig
@@ -36,7 +37,18 @@ RELEASE = replace(
     vocab_size=64,
     text_positions=20,
 )
-VISUAL = VisualTokenizerConfig(16, 8, 16, 1, 2, 32, 1, 4, 9, 12)
+VISUAL = VisualTokenizerConfig(
+    image_size=16,
+    patch_size=8,
+    dim=16,
+    depth=1,
+    num_heads=2,
+    ffn_dim=32,
+    decoder_depth=1,
+    code_dim=4,
+    num_codes=9,
+    teacher_dim=12,
+)
 
 
 @pytest.fixture(scope="module")
@@ -180,7 +192,11 @@ def pretrain(tmp_path: Path) -> Pretrain:
         tmp_path / "visual",
     )
     config = PretrainConfig(
-        model=PAPER, num_codes=9, token_size=16, visual_tokenizer=str(tmp_path / "visual")
+        model=PAPER,
+        image=Preprocessing(16),
+        num_codes=9,
+        token_size=16,
+        visual_tokenizer=str(tmp_path / "visual"),
     )
     return filled(Pretrain(config))
 
@@ -306,7 +322,7 @@ def test_a_tokenizer_that_does_not_fit(tmp_path, tokenizer, other_tokenizer):
 
 
 def test_fine_tuning_starts_from_pretrained_weights(tmp_path):
-    source = filled(Pretrain(PretrainConfig(model=PAPER, num_codes=9)), 1)
+    source = filled(Pretrain(PretrainConfig(model=PAPER, image=Preprocessing(16), num_codes=9)), 1)
     save_weights(source, tmp_path / "w")
     task = vqa()
     head = {
@@ -371,7 +387,7 @@ def test_an_official_file_starts_a_task_as_well(tmp_path):
 
 def test_a_task_that_norms_starts_from_one_that_does_not(tmp_path):
     save_weights(vqa(), tmp_path / "w")
-    task = filled(Pretrain(PretrainConfig(model=PAPER, num_codes=9)), 1)
+    task = filled(Pretrain(PretrainConfig(model=PAPER, image=Preprocessing(16), num_codes=9)), 1)
     report = initialize_from(task, tmp_path / "w")
     assert report.fresh["backbone.norm.weight"] == "the file's task has no final norm"
     assert torch.equal(task.backbone.norm.weight, torch.ones(32))

@@ -31,7 +31,7 @@ def noun(text: str) -> dict[str, str]:
         assert keys or (word in ("object", "objects") and word == words[-1]), (
             f"{word!r} in {text!r}"
         )
-        read.update({key: word for key in keys})
+        read.update(dict.fromkeys(keys, word))
     return read
 
 

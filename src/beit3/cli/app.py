@@ -122,7 +122,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         app(words)
     except KeyboardInterrupt as interrupt:
-        message = str(interrupt) or "interrupted; the same command goes on from the last checkpoint"
+        message = str(interrupt) or "interrupted; the same command resumes from the last checkpoint"
         print(f"\n{message}", file=sys.stderr)
         # Training raises a subclass with the signal's status. Its class is not imported here: that
         # would load torch, perhaps in the middle of an interrupted import.

@@ -13,7 +13,7 @@ def doctor(*, text_model: str = "", weights: str = "") -> None:
         text_model: A SentencePiece file to check.
         weights: Weights, or a run, to check completely.
     """
-    from beit3.doctor import examine
+    from beit3.doctor.examine import examine
 
     num_faults = 0
     for line in examine(text_model=text_model, weights=weights):

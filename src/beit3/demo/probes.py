@@ -110,7 +110,7 @@ def hidden_patches(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """(codes [B, P], mask [B, P]) of a source's images."""
     for batch in iterate_batches(task, islice(source, limit), BATCH):
-        yield task.codes(batch), batch["image_mask"]
+        yield task.compute_codes(batch), batch["image_mask"]
 
 
 def nearest_visible(mask: np.ndarray) -> np.ndarray:

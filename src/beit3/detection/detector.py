@@ -1,32 +1,34 @@
-"""Everything above a trunk that finds objects: ViTDet's pyramid, proposals, cascade and masks
-(arXiv:2203.16527; BEiT-3, section 3.3).
+"""The detector above a trunk: pyramid, proposals, cascade and masks (ViTDet, arXiv:2203.16527;
+BEiT-3, section 3.3).
 
-Features [B, h, w, D] and valid sizes [B, 2] (height and width in pixels; the rest of each image is
-padding) -> losses in
-training, boxes with scores, masks of chosen boxes. Boxes are x1 y1 x2 y2 in pixels of the network's
-input.
+Boxes are x1 y1 x2 y2 in pixels of the network's input. The size of an image (height, width) is that
+of its pixels without the padding at the bottom and on the right.
 """
 
 import torch
 from torch import Tensor, nn
 
-from beit3.detection.cascade import BoxPredictions, Cascade, Target
+from beit3.detection.cascade import BoxPredictions, Cascade
 from beit3.detection.config import DetectorConfig
+from beit3.detection.matching import Target
 from beit3.detection.proposals import ProposalNetwork
 from beit3.detection.pyramid import FeaturePyramid
 from beit3.ops.collectives import all_reduce
 
-DEVIATIONS = {
+INIT_STDS = {
     "proposals.": 0.01,
     "class_logits": 0.01,
     "box_deltas": 0.001,
     "mask_fcn_logits": 0.001,
 }
-"""Normal initial weights, by part of the name (detectron2)."""
+"""Standard deviation of normal initial weights, by a part of the parameter's name (detectron2)."""
 
 
 class Detector(nn.Module):
-    """`dim` and `patch_size` are the trunk's; labels are 0..num_classes - 1."""
+    """Everything between a trunk's features [B, h, w, D] and boxes with scores and masks.
+
+    `dim` and `patch_size` are the trunk's; labels are 0 to `num_classes` - 1.
+    """
 
     def __init__(self, dim: int, *, patch_size: int, num_classes: int, config: DetectorConfig):
         super().__init__()
@@ -35,59 +37,66 @@ class Detector(nn.Module):
         self.proposals = ProposalNetwork(patch_size, config=config)
         self.cascade = Cascade(num_classes, patch_size=patch_size, config=config)
 
-    def losses(self, features: Tensor, sizes: Tensor, targets: list[Target]) -> dict[str, Tensor]:
-        """Each loss as a SUM over this process's images, of which the mean over the step's images
-        is the usual loss.
+    def compute_losses(
+        self, features: Tensor, sizes: Tensor, targets: list[Target]
+    ) -> dict[str, Tensor]:
+        """Computes all losses as sums over this process's images.
 
-        `rpn_objectness` and `rpn_box` are per sampled anchor; `box{i}_class` and `box{i}_box` of
-        each stage per box, `mask`
-        per positive box, counted over all processes, each of which must call this as often as the
-        others.
+        Divided by the number of images in the step they are the usual losses: `rpn_objectness` and
+        `rpn_box` per sampled anchor, `box{i}_class` and `box{i}_box` of each stage per box, `mask`
+        per positive box. Boxes are counted over all processes, so each process must call this
+        equally often.
+
+        Args:
+            features: The trunk's features [B, h, w, D].
+            sizes: Sizes of the images [B, 2].
+            targets: The annotated objects of each image.
         """
         maps = self.pyramid(features)
         proposals, losses = self.proposals(maps, sizes, [target.boxes for target in targets])
-        sums, counts = self.cascade.losses(maps, proposals, sizes, targets)
-        own = torch.tensor(
+        sums, counts = self.cascade.compute_losses(maps, proposals, sizes, targets)
+        local_counts = torch.tensor(
             [len(targets), *counts.values()], device=features.device, dtype=losses["rpn_box"].dtype
         )
-        totals = all_reduce(own)
-        shares = totals[0] / totals[1:].clamp(min=1)  # images per box
-        return losses | {
-            name: sums[name] * share for name, share in zip(counts, shares, strict=True)
-        }
+        totals = all_reduce(local_counts)
+        images_per_box = totals[0] / totals[1:].clamp(min=1)
+        for name, factor in zip(counts, images_per_box, strict=True):
+            losses[name] = sums[name] * factor
+        return losses
 
-    def detect(self, maps: list[Tensor], sizes: Tensor) -> list[BoxPredictions]:
-        """Each image's boxes [R, 4] with probabilities [R, C] of all classes, from the pyramid's
-        `maps`.
+    def predict_boxes(self, maps: list[Tensor], sizes: Tensor) -> list[BoxPredictions]:
+        """Returns boxes [R, 4] with probabilities [R, C] for each image, from the pyramid's maps.
 
-        R differs from image to image, and no NMS has been done.
+        R differs between images, and NMS is not applied.
         """
-        return self.cascade.detect(maps, self.proposals(maps, sizes)[0], sizes)
+        return self.cascade.predict_boxes(maps, self.proposals(maps, sizes)[0], sizes)
 
-    def masks(self, maps: list[Tensor], boxes: list[Tensor], labels: list[Tensor]) -> list[Tensor]:
-        """Probabilities [n, 28, 28] of each image's `boxes` [n, 4] with `labels` [n], over the
-        boxes' own area."""
-        return self.cascade.masks(maps, boxes, labels)
+    def predict_masks(
+        self, maps: list[Tensor], boxes: list[Tensor], labels: list[Tensor]
+    ) -> list[Tensor]:
+        """Returns mask probabilities [n, 28, 28] over each image's boxes [n, 4] of labels [n]."""
+        return self.cascade.predict_masks(maps, boxes, labels)
 
     @torch.no_grad()
     def init_parameter(self, name: str, parameter: Tensor, generator: torch.Generator) -> None:
-        """Values for the parameter of this name, below this module, as detectron2 draws them.
+        """Initializes the parameter of this name (relative to this module) as detectron2 does.
 
-        | parameter                         | value                                 |
-        |-----------------------------------|---------------------------------------|
-        | norms; biases                     | 1, 0; 0                               |
-        | proposals, predictors             | normal, `DEVIATIONS`                  |
-        | pyramid                           | uniform, of torch's own range         |
-        | linear layers; other convolutions | uniform by inputs; normal by outputs (He) |
+        | parameter             | value                          |
+        |-----------------------|--------------------------------|
+        | norms                 | weight 1, bias 0               |
+        | other biases          | 0                              |
+        | proposals, predictors | normal with `INIT_STDS`        |
+        | pyramid               | uniform in torch's own range   |
+        | linear layers         | uniform, scaled by inputs      |
+        | other convolutions    | normal, scaled by outputs (He) |
         """
         module = self.get_submodule(name.rpartition(".")[0])
-        deviations = [deviation for part, deviation in DEVIATIONS.items() if part in name]
+        stds = [std for part, std in INIT_STDS.items() if part in name]
         if parameter.ndim == 1:
-            nn.init.constant_(
-                parameter, float(isinstance(module, nn.LayerNorm) and name.endswith("weight"))
-            )
-        elif deviations:
-            nn.init.normal_(parameter, std=deviations[0], generator=generator)
+            is_norm_weight = isinstance(module, nn.LayerNorm) and name.endswith("weight")
+            nn.init.constant_(parameter, float(is_norm_weight))
+        elif stds:
+            nn.init.normal_(parameter, std=stds[0], generator=generator)
         elif name.startswith("pyramid."):
             nn.init.kaiming_uniform_(parameter, a=5**0.5, generator=generator)
         elif isinstance(module, nn.Linear):

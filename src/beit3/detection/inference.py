@@ -1,15 +1,13 @@
-"""Finding objects in one or several views of each image. Views [B, 3, S, S] -> boxes in the images'
-pixels, scores, masks as RLE.
+"""Detects objects in one or several views of each image (test-time augmentation).
 
-Views of other sizes, and mirrored ones, are merged as detectron2 does: the boxes of all are laid
-over the image and go through
-ONE Soft-NMS; then every view reads the masks of the boxes that are left, and their probabilities
-are averaged. One view is the
-same with nothing to merge.
+Views of other sizes and flipped views are merged as in detectron2: the boxes of all views go
+through one Soft-NMS in the image's own pixels. Then every view predicts the masks of the remaining
+boxes, and the probabilities are averaged. A single view takes the same path.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,32 +20,39 @@ from beit3.detection.masks import paste_masks
 from beit3.detection.nms import soft_nms
 from beit3.ops.precision import promote_to_float32
 
-Kept = tuple[Tensor, Tensor, Tensor]
-"""Boxes [n, 4], scores [n] and labels [n] of an image, best first."""
-
 
 @dataclass(frozen=True)
 class ImageView:
-    """Pixels [B, 3, S, S], whose valid areas `sizes` [B, 2] (height, width) are at the top left;
-    the rest is padding."""
+    """A batch of images in the form in which the network sees them once."""
 
     pixels: Tensor
+    """[B, 3, S, S], normalized. The image is at the top left; the rest is padding."""
     sizes: Tensor
-    mirrored: bool = False
+    """Height and width of each image in this view, [B, 2]."""
+    flipped: bool = False
+    """Whether the images are flipped horizontally."""
 
 
 @dataclass(frozen=True)
 class Detections:
-    """One image's, on the CPU, best first: boxes float32 [n, 4] (x1 y1 x2 y2, the image's pixels),
-    scores [n], labels [n].
+    """The detected objects of an image, best first; tensors are on the CPU."""
 
-    `masks` are of the image's size, one for each box; None where only boxes are learnt.
-    """
+    boxes: Tensor
+    """float32 [n, 4], x1 y1 x2 y2 in the image's own pixels."""
+    scores: Tensor
+    """[n]."""
+    labels: Tensor
+    """[n]."""
+    masks: list[RLE] | None
+    """One per object, of the image's size; None if the detector predicts boxes alone."""
+
+
+class SelectedBoxes(NamedTuple):
+    """The boxes of an image that NMS selected, best first."""
 
     boxes: Tensor
     scores: Tensor
     labels: Tensor
-    masks: list[RLE] | None
 
 
 @torch.no_grad()
@@ -55,65 +60,72 @@ def detect_objects(
     trunk: Callable[[Tensor], Tensor],
     detector: Detector,
     views: Sequence[ImageView],
-    originals: Tensor,
+    original_sizes: Tensor,
     config: DetectorConfig,
 ) -> list[Detections]:
-    """The objects of each image; `originals` [B, 2] are the images' own heights and widths.
+    """Detects the objects of each image.
 
-    ValueError where the network gives numbers that are not finite.
+    Args:
+        trunk: Returns features [B, h, w, D] of pixels.
+        detector: The detector for these features.
+        views: The batch of images, once per view.
+        original_sizes: Height and width of the images themselves, [B, 2].
+        config: The detector's configuration.
+
+    Raises:
+        ValueError: If the network's outputs are not finite.
     """
-    pyramids = [detector.pyramid(trunk(view.pixels)) for view in views]  # kept for the masks
-    raws = [detector.detect(maps, view.sizes) for maps, view in zip(pyramids, views, strict=True)]
-    images = originals.tolist()
-    kept = [
-        _merged([raw[place] for raw in raws], views, place, size, config)
-        for place, size in enumerate(images)
+    # Kept until the masks are predicted.
+    pyramids = [detector.pyramid(trunk(view.pixels)) for view in views]
+    predictions = [
+        detector.predict_boxes(maps, view.sizes) for maps, view in zip(pyramids, views, strict=True)
     ]
-    masks = (
-        _masks(detector, pyramids, views, kept, images) if config.masks else [None] * len(images)
-    )
+    sizes = original_sizes.tolist()
+    selected = [
+        _merge_views([batch[index] for batch in predictions], views, index, size, config)
+        for index, size in enumerate(sizes)
+    ]
+    masks: Sequence[list[RLE] | None] = [None] * len(sizes)
+    if config.masks:
+        masks = _predict_masks(detector, pyramids, views, selected, sizes)
     return [
-        Detections(boxes.cpu(), scores.cpu(), labels.cpu(), own)
-        for (boxes, scores, labels), own in zip(kept, masks, strict=True)
+        Detections(image.boxes.cpu(), image.scores.cpu(), image.labels.cpu(), image_masks)
+        for image, image_masks in zip(selected, masks, strict=True)
     ]
 
 
 def flip_view(view: ImageView) -> ImageView:
-    """The view with each valid area mirrored, left with right; the padding stays where it is."""
+    """Flips each image of a view horizontally; the padding stays where it is."""
     columns = torch.arange(view.pixels.shape[-1], device=view.pixels.device)
     widths = view.sizes[:, 1:].to(columns.device)
-    source = torch.where(columns < widths, widths - 1 - columns, columns)  # [B, S]
-    return ImageView(
-        view.pixels.gather(3, source[:, None, None].expand_as(view.pixels)),
-        view.sizes,
-        not view.mirrored,
-    )
+    source_columns = torch.where(columns < widths, widths - 1 - columns, columns)  # [B, S]
+    pixels = view.pixels.gather(3, source_columns[:, None, None].expand_as(view.pixels))
+    return ImageView(pixels, view.sizes, not view.flipped)
 
 
-def _merged(
-    raws: Sequence[BoxPredictions],
+def _merge_views(
+    predictions: Sequence[BoxPredictions],
     views: Sequence[ImageView],
-    place: int,
+    index: int,
     size: Sequence[int],
     config: DetectorConfig,
-) -> Kept:
-    """What is left of one image's boxes in all views."""
+) -> SelectedBoxes:
+    """Applies NMS to the boxes that all views predict for the image `index`."""
     boxes = torch.cat(
         [
-            _to_image(promote_to_float32(raw.boxes), view, place, size)
-            for raw, view in zip(raws, views, strict=True)
+            _boxes_to_image(promote_to_float32(predicted.boxes), view, index, size)
+            for predicted, view in zip(predictions, views, strict=True)
         ]
     )
-    scores = torch.cat([promote_to_float32(raw.scores) for raw in raws])
+    scores = torch.cat([promote_to_float32(predicted.scores) for predicted in predictions])
     if not (boxes.isfinite().all() and scores.isfinite().all()):
         raise ValueError(
-            "the detector gave boxes or scores that are not finite: take an earlier checkpoint, "
-            "or float32"
+            "the detector's boxes or scores are not finite: use an earlier checkpoint or float32"
         )
-    solid = (boxes[:, 2:] > boxes[:, :2]).all(1)
-    return soft_nms(
-        boxes[solid],
-        scores[solid],
+    not_empty = (boxes[:, 2:] > boxes[:, :2]).all(1)
+    selected = soft_nms(
+        boxes[not_empty],
+        scores[not_empty],
         kind=config.nms,
         iou=config.nms_iou,
         sigma=config.nms_sigma,
@@ -121,61 +133,60 @@ def _merged(
         candidate_score=config.candidate_score,
         limit=config.detections_per_image,
     )
+    return SelectedBoxes(*selected)
 
 
-def _masks(
+def _predict_masks(
     detector: Detector,
     pyramids: Sequence[list[Tensor]],
     views: Sequence[ImageView],
-    kept: Sequence[Kept],
-    images: Sequence[Sequence[int]],
-) -> list[list[RLE] | None]:
-    """Each image's masks, averaged over the views and drawn at its own size."""
-    labels = [label for _, _, label in kept]
+    selected: Sequence[SelectedBoxes],
+    sizes: Sequence[Sequence[int]],
+) -> list[list[RLE]]:
+    """Returns each image's masks, averaged over the views and pasted at the image's own size."""
+    labels = [image.labels for image in selected]
     if not sum(map(len, labels)):
-        return [[] for _ in images]
+        return [[] for _ in sizes]
     sums: list[Tensor] = []
     for maps, view in zip(pyramids, views, strict=True):
         boxes = [
-            _to_view(own, view, place, size)
-            for place, ((own, _, _), size) in enumerate(zip(kept, images, strict=True))
+            _boxes_to_view(image.boxes, view, index, size)
+            for index, (image, size) in enumerate(zip(selected, sizes, strict=True))
         ]
-        read = [
-            promote_to_float32(part.flip(-1) if view.mirrored else part)
-            for part in detector.masks(maps, boxes, labels)
-        ]
-        sums = [total + part for total, part in zip(sums, read, strict=True)] if sums else read
+        masks = detector.predict_masks(maps, boxes, labels)
+        if view.flipped:
+            masks = [image_masks.flip(-1) for image_masks in masks]
+        masks = list(map(promote_to_float32, masks))
+        sums = [total + part for total, part in zip(sums, masks, strict=True)] if sums else masks
     return [
-        paste_masks(total / len(views), boxes, *size)
-        for total, (boxes, _, _), size in zip(sums, kept, images, strict=True)
+        paste_masks(total / len(views), image.boxes, *size)
+        for total, image, size in zip(sums, selected, sizes, strict=True)
     ]
 
 
-def _to_image(boxes: Tensor, view: ImageView, place: int, size: Sequence[int]) -> Tensor:
-    """Boxes [n, 4] in the pixels of image `place` of a view -> in its own, clipped to its `size`
-    (height, width)."""
-    scale, bounds = _scale(boxes, view, place, size)
-    boxes = _mirrored(boxes, int(view.sizes[place, 1])) if view.mirrored else boxes
-    return (boxes * scale).clamp(min=0).minimum(bounds)
+def _boxes_to_image(boxes: Tensor, view: ImageView, index: int, size: Sequence[int]) -> Tensor:
+    """Maps boxes [n, 4] from a view's pixels to those of image `index`, clipped to its `size`."""
+    height, width = size
+    if view.flipped:
+        boxes = _flip_boxes(boxes, int(view.sizes[index, 1]))
+    boxes = boxes * _compute_scale(boxes, view, index, size)
+    return boxes.clamp(min=0).minimum(boxes.new_tensor([width, height] * 2))
 
 
-def _to_view(boxes: Tensor, view: ImageView, place: int, size: Sequence[int]) -> Tensor:
-    """The way back: boxes [n, 4] in the image's own pixels -> in the view's."""
-    boxes = boxes / _scale(boxes, view, place, size)[0]
-    return _mirrored(boxes, int(view.sizes[place, 1])) if view.mirrored else boxes
+def _boxes_to_view(boxes: Tensor, view: ImageView, index: int, size: Sequence[int]) -> Tensor:
+    """Maps boxes [n, 4] from the pixels of image `index` to those of a view."""
+    boxes = boxes / _compute_scale(boxes, view, index, size)
+    return _flip_boxes(boxes, int(view.sizes[index, 1])) if view.flipped else boxes
 
 
-def _scale(
-    boxes: Tensor, view: ImageView, place: int, size: Sequence[int]
-) -> tuple[Tensor, Tensor]:
-    """Own pixels per pixel of the view, and the image's bounds: [4] each, for x1 y1 x2 y2."""
-    (height, width), (tall, wide) = size, view.sizes[place].tolist()
-    return boxes.new_tensor([width / wide, height / tall] * 2), boxes.new_tensor(
-        [width, height] * 2
-    )
+def _compute_scale(boxes: Tensor, view: ImageView, index: int, size: Sequence[int]) -> Tensor:
+    """Returns the image's pixels per pixel of the view, for x1 y1 x2 y2: [4]."""
+    view_height, view_width = view.sizes[index].tolist()
+    height, width = size
+    return boxes.new_tensor([width / view_width, height / view_height] * 2)
 
 
-def _mirrored(boxes: Tensor, width: int) -> Tensor:
-    """Boxes [n, 4] in an area of that width, left with right."""
+def _flip_boxes(boxes: Tensor, width: int) -> Tensor:
+    """Flips boxes [n, 4] horizontally in an image of the given width."""
     x1, y1, x2, y2 = boxes.unbind(1)
     return torch.stack([width - x2, y1, width - x1, y2], 1)

@@ -1,10 +1,9 @@
-"""From a mask's probabilities within its box to the picture's pixels. Probabilities [n, m, m] and
-boxes [n, 4] -> RLE.
+"""Pastes predicted masks into images as RLEs.
 
-A mask is laid over its box as it is, not over whole pixels: rounding the box first, as
-torchvision's paste does, leaves a
-mean IoU of .91 with this for boxes of 20 to 60 pixels. A pixel is in if its centre is in the box
-and reads at least .5.
+A mask is laid over its box as it is, at subpixel positions. Rounding the box first, as
+torchvision's paste does, gives masks with a mean IoU of .91 with these for boxes of 20 to 60
+pixels. A pixel belongs to the mask if its center is in the box and the probability there is at
+least .5.
 """
 
 import math
@@ -17,60 +16,54 @@ from beit3.data.stores.rle import RLE, encode_window
 from beit3.ops.precision import promote_to_float32
 
 THRESHOLD = 0.5
-STRIP = 1 << 21
-"""Pixels that are read at once, at 12 bytes each."""
+PIXELS_PER_STRIP = 1 << 21
+"""Pixels that are sampled at once, at 12 bytes each."""
 
 
 def paste_masks(probabilities: Tensor, boxes: Tensor, height: int, width: int) -> list[RLE]:
-    """Masks [n, m, m] at float boxes [n, 4] (x1 y1 x2 y2) of a picture of that size -> one RLE
-    each.
+    """Pastes masks [n, m, m] at boxes [n, 4] (x1 y1 x2 y2, floats) of an image of the given size.
 
-    One mask is held at a time, and of the picture no more than the columns that its box reaches.
+    One mask is in memory at a time, and no more of the image than the columns of its box.
     """
     assert len(probabilities) == len(boxes), (probabilities.shape, boxes.shape)
     probabilities, boxes = promote_to_float32(probabilities), promote_to_float32(boxes)
     pasted = []
-    for probability, box, (left, top, right, bottom) in zip(
-        probabilities, boxes, boxes.tolist(), strict=True
-    ):
-        # Pixel i has its centre at i + .5; a box reaches from its left edge up to, not including,
-        # its right one.
-        rows = range(_first(top, height), _first(bottom, height))
-        columns = range(_first(left, width), _first(right, width))
+    for probability, box in zip(probabilities, boxes, strict=True):
+        left, top, right, bottom = box.tolist()
+        # The center of pixel i is at i + .5; a box includes its left edge and excludes its right.
+        rows = range(_find_first_pixel(top, height), _find_first_pixel(bottom, height))
+        columns = range(_find_first_pixel(left, width), _find_first_pixel(right, width))
         window = torch.empty(len(rows), len(columns), dtype=torch.bool)
-        step = max(1, STRIP // max(1, len(columns)))
-        for start in range(0, len(rows) if len(columns) else 0, step):
-            window[start : start + step] = _read(
-                probability, box, rows[start : start + step], columns
-            ).cpu()
+        strip = max(1, PIXELS_PER_STRIP // max(1, len(columns)))
+        for start in range(0, len(rows) if len(columns) else 0, strip):
+            strip_rows = rows[start : start + strip]
+            window[start : start + strip] = _sample(probability, box, strip_rows, columns).cpu()
         pasted.append(encode_window(window, rows.start, columns.start, height=height, width=width))
     return pasted
 
 
-def _read(probability: Tensor, box: Tensor, rows: range, columns: range) -> Tensor:
-    """Which of these pixels are in: bool [rows, columns].
+def _sample(probability: Tensor, box: Tensor, rows: range, columns: range) -> Tensor:
+    """Tells which of these pixels belong to the mask: bool [rows, columns].
 
-    Beyond the centres of the outermost cells their values hold on up to the box's edge. Fading to
-    zero there, as detectron2
-    does, would cut off the corners of a full mask, and a share of every edge.
+    Beyond the centers of the outermost cells their values extend to the box's edge. Fading to zero
+    there, as detectron2 does, would cut off the corners of a full mask and a part of every edge.
     """
-    x = (torch.arange(columns.start, columns.stop, device=box.device) + 0.5 - box[0]) / (
-        box[2] - box[0]
-    ) * 2 - 1
-    y = (torch.arange(rows.start, rows.stop, device=box.device) + 0.5 - box[1]) / (
-        box[3] - box[1]
-    ) * 2 - 1
-    grid = torch.stack(torch.meshgrid(x, y, indexing="xy"), -1).to(
-        probability.dtype
-    )  # [rows, columns, 2]
-    return (
-        F.grid_sample(
-            probability[None, None], grid[None], padding_mode="border", align_corners=False
-        )[0, 0]
-        >= THRESHOLD
+    x = _to_grid(columns, box[0], box[2])
+    y = _to_grid(rows, box[1], box[3])
+    # [rows, columns, 2]
+    grid = torch.stack(torch.meshgrid(x, y, indexing="xy"), -1).to(probability.dtype)
+    samples = F.grid_sample(
+        probability[None, None], grid[None], padding_mode="border", align_corners=False
     )
+    return samples[0, 0] >= THRESHOLD
 
 
-def _first(edge: float, size: int) -> int:
-    """The first pixel of `size` whose centre is not before an edge."""
+def _to_grid(pixels: range, start: Tensor, end: Tensor) -> Tensor:
+    """Returns the centers of pixels along a side of a box, from -1 at `start` to 1 at `end`."""
+    centers = torch.arange(pixels.start, pixels.stop, device=start.device) + 0.5
+    return (centers - start) / (end - start) * 2 - 1
+
+
+def _find_first_pixel(edge: float, size: int) -> int:
+    """Returns the first of `size` pixels whose center is not before an edge."""
     return min(max(math.ceil(edge - 0.5), 0), size)

@@ -1,12 +1,10 @@
-"""Soft-NMS (Bodla et al., arXiv:1704.04503), exact and for all classes at once. Boxes [R, 4],
-scores [R, C] -> the best [n].
+"""Soft-NMS (Bodla et al., arXiv:1704.04503), exact and for all classes at once.
 
-The published loop runs per class: take the best box, lower the scores of those that overlap it,
-until nothing is left. The
-boxes of the cascade serve every class, so all classes take a step together; a class's boxes come
-out by falling score, since
-lowering never raises, so at most `limit` steps give the exact best of all, and a class can stop
-once it falls behind them.
+The published loop runs per class: take the best box, lower the scores of those that overlap it, and
+repeat until no box is left. The cascade's boxes are shared by all classes, so here all classes take
+a step together. A class's boxes come out in the order of falling score, because scores are never
+raised; so at most `limit` steps give the exact best boxes of all classes, and a class may stop once
+its scores are below all of these.
 """
 
 from typing import Literal
@@ -18,8 +16,8 @@ from beit3.ops.precision import promote_to_float32
 
 NmsKind = Literal["linear", "gaussian", "hard"]
 
-GONE = -1.0
-"""Score of a box that was taken or fell below the limit."""
+REMOVED = -1.0
+"""Score of a box that was selected or fell below the limit."""
 
 
 def soft_nms(
@@ -33,67 +31,77 @@ def soft_nms(
     candidate_score: float = 0.0,
     limit: int = 100,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Boxes [n, 4], lowered scores [n] and labels [n], n <= `limit`, best first; equal scores by
-    box, then by label.
+    """Selects the best boxes of all classes.
 
-    A box of IoU o with a better one of its class has its score multiplied by 1 - o where o > `iou`
-    (linear), by
-    exp(-o^2 / `sigma`) (gaussian), or is dropped where o > `iou` (hard). Only scores above
-    `candidate_score` take part, and
-    whatever is or falls below `min_score` is dropped. Defaults: EVA's (arXiv:2211.07636, its public
-    configuration).
+    A box of IoU o with a better box of its class has its score multiplied by 1 - o where o > `iou`
+    (linear) or by exp(-o^2 / `sigma`) (gaussian), or is dropped where o > `iou` (hard). Defaults
+    are those of EVA's public configuration (arXiv:2211.07636).
+
+    Args:
+        boxes: Boxes [R, 4], shared by all classes.
+        scores: Class scores [R, C].
+        kind: How scores are lowered.
+        iou: Overlap above which linear and hard NMS act.
+        sigma: Width of the gaussian decay.
+        min_score: Boxes whose score is or falls below it are dropped.
+        candidate_score: Only scores above it take part.
+        limit: Number of boxes to select at most.
+
+    Returns:
+        Boxes [n, 4], lowered scores [n] and labels [n], n <= `limit`, best first; boxes of equal
+        score are ordered by their index, then by label.
     """
-    assert scores.ndim == 2 and boxes.shape == (len(scores), 4) and min_score >= 0 < limit, (
-        boxes.shape,
-        scores.shape,
-        min_score,
-        limit,
-    )
-    boxes, live = promote_to_float32(boxes), promote_to_float32(scores).T.contiguous()  # [C, R]
-    live = live.where((live > candidate_score) & (live >= min_score), GONE)
-    labels = torch.arange(len(live), device=live.device)  # of the classes still in the race
-    score, place, label = (
-        live.new_empty(0),
-        labels.new_empty(0),
-        labels.new_empty(0),
-    )  # of what was taken
-    for _ in range(limit if live.numel() else 0):
-        best, chosen = live.max(1)  # [C], the first of equals
-        bar = score.topk(limit).values[-1] if len(score) >= limit else GONE
-        racing = (best > GONE) & (best >= bar)
-        if not racing.any():
+    assert scores.ndim == 2 and boxes.shape == (len(scores), 4), (boxes.shape, scores.shape)
+    assert min_score >= 0 and limit > 0, (min_score, limit)
+    boxes = promote_to_float32(boxes)
+    active = promote_to_float32(scores).T.contiguous()  # [C, R]
+    active = active.where((active > candidate_score) & (active >= min_score), REMOVED)
+    active_labels = torch.arange(len(active), device=active.device)
+    selected_scores = active.new_empty(0)
+    selected_boxes = active_labels.new_empty(0)
+    selected_labels = active_labels.new_empty(0)
+    for _ in range(limit if active.numel() else 0):
+        best_scores, best_boxes = active.max(1)  # [C], the first of equal ones
+        threshold = best_scores.new_tensor(REMOVED)
+        if len(selected_scores) >= limit:
+            threshold = selected_scores.topk(limit).values[-1]
+        continues = (best_scores > REMOVED) & (best_scores >= threshold)
+        if not continues.any():
             break
-        live, labels, chosen = live[racing], labels[racing], chosen[racing]
-        score, place, label = (
-            torch.cat([score, best[racing]]),
-            torch.cat([place, chosen]),
-            torch.cat([label, labels]),
-        )
-        lowered = _lowered(live, pairwise_iou(boxes[chosen], boxes), kind, iou, sigma)
-        live = lowered.where((live > GONE) & (lowered >= min_score), GONE).scatter(
-            1, chosen[:, None], GONE
-        )
-    order = (place * scores.shape[1] + label).argsort()
-    order = order[score[order].argsort(descending=True, stable=True)][:limit]
-    return boxes[place[order]], score[order], label[order]
+        active, active_labels = active[continues], active_labels[continues]
+        best_boxes = best_boxes[continues]
+        selected_scores = torch.cat([selected_scores, best_scores[continues]])
+        selected_boxes = torch.cat([selected_boxes, best_boxes])
+        selected_labels = torch.cat([selected_labels, active_labels])
+        overlaps = pairwise_iou(boxes[best_boxes], boxes)
+        lowered = _lower_scores(active, overlaps, kind, iou, sigma)
+        remains = (active > REMOVED) & (lowered >= min_score)
+        active = lowered.where(remains, REMOVED).scatter(1, best_boxes[:, None], REMOVED)
+    order = (selected_boxes * scores.shape[1] + selected_labels).argsort()
+    order = order[selected_scores[order].argsort(descending=True, stable=True)][:limit]
+    return boxes[selected_boxes[order]], selected_scores[order], selected_labels[order]
 
 
 def pairwise_iou(left: Tensor, right: Tensor) -> Tensor:
-    """Intersection over union of boxes [n, 4] and [m, 4]: [n, m], 0 where neither has an area."""
-    corner = torch.maximum(left[:, None, :2], right[:, :2])
-    sides = (torch.minimum(left[:, None, 2:], right[:, 2:]) - corner).clamp(min=0)
-    common = sides[..., 0] * sides[..., 1]
-    union = _area(left)[:, None] + _area(right) - common
-    return torch.where(union > 0, common / union, 0)
+    """Returns the IoU [n, m] of boxes [n, 4] and [m, 4]; it is 0 where neither has an area."""
+    top_left = torch.maximum(left[:, None, :2], right[:, :2])
+    sides = (torch.minimum(left[:, None, 2:], right[:, 2:]) - top_left).clamp(min=0)
+    intersection = sides[..., 0] * sides[..., 1]
+    union = _compute_areas(left)[:, None] + _compute_areas(right) - intersection
+    return torch.where(union > 0, intersection / union, 0)
 
 
-def _lowered(scores: Tensor, overlap: Tensor, kind: NmsKind, iou: float, sigma: float) -> Tensor:
-    """Scores [C, R] beside a box that overlaps theirs by `overlap` [C, R]."""
+def _lower_scores(
+    scores: Tensor, overlaps: Tensor, kind: NmsKind, iou: float, sigma: float
+) -> Tensor:
+    """Lowers scores [C, R] of boxes that overlap the selected box of their class."""
     if kind == "gaussian":
-        return scores * torch.exp(-overlap.square() / sigma)
-    assert kind in ("linear", "hard"), kind
-    return torch.where(overlap > iou, scores * (1 - overlap) if kind == "linear" else GONE, scores)
+        return scores * torch.exp(-overlaps.square() / sigma)
+    if kind == "linear":
+        return torch.where(overlaps > iou, scores * (1 - overlaps), scores)
+    assert kind == "hard", kind
+    return torch.where(overlaps > iou, REMOVED, scores)
 
 
-def _area(boxes: Tensor) -> Tensor:
+def _compute_areas(boxes: Tensor) -> Tensor:
     return (boxes[:, 2:] - boxes[:, :2]).clamp(min=0).prod(1)

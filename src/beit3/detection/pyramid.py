@@ -1,8 +1,5 @@
 """The simple feature pyramid (ViTDet, arXiv:2203.16527, section 3): five maps from the trunk's last
-one.
-
-Features [B, h, w, D] -> five maps [B, C, *, *], finest first, whose cells are `SCALES` patches
-wide.
+feature map.
 """
 
 from functools import partial
@@ -12,37 +9,42 @@ from torch import Tensor, nn
 from torchvision.models.convnext import LayerNorm2d
 
 SCALES = (0.25, 0.5, 1.0, 2.0, 4.0)
-"""Side of a cell of each map, in patches. With patches of 16 px these are the strides 4 to 64 of p2
-to p6."""
+"""Side of a cell of each map, in patches. For patches of 16 px these are strides 4 to 64, p2 to
+p6."""
 
 ChannelNorm = partial(LayerNorm2d, eps=1e-6)
-"""Over the channels of each place; ViTDet's replacement of batch norm in pyramid and heads."""
+"""Layer norm over the channels of each position, which ViTDet uses instead of batch norm."""
 
 
 class FeaturePyramid(nn.Module):
-    """Transposed convolutions up, max pooling down, and a 1 x 1 and a 3 x 3 convolution to
-    `out_dim` channels each.
+    """Features [B, h, w, D] to five maps [B, C, *, *], finest first.
 
-    A map of odd sides is pooled so that its last row and column have cells of their own. The
-    coarsest map is every second
-    cell of the one before.
+    The cells of the maps are `SCALES` patches wide.
+
+    Transposed convolutions upsample, max pooling downsamples, and a 1 x 1 and a 3 x 3 convolution
+    project each map to `out_dim` channels. A map of odd sides is pooled such that its last row and
+    column get cells of their own. The coarsest map is every second cell of the one before.
     """
 
     def __init__(self, dim: int, out_dim: int):
         super().__init__()
         if dim % 4:
             raise ValueError(
-                f"a trunk {dim} units wide: the pyramid halves it twice, give a multiple of 4"
+                f"the pyramid halves the trunk's dim {dim} twice: give a multiple of 4"
             )
         half, quarter = dim // 2, dim // 4
         finest = nn.Sequential(
-            _doubled(dim, half), ChannelNorm(half), nn.GELU(), _doubled(half, quarter)
+            _make_upsampling(dim, half),
+            ChannelNorm(half),
+            nn.GELU(),
+            _make_upsampling(half, quarter),
         )
+        downsampling = nn.MaxPool2d(2, ceil_mode=True)
         self.resize = nn.ModuleList(
-            (finest, _doubled(dim, half), nn.Identity(), nn.MaxPool2d(2, ceil_mode=True))
+            (finest, _make_upsampling(dim, half), nn.Identity(), downsampling)
         )
         self.project = nn.ModuleList(
-            _projection(width, out_dim) for width in (quarter, half, dim, dim)
+            _make_projection(width, out_dim) for width in (quarter, half, dim, dim)
         )
 
     def forward(self, features: Tensor) -> list[Tensor]:
@@ -54,11 +56,11 @@ class FeaturePyramid(nn.Module):
         return [*maps, F.max_pool2d(maps[-1], kernel_size=1, stride=2)]
 
 
-def _doubled(dim: int, out_dim: int) -> nn.Module:
+def _make_upsampling(dim: int, out_dim: int) -> nn.Module:
     return nn.ConvTranspose2d(dim, out_dim, 2, stride=2)
 
 
-def _projection(dim: int, out_dim: int) -> nn.Module:
+def _make_projection(dim: int, out_dim: int) -> nn.Module:
     return nn.Sequential(
         nn.Conv2d(dim, out_dim, 1, bias=False),
         ChannelNorm(out_dim),

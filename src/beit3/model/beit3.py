@@ -184,36 +184,49 @@ class BEiT3(Backbone):
         Returns:
             Names or name prefixes of parameters, each with the reason.
         """
-        config, last = self.config, self.config.depth - 1
-        read = read or config.modality_names
-        before_attention = [] if config.shared_norms else ["norm1"]
-        after_attention = ["norm2", "ffn"]
-        if not config.shared_attention:
-            before_attention.append("attention.qkv")
-            after_attention += ["attention.norm", "attention.out"]
-
+        config = self.config
         unused: dict[str, str] = {}
-        for layer, experts in enumerate(config.experts_per_layer):
-            used = self._find_experts(calls, config.modality_names, layer)
-            needed = self._find_experts(calls, read, layer) if layer == last else used
-            for expert in experts:
-                path = f"blocks.{layer}.{{}}.{expert}".format
-                if expert not in used:
-                    reason = f"no tokens go through the {expert} expert here"
-                    unused |= {path(part): reason for part in before_attention + after_attention}
-                elif expert not in needed:
-                    reason = f"the last states of {expert} are not read"
-                    unused |= {path(part): reason for part in after_attention}
+        for layer in range(config.depth):
+            unused |= self._find_unused_in_block(layer, calls, read or config.modality_names)
         if config.final_norm and not config.shared_norms:
-            reason = "no state that is read goes through it"
-            unused |= {f"norm.{expert}": reason for expert in experts if expert not in needed}
-
+            needed = self._find_experts(calls, read or config.modality_names, config.depth - 1)
+            for expert in config.experts_per_layer[-1]:
+                if expert not in needed:
+                    unused[f"norm.{expert}"] = "no state that is read goes through it"
         called = {name for call in calls for name in call}
         for name in config.modality_names:
             if name not in called:
                 unused[f"{name}_embedding"] = f"there is no {name}"
             elif name not in masked and hasattr(self.get_embedding(name), "mask_token"):
                 unused[f"{name}_embedding.mask_token"] = "nothing is masked"
+        return unused
+
+    def _find_unused_in_block(
+        self, layer: int, calls: Sequence[Sequence[str]], read: Sequence[str]
+    ) -> dict[str, str]:
+        """`find_unused_parameters` for one block.
+
+        A modality that is not read is still attended to, so only what follows attention is unused.
+        """
+        config = self.config
+        before_attention = [] if config.shared_norms else ["norm1"]
+        after_attention = ["norm2", "ffn"]
+        if not config.shared_attention:
+            before_attention.append("attention.qkv")
+            after_attention += ["attention.norm", "attention.out"]
+        used = self._find_experts(calls, config.modality_names, layer)
+        is_last = layer == config.depth - 1
+        needed = self._find_experts(calls, read, layer) if is_last else used
+        unused: dict[str, str] = {}
+        for expert in config.experts_per_layer[layer]:
+            if expert not in used:
+                modules = before_attention + after_attention
+                reason = f"no tokens go through the {expert} expert here"
+            elif expert not in needed:
+                modules, reason = after_attention, f"the last states of {expert} are not read"
+            else:
+                continue
+            unused |= {f"blocks.{layer}.{module}.{expert}": reason for module in modules}
         return unused
 
     def _find_experts(

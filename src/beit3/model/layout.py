@@ -83,6 +83,11 @@ class Layout(NamedTuple):
         """Number of tokens of each part, padding included."""
         return [length for _, length in self.spans]
 
+    @property
+    def starts(self) -> list[int]:
+        """Position of each part's first token in the whole sequence."""
+        return [sum(self.lengths[:part]) for part in range(len(self.spans))]
+
     def visible_keys(self) -> Tensor | None:
         """Returns the attention mask [B, 1, 1, N] that hides padding, or None without padding."""
         padded = next((padding for padding in self.padding if padding is not None), None)
@@ -132,24 +137,22 @@ class Layout(NamedTuple):
     def select(self, parts: Parts, token: Literal["first", "last"]) -> tuple[Parts, Self]:
         """Lets the next block return only the first or last token of each modality."""
         indices: list[int] = []
-        start = 0
+        end = 0
         for _, length in self.modalities:
-            indices.append(start if token == "first" else start + length - 1)
-            start += length
-        if len(self.spans) == len(self.modalities):
-            starts = [sum(self.lengths[:part]) for part in range(len(self.spans))]
-            selection: tuple[tuple[int, ...], ...] = tuple(
-                (index - start,) for index, start in zip(indices, starts, strict=True)
-            )
-        else:
-            selection = (tuple(indices),)
+            start, end = end, end + length
+            indices.append(start if token == "first" else end - 1)
+        selection = tuple(
+            tuple(index - start for index in indices if start <= index < start + length)
+            for start, length in zip(self.starts, self.lengths, strict=True)
+        )
         return self.pad(parts), self._replace(unpadding=(), selection=selection)
 
     def selected_indices(self) -> list[int]:
-        """Positions of the selected tokens in the whole sequence."""
-        starts = [sum(self.lengths[:part]) for part in range(len(self.spans))]
+        """Returns the positions of the selected tokens in the whole sequence."""
         return [
-            start + row for start, rows in zip(starts, self.selection, strict=True) for row in rows
+            start + row
+            for start, rows in zip(self.starts, self.selection, strict=True)
+            for row in rows
         ]
 
     def without_unselected(self) -> Self:

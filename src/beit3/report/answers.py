@@ -42,19 +42,28 @@ THUMBNAIL = 160
 
 def vqa_panels(runs: Sequence[Run]) -> Iterator[Panel]:
     """Questions with the answers of all runs side by side."""
-    lead = f"Held-out pictures and questions with the likeliest answer and its probability{beside(runs)}."
+    lead = (
+        "Held-out pictures and questions with the likeliest answer and its "
+        f"probability{beside(runs)}."
+    )
     yield panel("Questions and answers", lead, partial(_cards, runs, VQA, question_card))
 
 
 def nlvr2_panels(runs: Sequence[Run]) -> Iterator[Panel]:
     """Statements on two pictures with the judgements of all runs side by side."""
-    lead = f"Held-out pairs of pictures and a statement on both, with the judgement and its probability{beside(runs)}."
+    lead = (
+        "Held-out pairs of pictures and a statement on both, with the judgement and its "
+        f"probability{beside(runs)}."
+    )
     yield panel("Statements and judgements", lead, partial(_cards, runs, NLVR2, statement_card))
 
 
 def captioning_panels(runs: Sequence[Run]) -> Iterator[Panel]:
     """Pictures with the captions of all runs side by side, and those of people."""
-    lead = f"Held-out pictures with the caption that was written for each{beside(runs)}, and below it captions that people gave."
+    lead = (
+        f"Held-out pictures with the caption that was written for each{beside(runs)}, and below "
+        "it captions that people gave."
+    )
     yield panel("Captions", lead, partial(_cards, runs, Captioning, caption_card))
 
 
@@ -67,11 +76,17 @@ def imagenet_panels(runs: Sequence[Run]) -> Iterator[Panel]:
 def retrieval_panels(runs: Sequence[Run]) -> Iterator[Panel]:
     """Captions with the pictures nearest to them, and pictures with their nearest captions."""
     encoded = cache(partial(gallery, runs))
-    lead = f"Held-out captions and the {NEAREST} pictures nearest to each{beside(runs)}; the right one is framed."
+    lead = (
+        f"Held-out captions and the {NEAREST} pictures nearest to each{beside(runs)}; the right "
+        "one is framed."
+    )
     yield panel(
         "Pictures found by a caption", lead, lambda: _searches(runs, encoded(), picture_search)
     )
-    lead = f"Held-out pictures and the {NEAREST} captions nearest to each{beside(runs)}; its own are marked ✓."
+    lead = (
+        f"Held-out pictures and the {NEAREST} captions nearest to each{beside(runs)}; its own are "
+        "marked ✓."
+    )
     yield panel(
         "Captions found by a picture", lead, lambda: _searches(runs, encoded(), caption_search)
     )
@@ -314,7 +329,10 @@ def _searches(
 def card(shown: str, terms: str, heading: str = "", *, above: bool = False) -> str:
     """Pictures beside, or above, a heading in plain text and a list of terms."""
     title = f"<b>{escape(heading)}</b>" if heading else ""
-    return f'<div class="card{" tall" if above else ""}">{shown}<div>{title}<dl>{terms}</dl></div></div>'
+    return (
+        "<div "
+        f'class="card{" tall" if above else ""}">{shown}<div>{title}<dl>{terms}</dl></div></div>'
+    )
 
 
 def said_by(labels: Sequence[str], said: Sequence[Sequence[str]], alone: str) -> str:

@@ -69,20 +69,35 @@ class Asked:
 def coco_panels(runs: Sequence[Run]) -> Iterator[Panel]:
     """COCO's figures, pictures with boxes and masks, and the average precision of each class."""
     asked = cache(partial(ask, runs, Coco))
-    lead = f"Average precision and recall on held-out records; {ABSENT} where they show no object of that size."
+    lead = (
+        f"Average precision and recall on held-out records; {ABSENT} where they show no object of "
+        "that size."
+    )
     yield panel("COCO's twelve figures", lead, partial(figure_table, runs))
-    lead = f"Held-out pictures: what is in them, and what is found with a score of at least {MIN_SCORE:.0%}{beside(runs)}."
+    lead = (
+        "Held-out pictures: what is in them, and what is found with a score of at least "
+        f"{MIN_SCORE:.0%}{beside(runs)}."
+    )
     yield panel("Objects", lead, lambda: _cards(runs, asked(), object_card))
-    lead = "Average precision of each class, the best first. A class that these pictures do not show is left out."
+    lead = (
+        "Average precision of each class, the best first. A class that these pictures do not show "
+        "is left out."
+    )
     yield panel("Classes", lead, lambda: _precisions(runs, asked()))
 
 
 def ade20k_panels(runs: Sequence[Run]) -> Iterator[Panel]:
     """Pictures with their maps of labels, and the intersection over union of each class."""
     asked = cache(partial(ask, runs, Ade20k))
-    lead = f"Held-out pictures in their true labels and in those found{beside(runs)}. Where the picture alone shows, nothing is labelled."
+    lead = (
+        f"Held-out pictures in their true labels and in those found{beside(runs)}. Where the "
+        "picture alone shows, nothing is labelled."
+    )
     yield panel("Scenes", lead, lambda: _cards(runs, asked(), scene_card))
-    lead = "Intersection over union of each class, the best first. A class that is neither shown nor found is left out."
+    lead = (
+        "Intersection over union of each class, the best first. A class that is neither shown nor "
+        "found is left out."
+    )
     yield panel("Classes", lead, lambda: _overlaps(runs, asked()))
 
 
@@ -138,17 +153,6 @@ def run_names(labels: Sequence[str]) -> list[str]:
     return names if len(labels) > 1 else ["found"]
 
 
-def class_names(task: Task) -> Sequence[str]:
-    """Names of the labels; empty where the weights know none."""
-    return (
-        task.config.categories
-        if isinstance(task, Coco)
-        else task.config.classes
-        if isinstance(task, Ade20k)
-        else ()
-    )
-
-
 # Objects ------------------------------------------------------------------------------------------
 
 
@@ -172,9 +176,8 @@ def figure_table(runs: Sequence[Run]) -> str:
             f'class="number">{ABSENT if value is None or value < 0 else f"{100 * value:.1f}"}</td>'
             for value in values
         )
-        rows.append(
-            f'<tr><th scope="row">{escape(spelled(f"box_{name}").removeprefix("box "))}</th>{"".join(cells)}</tr>'
-        )
+        title = spelled(f"box_{name}").removeprefix("box ")
+        rows.append(f'<tr><th scope="row">{escape(title)}</th>{"".join(cells)}</tr>')
     head = f'<th scope="col">percent</th>{"".join(heads)}'
     table = f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
     return f'<div class="scroll narrow" tabindex="0">{table}</div>'
@@ -186,7 +189,7 @@ def object_card(
     """A picture with its true objects, and with those that each run is sure enough of."""
     image, truth = (
         open_image(record["image"]).permute(1, 2, 0).numpy(),
-        true_objects(record, class_names(task)),
+        true_objects(record, task.class_names),
     )
     shown = [(f"truth: {counted(truth)}", _drawn(image, truth, "what is there"))]
     for name, prediction in zip(run_names(labels), given, strict=True):
@@ -211,7 +214,7 @@ def counted(objects: Sequence[Any]) -> str:
 
 def _precisions(runs: Sequence[Run], asked: Asked) -> str:
     """Bars of each class's average precision, of boxes and, where there are any, of masks."""
-    names, charts = class_names(asked.task), []
+    names, charts = asked.task.class_names, []
     outlined = all("mask" in each for said in asked.said for row in said for each in row["objects"])
     outlined = outlined and all(
         each.get("segmentation") for record in asked.records for each in record["objects"]
@@ -237,7 +240,7 @@ def scene_card(
 ) -> str:
     """A picture, its true labels, and those that each run gives, over the names of their
     colours."""
-    names, image = class_names(task), open_image(record["image"]).permute(1, 2, 0).numpy()
+    names, image = task.class_names, open_image(record["image"]).permute(1, 2, 0).numpy()
     truth = open_label_map(record["label_map"], **label_map_options(record)).numpy().astype(int)
     maps, known = [decode_label_map(prediction) for prediction in given], truth != IGNORE_INDEX
     shown = [
@@ -278,7 +281,7 @@ def legend(rows: Sequence[Mapping[str, Any]]) -> str:
 def _overlaps(runs: Sequence[Run], asked: Asked) -> str:
     """Bars of each class's intersection over union, below the means of all."""
     names, matrices = (
-        class_names(asked.task),
+        asked.task.class_names,
         [sum_confusion(said, asked.records) for said in asked.said],
     )
     ious, lines = [compute_class_ious(each) for each in matrices], []

@@ -104,7 +104,7 @@ def predict_drawn(
     found = predictor(*inputs)
     image, names = (
         open_image(inputs[0]).permute(1, 2, 0).numpy(),
-        getattr(predictor.task.config, "classes", ()),
+        predictor.task.class_names,
     )
     drawn, short = drawing(
         image,

@@ -138,7 +138,10 @@ def document(title: str, body: str) -> str:
 
 def section(title: str, lead: str, parts: Iterable[str]) -> str:
     """A heading, the sentence on what is to be seen, and what there is."""
-    return f'<section><h2>{escape(title)}</h2><p class="lead">{escape(lead)}</p>{"".join(parts)}</section>'
+    return (
+        f"<section><h2>{escape(title)}</h2><p "
+        f'class="lead">{escape(lead)}</p>{"".join(parts)}</section>'
+    )
 
 
 def task_section(runs: Sequence[Run]) -> str:
@@ -220,7 +223,10 @@ def score_names(runs: Sequence[Run]) -> list[str]:
 def tile(run: Run, name: str) -> str:
     """One score of one run."""
     label = escape(spelled(name) + unit(name, run.task))
-    return f'<div class="tile"><span>{label}</span><b>{escape(figure(name, run.scores[name]))}</b></div>'
+    return (
+        "<div "
+        f'class="tile"><span>{label}</span><b>{escape(figure(name, run.scores[name]))}</b></div>'
+    )
 
 
 def source_scores(runs: Sequence[Run]) -> str:
@@ -276,9 +282,15 @@ def curve_panel(runs: Sequence[Run]) -> str:
     folded = others if len(others) > UNFOLDED else []
     shown = figure_grid([curve(runs, chart) for chart in found if chart not in folded])
     if folded:
-        shown += f"<details><summary>{len(folded)} other scores</summary>{figure_grid([curve(runs, each) for each in folded])}</details>"
+        shown += (
+            f"<details><summary>{len(folded)} other "
+            f"scores</summary>{figure_grid([curve(runs, each) for each in folded])}</details>"
+        )
     raw = ", the faint one the logged values" if len(runs) <= MAX_RAW else ""
-    lead = f"Training step by step: the line is a running mean{raw}; rings are scores on held-out records."
+    lead = (
+        f"Training step by step: the line is a running mean{raw}; rings are scores on held-out "
+        "records."
+    )
     return f'<h3>Curves</h3><p class="lead">{lead}</p>{legend(runs)}{shown}'
 
 
@@ -301,7 +313,10 @@ def part_panel(runs: Sequence[Run]) -> str:
     ]
     if not whole and not parts:
         return ""
-    lead = "Gradient norms before clipping, of the network and, where they were logged, of its parts; learning rates of its groups."
+    lead = (
+        "Gradient norms before clipping, of the network and, where they were logged, of its "
+        "parts; learning rates of its groups."
+    )
     folded = (
         f"<details><summary>Parts of each network</summary>{figure_grid(parts)}</details>"
         if parts and len(runs) > MAX_RAW
@@ -358,7 +373,10 @@ def data_table(rows: Sequence[Mapping[str, str]]) -> str:
         "".join(f"<td>{escape(str(row.get(name, '')))}</td>" for name in columns) for row in rows
     )
     body = "".join(f"<tr>{row}</tr>" for row in cells)
-    return f'<div class="scroll" tabindex="0"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    return (
+        '<div class="scroll" '
+        f'tabindex="0"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    )
 
 
 def run_styles() -> str:
@@ -384,51 +402,70 @@ def stroke(color: str, dash: Sequence[float]) -> str:
 
 
 STYLE = """
-:root{color-scheme:light dark;--page:#fbfbfa;--card:#fff;--line:#dddcd8;--ink:#1c1d20;--soft:#5c5f66;
+:root{color-scheme:light dark;--page:#fbfbfa;--card:#fff;--line:#dddcd8;--ink:#1c1d20;
+--soft:#5c5f66;
 --right:#0b6b57;--right-bg:#d8f0e8;--wrong:#a33a08;--wrong-bg:#fde6d8}
-@media (prefers-color-scheme:dark){:root{--page:#131417;--card:#1c1e22;--line:#34373d;--ink:#e8e8e6;--soft:#a3a7af;
+@media (prefers-color-scheme:dark){:root{--page:#131417;--card:#1c1e22;--line:#34373d;
+--ink:#e8e8e6;--soft:#a3a7af;
 --right:#7be0c3;--right-bg:#123b31;--wrong:#ffb48a;--wrong-bg:#4a2412}}
 *{box-sizing:border-box}
-body{margin:0;background:var(--page);color:var(--ink);font:1rem/1.5 system-ui,-apple-system,"Segoe UI",sans-serif}
+body{margin:0;background:var(--page);color:var(--ink);
+font:1rem/1.5 system-ui,-apple-system,"Segoe UI",sans-serif}
 main{max-width:70rem;margin:0 auto;padding:1.5rem 1rem 4rem}
 h1{font-size:clamp(1.6rem,5vw,2.4rem);line-height:1.15;margin:.5rem 0 1rem;text-wrap:balance}
 h2{font-size:1.5rem;margin:0 0 .25rem}h3{font-size:1.1rem;margin:2.2rem 0 .1rem}
 section{margin-top:3rem;padding-top:1.5rem;border-top:1px solid var(--line)}
-p{margin:.4rem 0;max-width:46rem}.lead,.facts,.none,small,figcaption,dt{color:var(--soft)}.none{font-style:italic}
+p{margin:.4rem 0;max-width:46rem}.lead,.facts,.none,small,figcaption,dt{color:var(--soft)}
+.none{font-style:italic}
 .facts,small,figcaption{font-size:.875rem}
 figure{margin:0}figcaption{margin-top:.35rem}
-svg{display:block;width:100%;height:auto;color:var(--ink)}svg text{font-family:system-ui,sans-serif!important}
+svg{display:block;width:100%;height:auto;color:var(--ink)}
+svg text{font-family:system-ui,sans-serif!important}
 img{display:block;width:100%;height:auto;border-radius:2px}img.sharp{image-rendering:pixelated}
-.scroll{overflow-x:auto;border:1px solid var(--line);border-radius:.5rem;background:var(--card);margin:1rem 0}
+.scroll{overflow-x:auto;border:1px solid var(--line);border-radius:.5rem;background:var(--card);
+margin:1rem 0}
 table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums}
-th,td{padding:.5rem .8rem;text-align:left;vertical-align:top;border-bottom:1px solid var(--line);min-width:6rem}
+th,td{padding:.5rem .8rem;text-align:left;vertical-align:top;border-bottom:1px solid var(--line);
+min-width:6rem}
 th{font-size:.875rem;color:var(--soft);white-space:nowrap}tbody tr:last-child>*{border-bottom:0}
-tbody th{color:var(--ink)}.number{text-align:right;white-space:nowrap;min-width:0}.best{font-weight:700}
-.tiles{display:grid;grid-template-columns:repeat(auto-fill,minmax(9.5rem,1fr));gap:.75rem;margin:1rem 0}
+tbody th{color:var(--ink)}.number{text-align:right;white-space:nowrap;min-width:0}
+.best{font-weight:700}
+.tiles{display:grid;grid-template-columns:repeat(auto-fill,minmax(9.5rem,1fr));gap:.75rem;
+margin:1rem 0}
 .tile{background:var(--card);border:1px solid var(--line);border-radius:.5rem;padding:.6rem .8rem}
 .tile span{display:block;font-size:.875rem;color:var(--soft)}
 .tile b{display:block;font-size:1.35rem;font-weight:600;font-variant-numeric:tabular-nums}
-.run::before{content:"";display:inline-block;width:30px;height:3px;margin-right:.5em;vertical-align:middle;
+.run::before{content:"";display:inline-block;width:30px;height:3px;margin-right:.5em;
+vertical-align:middle;
 background:var(--run,var(--soft));print-color-adjust:exact}
-.facts .run{font-weight:600;color:var(--ink);margin-right:.5rem}.legend .run{display:inline-block;margin-right:1.2rem}
-.curves{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(20rem,100%),1fr));gap:1rem;margin-top:.8rem}
+.facts .run{font-weight:600;color:var(--ink);margin-right:.5rem}.legend .run{display:inline-block;
+margin-right:1.2rem}
+.curves{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(20rem,100%),1fr));gap:1rem;
+margin-top:.8rem}
 .wide{display:flex;flex-wrap:wrap;gap:1.5rem;align-items:center;margin-top:.8rem}
 .wide figure{flex:2 1 20rem}.wide figure+figure{flex:3 1 20rem}
 .figures b{font-size:1.35rem}.figures span{display:inline-block;margin-right:1.2rem}
-.pairs{display:grid;grid-template-columns:repeat(auto-fill,minmax(4.75rem,1fr));gap:.75rem;margin-top:.8rem}
+.pairs{display:grid;grid-template-columns:repeat(auto-fill,minmax(4.75rem,1fr));gap:.75rem;
+margin-top:.8rem}
 .pairs img+img{margin-top:.3rem}
-.quads{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(28rem,100%),1fr));gap:1.5rem 2rem;margin-top:.8rem}
+.quads{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(28rem,100%),1fr));
+gap:1.5rem 2rem;margin-top:.8rem}
 .quad{display:grid;grid-template-columns:repeat(4,1fr);gap:.3rem .5rem}.quad small{grid-column:1/-1}
 .quad span{font-size:.875rem;color:var(--soft)}
-.cards{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(30rem,100%),1fr));gap:1rem;margin-top:.8rem}
-.views{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(9rem,100%),1fr));gap:.6rem .7rem;align-items:end}
+.cards{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(30rem,100%),1fr));gap:1rem;
+margin-top:.8rem}
+.views{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(9rem,100%),1fr));
+gap:.6rem .7rem;align-items:end}
 .lettered{grid-template-columns:repeat(auto-fit,minmax(min(14rem,100%),1fr))}
 .views figcaption{margin:0 0 .2rem}.chips{font-size:.875rem;margin:0;line-height:1.6}
-.chip{white-space:nowrap;margin-right:.7rem}.chip::before{content:"";display:inline-block;width:.8em;height:.8em;margin-right:.35em;
-border:1px solid var(--soft);border-radius:2px;vertical-align:-.05em;background:var(--chip);print-color-adjust:exact}
+.chip{white-space:nowrap;margin-right:.7rem}.chip::before{content:"";display:inline-block;
+width:.8em;height:.8em;margin-right:.35em;
+border:1px solid var(--soft);border-radius:2px;vertical-align:-.05em;background:var(--chip);
+print-color-adjust:exact}
 .narrow{max-width:max-content}.narrow th,.narrow td{padding:.25rem .8rem}
 .answers{grid-template-columns:repeat(auto-fill,minmax(min(20rem,100%),1fr))}
-.card{display:grid;grid-template-columns:6.5rem 1fr;gap:.9rem;align-items:start;background:var(--card);
+.card{display:grid;grid-template-columns:6.5rem 1fr;gap:.9rem;align-items:start;
+background:var(--card);
 border:1px solid var(--line);border-radius:.5rem;padding:.7rem}
 .tall{grid-template-columns:1fr;align-content:start}
 .row{padding:.25rem 0;display:grid;grid-auto-flow:column;grid-auto-columns:minmax(0,1fr);gap:.5rem}
@@ -437,8 +474,10 @@ border:1px solid var(--line);border-radius:.5rem;padding:.7rem}
 .card dl{margin:0;overflow-wrap:anywhere}.card b+dl{margin-top:.25rem}
 .card dt{font-size:.8125rem;line-height:1.3}.card dd{margin:0 0 .35rem}
 mark{color:inherit;background:none;border-radius:.25rem;padding:0 .25rem;white-space:nowrap}
-.right{color:var(--right);background:var(--right-bg)}.wrong{color:var(--wrong);background:var(--wrong-bg)}
+.right{color:var(--right);background:var(--right-bg)}.wrong{color:var(--wrong);
+background:var(--wrong-bg)}
 .wrong i{color:var(--soft);font-size:.85em}
-.gap{display:inline-block;min-width:3em;border-bottom:2px solid var(--soft);border-radius:0;line-height:1.1}
+.gap{display:inline-block;min-width:3em;border-bottom:2px solid var(--soft);border-radius:0;
+line-height:1.1}
 details{margin:.5rem 0}summary{cursor:pointer}
 """

@@ -53,18 +53,30 @@ def panels(runs: Sequence[Run]) -> list[Panel]:
 def vqkd_panels(runs: Sequence[Run]) -> Iterator[Panel]:
     """Codebook usage, what each code looks like, and pictures as their codes see them."""
     for run, name in named(runs):
-        lead = "How often each code is given to held-out pictures, and what its patches look like on average."
+        lead = (
+            "How often each code is given to held-out pictures, and what its patches look like on "
+            "average."
+        )
         yield panel(f"The codebook{name}", lead, partial(_codebook, run))
-        lead = "Held-out pictures, and beneath each the same with every patch replaced by its code's average."
+        lead = (
+            "Held-out pictures, and beneath each the same with every patch replaced by its code's "
+            "average."
+        )
         yield panel(f"Pictures in codes{name}", lead, partial(_code_maps, run))
 
 
 def pretrain_panels(runs: Sequence[Run]) -> Iterator[Panel]:
     """Hidden patches filled in as codes, hidden words filled in with and without the picture."""
     for run, name in named(runs):
-        lead = "Held-out pictures with patches hidden, filled in with the average patches of the guessed codes."
+        lead = (
+            "Held-out pictures with patches hidden, filled in with the average patches of the "
+            "guessed codes."
+        )
         yield panel(f"Hidden patches{name}", lead, partial(_hidden_patches, run))
-        lead = "Captions of held-out pictures with words hidden, filled in with the picture in view and without it."
+        lead = (
+            "Captions of held-out pictures with words hidden, filled in with the picture in view "
+            "and without it."
+        )
         yield panel(f"Hidden words{name}", lead, partial(_hidden_words, run))
 
 
@@ -139,7 +151,8 @@ def _codebook(run: Run) -> str:
             (f"{perplexity:.1f}", "perplexity"),
         )
         + f'<div class="wide"><figure>{usage_bars(held_out.counts)}</figure>'
-        + f"<figure>{picture(mosaic, caption, mosaic=True)}<figcaption>{caption}</figcaption></figure></div>"
+        + f"<figure>{picture(mosaic, caption, mosaic=True)}"
+        f"<figcaption>{caption}</figcaption></figure></div>"
     )
 
 
@@ -194,7 +207,7 @@ def _hidden_patches(run: Run) -> str:
     masked = [example for example in examples if example["image_mask"].any()]
     batch = task.collate(masked[:: max(1, len(masked) // 6)][:6])
     guesses = task.outputs(batch)["image_logits"].argmax(-1).numpy()
-    truth, masks = task.codes(batch).numpy(), batch["image_mask"].numpy()
+    truth, masks = task.compute_codes(batch).numpy(), batch["image_mask"].numpy()
     rows = map(patch_row, pixels(batch["token_image"]), masks, guesses, truth, repeat(book))
     heads = "".join(
         f"<span>{name}</span>" for name in ("picture", "as seen", "filled in", "true codes")
@@ -249,14 +262,16 @@ def _hidden_words(run: Run) -> str:
         else " It has never trained on a text without a picture."
     )
     rows = np.unique(np.linspace(0, len(batch["id"]) - 1, 8).round().astype(int))
+    cards = "".join(word_card(task, batch, guesses, row) for row in rows)
     return (
         figures(
             (f"{seeing:.0%}", "of hidden words right with the picture"),
             (f"{blind:.0%}", "without it"),
         )
         + f"<p>Over {len(batch['id'])} held-out pairs.{caveat} "
-        + '<mark class="right">✓ right</mark> <mark class="wrong">✗ wrong <i>true word</i></mark></p>'
-        + f'<div class="cards">{"".join(word_card(task, batch, guesses, row) for row in rows)}</div>'
+        + '<mark class="right">✓ right</mark> '
+        '<mark class="wrong">✗ wrong <i>true word</i></mark></p>'
+        + f'<div class="cards">{cards}</div>'
     )
 
 
@@ -304,7 +319,8 @@ def word_card(task: Pretrain, batch: Batch, guesses: tuple[Tensor, Tensor], row:
         f"<dt>{name}</dt><dd>{sentence(task.tokenizer, whole, hidden, guess)}</dd>"
         for name, guess in (("as seen", ()), ("with picture", seeing), ("without", blind))
     )
-    return f'<div class="card">{picture(image, f"picture of: {task.tokenizer.decode(whole)}")}<dl>{body}</dl></div>'
+    shown = picture(image, f"picture of: {task.tokenizer.decode(whole)}")
+    return f'<div class="card">{shown}<dl>{body}</dl></div>'
 
 
 def sentence(

@@ -176,13 +176,14 @@ class ViTAdapter(nn.Module):
     def init_parameter(self, name: str, parameter: Tensor, generator: torch.Generator) -> None:
         """Initial values of the parameter of this name, as ViT-Adapter has them.
 
-        | parameter                             | values                                                        |
-        |---------------------------------------|---------------------------------------------------------------|
-        | norms; other biases                   | 1, 0; 0                                                       |
-        | gates; level embedding                | `gate_init`; normal 1                                         |
-        | attention's offsets; its weights      | 0, the bias in all directions around; 0                       |
-        | attention's value, out                | Xavier                                                        |
-        | convolutions; other linear layers     | normal sqrt(2 / outputs that one input reaches); normal .02   |
+        | parameter                             | values                                           |
+        |---------------------------------------|--------------------------------------------------|
+        | norms; other biases                   | 1, 0; 0                                          |
+        | gates; level embedding                | `gate_init`; normal 1                            |
+        | attention's offsets; its weights      | 0, the bias in all directions around; 0          |
+        | attention's value, out                | Xavier                                           |
+        | convolutions                          | normal, sqrt(2 / outputs that one input reaches) |
+        | other linear layers                   | normal .02                                       |
         """
         path, _, kind = name.rpartition(".")
         layer, part = self.get_submodule(path), path.rpartition(".")[2]

@@ -105,13 +105,13 @@ class MaskHead(nn.Module):
     def init_parameter(self, name: str, parameter: Tensor, generator: torch.Generator) -> None:
         """The release of Mask2Former, in place.
 
-        | parameter                                        | values                                          |
-        |--------------------------------------------------|-------------------------------------------------|
-        | norms; biases                                    | 1, 0; 0                                         |
-        | query and level embeddings                       | normal, deviation 1                             |
-        | deformable attention: offsets; its weights       | 0, bias in each head's own direction; 0         |
-        | mask MLP and classes, with their biases          | uniform within 1 / sqrt(inputs), torch's own    |
-        | every other matrix and kernel                    | Xavier, uniform                                 |
+        | parameter                                        | values                                |
+        |--------------------------------------------------|---------------------------------------|
+        | norms; biases                                    | 1, 0; 0                               |
+        | query and level embeddings                       | normal, deviation 1                   |
+        | deformable attention: offsets; its weights     | 0, bias in each head's own direction; 0 |
+        | mask MLP and classes, with their biases   | uniform within 1 / sqrt(inputs), torch's own |
+        | every other matrix and kernel                    | Xavier, uniform                       |
         """
         from beit3.segmentation.mask2former import offsets
 

@@ -52,7 +52,10 @@ class InferenceConfig:
                 "more leaves gaps"
             )
         if not 0 < self.short <= self.long or self.multiple < 1 or self.windows < 1:
-            sizes = f"short {self.short}, long {self.long}, multiple {self.multiple}, windows {self.windows}"
+            sizes = (
+                f"short {self.short}, long {self.long}, multiple {self.multiple}, windows "
+                f"{self.windows}"
+            )
             raise ValueError(f"{sizes}: give 1 or more, and no short above long")
         if not self.scales or min(self.scales) <= 0:
             raise ValueError(f"scales {self.scales}: give one factor above 0 or more")

@@ -85,6 +85,10 @@ class Ade20kConfig(TaskConfig):
         return self.classes
 
     @property
+    def head_sizes(self) -> Mapping[str, int]:
+        return {"num_classes": self.num_classes}
+
+    @property
     def base_depth(self) -> int:
         return max(2, self.adapter.num_interactions)
 

@@ -1,11 +1,10 @@
-"""BEiT-3 without a head: features of images, texts or pairs (paper figure 3), for search, for
-probes, for other heads.
+"""BEiT-3 without a head: features of images, texts or pairs (paper figure 3).
 
-Nothing trains here. It is what a bare backbone loads into, and every released file whose own task
-this version lacks.
-Batches hold `image` [B, 3, H, W], uint8 or normalised, and/or `text` [B, L] with `text_padding` [B,
-L]; both together are encoded as one
-fused sequence, so for a dual encoder make one batch of each.
+They serve search, probes and other heads; nothing trains here. A bare backbone loads into this
+task, and so does every released file whose own task this version lacks.
+
+Batches hold `image` [B, 3, H, W], uint8 or normalized, and/or `text` [B, L] with `text_padding`
+[B, L]. Both together are encoded as one fused sequence; for a dual encoder make a batch of each.
 """
 
 from collections.abc import Mapping
@@ -17,7 +16,7 @@ from torch import Tensor
 from beit3.images import open_image
 from beit3.model.beit3 import BEiT3
 from beit3.recipe import Recipe, TaskConfig
-from beit3.task import Batch, Example, Prediction, Record, Task
+from beit3.task import Batch, Example, Prediction, Record, Task, make_record
 from beit3.tokenizer.text import TextTokenizer
 
 
@@ -33,43 +32,41 @@ class Backbone(Task):
         self.backbone = BEiT3(config.model)
 
     def record(self, image: Any = None, text: str | None = None) -> Record:
-        """Raw inputs -> record: an image, a text or both; None or an empty string leaves one
-        out."""
-        given = {"image": image, "text": text}
-        return {"id": "0"} | {
-            name: value for name, value in given.items() if value not in (None, "")
-        }
+        """Makes a record of an image, a text or both; None or an empty string leaves one out."""
+        return make_record(image=image, text=text)
 
     def example(
         self, record: Record, train: bool, *, rng: np.random.Generator | None = None
     ) -> Example:
-        """`image` uint8 [3, S, S], `text` and `text_padding` [L], of whatever the record holds."""
+        """Returns what the record holds: `image` uint8 [3, S, S], `text` and `text_padding` [L]."""
+        config = self.config
         example: Example = {"id": str(record["id"])}
         if "image" in record:
-            example["image"] = self.config.image.preprocess(open_image(record["image"]))
+            example["image"] = config.image.preprocess(open_image(record["image"]))
         if "text" in record:
-            example["text"], example["text_padding"] = self.tokenize_text(
-                record["text"], self.config.text_length
-            )
+            text, padding = self.tokenize_text(record["text"], config.text_length)
+            example["text"], example["text_padding"] = text, padding
         return example
 
     def outputs(self, batch: Batch) -> dict[str, Tensor]:
-        """`tokens` [B, N, D], and its parts `image` [B, 1 + P, D] and `text` [B, L, D] as far as
-        they are present."""
+        """Returns the states of all `tokens` [B, N, D], and by modality what is present of them.
+
+        `image` is [B, 1 + P, D], class token first; `text` is [B, L, D], BOS first.
+        """
         image = self.normalize_images(batch) if "image" in batch else None
         encoded = self.backbone(image, batch.get("text"), text_padding=batch.get("text_padding"))
-        return {"tokens": encoded.tokens} | {name: encoded.of(name) for name, _ in encoded.spans}
+        outputs = {"tokens": encoded.tokens}
+        for name, _ in encoded.spans:
+            outputs[name] = encoded.of(name)
+        return outputs
 
     def predict(self, batch: Batch) -> list[Prediction]:
-        """`image`: the class token's feature, `text`: the begin mark's, each a list of D
-        numbers."""
+        """Returns the class token's state as `image` and that of BOS as `text`, lists of floats."""
         outputs = self.outputs(batch)
-        features = {
-            name: outputs[name][:, 0].float().tolist()
-            for name in ("image", "text")
-            if name in outputs
-        }
-        return [
-            {"id": key} | {name: rows[i] for name, rows in features.items()}
-            for i, key in enumerate(batch["id"])
-        ]
+        predictions: list[Prediction] = [{"id": id} for id in batch["id"]]
+        for modality in ("image", "text"):
+            if modality in outputs:
+                features = outputs[modality][:, 0].float().tolist()
+                for prediction, feature in zip(predictions, features, strict=True):
+                    prediction[modality] = feature
+        return predictions

@@ -52,6 +52,7 @@ class CaptioningConfig(TaskConfig):
     """Defaults are the release's. The paper's giant masks 60 % and keeps the worst tokens."""
 
     # The attention mask is made for the patch grid of the model.
+    fixed_image_size: ClassVar[bool] = True
 
     text_length: int = 32
     """Tokens of a caption, BOS and EOS included, in training and when one is written."""

@@ -1,13 +1,11 @@
-"""Object detection and instance segmentation on COCO (paper sections 3.3 and table 7), and boxes
-alone on Objects365.
+"""Object detection and instance segmentation on COCO (paper section 3.3 and table 7), and detection
+on Objects365.
 
 The image side of BEiT-3 with window attention, ViTDet's pyramid, a cascade of three box heads and a
-mask head; its weights
-were never released. Widths, schedule and batch of the giant are the paper's (appendix, tables 15
-and 16); what the paper
-leaves out is ViTDet's and EVA's (docs/dense.md says which). A record: an image and its objects,
-each a box [x, y, w, h] in
-pixels, a label, and polygons or an RLE.
+mask head. These weights were never released. Width, schedule and batch size of the giant are the
+paper's (appendix, tables 15 and 16); what the paper does not state is taken from ViTDet and EVA
+(docs/dense.md lists it). A record has an image and its objects: a box [x, y, w, h] in pixels, a
+label, and polygons or an RLE.
 """
 
 import json
@@ -24,22 +22,23 @@ from torch import Tensor
 from beit3.data.prepare.formats.instances import instances
 from beit3.data.prepare.splits import BAD_SHARE, write_splits
 from beit3.data.stores.split_files import locate_split
-from beit3.data.views.jitter import (
-    ObjectAnnotations,
-    VisibleObjects,
-    large_scale_jitter,
-    pad_to_square,
-)
+from beit3.data.views.jitter import large_scale_jitter, pad_to_square
 from beit3.data.views.preprocessing import (
     IMAGENET_MEAN_STD,
     VL_MEAN_STD,
     Preprocessing,
     clear_padding,
 )
-from beit3.detection.cascade import Target
 from beit3.detection.config import DetectorConfig
 from beit3.detection.detector import Detector
-from beit3.detection.inference import Detections, ImageView, detect_objects, flip_view
+from beit3.detection.inference import ImageView, detect_objects, flip_view
+from beit3.detection.records import (
+    collate_objects,
+    format_coco_results,
+    format_detections,
+    read_objects,
+    split_targets,
+)
 from beit3.files import write_text
 from beit3.images import open_image
 from beit3.metrics.detection import COCO_METRICS, IouKind, compute_coco_ap
@@ -59,36 +58,37 @@ from beit3.task import (
 from beit3.tokenizer.text import TextTokenizer
 
 CATEGORIES_FILE = "categories.json"
-"""Beside the records: [{"id", "name"}] in the order of the labels."""
+"""File beside the records: [{"id", "name"}] in the order of the labels."""
 
 
 @dataclass(frozen=True)
 class CocoConfig(TaskConfig):
-    """All that inference needs."""
+    """Settings of detection. Sizes are in pixels."""
 
     model: ModelConfig = BASE
     image: Preprocessing = Preprocessing(1024, *IMAGENET_MEAN_STD, resize="fit")
-    """`image_size` is the side of the square that pictures are fitted into, at training and at
+    """`image_size` is the side of the square into which images are fitted, in training and at
     evaluation."""
     detector: DetectorConfig = DetectorConfig()
     categories: tuple[str, ...] = ()
     """Names of the labels; empty = taken from the records."""
     category_ids: tuple[int, ...] = ()
-    """What the data set calls them; its evaluation server asks for these."""
+    """The dataset's own ids of the labels, which its evaluation server expects."""
     num_classes: int = 80
     window: int = 16
-    """Patches a side that most blocks attend within; 0 = all see the whole picture."""
+    """Side, in patches, of the windows within which most blocks attend; 0 = global attention."""
     num_global: int = 4
-    """Blocks that see the whole picture nevertheless, evenly spaced."""
+    """Number of evenly spaced blocks with global attention if there are windows."""
     scale: tuple[float, float] = (0.1, 2.0)
-    """Large-scale jitter: pictures are fitted into the square times a factor between these."""
+    """Range of the factor by which large-scale jitter scales images that fit the square."""
     flip: float = 0.5
+    """Probability of a horizontal flip in training."""
     test_sizes: tuple[int, ...] = ()
-    """Sides of further squares whose detections are merged with those of `image` at evaluation."""
+    """Sides of additional squares for multi-scale evaluation; their detections are merged."""
     test_flip: bool = False
-    """Whether each is seen mirrored too."""
+    """Whether evaluation adds a flipped view of each size."""
     resize_patch: bool = False
-    """Whether to start from weights of another patch size, their kernel resampled."""
+    """Whether to start from weights of another patch size and resample their patch kernel."""
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -99,44 +99,24 @@ class CocoConfig(TaskConfig):
         return max(2, self.num_global)
 
 
-def _vitdet(model: ModelConfig, rate: float, layer_decay: float, note: str) -> Recipe:
-    """ViTDet's settings (its release): batch 64, two drops, no clipping."""
+# Recipes ------------------------------------------------------------------------------------------
+
+
+def _make_full_size_recipe(
+    task: CocoConfig, *, lr: float, layer_decay: float, epochs: float, note: str
+) -> Recipe:
+    """Returns a recipe with ViTDet's settings (its release): batch 64, two drops of the learning
+    rate, no gradient clipping."""
     return Recipe(
-        task=CocoConfig(model=replace(model, drop_path_rate=rate, final_norm=False)),
+        task=task,
         data=DataConfig(batch={"main": 64}, workers=8),
         optim=OptimConfig(
-            lr=1e-4,
+            lr=lr,
             min_lr=0.0,
             weight_decay=0.1,
             warmup_steps=250,
             schedule="steps",
             layer_decay=layer_decay,
-        ),
-        run=RunConfig(
-            epochs=100,
-            micro_batch=1,
-            checkpointing="full",
-            log_every=50,
-            eval_every=10_000,
-            save_every=2_000,
-        ),
-        note=note,
-    )
-
-
-def _giant(size: int, lr: float, epochs: float, detector: DetectorConfig, note: str) -> Recipe:
-    """The paper's giant (tables 15 and 16), whose patches of 14 pixels become 16."""
-    model = replace(GIANT, patch_size=16, drop_path_rate=0.6, final_norm=False)
-    return Recipe(
-        task=CocoConfig(
-            model=model,
-            image=Preprocessing(size, *IMAGENET_MEAN_STD, resize="fit"),
-            detector=detector,
-            resize_patch=True,
-        ),
-        data=DataConfig(batch={"main": 64}, workers=8),
-        optim=OptimConfig(
-            lr=lr, min_lr=0.0, weight_decay=0.1, warmup_steps=250, schedule="steps", layer_decay=0.9
         ),
         run=RunConfig(
             epochs=epochs,
@@ -150,9 +130,33 @@ def _giant(size: int, lr: float, epochs: float, detector: DetectorConfig, note: 
     )
 
 
-def _on_processor(
-    model: ModelConfig, size: int, detector: DetectorConfig, batch: int, steps: int, note: str
+def _make_vitdet_recipe(
+    model: ModelConfig, *, drop_path_rate: float, layer_decay: float, note: str
 ) -> Recipe:
+    model = replace(model, drop_path_rate=drop_path_rate, final_norm=False)
+    return _make_full_size_recipe(
+        CocoConfig(model=model), lr=1e-4, layer_decay=layer_decay, epochs=100, note=note
+    )
+
+
+def _make_giant_recipe(
+    size: int, *, lr: float, epochs: float, detector: DetectorConfig, note: str
+) -> Recipe:
+    """Returns a recipe for the paper's giant (tables 15 and 16) with patches of 16 instead of 14
+    pixels."""
+    task = CocoConfig(
+        model=replace(GIANT, patch_size=16, drop_path_rate=0.6, final_norm=False),
+        image=Preprocessing(size, *IMAGENET_MEAN_STD, resize="fit"),
+        detector=detector,
+        resize_patch=True,
+    )
+    return _make_full_size_recipe(task, lr=lr, layer_decay=0.9, epochs=epochs, note=note)
+
+
+def _make_cpu_recipe(
+    model: ModelConfig, size: int, *, detector: DetectorConfig, batch: int, note: str
+) -> Recipe:
+    """Returns a recipe for training on a CPU."""
     return Recipe(
         task=CocoConfig(
             model=replace(model, final_norm=False),
@@ -164,7 +168,7 @@ def _on_processor(
         ),
         data=DataConfig(batch={"main": batch}),
         optim=OptimConfig(lr=1e-3, weight_decay=0.05, warmup_steps=30, clip=3.0, layer_decay=0.8),
-        run=RunConfig(steps=steps, log_every=10, save_every=100),
+        run=RunConfig(steps=400, log_every=10, save_every=100),
         note=note,
     )
 
@@ -200,8 +204,11 @@ _LAPTOP = replace(
 )
 
 
+# Task ---------------------------------------------------------------------------------------------
+
+
 class Coco(Task):
-    """A windowed trunk and the detector above it."""
+    """Detects objects with a windowed trunk and a detector."""
 
     Config = CocoConfig
     headline = "box_ap"
@@ -210,26 +217,41 @@ class Coco(Task):
         f"backbone.{name}": reason for name, reason in ImageTrunk.unused_parameters.items()
     }
     recipes: ClassVar[Mapping[str, Recipe]] = {
-        "demo": _on_processor(
-            TINY, 64, _DEMO, 16, 400, "the embedded world's shapes, in minutes on two CPU cores"
+        "demo": _make_cpu_recipe(
+            TINY,
+            64,
+            detector=_DEMO,
+            batch=16,
+            note="the embedded world's shapes, in minutes on two CPU cores",
         ),
-        "laptop": _on_processor(SMALL, 320, _LAPTOP, 4, 400, "photographs on two CPU cores"),
-        "base_1024": _vitdet(
+        "laptop": _make_cpu_recipe(
+            SMALL, 320, detector=_LAPTOP, batch=4, note="photographs on two CPU cores"
+        ),
+        "base_1024": _make_vitdet_recipe(
             BASE,
-            0.1,
-            0.7,
-            "ViTDet's settings for the released base; of MAE's: box AP 54.0, mask AP 46.7",
+            drop_path_rate=0.1,
+            layer_decay=0.7,
+            note="ViTDet's settings for the released base; of MAE's: box AP 54.0, mask AP 46.7",
         ),
-        "large_1024": _vitdet(LARGE, 0.4, 0.8, "the same for large; of MAE's: 57.6, 50.0"),
-        "giant_1024_objects365": _giant(
-            1024, 1e-4, 15, DetectorConfig(masks=False), "paper: the Objects365 stage, boxes alone"
+        "large_1024": _make_vitdet_recipe(
+            LARGE,
+            drop_path_rate=0.4,
+            layer_decay=0.8,
+            note="the same for large; of MAE's: 57.6, 50.0",
         ),
-        "giant_1280": _giant(
+        "giant_1024_objects365": _make_giant_recipe(
+            1024,
+            lr=1e-4,
+            epochs=15,
+            detector=DetectorConfig(masks=False),
+            note="paper: the Objects365 stage, boxes alone",
+        ),
+        "giant_1280": _make_giant_recipe(
             1280,
-            5e-5,
-            20,
-            DetectorConfig(),
-            "paper, from giant_1024_objects365: test-dev box AP 63.7, mask AP 54.8",
+            lr=5e-5,
+            epochs=20,
+            detector=DetectorConfig(),
+            note="paper, from giant_1024_objects365: test-dev box AP 63.7, mask AP 54.8",
         ),
     }
 
@@ -238,22 +260,7 @@ class Coco(Task):
     def __init__(self, config: CocoConfig, *, tokenizer: TextTokenizer | None = None):
         super().__init__(config, tokenizer=tokenizer)
         self.config: CocoConfig = config
-        if config.image.resize != "fit":
-            raise ValueError(
-                f"task.image.resize {config.image.resize}: detection fits whole pictures into a "
-                "square, give fit"
-            )
-        if config.categories and len(config.categories) != config.num_classes:
-            raise ValueError(
-                f"{len(config.categories)} categories for {config.num_classes} classes: give the "
-                "list of these weights"
-            )
-        for size in self.sizes:
-            if size % config.model.patch_size:
-                raise ValueError(
-                    f"a square of {size} px is no multiple of the {config.model.patch_size} px "
-                    "patch: give one that is"
-                )
+        self._check_config()
         self.backbone = ImageTrunk(config.model, window=config.window, num_global=config.num_global)
         self.detector = Detector(
             config.model.dim,
@@ -262,13 +269,33 @@ class Coco(Task):
             config=config.detector,
         )
 
+    def _check_config(self) -> None:
+        config = self.config
+        if config.image.resize != "fit":
+            raise ValueError(
+                f"task.image.resize {config.image.resize}: detection fits entire images into a "
+                "square, give fit"
+            )
+        if config.categories and len(config.categories) != config.num_classes:
+            raise ValueError(
+                f"{len(config.categories)} categories for {config.num_classes} classes: give the "
+                "list of these weights"
+            )
+        patch_size = config.model.patch_size
+        for size in self.sizes:
+            if size % patch_size:
+                raise ValueError(
+                    f"image size {size} px is no multiple of the {patch_size} px patch: give one "
+                    "that is"
+                )
+
     @property
     def sizes(self) -> tuple[int, ...]:
-        """Sides of the squares that evaluation sees, each once, the usual one first."""
+        """Sides of the squares of evaluation without duplicates, that of training first."""
         return tuple(dict.fromkeys((self.config.image.image_size, *self.config.test_sizes)))
 
     def init_parameter(self, name: str, parameter: Tensor, generator: torch.Generator) -> None:
-        """The detector's own initial values, the trunk's as everywhere."""
+        """Initializes the detector by its own rules, everything else as in every task."""
         if name.startswith("detector."):
             self.detector.init_parameter(name.removeprefix("detector."), parameter, generator)
         else:
@@ -280,26 +307,26 @@ class Coco(Task):
     def prepare(
         raw: Path, root: Path, source: str, *, bad_share: float = BAD_SHARE
     ) -> Mapping[str, Any]:
-        """COCO's instances_*.json or Objects365's files -> records, and the categories beside them.
+        """Converts COCO's instances_*.json or Objects365's files to records and a list of
+        categories.
 
-        bad_share: images that may be missing or unreadable; Objects365 is seldom whole.
+        `bad_share` is the largest fraction of images that may be missing or unreadable; copies of
+        Objects365 are seldom complete.
         """
-        repaired: Counter[str] = Counter()
-        categories, rows = instances(raw, repaired=repaired)
-        report = write_splits(root, "coco", source, rows, bad_share=bad_share)
+        repairs: Counter[str] = Counter()
+        categories, rows = instances(raw, repaired=repairs)
+        report = dict(write_splits(root, "coco", source, rows, bad_share=bad_share))
         write_text(
             root / "coco" / source / CATEGORIES_FILE,
             json.dumps(categories, indent=1, ensure_ascii=False) + "\n",
         )
-        return (
-            dict(report)
-            | {"categories": len(categories)}
-            | {f"repaired: {what}": count for what, count in sorted(repaired.items())}
-        )
+        report["categories"] = len(categories)
+        report |= {f"repaired: {kind}": count for kind, count in sorted(repairs.items())}
+        return report
 
     @staticmethod
     def configure(config: TaskConfig, root: Path) -> TaskConfig:
-        """Take the categories from beside the records."""
+        """Sets the categories to those beside the records."""
         assert isinstance(config, CocoConfig)
         file = locate_split(root, "coco", "main", "train").with_name(CATEGORIES_FILE)
         if not file.is_file():
@@ -309,228 +336,159 @@ class Coco(Task):
         return replace(config, categories=names, category_ids=ids, num_classes=len(categories))
 
     def record(self, image: Any) -> Record:
-        """Raw inputs -> record."""
+        """Returns a record of an image that `open_image` reads."""
         return {"id": "0", "image": image}
 
     def example(
         self, record: Record, train: bool, *, rng: np.random.Generator | None = None
     ) -> Example:
-        """`image` uint8 [3, S, S], of which `size` [2] (height, width) is picture and the rest
-        padding; `original` [2], its own size.
+        """Returns an image in a square, and its objects if `train` is set.
 
-        For training what is seen of its objects: `boxes` [n, 4], `labels` [n], and `masks` uint8
-        [n, *size] where they are learnt.
-        Crowd regions teach nothing, nor do objects without an outline where outlines are learnt.
-        Without: a view, `image@S` and
-        `size@S`, for each further test size.
+        `image` is uint8 [3, S, S], padded at the bottom and on the right; `size` [2] is the height
+        and width without padding, `original` [2] those of the image itself. Training adds the
+        visible objects: `boxes` [n, 4], `labels` [n] and, with masks, `masks` uint8 [n, *size].
+        Evaluation adds `image@S` and `size@S` for each further test size S.
         """
         image, config = open_image(record["image"]), self.config
-        side = config.image.image_size
+        train_size = config.image.image_size
         example: Example = {"id": str(record["id"]), "original": torch.tensor(image.shape[1:])}
         if train:
-            objects = self.objects(record)
-            view, seen = large_scale_jitter(
+            annotations = read_objects(
+                record, num_classes=config.num_classes, masks=config.detector.masks
+            )
+            crop, visible = large_scale_jitter(
                 image,
-                objects,
+                annotations,
                 rng or make_record_rng(record),
-                size=side,
+                size=train_size,
                 scale=config.scale,
                 flip=config.flip,
             )
-            return example | _padded(view, side) | _seen(seen)
+            example |= _pad(crop, train_size)
+            example |= {"boxes": visible.boxes, "labels": visible.labels}
+            return example if visible.masks is None else example | {"masks": visible.masks}
         for size in self.sizes:
-            view = replace(config.image, image_size=size).preprocess(image)
-            example |= {
-                f"{name}{_at(size, side)}": value for name, value in _padded(view, size).items()
-            }
+            resized = replace(config.image, image_size=size).preprocess(image)
+            suffix = self._get_key_suffix(size)
+            for name, value in _pad(resized, size).items():
+                example[f"{name}{suffix}"] = value
         return example
 
-    def objects(self, record: Record) -> ObjectAnnotations:
-        """What a record's picture teaches; ValueError where it says nothing of objects, or of masks
-        that are to be learnt."""
-        if "objects" not in record:
-            raise ValueError(
-                f"record {record['id']} says nothing of objects: train on a split that has them"
-            )
-        known = [each for each in record["objects"] if not each["crowd"]]
-        if self.config.detector.masks and known:
-            known = [each for each in known if each.get("segmentation")]
-            if not known:
-                raise ValueError(
-                    f"record {record['id']} has boxes without outlines: learn boxes alone, "
-                    "--task.detector.masks False"
-                )
-        boxes = torch.tensor([each["box"] for each in known], dtype=torch.float32).view(-1, 4)
-        labels = torch.tensor([int(each["label"]) for each in known], dtype=torch.int64)
-        if (
-            len(labels)
-            and not 0 <= int(labels.min()) <= int(labels.max()) < self.config.num_classes
-        ):
-            raise ValueError(
-                f"one of the labels {labels.tolist()[:20]} is none of the "
-                f"{self.config.num_classes} categories: prepare again"
-            )
-        boxes[:, 2:] += boxes[:, :2]
-        outlines = [each["segmentation"] for each in known] if self.config.detector.masks else None
-        return ObjectAnnotations(boxes, labels, outlines)
+    def _get_key_suffix(self, size: int) -> str:
+        """Returns what an example's keys end in for a test size: "" for that of training."""
+        return "" if size == self.config.image.image_size else f"@{size}"
 
     def collate(self, examples: Sequence[Example]) -> Batch:
-        """Objects of all images one after the other, `counts` [B] of each; masks [N, H, W] with H,
-        W the largest size here."""
-        ragged = ("boxes", "labels", "masks")
+        """Stacks the images and concatenates the objects, as `collate_objects` documents."""
+        object_keys = ("boxes", "labels", "masks")
         batch = super().collate(
             [
-                {key: value for key, value in example.items() if key not in ragged}
+                {key: value for key, value in example.items() if key not in object_keys}
                 for example in examples
             ]
         )
-        if "boxes" not in examples[0]:
-            return batch
-        batch |= {key: torch.cat([example[key] for example in examples]) for key in ragged[:2]}
-        batch["counts"] = torch.tensor([len(example["labels"]) for example in examples])
-        if "masks" in examples[0]:
-            height, width = batch["size"].amax(0).tolist()
-            batch["masks"] = torch.zeros(len(batch["labels"]), height, width, dtype=torch.uint8)
-            for room, example in zip(
-                batch["masks"].split(batch["counts"].tolist()), examples, strict=True
-            ):
-                room[:, : example["masks"].shape[1], : example["masks"].shape[2]] = example["masks"]
-        return batch
+        return batch | collate_objects(examples) if "boxes" in examples[0] else batch
 
-    def normalize_images(self, batch: Batch, at: str = "") -> Tensor:
-        """Those of every task, with zeros, the mean color, in the padding; `at`: of a further test
-        size, "@1280"."""
-        return clear_padding(
-            super().normalize_images({"image": batch[f"image{at}"]}), batch[f"size{at}"]
-        )
+    def normalize_images(self, batch: Batch, suffix: str = "") -> Tensor:
+        """Normalizes the images and sets their padding to zero, which is the mean color.
+
+        `suffix` selects a further test size, as "@1280".
+        """
+        pixels = super().normalize_images({"image": batch[f"image{suffix}"]})
+        return clear_padding(pixels, batch[f"size{suffix}"])
 
     # Training -------------------------------------------------------------------------------------
 
     def targets(self, batch: Batch) -> dict[str, int]:
-        """Every loss is a mean over images."""
-        stages = len(self.config.detector.stage_ious)
-        names = [
-            "rpn_objectness",
-            "rpn_box",
-            *(f"box{stage}_{part}" for stage in range(stages) for part in ("class", "box")),
-        ]
-        return dict.fromkeys(names + ["mask"] * self.config.detector.masks, len(batch["image"]))
+        """Returns the number of images for every loss, because each is a mean over images."""
+        names = ["rpn_objectness", "rpn_box"]
+        for stage in range(len(self.config.detector.stage_ious)):
+            names += [f"box{stage}_class", f"box{stage}_box"]
+        if self.config.detector.masks:
+            names.append("mask")
+        return dict.fromkeys(names, len(batch["image"]))
 
     def forward(self, batch: Batch) -> dict[str, dict[str, Tensor]]:
-        """The proposals', each stage's and the masks' losses, all of weight 1."""
-        counts = batch["counts"].tolist()
-        masks = batch["masks"].split(counts) if self.config.detector.masks else [None] * len(counts)
-        targets = [
-            Target(*each)
-            for each in zip(
-                batch["boxes"].split(counts), batch["labels"].split(counts), masks, strict=True
-            )
-        ]
-        return {
-            "losses": self.detector.losses(
-                self.backbone(self.normalize_images(batch)), batch["size"], targets
-            ),
-            "metrics": {},
-        }
+        """Returns the losses of the proposals, of each stage and of the masks, all of weight 1."""
+        features = self.backbone(self.normalize_images(batch))
+        targets = split_targets(batch, masks=self.config.detector.masks)
+        losses = self.detector.compute_losses(features, batch["size"], targets)
+        return {"losses": losses, "metrics": {}}
 
     def outputs(self, batch: Batch) -> dict[str, Tensor]:
-        """`boxes` [R, 4] and `scores` [R, C] of all images before any NMS, one after the other,
-        `counts` [B] of each."""
-        found = self.detector.detect(
-            self.detector.pyramid(self.backbone(self.normalize_images(batch))), batch["size"]
-        )
+        """Returns the boxes of all images before NMS.
+
+        They are concatenated: `boxes` [R, 4], `scores` [R, C], and `counts` [B] per image.
+        """
+        maps = self.detector.pyramid(self.backbone(self.normalize_images(batch)))
+        predictions = self.detector.predict_boxes(maps, batch["size"])
         return {
-            "boxes": torch.cat([each.boxes for each in found]),
-            "scores": torch.cat([each.scores for each in found]),
-            "counts": torch.tensor([len(each.boxes) for each in found]),
+            "boxes": torch.cat([predicted.boxes for predicted in predictions]),
+            "scores": torch.cat([predicted.scores for predicted in predictions]),
+            "counts": torch.tensor([len(predicted.boxes) for predicted in predictions]),
         }
 
     # Inference ------------------------------------------------------------------------------------
 
     def predict(self, batch: Batch) -> list[Prediction]:
-        """`objects`, best first: `box` [x, y, w, h] in the picture's own pixels, `label`, `name`,
-        `score`, and `mask`, an RLE."""
+        """Returns the detected objects of each image, best first, as `format_detections` has them.
+
+        Boxes and masks are in the pixels of the image itself.
+        """
+        config = self.config
         views = []
         for size in self.sizes:
-            at = _at(size, self.config.image.image_size)
-            view = ImageView(self.normalize_images(batch, at), batch[f"size{at}"])
-            views += [view, flip_view(view)] if self.config.test_flip else [view]
-        found = detect_objects(
-            self.backbone, self.detector, views, batch["original"], self.config.detector
+            suffix = self._get_key_suffix(size)
+            view = ImageView(self.normalize_images(batch, suffix), batch[f"size{suffix}"])
+            views += [view, flip_view(view)] if config.test_flip else [view]
+        detections = detect_objects(
+            self.backbone, self.detector, views, batch["original"], config.detector
         )
-        return [
-            {"id": key, "height": height, "width": width, "objects": self.named(each)}
-            for key, (height, width), each in zip(
-                batch["id"], batch["original"].tolist(), found, strict=True
+        predictions = []
+        sizes = batch["original"].tolist()
+        for key, (height, width), detected in zip(batch["id"], sizes, detections, strict=True):
+            objects = format_detections(
+                detected, categories=config.categories, category_ids=config.category_ids
             )
-        ]
-
-    def named(self, found: Detections) -> list[dict[str, Any]]:
-        """One picture's detections as JSON."""
-        config, boxes = self.config, found.boxes.clone()
-        boxes[:, 2:] -= boxes[:, :2]
-        rows = []
-        for place, (box, label, score) in enumerate(
-            zip(boxes.tolist(), found.labels.tolist(), found.scores.tolist(), strict=True)
-        ):
-            row = {"box": box, "label": label, "score": score}
-            row |= {"name": config.categories[label]} if config.categories else {}
-            row |= {"category": config.category_ids[label]} if config.category_ids else {}
-            rows.append(row | ({"mask": found.masks[place]} if found.masks is not None else {}))
-        return rows
+            predictions.append({"id": key, "height": height, "width": width, "objects": objects})
+        return predictions
 
     @staticmethod
     def score(predictions: Sequence[Prediction], records: Sequence[Record]) -> dict[str, float]:
-        """COCO's twelve figures of boxes, `box_ap` and so on, and of masks where both sides have
-        them."""
+        """Returns COCO's twelve scores of boxes, `box_ap` and so on, and of masks.
+
+        Masks are scored if all predicted and annotated objects have them.
+        """
         join_by_id(predictions, records)
-        if any("objects" not in row for row in records):
+        if any("objects" not in record for record in records):
             raise ValueError(
                 "some of these records hold no objects to compare with: score a split that has them"
             )
-        outlined = all("mask" in each for row in predictions for each in row["objects"])
-        outlined = outlined and all(
-            each.get("segmentation") for row in records for each in row["objects"]
-        )
-        kinds: tuple[IouKind, ...] = ("box", "mask") if outlined else ("box",)
-        figures = {kind: compute_coco_ap(predictions, records, kind=kind) for kind in kinds}
-        return {f"{kind}_{name}": figures[kind][name] for kind in kinds for name in COCO_METRICS}
+        predicted = [item for prediction in predictions for item in prediction["objects"]]
+        annotated = [item for record in records for item in record["objects"]]
+        kinds: list[IouKind] = ["box"]
+        if all("mask" in item for item in predicted) and all(
+            item.get("segmentation") for item in annotated
+        ):
+            kinds.append("mask")
+        scores: dict[str, float] = {}
+        for kind in kinds:
+            metrics = compute_coco_ap(predictions, records, kind=kind)
+            scores |= {f"{kind}_{name}": metrics[name] for name in COCO_METRICS}
+        return scores
 
     @staticmethod
     def submission(
         predictions: Sequence[Prediction], records: Sequence[Record]
     ) -> list[dict[str, Any]]:
-        """COCO's result list."""
-        rows = []
+        """Returns the predictions in COCO's results format."""
+        results = []
         for prediction, record in join_by_id(predictions, records):
-            for each in prediction["objects"]:
-                if "category" not in each:
-                    raise ValueError(
-                        "these weights know no category ids: fine-tune them on records of `beit3 "
-                        "prepare coco`"
-                    )
-                row = {
-                    "image_id": read_server_id(record),
-                    "category_id": each["category"],
-                    "bbox": each["box"],
-                    "score": each["score"],
-                }
-                rows.append(row | ({"segmentation": each["mask"]} if "mask" in each else {}))
-        return rows
+            if prediction["objects"]:
+                results += format_coco_results(prediction, read_server_id(record))
+        return results
 
 
-def _at(size: int, usual: int) -> str:
-    """What the keys of a view end in: nothing for the usual one."""
-    return "" if size == usual else f"@{size}"
-
-
-def _padded(view: Tensor, side: int) -> Example:
-    """A view uint8 [3, h, w] in its square."""
-    return {"image": pad_to_square(view, side), "size": torch.tensor(view.shape[1:])}
-
-
-def _seen(seen: VisibleObjects) -> Example:
-    """What a view shows, as tensors."""
-    return {"boxes": seen.boxes, "labels": seen.labels} | (
-        {} if seen.masks is None else {"masks": seen.masks}
-    )
+def _pad(image: Tensor, size: int) -> Example:
+    """Pads an image uint8 [3, h, w] to a square."""
+    return {"image": pad_to_square(image, size), "size": torch.tensor(image.shape[1:])}

@@ -38,6 +38,7 @@ from beit3.task import (
     check_same_fields,
     join_by_id,
     make_length_counter,
+    make_record,
     make_record_rng,
     trim_padding,
 )
@@ -266,12 +267,7 @@ class Retrieval(Task):
 
     def record(self, image: Any = None, text: str | None = None) -> Record:
         """Makes a record of an image, a text or both; None or an empty string leaves one out."""
-        record: Record = {"id": "0"}
-        if image not in (None, ""):
-            record["image"] = image
-        if text not in (None, ""):
-            record["text"] = text
-        return record
+        return make_record(image=image, text=text)
 
     def example(
         self, record: Record, train: bool, *, rng: np.random.Generator | None = None

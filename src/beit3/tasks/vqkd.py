@@ -1,8 +1,7 @@
-"""The visual tokenizer as a task: vector-quantised knowledge distillation (BEiT v2, section 3.1).
+"""The visual tokenizer: vector-quantized knowledge distillation (BEiT v2, section 3.1).
 
-An encoder names each patch by a code, a decoder predicts a frozen teacher's feature of every patch
-from the codes
-alone. Pixels come in [0, 1]: the network itself maps them to [-1, 1].
+An encoder gives each patch a code. A decoder predicts a frozen teacher's feature of every patch
+from the codes alone.
 """
 
 from collections.abc import Mapping, Sequence
@@ -31,9 +30,22 @@ from beit3.tokenizer.visual import VisualTokenizer, VisualTokenizerConfig
 from beit3.tokenizer.vit import compute_patch_grid
 from beit3.weights.loading import load_backbone
 
+PUBLISHED_TOKENIZER = VisualTokenizerConfig(
+    image_size=224,
+    patch_size=16,
+    dim=768,
+    depth=12,
+    num_heads=12,
+    ffn_dim=3072,
+    decoder_depth=3,
+    code_dim=32,
+    num_codes=8192,
+    teacher_dim=512,
+)
 
-def unit(image_size: int) -> Preprocessing:
-    """Pixels in [0, 1]: the network itself maps them to [-1, 1]."""
+
+def _keep_unit_range(image_size: int) -> Preprocessing:
+    """Leaves pixels in [0, 1]: the network itself maps them to [-1, 1]."""
     return Preprocessing(image_size, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
 
 
@@ -41,70 +53,127 @@ def unit(image_size: int) -> Preprocessing:
 class VQKDConfig(TaskConfig):
     """Defaults are BEiT v2's (its table on tokenizer training)."""
 
-    model: VisualTokenizerConfig = VisualTokenizerConfig(
-        224, 16, 768, 12, 12, 3072, 3, 32, 8192, 512
-    )  # type: ignore[assignment]
-    image: Preprocessing = unit(224)
+    # Losses are counted by the patches of the model.
+    fixed_image_size: ClassVar[bool] = True
+
+    model: VisualTokenizerConfig = PUBLISHED_TOKENIZER  # type: ignore[assignment]
+    image: Preprocessing = _keep_unit_range(224)
     teacher: Literal["gradients", "clip", "dino", "beit3"] = "clip"
     teacher_weights: str = ""
     """Local weights of a CLIP, DINO or BEiT-3 teacher; only training reads them."""
     crop: tuple[float, float] = (0.08, 1.0)
+    """Fraction of the area that the random crop of training keeps."""
     flip: float = 0.5
 
 
+# Recipes ---------------------------------------------------------------------------------------
+
+_GRADIENTS_DIM = 45
+"""Channels of the gradients teacher."""
+
+
+def _make_gradients_recipe(
+    model: VisualTokenizerConfig,
+    *,
+    crop: float,
+    flip: float = 0.5,
+    batch: int = 64,
+    workers: int = 0,
+    warmup_steps: int,
+    run: RunConfig,
+    note: str,
+) -> Recipe:
+    """Training with the teacher of color and gradient statistics, which needs no weights."""
+    return Recipe(
+        task=VQKDConfig(
+            teacher="gradients",
+            model=model,
+            image=_keep_unit_range(model.image_size),
+            crop=(crop, 1.0),
+            flip=flip,
+        ),
+        data=DataConfig(batch={"main": batch}, workers=workers),
+        optim=OptimConfig(
+            lr=1e-3, min_lr=1e-5, betas=(0.9, 0.99), weight_decay=1e-4, warmup_steps=warmup_steps
+        ),
+        run=run,
+        note=note,
+    )
+
+
+_DEMO_TOKENIZER = VisualTokenizerConfig(
+    image_size=32,
+    patch_size=8,
+    dim=96,
+    depth=2,
+    num_heads=4,
+    ffn_dim=384,
+    decoder_depth=1,
+    code_dim=16,
+    num_codes=64,
+    teacher_dim=_GRADIENTS_DIM,
+    revive_after=20,
+)
+
+_LAPTOP_TOKENIZER = VisualTokenizerConfig(
+    image_size=112,
+    patch_size=16,
+    dim=128,
+    depth=3,
+    num_heads=4,
+    ffn_dim=512,
+    decoder_depth=1,
+    code_dim=16,
+    num_codes=256,
+    teacher_dim=_GRADIENTS_DIM,
+    revive_after=20,
+)
+
+_GPU_HOUR_TOKENIZER = VisualTokenizerConfig(
+    image_size=224,
+    patch_size=16,
+    dim=384,
+    depth=6,
+    num_heads=6,
+    ffn_dim=1536,
+    decoder_depth=1,
+    code_dim=32,
+    num_codes=1024,
+    teacher_dim=_GRADIENTS_DIM,
+    revive_after=100,
+)
+
+
 class VQKD(Task):
-    """Encoder, codebook, decoder; the teacher is built when training first asks for it."""
+    """Encoder, codebook and decoder. The teacher is loaded when training first needs it."""
 
     Config = VQKDConfig
-    backbone: VisualTokenizer
     headline = "score"
     frozen = ("teacher",)
     updates_buffers = True
     recipes: ClassVar[Mapping[str, Recipe]] = {
-        "demo": Recipe(
-            task=VQKDConfig(
-                teacher="gradients",
-                model=VisualTokenizerConfig(32, 8, 96, 2, 4, 384, 1, 16, 64, 45, revive_after=20),
-                image=unit(32),
-                crop=(1.0, 1.0),
-                flip=0.0,
-            ),
-            data=DataConfig(batch={"main": 64}),
-            optim=OptimConfig(
-                lr=1e-3, min_lr=1e-5, betas=(0.9, 0.99), weight_decay=1e-4, warmup_steps=20
-            ),
+        "demo": _make_gradients_recipe(
+            _DEMO_TOKENIZER,
+            crop=1.0,
+            flip=0.0,
+            warmup_steps=20,
             run=RunConfig(steps=400, log_every=10, save_every=100),
-            note="the embedded world; teacher: colour and gradient statistics, no weights needed",
+            note="the embedded world; teacher: color and gradient statistics, no weights needed",
         ),
-        "laptop": Recipe(
-            task=VQKDConfig(
-                teacher="gradients",
-                model=VisualTokenizerConfig(
-                    112, 16, 128, 3, 4, 512, 1, 16, 256, 45, revive_after=20
-                ),
-                image=unit(112),
-                crop=(0.4, 1.0),
-            ),
-            data=DataConfig(batch={"main": 64}),
-            optim=OptimConfig(
-                lr=1e-3, min_lr=1e-5, betas=(0.9, 0.99), weight_decay=1e-4, warmup_steps=50
-            ),
+        "laptop": _make_gradients_recipe(
+            _LAPTOP_TOKENIZER,
+            crop=0.4,
+            warmup_steps=50,
             run=RunConfig(steps=800, log_every=20, save_every=200),
-            note="photographs on two CPU cores in about 5 minutes; teacher: colour and gradient statistics",
+            note="photographs on two CPU cores in about 5 minutes; "
+            "teacher: color and gradient statistics",
         ),
-        "gpu_hour": Recipe(
-            task=VQKDConfig(
-                teacher="gradients",
-                model=VisualTokenizerConfig(
-                    224, 16, 384, 6, 6, 1536, 1, 32, 1024, 45, revive_after=100
-                ),
-                image=unit(224),
-                crop=(0.2, 1.0),
-            ),
-            data=DataConfig(batch={"main": 512}, workers=14),
-            optim=OptimConfig(
-                lr=1e-3, min_lr=1e-5, betas=(0.9, 0.99), weight_decay=1e-4, warmup_steps=200
-            ),
+        "gpu_hour": _make_gradients_recipe(
+            _GPU_HOUR_TOKENIZER,
+            crop=0.2,
+            batch=512,
+            workers=14,
+            warmup_steps=200,
             run=RunConfig(steps=3000, log_every=50, save_every=1000),
             note="the visual tokenizer for pretrain gpu_hour",
         ),
@@ -120,9 +189,12 @@ class VQKD(Task):
                 no_decay=("class_token", "positions"),
             ),
             run=RunConfig(epochs=100, log_every=100, eval_every=5_000, save_every=2_000),
-            note="BEiT v2's tokenizer: CLIP ViT-B/16 teacher, 8192 codes of 32, three decoder layers, ImageNet-1k",
+            note="BEiT v2's tokenizer: CLIP ViT-B/16 teacher, 8192 codes of 32, "
+            "three decoder layers, ImageNet-1k",
         ),
     }
+
+    backbone: VisualTokenizer
 
     def __init__(self, config: VQKDConfig, *, tokenizer: TextTokenizer | None = None):
         super().__init__(config)
@@ -131,33 +203,35 @@ class VQKD(Task):
         self.teacher: Teacher | None = None
 
     def init_weights(self, seed: int = 0) -> None:
-        """BEiT's initial values; the codebook's directions are drawn too, until k-means replaces
-        them."""
+        """Initializes as BEiT does; the codebook is random until k-means replaces it."""
         super().init_weights(seed)
         self.backbone.quantizer.init_weights(make_generator(seed, "quantizer.codebook"))
 
     def init_parameter(self, name: str, parameter: Tensor, generator: torch.Generator) -> None:
         self.backbone.init_parameter(name.removeprefix("backbone."), parameter, generator)
 
-    # Data -----------------------------------------------------------------------------------------
+    # Data --------------------------------------------------------------------------------------
 
     @staticmethod
     def prepare(raw: Path, root: Path, source: str) -> Mapping[str, Any]:
-        """A folder of images, with `train` and `val` below it or split by name; or tars of
-        images."""
+        """Converts a folder of images, or tars of images, to records.
+
+        The folder holds `train` and `val`, or is split by the names of its files.
+        """
         if formats.lies_in_tars(raw, captions=False):
             return write_shards(root, "vqkd", source, raw, captions=False)
         return write_splits(root, "vqkd", source, formats.images(raw))
 
     def record(self, image: str) -> Record:
+        """Makes a record of an image, with its path as id."""
         return {"id": str(image), "image": image}
 
     def example(
         self, record: Record, train: bool, *, rng: np.random.Generator | None = None
     ) -> Example:
-        """`token_image` uint8 [3, S, S]."""
+        """Returns `token_image` uint8 [3, S, S]."""
         config = self.config
-        view, _ = make_two_views(
+        image, _ = make_two_views(
             open_image(record["image"]),
             rng or make_record_rng(record),
             image_size=config.image.image_size,
@@ -166,100 +240,110 @@ class VQKD(Task):
             hflip=config.flip if train else 0.0,
             color_jitter=0.0,
         )
-        return {"id": str(record["id"]), "token_image": view}
-
-    # Training -------------------------------------------------------------------------------------
-
-    def targets(self, batch: Batch) -> dict[str, int]:
-        """One reconstruction and one commitment per patch."""
-        patches = len(self.normalize_images(batch)) * self.config.model.encoder.num_patches
-        return {"reconstruction": patches, "commitment": patches}
+        return {"id": str(record["id"]), "token_image": image}
 
     def normalize_images(self, batch: Batch) -> Tensor:
-        """Bytes, or floats in [0, 1], which tokenizer and teachers take alike; `image` serves where
-        there is no separate `token_image`."""
+        """Returns the images as they are: tokenizer and teachers take bytes or floats in [0, 1].
+
+        `image` serves where there is no separate `token_image`.
+        """
         return batch["token_image"] if "token_image" in batch else batch["image"]
 
+    # Training ----------------------------------------------------------------------------------
+
+    def targets(self, batch: Batch) -> dict[str, int]:
+        """Counts the patches, each of which has a reconstruction and a commitment."""
+        num_images = len(self.normalize_images(batch))
+        num_patches = num_images * self.config.model.encoder.num_patches
+        return {"reconstruction": num_patches, "commitment": num_patches}
+
     def forward(self, batch: Batch) -> dict[str, dict[str, Tensor]]:
-        """Cosine distance to the teacher, and the commitment of the encoder to its codes."""
+        """Cosine distance to the teacher, and commitment of the encoder to its codes."""
         images = self.normalize_images(batch)
         features, commitment, codes = self.backbone(images)
-        distance = 1 - F.cosine_similarity(
-            promote_to_float32(features), self.ask_teacher(images), dim=-1
-        )
-        count = codes.numel()
-        statistics = {
-            "codebook_use": self.backbone.quantizer.compute_usage(),
-            "perplexity": self.backbone.quantizer.compute_perplexity(),
-        }
+        distance = self.compute_distance(features, images)
+        quantizer, num_patches = self.backbone.quantizer, codes.numel()
         return {
-            "losses": {"reconstruction": distance.sum(), "commitment": commitment * count},
+            "losses": {
+                "reconstruction": distance.sum(),
+                "commitment": commitment * num_patches,
+            },
             "metrics": {
-                f"reconstruction/{name}": value * count for name, value in statistics.items()
+                "reconstruction/codebook_use": quantizer.compute_usage() * num_patches,
+                "reconstruction/perplexity": quantizer.compute_perplexity() * num_patches,
             },
         }
 
-    def ask_teacher(self, images: Tensor) -> Tensor:
-        """The teacher's features [B, P, F]; it is read when first asked. ValueError where it does
-        not fit the config."""
+    def compute_distance(self, features: Tensor, images: Tensor) -> Tensor:
+        """Returns the cosine distance [B, P] of features [B, P, F] to the teacher's."""
+        targets = self.extract_teacher_features(images)
+        return 1 - F.cosine_similarity(promote_to_float32(features), targets, dim=-1)
+
+    def extract_teacher_features(self, images: Tensor) -> Tensor:
+        """Returns the teacher's features [B, P, F]; the first call loads the teacher."""
         if self.teacher is None:
-            config = self.config
-            if config.teacher == "beit3":
-                teacher: Teacher = BackboneTeacher(
-                    load_backbone(config.teacher_weights), patch_size=config.model.patch_size
-                )
-            else:
-                teacher = load_teacher(
-                    config.teacher,
-                    path=config.teacher_weights or None,
-                    patch_size=config.model.patch_size,
-                )
-            if teacher.dim != config.model.teacher_dim:
-                raise ValueError(
-                    f"task.model.teacher_dim is {config.model.teacher_dim}, the {config.teacher} "
-                    f"teacher has {teacher.dim}"
-                )
-            self.teacher = teacher.to(images.device)
+            self.teacher = self._load_teacher().to(images.device)
         return self.teacher.extract_features(images)
 
+    def _load_teacher(self) -> Teacher:
+        """Loads the teacher; ValueError where its features do not have `teacher_dim` channels."""
+        config = self.config
+        patch_size = config.model.patch_size
+        if config.teacher == "beit3":
+            backbone = load_backbone(config.teacher_weights)
+            teacher: Teacher = BackboneTeacher(backbone, patch_size=patch_size)
+        else:
+            teacher = load_teacher(
+                config.teacher, path=config.teacher_weights or None, patch_size=patch_size
+            )
+        if teacher.dim != config.model.teacher_dim:
+            raise ValueError(
+                f"task.model.teacher_dim is {config.model.teacher_dim}, the {config.teacher} "
+                f"teacher has {teacher.dim}"
+            )
+        return teacher
+
     def outputs(self, batch: Batch) -> dict[str, Tensor]:
-        """`codes` [B, P] int64."""
+        """Returns `codes` [B, P] int64."""
         return {"codes": self.backbone.tokenize(self.normalize_images(batch))}
 
-    # Inference ------------------------------------------------------------------------------------
+    # Inference ---------------------------------------------------------------------------------
 
     def predict(self, batch: Batch) -> list[Prediction]:
-        """The codes of each image, and with a teacher at hand the distance to it."""
+        """Returns each image's `codes`, and where a teacher is at hand its mean `distance`."""
+        images = self.normalize_images(batch)
         codes = self.outputs(batch)["codes"]
-        size = self.config.model.num_codes
-        predictions = [
-            {"id": key, "codes": row, "num_codes": size}
-            for key, row in zip(batch["id"], codes.tolist(), strict=True)
+        num_codes = self.config.model.num_codes
+        predictions: list[Prediction] = [
+            {"id": id, "codes": image_codes, "num_codes": num_codes}
+            for id, image_codes in zip(batch["id"], codes.tolist(), strict=True)
         ]
         if self.teacher is not None or self.config.teacher == "gradients":
-            features = self.ask_teacher(self.normalize_images(batch))
-            grid = compute_patch_grid(self.normalize_images(batch), self.config.model.patch_size)
-            distance = 1 - F.cosine_similarity(
-                promote_to_float32(self.backbone.decode(codes, grid)), features, dim=-1
-            ).mean(1)
-            for prediction, value in zip(predictions, distance.tolist(), strict=True):
-                prediction["distance"] = value
+            grid = compute_patch_grid(images, self.config.model.patch_size)
+            distances = self.compute_distance(self.backbone.decode(codes, grid), images).mean(1)
+            for prediction, distance in zip(predictions, distances.tolist(), strict=True):
+                prediction["distance"] = distance
         return predictions
 
     @staticmethod
     def score(predictions: Sequence[Prediction], records: Sequence[Record]) -> dict[str, float]:
-        """Share of the codebook in use and perplexity of the codes; where a teacher was at hand,
-        `score` = 1 - distance to it."""
-        pairs = [prediction for prediction, _ in join_by_id(predictions, records)]
-        num_codes = pairs[0]["num_codes"]
-        counts = np.bincount(np.concatenate([p["codes"] for p in pairs]), minlength=num_codes)
-        shares = counts[counts > 0] / counts.sum()
+        """Returns `codebook_use`, `perplexity`, `num_codes`, and maybe `distance` and `score`.
+
+        `codebook_use` is the fraction of codes that occur, `perplexity` the exponential of the
+        codes' entropy. Where a teacher was at hand, `score` is 1 minus the mean distance to it.
+        """
+        joined = [prediction for prediction, _ in join_by_id(predictions, records)]
+        num_codes = joined[0]["num_codes"]
+        codes = np.concatenate([prediction["codes"] for prediction in joined])
+        counts = np.bincount(codes, minlength=num_codes)
+        frequencies = counts[counts > 0] / counts.sum()
         scores = {
             "codebook_use": float((counts > 0).mean()),
-            "perplexity": float(np.exp(-(shares * np.log(shares)).sum())),
+            "perplexity": float(np.exp(-(frequencies * np.log(frequencies)).sum())),
             "num_codes": float(num_codes),
         }
-        if "distance" in pairs[0]:
-            scores["distance"] = float(np.mean([p["distance"] for p in pairs]))
+        if "distance" in joined[0]:
+            distances = [prediction["distance"] for prediction in joined]
+            scores["distance"] = float(np.mean(distances))
             scores["score"] = 1 - scores["distance"]
         return scores

@@ -307,7 +307,8 @@ def explain_full_disk(error: BaseException, run: Path) -> BaseException:
     if isinstance(error, CheckpointException):  # holds (error, traceback) by process
         causes += [failure[0] for failure in error.failures.values()]
     disk_is_full = any(
-        isinstance(cause, OSError) and cause.errno == errno.ENOSPC or "No space left" in str(cause)
+        (isinstance(cause, OSError) and cause.errno == errno.ENOSPC)
+        or "No space left" in str(cause)
         for cause in causes
     )
     if not disk_is_full:

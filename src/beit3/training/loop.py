@@ -1,38 +1,41 @@
-"""The loop that trains every task: start, records, network, optimizer, resume, then step after
-step."""
+"""The loop that trains every task.
+
+`train` prepares a run: process, records, network, run directory. `Trainer.fit` is the loop; its
+steps (forward and backward, update, log, evaluate, save) are the methods below it.
+"""
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import closing, contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import closing
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
-import torch.distributed as dist
+from torch import Tensor
 
 from beit3.data.loader import ExampleDataset, RecordDataset, load_batches, sample_micro_batches
-from beit3.data.stores.split_files import locate_split
 from beit3.files import write_text
 from beit3.ops.batch_norm import average_batch_norm_statistics
 from beit3.ops.collectives import barrier, rank, rank_zero_first, world_size
 from beit3.progress import show_progress
 from beit3.recipe import Recipe
-from beit3.task import Task, grow_vocabulary, task_name
-from beit3.tokenizer.text import TextTokenizer
-from beit3.training.checkpoint import Checkpointer, explain_full_disk
+from beit3.task import Batch, Task, grow_vocabulary, task_name
+from beit3.training.checkpoint import Checkpointer
 from beit3.training.directory import (
     check_same_run,
     describe_inputs,
     is_finished,
     lock_run_directory,
 )
+from beit3.training.errors import explain_errors
 from beit3.training.evaluate import evaluate, to_device
 from beit3.training.launch import init_device, seed_step
 from beit3.training.log import Log, measure_peak_memory
 from beit3.training.optim import (
     clip_gradients,
     compute_learning_rate,
+    count_steps,
     get_group_learning_rates,
     make_optimizer,
     set_learning_rate,
@@ -44,7 +47,13 @@ from beit3.training.parallel import (
     materialize,
     reshard,
 )
-from beit3.training.sources import check_tokenizer, find_records_root, has_raw_text
+from beit3.training.sources import (
+    check_tokenizer,
+    find_records_root,
+    has_raw_text,
+    open_source,
+    open_tokenizer,
+)
 from beit3.training.step import (
     backward,
     check_finite,
@@ -54,8 +63,9 @@ from beit3.training.step import (
 )
 from beit3.training.stop import Interrupted, StopRequest
 from beit3.training.watchdog import Watchdog
-from beit3.weights import initialization, store
-from beit3.weights.matching import LoadReport, gather_weights
+from beit3.weights import store
+from beit3.weights.initialization import initialize_from
+from beit3.weights.matching import gather_weights
 
 
 def train(
@@ -66,31 +76,41 @@ def train(
     init: str | Path = "",
     label: str = "",
 ) -> dict[str, Any]:
-    """Train `task_class` by `recipe` into the run directory `out`; returns the final scores.
+    """Trains a task by a recipe and returns its final scores.
 
-    `out` holds recipe.json, metrics.jsonl, checkpoints/, best/ and last/ (weights). An `out` with
-    the same recipe is
-    resumed, with another one refused. `init`: weights to start from. Raises ValueError for anything
-    the user can mend,
-    FloatingPointError for a loss or gradient that is not finite, ConnectionError where another
-    process of the run has
-    ended, OSError for a full disk, Interrupted after Ctrl-C, SIGTERM or SIGUSR1.
+    Args:
+        recipe: The recipe of the run.
+        task_class: The task.
+        out: The run directory (beit3.training.directory draws it). One that holds a run of the same
+            recipe is resumed, one that holds anything else is refused.
+        init: Weights to start from: a directory of weights, a run, or a released file.
+        label: The name of the run on the console; by default that of `out`.
+
+    Raises:
+        ValueError: The user can mend it; the message says how.
+        FloatingPointError: A loss or gradient is not finite.
+        ConnectionError: Another process of the run has ended.
+        OSError: The disk is full.
+        Interrupted: The run was stopped by Ctrl-C, SIGTERM or SIGUSR1 and can be resumed.
     """
-    run, out = recipe.run, Path(out)
-    device = init_device(run)
+    out = Path(out)
+
+    # Start: process group, device
+    device = init_device(recipe.run)
+
+    # Records: root directory, train and val split, text tokenizer
     with rank_zero_first(), show_progress("writing the world") as advance:
         root = find_records_root(task_class, recipe.data.root, recipe.data.batch, progress=advance)
-    sources = {
-        name: open_source(root, task_class, name, recipe)
-        for name in task_class.sources
-        if recipe.data.batch.get(name)
-    }
-    if not sources:
+    source_names = [name for name in task_class.sources if recipe.data.batch.get(name)]
+    if not source_names:
         raise ValueError(
             f"data.batch names none of the sources {', '.join(task_class.sources)}: give each a "
             "number of records"
         )
-    held_out = {name: open_source(root, task_class, name, recipe, "val") for name in sources}
+    sources = {name: open_source(root, task_class, name, recipe) for name in source_names}
+    val_sources = {
+        name: open_source(root, task_class, name, recipe, "val") for name in source_names
+    }
     check_accumulation(task_class, recipe)
     tokenizer = open_tokenizer(recipe, root, init)
     if tokenizer is None and any(has_raw_text(source[0]) for source in sources.values()):
@@ -98,276 +118,257 @@ def train(
             "no text tokenizer: give --data.text_model FILE, or write "
             f"{root / store.TOKENIZER_FILE} with beit3 tokenizer train"
         )
+
+    # Network: on the meta device, so that everything below fails before any memory is used
     config = task_class.configure(grow_vocabulary(recipe.task, tokenizer), root)
-    task = build_task(task_class, config, tokenizer, run, device)
+    task = build_task(task_class, config, tokenizer, recipe.run, device)
     check_tokenizer(task, sources)
-    mine = {
+
+    # Run directory: the same run or an empty one
+    description = {
         "task": task_name(task_class),
         "init": str(init),
         "recipe": recipe.to_dict(),
         "inputs": describe_inputs(task),
     }
-    check_same_run(out, mine)
-    steps, warmup = count_steps(recipe, {name: len(source) for name, source in sources.items()})
-    sample_micro_batches(
-        0, **shares(recipe, sources)
-    )  # batches that do not divide over the processes end here
-    if not is_finished(out, steps):
-        materialize(task, device, run.seed)
-        report = initialization.initialize_from(task, init) if init else None
-        with (
-            explain_errors(out),
-            lock_run_directory(out, mine, device),
-            closing(Log(out, label or out.name, steps, enabled=rank() == 0)) as log,
-        ):
-            fit(
+    check_same_run(out, description)
+    num_records = {name: len(source) for name, source in sources.items()}
+    num_steps, warmup = count_steps(recipe, num_records)
+    sample_step_positions(0, recipe, source_names)  # raises if batches do not divide over processes
+
+    # Training
+    if not is_finished(out, num_steps):
+        materialize(task, device, recipe.run.seed)
+        report = initialize_from(task, init) if init else None
+        log = Log(out, label or out.name, num_steps, enabled=rank() == 0)
+        with explain_errors(out), lock_run_directory(out, description, device), closing(log):
+            trainer = Trainer(
                 task,
                 recipe,
                 sources,
-                held_out,
-                out,
-                log,
+                val_sources,
+                out=out,
+                log=log,
                 device=device,
                 warmup=warmup,
-                report=report,
             )
+            trainer.resume()
+            if report and not trainer.first_step:
+                for line in report.lines():
+                    log.info(f"{log.name}  {line}")
+            trainer.fit()
     return json.loads((out / "scores.json").read_text())
 
 
-def fit(
-    task: Task,
-    recipe: Recipe,
-    sources: Mapping[str, RecordDataset],
-    held_out: Mapping[str, RecordDataset],
-    out: Path,
-    log: Log,
-    *,
-    device: torch.device,
-    warmup: int,
-    report: LoadReport | None,
-) -> None:
-    """From the newest checkpoint, or the start, to the last step; everything the run leaves is then
-    in `out`."""
-    run, steps = recipe.run, log.num_steps
-    optimizer = make_optimizer(task, recipe.optim)
-    checkpoints = Checkpointer(out, keep=run.keep, asynchronous=run.async_save, info=log.info)
-    done, best = checkpoints.restore(task, optimizer)
-    log.begin(done)
-    if report and not done:
-        for line in report.lines():
-            log.info(f"{log.name}  {line}")
-    examples = ExampleDataset(sources, task.example, seed=run.seed)
-    places = partial(sample_micro_batches, **shares(recipe, sources))
-    pinned = device.type == "cuda"
-    batches = load_batches(
-        examples,
-        task.collate,
-        places,
-        range(done, steps),
-        workers=recipe.data.workers,
-        pinned=pinned,
-    )
-    broken: dict[str, set[str]] = {}
-    precision = make_autocast(run, device)
-    with StopRequest() as stop, Watchdog(log) as watch:
-        for step in range(done, steps):
-            watch.begin_step(step)
-            micro_batches = next(batches)
-            watch.mark_loaded()
-            seed_step(
-                run.seed, step
-            )  # after the loader, which draws from the same generator when it starts
-            report_unreadable_records(broken, micro_batches, sources, recipe.data.bad_share, log)
-            lr = compute_learning_rate(step, steps, warmup, recipe.optim)
-            set_learning_rate(optimizer, lr)
-            micro_batches = [batch | {"step": step, "steps": steps} for batch in micro_batches]
-            totals = sum_targets(task, micro_batches)
-            values, losses = backward(
-                task,
-                micro_batches,
-                totals,
-                precision,
-                partial(to_device, device=device, dtype=get_parameter_dtype(run)),
-            )
-            after = step + 1
-            due = after % run.log_every == 0 or after == steps
-            norms = measure_gradient_norms(task) if due else {}
-            norm = clip_gradients(
-                (parameter for _, parameter in task.trainable_parameters()), recipe.optim.clip
-            )
-            check_finite(step, values["loss"], norm, micro_batches, losses)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            watch.end_step()
+class Trainer:
+    """A run at work: its network, optimizer, records and files, and the loop over its steps."""
 
-            values |= {
-                "lr": lr,
-                "gradient_norm": norm,
-                "samples": sum(recipe.data.batch[name] for name in sources),
-            }
-            log.num_samples += int(values["samples"])
-            if due:
-                state = get_group_learning_rates(optimizer) | {"memory": measure_peak_memory()}
-                log.write(after, {**values, **norms, **state, **watch.pop_timings()})
-            log.print_progress(after, values)
-            if after == steps or (run.eval_every and after % run.eval_every == 0):
-                best = evaluate_and_save_best(
-                    task, recipe, held_out, out, after, best, log, precision
-                )
-            asked = stop.agree()
-            if asked or after == steps or (run.save_every and after % run.save_every == 0):
-                checkpoints.save(after, task, optimizer, best)
-            if asked and after < steps:
-                checkpoints.wait()
-                raise Interrupted(
-                    f"{out} stopped after step {after} of {steps}; the same command goes on from "
-                    "there",
-                    asked,
-                )
-    checkpoints.wait()
-    save_weights(task, out / "last")
-
-
-def shares(recipe: Recipe, sources: Iterable[str]) -> dict[str, Any]:
-    """What `sample_micro_batches` needs to know of the recipe and of this process's place."""
-    return {
-        "batch": recipe.data.batch,
-        "sources": list(sources),
-        "micro_batch": recipe.run.micro_batch,
-        "rank": rank(),
-        "world": world_size(),
-    }
-
-
-@contextmanager
-def explain_errors(out: Path) -> Iterator[None]:
-    """Errors of a disk that filled and of a process that ended, wherever in the run, say what is
-    still good and what to do."""
-    try:
-        yield
-    except OSError as error:
-        raise explain_full_disk(error, out) from error
-    except RuntimeError as error:
-        raise explain_lost_process(error) from error
-
-
-def explain_lost_process(error: RuntimeError) -> Exception:
-    """The same error; where a collective failed because its peer is gone, one that says so."""
-    gone = isinstance(error, dist.DistError) or any(
-        word in str(error) for word in ("closed by peer", "reset by peer", "Broken pipe")
-    )
-    if world_size() == 1 or not gone:
-        return error
-    return ConnectionError(
-        f"another process of this run has ended (this was {rank()} of {world_size()}): its own "
-        "message tells why; start the run again, "
-        "or let torchrun do it with --max-restarts; it goes on from the last checkpoint"
-    )
-
-
-def open_source(
-    root: Path, task_class: type[Task], name: str, recipe: Recipe, split: str = "train"
-) -> RecordDataset:
-    """The records of one split under `root`."""
-    data, path = (
-        recipe.data,
-        locate_split(
-            str(root), task_class.records_from.get(name, task_name(task_class)), name, split
-        ),
-    )
-    if split != "train":
-        return RecordDataset(path, root)
-    strange = [key for key in data.weights if key.partition("/")[0] not in task_class.sources]
-    if strange:
-        raise ValueError(
-            f"data.weights names {strange[0]}: give it by source/set, sources are "
-            f"{', '.join(task_class.sources)}"
+    def __init__(
+        self,
+        task: Task,
+        recipe: Recipe,
+        sources: Mapping[str, RecordDataset],
+        val_sources: Mapping[str, RecordDataset],
+        *,
+        out: Path,
+        log: Log,
+        device: torch.device,
+        warmup: int,
+    ):
+        self.task, self.recipe, self.out, self.log = task, recipe, out, log
+        self.sources, self.val_sources = sources, val_sources
+        self.device, self.num_steps, self.warmup = device, log.num_steps, warmup
+        self.autocast = make_autocast(recipe.run, device)
+        self.optimizer = make_optimizer(task, recipe.optim)
+        self.checkpointer = Checkpointer(
+            out, keep=recipe.run.keep, asynchronous=recipe.run.async_save, info=log.info
         )
-    weights = {
-        key.partition("/")[2]: weight
-        for key, weight in data.weights.items()
-        if key.partition("/")[0] == name
-    }
-    return RecordDataset(path, root, limit=data.limit, window=data.shuffle_window, weights=weights)
+        self.first_step = 0
+        self.best_score: float | None = None
+        self.unreadable: dict[str, set[str]] = {}  # source -> lines about its records
+        self.move_batch = partial(to_device, device=device, dtype=get_parameter_dtype(recipe.run))
+
+    def resume(self) -> None:
+        """Restores the newest checkpoint, if there is one, and opens the log at its step."""
+        self.first_step, self.best_score = self.checkpointer.restore(self.task, self.optimizer)
+        self.log.begin(self.first_step)
+
+    def fit(self) -> None:
+        """Trains to the last step; then everything that the run leaves is in its directory."""
+        run = self.recipe.run
+        batches = self.load_micro_batches()
+        with StopRequest() as stop, Watchdog(self.log) as watchdog:
+            for step in range(self.first_step, self.num_steps):
+                num_done = step + 1
+
+                # Records
+                watchdog.begin_step(step)
+                micro_batches = next(batches)
+                watchdog.mark_loaded()
+                self.report_unreadable(micro_batches)
+
+                # Forward and backward
+                seed_step(run.seed, step)  # not earlier: the loader uses the same generator
+                lr = self.set_learning_rate(step)
+                values, losses = self.forward_backward(step, micro_batches)
+
+                # Clip and update
+                log_is_due = self.is_due(num_done, run.log_every)
+                part_norms = measure_gradient_norms(self.task) if log_is_due else {}
+                norm = self.clip_gradients()
+                check_finite(step, values["loss"], norm, micro_batches, losses)
+                self.update()
+                watchdog.end_step()
+
+                # Log
+                self.log.num_samples += self.batch_size
+                values |= {"lr": lr, "gradient_norm": norm, "samples": self.batch_size}
+                if log_is_due:
+                    self.write_metrics(num_done, values | part_norms, watchdog.pop_timings())
+                self.log.print_progress(num_done, values)
+
+                # Evaluate
+                if self.is_due(num_done, run.eval_every):
+                    self.evaluate(num_done)
+
+                # Save, and stop if asked to
+                stop_signal = stop.agree()
+                if stop_signal or self.is_due(num_done, run.save_every):
+                    self.checkpointer.save(num_done, self.task, self.optimizer, self.best_score)
+                if stop_signal and num_done < self.num_steps:
+                    self.interrupt(num_done, stop_signal)
+        self.checkpointer.wait()
+        save_weights(self.task, self.out / "last")
+
+    @property
+    def batch_size(self) -> int:
+        """Records of all sources in one step, over all processes."""
+        return sum(self.recipe.data.batch[name] for name in self.sources)
+
+    def is_due(self, num_done: int, every: int) -> bool:
+        """Returns whether something is due after `num_done` steps; always after the last one."""
+        return num_done == self.num_steps or (every > 0 and num_done % every == 0)
+
+    def load_micro_batches(self) -> Iterator[list[Batch]]:
+        """Yields this process's micro-batches of each step that is left."""
+        return load_batches(
+            ExampleDataset(self.sources, self.task.example, seed=self.recipe.run.seed),
+            self.task.collate,
+            partial(sample_step_positions, recipe=self.recipe, source_names=list(self.sources)),
+            range(self.first_step, self.num_steps),
+            workers=self.recipe.data.workers,
+            pinned=self.device.type == "cuda",
+        )
+
+    def report_unreadable(self, micro_batches: list[Batch]) -> None:
+        """Logs records that the loader skipped; raises ValueError if there are too many."""
+        report_unreadable_records(
+            self.unreadable, micro_batches, self.sources, self.recipe.data.bad_share, self.log
+        )
+
+    def set_learning_rate(self, step: int) -> float:
+        """Sets the learning rate of a step and returns it, without the groups' factors."""
+        lr = compute_learning_rate(step, self.num_steps, self.warmup, self.recipe.optim)
+        set_learning_rate(self.optimizer, lr)
+        return lr
+
+    def forward_backward(
+        self, step: int, micro_batches: list[Batch]
+    ) -> tuple[dict[str, float], list[Tensor]]:
+        """Computes the step's gradients; returns losses and metrics, and micro-batches' losses."""
+        counters = {"step": step, "steps": self.num_steps}
+        micro_batches = [batch | counters for batch in micro_batches]
+        totals = sum_targets(self.task, micro_batches)
+        return backward(self.task, micro_batches, totals, self.autocast, self.move_batch)
+
+    def clip_gradients(self) -> float:
+        """Clips the gradients and returns their norm before."""
+        parameters = (parameter for _, parameter in self.task.trainable_parameters())
+        return clip_gradients(parameters, self.recipe.optim.clip)
+
+    def update(self) -> None:
+        """Updates the weights and frees the gradients."""
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def write_metrics(
+        self, num_done: int, values: Mapping[str, float], timings: Mapping[str, float]
+    ) -> None:
+        """Writes the values of a step with the groups' learning rates and the peak memory in GB."""
+        rates = get_group_learning_rates(self.optimizer)
+        memory = {"memory": measure_peak_memory()}
+        self.log.write(num_done, {**values, **rates, **memory, **timings})
+
+    def evaluate(self, num_done: int) -> None:
+        """Scores the val split, writes scores.json, and saves the weights as `best/` if they lead.
+
+        Rank 0 writes.
+        """
+        recipe, task = self.recipe, self.task
+        average_batch_norm_statistics(task)
+        scores = evaluate(
+            task,
+            self.val_sources,
+            batch_size=recipe.run.micro_batch or max(1, count_rank_records(recipe)),
+            limit=recipe.run.eval_records,
+            bad_share=recipe.data.bad_share,
+            autocast=self.autocast,
+        )
+        reshard(task)
+        self.log.write(num_done, {f"val/{name}": value for name, value in scores.items()})
+        if rank() == 0:
+            text = json.dumps({"step": num_done, **scores}, indent=1)
+            write_text(self.out / "scores.json", text + "\n")
+        score = scores[task.headline]
+        self.log.info(f"{self.log.name}  step {num_done}  val {task.headline} {score:.4f}")
+        if self.best_score is None or score > self.best_score:
+            save_weights(task, self.out / "best")
+            self.best_score = score
+
+    def interrupt(self, num_done: int, stop_signal: int) -> NoReturn:
+        """Ends the run after its checkpoint is written, with the status of the signal."""
+        self.checkpointer.wait()
+        raise Interrupted(
+            f"{self.out} stopped after step {num_done} of {self.num_steps}; the same command "
+            "resumes it",
+            stop_signal,
+        )
 
 
-def open_tokenizer(recipe: Recipe, root: Path, init: str | Path) -> TextTokenizer | None:
-    """The text tokenizer a run reads with: the recipe's, the initial weights', or the root's; None
-    where there is none.
-
-    Weights of ours hold theirs; beside a released file it is called as it was released.
-    """
-    candidates = [Path(recipe.data.text_model)] if recipe.data.text_model else []
-    if init:
-        candidates += [
-            store.find_weights(init) / store.TOKENIZER_FILE
-            if Path(init).is_dir()
-            else Path(init).with_name("beit3.spm")
-        ]
-    for path in [*candidates, root / store.TOKENIZER_FILE]:
-        if path.exists() or str(path) == recipe.data.text_model:
-            return TextTokenizer(path)
-    return None
+def sample_step_positions(
+    step: int, recipe: Recipe, source_names: list[str]
+) -> list[list[tuple[str, int]]]:
+    """Returns the positions of the records of each micro-batch of this process in one step."""
+    return sample_micro_batches(
+        step,
+        recipe.data.batch,
+        source_names,
+        micro_batch=recipe.run.micro_batch,
+        rank=rank(),
+        world=world_size(),
+    )
 
 
-def count_steps(recipe: Recipe, sizes: Mapping[str, int]) -> tuple[int, int]:
-    """(steps, warmup steps); an epoch is the largest source's records over its batch, rounded
-    down."""
-    run, optim = recipe.run, recipe.optim
-    per_epoch = max(1, max(size // recipe.data.batch[name] for name, size in sizes.items()))
-    steps = run.steps or round(run.epochs * per_epoch)
-    if steps < 1:
-        raise ValueError("run.steps and run.epochs are both 0: give one of them")
-    return steps, optim.warmup_steps or round(optim.warmup_epochs * per_epoch)
+def count_rank_records(recipe: Recipe) -> int:
+    """Returns the records per step of the largest source on one process."""
+    return max(recipe.data.batch.values()) // world_size()
 
 
 def check_accumulation(task_class: type[Task], recipe: Recipe) -> None:
-    """ValueError for several micro-batches a step where the task's forward changes state (a
-    codebook's moving average)."""
-    share = max(recipe.data.batch.values()) // world_size()
-    if task_class.updates_buffers and 0 < recipe.run.micro_batch < share:
+    """Raises ValueError for several micro-batches a step if the task's forward changes buffers.
+
+    A codebook's moving average is such a buffer.
+    """
+    num_records = count_rank_records(recipe)
+    if task_class.updates_buffers and 0 < recipe.run.micro_batch < num_records:
         raise ValueError(
-            f"run.micro_batch {recipe.run.micro_batch}: {task_name(task_class)} needs its share "
-            f"of {share} records at once"
+            f"run.micro_batch {recipe.run.micro_batch}: {task_name(task_class)} needs all "
+            f"{num_records} records of a process at once: leave run.micro_batch out"
         )
 
 
-def evaluate_and_save_best(
-    task: Task,
-    recipe: Recipe,
-    held_out: Mapping[str, RecordDataset],
-    out: Path,
-    step: int,
-    best: float | None,
-    log: Log,
-    precision: torch.autocast,
-) -> float | None:
-    """Score the val split, write scores.json, and keep the weights as `best/` if their headline
-    leads; rank 0 writes."""
-    size = recipe.run.micro_batch or max(1, max(recipe.data.batch.values()) // world_size())
-    average_batch_norm_statistics(task)
-    scores = evaluate(
-        task,
-        held_out,
-        batch_size=size,
-        limit=recipe.run.eval_records,
-        bad_share=recipe.data.bad_share,
-        autocast=precision,
-    )
-    log.write(step, {f"val/{name}": value for name, value in scores.items()})
-    reshard(task)
-    if rank() == 0:
-        write_text(out / "scores.json", json.dumps({"step": step, **scores}, indent=1) + "\n")
-    headline = scores[task.headline]
-    log.info(f"{log.name}  step {step}  val {task.headline} {headline:.4f}")
-    if best is not None and headline <= best:
-        return best
-    save_weights(task, out / "best")
-    return headline
-
-
 def save_weights(task: Task, directory: Path) -> None:
-    """Write the weights, whole, from rank 0; every process takes part where they are sharded."""
+    """Writes the complete weights from rank 0; all processes take part where they are sharded."""
     tensors = gather_weights(task)
     if rank() == 0:
         store.save_weights(task, directory, tensors=tensors)

@@ -124,7 +124,7 @@ def make_statement(left: Scene, right: Scene, rng: Generator) -> tuple[str, bool
     return f"{text} .", bool(truth)
 
 
-# ---------------------------------------------------------------------------------------------------- descriptions
+# Descriptions -------------------------------------------------------------------------------------
 
 
 def _words(description: Description) -> str:
@@ -182,7 +182,7 @@ def _captions(scene: Scene) -> list[str]:
     return said + [f"{first} and {second}" for first, second in permutations(names, 2)]
 
 
-# ------------------------------------------------------------------------------------------------------- questions
+# Questions ----------------------------------------------------------------------------------------
 
 
 def _ask_attribute(
@@ -274,7 +274,7 @@ _ASK: dict[str, Callable[[Scene, Generator], Question | None]] = {
 }
 
 
-# ------------------------------------------------------------------------------------------------------ statements
+# Statements ---------------------------------------------------------------------------------------
 
 
 _FEW = ((1, "one object"), (2, "two objects"))

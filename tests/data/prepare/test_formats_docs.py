@@ -10,12 +10,7 @@ from beit3.data.stores.records import Records
 from beit3.task import load_task
 
 PAGE = (Path(__file__).resolve().parents[3] / "docs/records.md").read_text(encoding="utf-8")
-SHOWN = {
-    file: content
-    for file, content in re.findall(
-        r"`(\w+/\w+\.\w+)`[^`]*?:\n\n```text\n(.*?)```", PAGE, re.DOTALL
-    )
-}
+SHOWN = dict(re.findall(r"`(\w+/\w+\.\w+)`[^`]*?:\n\n```text\n(.*?)```", PAGE, re.DOTALL))
 
 
 def prepared(tmp_path: Path, task: str, file: str) -> dict[str, list[dict]]:

@@ -148,7 +148,10 @@ def test_the_report_as_people_read_it(tmp_path):
 
 def test_without_a_tokenizer_words_are_counted_and_the_way_to_tokens_is_shown(tmp_path):
     report = write_splits(tmp_path, "t", "main", [("train", {"id": "1", "text": "a b"})])
-    hint = f"for tokens: beit3 tokenizer train {tmp_path}/t/main/train.jsonl --model {tmp_path}/text.model, then prepare again"
+    hint = (
+        f"for tokens: beit3 tokenizer train {tmp_path}/t/main/train.jsonl --model "
+        f"{tmp_path}/text.model, then prepare again"
+    )
     assert report["lengths"]["hint"] == hint and hint in describe(report)
 
 

@@ -4,6 +4,7 @@ import io
 import json
 import pickle
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -106,8 +107,9 @@ def test_a_record_dataset_reads_tokens(root, tokenizer):
 
 def test_an_example_from_ids_equals_that_from_text(root, tokenizer):
     """Masks are drawn from the record's id, so both records need the same."""
-    model = load_task("pretrain").recipes["demo"].task.model
-    task = Pretrain(PretrainConfig(model=model, monomodal_text_length=16), tokenizer=tokenizer)
+    demo: Any = load_task("pretrain").recipes["demo"].task
+    config = PretrainConfig(model=demo.model, image=demo.image, monomodal_text_length=16)
+    task = Pretrain(config, tokenizer=tokenizer)
     for record in Tokens(root / "pretrain/texts/train.tokens"):
         text_record = record | {"text": tokenizer.decode(record["text"])}
         from_ids, from_text = task.example(record, False), task.example(text_record, False)
@@ -120,7 +122,8 @@ def test_ids_of_another_tokenizer_are_refused(root, tokenizer):
         ["Another text altogether. One two."], vocab_size=40, model_type="bpe"
     )
     sources = {"texts": RecordDataset(locate_split(root, "pretrain", "texts", "val"), root)}
-    config = PretrainConfig(model=load_task("pretrain").recipes["demo"].task.model)
+    demo = load_task("pretrain").recipes["demo"].task
+    config = PretrainConfig(model=demo.model, image=demo.image)
     check_tokenizer(Pretrain(config, tokenizer=tokenizer), sources)
     message = r"val.tokens holds ids of another text tokenizer .* give --data.text_model"
     with pytest.raises(ValueError, match=message):

@@ -122,7 +122,7 @@ def test_preprocessing_names_the_wrong_field(wrong):
 
 def test_both_views_show_the_same_crop(photo):
     for key in range(20):
-        ranges = dict(scale=(0.2, 1.0), color_jitter=0.0, hflip=0.5)
+        ranges = {"scale": (0.2, 1.0), "color_jitter": 0.0, "hflip": 0.5}
         patches, tokens = make_two_views(
             photo, make_rng(0, 0, key), image_size=28, token_size=32, **ranges
         )

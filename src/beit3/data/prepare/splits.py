@@ -95,7 +95,10 @@ def find_fault(record: dict[str, Any], known: dict[str, str]) -> str:
     try:
         json.dumps(record, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
-        return f"it holds {error.object[error.start]!r}, which is no character: write names and texts in UTF-8"
+        return (
+            f"it holds {error.object[error.start]!r}, which is no character: write names and "
+            "texts in UTF-8"
+        )
     for path in (record[key] for key in IMAGE_FIELDS if key in record):
         if path not in known:
             known[path] = image_fault(

@@ -192,7 +192,10 @@ def describe(report: Mapping[str, Any]) -> str:
 
 def _length_rows(lengths: Mapping[str, Any]) -> list[tuple[str, str]]:
     unit = lengths["unit"]
-    text = f"median {lengths['median']} {unit}, 95 % up to {lengths['percentile_95']}, longest {lengths['longest']:,}"
+    text = (
+        f"median {lengths['median']} {unit}, 95 % up to {lengths['percentile_95']}, longest "
+        f"{lengths['longest']:,}"
+    )
     rows = [("texts", text)]
     if "hint" in lengths:
         rows.append(("", lengths["hint"]))

@@ -17,10 +17,10 @@ Pair = tuple[str, Record]
 
 # What data sets call their splits. Karpathy's restval is the rest of COCO's val, used for training.
 SPLITS = {
-    **{name: "train" for name in ("train", "training", "restval", "train2014", "train2017")},
-    **{name: "val" for name in ("val", "valid", "validation", "dev", "eval", "val2014", "val2017")},
-    **{name: "test" for name in ("test", "testing", "test2014", "test2015", "test2017")},
-    **{name: "test-dev" for name in ("test-dev2015", "test-dev2017")},
+    **dict.fromkeys(("train", "training", "restval", "train2014", "train2017"), "train"),
+    **dict.fromkeys(("val", "valid", "validation", "dev", "eval", "val2014", "val2017"), "val"),
+    **dict.fromkeys(("test", "testing", "test2014", "test2015", "test2017"), "test"),
+    **dict.fromkeys(("test-dev2015", "test-dev2017"), "test-dev"),
 }
 HELD_OUT = 0.05
 FLICKR30K = ("flickr30k-images", "flickr30k_images")

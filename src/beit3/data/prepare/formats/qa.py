@@ -211,7 +211,7 @@ def is_vqa(raw: Path) -> bool:
     for file in files:
         info = _whole(file).get("info")
         said = str(info.get("description") or "") if isinstance(info, dict) else ""
-        if "OpenEnded_" not in file.name or said and "the VQA dataset" not in said:
+        if "OpenEnded_" not in file.name or (said and "the VQA dataset" not in said):
             return False
         # OK-VQA has the names of v1, and chooses no answer.
         beside = None if file.name.startswith("v2_") else _annotations_file(raw, file)
@@ -344,7 +344,7 @@ def _asked(raw: str | Path, files: Sequence[Path] = ()) -> Iterator[Pair]:
     seen: Counter[str] = Counter()
     for row in table_rows(raw, QUESTION_COLUMNS, ANSWER_COLUMNS, files=files):
         given = row.cells.get("answers", "")
-        if row.fault or given in NOT_GIVEN and row.split != "test":
+        if row.fault or (given in NOT_GIVEN and row.split != "test"):
             yield row.split, {"id": row.where, "fault": row.fault or "it has no answer"}
             continue
         answers = _answers(given, row.where)

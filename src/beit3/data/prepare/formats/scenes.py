@@ -250,20 +250,29 @@ def _fault(image: Path, key: str, part: Part, label_maps: Mapping[str, Path]) ->
         return ""
     if key not in label_maps:
         others = ", ".join(LABEL_MAPS[1:])
-        return f"its label map {part.label_maps / key}{part.map_ending}{LABEL_MAPS[0]} is missing (or {others}; not .jpg)"
+        return (
+            f"its label map {part.label_maps / key}{part.map_ending}{LABEL_MAPS[0]} is missing "
+            f"(or {others}; not .jpg)"
+        )
     try:
         with Image.open(label_maps[key]) as header:
             mode, size = header.mode, header.size
     except (*DECODE_ERRORS, Image.DecompressionBombError) as error:
         return f"its label map {label_maps[key]} cannot be read ({type(error).__name__})"
     if mode not in INDEXED_MODES:
-        return f"its label map {label_maps[key]} is a picture ({mode}): one channel of numbers is needed"
+        return (
+            f"its label map {label_maps[key]} is a picture ({mode}): one channel of numbers is "
+            "needed"
+        )
     try:
         with Image.open(image) as header:
             found = read_upright_size(header)
     except (*DECODE_ERRORS, Image.DecompressionBombError):
         return ""
-    differ = f"its label map {label_maps[key]} has {size[0]} x {size[1]} pixels, the image {found[0]} x {found[1]}"
+    differ = (
+        f"its label map {label_maps[key]} has {size[0]} x {size[1]} pixels, the image {found[0]} "
+        f"x {found[1]}"
+    )
     return "" if size == found else differ
 
 

@@ -99,7 +99,10 @@ def samples(file: Path, *, captions: bool) -> Iterator[Sample]:
     try:
         for sample in _neighbours(file, captions=captions):
             if sample.key in done:
-                sample.fault = f"{file.name} has its members in two places: write members of one key next to each other"
+                sample.fault = (
+                    f"{file.name} has its members in two places: write members of one key next to "
+                    "each other"
+                )
             elif not sample.image and not sample.fault:
                 sample.fault = f"no image ({', '.join(sorted(IMAGES))}) among its members"
             elif captions and not sample.caption and not sample.fault:
