@@ -18,6 +18,7 @@ install: $(VENV)/.development
 check: install
 	$(RUN)/ruff check .
 	$(RUN)/ruff format --check .
+	$(RUN)/codespell
 	$(RUN)/mypy
 
 $(RUN)/python:

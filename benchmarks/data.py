@@ -5,7 +5,7 @@
 1. decode: open, crop, flip, resize and stack JPEGs by our loader, and by Pillow and torchvision's
    transforms in a DataLoader, as training scripts do it; the same views of the same files with the
    same number of workers. Plain workers normalize; we do that on the device, which `ours` leaves
-   out and `normalised` counts, in this process on CPU.
+   out and `normalized` counts, in this process on CPU.
 2. two views: the same with color jitter and a second view of 112 px, as in pretraining.
 3. shards: the same images by our loader from files, and from tars.
 4. resume: a fresh loader over 1,000 shards until its first batch, at random positions.
@@ -30,7 +30,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from probe import probe, save
+from probe import measure_product_rate, save_results
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 from torchvision import transforms
@@ -50,8 +50,10 @@ SHARDS = 1000
 OURS = Preprocessing(SIZE)
 
 
-def ours(record: dict[str, Any], train: bool, *, rng: np.random.Generator) -> dict[str, Any]:
-    """An image: the network's view of 224 x 224."""
+def make_example(
+    record: dict[str, Any], train: bool, *, rng: np.random.Generator
+) -> dict[str, Any]:
+    """Returns an example: the view of the network, 224 x 224."""
     view, _ = make_two_views(
         open_image(record["image"]),
         rng,
@@ -67,7 +69,7 @@ def ours(record: dict[str, Any], train: bool, *, rng: np.random.Generator) -> di
 def make_two_view_example(
     record: dict[str, Any], train: bool, *, rng: np.random.Generator
 ) -> dict[str, Any]:
-    """An image of pretraining: with the visual tokenizer's view."""
+    """Returns an example of pretraining, with the view of the visual tokenizer."""
     image = open_image(record["image"])
     view, tokens = make_two_views(
         image, rng, image_size=SIZE, token_size=TOKENS, scale=SCALE, hflip=0.5, color_jitter=JITTER
@@ -75,8 +77,8 @@ def make_two_view_example(
     return {"id": record["id"], "image": view, "token_image": tokens}
 
 
-class Plain(Dataset):
-    """Files by Pillow, with torchvision's transforms."""
+class PlainDataset(Dataset):
+    """Reads files with Pillow and torchvision's transforms."""
 
     def __init__(self, paths: Sequence[str], twice: bool):
         self.paths = paths
@@ -117,8 +119,8 @@ def read_ours(
     source: RecordDataset,
     count: int,
     workers: int,
-    make: Callable[..., dict[str, Any]] = ours,
-    normalise: bool = False,
+    example: Callable[..., dict[str, Any]] = make_example,
+    normalize: bool = False,
 ) -> None:
     sample_positions = partial(
         sample_micro_batches,
@@ -128,24 +130,28 @@ def read_ours(
         rank=0,
         world=1,
     )
-    examples = ExampleDataset({"images": source}, make, seed=0)
+    examples = ExampleDataset({"images": source}, example, seed=0)
     for batches in load_batches(
         examples, default_collate, sample_positions, range(count // BATCH), workers=workers
     ):
-        pixels = OURS.normalize(batches[0]["image"]) if normalise else batches[0]["image"]
+        pixels = OURS.normalize(batches[0]["image"]) if normalize else batches[0]["image"]
         assert pixels.shape == (BATCH, 3, SIZE, SIZE)
 
 
 def read_plain(paths: Sequence[str], count: int, workers: int, twice: bool = False) -> None:
     paths = [paths[i % len(paths)] for i in range(count)]
     for views in DataLoader(
-        Plain(paths, twice), batch_size=BATCH, shuffle=True, drop_last=True, num_workers=workers
+        PlainDataset(paths, twice),
+        batch_size=BATCH,
+        shuffle=True,
+        drop_last=True,
+        num_workers=workers,
     ):
         assert views[0].shape == (BATCH, 3, SIZE, SIZE)
 
 
 def read_cpu_seconds() -> float:
-    """Seconds of processor time of this process and of its workers that have ended."""
+    """Returns the CPU seconds of this process and of its workers that have ended."""
     return sum(
         sum(resource.getrusage(process)[:2])
         for process in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
@@ -164,36 +170,36 @@ def measure_epoch(read: Callable[[], None], count: int) -> dict[str, float]:
 
 
 def measure_rounds(sides: dict[str, Callable[[], None]], count: int, number: int) -> dict[str, Any]:
-    """All sides in turns, after a round that only warms up; each over the last."""
+    """Measures all sides by turns after a warm-up round, with ratios to the last side."""
     results: dict[str, list[dict[str, float]]] = {name: [] for name in sides}
     products = []
     for turn in range(number + 1):
-        product = probe(768) / 1e9
+        product = measure_product_rate(768) / 1e9
         for name, read in sides.items() if turn % 2 else reversed(sides.items()):
-            seen = measure_epoch(read, count)
+            epoch = measure_epoch(read, count)
             if turn:
-                results[name].append(seen)
+                results[name].append(epoch)
         products += [product] if turn else []
     medians = {
-        name: {key: float(np.median([values[key] for values in some])) for key in some[0]}
-        for name, some in results.items()
+        name: {key: float(np.median([values[key] for values in epochs])) for key in epochs[0]}
+        for name, epochs in results.items()
     }
-    *others, last = sides
+    *other_sides, base_side = sides
     ratios: dict[str, dict[str, list[float]]] = {}
-    for name in others:
+    for name in other_sides:
         for key in ("images_per_second", "images_per_cpu_second"):
             values = [
-                one[key] / other[key]
-                for one, other in zip(results[name], results[last], strict=True)
+                result[key] / base[key]
+                for result, base in zip(results[name], results[base_side], strict=True)
             ]
-            ratios.setdefault(f"{name} / {last}", {})[key] = [
+            ratios.setdefault(f"{name} / {base_side}", {})[key] = [
                 float(value) for value in np.quantile(values, (0.25, 0.5, 0.75))
             ]
     return {"matrix_product_gflops": products, "medians": medians, "ratios": ratios}
 
 
 def write_files(folder: Path, files: Sequence[Path]) -> tuple[RecordDataset, RecordDataset]:
-    """The same images as records of files and as tars of 500."""
+    """Writes the same images as records of files and as tars of 500."""
     names = [(f"{number:06d}", file) for number, file in enumerate(files)]
     write_records(
         folder / "files/train.jsonl", [{"id": key, "image": str(file)} for key, file in names]
@@ -210,8 +216,10 @@ def write_files(folder: Path, files: Sequence[Path]) -> tuple[RecordDataset, Rec
 
 
 def measure_resumes(folder: Path, file: Path, number: int) -> dict[str, Any]:
-    """Seconds from nothing to the first batch, at random places of an epoch of 1,000 shards of 20
-    images."""
+    """Measures the seconds of a fresh loader until its first batch.
+
+    It starts at random positions of an epoch over 1,000 shards of 20 images.
+    """
     first = folder / "many/train-00000.tar"
     first.parent.mkdir()
     with tarfile.open(first, "w") as tar:
@@ -221,11 +229,11 @@ def measure_resumes(folder: Path, file: Path, number: int) -> dict[str, Any]:
         first.with_name(f"train-{shard:05d}.tar").hardlink_to(first)
     start = time.perf_counter()
     write_shards(folder, "pretrain", "images", first.parent, captions=False)
-    prepared, seconds = time.perf_counter() - start, []
+    prepare_seconds, seconds = time.perf_counter() - start, []
     path = locate_split(folder, "pretrain", "images", "train")
     for step in np.random.default_rng(0).integers(0, SHARDS * 20 // BATCH, number).tolist():
         start = time.perf_counter()
-        examples = ExampleDataset({"images": RecordDataset(path, folder)}, ours, seed=0)
+        examples = ExampleDataset({"images": RecordDataset(path, folder)}, make_example, seed=0)
         sample_positions = partial(
             sample_micro_batches,
             batch={"images": BATCH},
@@ -242,15 +250,15 @@ def measure_resumes(folder: Path, file: Path, number: int) -> dict[str, Any]:
         seconds.append(time.perf_counter() - start)
     return {
         "shards": SHARDS,
-        "prepare_seconds": prepared,
+        "prepare_seconds": prepare_seconds,
         "median_seconds": float(np.median(seconds)),
         "longest_seconds": max(seconds),
     }
 
 
 def format_table(results: dict[str, Any]) -> str:
-    """One line a side and a ratio; medians, with quartiles of the ratios."""
-    lines = ["| | images/s | per processor second | cores busy |", "|---|---|---|---|"]
+    """Formats the medians of each side, and ratios with quartiles."""
+    lines = ["| | images/s | per CPU second | cores busy |", "|---|---|---|---|"]
     for part in ("decode", "two views", "shards"):
         for name, side in results[part]["medians"].items():
             rate, cpu_rate = side["images_per_second"], side["images_per_cpu_second"]
@@ -290,7 +298,7 @@ def main() -> None:
     count = args.count // BATCH * BATCH
     with tempfile.TemporaryDirectory() as scratch:
         as_files, as_shards = write_files(Path(scratch), files)
-        ours_of = partial(read_ours, as_files, count, args.workers)
+        read_files = partial(read_ours, as_files, count, args.workers)
         plain = partial(read_plain, [str(file) for file in files], count, args.workers)
         shards = partial(read_ours, as_shards, count, args.workers)
         results = {
@@ -298,24 +306,28 @@ def main() -> None:
             "workers": args.workers,
             "count": count,
             "decode": measure_rounds(
-                {"ours": ours_of, "normalised": partial(ours_of, normalise=True), "plain": plain},
+                {
+                    "ours": read_files,
+                    "normalized": partial(read_files, normalize=True),
+                    "plain": plain,
+                },
                 count,
                 args.rounds,
             ),
             "two views": measure_rounds(
                 {
-                    "ours": partial(ours_of, make_two_view_example),
+                    "ours": partial(read_files, make_two_view_example),
                     "plain": partial(plain, twice=True),
                 },
                 count,
                 args.rounds,
             ),
-            "shards": measure_rounds({"shards": shards, "files": ours_of}, count, args.rounds),
+            "shards": measure_rounds({"shards": shards, "files": read_files}, count, args.rounds),
             "resume": measure_resumes(Path(scratch), files[0], args.rounds),
         }
     print(format_table(results))
     if args.json:
-        save(args.json, format_table(results), results)
+        save_results(args.json, format_table(results), results)
 
 
 if __name__ == "__main__":

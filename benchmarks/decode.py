@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from probe import probe, save, seconds
+from probe import measure_product_rate, save_results, seconds
 from torch import Tensor
 
 from beit3.model.attention_mask import make_image_to_text_mask
@@ -23,27 +23,29 @@ from beit3.model.generation import DecoderState, Decoding, SpecialTokens, genera
 from beit3.model.packed import pack
 from beit3.tasks.captioning import Captioning, CaptioningConfig
 
-LENGTH, MARKS = 16, SpecialTokens(bos=0, eos=2, pad=1, mask=64001)
-ROWS = ((1, 1), (1, 3), (1, 5), (4, 3))
+LENGTH, SPECIAL_TOKENS = 16, SpecialTokens(bos=0, eos=2, pad=1, mask=64001)
+CASES = ((1, 1), (1, 3), (1, 5), (4, 3))
 """(images, beams)."""
 
 
 def search(task: Captioning, image: Tensor, beams: int) -> None:
     generate(
-        DecoderState(task.backbone, task.text_head, image, MARKS), LENGTH, Decoding("beam", beams)
+        DecoderState(task.backbone, task.text_head, image, SPECIAL_TOKENS),
+        LENGTH,
+        Decoding("beam", beams),
     )
 
 
-def first(task: Captioning, image: Tensor) -> None:
-    """The image and the first slot."""
-    DecoderState(task.backbone, task.text_head, image, MARKS)
+def encode_image(task: Captioning, image: Tensor) -> None:
+    """Encodes the image and the first token."""
+    DecoderState(task.backbone, task.text_head, image, SPECIAL_TOKENS)
 
 
 def encode_again(task: Captioning, image: Tensor, beams: int) -> None:
-    """Image and caption encoded whole for every word of every beam: first for one, then for all."""
+    """Encodes image and caption again for every token, after the first for all beams."""
     for length in range(2, LENGTH):
         rows = image if length == 2 else image.repeat_interleave(beams, 0)
-        text = torch.full((len(rows), length), MARKS.mask)
+        text = torch.full((len(rows), length), SPECIAL_TOKENS.mask)
         states = task.backbone(
             rows,
             text,
@@ -68,14 +70,14 @@ def main() -> None:
     pack(packed)
     results = []
     lines = [
-        "| images, beams | a search | of it the image | a word | packed | everything anew |",
+        "| images, beams | search | image | a token | packed | without cache |",
         "|---|---|---|---|---|---|",
     ]
-    for count, beams in ROWS:
+    for count, beams in CASES:
         image = torch.randn(count, 3, 224, 224)
         calls: dict[str, Callable[[], None]] = {
             "search": partial(search, plain, image, beams),
-            "first": partial(first, plain, image),
+            "first": partial(encode_image, plain, image),
             "packed": partial(search, packed, image, beams),
         }
         times: dict[str, list[float]] = {name: [] for name in calls}
@@ -83,24 +85,26 @@ def main() -> None:
             call(), call()
         rates = []
         for _ in range(options.rounds):
-            rates.append(probe())
+            rates.append(measure_product_rate())
             for name, call in calls.items():
                 times[name].append(seconds(call))
-        slow = seconds(partial(encode_again, plain, image, beams))
+        uncached = seconds(partial(encode_again, plain, image, beams))
         medians = {name: statistics.median(values) for name, values in times.items()}
         token = (medians["search"] - medians["first"]) / (LENGTH - 3)
         results.append(
-            {"images": count, "beams": beams, "seconds": times, "anew": slow, "probe": rates}
+            {"images": count, "beams": beams, "seconds": times, "anew": uncached, "probe": rates}
         )
+        milliseconds = [
+            f"{1e3 * value:.0f} ms"
+            for value in (medians["search"], medians["first"], token, medians["packed"])
+        ]
         lines.append(
-            f"| {count}, {beams} | {medians['search'] * 1e3:.0f} ms | {medians['first'] * 1e3:.0f} "
-            f"ms | {token * 1e3:.0f} ms "
-            f"| {medians['packed'] * 1e3:.0f} ms | {slow * 1e3:.0f} ms "
-            f"({slow / medians['search']:.1f}x) |"
+            f"| {count}, {beams} | {' | '.join(milliseconds)} "
+            f"| {uncached * 1e3:.0f} ms ({uncached / medians['search']:.1f}x) |"
         )
     print("\n".join(lines))
     if options.json:
-        save(options.json, "\n".join(lines), results)
+        save_results(options.json, "\n".join(lines), results)
 
 
 if __name__ == "__main__":

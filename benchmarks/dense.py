@@ -26,12 +26,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from probe import save
+from probe import save_results
 
 from beit3.data.loader import RecordDataset
 from beit3.data.stores.split_files import locate_split
 from beit3.data.views.label_maps import open_label_map
-from beit3.demo.comparison import markdown, row
+from beit3.demo.tables import format_markdown, make_row
 from beit3.files import write_text
 from beit3.metrics.segmentation import (
     ConfusionMatrix,
@@ -40,21 +40,15 @@ from beit3.metrics.segmentation import (
     summarize_confusion,
 )
 from beit3.recipe import Recipe
+from beit3.segmentation.records import encode_label_map, get_label_map_options
 from beit3.task import Record, load_task
-from beit3.tasks.ade20k import (
-    CLASSES_FILE,
-    Ade20k,
-    Ade20kConfig,
-    encode_label_map,
-    label_map_options,
-    sum_confusion,
-)
+from beit3.tasks.ade20k import CLASSES_FILE, Ade20k, Ade20kConfig, sum_confusion
 from beit3.tasks.coco import CATEGORIES_FILE, Coco, CocoConfig
 from beit3.training.evaluate import predict
 from beit3.training.loop import train
 from beit3.weights import loading
 
-EIGHT = {
+EIGHT_IMAGES = {
     "37666": "person, skateboard",
     "84533": "motorcycle, person",
     "100667": "three persons, four bananas",
@@ -64,29 +58,28 @@ EIGHT = {
     "330993": "two cars, two parking meters",
     "420862": "four cows",
 }
-"""Pictures of coco_mini's training split whose objects are all at least 32 px wide and high, none
-of them a crowd."""
+"""Images of the train split of coco_mini whose objects are all at least 32 px wide and high, and no
+crowds."""
 OVERFIT_STEPS = 1000
-"""Of two pictures each."""
+"""Each has two images."""
 COCO_STEPS = 1500
-"""Of four pictures each."""
+"""Each has four images."""
 Results = dict[str, Any]
 
 
 def overfit(args: argparse.Namespace) -> Results:
-    """AP of the eight pictures by a network that was trained on them alone, always whole and the
-    same way round."""
+    """Returns the AP of eight images on which the network was trained, without augmentation."""
     source, root = prepare_records("coco", "coco_mini", args), args.out / "records" / "eight"
-    rows = [
+    records = [
         record
         for record in RecordDataset(locate_split(source, "coco", "main", "train"), source)
-        if record["id"] in EIGHT
+        if record["id"] in EIGHT_IMAGES
     ]
-    assert len(rows) == len(EIGHT), f"coco_mini lacks some of {list(EIGHT)}"
+    assert len(records) == len(EIGHT_IMAGES), f"coco_mini lacks some of {list(EIGHT_IMAGES)}"
     for split in ("train", "val"):
         write_text(
             root / "coco" / "main" / f"{split}.jsonl",
-            "".join(json.dumps(record) + "\n" for record in rows),
+            "".join(json.dumps(record) + "\n" for record in records),
         )
     write_text(
         root / "coco" / "main" / CATEGORIES_FILE,
@@ -104,19 +97,19 @@ def overfit(args: argparse.Namespace) -> Results:
 
 
 def coco(args: argparse.Namespace) -> Results:
-    """AP of pictures not trained on, and of the training pictures."""
+    """Returns the AP of held-out images and of the training images."""
     root = prepare_records("coco", "coco_mini", args)
     run = args.out / "runs" / "coco"
     results = fine_tune("coco", make_recipe("coco", root, args.steps or COCO_STEPS), run, args.init)
-    seen = list(RecordDataset(locate_split(root, "coco", "main", "train"), root))
+    train_records = list(RecordDataset(locate_split(root, "coco", "main", "train"), root))
     task = loading.load_weights(run / "last")
-    return results | {"seen": Coco.score(predict(task, seen, batch_size=4), seen)}
+    return results | {"seen": Coco.score(predict(task, train_records, batch_size=4), train_records)}
 
 
 def camvid(args: argparse.Namespace) -> Results:
-    """mIoU and each class's IoU of each side, and of maps that know nothing of the picture."""
+    """Returns mIoU and IoU per class of each side, and of guesses that ignore the image."""
     root = prepare_records("ade20k", "camvid_mini", args)
-    train_rows, rows = (
+    train_records, val_records = (
         list(RecordDataset(locate_split(root, "ade20k", "main", split), root))
         for split in ("train", "val")
     )
@@ -124,13 +117,13 @@ def camvid(args: argparse.Namespace) -> Results:
     results: Results = {
         "names": names,
         "sides": {},
-        "guesses": score_guesses(train_rows, rows, len(names)),
+        "guesses": score_guesses(train_records, val_records, len(names)),
     }
     for side, init in {"scratch": "", **({"pretrained": args.init} if args.init else {})}.items():
         run = args.out / "runs" / f"camvid-{side}"
         scores = fine_tune("ade20k", make_recipe("ade20k", root, args.steps), run, init)
         counts = sum_confusion(
-            predict(loading.load_weights(run / "last"), rows, batch_size=4), rows
+            predict(loading.load_weights(run / "last"), val_records, batch_size=4), val_records
         )
         results["sides"][side] = scores | {"ious": list_ious(counts)}
         results["share"] = (counts.sum(1) / counts.sum()).tolist()
@@ -138,20 +131,21 @@ def camvid(args: argparse.Namespace) -> Results:
 
 
 def ade20k(args: argparse.Namespace) -> Results:
-    """Every record as an example of training and of evaluation, and the score of its own map and of
-    one class everywhere."""
+    """Makes examples of every record; scores its own label map and that of the commonest class."""
     root = prepare_records("ade20k", "ade20k_sample", args)
-    rows = list(RecordDataset(locate_split(root, "ade20k", "main", "val"), root))
+    records = list(RecordDataset(locate_split(root, "ade20k", "main", "val"), root))
     config = Ade20k.recipes["demo"].task
     assert isinstance(config, Ade20kConfig)
-    task = Ade20k(replace(config, num_classes=rows[0]["labels"]["num_classes"]))
-    for record in rows:
+    task = Ade20k(replace(config, num_classes=records[0]["labels"]["num_classes"]))
+    for record in records:
         task.example(record, True), task.example(record, False)
-    maps = [read_label_map(record) for record in rows]
-    guess = int(np.bincount(np.concatenate([labels[labels != 255] for labels in maps])).argmax())
-    sides = {"own": maps, "constant": [np.full_like(labels, guess) for labels in maps]}
-    return {"pictures": len(rows)} | {
-        side: score_label_maps(maps, rows) for side, maps in sides.items()
+    maps = [read_label_map(record) for record in records]
+    most_frequent = int(
+        np.bincount(np.concatenate([labels[labels != 255] for labels in maps])).argmax()
+    )
+    sides = {"own": maps, "constant": [np.full_like(labels, most_frequent) for labels in maps]}
+    return {"pictures": len(records)} | {
+        side: score_label_maps(maps, records) for side, maps in sides.items()
     }
 
 
@@ -164,7 +158,7 @@ PARTS: dict[str, Callable[[argparse.Namespace], Results]] = {
 
 
 def prepare_records(task: str, raw: str, args: argparse.Namespace) -> Path:
-    """The root of the records of a data set."""
+    """Writes the records of a dataset once and returns their root."""
     root = args.out / "records" / raw
     if not (root / task).exists():
         load_task(task).prepare(args.data / raw, root, "main")
@@ -172,7 +166,7 @@ def prepare_records(task: str, raw: str, args: argparse.Namespace) -> Path:
 
 
 def make_recipe(task: str, root: Path, steps: int) -> Recipe:
-    """`laptop` on the records of `root`; steps 0: its own."""
+    """Returns the recipe `laptop` with the records of `root`; steps 0: those of the recipe."""
     recipe = load_task(task).recipes["laptop"]
     return replace(
         recipe,
@@ -182,7 +176,7 @@ def make_recipe(task: str, root: Path, steps: int) -> Recipe:
 
 
 def fine_tune(task: str, recipe: Recipe, out: Path, init: str = "") -> Results:
-    """Final scores of a run and the processor seconds that it took, evaluation included."""
+    """Returns the final scores of a run and its CPU seconds, evaluation included."""
     with count_cpu_seconds(out.with_suffix(".seconds")) as spent:
         scores = train(recipe, load_task(task), out=out, init=init)
     return scores | {"processor": sum(map(float, spent.read_text().split()))}
@@ -190,7 +184,7 @@ def fine_tune(task: str, recipe: Recipe, out: Path, init: str = "") -> Results:
 
 @contextmanager
 def count_cpu_seconds(file: Path) -> Iterator[Path]:
-    """Processor seconds are added to a file, a line each time that the run goes on."""
+    """Appends the CPU seconds of the block as a line to a file."""
     file.parent.mkdir(parents=True, exist_ok=True)
     started = time.process_time()
     try:
@@ -201,48 +195,50 @@ def count_cpu_seconds(file: Path) -> Iterator[Path]:
 
 
 def score_guesses(
-    train_rows: Sequence[Record], rows: Sequence[Record], num_classes: int
+    train_records: Sequence[Record], records: Sequence[Record], num_classes: int
 ) -> Results:
-    """What the most frequent label of each place over the training maps scores, and the most
-    frequent of all."""
-    maps = [read_label_map(record) for record in train_rows]
+    """Scores the most frequent training label of each position, and the most frequent of all."""
+    maps = [read_label_map(record) for record in train_records]
     counts = np.stack(
         [sum((labels == label).astype(np.int64) for labels in maps) for label in range(num_classes)]
     )  # [C, H, W]
-    places, everywhere = counts.argmax(0), np.full(counts.shape[1:], counts.sum((1, 2)).argmax())
+    by_position, everywhere = (
+        counts.argmax(0),
+        np.full(counts.shape[1:], counts.sum((1, 2)).argmax()),
+    )
     return {
-        name: score_label_maps([guess] * len(rows), rows)
-        for name, guess in (("places", places), ("everywhere", everywhere))
+        name: score_label_maps([guess] * len(records), records)
+        for name, guess in (("places", by_position), ("everywhere", everywhere))
     }
 
 
 def read_label_map(record: Record) -> np.ndarray:
-    return open_label_map(record["label_map"], **label_map_options(record)).numpy()
+    return open_label_map(record["label_map"], **get_label_map_options(record)).numpy()
 
 
-def score_label_maps(maps: Sequence[np.ndarray], rows: Sequence[Record]) -> Results:
-    """Figures of label maps through the task's own predictions and score, and each class's IoU."""
+def score_label_maps(maps: Sequence[np.ndarray], records: Sequence[Record]) -> Results:
+    """Returns the scores of label maps as predictions, with the IoU of each class."""
     predictions = [
         {"id": record["id"], "map": encode_label_map(torch.from_numpy(labels))}
-        for labels, record in zip(maps, rows, strict=True)
+        for labels, record in zip(maps, records, strict=True)
     ]
-    classes = rows[0]["labels"]["num_classes"]
-    pairs = zip(maps, rows, strict=True)
+    classes = records[0]["labels"]["num_classes"]
+    pairs = zip(maps, records, strict=True)
     counts = sum(
         compute_confusion(labels, read_label_map(record), num_classes=classes)
         for labels, record in pairs
     )
-    score = Ade20k.score(predictions, rows)
+    score = Ade20k.score(predictions, records)
     assert score == summarize_confusion(counts), "the score counts what the matrices count"
     return score | {"ious": list_ious(counts)}
 
 
 def list_ious(counts: ConfusionMatrix) -> list[float | None]:
-    """Each class's IoU; None for one that is neither there nor predicted."""
+    """Returns the IoU of each class; None for one that is neither labeled nor predicted."""
     return [None if np.isnan(iou) else float(iou) for iou in compute_class_ious(counts)]
 
 
-# The table ----------------------------------------------------------------------------------------
+# Table ----------------------------------------------------------------------------------------
 
 
 def format_table(results: Results) -> str:
@@ -250,7 +246,7 @@ def format_table(results: Results) -> str:
     if "overfit" in results:
         rows.append(
             format_detection(
-                "8 pictures of coco_mini, learnt by heart",
+                "8 images of coco_mini, overfitted",
                 results["overfit"],
                 format_cost(results["overfit"]),
             )
@@ -258,23 +254,25 @@ def format_table(results: Results) -> str:
     if "coco" in results:
         rows.append(
             format_detection(
-                "coco_mini: 79 pictures, 80 others learnt",
+                "coco_mini: 79 held-out images",
                 results["coco"],
                 format_cost(results["coco"]),
             )
         )
-        rows.append(format_detection("the 80 learnt ones", results["coco"]["seen"], ""))
+        rows.append(
+            format_detection("coco_mini: the 80 training images", results["coco"]["seen"], "")
+        )
     if "camvid" in results:
         for side, scores in results["camvid"]["sides"].items():
             rows.append(
-                row(f"camvid_mini, {side}", format_segmentation(scores), format_cost(scores))
+                make_row(f"camvid_mini, {side}", format_segmentation(scores), format_cost(scores))
             )
         for name, label in (
-            ("places", "the most frequent class of each place"),
+            ("places", "the most frequent class of each position"),
             ("everywhere", "the most frequent class everywhere"),
         ):
             rows.append(
-                row(
+                make_row(
                     f"camvid_mini, {label}",
                     format_segmentation(results["camvid"]["guesses"][name]),
                     "no learning",
@@ -284,28 +282,28 @@ def format_table(results: Results) -> str:
     if "ade20k" in results:
         count = results["ade20k"]["pictures"]
         rows.append(
-            row(
-                f"ade20k_sample, {count} pictures, their own maps",
+            make_row(
+                f"ade20k_sample, {count} images, their own maps",
                 format_segmentation(results["ade20k"]["own"]),
                 "",
             )
         )
         rows.append(
-            row(
+            make_row(
                 "ade20k_sample, the most frequent class everywhere",
                 format_segmentation(results["ade20k"]["constant"]),
                 "",
             )
         )
-    return markdown(rows) + classes
+    return format_markdown(rows) + classes
 
 
 def format_detection(label: str, scores: Results, reference: str) -> dict[str, str]:
     parts = [
-        f"{kind} AP50 {scores[f'{kind}_ap50']:.3f}, AP {scores[f'{kind}_ap']:.3f}"
-        for kind in ("box", "mask")
+        f"{shape} AP50 {scores[f'{shape}_ap50']:.3f}, AP {scores[f'{shape}_ap']:.3f}"
+        for shape in ("box", "mask")
     ]
-    return row(label, "; ".join(parts), reference)
+    return make_row(label, "; ".join(parts), reference)
 
 
 def format_segmentation(scores: Results) -> str:
@@ -313,19 +311,19 @@ def format_segmentation(scores: Results) -> str:
 
 
 def format_cost(scores: Results) -> str:
-    return f"{scores['step']} steps, {scores['processor'] / 60:.0f} processor minutes"
+    return f"{scores['step']} steps, {scores['processor'] / 60:.0f} CPU minutes"
 
 
 def format_classes(results: Results) -> str:
-    """IoU of each class of camvid_mini."""
+    """Formats the IoU of each class of camvid_mini."""
     sides = {side: scores["ious"] for side, scores in results["sides"].items()} | {
         "each place's": results["guesses"]["places"]["ious"]
     }
     lines = [f"| class | pixels | {' | '.join(sides)} |", "|---" * (2 + len(sides)) + "|"]
-    for place, (name, share) in enumerate(zip(results["names"], results["share"], strict=True)):
+    for index, (name, fraction) in enumerate(zip(results["names"], results["share"], strict=True)):
         lines.append(
-            f"| {name} | {share:.1%} | "
-            f"{' | '.join(format_value(ious[place]) for ious in sides.values())} |"
+            f"| {name} | {fraction:.1%} | "
+            f"{' | '.join(format_value(ious[index]) for ious in sides.values())} |"
         )
     return "\n".join(lines) + "\n"
 
@@ -359,7 +357,7 @@ def main() -> None:
     results = {name: json.loads(file.read_text()) for name, file in files.items() if file.exists()}
     print(format_table(results))
     if args.json:
-        save(args.json, format_table(results), results)
+        save_results(args.json, format_table(results), results)
 
 
 if __name__ == "__main__":

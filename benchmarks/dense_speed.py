@@ -30,7 +30,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from probe import peak_memory, save
+from probe import read_peak_memory, save_results
 
 from beit3.data.views.preprocessing import Preprocessing
 from beit3.data.views.segmentation import SegmentationAugmentation
@@ -53,13 +53,13 @@ Times = dict[str, list[float]]
 
 @dataclass(frozen=True)
 class Case:
-    """What one process measures."""
+    """One measurement, made in a process of its own."""
 
     task: str
     size: int
     train: bool = False
     recompute: bool = False
-    """Of trunk, adapter and head."""
+    """Whether trunk, adapter and head are recomputed."""
     model: str = "base"
     device: str = "cpu"
     batch: int = 1
@@ -68,7 +68,7 @@ class Case:
 
 
 def make_recipe(case: Case) -> Recipe:
-    """The published-size recipe at the case's model and size of picture."""
+    """Returns the recipe of published size with the model and image size of the case."""
     recipe = load_task(case.task).recipes[RECIPES[case.task]]
     size = case.size
     task: Any = recipe.task
@@ -103,14 +103,14 @@ def make_recipe(case: Case) -> Recipe:
 
 
 def make_image(side: int) -> Image.Image:
-    """Noise."""
+    """Returns an image of noise."""
     return Image.fromarray(
         np.random.default_rng(0).integers(0, 256, (side, side, 3), dtype=np.uint8)
     )
 
 
 def measure(case: Case) -> dict[str, Any]:
-    """In the fresh process: times of each part in interleaved rounds, and the peak of the whole."""
+    """Measures, in a fresh process, times of each part in interleaved rounds, and the peak."""
     torch.set_grad_enabled(case.train)
     recipe, device = make_recipe(case), torch.device(case.device)
     torch.set_num_threads(case.threads)
@@ -120,23 +120,27 @@ def measure(case: Case) -> dict[str, Any]:
     calls = (
         build_steps(task, recipe, case, device) if case.train else build_passes(task, case, device)
     )
-    results: dict[str, Any] = {"before": read_peak_memory(device), "processor": {}, "wall": {}}
+    results: dict[str, Any] = {
+        "before": read_device_peak_memory(device),
+        "processor": {},
+        "wall": {},
+    }
     for name, call in calls.items():
         call()
         results.setdefault(
-            "peak", read_peak_memory(device)
-        )  # of the first call, which is the whole
+            "peak", read_device_peak_memory(device)
+        )  # of the first call, which includes all parts
         results["processor"][name], results["wall"][name] = [], []
     for _ in range(case.rounds):
         for name, call in calls.items():
-            processor, wall = time_pass(call, device)
-            results["processor"][name].append(processor)
+            cpu_time, wall = time_pass(call, device)
+            results["processor"][name].append(cpu_time)
             results["wall"][name].append(wall)
     return results
 
 
 def build_passes(task: Task, case: Case, device: torch.device) -> dict[str, Callable[[], object]]:
-    """The network, its trunk alone, and a whole prediction."""
+    """Returns calls of the network, of its trunk, and of a prediction."""
     batch = to_device(
         task.collate([task.example({"id": "0", "image": make_image(case.size)}, False)]), device
     )
@@ -152,7 +156,7 @@ def build_passes(task: Task, case: Case, device: torch.device) -> dict[str, Call
 def build_steps(
     task: Task, recipe: Recipe, case: Case, device: torch.device
 ) -> dict[str, Callable[[], object]]:
-    """A training step, and the trunk's forward and backward pass alone."""
+    """Returns a training step, and forward and backward of the trunk."""
     classes = CLASSES[case.task]
     record = {
         "id": "0",
@@ -166,52 +170,53 @@ def build_steps(
     ) | {"step": 0, "steps": 1}
     optimizer, precision = make_optimizer(task, recipe.optim), make_autocast(recipe.run, device)
 
-    def whole() -> None:
+    def run_step() -> None:
         backward(
             task, [batch], sum_targets(task, [batch]), precision, partial(to_device, device=device)
         )
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    def trunk() -> None:
+    def run_trunk() -> None:
         with precision:
             features = task.backbone(task.normalize_images(to_device(batch, device)))
         features.float().square().mean().backward()
         optimizer.zero_grad(set_to_none=True)
 
-    return {"whole": whole, "trunk": trunk}
+    return {"whole": run_step, "trunk": run_trunk}
 
 
 def time_pass(call: Callable[[], object], device: torch.device) -> tuple[float, float]:
-    """Seconds of the processor's and of the clock's, an accelerator waited for."""
-    processor, wall = time.process_time(), time.perf_counter()
+    """Returns CPU time and wall time in seconds, including the accelerator's work."""
+    cpu_time, wall = time.process_time(), time.perf_counter()
     call()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    return time.process_time() - processor, time.perf_counter() - wall
+    return time.process_time() - cpu_time, time.perf_counter() - wall
 
 
-def read_peak_memory(device: torch.device) -> float:
-    """Most bytes so far: of tensors on an accelerator, of the process on a CPU."""
+def read_device_peak_memory(device: torch.device) -> float:
+    """Returns the peak bytes: of tensors on an accelerator, of the process on CPU."""
     return (
-        float(torch.cuda.max_memory_allocated(device)) if device.type == "cuda" else peak_memory()
+        float(torch.cuda.max_memory_allocated(device))
+        if device.type == "cuda"
+        else read_peak_memory()
     )
 
 
 def run_in_process(case: Case) -> dict[str, Any]:
-    """`measure` in a process of its own; `peak` 0 where the accelerator's memory does not hold the
-    case."""
+    """Runs `measure` in a fresh process; `peak` is 0 if the accelerator runs out of memory."""
     command = [sys.executable, str(Path(__file__).resolve()), "--one", json.dumps(asdict(case))]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if "OutOfMemoryError" in done.stderr:
+    process = subprocess.run(command, capture_output=True, text=True)
+    if "OutOfMemoryError" in process.stderr:
         return asdict(case) | {"peak": 0}
-    if done.returncode:
-        raise RuntimeError(f"{case}: {done.stderr[-3000:]}")
-    return asdict(case) | json.loads(done.stdout.splitlines()[-1])
+    if process.returncode:
+        raise RuntimeError(f"{case}: {process.stderr[-3000:]}")
+    return asdict(case) | json.loads(process.stdout.splitlines()[-1])
 
 
 def format_case(results: dict[str, Any]) -> str:
-    """A row."""
+    """Formats a row of the table."""
     clock = "wall" if results["device"] == "cuda" else "processor"
     medians = {name: statistics.median(values) for name, values in results.get(clock, {}).items()}
     label = f"{NAMES[results['task']]}, {'training step' if results['train'] else 'forward'}"
@@ -235,13 +240,13 @@ def main() -> None:
     )
     parser.add_argument("--json", type=Path)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--sizes", type=int, nargs="+", help="sides of the pictures")
+    parser.add_argument("--sizes", type=int, nargs="+", help="image sizes")
     parser.add_argument("--model", choices=MODELS, default="base")
     parser.add_argument("--gpu", action="store_true", help="training alone, in bfloat16")
     parser.add_argument(
-        "--batch", type=int, nargs="+", default=(1, 4), help="with --gpu: pictures of a step"
+        "--batch", type=int, nargs="+", default=(1, 4), help="with --gpu: images of a step"
     )
-    parser.add_argument("--device", default="", help="with --gpu; cpu proves that it runs")
+    parser.add_argument("--device", default="", help="with --gpu; cpu shows that it runs")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--one", default="", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -285,7 +290,7 @@ def main() -> None:
         lines.append(format_case(results[-1]))
         print(lines[-1], flush=True)
     if args.json:
-        save(args.json, "\n".join(lines), results)
+        save_results(args.json, "\n".join(lines), results)
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for a call by pa
 
 from tests.training.runs import find_newest_checkpoint, read_metrics
 
-HOME = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[1]
 AIMS = (
     "file",
     "step",
@@ -49,18 +49,23 @@ AIMS = (
     "file",
     "resume",
 )
-"""What kills aim at, by turns. `checkpoint`: one is begun and not yet on the disk; `file`: its
-bytes are being written, digested
-or flushed. `resume` kills in a step, then again while the second process starts."""
-FILLS = ("small", "start-up", "step", "checkpoint", "file", "evaluation", "best", "last")
-"""When a disk fills: by itself, being too small, or at once at one of these moments."""
+"""Activities at which kills aim, by turns.
+
+`checkpoint`: one has begun without bytes on disk; `file`: its bytes are written, digested or
+flushed; `resume` kills in a step, and again while the second process starts.
+"""
+FILL_MOMENTS = ("small", "start-up", "step", "checkpoint", "file", "evaluation", "best", "last")
+"""Moments at which a disk becomes full; `small`: the disk is too small from the start."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """A pretraining that can be started again and again. given: options beside those below."""
+    """A pretraining that can be started repeatedly.
 
-    given: tuple[str, ...]
+    `options` are command-line options besides those of the fields below.
+    """
+
+    options: tuple[str, ...]
     steps: int = 24
     save_every: int = 2
     eval_every: int = 8
@@ -68,28 +73,30 @@ class Job:
     asynchronous: bool = False
 
     def start(self, out: Path, log: Path) -> subprocess.Popen:
-        """A process of its own, one thread; it prints to `log` and complains to `log`.err."""
+        """Starts the run on one thread; writes its output to `log`, its errors to `log`.err."""
         log.parent.mkdir(parents=True, exist_ok=True)
-        command = [*self.command(), "train", "pretrain", "demo", "--out", str(out), *self.given]
+        command = [*self.command(), "train", "pretrain", "demo", "--out", str(out), *self.options]
         for name in ("steps", "save_every", "eval_every", "eval_records"):
             command += [f"--run.{name}", str(getattr(self, name))]
         command += ["--run.log_every", "1", "--run.async_save", str(self.asynchronous)]
         with log.open("w") as output, log.with_suffix(".err").open("w") as errors:
-            return subprocess.Popen(command, stdout=output, stderr=errors, env=environment())
+            return subprocess.Popen(command, stdout=output, stderr=errors, env=make_environment())
 
     def command(self) -> list[str]:
-        """What starts `beit3`."""
+        """Returns the command that starts `beit3`."""
         return [sys.executable, "-m", "beit3"]
 
     def finish(self, out: Path, log: Path) -> int:
-        """The same, to its end; its status."""
+        """Runs the job to its end and returns the exit status."""
         return self.start(out, log).wait()
 
 
 @dataclass
 class Trial:
-    """One row of the table. doing: what the kill fell into; writing: whether that was the writing
-    of a checkpoint."""
+    """One row of the table.
+
+    `doing` describes the activity at the kill, `writing` whether a checkpoint was being written.
+    """
 
     aim: str
     seconds: float = 0.0
@@ -101,9 +108,9 @@ class Trial:
     left: tuple[str, ...] = ()
 
 
-def environment() -> dict[str, str]:
+def make_environment() -> dict[str, str]:
     return os.environ | {
-        "PYTHONPATH": str(HOME / "src"),
+        "PYTHONPATH": str(ROOT / "src"),
         "OMP_NUM_THREADS": "1",
         "CUDA_VISIBLE_DEVICES": "",
     }
@@ -113,10 +120,9 @@ def environment() -> dict[str, str]:
 
 
 def read_activity(job: Job, out: Path, log: Path) -> str:
-    """What the process that prints to `log` is doing, or did when it was killed, by the traces of
-    each activity.
+    """Returns the activity of the process that writes to `log`, or its last one, from its files.
 
-    Every process shows its first step, so one that has shown none is starting.
+    Every process prints its first step, so one that has printed none is starting.
     """
     if not re.search(r"step \d+/", log.read_text()):
         return "start-up"
@@ -125,62 +131,64 @@ def read_activity(job: Job, out: Path, log: Path) -> str:
     for name in ("best", "last"):
         if (out / f".{name}.new").exists():
             return name
-    row = read_progress(out)
-    due = row["step"] % job.eval_every == 0 or row["step"] == job.steps
-    return "evaluation" if due and "loss" in row else "end" if (out / "last").exists() else "step"
+    metrics = read_progress(out)
+    is_due = metrics["step"] % job.eval_every == 0 or metrics["step"] == job.steps
+    if is_due and "loss" in metrics:
+        return "evaluation"
+    return "end" if (out / "last").exists() else "step"
 
 
 def read_progress(out: Path) -> dict[str, float]:
-    """The last whole line of the metrics."""
+    """Returns the last complete line of the metrics."""
     path = out / "metrics.jsonl"
-    rows = path.read_text().split("\n")[:-1] if path.exists() else []
-    return json.loads(rows[-1]) if rows else {"step": 0}
+    lines = path.read_text().split("\n")[:-1] if path.exists() else []
+    return json.loads(lines[-1]) if lines else {"step": 0}
 
 
 def count_bytes(part: Path) -> int:
-    """Bytes of a checkpoint so far; its folder and files may go at any time."""
+    """Returns the bytes of a checkpoint so far; its files may vanish at any time."""
     with suppress(OSError):
         return sum(path.stat().st_size for path in part.iterdir())
     return 0
 
 
-def episodes(
+def iterate_episodes(
     job: Job, process: subprocess.Popen, out: Path, log: Path
 ) -> Iterator[tuple[str, int, float]]:
-    """While `process` runs, a thousand times a second: activity, how many times it has begun that,
-    seconds in it."""
+    """Yields (activity, how often it has begun, seconds in it) about every millisecond."""
     counts: Counter[str] = Counter()
-    before, since = "", 0.0
+    activity, since = "", 0.0
     while process.poll() is None:
-        now = read_activity(job, out, log)
-        if now != before:
-            counts[now] += 1
-            before, since = now, time.monotonic()
-        yield now, counts[now], time.monotonic() - since
+        new_activity = read_activity(job, out, log)
+        if new_activity != activity:
+            counts[new_activity] += 1
+            activity, since = new_activity, time.monotonic()
+        yield new_activity, counts[new_activity], time.monotonic() - since
         time.sleep(0.001)
 
 
-Usual = dict[str, list[float]]
-"""Seconds of each episode of each activity."""
+Durations = dict[str, list[float]]
+"""Activity -> seconds of each of its episodes."""
 
 
-def rehearse(job: Job, out: Path) -> Usual:
-    """The run that is left alone: how long each of its activities took."""
+def rehearse(job: Job, out: Path) -> Durations:
+    """Makes the undisturbed run and returns the durations of its activities."""
     shutil.rmtree(out, ignore_errors=True)
     log = out.with_name(f"{out.name}.txt")
     process = job.start(out, log)
-    lasted = {
-        (activity, index): seconds for activity, index, seconds in episodes(job, process, out, log)
+    episode_seconds = {
+        (activity, index): seconds
+        for activity, index, seconds in iterate_episodes(job, process, out, log)
     }
     if process.returncode:
         raise RuntimeError(
             f"the run to compare with ended with {process.returncode}: "
             f"{log.with_suffix('.err').read_text()[-2000:]}"
         )
-    usual: Usual = {}
-    for (activity, _), seconds in sorted(lasted.items()):
-        usual.setdefault(activity, []).append(seconds)
-    return usual
+    durations: Durations = {}
+    for (activity, _), seconds in sorted(episode_seconds.items()):
+        durations.setdefault(activity, []).append(seconds)
+    return durations
 
 
 def await_moment(
@@ -189,13 +197,13 @@ def await_moment(
     out: Path,
     log: Path,
     aim: str,
-    usual: Usual,
+    durations: Durations,
     rng: random.Random,
 ) -> bool:
-    """Wait until `process` is at a random point of an activity; whether it came."""
-    index = rng.randrange(len(usual[aim]))
-    delay = rng.uniform(0, usual[aim][index])
-    for activity, begun, _ in episodes(job, process, out, log):
+    """Waits until `process` is at a random point of an activity; returns whether it came."""
+    index = rng.randrange(len(durations[aim]))
+    delay = rng.uniform(0, durations[aim][index])
+    for activity, begun, _ in iterate_episodes(job, process, out, log):
         if (activity, begun) == (aim, index + 1):
             time.sleep(delay)
             return process.poll() is None
@@ -206,7 +214,7 @@ def await_moment(
 
 
 def read_contents(out: Path) -> dict[str, Any]:
-    """What two equal runs have in common, by name; tensors as their bytes."""
+    """Returns the contents of a run that are equal in equal runs, by name; tensors as bytes."""
     groups = {folder: load_file(out / folder / "model.safetensors") for folder in ("last", "best")}
     shards = sorted(find_newest_checkpoint(out).glob("*.safetensors"))  # one of each process
     groups |= {
@@ -224,19 +232,21 @@ def read_contents(out: Path) -> dict[str, Any]:
     return contents | {"scores.json": (out / "scores.json").read_text()}
 
 
-def find_differences(run_trial: Path, two: Path) -> list[str]:
-    """Names of what differs between two finished runs."""
-    mine, theirs = read_contents(run_trial), read_contents(two)
-    assert any(name.endswith(".exp_avg") for name in mine), (
+def find_differences(run: Path, expected_run: Path) -> list[str]:
+    """Returns the names of contents that differ between two finished runs."""
+    contents, expected = read_contents(run), read_contents(expected_run)
+    assert any(name.endswith(".exp_avg") for name in contents), (
         "a checkpoint without an optimizer proves nothing"
     )
     return sorted(
-        name for name in mine.keys() | theirs.keys() if mine.get(name) != theirs.get(name)
+        name
+        for name in contents.keys() | expected.keys()
+        if contents.get(name) != expected.get(name)
     )
 
 
 def list_files(out: Path) -> set[str]:
-    """Relative paths of a run's files; TensorBoard's bear the time."""
+    """Returns the relative paths of a run's files but for TensorBoard's, which hold the time."""
     return {
         str(path.relative_to(out))
         for path in out.rglob("*")
@@ -245,18 +255,17 @@ def list_files(out: Path) -> set[str]:
 
 
 def resume(job: Job, reference: Path, out: Path, log: Path, trial: Trial) -> Trial:
-    """Start the same command again to its end, and note where it went on, what differs and what was
-    left behind."""
-    good = [int(path.name[5:]) for path in out.glob("checkpoints/step_*") if path.suffix != ".part"]
+    """Runs the same command to its end; notes where it resumed, differences and extra files."""
+    saved_steps = [
+        int(path.name[5:]) for path in out.glob("checkpoints/step_*") if path.suffix != ".part"
+    ]
     status = job.finish(out, log)
-    shown = re.search(
-        r"step (\d+)/", log.read_text()
-    )  # the first step it took, if there was one left
-    trial.resumed_from = int(shown[1]) - 1 if shown else job.steps
+    first_step = re.search(r"step (\d+)/", log.read_text())  # the first step, if there was one left
+    trial.resumed_from = int(first_step[1]) - 1 if first_step else job.steps
     if status:
         trial.wrong = f"status {status}: {log.with_suffix('.err').read_text()[-300:]}"
-    elif trial.resumed_from != max(good, default=0):
-        trial.wrong = f"the newest checkpoint was {max(good, default=0)}"
+    elif trial.resumed_from != max(saved_steps, default=0):
+        trial.wrong = f"the newest checkpoint was {max(saved_steps, default=0)}"
     else:
         trial.wrong = ", ".join(find_differences(reference, out)[:5])
         trial.left = tuple(sorted(list_files(out) - list_files(reference)))
@@ -267,15 +276,17 @@ def resume(job: Job, reference: Path, out: Path, log: Path, trial: Trial) -> Tri
 
 
 def kill_and_resume(
-    job: Job, reference: Path, usual: Usual, folder: Path, aim: str, seed: str
+    job: Job, reference: Path, durations: Durations, folder: Path, aim: str, seed: str
 ) -> Trial:
-    """One trial in the new folder `folder`, which stays where something was wrong."""
+    """Runs one trial in a new folder, which is kept if something was wrong."""
     rng, out = random.Random(seed), folder / "run"
-    while True:  # a moment that did not come, because this run took another course, is drawn again
+    while True:  # a moment that did not come in this run is drawn again
         shutil.rmtree(folder, ignore_errors=True)
-        trial = kill_job(job, out, folder / "1.txt", "step" if aim == "resume" else aim, usual, rng)
+        trial = kill_job(
+            job, out, folder / "1.txt", "step" if aim == "resume" else aim, durations, rng
+        )
         if trial and aim == "resume":
-            trial = kill_job(job, out, folder / "2.txt", "start-up", usual, rng)
+            trial = kill_job(job, out, folder / "2.txt", "start-up", durations, rng)
         if trial:
             break
     trial.aim = aim
@@ -286,12 +297,12 @@ def kill_and_resume(
 
 
 def kill_job(
-    job: Job, out: Path, log: Path, aim: str, usual: Usual, rng: random.Random
+    job: Job, out: Path, log: Path, aim: str, durations: Durations, rng: random.Random
 ) -> Trial | None:
-    """Start the job and kill it at a random point of `aim`; None where it ended before."""
+    """Starts the job and kills it at a random point of `aim`; returns None if it ended before."""
     began, process = time.monotonic(), job.start(out, log)
     try:
-        await_moment(job, process, out, log, aim, usual, rng)
+        await_moment(job, process, out, log, aim, durations, rng)
     finally:
         process.kill()
     if process.wait() >= 0:
@@ -307,7 +318,7 @@ def kill_job(
 
 
 def describe_activity(activity: str, out: Path) -> str:
-    """The activity in words, with how far it was."""
+    """Describes an activity and its progress."""
     step = int(read_progress(out)["step"])
     if activity not in ("checkpoint", "file"):
         plain = {
@@ -330,13 +341,15 @@ def describe_activity(activity: str, out: Path) -> str:
 
 @contextmanager
 def mount_small_disk(folder: Path, size: int) -> Iterator[Callable[[int], bool]]:
-    """Mounts a tmpfs of `size` bytes at `folder`; yields a function that resizes it (0 = to its
-    contents) and returns whether that worked."""
+    """Mounts a tmpfs of `size` bytes at `folder`.
 
-    def resize(wanted: int) -> bool:
+    Yields a function that resizes it (0: to its contents) and returns whether that worked.
+    """
+
+    def resize(new_size: int) -> bool:
         status = os.statvfs(folder)
         used = max(4096, (status.f_blocks - status.f_bfree) * status.f_frsize)
-        return mount("-o", f"remount,size={wanted or used}", str(folder))
+        return mount("-o", f"remount,size={new_size or used}", str(folder))
 
     folder.mkdir(parents=True, exist_ok=True)
     if not mount("-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)):
@@ -348,7 +361,7 @@ def mount_small_disk(folder: Path, size: int) -> Iterator[Callable[[int], bool]]
 
 
 def can_mount(out: Path) -> bool:
-    """Whether a tmpfs can be mounted below `out`."""
+    """Returns whether a tmpfs can be mounted below `out`."""
     try:
         with mount_small_disk(out / "disk", 4096):
             return True
@@ -357,7 +370,7 @@ def can_mount(out: Path) -> bool:
 
 
 def mount(*arguments: str) -> bool:
-    """Whether mount(8) is there and did it."""
+    """Runs mount(8); returns whether it exists and succeeded."""
     return (
         shutil.which("mount") is not None
         and subprocess.run(["mount", *arguments], capture_output=True).returncode == 0
@@ -365,56 +378,58 @@ def mount(*arguments: str) -> bool:
 
 
 def fill_and_resume(
-    job: Job, reference: Path, usual: Usual, folder: Path, aim: str, seed: str
+    job: Job, reference: Path, durations: Durations, folder: Path, aim: str, seed: str
 ) -> Trial:
-    """One trial on a disk that fills while the run does `aim`, then has room again."""
-    rng, out, roomy = random.Random(seed), folder / "disk" / "run", 2**30
+    """Runs one trial on a disk that becomes full during `aim` and is enlarged afterwards."""
+    rng, out, large = random.Random(seed), folder / "disk" / "run", 2**30
     size = sum(path.stat().st_size for path in find_newest_checkpoint(reference).iterdir())
     shutil.rmtree(folder, ignore_errors=True)
-    with mount_small_disk(folder / "disk", size * 5 // 2 if aim == "small" else roomy) as resize:
+    with mount_small_disk(folder / "disk", size * 5 // 2 if aim == "small" else large) as resize:
         began, process = time.monotonic(), job.start(out, folder / "1.txt")
         try:
             if aim != "small" and await_moment(
-                job, process, out, folder / "1.txt", aim, usual, rng
+                job, process, out, folder / "1.txt", aim, durations, rng
             ):
                 while not resize(0):  # it has grown meanwhile
                     pass
             status = process.wait(timeout=900)
         finally:
             process.kill()
-        log, wrong = check_end(
+        last_good, fault = check_end(
             status, out, (folder / "1.txt").read_text(), (folder / "1.err").read_text()
         )
-        trial = Trial(aim, time.monotonic() - began, log, step=int(read_progress(out)["step"]))
-        resize(roomy)
+        trial = Trial(
+            aim, time.monotonic() - began, last_good, step=int(read_progress(out)["step"])
+        )
+        resize(large)
         resume(job, reference, out, folder / "2.txt", trial)
-        trial.wrong = "; ".join(text for text in (wrong, trial.wrong) if text)
+        trial.wrong = "; ".join(text for text in (fault, trial.wrong) if text)
     if not trial.wrong:
         shutil.rmtree(folder)
     return trial
 
 
 def check_end(status: int, out: Path, output: str, errors: str) -> tuple[str, str]:
-    """What a run on a full disk called its last good checkpoint, and what was wrong with its end
-    ('' = nothing)."""
+    """Returns the last good checkpoint that the error names, and faults of the error or ''."""
     from beit3.training.checkpoint import find_damage
 
-    last = errors.splitlines()[-1] if errors else ""
+    last_line = errors.splitlines()[-1] if errors else ""
     match = re.fullmatch(
         r"beit3: .*disk of .* is full; "
         r"((step_\d+) is the last good checkpoint|there is no checkpoint yet): .*",
-        last,
+        last_line,
     )
-    good = max(
+    newest = max(
         (path.name for path in out.glob("checkpoints/step_*") if path.suffix != ".part"),
         default=None,
     )
     faults = {
         f"status {status}": status != 2,
         "a traceback": "Traceback" in output + errors,
-        f"last line: {last}": match is None,
-        f"{good} is the newest": match is not None and match[2] != good,
-        f"{good} is damaged": good is not None and find_damage(out / "checkpoints" / good) != "",
+        f"last line: {last_line}": match is None,
+        f"{newest} is the newest": match is not None and match[2] != newest,
+        f"{newest} is damaged": newest is not None
+        and find_damage(out / "checkpoints" / newest) != "",
     }
     return match[1] if match else "", "; ".join(
         text for text, is_fault in faults.items() if is_fault
@@ -425,7 +440,7 @@ def check_end(status: int, out: Path, output: str, errors: str) -> tuple[str, st
 
 
 def make_demo_job(out: Path) -> Job:
-    """The demo's pretraining, small: its world and a visual tokenizer of ten steps, made once."""
+    """Returns a small demo pretraining; writes its world and a visual tokenizer of ten steps."""
     from beit3.task import load_task
     from beit3.training.embedded_world import prepare_embedded_world
 
@@ -446,7 +461,7 @@ def make_demo_job(out: Path) -> Job:
         [*command, "--run.steps", "10", "--run.eval_records", "20"],
         check=True,
         stdout=subprocess.DEVNULL,
-        env=environment(),
+        env=make_environment(),
     )
     batch = ("--data.batch.images", "4", "--data.batch.texts", "4", "--data.batch.pairs", "8")
     tokens = ("--task.visual_tokenizer", str(out / "vqkd" / "last"))
@@ -461,19 +476,23 @@ def drill(
     *,
     seed: int,
     jobs: int,
-) -> tuple[Usual, list[Trial]]:
-    """The run left alone, then a trial per aim, `jobs` at a time; prints each as a line of the
-    table."""
+) -> tuple[Durations, list[Trial]]:
+    """Makes the undisturbed run, then a trial per aim, `jobs` at a time; prints the table."""
     reference, line = folder / "whole", "{:>5}  {:10}  {:>7}  {:40}  {:>4}  {:>12}  {}"
-    usual = rehearse(job, reference)
+    durations = rehearse(job, reference)
     print(
-        line.format("trial", "aim", "after", "what was going on", "step", "resumed from", "equal"),
+        line.format("trial", "aim", "after", "activity", "step", "resumed from", "equal"),
         flush=True,
     )
 
     def run(number: int) -> Trial:
         return run_trial(
-            job, reference, usual, folder / f"{number + 1:03d}", aims[number], f"{seed} {number}"
+            job,
+            reference,
+            durations,
+            folder / f"{number + 1:03d}",
+            aims[number],
+            f"{seed} {number}",
         )
 
     trials = []
@@ -494,7 +513,7 @@ def drill(
                 ),
                 flush=True,
             )
-    return usual, trials
+    return durations, trials
 
 
 def main() -> int:
@@ -521,29 +540,35 @@ def main() -> int:
         + ("-asynchronous" if args.asynchronous else ""),
     )
     run_trial = fill_and_resume if args.full_disk else kill_and_resume
-    aims = FILLS if args.full_disk else [AIMS[number % len(AIMS)] for number in range(args.kills)]
+    aims = (
+        FILL_MOMENTS
+        if args.full_disk
+        else [AIMS[number % len(AIMS)] for number in range(args.kills)]
+    )
     if args.full_disk and not can_mount(out):
         print("skipped: a disk that fills needs mount, which only root may use")
         return 0
     job = replace(make_demo_job(out), asynchronous=args.asynchronous)
-    usual, trials = drill(job, out / name, run_trial, aims, seed=args.seed, jobs=args.jobs)
-    wrong, writing = (
+    durations, trials = drill(job, out / name, run_trial, aims, seed=args.seed, jobs=args.jobs)
+    num_unequal, num_writing = (
         sum(bool(trial.wrong) for trial in trials),
         sum(trial.writing for trial in trials),
     )
-    fell = "" if args.full_disk else f"; {writing} kills fell into the writing of a checkpoint"
-    print(f"{len(trials) - wrong} of {len(trials)} equal{fell}")
+    writing_note = (
+        "" if args.full_disk else f"; {num_writing} kills fell into the writing of a checkpoint"
+    )
+    print(f"{len(trials) - num_unequal} of {len(trials)} equal{writing_note}")
     table = {
         "machine": platform.platform(),
         "cores": os.cpu_count(),
         "torch": torch.__version__,
         "seed": args.seed,
-        "usual": usual,
+        "usual": durations,
     }
     (out / f"{name}.json").write_text(
         json.dumps(table | {"trials": [asdict(trial) for trial in trials]}, indent=1) + "\n"
     )
-    return int(wrong > 0)
+    return int(num_unequal > 0)
 
 
 if __name__ == "__main__":

@@ -31,9 +31,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for a call by pa
 
 from beit3.files import write_text
 from benchmarks.drill import (
+    Durations,
     Job,
     Trial,
-    Usual,
     await_moment,
     describe_activity,
     drill,
@@ -45,8 +45,7 @@ from benchmarks.drill import (
 )
 
 AIMS = ("step", "file", "checkpoint", "evaluation", "start-up", "twice", "last", "best")
-"""What kills aim at, by turns; `twice` kills in a step, and again in the first steps after the
-restart."""
+"""Activities at which kills aim; `twice` kills in a step and soon after the restart."""
 
 
 @dataclass(frozen=True)
@@ -68,30 +67,32 @@ class Group(Job):
 
 
 def list_workers(launcher: int) -> list[int]:
-    """The processes that torchrun has started and that live."""
-    listed = subprocess.run(
+    """Returns the ids of the running processes that torchrun has started."""
+    listing = subprocess.run(
         ["ps", "-o", "pid=,stat=", "--ppid", str(launcher)], capture_output=True, text=True
     ).stdout
-    rows = [line.split() for line in listed.splitlines()]
+    rows = [line.split() for line in listing.splitlines()]
     return [int(pid) for pid, state in rows if not state.startswith("Z")]
 
 
-def kill_one(job: Job, reference: Path, usual: Usual, folder: Path, aim: str, seed: str) -> Trial:
-    """One trial in the new folder `folder`, which stays where something was wrong."""
-    rng, out, log = random.Random(seed), folder / "run", folder / "said.txt"
-    while True:  # a moment that did not come, because this run took another course, is drawn again
+def kill_one(
+    job: Job, reference: Path, durations: Durations, folder: Path, aim: str, seed: str
+) -> Trial:
+    """Runs one trial in a new folder, which is kept if something was wrong."""
+    rng, out, log = random.Random(seed), folder / "run", folder / "output.txt"
+    while True:  # a moment that did not come in this run is drawn again
         shutil.rmtree(folder, ignore_errors=True)
         began, process = time.monotonic(), job.start(out, log)
         try:
-            if killing := kill_job(job, process, out, log, aim, usual, rng, began):
+            if kill := kill_job(job, process, out, log, aim, durations, rng, began):
                 break
         finally:
             process.wait(timeout=900)
-    trial, length = killing
-    shown = re.search(
+    trial, length = kill
+    first_step = re.search(
         r"step (\d+)/", log.read_text()[length:]
-    )  # a process shows the first step it takes
-    trial.resumed_from = int(shown[1]) - 1 if shown else job.steps
+    )  # a process prints its first step
+    trial.resumed_from = int(first_step[1]) - 1 if first_step else job.steps
     deaths = log.with_suffix(".err").read_text().count("exitcode: -9")
     if deaths != 1 + (aim == "twice"):
         trial.wrong = f"{deaths} processes were killed"
@@ -104,7 +105,7 @@ def kill_job(
     out: Path,
     log: Path,
     aim: str,
-    usual: Usual,
+    durations: Durations,
     rng: random.Random,
     began: float,
 ) -> tuple[Trial, int] | None:
@@ -113,7 +114,7 @@ def kill_job(
 
     None where the moment did not come.
     """
-    if not await_moment(job, process, out, log, "step" if aim == "twice" else aim, usual, rng):
+    if not await_moment(job, process, out, log, "step" if aim == "twice" else aim, durations, rng):
         return None
     alive = list_workers(process.pid)
     if len(alive) < 2:  # not started yet, or at their end
@@ -146,13 +147,15 @@ def wait_for_step(process: subprocess.Popen, log: Path, length: int) -> list[int
     return []
 
 
-def stop_all(job: Job, reference: Path, usual: Usual, folder: Path, aim: str, seed: str) -> Trial:
+def stop_all(
+    job: Job, reference: Path, durations: Durations, folder: Path, aim: str, seed: str
+) -> Trial:
     """Tell torchrun to stop at a random point, as a scheduler does, and start the same command
     again."""
-    rng, out, log = random.Random(seed), folder / "run", folder / "said.txt"
+    rng, out, log = random.Random(seed), folder / "run", folder / "output.txt"
     shutil.rmtree(folder, ignore_errors=True)
     began, process = time.monotonic(), job.start(out, log)
-    await_moment(job, process, out, log, aim, usual, rng)
+    await_moment(job, process, out, log, aim, durations, rng)
     activity = read_activity(job, out, log)
     trial = Trial(
         aim,
@@ -177,8 +180,7 @@ def stop_all(job: Job, reference: Path, usual: Usual, folder: Path, aim: str, se
 
 
 def compare(trial: Trial, status: int, reference: Path, out: Path, log: Path) -> Trial:
-    """What differs from the run left alone, and what was left behind; the folder goes where nothing
-    is wrong."""
+    """Notes differences from the undisturbed run and extra files; removes an equal run."""
     if status:
         trial.wrong += f" status {status}: {log.with_suffix('.err').read_text()[-300:]}"
         return trial
@@ -209,18 +211,18 @@ def main() -> int:
     args = parser.parse_args()
     out, name = args.out.resolve(), "signals" if args.signals else "kills"
     aims: Sequence[str] = ("step", "checkpoint", "evaluation") if args.signals else AIMS
-    job = Group(make_demo_job(out).given, steps=12, eval_every=6, processes=args.processes)
-    chosen = [aims[number % len(aims)] for number in range(args.kills)]
-    usual, trials = drill(
+    job = Group(make_demo_job(out).options, steps=12, eval_every=6, processes=args.processes)
+    chosen_aims = [aims[number % len(aims)] for number in range(args.kills)]
+    durations, trials = drill(
         job,
         out / name,
         stop_all if args.signals else kill_one,
-        chosen,
+        chosen_aims,
         seed=args.seed,
         jobs=args.jobs,
     )
-    wrong = sum(bool(trial.wrong) for trial in trials)
-    print(f"{len(trials) - wrong} of {len(trials)} equal")
+    num_unequal = sum(bool(trial.wrong) for trial in trials)
+    print(f"{len(trials) - num_unequal} of {len(trials)} equal")
     table = {
         "machine": platform.platform(),
         "cores": os.cpu_count(),
@@ -229,11 +231,11 @@ def main() -> int:
     }
     results = table | {
         "seed": args.seed,
-        "usual": usual,
+        "usual": durations,
         "trials": [asdict(trial) for trial in trials],
     }
     write_text(out / f"group-{name}.json", json.dumps(results, indent=1) + "\n")
-    return int(wrong > 0)
+    return int(num_unequal > 0)
 
 
 if __name__ == "__main__":

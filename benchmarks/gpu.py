@@ -22,11 +22,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from pretrain_step import micro_batches
-from probe import save
+from pretrain_step import make_micro_batches
+from probe import save_results
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
-from versus_torchscale import Released, import_torchscale
+from versus_torchscale import ReleasedNetwork, import_torchscale
 
 from beit3.data.views.masking import IGNORE_INDEX
 from beit3.model.config import BASE, GIANT, LARGE, TINY, ModelConfig
@@ -44,7 +44,7 @@ SIZES: dict[str, tuple[ModelConfig, tuple[int, int, int], str]] = {
 
 
 class Clock:
-    """Seconds of a call, the accelerator waited for."""
+    """Measures the seconds of a call, including the accelerator's work."""
 
     def __init__(self, device: torch.device):
         self.device = device
@@ -66,11 +66,11 @@ def move_to(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]
 
 
 class TorchscalePretraining(nn.Module):
-    """The same losses on torchscale's network."""
+    """Computes the same losses with torchscale's network."""
 
     def __init__(self, model: ModelConfig, num_codes: int):
         super().__init__()
-        self.network = Released(model)
+        self.network = ReleasedNetwork(model)
         self.mim_head = nn.Linear(model.dim, num_codes)
 
     def forward(self, batch: dict[str, Tensor]) -> Tensor:
@@ -81,14 +81,14 @@ class TorchscalePretraining(nn.Module):
         )["encoder_out"]
         results, num_image = [], 0
         if "image" in batch:
-            num_image, hidden = 1 + batch["image_mask"].shape[1], batch["image_mask"].bool()
+            num_image, mask = 1 + batch["image_mask"].shape[1], batch["image_mask"].bool()
             results.append(
-                (self.mim_head(states[:, 1:num_image][hidden]), batch["image_codes"][hidden])
+                (self.mim_head(states[:, 1:num_image][mask]), batch["image_codes"][mask])
             )
         if "text" in batch:
-            hidden = batch["text_target"] != IGNORE_INDEX
+            mask = batch["text_target"] != IGNORE_INDEX
             results.append(
-                (self.network.mlm_head(states[:, num_image:][hidden]), batch["text_target"][hidden])
+                (self.network.mlm_head(states[:, num_image:][mask]), batch["text_target"][mask])
             )
         return torch.stack(
             [F.cross_entropy(logits, target, reduction="sum") for logits, target in results]
@@ -100,7 +100,7 @@ def build_step(
     loss: Callable[[dict[str, Tensor]], Tensor],
     batches: Sequence[dict[str, Tensor]],
 ) -> Callable[[], None]:
-    """A training step: forward and backward of each micro-batch in bfloat16, AdamW."""
+    """Returns a training step: forward and backward of micro-batches in bfloat16, AdamW."""
     optimizer = torch.optim.AdamW(network.parameters(), lr=0.0, fused=True)
     device = next(network.parameters()).device
 
@@ -116,22 +116,21 @@ def build_step(
 
 
 def measure_products(batches_flops: dict[tuple[int, int, int], int], clock: Clock) -> float:
-    """FLOP/s of the step's matrix products alone, by shape (rows, in, out) and how often each
-    occurs."""
-    total, spent = 0.0, 0.0
-    for (rows, inner, outer), times in batches_flops.items():
-        one = torch.randn(rows, inner, device=clock.device, dtype=torch.bfloat16)
-        other = torch.randn(inner, outer, device=clock.device, dtype=torch.bfloat16)
-        one @ other
-        spent += times * min(clock(lambda one=one, other=other: one @ other) for _ in range(5))
-        total += times * 2 * rows * inner * outer
-    return total / spent
+    """Measures the FLOP/s of the step's matrix products, given as (rows, in, out) -> count."""
+    total, seconds = 0.0, 0.0
+    for (rows, inner, outer), count in batches_flops.items():
+        left = torch.randn(rows, inner, device=clock.device, dtype=torch.bfloat16)
+        right = torch.randn(inner, outer, device=clock.device, dtype=torch.bfloat16)
+        left @ right
+        seconds += count * min(clock(lambda left=left, right=right: left @ right) for _ in range(5))
+        total += count * 2 * rows * inner * outer
+    return total / seconds
 
 
 def count_product_shapes(
     task: Pretrain, batches: Sequence[dict[str, Tensor]]
 ) -> dict[tuple[int, int, int], int]:
-    """The linear layers' products of a forward pass over `batches`, and how often each occurs."""
+    """Counts the products (rows, in, out) of linear layers in a forward pass over `batches`."""
     results: dict[tuple[int, int, int], int] = {}
 
     def note(module: nn.Linear, inputs: tuple[Tensor], output: Tensor) -> None:
@@ -150,15 +149,14 @@ def count_product_shapes(
 
 
 def measure(size: str, device: torch.device, rounds: int) -> dict[str, Any]:
-    """One network: steps of both sides in interleaved rounds, forward passes, utilisation,
-    memory."""
+    """Measures steps, forward passes, utilization and memory of one network on both sides."""
     model, counts, recompute = SIZES[size]
     clock, config = Clock(device), PretrainConfig(model=model)
     torch.manual_seed(0)
     with torch.device(device):
         ours = Pretrain(config).train()
     ours.init_weights()
-    batches = [move_to(batch, device) for batch in micro_batches(ours, *counts)]
+    batches = [move_to(batch, device) for batch in make_micro_batches(ours, *counts)]
     with FlopCounterMode(display=False) as counter, torch.autocast(device.type, torch.bfloat16):
         for batch in batches:
             torch.stack(list(ours(batch)["losses"].values())).sum().backward()
@@ -171,7 +169,7 @@ def measure(size: str, device: torch.device, rounds: int) -> dict[str, Any]:
         )
     }
     forwards = {"ours": lambda: [ours(batch) for batch in batches]}
-    row: dict[str, Any] = {
+    results: dict[str, Any] = {
         "size": size,
         "counts": counts,
         "recompute": recompute,
@@ -192,11 +190,11 @@ def measure(size: str, device: torch.device, rounds: int) -> dict[str, Any]:
                 forwards["theirs"] = lambda call=call: [call(batch) for batch in batches]
             for _ in range(3):
                 steps[side]()
-            row[f"{side}_memory_gb"] = (
+            results[f"{side}_memory_gb"] = (
                 torch.cuda.max_memory_allocated(device) / 1e9 if device.type == "cuda" else None
             )
         except torch.OutOfMemoryError:
-            row[f"{side}_memory_gb"], steps = (
+            results[f"{side}_memory_gb"], steps = (
                 "out of memory",
                 {name: step for name, step in steps.items() if name != side},
             )
@@ -210,21 +208,25 @@ def measure(size: str, device: torch.device, rounds: int) -> dict[str, Any]:
             with torch.no_grad(), torch.autocast(device.type, torch.bfloat16):
                 passes[side].append(clock(forwards[side]))
     for side in steps:
-        row[f"{side}_step_s"], row[f"{side}_forward_s"] = (
+        results[f"{side}_step_s"], results[f"{side}_forward_s"] = (
             statistics.median(times[side]),
             statistics.median(passes[side]),
         )
-    row["utilisation"], row["product_utilisation"] = flops / row["ours_step_s"] / PEAK, rate / PEAK
+    results["utilization"], results["product_utilization"] = (
+        flops / results["ours_step_s"] / PEAK,
+        rate / PEAK,
+    )
     with suppress(KeyError):
-        row["ratio"] = statistics.median(
-            there / here for here, there in zip(times["ours"], times["theirs"], strict=True)
+        results["ratio"] = statistics.median(
+            theirs_seconds / ours_seconds
+            for ours_seconds, theirs_seconds in zip(times["ours"], times["theirs"], strict=True)
         )
-    return row
+    return results
 
 
 def format_table(rows: Sequence[dict[str, Any]]) -> str:
     lines = [
-        "| network | step | torchscale | ratio | utilisation | products alone | memory, GB | "
+        "| network | step | torchscale | ratio | utilization | products alone | memory, GB | "
         "torchscale |",
         "|---" * 8 + "|",
     ]
@@ -235,8 +237,8 @@ def format_table(rows: Sequence[dict[str, Any]]) -> str:
             f"{row['ours_step_s'] * 1e3:.0f} ms",
             f"{theirs * 1e3:.0f} ms" if theirs else "",
             f"{ratio:.2f}" if ratio else "",
-            f"{row['utilisation']:.1%}",
-            f"{row['product_utilisation']:.1%}",
+            f"{row['utilization']:.1%}",
+            f"{row['product_utilization']:.1%}",
             str(row["ours_memory_gb"]),
             str(row.get("theirs_memory_gb")),
         ]
@@ -260,7 +262,7 @@ def main() -> None:
         rows.append(measure(size, torch.device(options.device), options.rounds))
         print(json.dumps(rows[-1]), flush=True)
         if options.json:
-            save(options.json, format_table(rows), rows)
+            save_results(options.json, format_table(rows), rows)
 
 
 if __name__ == "__main__":

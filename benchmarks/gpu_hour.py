@@ -24,7 +24,7 @@ DRY_STEPS = 4
 
 
 def shorten(recipe: Recipe, device: str) -> Recipe:
-    """A few steps of a few records, everything else as it is."""
+    """Returns the recipe with few steps of few records."""
     batch = {name: max(2, count // 128) for name, count in recipe.data.batch.items()}
     run = replace(
         recipe.run,
@@ -39,7 +39,10 @@ def shorten(recipe: Recipe, device: str) -> Recipe:
 
 
 def measure_run(run: Path) -> dict:
-    """Figures of a run, without its first lines: they hold compilation and the loader's start."""
+    """Returns throughput, memory and losses of a run, without its first quarter of steps.
+
+    These include compilation and the start of the loader.
+    """
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     steps = [line for line in lines if "seconds" in line]
     later = steps[len(steps) // 4 :]
@@ -50,7 +53,7 @@ def measure_run(run: Path) -> dict:
         "records_a_step": steps[-1]["samples"],
         "seconds_a_step": seconds,
         "records_a_second": steps[-1]["samples"] / seconds,
-        "share_waiting": waiting / total,
+        "waiting_fraction": waiting / total,
         "memory_gb": steps[-1]["memory"],
         "first": read_losses(steps[0]),
         "last": read_losses(steps[-1]),

@@ -24,22 +24,23 @@ from typing import Any
 
 import numpy as np
 import torch
-from probe import probe, save
+from probe import measure_product_rate, save_results
 from torch import Tensor
 from versus_torchscale import LENGTHS, PADDED
 
+from beit3.data.batches import trim_padding
 from beit3.data.views.preprocessing import Preprocessing
 from beit3.model.config import BASE
 from beit3.model.packed import pack
 from beit3.predict import load
 from beit3.quantize import quantize
-from beit3.task import Prediction, Task, trim_padding
+from beit3.task import Prediction, Task
 from beit3.tasks.retrieval import Retrieval, RetrievalConfig
 from beit3.training.evaluate import predict_sources, score_sources
 from beit3.training.parallel import wrap_blocks
 from beit3.training.sources import open_split
 
-FORMS = ALONE, PACKED, COMPILED, HALF, INT8 = (
+FORMS = FLOAT32, PACKED, COMPILED, BFLOAT16, INT8 = (
     "float32",
     "float32 packed",
     "float32 compiled",
@@ -48,8 +49,8 @@ FORMS = ALONE, PACKED, COMPILED, HALF, INT8 = (
 )
 
 
-def inputs() -> dict[str, dict[str, Tensor]]:
-    """Batches of retrieval, one a row of the table."""
+def make_inputs() -> dict[str, dict[str, Tensor]]:
+    """Returns batches of retrieval by row of the table."""
     generator = torch.Generator().manual_seed(0)
     image = torch.randn(8, 3, 224, 224, generator=generator)
     text = torch.randint(4, BASE.vocab_size, (8, PADDED), generator=generator)
@@ -62,8 +63,8 @@ def inputs() -> dict[str, dict[str, Tensor]]:
     }
 
 
-def networks() -> tuple[dict[str, Task], float]:
-    """Every form of the network, and the seconds that `quantize` took."""
+def make_networks() -> tuple[dict[str, Task], float]:
+    """Returns every form of the network, and the seconds that `quantize` took."""
     plain = (
         Retrieval(RetrievalConfig(model=BASE, image=Preprocessing(224)))
         .eval()
@@ -73,41 +74,45 @@ def networks() -> tuple[dict[str, Task], float]:
     compiled, packed = deepcopy(plain), deepcopy(plain)
     wrap_blocks(compiled, compiled=True)
     pack(packed)
-    small, start = deepcopy(plain), time.perf_counter()
-    quantize(small)
-    taken = time.perf_counter() - start
+    quantized, start = deepcopy(plain), time.perf_counter()
+    quantize(quantized)
+    quantize_seconds = time.perf_counter() - start
     return {
-        ALONE: plain,
+        FLOAT32: plain,
         PACKED: packed,
         COMPILED: compiled,
-        HALF: deepcopy(plain).bfloat16(),
-        INT8: small,
-    }, taken
+        BFLOAT16: deepcopy(plain).bfloat16(),
+        INT8: quantized,
+    }, quantize_seconds
 
 
 def encode(task: Task, batch: Mapping[str, Tensor]) -> Tensor:
-    """Unit features [B, D] of whichever side the batch has."""
+    """Returns unit features [B, D] of the images or the texts of a batch."""
     dtype = next(task.parameters()).dtype
     with torch.inference_mode():
-        given: dict[str, Any] = {
+        make_inputs: dict[str, Any] = {
             key: value.to(dtype) if value.is_floating_point() else value
             for key, value in batch.items()
         }
-        return next(iter(task.outputs(given).values()))
+        return next(iter(task.outputs(make_inputs).values()))
 
 
-def timed(call: Callable[[], Any]) -> tuple[float, float]:
-    """Seconds by the clock, and of processor time over all threads."""
+def time_call(call: Callable[[], Any]) -> tuple[float, float]:
+    """Returns wall time, and CPU time over all threads, in seconds."""
     clock, processor = time.perf_counter(), time.process_time()
     call()
     return time.perf_counter() - clock, time.process_time() - processor
 
 
-def speed(forms: Mapping[str, Task], batch: Mapping[str, Tensor], rounds: int) -> dict[str, Any]:
-    """Times of every form in interleaved rounds, ratios to float32 in the same round, and cosines
-    with its features."""
-    first = {name: timed(partial(encode, task, batch))[0] for name, task in forms.items()}
-    exact = encode(forms[ALONE], batch)
+def measure_speed(
+    forms: Mapping[str, Task], batch: Mapping[str, Tensor], rounds: int
+) -> dict[str, Any]:
+    """Measures times of every form in interleaved rounds.
+
+    Returns them with ratios to float32 in the same round and cosines with its features.
+    """
+    first_calls = {name: time_call(partial(encode, task, batch))[0] for name, task in forms.items()}
+    exact = encode(forms[FLOAT32], batch)
     cosines = {
         name: float((encode(task, batch).float() * exact).sum(1).min())
         for name, task in forms.items()
@@ -115,87 +120,96 @@ def speed(forms: Mapping[str, Task], batch: Mapping[str, Tensor], rounds: int) -
     rates: list[float] = []
     taken: dict[str, list[tuple[float, float]]] = {name: [] for name in forms}
     for _ in range(rounds):
-        rates.append(probe() / 1e9)
+        rates.append(measure_product_rate() / 1e9)
         for name, task in forms.items():
-            taken[name].append(timed(partial(encode, task, batch)))
-    row: dict[str, Any] = {"product_gflops": [round(rate) for rate in rates]}
+            taken[name].append(time_call(partial(encode, task, batch)))
+    results: dict[str, Any] = {"product_gflops": [round(rate) for rate in rates]}
     for name, times in taken.items():
         clock, processor = zip(*times, strict=True)
-        row[name] = {
-            "ms": spread([1e3 * value for value in clock]),
-            "first_call_s": round(first[name], 1),
+        results[name] = {
+            "ms": summarize([1e3 * value for value in clock]),
+            "first_call_s": round(first_calls[name], 1),
             "cosine": round(cosines[name], 5),
-            "times_faster": spread(
-                [theirs[0] / own for theirs, own in zip(taken[ALONE], clock, strict=True)]
+            "times_faster": summarize(
+                [base[0] / value for base, value in zip(taken[FLOAT32], clock, strict=True)]
             ),
-            "times_less_processor": spread(
-                [theirs[1] / own for theirs, own in zip(taken[ALONE], processor, strict=True)]
+            "times_less_processor": summarize(
+                [base[1] / value for base, value in zip(taken[FLOAT32], processor, strict=True)]
             ),
         }
-    return row
+    return results
 
 
-def spread(values: list[float]) -> list[float]:
-    """[median, lowest, highest]"""
+def summarize(values: list[float]) -> list[float]:
+    """Returns [median, minimum, maximum]."""
     return [round(value, 2) for value in (statistics.median(values), min(values), max(values))]
 
 
-def scores(given: str, split: str) -> dict[str, Any]:
-    """A split scored in float32 and in int8, and the cosines between features where the predictions
-    are features."""
-    weights, _, root = given.partition("=")
+def measure_scores(argument: str, split: str) -> dict[str, Any]:
+    """Scores a split in float32 and in int8, and compares features where predictions have them."""
+    weights, _, root = argument.partition("=")
     task = load(weights).task
     sources = open_split(type(task), root, split)
     exact = predict_sources(task, sources, batch_size=32)
-    close = predict_sources(quantize(task), sources, batch_size=32)
-    pairs = [pair for name in exact for pair in zip(exact[name][0], close[name][0], strict=True)]
-    before, after = (score_sources(type(task), found) for found in (exact, close))
-    table = {key: [round(100 * before[key], 2), round(100 * after[key], 2)] for key in before}
+    quantized = predict_sources(quantize(task), sources, batch_size=32)
+    pairs = [
+        pair for name in exact for pair in zip(exact[name][0], quantized[name][0], strict=True)
+    ]
+    exact_scores, quantized_scores = (
+        score_sources(type(task), predictions) for predictions in (exact, quantized)
+    )
+    format_table = {
+        key: [round(100 * exact_scores[key], 2), round(100 * quantized_scores[key], 2)]
+        for key in exact_scores
+    }
     return {
         "weights": weights,
         "records": len(pairs),
-        "float32 and int8, %": table,
+        "float32 and int8, %": format_table,
         "cosine": cosines(pairs),
     }
 
 
 def cosines(pairs: list[tuple[Prediction, Prediction]]) -> dict[str, list[float]]:
-    """[mean, lowest] of each kind of feature."""
-    found = {}
+    """Returns [mean, minimum] of the cosines of each kind of feature."""
+    results = {}
     for side in ("image", "texts"):
-        each = [
-            (np.atleast_2d(one[side]) * np.atleast_2d(other[side])).sum(1)
-            for one, other in pairs
-            if side in one
+        similarities = [
+            (np.atleast_2d(exact[side]) * np.atleast_2d(quantized[side])).sum(1)
+            for exact, quantized in pairs
+            if side in exact
         ]
-        if each:
-            found[side] = [
+        if similarities:
+            results[side] = [
                 round(float(value), 5)
-                for value in (np.concatenate(each).mean(), np.concatenate(each).min())
+                for value in (
+                    np.concatenate(similarities).mean(),
+                    np.concatenate(similarities).min(),
+                )
             ]
-    return found
+    return results
 
 
-def table(found: Mapping[str, Any]) -> str:
-    """Medians (lowest to highest) over the rounds, and the scores."""
+def format_table(results: Mapping[str, Any]) -> str:
+    """Formats medians (minimum to maximum) over the rounds, and the scores."""
     lines = [
         "| input | form | ms | times faster | times less processor time | lowest cosine |",
         "|---" * 6 + "|",
     ]
-    for case, row in found.get("speed", {}).items():
+    for case, row in results.get("speed", {}).items():
         for name in FORMS:
             cells = (
                 "{} ({} to {})".format(*row[name][key])
                 for key in ("ms", "times_faster", "times_less_processor")
             )
             lines.append(f"| {case} | {name} | {' | '.join(cells)} | {row[name]['cosine']} |")
-    if found["scores"]:
+    if results["scores"]:
         lines += ["", "| weights | records | score | float32 | int8 |", "|---" * 5 + "|"]
-    for row in found["scores"]:
-        for key, (before, after) in row["float32 and int8, %"].items():
+    for row in results["scores"]:
+        for key, (exact, quantized) in row["float32 and int8, %"].items():
             lines.append(
                 f"| {'/'.join(Path(row['weights']).parts[-2:])} | {row['records']} | {key} | "
-                f"{before} % | {after} % |"
+                f"{exact} % | {quantized} % |"
             )
     return "\n".join(lines)
 
@@ -204,22 +218,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--json", type=Path, required=True, help="the figures go here")
+    parser.add_argument("--json", type=Path, required=True, help="file of the results")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--score", nargs="*", default=[], metavar="WEIGHTS[=ROOT]")
     parser.add_argument("--split", default="val")
-    given = parser.parse_args()
-    found: dict[str, Any] = {
+    args = parser.parse_args()
+    results: dict[str, Any] = {
         "torchao": version("torchao"),
-        "scores": [scores(each, given.split) for each in given.score],
+        "scores": [measure_scores(argument, args.split) for argument in args.score],
     }
-    if given.rounds:
-        forms, found["quantize_s"] = networks()
-        found["speed"] = {
-            case: speed(forms, batch, given.rounds) for case, batch in inputs().items()
+    if args.rounds:
+        forms, results["quantize_s"] = make_networks()
+        results["speed"] = {
+            case: measure_speed(forms, batch, args.rounds) for case, batch in make_inputs().items()
         }
-    print(table(found))
-    save(given.json, table(found), found)
+    print(format_table(results))
+    save_results(args.json, format_table(results), results)
 
 
 if __name__ == "__main__":

@@ -38,8 +38,8 @@ from beit3.training.step import backward, sum_targets
 
 MIB = 2**20
 CPU = torch.device("cpu")
-PROCESSOR = Device("cpu", 64, 0.1)
-RETURNED = {"MALLOC_MMAP_THRESHOLD_": "65536"}
+CPU_DEVICE = Device("cpu", 64, 0.1)
+RETURN_FREED_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "65536"}
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Case:
     checkpointing: Literal["none", "selective", "full"] = "none"
     processes: int = 1
     parts: bool = False
-    """Whether adapter and head are recomputed too."""
+    """Whether adapter and head are recomputed as well."""
 
 
 CASES = (
@@ -83,7 +83,7 @@ CASES = (
 
 
 def format_name(case: Case) -> str:
-    """As the table calls it."""
+    """Returns the name of a case in the table."""
     name = f"{case.task} {case.recipe}, {case.pieces} x {case.micro_batch}"
     name += (
         f", {case.checkpointing}" + " with its parts" * case.parts
@@ -94,7 +94,7 @@ def format_name(case: Case) -> str:
 
 
 def make_recipe(case: Case) -> Recipe:
-    """The recipe with the case's batch, on CPU."""
+    """Returns the recipe with the batch of the case, on CPU."""
     recipe = load_task(case.task).recipes[case.recipe]
     batch = dict.fromkeys(recipe.data.batch, case.micro_batch * case.pieces * case.processes)
     run = replace(
@@ -114,17 +114,17 @@ def make_recipe(case: Case) -> Recipe:
     return replace(recipe, task=task, data=replace(recipe.data, batch=batch), run=run)
 
 
-def estimated(case: Case) -> float:
-    """Bytes."""
+def estimate_case(case: Case) -> float:
+    """Returns the estimated bytes."""
     return (
-        Estimate(load_task(case.task), make_recipe(case), PROCESSOR, case.processes)
+        Estimate(load_task(case.task), make_recipe(case), CPU_DEVICE, case.processes)
         .estimate_memory(case.micro_batch)
         .total
     )
 
 
-def measured(case: Case, *, returned: bool = True) -> float:
-    """Bytes of the process that takes most."""
+def measure_case(case: Case, *, return_freed: bool = True) -> float:
+    """Measures the bytes of the process with the highest peak."""
     launcher = (
         ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(case.processes)]
         if case.processes > 1
@@ -140,40 +140,42 @@ def measured(case: Case, *, returned: bool = True) -> float:
     environment = (
         os.environ
         | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-        | (RETURNED if returned else {})
+        | (RETURN_FREED_MEMORY if return_freed else {})
     )
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    if done.returncode:
-        raise RuntimeError(f"{case}: {done.stderr[:3000]}")
-    return float(done.stdout)
+    process = subprocess.run(command, capture_output=True, text=True, env=environment)
+    if process.returncode:
+        raise RuntimeError(f"{case}: {process.stderr[:3000]}")
+    return float(process.stdout)
 
 
 def measure(case: Case) -> None:
-    """In the fresh process: prints the bytes."""
-    recipe, kind = make_recipe(case), load_task(case.task)
+    """Measures in the fresh process and prints the bytes."""
+    recipe, task_class = make_recipe(case), load_task(case.task)
     init_device(recipe.run)
     model: Any = recipe.task.model
     fused = {"fusion_layers": 0} if hasattr(model, "fusion_layers") else {}
-    small = replace(model, dim=32, depth=recipe.task.base_depth, num_heads=2, ffn_dim=64, **fused)
-    steps(
-        kind,
-        replace(recipe, task=replace(recipe.task, model=small)),
+    small_model = replace(
+        model, dim=32, depth=recipe.task.base_depth, num_heads=2, ffn_dim=64, **fused
+    )
+    run_steps(
+        task_class,
+        replace(recipe, task=replace(recipe.task, model=small_model)),
         Case(case.task, case.recipe, 1, case.pieces),
         1,
     )
-    before = read_status("VmRSS")
-    steps(kind, recipe, case, 2)
-    peak = max(all_gather_objects(read_status("VmHWM") - before))
+    memory_before = read_status("VmRSS")
+    run_steps(task_class, recipe, case, 2)
+    peak = max(all_gather_objects(read_status("VmHWM") - memory_before))
     if rank() == 0:
         print(peak, flush=True)
 
 
-def steps(kind: type[Task], recipe: Recipe, case: Case, count: int) -> None:
-    """Real steps, as the loop takes them."""
-    task = build_meta_task(kind, recipe.task, recipe.run)
+def run_steps(task_class: type[Task], recipe: Recipe, case: Case, count: int) -> None:
+    """Makes training steps as the loop does."""
+    task = build_meta_task(task_class, recipe.task, recipe.run)
     materialize(task, CPU, 0)
     optimizer = make_optimizer(task, recipe.optim)
-    sources = [name for name in kind.sources if recipe.data.batch.get(name)]
+    sources = [name for name in task_class.sources if recipe.data.batch.get(name)]
     batches = [
         task.collate([make_example(task, name)] * case.micro_batch)
         for name in sources
@@ -189,7 +191,7 @@ def steps(kind: type[Task], recipe: Recipe, case: Case, count: int) -> None:
 
 
 def read_status(field: str) -> int:
-    """Bytes of a line of /proc/self/status."""
+    """Returns the bytes of a field of /proc/self/status."""
     match = re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
     assert match
     return int(match[1]) * 1024
@@ -200,7 +202,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--only", default="", help="cases whose name holds this")
+    parser.add_argument("--only", default="", help="cases whose names contain this")
     parser.add_argument("--measure", default="", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.measure:
@@ -209,9 +211,9 @@ def main() -> None:
     lines, rows = ["| step | estimate | returned | ratio | usual |", "|---" * 5 + "|"], []
     for case in (case for case in CASES if args.only in format_name(case)):
         figures = {
-            "estimate": estimated(case),
-            "returned": measured(case),
-            "usual": measured(case, returned=False),
+            "estimate": estimate_case(case),
+            "returned": measure_case(case),
+            "usual": measure_case(case, return_freed=False),
         }
         rows.append(asdict(case) | figures)
         mib = {key: f"{value / MIB:.0f} MiB" for key, value in figures.items()}
@@ -222,9 +224,11 @@ def main() -> None:
         )
         print(lines[-1], flush=True)
     if args.json:
-        from probe import save  # beside this program; a test imports it as part of a package
+        from probe import (
+            save_results,
+        )  # beside this program; a test imports it as part of a package
 
-        save(args.json, "\n".join(lines), rows)
+        save_results(args.json, "\n".join(lines), rows)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from probe import peak_memory, probe, save, seconds
+from probe import measure_product_rate, read_peak_memory, save_results, seconds
 from torch import Tensor, nn
 
 from beit3.data.views.masking import IGNORE_INDEX
@@ -32,30 +32,30 @@ SETTINGS = ("none", "selective", "full")
 SIZES = {"base": BASE, "tiny": TINY}
 
 
-def measure_head_memory(predictions: int, most: int) -> dict[str, float]:
-    """MB that the head's losses and gradients take beyond states, weights and their gradients."""
+def measure_head_memory(predictions: int, max_logits: int) -> dict[str, float]:
+    """Measures the MB of the head's losses and gradients beyond states, weights and gradients."""
     head, states = nn.Linear(768, 64010), torch.randn(predictions, 768, requires_grad=True)
     target = torch.randint(0, 64010, (predictions,))
     for tensor in (*head.parameters(), states):
         tensor.grad = torch.zeros_like(tensor) + 1
-    before = peak_memory()
-    chunked_vocabulary_loss(states, target, head, token_cross_entropy, most=most)[
+    memory_before = read_peak_memory()
+    chunked_vocabulary_loss(states, target, head, token_cross_entropy, max_logits=max_logits)[
         0
     ].sum().backward()
-    return {"mb": (peak_memory() - before) / 1e6}
+    return {"mb": (read_peak_memory() - memory_before) / 1e6}
 
 
-def micro_batches(task: Pretrain, images: int, texts: int, pairs: int) -> list[dict[str, Any]]:
-    """Batches of the three sources with random content and the paper's shares hidden."""
+def make_micro_batches(task: Pretrain, images: int, texts: int, pairs: int) -> list[dict[str, Any]]:
+    """Returns random batches of the three sources with the mask rates of the paper."""
     config, model = task.config, task.config.model
     side = model.image_size
 
     def image(count: int) -> dict[str, Tensor]:
-        hidden = torch.arange(model.num_patches) < int(config.image_mask_rate * model.num_patches)
+        mask = torch.arange(model.num_patches) < int(config.image_mask_rate * model.num_patches)
         codes = torch.randint(0, config.num_codes, (count, model.num_patches))
         return {
             "image": torch.randn(count, 3, side, side),
-            "image_mask": hidden.expand(count, -1),
+            "image_mask": mask.expand(count, -1),
             "image_codes": codes,
         }
 
@@ -67,20 +67,20 @@ def micro_batches(task: Pretrain, images: int, texts: int, pairs: int) -> list[d
         }
 
     length = min(config.monomodal_text_length, model.max_text_length)
-    both = image(pairs) | text(pairs, config.text_length, config.pair_text_mask_rate)
-    batches = [image(images), text(texts, length, config.text_mask_rate), both]
+    pair_batch = image(pairs) | text(pairs, config.text_length, config.pair_text_mask_rate)
+    batches = [image(images), text(texts, length, config.text_mask_rate), pair_batch]
     return [batch for batch, count in zip(batches, (images, texts, pairs), strict=True) if count]
 
 
 class Step:
-    """A pretraining step of one setting."""
+    """A pretraining step with one setting of activation checkpointing."""
 
     def __init__(self, model: ModelConfig, recompute: str, counts: tuple[int, int, int]):
         torch.manual_seed(0)
         self.task = Pretrain(PretrainConfig(model=model)).train()
         self.task.init_weights()
         wrap_blocks(self.task, recompute=recompute)  # type: ignore[arg-type]
-        self.batches = micro_batches(self.task, *counts)
+        self.batches = make_micro_batches(self.task, *counts)
         self.optimizer = torch.optim.AdamW(self.task.parameters(), lr=0.0, fused=True)
 
     def __call__(self) -> None:
@@ -93,11 +93,11 @@ class Step:
 def measure_step_memory(size: str, setting: str, counts: tuple[int, int, int]) -> dict[str, float]:
     step = Step(SIZES[size], setting, counts)
     step(), step()
-    return {"mb": peak_memory() / 1e6}
+    return {"mb": read_peak_memory() / 1e6}
 
 
 def measure_step_times(size: str, counts: tuple[int, int, int], rounds: int) -> dict[str, Any]:
-    """Seconds of a step under each setting, and the rate of a matrix product beside each."""
+    """Measures seconds of a step under each setting, and product rates beside them."""
     steps = {setting: Step(SIZES[size], setting, counts) for setting in SETTINGS}
     times: dict[str, list[float]] = {setting: [] for setting in SETTINGS}
     rates = []
@@ -105,11 +105,11 @@ def measure_step_times(size: str, counts: tuple[int, int, int], rounds: int) -> 
         step()
     for _ in range(rounds):
         for setting, step in steps.items():
-            rates.append(probe())
+            rates.append(measure_product_rate())
             times[setting].append(seconds(step))
     ratios = {
         setting: statistics.median(
-            t / n for t, n in zip(times[setting], times["none"], strict=True)
+            time / base_time for time, base_time in zip(times[setting], times["none"], strict=True)
         )
         for setting in SETTINGS
     }
@@ -117,7 +117,7 @@ def measure_step_times(size: str, counts: tuple[int, int, int], rounds: int) -> 
 
 
 def run_in_process(*arguments: object) -> float:
-    """A measurement of memory in a process of its own."""
+    """Measures memory in a fresh process."""
     command = [sys.executable, __file__, "--one", *map(str, arguments)]
     return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)[
         "mb"
@@ -138,10 +138,10 @@ def main() -> None:
     options = parser.parse_args()
     counts = tuple(options.counts)
     if options.one:
-        kind, first, second = options.one[:3]
+        part, first, second = options.one[:3]
         results = (
             measure_head_memory(int(first), int(second))
-            if kind == "head"
+            if part == "head"
             else measure_step_memory(first, second, tuple(map(int, options.one[3:])))
         )
         print(json.dumps(results))
@@ -153,7 +153,7 @@ def main() -> None:
         }
         for count in PREDICTIONS
     }
-    lines = ["| predictions of 64,010 words | all logits at once | in pieces |", "|---|---|---|"]
+    lines = ["| predictions over 64,010 ids | all logits at once | in pieces |", "|---|---|---|"]
     lines += [
         f"| {count} | {results['at once']:.0f} MB | {results['in pieces']:.0f} MB |"
         for count, results in head.items()
@@ -171,7 +171,7 @@ def main() -> None:
         )
     print("\n".join(lines))
     if options.json:
-        save(options.json, "\n".join(lines), {"head": head, "memory": memory, **times})
+        save_results(options.json, "\n".join(lines), {"head": head, "memory": memory, **times})
 
 
 if __name__ == "__main__":

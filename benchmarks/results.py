@@ -9,22 +9,24 @@ from pathlib import Path
 
 from beit3.files import write_text
 
-HERE = Path(__file__).parent
-MARKS = re.compile(r"(<!-- from (\S+\.json) -->\n).*?(<!-- end -->)", re.DOTALL)
+FOLDER = Path(__file__).parent
+MARKERS = re.compile(r"(<!-- from (\S+\.json) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def render(path: Path) -> str:
-    """The table of one file and what it was measured on."""
+    """Returns the table of one file and the machine on which it was measured."""
     results = json.loads(path.read_text())
     origin = f"{results['date']}, commit {results['commit']}, {results['machine']}."
     return f"\n{results['table']}\n\n{origin}\n\n"
 
 
 def main() -> None:
-    page = HERE / "RESULTS.md"
+    page = FOLDER / "RESULTS.md"
     write_text(
         page,
-        MARKS.sub(lambda match: match[1] + render(HERE / match[2]) + match[3], page.read_text()),
+        MARKERS.sub(
+            lambda match: match[1] + render(FOLDER / match[2]) + match[3], page.read_text()
+        ),
     )
 
 

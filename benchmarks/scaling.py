@@ -20,8 +20,8 @@ from typing import Any
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import torch
-from pretrain_step import micro_batches
-from probe import peak_memory, probe, save, seconds
+from pretrain_step import make_micro_batches
+from probe import measure_product_rate, read_peak_memory, save_results, seconds
 
 from beit3.data.views.preprocessing import Preprocessing
 from beit3.model.config import MEDIUM, SMALL
@@ -36,13 +36,12 @@ from beit3.training.step import backward, sum_targets
 COUNTS = (8, 1, 16)
 SIZES = {"small": (SMALL, COUNTS), "medium": (MEDIUM, (1, 1, 1))}
 """Network, and images, texts and pairs of a process."""
-RETURNED = {"MALLOC_MMAP_THRESHOLD_": "65536"}
+RETURN_FREED_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "65536"}
 FORMS = {"one": 1, "apart": 2, "together": 2, "four together": 4}
 
 
-def work(steps: int, size: str) -> None:
-    """Train and print seconds a step and the memory that the task takes; under torchrun with the
-    others."""
+def train_and_measure(steps: int, size: str) -> None:
+    """Trains, alone or under torchrun, and prints seconds a step and memory."""
     run, (model, counts) = RunConfig(), SIZES[size]
     device = init_device(run)
     torch.set_num_threads(1)
@@ -53,12 +52,12 @@ def work(steps: int, size: str) -> None:
         token_size=112,
         text_length=32,
     )
-    before = peak_memory()
+    memory_before = read_peak_memory()
     task = build_task(Pretrain, config, None, run, device)
     materialize(task, device, 0)
     assert isinstance(task, Pretrain)
     torch.manual_seed(rank())
-    batches = micro_batches(task, *counts)
+    batches = make_micro_batches(task, *counts)
     optimizer, precision = make_optimizer(task, OptimConfig(lr=0.0)), make_autocast(run, device)
 
     def step() -> None:
@@ -75,7 +74,7 @@ def work(steps: int, size: str) -> None:
     )
     results = {
         "seconds": statistics.median(times),
-        "peak": peak_memory() - before,
+        "peak": read_peak_memory() - memory_before,
         "optimizer": states,
     }
     if rank() == 0 or world_size() == 1:
@@ -97,17 +96,17 @@ def run_form(form: str, steps: int, size: str = "small") -> dict[str, Any]:
         *run_alone[1:],
     ]
     commands = [grouped] if "together" in form else [run_alone] * count
-    environment = os.environ | (RETURNED if size == "medium" else {})
+    environment = os.environ | (RETURN_FREED_MEMORY if size == "medium" else {})
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    running = [
+    processes = [
         subprocess.Popen(command, text=True, env=environment, **pipes) for command in commands
     ]
     results = []
-    for process in running:
-        printed, errors = process.communicate()
+    for process in processes:
+        output, errors = process.communicate()
         if process.returncode:
             raise SystemExit(f"{form}: {errors[-2000:]}")
-        results.append(json.loads(printed.splitlines()[-1]))
+        results.append(json.loads(output.splitlines()[-1]))
     return max(results, key=lambda run: run["seconds"])
 
 
@@ -116,7 +115,7 @@ def format_table(results: dict[str, list[dict[str, Any]]]) -> str:
         form: {key: statistics.median(run[key] for run in runs) for key in runs[0]}
         for form, runs in results.items()
     }
-    one = medians["one"]["seconds"]
+    one_seconds = medians["one"]["seconds"]
     lines = [
         "| processes | a step | records a second | beside one | peak of each | its optimizer |",
         "|---" * 6 + "|",
@@ -125,23 +124,23 @@ def format_table(results: dict[str, list[dict[str, Any]]]) -> str:
         rate = FORMS[form] * sum(COUNTS) / run["seconds"]
         lines.append(
             f"| {form} | {run['seconds']:.2f} s | {rate:.0f} | "
-            f"{FORMS[form] * one / run['seconds']:.2f} "
+            f"{FORMS[form] * one_seconds / run['seconds']:.2f} "
             f"| {run['peak'] / 1e6:.0f} MB | {run['optimizer'] / 1e6:.0f} MB |"
         )
-    shares = [
-        1 - apart["seconds"] / both["seconds"]
-        for apart, both in zip(results["apart"], results["together"], strict=True)
+    fractions = [
+        1 - apart["seconds"] / together["seconds"]
+        for apart, together in zip(results["apart"], results["together"], strict=True)
     ]
     lines += [
         "",
-        f"Communication of two: {statistics.median(shares):.0%} of a step ({min(shares):.0%} to "
-        f"{max(shares):.0%} over rounds).",
+        f"Communication of two: {statistics.median(fractions):.0%} of a step "
+        f"({min(fractions):.0%} to {max(fractions):.0%} over rounds).",
     ]
     return "\n".join(lines)
 
 
 def format_memory_table(results: dict[str, dict[str, Any]]) -> str:
-    """Of the large network."""
+    """Formats the memory of the larger network."""
     lines = ["| processes, MEDIUM | peak of each | its optimizer |", "|---" * 3 + "|"]
     lines += [
         f"| {form} | {run['peak'] / 1e6:,.0f} MB | {run['optimizer'] / 1e6:,.0f} MB |"
@@ -160,14 +159,14 @@ def main() -> None:
     parser.add_argument("--work", choices=SIZES, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.work:
-        work(options.steps, options.work)
+        train_and_measure(options.steps, options.work)
         return
     results: dict[str, list[dict[str, Any]]] = {form: [] for form in FORMS}
     rates = []
     for turn in range(options.rounds):
         for form in FORMS:
             if form != "four together" or turn == 0:
-                rates.append(probe())
+                rates.append(measure_product_rate())
                 results[form].append(
                     run_form(form, 2 if form == "four together" else options.steps)
                 )
@@ -175,7 +174,7 @@ def main() -> None:
     tables = f"{format_table(results)}\n\n{format_memory_table(large)}"
     print(tables)
     if options.json:
-        save(options.json, tables, {"runs": results, "probe": rates, "medium": large})
+        save_results(options.json, tables, {"runs": results, "probe": rates, "medium": large})
 
 
 if __name__ == "__main__":

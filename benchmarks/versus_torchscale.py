@@ -28,21 +28,20 @@ from tempfile import TemporaryDirectory
 from types import ModuleType
 from typing import Any
 
-os.environ.setdefault(
-    "OMP_WAIT_POLICY", "ACTIVE"
-)  # alone on the machine threads may spin: faster for both sides
+os.environ.setdefault("OMP_WAIT_POLICY", "ACTIVE")  # threads may spin: faster for both sides
 
 import torch
-from probe import peak_memory, probe, save, seconds
+from probe import measure_product_rate, read_peak_memory, save_results, seconds
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from beit3.data.batches import trim_padding
 from beit3.model.attention_mask import make_image_to_text_mask
 from beit3.model.beit3 import BEiT3
 from beit3.model.config import BASE, ModelConfig
 from beit3.model.generation import DecoderState, Decoding, SpecialTokens, generate
 from beit3.model.packed import pack
-from beit3.task import Batch, Task, trim_padding
+from beit3.task import Batch, Task
 from beit3.tasks.captioning import Captioning, CaptioningConfig
 from beit3.tasks.vqa import VQA, VQAConfig
 from beit3.training.parallel import wrap_blocks
@@ -52,9 +51,9 @@ LENGTHS = {8: (9, 11, 13, 14, 16, 17, 19, 23), 4: (11, 14, 16, 21)}
 """Tokens of captions: quantiles of 6,000 of Flickr8k (mean 15.6, longest 39), in a text tokenizer
 of 8,000 pieces."""
 PADDED, CAPTION, BEAMS, CANDIDATES, VOCAB = 64, 16, 3, 3, BASE.vocab_size
-MARKS = SpecialTokens(bos=0, eos=2, pad=1, mask=64001)
+SPECIAL_TOKENS = SpecialTokens(bos=0, eos=2, pad=1, mask=64001)
 TOLERANCE = 1e-5
-WANTED = {
+TARGET_RATIOS = {
     "1 image": 1.4,
     "8 images": 1.15,
     "8 texts": 2.0,
@@ -63,27 +62,26 @@ WANTED = {
     "captions, 1 image": 2.2,
     "captions, 4 images": 2.2,
 }
-"""Ratios to reach, or `NEAR` of the rate of the matrix product in that round."""
-NEAR = 0.92
+"""Ratios to reach, unless `NEAR_PEAK` of the matrix product's rate is reached."""
+NEAR_PEAK = 0.92
 SIDES = ("ours", "packed", "theirs")
 
 
 @dataclass(frozen=True)
 class Use:
-    """One row: what both sides compute, and return as a tensor that must agree."""
+    """One row: calls of both sides, whose results must agree."""
 
     name: str
     ours: dict[str, Callable[[], Tensor]]
     theirs: dict[str, Callable[[], Tensor]]
-    """By setting; the fastest counts."""
+    """Setting -> call; the fastest counts."""
 
 
 # Torchscale ---------------------------------------------------------------------------------------
 
 
 def import_torchscale(folder: str) -> None:
-    """Make torchscale importable, with stand-ins for what it imports and a network like this never
-    calls."""
+    """Makes torchscale importable, with stubs of packages whose functions are never called."""
     sys.path.insert(0, folder)
     stubs: dict[str, tuple[str, ...]] = {
         "fairscale": (),
@@ -96,8 +94,8 @@ def import_torchscale(folder: str) -> None:
         sys.modules[name] = module
 
 
-class Released(nn.Module):
-    """torchscale's network as the release puts it to use, with the words' head."""
+class ReleasedNetwork(nn.Module):
+    """torchscale's network in the released configuration, with the head over token ids."""
 
     def __init__(self, model: ModelConfig = BASE) -> None:
         super().__init__()
@@ -124,35 +122,35 @@ class Released(nn.Module):
     def forward(
         self, image: Tensor | None, text: Tensor | None, padding: Tensor | None = None
     ) -> Tensor:
-        """The first state [B, D]."""
+        """Returns the first state [B, D]."""
         return self.beit3(textual_tokens=text, visual_tokens=image, text_padding_position=padding)[
             "encoder_out"
         ][:, 0]
 
     def captions(self, image: Tensor) -> Tensor:
-        """Beam search by the release's procedure: [B] scores of the best captions."""
+        """Returns the scores [B] of the best captions, by the released beam search."""
         count, image = len(image), image.repeat_interleave(BEAMS, 0)
         state: dict[int, dict[str, Tensor]] = {layer: {} for layer in range(12)}
         num_image = 197
-        text = torch.tensor([[MARKS.bos, MARKS.mask]]).repeat(len(image), 1)
+        text = torch.tensor([[SPECIAL_TOKENS.bos, SPECIAL_TOKENS.mask]]).repeat(len(image), 1)
         scores = torch.tensor([[0.0] + [-1e9] * (BEAMS - 1)]).repeat(count, 1)
         best = torch.full((count,), -torch.inf)
         for length in range(2, CAPTION):
-            first = length == 2
+            encode_first = length == 2
             mask = (~make_image_to_text_mask(num_image, length)).float() * -1e8
             states = self.beit3(
                 textual_tokens=text,
-                visual_tokens=image if first else None,
-                attn_mask=mask if first else mask[-2:],
+                visual_tokens=image if encode_first else None,
+                attn_mask=mask if encode_first else mask[-2:],
                 incremental_state=state,
-                positions=None if first else torch.arange(length, length + 2)[None],
+                positions=None if encode_first else torch.arange(length, length + 2)[None],
             )["encoder_out"]
-            log_probs = self.mlm_head(states[:, num_image:] if first else states)[
+            log_probs = self.mlm_head(states[:, num_image:] if encode_first else states)[
                 :, -1
             ].log_softmax(-1)
             totals = (scores.view(-1, 1) + log_probs).view(count, -1)
             values, indices = totals.topk(CANDIDATES * BEAMS, dim=1)
-            ends = (indices % VOCAB == MARKS.eos) | (length == CAPTION - 1)
+            ends = (indices % VOCAB == SPECIAL_TOKENS.eos) | (length == CAPTION - 1)
             closed = torch.where(ends, values / length**0.6, -torch.inf)
             best = torch.maximum(best, closed.max(1).values)
             scores, order = values.masked_fill(ends, -1e9).topk(BEAMS, dim=1)
@@ -164,7 +162,7 @@ class Released(nn.Module):
                     for name in ("prev_key", "prev_value")
                 }
             text = torch.stack(
-                ((indices % VOCAB).view(-1), torch.full((len(rows),), MARKS.mask)), 1
+                ((indices % VOCAB).view(-1), torch.full((len(rows),), SPECIAL_TOKENS.mask)), 1
             )
         return best
 
@@ -172,23 +170,27 @@ class Released(nn.Module):
 # Rows ---------------------------------------------------------------------------------------------
 
 
-def texts(count: int) -> tuple[Tensor, Tensor]:
-    """Captions [count, 64] and their padding, in the lengths of real ones."""
+def make_texts(count: int) -> tuple[Tensor, Tensor]:
+    """Returns random captions [count, 64] of realistic lengths and their padding."""
     lengths = torch.tensor(LENGTHS[count])
     padding = torch.arange(PADDED) >= lengths[:, None]
-    return torch.randint(4, VOCAB - 10, (count, PADDED)).masked_fill(padding, MARKS.pad), padding
+    return torch.randint(4, VOCAB - 10, (count, PADDED)).masked_fill(
+        padding, SPECIAL_TOKENS.pad
+    ), padding
 
 
-def uses(
+def make_uses(
     forms: Mapping[str, Captioning],
-    theirs: Released | None,
+    theirs: ReleasedNetwork | None,
     trained: Sequence[str] = ("eager", "compiled"),
 ) -> Iterator[Use]:
-    """The rows, in the order of the table: our network in several forms, theirs, and the forms in
-    which both are trained."""
+    """Yields the rows of the table.
+
+    `forms` are our network in several forms, `trained` the forms in which both are trained.
+    """
     released = {} if theirs is None else {"eager": theirs, "compiled": torch.compile(theirs)}
     image = torch.randn(8, 3, 224, 224)
-    text, padding = texts(8)
+    text, padding = make_texts(8)
     encoded = {
         "1 image": (image[:1], None),
         "8 images": (image, None),
@@ -197,31 +199,34 @@ def uses(
     }
     for name, inputs in encoded.items():
         ours_by = {
-            form: inferring(partial(first, task.backbone), inputs) for form, task in forms.items()
+            form: make_inference(partial(encode_first, task.backbone), inputs)
+            for form, task in forms.items()
         }
         yield Use(
-            name, ours_by, {form: inferring(network, inputs) for form, network in released.items()}
+            name,
+            ours_by,
+            {form: make_inference(network, inputs) for form, network in released.items()},
         )
     yield Use(
         "training step, 4 pairs",
-        our_steps(theirs, trained) if forms else {},
-        {} if theirs is None else their_steps(theirs, trained),
+        make_our_steps(theirs, trained) if forms else {},
+        {} if theirs is None else make_their_steps(theirs, trained),
     )
     for count in (1, 4):
         inputs = (image[:count],)
         ours_by = {
-            form: inferring(partial(captions, task), inputs)
+            form: make_inference(partial(captions, task), inputs)
             for form, task in forms.items()
             if form != "packed+compiled"
         }
-        theirs_by = {} if theirs is None else {"eager": inferring(theirs.captions, inputs)}
+        theirs_by = {} if theirs is None else {"eager": make_inference(theirs.captions, inputs)}
         yield Use(f"captions, {count} image{'s' if count > 1 else ''}", ours_by, theirs_by)
 
 
-def first(
+def encode_first(
     network: BEiT3, image: Tensor | None, text: Tensor | None = None, padding: Tensor | None = None
 ) -> Tensor:
-    """The first state [B, D] of images and pairs, of the texts where they are alone."""
+    """Returns the first state [B, D] of the image, or of the text without an image."""
     batch: Batch = {} if padding is None else trim_padding({"text": text, "text_padding": padding})
     encoded = network(
         image, batch.get("text"), text_padding=batch.get("text_padding"), read="first"
@@ -230,14 +235,14 @@ def first(
 
 
 def captions(task: Captioning, image: Tensor) -> Tensor:
-    """Scores [B] of the best captions."""
+    """Returns the scores [B] of the best captions."""
     results = generate(
-        DecoderState(task.backbone, task.text_head, image, MARKS), CAPTION, Decoding()
+        DecoderState(task.backbone, task.text_head, image, SPECIAL_TOKENS), CAPTION, Decoding()
     )
     return torch.tensor([caption.score for caption in results])
 
 
-def inferring(call: Callable[..., Tensor], inputs: tuple) -> Callable[[], Tensor]:
+def make_inference(call: Callable[..., Tensor], inputs: tuple) -> Callable[[], Tensor]:
     def run() -> Tensor:
         with torch.inference_mode():
             return call(*inputs)
@@ -245,11 +250,11 @@ def inferring(call: Callable[..., Tensor], inputs: tuple) -> Callable[[], Tensor
     return run
 
 
-def question_task() -> tuple[VQA, Batch]:
-    """Question answering with the release's head, and 4 pairs; the same at every call."""
+def make_question_task() -> tuple[VQA, Batch]:
+    """Returns question answering with the released head and 4 pairs, equal at every call."""
     torch.manual_seed(1)
     task = VQA(VQAConfig(model=replace(BASE, final_norm=False), num_answers=3129)).train()
-    text, padding = texts(4)
+    text, padding = make_texts(4)
     return task, {
         "image": torch.randn(4, 3, 224, 224),
         "text": text,
@@ -258,34 +263,37 @@ def question_task() -> tuple[VQA, Batch]:
     }
 
 
-def our_steps(theirs: Released | None, forms: Sequence[str]) -> dict[str, Callable[[], Tensor]]:
-    """Forward, backward, AdamW, as they are or with compiled blocks: one network and optimizer for
-    both."""
-    task, batch = question_task()
+def make_our_steps(
+    theirs: ReleasedNetwork | None, forms: Sequence[str]
+) -> dict[str, Callable[[], Tensor]]:
+    """Returns a training step in each form, eager or with compiled blocks, of one network."""
+    task, batch = make_question_task()
     if theirs is not None:
-        fill(task, theirs)
+        copy_weights(task, theirs)
     wrap_blocks(task, compiled="compiled" in forms)
     call = partial(
         step,
         torch.optim.AdamW(task.parameters(), lr=0.0, fused=True),
-        partial(our_loss, task, batch),
+        partial(compute_our_loss, task, batch),
     )
-    return {form: partial(in_form, form, call) for form in forms}
+    return {form: partial(run_form, form, call) for form in forms}
 
 
-def in_form(form: str, call: Callable[[], Tensor]) -> Tensor:
-    """What is compiled runs as it was written where the form is eager."""
+def run_form(form: str, call: Callable[[], Tensor]) -> Tensor:
+    """Makes a call, without compilation if the form is eager."""
     with torch.compiler.set_stance("force_eager" if form == "eager" else "default"):
         return call()
 
 
-def our_loss(task: VQA, batch: Batch) -> Tensor:
+def compute_our_loss(task: VQA, batch: Batch) -> Tensor:
     return task(trim_padding(batch))["losses"]["loss"]
 
 
-def their_steps(theirs: Released, forms: Sequence[str]) -> dict[str, Callable[[], Tensor]]:
-    """The same on torchscale's network, with the same head."""
-    task, batch = question_task()
+def make_their_steps(
+    theirs: ReleasedNetwork, forms: Sequence[str]
+) -> dict[str, Callable[[], Tensor]]:
+    """Returns the same steps with torchscale's network and the same head."""
+    task, batch = make_question_task()
     network = copy.deepcopy(theirs).train()
     del network.mlm_head
     network.beit3.encoder.layer_norm = nn.Identity()
@@ -293,12 +301,14 @@ def their_steps(theirs: Released, forms: Sequence[str]) -> dict[str, Callable[[]
         nn.ModuleList((network, task.pooler, task.head)).parameters(), lr=0.0, fused=True
     )
     call = partial(
-        step, optimizer, partial(their_loss, torch.compile(network), task.pooler, task.head, batch)
+        step,
+        optimizer,
+        partial(compute_their_loss, torch.compile(network), task.pooler, task.head, batch),
     )
-    return {form: partial(in_form, form, call) for form in forms}
+    return {form: partial(run_form, form, call) for form in forms}
 
 
-def their_loss(
+def compute_their_loss(
     network: Callable[..., Tensor], pooler: nn.Module, head: nn.Module, batch: Batch
 ) -> Tensor:
     logits = head(pooler(network(batch["image"], batch["text"], batch["text_padding"])))
@@ -306,7 +316,7 @@ def their_loss(
 
 
 def step(optimizer: torch.optim.Optimizer, loss: Callable[[], Tensor]) -> Tensor:
-    """A step of training; its mean loss."""
+    """Makes a training step and returns the mean loss."""
     optimizer.zero_grad()
     value = loss()
     value.backward()
@@ -314,9 +324,8 @@ def step(optimizer: torch.optim.Optimizer, loss: Callable[[], Tensor]) -> Tensor
     return value.detach() / 4 / 3129
 
 
-def fill(task: Task, theirs: Released) -> None:
-    """torchscale's weights through our loader's table; the heads of `task` that they lack keep
-    their values."""
+def copy_weights(task: Task, theirs: ReleasedNetwork) -> None:
+    """Copies torchscale's weights into `task`; heads that they lack keep their values."""
     tensors, _, _ = translate(theirs.state_dict(), task)
     missing = task.load_state_dict(tensors, strict=False).missing_keys
     assert not any(name.startswith("backbone.") for name in missing), missing
@@ -326,14 +335,13 @@ def fill(task: Task, theirs: Released) -> None:
 
 
 def measure(use: Use, rounds: int) -> dict[str, Any]:
-    """Seconds of every setting in interleaved rounds, the rate of the product beside each, and how
-    far outputs differ."""
+    """Measures seconds of every setting in interleaved rounds, product rates and differences."""
     sides = {f"ours {name}": call for name, call in use.ours.items()} | {
         f"theirs {name}": call for name, call in use.theirs.items()
     }
     outputs = [
         [call() for _ in range(3)][-1] for call in sides.values()
-    ]  # what is compiled or packed is so by now
+    ]  # so that all is compiled and packed
     error = max(float((output - outputs[0]).abs().max()) for output in outputs)
     assert error <= TOLERANCE, f"{use.name}: outputs differ by {error}"
     with FlopCounterMode(display=False) as counter:
@@ -342,9 +350,9 @@ def measure(use: Use, rounds: int) -> dict[str, Any]:
     rates: dict[str, list[float]] = {name: [] for name in sides}
     for turn in range(rounds):
         for name in list(sides)[:: 1 if turn % 2 else -1]:
-            before = probe()
+            rate_before = measure_product_rate()
             times[name].append(seconds(sides[name]))
-            rates[name].append(max(before, probe()))
+            rates[name].append(max(rate_before, measure_product_rate()))
     return {
         "use": use.name,
         "flops": counter.get_total_flops(),
@@ -354,8 +362,8 @@ def measure(use: Use, rounds: int) -> dict[str, Any]:
     }
 
 
-def row(results: Mapping[str, Any]) -> dict[str, str]:
-    """The table's line: medians, and ratios of the same round with their spread."""
+def make_row(results: Mapping[str, Any]) -> dict[str, str]:
+    """Returns a row of the table: medians, and ratios in the same round with their range."""
     times, rates, memory = results["seconds"], results["product"], results["peak_gb"]
     medians = {name: statistics.median(values) for name, values in times.items()}
     ours, theirs = (
@@ -363,15 +371,15 @@ def row(results: Mapping[str, Any]) -> dict[str, str]:
         for side in ("ours", "theirs")
     )
 
-    def ratio(other: str) -> str:
+    def ratio(side: str) -> str:
         values = sorted(
             their_seconds / our_seconds
-            for our_seconds, their_seconds in zip(times[ours], times[other], strict=True)
+            for our_seconds, their_seconds in zip(times[ours], times[side], strict=True)
         )
         return f"{statistics.median(values):.2f} ({values[0]:.2f} to {values[-1]:.2f})"
 
-    share = statistics.median(
-        results["flops"] / took / rate for took, rate in zip(times[ours], rates[ours], strict=True)
+    utilization = statistics.median(
+        results["flops"] / time / rate for time, rate in zip(times[ours], rates[ours], strict=True)
     )
     return {
         "use": results["use"],
@@ -380,8 +388,8 @@ def row(results: Mapping[str, Any]) -> dict[str, str]:
         "ratio": ratio("theirs eager"),
         "its best": f"{medians[theirs] * 1e3:.0f} ms, {theirs.split()[1]}",
         "ratio to that": ratio(theirs),
-        "wanted": f"{WANTED[results['use']]}",
-        "of the product's rate": f"{share:.0%}",
+        "wanted": f"{TARGET_RATIOS[results['use']]}",
+        "of the product's rate": f"{utilization:.0%}",
         "peak memory, ours, packed, its": ", ".join(
             f"{memory[side]:.2f}" if side in memory else "" for side in SIDES
         )
@@ -389,19 +397,18 @@ def row(results: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
-def peaks(folder: str, use: str) -> dict[str, float]:
-    """Most resident memory in GB of each side's eager form, and of packed weights, in a process of
-    its own."""
+def measure_peaks(folder: str, use: str) -> dict[str, float]:
+    """Measures the peak memory in GB of each side in a fresh process."""
     results = {}
     for side in SIDES if not use.startswith("training") else ("ours", "theirs"):
         command = [sys.executable, __file__, "--torchscale", folder, "--peak", side, "--only", use]
-        done = subprocess.run(command, check=True, capture_output=True, text=True)
-        results[side] = float(done.stdout.split()[-1])
+        process = subprocess.run(command, check=True, capture_output=True, text=True)
+        results[side] = float(process.stdout.split()[-1])
     return results
 
 
-def peak(side: str, use: str) -> float:
-    """The measurement itself, in that process."""
+def measure_peak(side: str, use: str) -> float:
+    """Measures in that process."""
     forms: dict[str, Captioning] = {}
     if side != "theirs":
         forms = {
@@ -411,27 +418,27 @@ def peak(side: str, use: str) -> float:
         }
         for task in forms.values() if side == "packed" else ():
             pack(task)
-    rows = uses(forms, None if forms else Released().eval(), ("eager",))
+    rows = make_uses(forms, None if forms else ReleasedNetwork().eval(), ("eager",))
     results = next(values for values in rows if values.name == use)
     call = next(iter((results.ours or results.theirs).values()))
     for _ in range(3):
         call()
-    return peak_memory() / 1e9
+    return read_peak_memory() / 1e9
 
 
-def lined(rows: Sequence[Mapping[str, str]]) -> str:
-    """The rows as a table of Markdown."""
+def format_table(rows: Sequence[Mapping[str, str]]) -> str:
+    """Formats the rows as a Markdown table."""
     lines = [
-        "| " + " | ".join(cells) + " |" for cells in (rows[0], *(row.values() for row in rows))
+        "| " + " | ".join(cells) + " |"
+        for cells in (rows[0], *(make_row.values() for make_row in rows))
     ]
     return "\n".join([lines[0], "|---" * len(rows[0]) + "|", *lines[1:]])
 
 
 def in_process(options: argparse.Namespace, use: str) -> dict[str, Any]:
-    """What a process of its own measures of one use: memory and compiled programs of the others are
-    not in its way."""
+    """Measures one use in a fresh process, without memory and programs of the others."""
     with TemporaryDirectory() as folder:
-        out = Path(folder) / "found.json"
+        out = Path(folder) / "results.json"
         command = [
             sys.executable,
             __file__,
@@ -447,18 +454,18 @@ def in_process(options: argparse.Namespace, use: str) -> dict[str, Any]:
 
 
 def run_in_process(options: argparse.Namespace) -> dict[str, Any]:
-    """The measurement itself, in that process."""
+    """Measures in that process."""
     torch.manual_seed(0)
-    theirs = Released().eval()
+    theirs = ReleasedNetwork().eval()
     ours = Captioning(CaptioningConfig(model=BASE)).eval()
-    fill(ours, theirs)
+    copy_weights(ours, theirs)
     packed, compiled = copy.deepcopy(ours), copy.deepcopy(ours)
     pack(packed)
     pack(compiled)
     wrap_blocks(compiled, compiled=True)
-    rows = uses({"eager": ours, "packed": packed, "packed+compiled": compiled}, theirs)
+    rows = make_uses({"eager": ours, "packed": packed, "packed+compiled": compiled}, theirs)
     use = next(values for values in rows if values.name == options.only)
-    return measure(use, options.rounds) | {"peak_gb": peaks(options.torchscale, use.name)}
+    return measure(use, options.rounds) | {"peak_gb": measure_peaks(options.torchscale, use.name)}
 
 
 def main() -> None:
@@ -468,21 +475,21 @@ def main() -> None:
     parser.add_argument("--torchscale", required=True, help="folder of `pip install --target`")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--only", choices=WANTED, help="this row")
+    parser.add_argument("--only", choices=TARGET_RATIOS, help="this row")
     parser.add_argument("--peak", choices=SIDES, help=argparse.SUPPRESS)
     options = parser.parse_args()
     import_torchscale(options.torchscale)
     if options.peak:
-        print(peak(options.peak, options.only))
+        print(measure_peak(options.peak, options.only))
         return
     results = []
-    for use in [options.only] if options.only else WANTED:
+    for use in [options.only] if options.only else TARGET_RATIOS:
         results.append(run_in_process(options) if options.only else in_process(options, use))
-        print(lined([row(results[-1])]).splitlines()[-1], flush=True)
-    table = lined([row(values) for values in results])
+        print(format_table([make_row(results[-1])]).splitlines()[-1], flush=True)
+    table = format_table([make_row(values) for values in results])
     print(table)
     if options.json:
-        save(options.json, table, results)
+        save_results(options.json, table, results)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Where the numeric fixtures recorded from the official code lie, and how tests read them."""
+"""Reads the numeric fixtures that were recorded from the original code."""
 
 import json
 from pathlib import Path
@@ -11,18 +11,17 @@ ROOT = Path(__file__).resolve().parents[2] / "shared" / "golden"
 
 
 def find_fixture(name: str) -> Path:
-    """The folder of fixture `name`; the calling test is skipped, visibly, where the fixtures are
-    not at hand."""
+    """Returns the folder of a fixture; skips the calling test where fixtures are not installed."""
     if not (ROOT / name).exists():
-        pytest.skip(f"golden fixtures not at hand: {ROOT / name}")
+        pytest.skip(f"no golden fixtures at {ROOT / name}")
     return ROOT / name
 
 
 def load_tensors(name: str, file: str) -> dict[str, Tensor]:
-    """All tensors of `<name>/<file>.safetensors`."""
+    """Returns all tensors of `<name>/<file>.safetensors`."""
     return load_file(find_fixture(name) / f"{file}.safetensors")
 
 
 def load_config(name: str) -> dict:
-    """The fixture's `config.json`."""
+    """Returns the `config.json` of a fixture."""
     return json.loads((find_fixture(name) / "config.json").read_text())

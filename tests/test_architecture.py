@@ -1,4 +1,4 @@
-"""The floors of the house, held by walking every import, those inside functions too."""
+"""Imports between rooms follow the floors; imports inside functions count as well."""
 
 import ast
 import subprocess
@@ -69,97 +69,103 @@ OUTSIDE = {
     "progress": {"rich"},
     "model": {"torch"},
 }
-"""Packages that a room may import beside the standard library; rooms not named are free."""
+"""Room -> packages that it may import besides the standard library; other rooms may import any."""
 
 
-def module_of(path: Path) -> str:
-    """`beit3.data.loader` of its file; a package is called without `__init__`."""
+def get_module_name(path: Path) -> str:
+    """Returns the module name of a file, e.g. `beit3.data.loader`, without `__init__`."""
     parts = ["beit3", *path.relative_to(SOURCE).with_suffix("").parts]
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-def room_of(module: str) -> str:
+def get_room(module: str) -> str:
     parts = module.split(".")
     return parts[1] if len(parts) > 1 else ""
 
 
-def imports(path: Path) -> set[str]:
-    """Whole names of everything a file imports, wherever in the file it does so, except for type
-    checkers alone."""
-    found: set[str] = set()
-    waiting: list[ast.AST] = [ast.parse(path.read_text(encoding="utf-8"))]
-    while waiting:
-        node = waiting.pop()
+def list_imports(path: Path) -> set[str]:
+    """Returns the full names of all that a file imports, except for type checkers."""
+    names: set[str] = set()
+    nodes: list[ast.AST] = [ast.parse(path.read_text(encoding="utf-8"))]
+    while nodes:
+        node = nodes.pop()
         if (
             isinstance(node, ast.If)
             and isinstance(node.test, ast.Name)
             and node.test.id == "TYPE_CHECKING"
         ):
-            waiting += node.orelse
+            nodes += node.orelse
             continue
-        waiting += ast.iter_child_nodes(node)
+        nodes += ast.iter_child_nodes(node)
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path.name} imports relatively"
-            found |= {f"{node.module}.{alias.name}" for alias in node.names}
-    return found
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
 
 
-MODULES = {module_of(path): path for path in FILES}
+MODULES = {get_module_name(path): path for path in FILES}
 
 
-def own(module: str) -> set[str]:
-    """The modules of this package that `module` imports: `from beit3.ops import init` is
-    beit3.ops.init."""
-    found = set()
-    for name in imports(MODULES[module]):
+def list_own_imports(module: str) -> set[str]:
+    """Returns the modules of beit3 that `module` imports, e.g. `beit3.ops.init`."""
+    modules = set()
+    for name in list_imports(MODULES[module]):
         if name.partition(".")[0] == "beit3":
-            found.add(name if name in MODULES else name.rpartition(".")[0])
-    return found - {module}
+            modules.add(name if name in MODULES else name.rpartition(".")[0])
+    return modules - {module}
 
 
 def test_every_room_has_a_floor():
-    assert {room_of(module) for module in MODULES} - {""} <= FLOOR.keys()
-    assert all(target in MODULES for module in MODULES for target in own(module))
+    assert {get_room(module) for module in MODULES} - {""} <= FLOOR.keys()
+    assert all(target in MODULES for module in MODULES for target in list_own_imports(module))
 
 
 @pytest.mark.parametrize("module", sorted(MODULES))
-def test_imports_go_down_or_where_an_arrow_is_drawn(module):
-    here = room_of(module)
-    if not here:
-        assert not own(module), "the package itself imports nothing"
+def test_imports_go_down_or_sideways_where_allowed(module):
+    room = get_room(module)
+    if not room:
+        assert not list_own_imports(module), "the package itself imports nothing"
         return
-    for target in own(module):
-        there = room_of(target)
-        assert there, f"{module} imports the package itself"
-        allowed = here == there or FLOOR[there] < FLOOR[here] or (here, there) in SIDEWAYS
-        assert allowed, f"{module} (floor {FLOOR[here]}) imports {target} (floor {FLOOR[there]})"
-        assert not (here == there == "tasks" and target != "beit3.tasks"), (
+    for target in list_own_imports(module):
+        target_room = get_room(target)
+        assert target_room, f"{module} imports the package itself"
+        allowed = (
+            room == target_room
+            or FLOOR[target_room] < FLOOR[room]
+            or (room, target_room) in SIDEWAYS
+        )
+        assert allowed, (
+            f"{module} (floor {FLOOR[room]}) imports {target} (floor {FLOOR[target_room]})"
+        )
+        assert not (room == target_room == "tasks" and target != "beit3.tasks"), (
             f"{module} imports another task, {target}"
         )
-        assert not (here == "training" and there == "tasks"), f"{module} knows the task {target}"
+        assert not (room == "training" and target_room == "tasks"), (
+            f"{module} knows the task {target}"
+        )
 
 
 @pytest.mark.parametrize("module", sorted(MODULES))
-def test_low_floors_need_few_packages(module):
-    room = room_of(module)
+def test_rooms_import_only_their_allowed_packages(module):
+    room = get_room(module)
     if room in OUTSIDE:
         packages = (
-            {name.partition(".")[0] for name in imports(MODULES[module])}
+            {name.partition(".")[0] for name in list_imports(MODULES[module])}
             - set(sys.stdlib_module_names)
             - {"beit3"}
         )
         assert packages <= OUTSIDE[room]
 
 
-def test_no_import_leads_back():
+def test_imports_have_no_cycle():
     done: set[str] = set()
 
     def visit(module: str, path: tuple[str, ...]) -> None:
         assert module not in path, " -> ".join((*path[path.index(module) :], module))
         if module not in done:
-            for target in sorted(own(module)):
+            for target in sorted(list_own_imports(module)):
                 visit(target, (*path, module))
             done.add(module)
 
@@ -168,33 +174,35 @@ def test_no_import_leads_back():
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(SOURCE)))
-def test_files_say_what_they_are(path):
+def test_files_have_docstrings_and_allowed_names(path):
     text = path.read_text(encoding="utf-8")
     assert path.stem not in BANNED and not BANNED & set(path.relative_to(SOURCE).parts)
-    assert ast.get_docstring(ast.parse(text)), "the top docstring says what the file is"
+    assert ast.get_docstring(ast.parse(text)), "a file begins with a docstring"
 
 
-def loaded_by(statement: str) -> set[str]:
-    """Modules in memory after a statement in a fresh interpreter."""
+def list_loaded_modules(statement: str) -> set[str]:
+    """Returns the modules that a fresh interpreter holds after a statement."""
     code = f"{statement}\nimport sys\nprint(*sys.modules)"
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-c", code],
         capture_output=True,
         text=True,
         check=True,
         env={"PYTHONPATH": str(SOURCE.parent)},
     )
-    return set(done.stdout.split())
+    return set(process.stdout.split())
 
 
-def test_importing_the_package_is_free():
-    assert not {"torch", "numpy", "beit3.model", "rich", "cyclopts"} & loaded_by("import beit3")
-    assert not {"torch", "torchvision"} & loaded_by(
+def test_importing_the_package_loads_no_heavy_module():
+    assert not {"torch", "numpy", "beit3.model", "rich", "cyclopts"} & list_loaded_modules(
+        "import beit3"
+    )
+    assert not {"torch", "torchvision"} & list_loaded_modules(
         "from beit3.cli.app import build_app; build_app()"
     ), "the command line opens fast"
 
 
-def test_public_names_are_there():
+def test_public_names_exist():
     import beit3
 
     for name in beit3.__all__:

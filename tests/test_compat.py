@@ -1,5 +1,4 @@
-"""The release's names over our network: against everything recorded from the official code, as
-users of the release call it."""
+"""beit3.compat, called as users of upstream call it, equals outputs recorded from upstream."""
 
 import copy
 import json
@@ -35,91 +34,91 @@ CLASSES = {
 
 
 TASKS = {"vqav2": "vqa", "imageclassification": "imagenet"}
-"""Upstream's names of tasks that are called otherwise here."""
+"""Upstream's name of a task -> ours, where they differ."""
 
 
-def arguments(name: str) -> EncoderConfig:
-    """The fixture's own config, in upstream's words."""
-    given = load_config(name)
-    known = {
+def make_args(name: str) -> EncoderConfig:
+    """Returns the config of a fixture as upstream's."""
+    config = load_config(name)
+    fields = {
         key: value
-        for key, value in given.items()
+        for key, value in config.items()
         if key in EncoderConfig.__dataclass_fields__ and key != "activation_fn"
     }
-    return EncoderConfig(**known)
+    return EncoderConfig(**fields)
 
 
-def built(name: str) -> BEiT3Wrapper:
+def load_model(name: str) -> BEiT3Wrapper:
     outputs = load_config(name).get("num_classes")
     outputs = {"vqa": 37, "imageclassification": 11}.get(name, outputs)
-    model = CLASSES[name](arguments(name), **({"num_classes": outputs} if outputs else {}))
+    model = CLASSES[name](make_args(name), **({"num_classes": outputs} if outputs else {}))
     assert not any(model.load_state_dict(load_tensors(name, "model"), strict=True))
     return model.eval()
 
 
-def inputs(name: str) -> dict[str, Tensor]:
-    """The recorded inputs as upstream's trainer names them."""
-    given = load_tensors(name, "inputs")
+def load_inputs(name: str) -> dict[str, Tensor]:
+    """Returns the recorded inputs under the argument names of upstream's models."""
+    recorded = load_tensors(name, "inputs")
     keys = {"image", "image_a", "image_b", "text_description", "question", "padding_mask"}
     if name == "captioning":
-        named = {
-            "text_ids": given["masked_tokens"],
-            "language_masked_pos": given["language_masked_pos"],
+        captioning_inputs = {
+            "text_ids": recorded["masked_tokens"],
+            "language_masked_pos": recorded["language_masked_pos"],
             "image_id": torch.zeros(4),
         }
-        return named | {key: given[key] for key in ("image", "padding_mask")}
-    return {key: tensor for key, tensor in given.items() if key in keys}
+        return captioning_inputs | {key: recorded[key] for key in ("image", "padding_mask")}
+    return {key: tensor for key, tensor in recorded.items() if key in keys}
 
 
-def close(found: Tensor, expected: Tensor, atol: float = 1e-4) -> None:
-    torch.testing.assert_close(found, expected, rtol=0, atol=atol)
+def assert_close(tensor: Tensor, expected: Tensor, atol: float = 1e-4) -> None:
+    torch.testing.assert_close(tensor, expected, rtol=0, atol=atol)
 
 
 # Outputs ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["vqa", "nlvr2", "imageclassification"])
-def test_logits(name):
+def test_logits_equal_the_recorded_ones(name):
     with torch.inference_mode():
-        close(built(name)(**inputs(name)), load_tensors(name, "outputs")["logits"])
+        assert_close(load_model(name)(**load_inputs(name)), load_tensors(name, "outputs")["logits"])
 
 
-def test_retrieval():
-    model, given, expected = (
-        built("retrieval"),
-        inputs("retrieval"),
+def test_retrieval_features_and_loss_equal_the_recorded_ones():
+    model, arguments, expected = (
+        load_model("retrieval"),
+        load_inputs("retrieval"),
         load_tensors("retrieval", "outputs"),
     )
     with torch.inference_mode():
-        loss, image, text = model(**given)
-        close(loss, expected["loss"])
-        close(image, expected["vision_cls"], 1e-5)
-        close(text, expected["language_cls"], 1e-5)
-        alone, nothing = model(image=given["image"], only_infer=True)
-        assert nothing is None and torch.equal(alone, image)
-        nothing, alone = model(
-            text_description=given["text_description"],
-            padding_mask=given["padding_mask"],
+        loss, image, text = model(**arguments)
+        assert_close(loss, expected["loss"])
+        assert_close(image, expected["vision_cls"], 1e-5)
+        assert_close(text, expected["language_cls"], 1e-5)
+        feature, nothing = model(image=arguments["image"], only_infer=True)
+        assert nothing is None and torch.equal(feature, image)
+        nothing, feature = model(
+            text_description=arguments["text_description"],
+            padding_mask=arguments["padding_mask"],
             only_infer=True,
         )
-        assert nothing is None and torch.equal(alone, text)
+        assert nothing is None and torch.equal(feature, text)
     with pytest.raises(ValueError, match="a loss needs image and text_description"):
-        model(image=given["image"])
+        model(image=arguments["image"])
 
 
 @pytest.mark.parametrize("name", CLASSES)
-def test_states_of_every_kind_of_input(name):
-    given, expected = load_tensors(name, "inputs"), load_tensors(name, "outputs")
-    image = given.get("image", given.get("image_a"))
+def test_states_of_all_kinds_of_input_equal_the_recorded_ones(name):
+    recorded, expected = load_tensors(name, "inputs"), load_tensors(name, "outputs")
+    image = recorded.get("image", recorded.get("image_a"))
     text = next(
-        given[key]
+        recorded[key]
         for key in ("question", "text_description", "backbone.text_ids", "masked_tokens")
-        if key in given
+        if key in recorded
     )
-    text = given.get("language_tokens", text)
-    padding = given.get("padding_mask", given.get("backbone.padding_mask"))
-    masked = given["backbone.vision_masked_position"]
-    network = built(name).beit3
+    text = recorded.get("language_tokens", text)
+    padding = recorded.get("padding_mask", recorded.get("backbone.padding_mask"))
+    masked = recorded["backbone.vision_masked_position"]
+    network = load_model(name).beit3
     calls = {
         "fused": {"visual_tokens": image, "textual_tokens": text, "text_padding_position": padding},
         "fused_no_padding_mask": {"visual_tokens": image, "textual_tokens": text},
@@ -136,67 +135,65 @@ def test_states_of_every_kind_of_input(name):
     }
     splits = {"image": -1, "text": 0, "fused": 17}
     with torch.inference_mode():
-        for kind, call in calls.items():
-            found = network(**call)
-            close(found["encoder_out"], expected[f"backbone.{kind}"], 5e-4)
-            assert found["multiway_split_position"] == splits[kind.split("_")[0]]
-            hidden = found["encoder_padding_mask"]
-            assert hidden.shape == found["encoder_out"].shape[:2]
-            assert int(hidden.sum()) == (
-                int(padding.sum()) if "text_padding_position" in call else 0
+        for case, arguments in calls.items():
+            encoded = network(**arguments)
+            assert_close(encoded["encoder_out"], expected[f"backbone.{case}"], 5e-4)
+            assert encoded["multiway_split_position"] == splits[case.split("_")[0]]
+            padding_mask = encoded["encoder_padding_mask"]
+            assert padding_mask.shape == encoded["encoder_out"].shape[:2]
+            assert int(padding_mask.sum()) == (
+                int(padding.sum()) if "text_padding_position" in arguments else 0
             )
 
 
-def test_the_bare_network():
-    """torchscale's own class: names without a prefix."""
-    network = BEiT3(arguments("backbone_layers"))
-    state, given = (
+def test_the_network_loads_names_without_a_prefix():
+    network = BEiT3(make_args("backbone_layers"))
+    state, recorded = (
         load_tensors("backbone_layers", "model"),
         load_tensors("backbone_layers", "inputs"),
     )
     network.load_state_dict(state)
     assert network.state_dict().keys() == state.keys()
     with torch.inference_mode():
-        found = network.eval()(given["text_ids"], given["image"], given["padding_mask"])[
+        states = network.eval()(recorded["text_ids"], recorded["image"], recorded["padding_mask"])[
             "encoder_out"
         ]
-    close(found, load_tensors("backbone_layers", "outputs")["fused.encoder_out"])
+    assert_close(states, load_tensors("backbone_layers", "outputs")["fused.encoder_out"])
 
 
 # Captions -----------------------------------------------------------------------------------------
 
 
-def test_captioning_in_training():
-    model, given, expected = (
-        built("captioning"),
-        inputs("captioning"),
+def test_captioning_logits_equal_the_recorded_ones():
+    model, arguments, expected = (
+        load_model("captioning"),
+        load_inputs("captioning"),
         load_tensors("captioning", "outputs"),
     )
     with torch.inference_mode():
-        logits, state = model(**given)
-        close(logits, expected["logits_masked"])
+        logits, state = model(**arguments)
+        assert_close(logits, expected["logits_masked"])
         assert state is None
-        everything, _ = model(**given | {"language_masked_pos": None})
-    close(everything, expected["logits_all_positions"])
+        all_logits, _ = model(**arguments | {"language_masked_pos": None})
+    assert_close(all_logits, expected["logits_all_positions"])
 
 
-def test_captions_step_by_step():
-    """As the release's evaluation does: after every step the caller reorders the state and drops
-    the slot's keys and values."""
-    model, given, expected = (
-        built("captioning"),
+def test_logits_of_captions_decoded_step_by_step_equal_the_recorded_ones():
+    """After every step the caller reorders the state and drops the mask token, as upstream does."""
+    model, recorded, expected = (
+        load_model("captioning"),
         load_tensors("captioning", "inputs"),
         load_tensors("captioning", "outputs"),
     )
-    slot = torch.full((4, 1), 511)
+    mask = torch.full((4, 1), 511)
     text, image, state = (
-        torch.cat((torch.zeros(4, 1, dtype=torch.int64), slot), 1),
-        given["image"],
+        torch.cat((torch.zeros(4, 1, dtype=torch.int64), mask), 1),
+        recorded["image"],
         {},
     )
-    steps, rows, order = [], torch.arange(4), torch.tensor([1, 3, 0, 2])
+    step_logits, beams, order = [], torch.arange(4), torch.tensor([1, 3, 0, 2])
     with torch.inference_mode():
-        for length, words in enumerate([*given["decode.forced_tokens"].T, None], start=2):
+        for length, tokens in enumerate([*recorded["decode.forced_tokens"].T, None], start=2):
             logits, state = model(
                 image=image,
                 text_ids=text,
@@ -205,42 +202,43 @@ def test_captions_step_by_step():
                 text_len=length,
                 incremental_state=state,
             )
-            steps.append(logits[rows.argsort()])
-            rows = rows[order]
+            step_logits.append(logits[beams.argsort()])
+            beams = beams[order]
             for layer in state:
                 for key in state[layer]:
                     state[layer][key] = state[layer][key].index_select(0, order)[:, :, :-1, :]
-            image, text = None, None if words is None else torch.cat((words[rows, None], slot), 1)
+            image, text = (
+                None,
+                None if tokens is None else torch.cat((tokens[beams, None], mask), 1),
+            )
     assert sorted(state) == [0, 1, 2, 3] and state[0]["prev_key"].shape == (
         4,
         4,
-        17 + len(steps),
+        17 + len(step_logits),
         16,
     )
-    close(torch.stack(steps), expected["decode.forced_step_logits"])
+    assert_close(torch.stack(step_logits), expected["decode.forced_step_logits"])
 
 
 @pytest.mark.parametrize("beams", ["beam1_lp0.6", "beam3_lp0.6"])
-def test_recorded_captions_score_what_was_recorded(beams):
-    """Their words, one after the other."""
-    model, image = built("captioning"), load_tensors("captioning", "inputs")["image"]
+def test_recorded_captions_have_the_recorded_scores(beams):
+    """Scores are summed over the tokens, decoded one by one."""
+    model, image = load_model("captioning"), load_tensors("captioning", "inputs")["image"]
     expected = json.loads((find_fixture("captioning") / "beam_search.json").read_text())[beams]
     for index, (score, ids) in enumerate(expected["finished"]):
-        words, total, state, picture = ids[1:-1], 0.0, {}, image[index : index + 1]
+        tokens, total, state, image_or_none = ids[1:-1], 0.0, {}, image[index : index + 1]
         text, ended = torch.tensor([[0, 511]]), len(ids) < expected["max_len"] - 1
         with torch.inference_mode():
-            for length, word in enumerate([*words, 2] if ended else words, start=2):
+            for length, token in enumerate([*tokens, 2] if ended else tokens, start=2):
                 logits, state = model(
-                    picture, text, None, None, text_len=length, incremental_state=state
+                    image_or_none, text, None, None, text_len=length, incremental_state=state
                 )
                 scores = logits[0, 1].log_softmax(-1)
-                total += float(scores[word])
+                total += float(scores[token])
                 for layer in state.values():
                     layer.update({key: value[:, :, :-1] for key, value in layer.items()})
-                picture, text = None, torch.tensor([[word, 511]])
-            if (
-                not ended
-            ):  # at the length limit the word that would follow counts without being written
+                image_or_none, text = None, torch.tensor([[token, 511]])
+            if not ended:  # at the length limit the score counts one more token
                 logits, _ = model(
                     None, text, None, None, text_len=length + 1, incremental_state=state
                 )
@@ -252,71 +250,71 @@ def test_recorded_captions_score_what_was_recorded(beams):
 
 
 @pytest.mark.parametrize("name", CLASSES)
-def test_state_dicts_are_upstreams_to_the_byte(name):
-    state, found = load_tensors(name, "model"), built(name).state_dict()
-    assert found.keys() == state.keys()
+def test_state_dicts_equal_those_of_upstream(name):
+    state, exported = load_tensors(name, "model"), load_model(name).state_dict()
+    assert exported.keys() == state.keys()
     for key, value in state.items():
-        assert found[key].shape == value.shape and torch.equal(found[key], value), key
+        assert exported[key].shape == value.shape and torch.equal(exported[key], value), key
 
 
 def test_state_dicts_are_views_and_survive_copies_and_files(tmp_path):
-    model = built("vqa")
+    model = load_model("vqa")
     key = "beit3.encoder.layers.0.self_attn.k_proj.B.weight"
     model.state_dict()[key].zero_()  # as a moving average of weights writes
     assert not model.state_dict()[key].any()
-    twin = copy.deepcopy(model)
-    twin.load_state_dict(load_tensors("vqa", "model"))
-    assert not model.state_dict()[key].any() and twin.state_dict()[key].any()
-    save_file(twin.state_dict(), tmp_path / "a.safetensors")
+    copied = copy.deepcopy(model)
+    copied.load_state_dict(load_tensors("vqa", "model"))
+    assert not model.state_dict()[key].any() and copied.state_dict()[key].any()
+    save_file(copied.state_dict(), tmp_path / "a.safetensors")
     torch.save(
-        {"model": {name: value.half() for name, value in twin.state_dict().items()}},
+        {"model": {name: value.half() for name, value in copied.state_dict().items()}},
         tmp_path / "a.pth",
     )
     half = torch.load(tmp_path / "a.pth")["model"]
     model.load_state_dict(half)
     assert torch.equal(model.state_dict()[key], half[key].float())
-    holder = nn.ModuleDict({"extractor": twin})
+    holder = nn.ModuleDict({"extractor": copied})
     assert all(name.startswith("extractor.") for name in holder.state_dict())
     holder.load_state_dict({f"extractor.{name}": value for name, value in half.items()})
-    assert torch.equal(twin.state_dict()[key], half[key].float())
+    assert torch.equal(copied.state_dict()[key], half[key].float())
 
 
-def test_what_does_not_fit_is_named_as_upstream_names_it():
-    model, state = built("vqa"), load_tensors("vqa", "model")
-    before = {name: value.clone() for name, value in model.state_dict().items()}
+def test_missing_unknown_and_misshapen_tensors_have_released_names():
+    model, state = load_model("vqa"), load_tensors("vqa", "model")
+    initial_state = {name: value.clone() for name, value in model.state_dict().items()}
     key = "beit3.encoder.layers.1.self_attn.q_proj.A.weight"
-    part = {
+    incomplete_state = {
         name: value + 1 for name, value in state.items() if name not in (key, "pooler.dense.bias")
     }
-    more = {
+    unknown_tensors = {
         name: torch.zeros(64) for name in ("beit3.encoder.layer_norm.A.weight", "mlm_head.bias")
     }
-    missing, unexpected = model.load_state_dict(part | more, strict=False)
+    missing, unexpected = model.load_state_dict(incomplete_state | unknown_tensors, strict=False)
     assert sorted(missing) == [key, "pooler.dense.bias"]
     assert sorted(unexpected) == ["beit3.encoder.layer_norm.A.weight", "mlm_head.bias"]
-    after = model.state_dict()
-    for name, value in before.items():
-        assert torch.equal(after[name], value if name in missing else value + 1), name
+    loaded_state = model.state_dict()
+    for name, value in initial_state.items():
+        assert torch.equal(loaded_state[name], value if name in missing else value + 1), name
     with pytest.raises(RuntimeError, match=key):
-        model.load_state_dict(part)
+        model.load_state_dict(incomplete_state)
     with pytest.raises(RuntimeError, match=r"fc2.bias has shape \[3\], this network needs \[64\]"):
         model.load_state_dict(state | {"beit3.encoder.layers.0.ffn.A.fc2.bias": torch.zeros(3)})
     with pytest.raises(RuntimeError, match="beit3.blocks.0.norm1.image.weight"):
         model.load_state_dict(state | {"beit3.blocks.0.norm1.image.weight": torch.zeros(64)})
 
 
-def test_the_attributes_of_the_guide():
-    """The table of docs/migrating.md."""
-    network = BEiT3(arguments("backbone_layers"))
+def test_attributes_are_those_of_the_migration_guide():
+    """These are the rows of the table in docs/migrating.md."""
+    network = BEiT3(make_args("backbone_layers"))
     state = load_tensors("backbone_layers", "model")
     network.load_state_dict(state)
-    block, picture, text = network.blocks[1], network.image_embedding, network.text_embedding
+    block, image, text = network.blocks[1], network.image_embedding, network.text_embedding
     for key, tensor in {
         "text_embed.weight": text.tokens.weight,
-        "vision_embed.proj.weight": picture.patch.weight,
-        "vision_embed.cls_token": picture.class_token,
-        "vision_embed.mask_token": picture.mask_token,
-        "encoder.embed_positions.A.weight": picture.positions,
+        "vision_embed.proj.weight": image.patch.weight,
+        "vision_embed.cls_token": image.class_token,
+        "vision_embed.mask_token": image.mask_token,
+        "encoder.embed_positions.A.weight": image.positions,
         "encoder.embed_positions.B.weight": text.positions,
         "encoder.layers.1.self_attn.k_proj.A.weight": block.attention.qkv.image.weight.chunk(3)[1],
         "encoder.layers.1.ffn.B.fc1.weight": block.ffn.text.fc1.weight,
@@ -326,7 +324,7 @@ def test_the_attributes_of_the_guide():
     assert 1 + network.config.num_patches == 17
 
 
-def test_names_shapes_and_numbers_of_every_registered_model():
+def test_registered_models_have_upstreams_names_shapes_and_sizes():
     shapes = json.loads((find_fixture("state_dict_shapes") / "shapes.json").read_text())
     counts = json.loads((find_fixture("state_dict_shapes") / "param_counts.json").read_text())
     assert compat.MODELS.keys() == counts.keys()
@@ -355,10 +353,10 @@ def test_names_shapes_and_numbers_of_every_registered_model():
         }
 
 
-# As users call it ---------------------------------------------------------------------------------
+# Models that users define -------------------------------------------------------------------------
 
 
-def small(**changes) -> EncoderConfig:
+def make_small_args(**changes) -> EncoderConfig:
     return EncoderConfig(
         **{
             "encoder_embed_dim": 64,
@@ -374,7 +372,7 @@ def small(**changes) -> EncoderConfig:
 
 
 class Extractor(BEiT3Wrapper):
-    """A head of one's own on a wrapper, its options passed along as upstream's classes do."""
+    """A model that a user defines, which passes its options on as upstream's classes do."""
 
     def __init__(self, args, **kwargs):
         super().__init__(args=args, **kwargs)
@@ -388,106 +386,115 @@ class Extractor(BEiT3Wrapper):
         return self.projection(found["encoder_out"][:, :1, ...])
 
 
-def test_a_head_of_ones_own_trains():
-    model = Extractor(small(drop_path_rate=0.1), hidden=3)
+def test_a_head_that_a_user_defines_trains():
+    model = Extractor(make_small_args(drop_path_rate=0.1), hidden=3)
     ids, attention = (
         torch.tensor([[0, 5, 2, 1], [0, 5, 6, 2]]),
         torch.tensor([[True, True, True, False], [True] * 4]),
     )
-    found = model(torch.rand(2, 3, 32, 32), ids, attention)
-    assert found.shape == (2, 1, 3)
-    found.sum().backward()
+    outputs = model(torch.rand(2, 3, 32, 32), ids, attention)
+    assert outputs.shape == (2, 1, 3)
+    outputs.sum().backward()
     assert model.beit3.blocks[0].attention.qkv.image.weight.grad.any()
 
 
-def test_initial_values():
-    """Words and heads: a normal of .02 cut at one deviation, whose own deviation is then .0108;
-    nothing is left unset."""
-    model = Extractor(small(vocab_size=5000))
-    words = model.beit3.text_embedding.tokens.weight
+def test_initial_values_are_truncated_normals():
+    """Embeddings and heads are normal .02 cut at one deviation; their deviation is then .0108."""
+    model = Extractor(make_small_args(vocab_size=5000))
+    token_embedding = model.beit3.text_embedding.tokens.weight
     assert (
-        words.abs().max() <= 0.02 + 1e-8
-        and float(words.std()) == pytest.approx(0.0108, rel=0.01)
-        and abs(words.mean()) < 1e-4
+        token_embedding.abs().max() <= 0.02 + 1e-8
+        and float(token_embedding.detach().std()) == pytest.approx(0.0108, rel=0.01)
+        and abs(token_embedding.mean()) < 1e-4
     )
     assert model.projection.weight.abs().max() <= 0.02 + 1e-8 and not model.projection.bias.any()
-    untouched = ("bias", "class_token", "mask_token")
+    zero_parameters = ("bias", "class_token", "mask_token")
     assert all(
-        value.any() for name, value in model.named_parameters() if not name.endswith(untouched)
+        value.any()
+        for name, value in model.named_parameters()
+        if not name.endswith(zero_parameters)
     )
-    other = Extractor(small(vocab_size=5000))
+    second_model = Extractor(make_small_args(vocab_size=5000))
     assert torch.equal(
-        model.beit3.blocks[1].ffn.image.fc2.weight, other.beit3.blocks[1].ffn.image.fc2.weight
+        model.beit3.blocks[1].ffn.image.fc2.weight,
+        second_model.beit3.blocks[1].ffn.image.fc2.weight,
     )
 
 
 def test_two_threads_share_a_model():
-    model, given = built("retrieval"), inputs("retrieval")
+    model, arguments = load_model("retrieval"), load_inputs("retrieval")
     text = {
-        "text_description": given["text_description"],
-        "padding_mask": given["padding_mask"],
+        "text_description": arguments["text_description"],
+        "padding_mask": arguments["padding_mask"],
         "only_infer": True,
     }
 
-    def ask(turn: int) -> Tensor:
+    def encode(turn: int) -> Tensor:
         with torch.inference_mode():
-            return model(image=given["image"], only_infer=True)[0] if turn % 2 else model(**text)[1]
+            return (
+                model(image=arguments["image"], only_infer=True)[0]
+                if turn % 2
+                else model(**text)[1]
+            )
 
-    expected = [ask(0), ask(1)]
+    expected = [encode(0), encode(1)]
     with ThreadPoolExecutor(2) as threads:
-        for turn, found in enumerate(threads.map(ask, range(40))):
-            assert torch.equal(found, expected[turn % 2])
+        for turn, features in enumerate(threads.map(encode, range(40))):
+            assert torch.equal(features, expected[turn % 2])
 
 
 def test_recomputed_activations_change_no_gradient():
-    model = built("vqa")
-    again = compat.BEiT3ForVisualQuestionAnswering(
-        EncoderConfig(**vars(arguments("vqa")) | {"checkpoint_activations": True}), 37
+    model = load_model("vqa")
+    recomputing = compat.BEiT3ForVisualQuestionAnswering(
+        EncoderConfig(**vars(make_args("vqa")) | {"checkpoint_activations": True}), 37
     )
-    again.load_state_dict(model.state_dict())
-    for each in (model, again):
-        each(**inputs("vqa")).sum().backward()
-    for (name, one), (_, two) in zip(
-        model.named_parameters(), again.named_parameters(), strict=True
+    recomputing.load_state_dict(model.state_dict())
+    for network in (model, recomputing):
+        network(**load_inputs("vqa")).sum().backward()
+    for (name, parameter), (_, recomputed) in zip(
+        model.named_parameters(), recomputing.named_parameters(), strict=True
     ):
-        assert (one.grad is None) == (two.grad is None), name
-        if one.grad is not None:
-            torch.testing.assert_close(one.grad, two.grad)
+        assert (parameter.grad is None) == (recomputed.grad is None), name
+        if parameter.grad is not None:
+            torch.testing.assert_close(parameter.grad, recomputed.grad)
 
 
 @pytest.mark.parametrize("pixels", [64, 96])
-def test_a_file_into_a_model_of_another_size(tmp_path, pixels):
+def test_files_are_loaded_into_models_of_other_sizes(tmp_path, pixels):
     torch.save({"model": load_tensors("vqa", "model")}, tmp_path / "vqa.pth")
-    args = arguments("vqa")
+    args = make_args("vqa")
     args.img_size = pixels
-    same = compat.BEiT3ForVisualQuestionAnswering(args, num_classes=37)
+    model = compat.BEiT3ForVisualQuestionAnswering(args, num_classes=37)
     assert (
-        compat.load_model_and_may_interpolate(str(tmp_path / "vqa.pth"), same, "model|module", "")
+        compat.load_model_and_may_interpolate(str(tmp_path / "vqa.pth"), model, "model|module", "")
         == []
     )
-    other = compat.BEiT3ForVisualQuestionAnswering(args, num_classes=5)
+    other_head = compat.BEiT3ForVisualQuestionAnswering(args, num_classes=5)
     with pytest.warns(
         UserWarning,
-        match="2 tensors are not in .*vqa.pth in this shape and stay untrained: head.3.weight, head.3.bias",
+        match="2 tensors are not in .*vqa.pth in this shape and stay untrained: "
+        "head.3.weight, head.3.bias",
     ):
-        assert compat.load_model_and_may_interpolate(tmp_path / "vqa.pth", other) == [
+        assert compat.load_model_and_may_interpolate(tmp_path / "vqa.pth", other_head) == [
             "untrained: head.3.weight",
             "untrained: head.3.bias",
         ]
-    expected = load_tensors("vqa", "model")["beit3.encoder.embed_positions.A.weight"]
-    found = same.state_dict()["beit3.encoder.embed_positions.A.weight"]
-    assert torch.equal(found[:3], expected[:3]) and len(found) == 3 + (pixels // 16) ** 2
-    assert pixels != 64 or torch.equal(found, expected)
+    file_positions = load_tensors("vqa", "model")["beit3.encoder.embed_positions.A.weight"]
+    positions = model.state_dict()["beit3.encoder.embed_positions.A.weight"]
+    assert (
+        torch.equal(positions[:3], file_positions[:3]) and len(positions) == 3 + (pixels // 16) ** 2
+    )
+    assert pixels != 64 or torch.equal(positions, file_positions)
     with pytest.raises(ValueError, match="model_prefix 'beit3.'"):
-        compat.load_model_and_may_interpolate(tmp_path / "vqa.pth", same, "model", "beit3.")
+        compat.load_model_and_may_interpolate(tmp_path / "vqa.pth", model, "model", "beit3.")
 
 
-def test_configurations():
-    for make, dim, depth, heads in (
+def test_configs_pass_their_arguments_on():
+    for get_config, dim, depth, heads in (
         (_get_base_config, 768, 12, 12),
         (_get_large_config, 1024, 24, 16),
     ):
-        args = make(img_size=384, drop_path_rate=0.2, mlp_ratio=2, nothing_of_ours=1)
+        args = get_config(img_size=384, drop_path_rate=0.2, mlp_ratio=2, nothing_of_ours=1)
         assert (args.encoder_embed_dim, args.encoder_layers, args.encoder_attention_heads) == (
             dim,
             depth,
@@ -532,26 +539,28 @@ def test_configurations():
             "drop_rate=0.1 means nothing .*did you mean drop_path_rate",
         ),
         (
-            lambda: BEiT3(small(dropout=0.1)),
+            lambda: BEiT3(make_small_args(dropout=0.1)),
             "dropout=0.1 cannot be honored: BEiT-3 has dropout=0.0",
         ),
-        (lambda: BEiT3(small(multiway=False)), "multiway=False cannot be honored"),
-        (lambda: BEiT3(small(moe_freq=2, moe_expert_count=4)), "moe_freq=2 cannot be honored"),
+        (lambda: BEiT3(make_small_args(multiway=False)), "multiway=False cannot be honored"),
         (
-            lambda: BEiT3(small(encoder_attention_heads=5)),
+            lambda: BEiT3(make_small_args(moe_freq=2, moe_expert_count=4)),
+            "moe_freq=2 cannot be honored",
+        ),
+        (
+            lambda: BEiT3(make_small_args(encoder_attention_heads=5)),
             "dim 64 is not a multiple of num_heads 5",
         ),
     ],
 )
-def test_arguments_that_cannot_be_honored(call, message):
+def test_arguments_that_cannot_be_honored_are_refused(call, message):
     with pytest.raises(ValueError, match=message) as caught:
         call()
     assert "\n" not in str(caught.value)
 
 
-def test_arguments_of_trainers_pass():
-    """Upstream's trainer, timm's `create_model`, and torchscale's configuration, whose other fields
-    are ignored there too."""
+def test_arguments_of_known_trainers_are_accepted():
+    """These are of upstream's trainer, timm's `create_model` and torchscale's config."""
     with torch.device("meta"):
         model = create_model(
             "beit3_base_patch16_224_retrieval",
@@ -579,9 +588,9 @@ def test_arguments_of_trainers_pass():
     )
 
 
-def test_parts_for_heads_of_ones_own():
-    """Upstream's `Pooler` and `TwoLayerMLP`: the recorded heads, and the same by hand."""
-    model = built("nlvr2")
+def test_parts_of_heads_equal_the_recorded_ones():
+    """`TwoLayerMLP` equals the recorded head, `Pooler` the formula."""
+    model = load_model("nlvr2")
     head = compat.TwoLayerMLP(
         in_features=256, hidden_features=128, out_features=2, norm_layer=nn.LayerNorm
     )
@@ -596,40 +605,40 @@ def test_parts_for_heads_of_ones_own():
     torch.testing.assert_close(bare(head.norm1(states)), head(states))
     pooler = compat.Pooler(input_features=64, output_features=5, norm_layer=nn.LayerNorm)
     states = torch.rand(2, 7, 64)
-    found = torch.tanh(
+    expected = torch.tanh(
         nn.functional.layer_norm(states[:, 0], (64,)) @ pooler.dense.weight.T + pooler.dense.bias
     )
-    torch.testing.assert_close(pooler(states), found)
+    torch.testing.assert_close(pooler(states), expected)
 
 
-class Count(nn.Module):
-    """How many pairs there are, in place of a loss."""
+class CountPairs(nn.Module):
+    """Returns the number of pairs in place of a loss."""
 
     def forward(self, image: Tensor, text: Tensor, scale: Tensor) -> tuple[Tensor, None, None]:
         return torch.tensor(len(image)), None, None
 
 
-def test_a_criterion_of_ones_own():
-    """`criterion` gives upstream's three results, and another takes its place."""
-    model, given, expected = (
-        built("retrieval"),
-        inputs("retrieval"),
+def test_the_criterion_can_be_replaced():
+    """The default criterion returns upstream's three results."""
+    model, arguments, expected = (
+        load_model("retrieval"),
+        load_inputs("retrieval"),
         load_tensors("retrieval", "outputs"),
     )
     with torch.inference_mode():
         image, text = expected["vision_cls"], expected["language_cls"]
         loss, to_text, to_image = model.criterion(image, text, model.logit_scale.exp())
-        close(loss, expected["loss"])
-        close(to_text, model.logit_scale.exp() * image @ text.T)
-        close(to_image, to_text.T)
+        assert_close(loss, expected["loss"])
+        assert_close(to_text, model.logit_scale.exp() * image @ text.T)
+        assert_close(to_image, to_text.T)
         assert not any(name.startswith("criterion") for name in model.state_dict())
-        model.criterion = Count()
-        assert model(**given)[0] == len(image)
+        model.criterion = CountPairs()
+        assert model(**arguments)[0] == len(image)
 
 
-@pytest.mark.parametrize("name", CLASSES)
-def test_layers_of_parameters_are_upstreams(name):
-    """Its rule reads the released names."""
+@pytest.mark.parametrize("task", CLASSES)
+def test_layers_of_parameters_follow_upstreams_rule(task):
+    """The rule reads the layer from the released name."""
 
     def upstream(key: str) -> int:
         if "embed" in key:
@@ -640,21 +649,21 @@ def test_layers_of_parameters_are_upstreams(name):
             else model.get_num_layers() + 1
         )
 
-    model = built(name)
-    for ours, _ in model.named_parameters():
-        keys = find_released_keys(ours.replace("beit3.", "backbone.", 1), {}) or (ours,)
-        assert {upstream(key) for key in keys} == {model.get_num_layer(ours)}, ours
+    model = load_model(task)
+    for name, _ in model.named_parameters():
+        keys = find_released_keys(name.replace("beit3.", "backbone.", 1), {}) or (name,)
+        assert {upstream(key) for key in keys} == {model.get_num_layer(name)}, name
 
 
-def test_calls_that_cannot_be_honored():
-    network = BEiT3(small()).eval()
+def test_calls_that_cannot_be_honored_are_refused():
+    network = BEiT3(make_small_args()).eval()
     text, image = torch.tensor([[0, 5, 2]]), torch.zeros(1, 3, 32, 32)
     rows = torch.arange(2, 5)[None]
     plain, first, later = (
         network(text, positions=at)["encoder_out"] for at in (None, rows, rows + 1)
     )
     assert torch.equal(plain, first) and not torch.equal(plain, later)
-    for call, message in (
+    for arguments, message in (
         (
             {"positions": torch.tensor([[4, 6, 8]])},
             r"positions \[4, 6, 8\]: give consecutive rows of the text position table",
@@ -669,14 +678,14 @@ def test_calls_that_cannot_be_honored():
         ),
     ):
         with pytest.raises(ValueError, match=message):
-            network(text, **call)
-    captioning = compat.BEiT3ForCaptioning(small())
+            network(text, **arguments)
+    captioning = compat.BEiT3ForCaptioning(make_small_args())
     with pytest.raises(ValueError, match="the first step needs the image"):
         captioning(None, text, None, None, incremental_state={})
     with pytest.raises(ValueError, match="text_len 5 with 3 text_ids"):
         captioning(image, text, None, None, text_len=5)
 
 
-def test_names_that_are_not_there():
+def test_unknown_models_are_attribute_errors():
     with pytest.raises(AttributeError, match="beit3_giant_patch14_224_nlvr2"):
         compat.beit3_giant_patch14_224_nlvr2  # noqa: B018

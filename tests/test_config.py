@@ -1,4 +1,4 @@
-"""Recipes as JSON and back, strictly; and overrides from a command line, each fault one line."""
+"""Configs survive JSON strictly and take overrides from a command line."""
 
 import dataclasses
 import json
@@ -15,7 +15,7 @@ from beit3.task import list_tasks, load_task
 from beit3.tasks.pretrain import PretrainConfig
 from beit3.tasks.vqa import VQA
 
-ALL = [(task, recipe) for task in list_tasks() for recipe in load_task(task).recipes]
+RECIPES = [(task, recipe) for task in list_tasks() for recipe in load_task(task).recipes]
 DEMO = VQA.recipes["demo"]
 
 
@@ -36,16 +36,16 @@ class Outer:
     inner: Inner = Inner()
 
 
-@pytest.mark.parametrize(("task", "name"), ALL)
+@pytest.mark.parametrize(("task", "name"), RECIPES)
 def test_every_recipe_survives_json(task, name):
     recipe, config = load_task(task).recipes[name], load_task(task).Config
-    again = Recipe.from_dict(json.loads(json.dumps(recipe.to_dict())), config)
-    assert again == recipe and type(again.task) is config
-    assert again.to_dict() == recipe.to_dict()
+    loaded = Recipe.from_dict(json.loads(json.dumps(recipe.to_dict())), config)
+    assert loaded == recipe and type(loaded.task) is config
+    assert loaded.to_dict() == recipe.to_dict()
     assert recipe.note, "a recipe says what it reproduces"
 
 
-def test_all_kinds_of_values_come_back():
+def test_values_of_all_types_survive_json():
     value = Outer(0.1, 3, True, "y", 7, {"a": 1, "b": 2}, Inner((), (2.0, "b")))
     data = json.loads(json.dumps(to_dict(value)))
     assert data == {
@@ -57,10 +57,10 @@ def test_all_kinds_of_values_come_back():
         "table": {"a": 1, "b": 2},
         "inner": {"sizes": [], "pair": [2.0, "b"]},
     }
-    again = from_dict(Outer, data)
-    assert again == value and type(again.inner.sizes) is tuple
+    loaded = from_dict(Outer, data)
+    assert loaded == value and type(loaded.inner.sizes) is tuple
     assert from_dict(Outer, {}) == Outer(), "absent fields keep their defaults"
-    assert type(from_dict(Outer, {"number": 3}).number) is float, "JSON writes 3.0 as it likes"
+    assert type(from_dict(Outer, {"number": 3}).number) is float, "JSON may write 3.0 as 3"
     assert from_dict(Outer, {"maybe": None}).maybe is None
 
 
@@ -91,12 +91,12 @@ def test_values_that_do_not_fit_are_named(data, message):
     assert "\n" not in str(caught.value)
 
 
-def test_a_config_of_impossible_sizes_says_so():
+def test_a_config_of_impossible_sizes_is_refused():
     with pytest.raises(ValueError, match="dim 10 is not a multiple of num_heads 4"):
         from_dict(ModelConfig, {"dim": 10, "num_heads": 4})
 
 
-def test_the_task_section_is_of_the_tasks_own_class():
+def test_the_task_section_must_be_of_the_class_of_the_task():
     data = DEMO.to_dict()
     with pytest.raises(ValueError, match="task: unknown field 'num_answers'"):
         Recipe.from_dict(data, PretrainConfig)
@@ -151,7 +151,7 @@ def test_no_override_changes_nothing():
     assert override(DEMO, []) == DEMO
 
 
-@pytest.mark.parametrize(("task", "name"), ALL)
+@pytest.mark.parametrize(("task", "name"), RECIPES)
 def test_every_recipe_can_be_overridden(task, name):
     recipe = load_task(task).recipes[name]
     assert override(recipe, ["--run.steps", "3"]) == replace(
@@ -195,19 +195,19 @@ def test_flags_name_every_field_once():
         ),
     ],
 )
-def test_faults_on_a_command_line_are_one_line(arguments, message, capfd):
+def test_errors_on_a_command_line_are_one_line(arguments, message, capfd):
     with pytest.raises(ValueError, match=message) as caught:
         override(DEMO, arguments)
     assert "\n" not in str(caught.value)
-    assert capfd.readouterr() == ("", ""), "the error alone speaks"
+    assert capfd.readouterr() == ("", ""), "nothing but the error is printed"
 
 
-def test_suggestion_is_only_made_where_something_is_close():
+def test_only_similar_names_are_suggested():
     assert suggest("dmi", ["dim", "depth"]) == "; did you mean dim?"
-    assert suggest("colour", ["dim", "depth"]) == ""
+    assert suggest("color", ["dim", "depth"]) == ""
 
 
-def test_sizes_are_the_papers():
+def test_the_giant_has_the_sizes_of_the_paper():
     assert (
         GIANT.dim,
         GIANT.depth,

@@ -1,4 +1,4 @@
-"""Images: files of every kind against Pillow, members of tars, and faults that name the file."""
+"""Images of every format equal Pillow's; members of tars; errors that name the file."""
 
 import tarfile
 import warnings
@@ -16,13 +16,13 @@ from beit3.images import find_header_fault, open_image, read_upright_size
 
 @pytest.fixture(scope="module")
 def photo() -> np.ndarray:
-    """A smooth image, uint8 [20, 30, 3]."""
+    """Returns a smooth image, uint8 [20, 30, 3]."""
     y, x = np.mgrid[0:20, 0:30]
     return np.stack([x * 8, y * 12, (x + y) * 5], axis=-1).astype(np.uint8)
 
 
 def read_pixels(path: str | Path) -> np.ndarray:
-    """The pixels of an image as `open_image` reads them, int [H, W, 3]."""
+    """Returns the pixels that `open_image` reads, int [H, W, 3]."""
     tensor = open_image(path)
     assert tensor.dtype == torch.uint8 and tensor.ndim == 3 and tensor.shape[0] == 3
     return tensor.permute(1, 2, 0).numpy().astype(int)
@@ -33,7 +33,7 @@ def read_with_pillow(path: Path) -> np.ndarray:
         return np.asarray(image.convert("RGB")).astype(int)
 
 
-# Formats --------------------------------------------------------------------------------------
+# Formats ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -97,7 +97,7 @@ def test_relative_paths_may_leave_the_root(photo, tmp_path):
     assert open_image(tmp_path / "root" / "../a.png").shape == (3, 20, 30)
 
 
-# Members of tars ------------------------------------------------------------------------------
+# Members of tars ----------------------------------------------------------------------------------
 
 
 def write_tar(path: Path, files: list[Path]) -> dict[str, str]:
@@ -139,7 +139,7 @@ def test_unreadable_members_of_tars_are_named(photo, tmp_path):
         assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
 
 
-# Faults ---------------------------------------------------------------------------------------
+# Faults -------------------------------------------------------------------------------------------
 
 
 def test_unreadable_files_are_named(photo, tmp_path, monkeypatch):
@@ -175,7 +175,7 @@ def test_too_many_pixels_are_refused_before_decoding(tmp_path):
             open_image(tmp_path / "bomb.png")
 
 
-def test_faults_of_headers_are_told_without_decoding(photo, tmp_path):
+def test_malformed_headers_are_named_without_decoding(photo, tmp_path):
     Image.fromarray(photo).save(tmp_path / "a.png")
     path = str(tmp_path / "a.png")
     assert find_header_fault(path) == find_header_fault(path, (30, 20)) == ""

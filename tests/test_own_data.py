@@ -13,7 +13,7 @@ from beit3.task import load_task
 from beit3.tasks.pretrain import Pretrain, PretrainConfig
 from beit3.tokenizer.text import TextTokenizer
 from beit3.weights import initialization, store
-from tests.data.prepare.test_formats_docs import SHOWN
+from tests.data.prepare.test_formats_docs import SHOWN_TABLES
 
 TABLES = {
     "vqa": "questions/train.csv",
@@ -47,7 +47,7 @@ def weights(root, tmp_path_factory) -> Path:
 def test_a_table_and_weights_are_enough(task, weights, tmp_path, run_cli):
     table = tmp_path / "mine" / "table.csv"
     (table.parent / "photos").mkdir(parents=True)
-    table.write_text(SHOWN[TABLES[task]])
+    table.write_text(SHOWN_TABLES[TABLES[task]])
     for number, name in enumerate(("door", "cat", "cat2")):
         Image.new("RGB", (40, 30), (80 * number, 90, 0)).save(
             table.parent / "photos" / f"{name}.jpg"

@@ -1,4 +1,4 @@
-"""Generators depend on their arguments alone: not on the order of calls, process or machine."""
+"""Generators depend only on their arguments, not on the order of calls, process or machine."""
 
 import torch
 
@@ -15,7 +15,7 @@ def test_every_argument_changes_the_numbers():
 
 
 def test_the_numbers_never_change():
-    """Recorded once: they depend neither on PYTHONHASHSEED nor on the machine."""
+    """The recorded numbers depend neither on PYTHONHASHSEED nor on the machine."""
     assert make_rng(0, 0, "x").integers(1 << 30) == 71608040
     generator = make_generator(0, "x")
     assert generator.device.type == "cpu"

@@ -1,5 +1,4 @@
-"""A world small enough for every test: raw files, records written by the tasks' own `prepare`, and
-recipes that train in a second."""
+"""A world small enough for every test: raw files, records, and recipes that train in a second."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -25,12 +24,12 @@ SMALL = replace(TINY, dim=32, depth=2, num_heads=2, ffn_dim=48, text_positions=4
 
 
 def list_trainable_tasks() -> list[type[Task]]:
-    """Every task that has recipes."""
+    """Returns the tasks that have recipes."""
     return [task for task in map(load_task, list_tasks()) if task.recipes]
 
 
 def write_raw(folder: Path) -> Path:
-    """The public files."""
+    """Writes the world in public formats."""
     write_world(
         folder, num_train=NUM_TRAIN, num_val=NUM_VAL, num_test=2, num_questions=NUM_QUESTIONS
     )
@@ -38,8 +37,10 @@ def write_raw(folder: Path) -> Path:
 
 
 def write_root(raw: Path, root: Path) -> Path:
-    """Records of every task that trains, and the text tokenizer. `root` lies beside the folder that
-    holds `raw`."""
+    """Writes records of every task that trains, and the text tokenizer.
+
+    `root` lies beside the folder that holds `raw`.
+    """
     for task in list_trainable_tasks():
         prepare_world_records(raw, root, task)
     texts = [
@@ -52,7 +53,7 @@ def write_root(raw: Path, root: Path) -> Path:
 
 
 def make_vqkd_recipe(root: Path, *, steps: int = 6, **run) -> Recipe:
-    """A visual tokenizer of 16 codes."""
+    """Returns a recipe of a visual tokenizer with 16 codes."""
     model = VisualTokenizerConfig(
         image_size=32,
         patch_size=8,
@@ -82,7 +83,7 @@ def make_vqkd_recipe(root: Path, *, steps: int = 6, **run) -> Recipe:
 def make_pretrain_recipe(
     root: Path, visual: Path, *, steps: int = 6, model: ModelConfig = SMALL, **run
 ) -> Recipe:
-    """All three sources, both kinds of masks, random views."""
+    """Returns a recipe of pretraining on all three sources."""
     task = PretrainConfig(
         model=model,
         image=Preprocessing(32),
@@ -104,7 +105,7 @@ def make_pretrain_recipe(
 def make_finetuning_recipe(
     name: str, root: Path, *, steps: int = 6, task: Mapping[str, Any] | None = None, **run
 ) -> Recipe:
-    """A fine-tuning task's demo recipe with a smaller network, and `task` fields changed."""
+    """Returns the demo recipe of a task with a smaller network and changed `task` fields."""
     demo = load_task(name).recipes["demo"]
     settings: Any = demo.task
     model = replace(SMALL, final_norm=settings.model.final_norm)
@@ -117,7 +118,7 @@ def make_finetuning_recipe(
 
 
 def make_vqa_recipe(root: Path, *, steps: int = 6, model: ModelConfig = SMALL, **run) -> Recipe:
-    """Questions with random crops, so that a step depends on its seeds."""
+    """Returns a recipe of VQA with random crops, so that a step depends on its seeds."""
     return Recipe(
         task=VQAConfig(
             model=replace(model, final_norm=False),

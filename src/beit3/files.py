@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
@@ -132,7 +133,8 @@ def read_tar_member(tar: str | Path, start: int, size: int) -> bytes:
 
     Raises ValueError when the tar ends before them and OSError when it cannot be read.
     """
-    content = os.pread(_open_tar(str(tar)).fileno(), size, start)
+    opened = _open_tar(str(tar))
+    content = os.pread(opened.descriptor, size, start)
     if len(content) != size:
         raise ValueError(
             f"{tar} ends before byte {start + size}: it was changed, run `beit3 prepare` again"
@@ -140,10 +142,18 @@ def read_tar_member(tar: str | Path, start: int, size: int) -> bytes:
     return content
 
 
+class _OpenTar:
+    """A tar that is closed when the last reference to it is gone."""
+
+    def __init__(self, tar: str):
+        self.descriptor = os.open(tar, os.O_RDONLY)
+        weakref.finalize(self, os.close, self.descriptor)
+
+
 @lru_cache(maxsize=MAX_OPEN_TARS)
-def _open_tar(tar: str) -> BinaryIO:
+def _open_tar(tar: str) -> _OpenTar:
     """Opens a tar once. Forked processes may share the descriptor: `os.pread` does not move it."""
-    return open(tar, "rb", buffering=0)  # type: ignore[return-value]
+    return _OpenTar(tar)
 
 
 # Directories ----------------------------------------------------------------------------------

@@ -1,8 +1,7 @@
-"""From raw inputs to a prediction: one call loads any weights, another asks them.
+"""Loads weights of any kind and predicts from raw inputs.
 
-The predictor knows files and pictures, the network (`.task`) only tensors: `.task.outputs(batch)`
-works without a text
-tokenizer and without answer names.
+The predictor works on files and images, its network (`.task`) on tensors alone:
+`.task.outputs(batch)` needs neither a text tokenizer nor answer names.
 """
 
 import inspect
@@ -28,15 +27,28 @@ from beit3.weights.adapt import add_names
 from beit3.weights.matching import LoadReport, get_weights, serves_text
 
 CLASSES = "imagenet/main/classes.txt"
-"""Class names below a root of records."""
+"""File of class names, relative to a root of records."""
 
 Names = str | Path | Sequence[str] | None
 """Names of a head's outputs: a file, a list, or none."""
 
 
+# Predicting ---------------------------------------------------------------------------------------
+
+
 class Predictor:
-    """A task in evaluation mode. `task`: the network; `report`: what was loaded, ignored, left
-    fresh; the others: as for `load`."""
+    """A task in evaluation mode, which takes raw inputs.
+
+    Args:
+        task: The network.
+        report: Which weights were loaded, were not used, or are at their initial values.
+        int8: Whether to compute in 8-bit integers.
+        packed: Whether to lay the weights out for batches of recurring size.
+        compiled: Whether to compile each block.
+
+    Raises:
+        ValueError: `int8` was combined with `packed` or `compiled`.
+    """
 
     def __init__(
         self,
@@ -46,9 +58,9 @@ class Predictor:
         int8: bool = False,
         packed: bool = False,
         compiled: bool = False,
-    ):
-        for name, given in (("packed", packed), ("compiled", compiled)):
-            if int8 and given:
+    ) -> None:
+        for name, is_set in (("packed", packed), ("compiled", compiled)):
+            if int8 and is_set:
                 raise ValueError(
                     f"int8 lays weights out and compiles in its own way: leave {name} out"
                 )
@@ -60,21 +72,24 @@ class Predictor:
         self.int8, self.packed = int8, packed
 
     def to(self, device: torch.device | str) -> "Predictor":
-        """Itself, with the network on `device`. ValueError for one in int8 or packed, which a
-        processor alone computes."""
+        """Moves the network to `device` and returns the predictor itself.
+
+        Raises ValueError for int8 or packed weights, which only a CPU can use.
+        """
         if self.int8:
             check_support(torch.device(device))
         if self.packed and torch.device(device).type != "cpu":
             raise ValueError(
-                f"packed weights are for a processor, and the device here is {device}: leave "
-                "packed out"
+                f"packed weights run on CPU, and the device is {device}: leave packed out"
             )
         self.task.to(device)
         return self
 
     def check_trained(self) -> None:
-        """ValueError where parts of the task besides those for texts and pairs are at their initial
-        values."""
+        """Raises ValueError where parts of the task are at their initial values.
+
+        Those for texts and pairs do not count: weights of the image side alone lack them.
+        """
         untrained = [key for key in self.report.fresh if not serves_text(key)]
         if untrained:
             name = task_name(type(self.task))
@@ -85,11 +100,10 @@ class Predictor:
             )
 
     def match_class_names(self, file: Path) -> None:
-        """Before scoring records whose class names are in `file`: a task that classifies by names
-        and has none takes them.
+        """Compares the class names with those of the records to evaluate, which `file` lists.
 
-        ValueError where the weights' classes are others, or in another order: labels would mean
-        something else.
+        A task that classifies by names and has none takes them from the file. Raises ValueError
+        where the weights have other classes, or another order: labels would mean something else.
         """
         config, own_names = self.task.config, self.task.class_names
         if not file.exists() or not (own_names or config.classifies_by_names):
@@ -98,23 +112,28 @@ class Predictor:
         if not own_names:
             self.task.config = add_names(config, type(self.task), classes=record_names, fixed={})
             return
-        for label, (own, other) in enumerate(zip_longest(own_names, record_names)):
-            if own != other:
+        for label, (own_name, record_name) in enumerate(zip_longest(own_names, record_names)):
+            if own_name != record_name:
                 raise ValueError(
-                    f"class {label} is {own!r} to the weights and {other!r} in {file}: "
+                    f"class {label} is {own_name!r} to the weights and {record_name!r} in {file}: "
                     "score records of the same classes"
                 )
 
     @torch.inference_mode()
     def __call__(self, *inputs: Any) -> list[Prediction]:
-        """What the task says of one set of raw inputs, those of its `record`: its candidates, the
-        best first.
+        """Predicts from the raw inputs of one record.
 
-        A task that ranks none gives a list of its one prediction. Images as paths or PIL images;
-        None leaves one out.
+        Args:
+            inputs: The inputs in the order of the task's `record`: images as paths or PIL images,
+                texts as str. None leaves an input out.
 
-        Raises ValueError for inputs that the task does not take or cannot read, and for parts that
-        nobody has trained.
+        Returns:
+            The task's candidates, the best first. A task without candidates returns a list of its
+            single prediction.
+
+        Raises:
+            ValueError: The task does not take these inputs, an input cannot be read, or a part of
+                the task is untrained.
         """
         name, input_names = task_name(type(self.task)), self.task.input_names
         if not input_names:
@@ -127,71 +146,82 @@ class Predictor:
                 f"{name} takes {', '.join(input_names)}: {len(inputs)} inputs given"
             ) from None
         record = self.task.record(*inputs)
-        self._require_side(record)
+        self._check_text_side(record)
         batch = self.task.collate([self.task.example(record, False)])
-        prediction = self.task.predict(to_device(batch, next(self.task.parameters()).device))[0]
-        plain = {
+        device = next(self.task.parameters()).device
+        prediction = self.task.predict(to_device(batch, device))[0]
+        json_prediction = {
             name: value.tolist() if isinstance(value, np.ndarray) else value
             for name, value in prediction.items()
         }
-        return plain.get("candidates", [plain])
+        return json_prediction.get("candidates", [json_prediction])
 
     @torch.inference_mode()
     def embed(
         self, images: Iterable[Any] = (), texts: Iterable[str] = (), *, batch_size: int = 32
     ) -> dict[str, np.ndarray]:
-        """Features `image` [n, D] and `text` [m, D] in float32, of whichever was given, each input
-        encoded by itself.
+        """Returns features of images and of texts, each input encoded by itself.
 
-        images: paths or PIL images, prepared as the weights know them. Those of retrieval are unit
-        vectors in one space.
-        Those of backbone are the class token's and the begin mark's states as they are, neither
-        normalised nor in one
-        space. Raises ValueError for a task without features, and for an input that cannot be read.
+        Those of retrieval are unit vectors in one space. Those of backbone are the final states of
+        the class token and of `<s>`, neither normalized nor in one space.
+
+        Args:
+            images: N paths or PIL images, which are prepared as the weights need them.
+            texts: M texts.
+            batch_size: Number of inputs that are encoded at once.
+
+        Returns:
+            `image` [N, D] and `text` [M, D], float32; a key without inputs is left out.
+
+        Raises:
+            ValueError: The task has no features of single inputs, or an input cannot be read.
         """
-        make = self.task.record
+        make_record = self.task.record
         if set(self.task.input_names) != {"image", "text"}:
             raise ValueError(
                 f"{task_name(type(self.task))} has no features of single inputs: give weights of "
                 "retrieval, or load these with task='backbone'"
             )
         self.check_trained()
-        given = {
-            "image": [make(image) for image in images],
-            "text": [make(None, text) for text in texts],
+        records_by_modality = {
+            "image": [make_record(image) for image in images],
+            "text": [make_record(None, text) for text in texts],
         }
-        found = {}
-        for side, records in given.items():
-            for place, record in enumerate(records):
-                if side not in record:
-                    raise ValueError(f"{side}s[{place}] is empty: leave it out")
-                self._require_side(record)
+        features = {}
+        for modality, records in records_by_modality.items():
+            for index, record in enumerate(records):
+                if modality not in record:
+                    raise ValueError(f"{modality}s[{index}] is empty: leave it out")
+                self._check_text_side(record)
             if records:
-                found[side] = self._features(side, records, batch_size)
-        return found
+                features[modality] = self._encode(modality, records, batch_size)
+        return features
 
-    def _features(self, side: str, records: list[Record], batch_size: int) -> np.ndarray:
-        """One feature a record: the task's own, else the first state of the side."""
-        weights, rows = next(self.task.parameters()), []
-        order = sorted(
-            range(len(records)), key=lambda place: len(records[place].get("text", ""))
-        )  # little padding in a batch
-        for batch in iterate_batches(self.task, [records[place] for place in order], batch_size):
-            outputs = self.task.outputs(to_device(batch, weights.device, weights.dtype))
-            features = (
-                outputs[f"{side}_features"]
-                if f"{side}_features" in outputs
-                else outputs[side][:, 0]
-            )
-            rows.append(features.float().cpu().numpy())
-        return np.concatenate(rows)[np.argsort(order)]
+    def _encode(self, modality: str, records: list[Record], batch_size: int) -> np.ndarray:
+        """Returns [N, D]: the task's own features, else each sequence's first state."""
+        parameter = next(self.task.parameters())
+        # Texts of similar length share a batch, so that there is little padding.
+        order = sorted(range(len(records)), key=lambda index: len(records[index].get("text", "")))
+        batches = iterate_batches(self.task, [records[index] for index in order], batch_size)
+        chunks = []
+        for batch in batches:
+            outputs = self.task.outputs(to_device(batch, parameter.device, parameter.dtype))
+            if f"{modality}_features" in outputs:
+                features = outputs[f"{modality}_features"]
+            else:
+                features = outputs[modality][:, 0]
+            chunks.append(features.float().cpu().numpy())
+        return np.concatenate(chunks)[np.argsort(order)]
 
-    def _require_side(self, record: Record) -> None:
-        """ValueError for a text where the weights hold no text side."""
+    def _check_text_side(self, record: Record) -> None:
+        """Raises ValueError for a text where the weights have no text side."""
         if "text" in record and any(map(serves_text, self.report.fresh)):
             raise ValueError(
                 f"{self.report.source} holds the image side alone: give images without text"
             )
+
+
+# Loading ------------------------------------------------------------------------------------------
 
 
 def load(
@@ -207,30 +237,38 @@ def load(
     packed: bool = False,
     compiled: bool = False,
 ) -> Predictor:
-    """Weights of any kind, ready to use on the CPU.
+    """Loads weights of any kind, ready to use on the CPU.
 
-    path: a directory of weights, a run with `best` or `last` in it, or a released file. task: what
-    to build, by default
-    what the weights are; parts that they do not hold are at their initial values then, and the
-    predictor refuses to
-    use them. num_heads: where 64 units a head is wrong. text_model: the SentencePiece file of
-    released weights.
-    answers: names of the VQA head's outputs. classes: names of imagenet's, for weights of retrieval
-    any names, which
-    `prompt` may put into a sentence in place of {}. int8: in 8-bit integers, two to four times
-    faster on CPUs that
-    have instructions for them. packed: weights laid out for batches that recur, for a third more
-    speed on single images and
-    captions, and up to twice the memory of the weights. compiled: each block a program, for many
-    batches of one size; half a minute
-    at the start (docs/speed.md has all three). Raises ValueError, in one line.
+    Args:
+        path: A weights directory, a run directory with `best` or `last` in it, or a released file.
+        task: Name of the task to build, by default the one of the weights. Parts that the weights
+            do not have are at their initial values then, and the predictor refuses to use them.
+        num_heads: Number of attention heads, where 64 units per head is wrong.
+        text_model: SentencePiece file for released weights.
+        answers: Names of the VQA head's outputs.
+        classes: Names of ImageNet's classes; for weights of retrieval any names.
+        prompt: Sentence in which {} stands for a class name, for weights of retrieval.
+        int8: Computes in 8-bit integers, two to four times faster on CPUs that have instructions
+            for them.
+        packed: Lays weights out for batches of recurring size: a third faster on single images
+            and captions, for up to twice the memory of the weights.
+        compiled: Compiles each block, which pays for many batches of one size and takes half a
+            minute at the start. docs/speed.md compares the three.
+
+    Raises:
+        ValueError: The weights cannot be loaded in this way; the message is one line.
     """
     path = Path(path)
-    named = {"answers": read_answers(answers), "classes": read_classes(classes)}
-    read, place = (
-        (_load_directory, store.find_weights(path)) if path.is_dir() else (_load_file, path)
-    )
-    built, report = read(place, task, num_heads, text_model, named, prompt)
+    answer_names, class_names = read_answers(answers), read_classes(classes)
+    if path.is_dir():
+        directory = store.find_weights(path)
+        built, report = _load_directory(
+            directory, task, num_heads, text_model, answer_names, class_names, prompt
+        )
+    else:
+        built, report = _load_file(
+            path, task, num_heads, text_model, answer_names, class_names, prompt
+        )
     return Predictor(built, report, int8=int8, packed=packed, compiled=compiled)
 
 
@@ -239,10 +277,11 @@ def _load_file(
     task: str | None,
     num_heads: int | None,
     text_model: str | Path | None,
-    named: dict[str, tuple[str, ...]],
+    answers: tuple[str, ...],
+    classes: tuple[str, ...],
     prompt: str,
 ) -> tuple[Task, LoadReport]:
-    """Released weights, as their own task or another; `named`: answers and classes."""
+    """Loads a released file, as its own task or another."""
     tokenizer = None if text_model is None else TextTokenizer(text_model)
     state = state_dicts.read_state_dict(path)
     try:
@@ -250,8 +289,8 @@ def _load_file(
             state,
             task,
             num_heads=num_heads,
-            answers=named["answers"],
-            classes=named["classes"],
+            answers=answers,
+            classes=classes,
             prompt=prompt,
             tokenizer=tokenizer,
         )
@@ -264,11 +303,11 @@ def _load_directory(
     task: str | None,
     num_heads: int | None,
     text_model: str | Path | None,
-    named: dict[str, tuple[str, ...]],
+    answers: tuple[str, ...],
+    classes: tuple[str, ...],
     prompt: str,
 ) -> tuple[Task, LoadReport]:
-    """Weights of ours, as their own task or another; `named`: answers and classes."""
-    answers, classes = named["answers"], named["classes"]
+    """Loads a weights directory, as its own task or another."""
     description = store.read_config(directory)
     config: Any = description.config
     if num_heads not in (None, config.model.num_heads):
@@ -296,21 +335,27 @@ def _load_directory(
 
 
 def read_answers(names: Names) -> tuple[str, ...]:
-    """Names of the VQA head's outputs; a file as released, or one per line."""
+    """Returns the names of the VQA head's outputs.
+
+    A file has the released format or one name per line.
+    """
     if isinstance(names, str | Path):
         return label_names.read_answers(Path(names))
     return tuple(names or ())
 
 
 def read_classes(names: Names) -> tuple[str, ...]:
-    """Class names; a file of one per line, a .json as dense tasks have it, or a directory of
-    records, whose own are taken."""
-    if isinstance(names, str | Path) and Path(names).suffix == ".json":
+    """Returns class names.
+
+    A file has one name per line, or is a .json as dense tasks write it. Of a root of records the
+    names of its ImageNet records are read.
+    """
+    if not isinstance(names, str | Path):
+        return tuple(names or ())
+    path = Path(names)
+    if path.suffix == ".json":
+        categories = json.loads(path.read_text(encoding="utf-8"))
         return tuple(
-            each["name"] if isinstance(each, dict) else each
-            for each in json.loads(Path(names).read_text(encoding="utf-8"))
+            category["name"] if isinstance(category, dict) else category for category in categories
         )
-    if isinstance(names, str | Path):
-        path = Path(names)
-        return label_names.read_class_names(path / CLASSES if path.is_dir() else path)
-    return tuple(names or ())
+    return label_names.read_class_names(path / CLASSES if path.is_dir() else path)

@@ -21,11 +21,17 @@ from torch import Tensor, nn
 from torch.utils.data import default_collate
 
 from beit3.config import suggest
-from beit3.data.prepare.statistics import Lengths
+from beit3.data.batches import (
+    check_same_fields,
+    count_examples,
+    pad_token_ids,
+    trim_padding,
+)
+from beit3.data.prepare.statistics import TokenCounter
 from beit3.model.backbone import Backbone
 from beit3.model.beit3 import BEiT3
 from beit3.model.config import ModelConfig
-from beit3.ops.collectives import keep_shard
+from beit3.ops.collectives import copy_to_shard
 from beit3.ops.init import trunc_normal
 from beit3.recipe import Recipe, TaskConfig
 from beit3.seeding import make_generator, make_rng
@@ -267,7 +273,7 @@ class Task(nn.Module):
         for name, parameter in self.trainable_parameters():
             values = torch.empty(parameter.shape, dtype=parameter.dtype)
             self.init_parameter(name, values, make_generator(seed, name))
-            keep_shard(parameter, values)
+            copy_to_shard(parameter, values)
 
     @torch.no_grad()
     def init_parameter(self, name: str, parameter: Tensor, generator: torch.Generator) -> None:
@@ -336,7 +342,7 @@ def grow_vocabulary(config: TaskConfig, tokenizer: TextTokenizer | None) -> Task
     return replace(config, model=replace(config.model, vocab_size=tokenizer.vocab_size))
 
 
-def make_length_counter(root: Path, limit: int) -> Lengths | None:
+def make_length_counter(root: Path, limit: int) -> TokenCounter | None:
     """Returns how `prepare` measures texts: in tokens of the root's tokenizer, cut at `limit`.
 
     None where the root has no tokenizer.
@@ -344,12 +350,12 @@ def make_length_counter(root: Path, limit: int) -> Lengths | None:
     if not (root / MODEL_FILE).exists():
         return None
     tokenizer = TextTokenizer(root / MODEL_FILE)
-    return Lengths(
+    return TokenCounter(
         tokenizer.encode_pieces, limit, tokenizer.unk, tokenizer.mask - tokenizer.first_piece
     )
 
 
-# Examples and batches --------------------------------------------------------------------------
+# Records and predictions ------------------------------------------------------------------------
 
 
 def make_record(**inputs: Any) -> Record:
@@ -360,43 +366,6 @@ def make_record(**inputs: Any) -> Record:
 def make_record_rng(record: Record) -> np.random.Generator:
     """Returns the generator of a record outside training: the same at every evaluation."""
     return make_rng(0, 0, str(record["id"]))
-
-
-def pad_token_ids(ids: Sequence[int], length: int, pad: int) -> tuple[Tensor, Tensor]:
-    """Returns `text` [length] int64 and `text_padding` [length] bool, True = padding."""
-    text = torch.full((length,), pad, dtype=torch.int64)
-    text[: len(ids)] = torch.as_tensor(ids, dtype=torch.int64)
-    return text, torch.arange(length) >= len(ids)
-
-
-def check_same_fields(examples: Sequence[Example]) -> None:
-    """Raises ValueError where one example of a batch has a field that another lacks."""
-    first = examples[0]
-    for example in examples[1:]:
-        for key in first.keys() ^ example.keys():
-            with_key, without_key = (first, example) if key in first else (example, first)
-            raise ValueError(
-                f"record {without_key.get('id')} gives no {key}, record {with_key.get('id')} "
-                "does: give it to all records or to none"
-            )
-
-
-def trim_padding(batch: Batch) -> Batch:
-    """Cuts texts [B, L] to the longest text of the batch, rounded up to a multiple of 8.
-
-    Multiples of 8 suit the hardware and leave few lengths for `run.compile` to see.
-    """
-    if "text_padding" not in batch:
-        return batch
-    max_length = int((~batch["text_padding"]).sum(1).max())
-    length = -(-max_length // 8) * 8
-    text_keys = [key for key in ("text", "text_padding", "text_target") if key in batch]
-    return batch | {key: batch[key][:, :length] for key in text_keys}
-
-
-def count_examples(batch: Batch) -> int:
-    """Returns the number of examples in a batch."""
-    return len(next(value for value in batch.values() if isinstance(value, Tensor)))
 
 
 def join_by_id(

@@ -1,4 +1,4 @@
-"""Batches as a pure function of (seed, step, process), and records that cannot be read."""
+"""Batches are a pure function of (seed, step, rank); unreadable records are replaced."""
 
 import pickle
 from functools import partial
@@ -24,8 +24,8 @@ SIZES = {"images": 7, "texts": 10}
 BATCH = {"images": 4, "texts": 6}
 
 
-def make(record: dict, train: bool, *, rng: np.random.Generator) -> dict:
-    """An example that shows its record and its randomness; records called bad are faults."""
+def make_example(record: dict, train: bool, *, rng: np.random.Generator) -> dict:
+    """Returns an example with its id and a random number; ids with "bad" raise an error."""
     assert train
     if record.get("bad"):
         raise ValueError(f"{record['id']} is broken")
@@ -59,8 +59,8 @@ def load(
     seed: int = 0,
     **bad,
 ):
-    """The batches of these steps on one rank."""
-    examples = ExampleDataset(open_sources(folder, **bad), make, seed=seed)
+    """Returns the batches of these steps on one rank."""
+    examples = ExampleDataset(open_sources(folder, **bad), make_example, seed=seed)
     sample_step = partial(
         sample_micro_batches,
         batch=BATCH,
@@ -179,7 +179,7 @@ def test_loader_processes_change_nothing(tmp_path):
 
 def test_loader_processes_need_not_be_forked(tmp_path):
     """macOS and Python 3.14 start new processes and send them everything pickled."""
-    examples = ExampleDataset(open_sources(tmp_path), make, seed=0)
+    examples = ExampleDataset(open_sources(tmp_path), make_example, seed=0)
     copy, collator = pickle.loads(pickle.dumps((examples, Collator(collate))))
     first, second = (
         collator([dataset[("texts", position)] for position in range(3)])
@@ -190,7 +190,7 @@ def test_loader_processes_need_not_be_forked(tmp_path):
 
 def test_a_long_run_starts_at_once(tmp_path):
     """The paper's million steps of 6144 positions are never in memory together."""
-    examples = ExampleDataset(open_sources(tmp_path), make, seed=0)
+    examples = ExampleDataset(open_sources(tmp_path), make_example, seed=0)
     sample_step = partial(
         sample_micro_batches, batch=BATCH, sources=list(SIZES), micro_batch=0, rank=0, world=1
     )
@@ -242,7 +242,7 @@ def test_nothing_but_broken_records_is_an_error(tmp_path):
 
 
 def test_a_damaged_image_file_is_named(tmp_path, root):
-    """As above, with `open_image`."""
+    """`open_image` raises the error that is reported."""
     records = [dict(record) for record in RecordDataset(root / "vqkd/main/train.jsonl", root)][:4]
     (tmp_path / "half.png").write_bytes(Path(records[1]["image"]).read_bytes()[:90])
     records[1]["image"] = str(tmp_path / "half.png")

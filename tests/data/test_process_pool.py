@@ -1,4 +1,4 @@
-"""Jobs in several processes: their results, an error, and a process that is killed."""
+"""Jobs in several processes: results, errors, and a killed process."""
 
 import os
 import signal
@@ -9,7 +9,7 @@ from beit3.data.process_pool import run_jobs
 
 
 def work(number: int, kill: bool = False) -> tuple[int, int]:
-    """(square, process); ValueError for 3."""
+    """Returns (square, process id); raises ValueError for 3."""
     if kill:
         os.kill(os.getpid(), signal.SIGKILL)
     if number == 3:

@@ -1,4 +1,4 @@
-"""The order of reading, against lists that are shuffled and counted step by step."""
+"""The order of reading equals lists that are shuffled and counted step by step."""
 
 import random
 from fractions import Fraction
@@ -17,7 +17,7 @@ def make_named_rng(name: str, epoch: int = 0) -> np.random.Generator:
 
 
 def shuffle_slowly(runs: np.ndarray, window: int) -> list[int]:
-    """The same order in memory: shuffled runs, cut to windows, each of them shuffled."""
+    """Returns the order computed in memory: shuffled runs, cut to windows, each shuffled."""
     starts = np.cumsum(runs) - runs
     records = [
         start

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from beit3.demo import probes
-from beit3.demo.comparison import markdown, row, spread
 from beit3.images import open_image
 from beit3.task import grow_vocabulary
 from beit3.tasks.pretrain import Pretrain
@@ -18,24 +17,21 @@ from tests.world_root import make_pretrain_recipe
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_nearest_visible_patch(seed):
+def test_nearest_visible_patch_equals_a_search_over_all_patches(seed):
     mask = np.random.default_rng(seed).random((4, 5)) < 0.6
     mask[2, 3] = False
-    found = probes.nearest_visible(mask)
-    for place in range(20):
-        y, x = divmod(place, 5)
-        best = min(
-            (((y - v) ** 2 + (x - u) ** 2), v * 5 + u)
-            for v in range(4)
-            for u in range(5)
-            if not mask[v, u]
-        )
-        assert found[place] == best[1]
+    nearest = probes.find_nearest_visible(mask)
+    visible = [(row, column) for row in range(4) for column in range(5) if not mask[row, column]]
+    for patch in range(20):
+        y, x = divmod(patch, 5)
+        distances = [
+            ((y - row) ** 2 + (x - column) ** 2, row * 5 + column) for row, column in visible
+        ]
+        assert nearest[patch] == min(distances)[1]
 
 
-class Coded:
-    """Stands for a pretraining task whose codes are known: every patch of image i has code i % 3,
-    and 1 in 4 is odd."""
+class FourCodeTask:
+    """Stands in for a pretraining task with four codes and a grid of 2 x 2 patches."""
 
     class config:
         num_codes = 4
@@ -44,35 +40,30 @@ class Coded:
             grid = (2, 2)
 
 
-def test_nearest_patch_guess_by_hand(monkeypatch):
+def test_nearest_patch_loss_equals_one_computed_by_hand(monkeypatch):
     mask = torch.tensor([[True, False, False, False]])
     train = [(torch.tensor([[0, 0, 1, 2]]), mask)] * 3 + [(torch.tensor([[3, 0, 1, 2]]), mask)]
     held_out = [(torch.tensor([[0, 0, 1, 2]]), mask)]
-    monkeypatch.setattr(probes, "hidden_patches", lambda task, source, limit: iter(source))
-    guess = probes.nearest_patch_guess(Coded(), train, held_out)  # type: ignore[arg-type]
-    # The hidden patch's nearest visible one has code 0; counts beside it: code 0 three times, code
-    # 3 once, plus a half each.
-    assert guess == pytest.approx(-math.log(3.5 / (4 + 4 * 0.5)))
+    monkeypatch.setattr(probes, "iterate_codes", lambda task, source, limit: iter(source))
+    loss = probes.compute_nearest_patch_loss(FourCodeTask(), train, held_out)  # type: ignore[arg-type]
+    # The nearest visible patch of the masked one has code 0. In training, the masked code was 0
+    # three times and 3 once; each of the four codes is smoothed by a half.
+    assert loss == pytest.approx(-math.log(3.5 / (4 + 4 * 0.5)))
 
 
-def test_attribute_words_must_be_whole_tokens():
+def test_attribute_words_must_be_single_tokens():
     text = "a large red circle and a small blue square " * 20
-    others = "green yellow purple orange white black triangle cross bar " * 20
-    whole = TextTokenizer.train([text + others], vocab_size=300, model_type="bpe")
-    ids = probes.attribute_ids(whole)
+    other_words = "green yellow purple orange white black triangle cross bar " * 20
+    tokenizer = TextTokenizer.train([text + other_words], vocab_size=300, model_type="bpe")
+    ids = probes.find_attribute_ids(tokenizer)
     assert {kind: len(words) for kind, words in ids.items()} == {"color": 8, "shape": 5, "size": 2}
-    assert [whole.id_to_piece(token).strip() for token in ids["size"]] == ["small", "large"]
-    cut = TextTokenizer.train([text], vocab_size=25, model_type="bpe")
+    assert [tokenizer.id_to_piece(token).strip() for token in ids["size"]] == ["small", "large"]
+    small_tokenizer = TextTokenizer.train([text], vocab_size=25, model_type="bpe")
     with pytest.raises(ValueError, match="larger vocabulary"):
-        probes.attribute_ids(cut)
+        probes.find_attribute_ids(small_tokenizer)
 
 
-def test_rows_of_the_comparison():
-    assert spread([0.5, 0.7, 0.6]) == "60.0% (50.0% to 70.0%)"
-    assert markdown([row("a", "1", "b")]).splitlines()[-1] == "| a | 1 | b |"
-
-
-def test_single_words_equal_one_caption_at_a_time(root, vqkd_weights):
+def test_single_attributes_equal_one_caption_at_a_time(root, vqkd_weights):
     recipe = make_pretrain_recipe(root, vqkd_weights)
     tokenizer = TextTokenizer(root / "text.model")
     config = replace(
@@ -86,19 +77,24 @@ def test_single_words_equal_one_caption_at_a_time(root, vqkd_weights):
     task.init_weights(1)
     task.eval()
     pairs = open_source(root, Pretrain, "pairs", recipe, "val")
-    found = probes.single_words(task, pairs, limit=10)
+    accuracies = probes.measure_single_attributes(task, pairs, limit=10)
     records = [pairs[index] for index in range(10)]
-    hits: dict[str, list[bool]] = {name: [] for name in found}
-    kinds = {token: kind for kind, ids in probes.attribute_ids(tokenizer).items() for token in ids}
+    hits: dict[str, list[bool]] = {name: [] for name in accuracies}
+    kind_of_id = {
+        token: kind for kind, ids in probes.find_attribute_ids(tokenizer).items() for token in ids
+    }
     for index, record in enumerate(records):
         ids = tokenizer.encode(record["text"], config.text_length)
-        # A batch of ten rolls by five: the other picture is that of the record five before.
-        for side, other in (("right", record), ("wrong", records[index - 5])):
-            image = config.image(open_image(other["image"]))[None]
-            for place, token in enumerate(ids):
-                if token in kinds:
-                    text = torch.tensor([ids[:place] + [tokenizer.mask] + ids[place + 1 :]])
-                    with torch.no_grad():
-                        logits = task.text_head(task.backbone(image, text).of("text"))[0, place]
-                    hits[f"single_{side}/{kinds[token]}"].append(logits.argmax().item() == token)
-    assert found == pytest.approx({name: float(np.mean(values)) for name, values in hits.items()})
+        # A batch of ten is rolled by five: the other image is that of the record five before.
+        for side, image_record in (("right", record), ("wrong", records[index - 5])):
+            image = config.image(open_image(image_record["image"]))[None]
+            for position, token in enumerate(ids):
+                if token not in kind_of_id:
+                    continue
+                masked = [*ids[:position], tokenizer.mask, *ids[position + 1 :]]
+                with torch.no_grad():
+                    states = task.backbone(image, torch.tensor([masked])).of("text")
+                    logits = task.text_head(states)[0, position]
+                hits[f"single_{side}/{kind_of_id[token]}"].append(logits.argmax().item() == token)
+    expected = {name: float(np.mean(values)) for name, values in hits.items()}
+    assert accuracies == pytest.approx(expected)

@@ -1,4 +1,5 @@
-"""`beit3 demo --fast`, whole: stopped, gone on with, finished, and run again without work."""
+"""`beit3 demo --fast` from end to end: interrupted, resumed, finished, and run again without
+training."""
 
 import os
 import re
@@ -18,23 +19,26 @@ def out(tmp_path_factory):
     return tmp_path_factory.mktemp("demo") / "run"
 
 
-def stored(out: Path) -> dict[Path, int]:
-    """When the tensors of each checkpoint and of all weights were written."""
+def read_mtimes(out: Path) -> dict[Path, int]:
+    """Returns when the tensors of each checkpoint and of all weights were written, in ns."""
     return {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")}
 
 
-def interrupt_when(path, stop: threading.Event) -> None:
-    """Send Ctrl-C to this process once `path` has a line: the file is there before the first step,
-    when nothing can be saved yet."""
+def interrupt_when_written(path: Path, stop: threading.Event) -> None:
+    """Sends Ctrl-C to this process once `path` has a line.
+
+    The file exists before the first step, when nothing can be saved yet.
+    """
     while not stop.wait(0.05):
         if path.exists() and path.stat().st_size:
             os.kill(os.getpid(), signal.SIGINT)
             return
 
 
-def test_ctrl_c_leaves_a_run_that_goes_on(out, capsys):
+def test_ctrl_c_leaves_a_run_that_can_be_resumed(out, capsys):
     stop = threading.Event()
-    watch = threading.Thread(target=interrupt_when, args=(out / "vqkd" / "metrics.jsonl", stop))
+    metrics = out / "vqkd" / "metrics.jsonl"
+    watch = threading.Thread(target=interrupt_when_written, args=(metrics, stop))
     watch.start()
     try:
         status = cli.main(["demo", "--fast", "--out", str(out)])
@@ -43,13 +47,11 @@ def test_ctrl_c_leaves_a_run_that_goes_on(out, capsys):
         watch.join()
     captured = capsys.readouterr()
     assert status == 130 and "resumes it" in captured.err
-    assert (
-        not (out / "pairs").exists()
-        and (find_newest_checkpoint(out / "vqkd") / "checkpoint.json").is_file()
-    )
+    assert not (out / "pairs").exists()
+    assert (find_newest_checkpoint(out / "vqkd") / "checkpoint.json").is_file()
 
 
-def test_the_same_command_finishes_it(out, capsys):
+def test_the_same_command_resumes_and_finishes(out, capsys):
     assert cli.main(["demo", "--fast", "--out", str(out)]) == 0
     printed = capsys.readouterr().out
     assert "held-out records" in printed and "most frequent" in printed and "report.html" in printed
@@ -58,22 +60,24 @@ def test_the_same_command_finishes_it(out, capsys):
     assert not re.search(r'(src|href)="(?!data:|#)', page) and "<script" not in page, (
         "the page must stand alone"
     )
-    words = (
+    for phrase in (
         "Visual tokenizer",
         "Pretraining",
         "question answering",
         "questions answered, from scratch",
         "frequent answer",
-    )
-    for word in (*words, "CIDEr", "recall", "statements"):
-        assert word in page
+        "CIDEr",
+        "recall",
+        "statements",
+    ):
+        assert phrase in page
 
 
 def test_finished_stages_are_not_run_again(out, capsys):
-    before = stored(out)
+    before = read_mtimes(out)
     assert {path.parts[len(out.parts) + 1] for path in before} == {"checkpoints", "last", "best"}
     started = time.monotonic()
     assert cli.main(["demo", "--fast", "--out", str(out)]) == 0
-    assert stored(out) == before
+    assert read_mtimes(out) == before
     assert "step 1/" not in capsys.readouterr().out
     assert time.monotonic() - started < 60  # a bound on hanging, not a timing

@@ -1,4 +1,4 @@
-"""Weights for the doctor to check."""
+"""Weights that the tests of the doctor check."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -8,7 +8,7 @@ import pytest
 
 @pytest.fixture(scope="session")
 def weights(root, tmp_path_factory) -> Path:
-    """Untrained weights with a text tokenizer, as the `best` of a run."""
+    """Returns untrained weights with a text tokenizer, as the `best` of a run."""
     from beit3.data.views.preprocessing import Preprocessing
     from beit3.model.config import TINY
     from beit3.tasks.vqa import VQA, VQAConfig

@@ -1,4 +1,4 @@
-"""What the doctor's tests share: sorting findings, and files of a made-up system."""
+"""Helpers of the tests of the doctor: grouping findings, and files of a made-up system."""
 
 from collections.abc import Iterable
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The examination as a whole: it works where torch is broken, and a fault gives status 2."""
+"""The doctor works where torch is broken, and a fault gives status 2."""
 
 import shutil
 import subprocess
@@ -23,7 +23,7 @@ BROKEN_PACKAGES = {
 
 @pytest.fixture
 def cached_world(root, cache) -> Iterator[Path]:
-    """A cached world's text tokenizer, as `prepare_embedded_world` leaves it."""
+    """Writes the text tokenizer of a cached world, as `prepare_embedded_world` does."""
     folder = cache / "world-0-doctor-records"
     folder.mkdir(exist_ok=True)
     shutil.copy(root / "text.model", folder)
@@ -48,7 +48,7 @@ def test_importing_the_doctor_needs_only_the_standard_library():
 
 
 def test_the_doctor_works_where_torch_does_not_import(tmp_path):
-    """As users run it: `python -m beit3 doctor` with a damaged installation."""
+    """This runs `python -m beit3 doctor` in a damaged installation."""
     for name, code in BROKEN_PACKAGES.items():
         (tmp_path / name).mkdir()
         (tmp_path / name / "__init__.py").write_text(code)

@@ -46,7 +46,7 @@ def test_more_threads_than_cores_are_noted(monkeypatch):
 
 
 class FakeCuda:
-    """As much of `torch.cuda` as the doctor uses; one device per major capability."""
+    """The members of `torch.cuda` that the doctor uses; one device per major capability."""
 
     nccl = SimpleNamespace(version=lambda: (2, 27, 3))
 

@@ -1,5 +1,4 @@
-"""Captions with the cache equal those without it, in both forms, at odd lengths and vocabularies;
-image states ignore the text."""
+"""Captions decoded with the cache equal those of a reference decoder that has none."""
 
 from dataclasses import replace
 
@@ -11,7 +10,7 @@ from beit3.model.attention_mask import make_image_to_text_mask
 from beit3.model.beit3 import BEiT3
 from beit3.model.config import TINY, TINY_RELEASE
 from beit3.model.generation import DecoderState, Decoding, SpecialTokens, generate, sample
-from tests.reference import decoding as slow
+from tests.reference import decoding as reference
 
 BOS, PAD, EOS = 0, 1, 2
 FORMS = {
@@ -41,8 +40,10 @@ FORMS = {
 
 @pytest.fixture(params=FORMS)
 def network(request):
-    """A backbone and a head of strong opinions, in double precision: (backbone, head, images [3, 3,
-    S, S], marks)."""
+    """Returns (backbone, head, images [3, 3, S, S], special tokens) in float64.
+
+    The head's weights are large, so that few tokens are likely.
+    """
     config = replace(FORMS[request.param], init="magneto")
     torch.manual_seed(1)
     backbone = BEiT3(config).double()
@@ -61,121 +62,134 @@ def network(request):
     [(1, 0.6, 9), (2, 0.0, 6), (3, 0.6, 12), (5, 1.3, 7), (3, 0.6, 4)],
 )
 @torch.inference_mode()
-def test_beam_search_equals_encoding_everything_anew(network, num_beams, penalty, max_length):
-    backbone, head, images, marks = network
-    found = generate(
-        DecoderState(backbone, head, images, marks),
+def test_beam_search_equals_the_reference_without_a_cache(network, num_beams, penalty, max_length):
+    backbone, head, images, special_tokens = network
+    captions = generate(
+        DecoderState(backbone, head, images, special_tokens),
         max_length,
         Decoding("beam", num_beams, penalty),
     )
-    for image, caption in zip(images.split(1), found, strict=True):
-        words, score = slow.beam(
-            backbone, head, image, max_length, num_beams, penalty, BOS, EOS, marks.mask
+    for image, caption in zip(images.split(1), captions, strict=True):
+        token_ids, score = reference.beam(
+            backbone, head, image, max_length, num_beams, penalty, BOS, EOS, special_tokens.mask
         )
-        assert caption.token_ids == words
+        assert caption.token_ids == token_ids
         assert caption.score == pytest.approx(score, rel=1e-5, abs=1e-5)
 
 
 @pytest.mark.parametrize("max_length", [3, 4, 11])
 @torch.inference_mode()
-def test_greedy_equals_encoding_everything_anew(network, max_length):
-    backbone, head, images, marks = network
-    found = generate(DecoderState(backbone, head, images, marks), max_length, Decoding("greedy"))
-    for image, caption in zip(images.split(1), found, strict=True):
-        words, score = slow.greedy(backbone, head, image, max_length, BOS, EOS, marks.mask)
-        assert caption.token_ids == words and len(words) <= max_length - 2
+def test_greedy_search_equals_the_reference_without_a_cache(network, max_length):
+    backbone, head, images, special_tokens = network
+    captions = generate(
+        DecoderState(backbone, head, images, special_tokens), max_length, Decoding("greedy")
+    )
+    for image, caption in zip(images.split(1), captions, strict=True):
+        token_ids, score = reference.greedy(
+            backbone, head, image, max_length, BOS, EOS, special_tokens.mask
+        )
+        assert caption.token_ids == token_ids and len(token_ids) <= max_length - 2
         assert caption.score == pytest.approx(score, rel=1e-5, abs=1e-5)
 
 
 @torch.inference_mode()
-def test_steps_equal_the_full_pass(network):
-    """The slot's log-probabilities after any words of any beams: of two an image, later of three,
-    some gone on with twice."""
-    backbone, head, images, marks = network
-    slots = DecoderState(backbone, head, images, marks)
-    said: list[list[int]] = [[], [], []]
-    for rows, words in (
+def test_cached_log_probabilities_equal_those_of_one_pass(network):
+    """This holds when beams are reordered, repeated, and grow from two to three an image."""
+    backbone, head, images, special_tokens = network
+    state = DecoderState(backbone, head, images, special_tokens)
+    texts: list[list[int]] = [[], [], []]
+    for rows, token_ids in (
         ([0, 0, 1, 1, 2, 2], [5, 9, 7, 4, 6, 9]),
         ([1, 0, 0, 3, 3, 2, 4, 4, 4], [3, 5, 8, 9, 9, 4, 7, 6, 5]),
         ([2, 0, 0, 3, 4, 5, 8, 7, 7], [4, 4, 5, 6, 8, 8, 9, 3, 3]),
     ):
-        slots.advance(torch.tensor(rows), torch.tensor(words))
-        said = [[*said[row], word] for row, word in zip(rows, words, strict=True)]
-    for row, (found, words) in enumerate(zip(slots.log_probs, said, strict=True)):
+        state.advance(torch.tensor(rows), torch.tensor(token_ids))
+        texts = [[*texts[row], token_id] for row, token_id in zip(rows, token_ids, strict=True)]
+    for row, (log_probs, token_ids) in enumerate(zip(state.log_probs, texts, strict=True)):
         image = images[row // 3 : row // 3 + 1]
-        expected = slow.next_word(backbone, head, image, words, BOS, marks.mask)
-        torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+        expected = reference.next_word(backbone, head, image, token_ids, BOS, special_tokens.mask)
+        torch.testing.assert_close(log_probs.double(), expected, rtol=1e-5, atol=1e-5)
 
 
 @torch.inference_mode()
 def test_image_states_do_not_depend_on_the_text(network):
-    backbone, _, images, marks = network
+    backbone, _, images, special_tokens = network
     mask = make_image_to_text_mask(1 + backbone.config.num_patches, 6)
-    texts = [torch.randint(4, marks.mask, (3, 6)) for _ in range(2)]
-    one, two = (backbone(images, text, attention_mask=mask).of("image") for text in texts)
-    assert torch.equal(one, two)
+    texts = [torch.randint(4, special_tokens.mask, (3, 6)) for _ in range(2)]
+    states, with_other_text = (
+        backbone(images, text, attention_mask=mask).of("image") for text in texts
+    )
+    assert torch.equal(states, with_other_text)
 
 
 @torch.inference_mode()
-def test_an_image_is_encoded_once_whatever_the_beams(network, monkeypatch):
-    backbone, head, images, marks = network
-    seen = []
+def test_an_image_is_encoded_once_for_all_beams(network, monkeypatch):
+    backbone, head, images, special_tokens = network
+    batch_sizes = []
     embed = backbone.image_embedding.forward
     monkeypatch.setattr(
         backbone.image_embedding,
         "forward",
-        lambda image, mask: seen.append(len(image)) or embed(image, mask),
+        lambda image, mask: batch_sizes.append(len(image)) or embed(image, mask),
     )
-    generate(DecoderState(backbone, head, images, marks), 8, Decoding("beam", 5))
-    assert seen == [3]
+    generate(DecoderState(backbone, head, images, special_tokens), 8, Decoding("beam", 5))
+    assert batch_sizes == [3]
 
 
 @torch.inference_mode()
 def test_sampling_follows_its_generators(network):
-    backbone, head, images, marks = network
+    backbone, head, images, special_tokens = network
 
-    def said(seeds, **fields):
+    def sample_captions(seeds, **fields):
         generators = [np.random.default_rng(seed).random for seed in seeds]
         return [
-            each.token_ids
-            for each in generate(
-                DecoderState(backbone, head, images, marks),
+            caption.token_ids
+            for caption in generate(
+                DecoderState(backbone, head, images, special_tokens),
                 9,
                 Decoding("sample", **fields),
                 generators,
             )
         ]
 
-    assert said([1, 2, 3]) == said([1, 2, 3]) != said([4, 5, 6])
-    assert said([4, 2, 3])[1:] == said([1, 2, 3])[1:], "a record's words do not depend on its batch"
+    assert sample_captions([1, 2, 3]) == sample_captions([1, 2, 3]) != sample_captions([4, 5, 6])
+    assert sample_captions([4, 2, 3])[1:] == sample_captions([1, 2, 3])[1:], (
+        "a caption does not depend on its batch"
+    )
     likeliest = [
-        each.token_ids
-        for each in generate(DecoderState(backbone, head, images, marks), 9, Decoding("greedy"))
+        caption.token_ids
+        for caption in generate(
+            DecoderState(backbone, head, images, special_tokens), 9, Decoding("greedy")
+        )
     ]
-    assert said([1, 2, 3], top_p=1e-6) == likeliest == said([7, 8, 9], temperature=1e-3)
+    assert (
+        sample_captions([1, 2, 3], top_p=1e-6)
+        == likeliest
+        == sample_captions([7, 8, 9], temperature=1e-3)
+    )
 
 
-def test_samples_have_their_probabilities():
+def test_samples_follow_the_probabilities():
     """20,000 draws: each frequency within 4 deviations of a binomial's."""
     probs = torch.tensor([0.5, 0.05, 0.3, 0.15])
     draws = 20_000
     generators = [np.random.default_rng(seed).random for seed in range(draws)]
-    words = sample(probs.log().expand(draws, 4), Decoding("sample"), generators)
-    counts = torch.bincount(words, minlength=4) / draws
+    samples = sample(probs.log().expand(draws, 4), Decoding("sample"), generators)
+    counts = torch.bincount(samples, minlength=4) / draws
     assert ((counts - probs).abs() < 4 * (probs * (1 - probs) / draws).sqrt()).all()
-    cut = sample(probs.log().expand(draws, 4), Decoding("sample", top_p=0.7), generators)
-    assert set(cut.tolist()) == {0, 2}, "the first words that together have 0.7"
+    top_p_samples = sample(probs.log().expand(draws, 4), Decoding("sample", top_p=0.7), generators)
+    assert set(top_p_samples.tolist()) == {0, 2}, "the likeliest tokens that together have 0.7"
 
 
-def test_limits(network):
-    backbone, head, images, marks = network
+def test_lengths_and_options_out_of_range_are_refused(network):
+    backbone, head, images, special_tokens = network
     for length, method in (
         (3, "beam"),
         (2, "greedy"),
         (backbone.config.max_text_length + 1, "beam"),
     ):
         with torch.inference_mode(), pytest.raises(ValueError, match="captions of"):
-            generate(DecoderState(backbone, head, images, marks), length, Decoding(method))
+            generate(DecoderState(backbone, head, images, special_tokens), length, Decoding(method))
     for fields in ({"num_beams": 0}, {"top_p": 0.0}, {"top_p": 1.5}, {"temperature": 0.0}):
         with pytest.raises(ValueError, match="num_beams"):
             Decoding("sample", **fields)

@@ -1,5 +1,4 @@
-"""Packed weights: equal products, whatever rows come in which order; names, gradients and
-refusals."""
+"""Packed weights give equal products for any number of rows, and keep names and gradients."""
 
 import copy
 import shutil
@@ -18,12 +17,12 @@ pytestmark = pytest.mark.skipif(
 
 
 @torch.no_grad()
-def test_products_equal_plain_ones_whatever_rows_come():
+def test_packed_products_equal_plain_ones_for_any_number_of_rows():
     torch.manual_seed(0)
     layer = torch.nn.Linear(24, 40)
-    product = pack(copy.deepcopy(layer))
-    assert isinstance(product, PackedLinear)
-    packed = []
+    packed_layer = pack(copy.deepcopy(layer))
+    assert isinstance(packed_layer, PackedLinear)
+    packed_rows = []
     for shape in (
         (3, 5),
         (15,),
@@ -39,14 +38,14 @@ def test_products_equal_plain_ones_whatever_rows_come():
     ):
         states = torch.randn(*shape, 24)
         torch.testing.assert_close(
-            product(states), F.linear(states, layer.weight, layer.bias), rtol=1e-5, atol=1e-6
+            packed_layer(states), F.linear(states, layer.weight, layer.bias), rtol=1e-5, atol=1e-6
         )
-        packed.append(product.packed_rows)
-    assert packed == [0, 15, 15, 15, 1, 1, 1, 30, 30, 30, 30]
+        packed_rows.append(packed_layer.packed_rows)
+    assert packed_rows == [0, 15, 15, 15, 1, 1, 1, 30, 30, 30, 30]
 
 
 @pytest.mark.parametrize("config", [TINY, TINY_RELEASE], ids=["paper", "release"])
-def test_a_packed_network_gives_the_same_states_under_the_same_names(config):
+def test_a_packed_network_keeps_its_states_and_parameter_names(config):
     torch.manual_seed(0)
     network = BEiT3(config).eval()
     network.init_weights()
@@ -63,7 +62,7 @@ def test_a_packed_network_gives_the_same_states_under_the_same_names(config):
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="compilation needs a C++ compiler")
-def test_compiled_blocks_use_packed_weights_of_their_own_layer():
+def test_compiled_blocks_use_the_packed_weights_of_their_own_layer():
     torch.manual_seed(0)
     network = BEiT3(TINY_RELEASE).eval()
     network.init_weights()
@@ -83,6 +82,6 @@ def test_compiled_blocks_use_packed_weights_of_their_own_layer():
             assert packed.blocks[0].ffn.image.fc1.packed_rows > 0
 
 
-def test_only_float32_on_cpu_is_packed():
+def test_float64_weights_are_refused():
     with pytest.raises(ValueError, match="float64"):
         pack(torch.nn.Sequential(torch.nn.Linear(2, 2, dtype=torch.float64)))

@@ -1,4 +1,4 @@
-"""A third modality, defined in this file alone: spectrogram patches with an expert of their own."""
+"""A third modality that only this file defines: spectrogram patches with their own expert."""
 
 from dataclasses import replace
 
@@ -86,30 +86,34 @@ PADDING = {
 
 
 def rename_to_published(network: BEiT3) -> dict[str, Tensor]:
-    """The state dict with the audio expert in the image expert's place, for the reference."""
+    """Returns the state dict with the audio expert named as the image expert, for the reference."""
     state = {name: value for name, value in network.state_dict().items() if ".image." not in name}
     return {name.replace(".audio.", ".image."): value for name, value in state.items()}
 
 
 @BOTH_FORMS
 @pytest.mark.parametrize("with_text", [False, True])
-def test_equals_the_reference_implementation(config, audio, text, with_text, monkeypatch):
+def test_audio_states_equal_the_reference_implementation(
+    config, audio, text, with_text, monkeypatch
+):
     """The reference sees audio tokens as image tokens, whose expert holds audio's values."""
     network = make_network(add_audio(config))
     tokens = network.audio_embedding(audio)
     monkeypatch.setattr(reference, "image_tokens", lambda *arguments: list(tokens.unbind(1)))
-    words = text if with_text else None
-    expected = reference.encode(rename_to_published(network), config, image=audio, text=words)
-    encoded = network(text=words, inputs={"audio": audio})
-    together = torch.cat([encoded.of("audio"), *([encoded.of("text")] if with_text else [])], 1)
+    text_or_none = text if with_text else None
+    expected = reference.encode(
+        rename_to_published(network), config, image=audio, text=text_or_none
+    )
+    encoded = network(text=text_or_none, inputs={"audio": audio})
+    states = torch.cat([encoded.of("audio"), *([encoded.of("text")] if with_text else [])], 1)
     # The network puts text before audio, the reference after it: sums differ by rounding.
-    torch.testing.assert_close(together, expected, rtol=0, atol=1e-10)
+    torch.testing.assert_close(states, expected, rtol=0, atol=1e-10)
 
 
 @BOTH_FORMS
 @pytest.mark.parametrize("read", ["all", "real", "first", "last"])
 def test_any_modality_may_be_padded(config, audio, text, read):
-    """Each sample equals one that is cut to its real tokens and encoded alone."""
+    """The states of a padded sample equal those of its real tokens encoded alone."""
     network = make_network(add_audio(config))
     padded = network(text=text, inputs={"audio": audio}, padding=PADDING, read=read)
     for sample, length in ((0, 5), (1, 3)):
@@ -124,14 +128,16 @@ def test_any_modality_may_be_padded(config, audio, text, read):
 
 
 @BOTH_FORMS
-def test_gradients_reach_its_own_parameters_alone(config, audio, text):
+def test_audio_gradients_reach_all_used_parameters_only(config, audio, text):
     network = make_network(add_audio(config))
     calls = {"alone": (("audio",),), "fused": (("audio", "text"),)}
     for case, modalities in calls.items():
         network.zero_grad()
-        words = text if case == "fused" else None
+        text_or_none = text if case == "fused" else None
         mask = {"audio": torch.tensor([[True, False, False, False, False]] * 2)}
-        network(text=words, inputs={"audio": audio}, masks=mask).tokens.sin().sum().backward()
+        network(
+            text=text_or_none, inputs={"audio": audio}, masks=mask
+        ).tokens.sin().sum().backward()
         unused = network.find_unused_parameters(*modalities, masked=("audio",))
         for name, parameter in network.named_parameters():
             is_unused = any(f"{name}.".startswith(f"{prefix}.") for prefix in unused)
@@ -139,23 +145,23 @@ def test_gradients_reach_its_own_parameters_alone(config, audio, text):
 
 
 @BOTH_FORMS
-def test_saved_weights_load_again(config, audio, text, tmp_path):
+def test_weights_with_three_modalities_are_loaded_as_saved(config, audio, text, tmp_path):
     task = Backbone(TaskConfig(model=add_audio(config), image=Preprocessing(32))).eval()
     task.init_weights(0)
     save_weights(task, tmp_path / "weights")
     loaded = load_weights(tmp_path / "weights").eval()
     assert loaded.config == task.config
     with torch.inference_mode():
-        expected, found = (
-            each.backbone(text=text, inputs={"audio": audio.float()}).tokens
-            for each in (task, loaded)
+        expected, states = (
+            network.backbone(text=text, inputs={"audio": audio.float()}).tokens
+            for network in (task, loaded)
         )
-    assert torch.equal(found, expected)
+    assert torch.equal(states, expected)
 
 
 @pytest.mark.parametrize("source", ["directory", "released file"])
 @pytest.mark.parametrize("init_from", ["", "image"])
-def test_old_weights_load_into_one_more_expert(source, init_from, text, tmp_path):
+def test_old_weights_load_into_a_network_with_one_more_expert(source, init_from, text, tmp_path):
     """Images and texts give the same bits as before; the new expert is fresh or a copy."""
     old = Backbone(TaskConfig(model=RELEASE, image=Preprocessing(32))).eval()
     old.init_weights(3)
@@ -168,7 +174,7 @@ def test_old_weights_load_into_one_more_expert(source, init_from, text, tmp_path
     model = add_audio(RELEASE, replace(AUDIO, init_from=init_from))
     new = Backbone(TaskConfig(model=model, image=Preprocessing(32))).eval()
     new.init_weights(5)
-    before = {name: value.clone() for name, value in new.state_dict().items()}
+    initial_values = {name: value.clone() for name, value in new.state_dict().items()}
     report = initialize_from(new, path)
 
     image = torch.rand(2, 3, 32, 32)
@@ -179,18 +185,20 @@ def test_old_weights_load_into_one_more_expert(source, init_from, text, tmp_path
     assert experts
     for name, value in experts.items():
         copied = new.state_dict()[name.replace(".audio.", ".image.")]
-        assert torch.equal(value, copied if init_from else before[name]), name
+        assert torch.equal(value, copied if init_from else initial_values[name]), name
     lines = "\n".join(report.lines())
     assert ("copied (audio from image)" in lines) == bool(init_from)
     assert "fresh (the file has no audio)" in lines, "its embedding is fresh either way"
 
 
-def test_config_survives_json():
+def test_a_config_with_three_modalities_survives_json():
     config = add_audio(PAPER)
     assert from_dict(ModelConfig, to_dict(config)) == config
-    old = to_dict(PAPER)
-    del old["modalities"]
-    assert from_dict(ModelConfig, old) == PAPER, "configs of earlier versions name no modalities"
+    old_config = to_dict(PAPER)
+    del old_config["modalities"]
+    assert from_dict(ModelConfig, old_config) == PAPER, (
+        "configs of earlier versions name no modalities"
+    )
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,4 @@
-"""Storages on fake tensors are counted as real ones would be: while they live, and with what
-autograd keeps."""
+"""Storages of fake tensors are counted like real ones, with those that autograd saves."""
 
 import pytest
 import torch
@@ -35,7 +34,7 @@ def test_a_storage_counts_while_it_lives(tracker):
 
 
 def test_saved_activations_count_and_weights_do_not():
-    """GELU saves its input and square its own, 1 KiB each; the weight's gradient counts apart."""
+    """GELU and square save their inputs, 1 KiB each; the weight has a gradient of its own."""
     tracker = AllocationTracker()
     weight = torch.nn.Parameter(make_floats(tracker, 16, 16))
     weight.register_post_accumulate_grad_hook(tracker.release_gradient)

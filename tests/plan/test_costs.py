@@ -1,4 +1,4 @@
-"""The time and price of a run by hand, and how its steps are counted."""
+"""The time, price and number of steps of a run equal those computed by hand."""
 
 from dataclasses import replace
 
@@ -13,12 +13,16 @@ def test_time_and_cost_by_hand():
     recipe = replace(recipe, task=replace(recipe.task, model=replace(recipe.task.model, depth=2)))
     plan = plan_run(VQA, recipe, gpus=4, gpu="a100-80", utilization=0.5, price=2.0)
     assert plan["steps"] == 200
-    assert [way["checkpointing"] for way in plan["ways"]] == ["none", "selective", "full"]
-    for way in plan["ways"]:
-        assert way["seconds"] == pytest.approx(way["flops"] / (4 * 312e12 * 0.5))
-        assert way["hours"] == pytest.approx(200 * way["seconds"] / 3600)
-        assert way["cost"] == pytest.approx(2 * way["gpu_hours"]) == pytest.approx(8 * way["hours"])
-        assert way["total"] == pytest.approx(sum(way["memory"].values()))
+    assert [option["checkpointing"] for option in plan["ways"]] == ["none", "selective", "full"]
+    for option in plan["ways"]:
+        assert option["seconds"] == pytest.approx(option["flops"] / (4 * 312e12 * 0.5))
+        assert option["hours"] == pytest.approx(200 * option["seconds"] / 3600)
+        assert (
+            option["cost"]
+            == pytest.approx(2 * option["gpu_hours"])
+            == pytest.approx(8 * option["hours"])
+        )
+        assert option["total"] == pytest.approx(sum(option["memory"].values()))
     without, _, full = plan["ways"]
     assert plan["model_flops"] == without["flops"] < full["flops"]
     assert plan["a_step"] == {"main": {"records": 32, "images": 32, "tokens": 32 * 16}}

@@ -1,4 +1,4 @@
-"""The dummy record shows as much as a crowded one, whichever crop of it is drawn."""
+"""A dummy record is as crowded as real ones can be, in every random crop."""
 
 from dataclasses import replace
 
@@ -19,7 +19,7 @@ from beit3.task import load_task
 
 @pytest.mark.parametrize("masks", [True, False])
 def test_objects_fill_the_square(masks):
-    """The widest jitter, on a small square: the image is enlarged, and every object is visible."""
+    """With the widest jitter on a small square every object is visible."""
     task_class = load_task("coco")
     recipe = task_class.recipes["base_1024"]
     config = replace(

@@ -1,4 +1,4 @@
-"""The memory of every recipe, shortcuts beside the long way, and one step that is really taken."""
+"""Memory estimates of every recipe equal full traces and, closely, one measured step."""
 
 from dataclasses import replace
 
@@ -11,7 +11,7 @@ from beit3.plan.estimate import Estimate
 from beit3.recipe import Recipe
 from beit3.task import list_tasks, load_task
 from beit3.tasks.vqa import VQA
-from benchmarks.memory import Case, estimated, measured
+from benchmarks.memory import Case, estimate_case, measure_case
 
 H100 = DEVICES["h100"]
 DENSE_TASKS = ("coco", "ade20k")
@@ -24,7 +24,7 @@ def set_run_fields(recipe: Recipe, **fields: object) -> Recipe:
 
 
 def make_recipe(depth: int = 2, **run_fields: object) -> Recipe:
-    """VQA's demo with a network of this depth, 32 records in micro-batches of 8."""
+    """Returns the VQA demo with a network of this depth and 32 records in micro-batches of 8."""
     recipe = set_run_fields(VQA.recipes["demo"], **({"micro_batch": 8} | run_fields))
     model = replace(recipe.task.model, depth=depth, drop_path_rate=0.1)
     return replace(recipe, task=replace(recipe.task, model=model))
@@ -45,7 +45,7 @@ def estimate_shallow(name: str, label: str, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def describe_variant(name: str, label: str) -> tuple:
-    """Returns what makes a recipe run other code than its neighbors, sizes aside."""
+    """Returns the settings, but for sizes, by which recipes run different code."""
     if name in DENSE_TASKS:
         return (name,)
     recipe = load_task(name).recipes[label]
@@ -90,9 +90,9 @@ def test_all_recipes_can_be_planned(name, label, monkeypatch):
 
 
 def test_the_estimate_is_close_to_a_measured_step():
-    """Within 15 %; benchmarks/memory.py has more cases."""
+    """The tolerance is 15 %; benchmarks/memory.py has more cases."""
     case = Case("imagenet", "laptop", 32)
-    assert estimated(case) == pytest.approx(measured(case), rel=0.15)
+    assert estimate_case(case) == pytest.approx(measure_case(case), rel=0.15)
 
 
 def get_traced_depths(planned: Estimate) -> set[int]:
@@ -168,7 +168,7 @@ def test_the_largest_micro_batch_that_fits():
 
 
 def test_weights_by_hand():
-    """The sizes are the task's own; parameters that never get a gradient have no moments."""
+    """Sizes are those of the task; parameters without gradients have no moments."""
     planned, task = Estimate(VQA, make_recipe(), find_device("cpu"), 1), VQA(make_recipe().task)
     count = sum(parameter.numel() for parameter in task.parameters())
     unused = sum(

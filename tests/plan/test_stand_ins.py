@@ -1,5 +1,4 @@
-"""Values stand in where the amount of work depends on what a network computes; batches keep their
-real ones."""
+"""Stand-in values replace outputs on which the amount of work depends; batches stay real."""
 
 import pytest
 import torch
@@ -11,7 +10,7 @@ from beit3.plan.stand_ins import rising_values
 
 @pytest.fixture
 def make_floats():
-    """Makes tensors without values, while operations on them are traced."""
+    """Returns a function that makes tensors without values, while operations are traced."""
     with AllocationTracker() as tracker:
         yield lambda *shape: tracker.executor.empty(shape, torch.float32)
 

@@ -1,4 +1,4 @@
-"""The plan on the command line: a table or JSON, and mistakes that are named in one line."""
+"""`beit3 plan` prints a table or JSON, and one line for an error."""
 
 import json
 
@@ -28,7 +28,7 @@ def test_the_command_line_prints_a_table_or_json(run_cli):
         (["--data.batch.main", "0"], "data.batch names none of the sources main"),
     ],
 )
-def test_mistakes_are_named_in_one_line(arguments, message, capsys):
+def test_errors_are_one_line(arguments, message, capsys):
     assert cli.main(["plan", "vqa", "demo", *arguments]) == 2
     assert message in capsys.readouterr().err
 

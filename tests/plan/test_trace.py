@@ -1,5 +1,4 @@
-"""A traced micro-batch has the operations of a real one, and keeps less where activations are
-recomputed."""
+"""A traced micro-batch has the operations of a real one; recomputation saves memory."""
 
 from dataclasses import replace
 

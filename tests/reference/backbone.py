@@ -157,9 +157,9 @@ def linear(state: State, path: str, kind: str, token: Tensor) -> Tensor:
 
 def layer_norm(state: State, config: Any, path: str, kind: str, token: Tensor) -> Tensor:
     weight, bias = (parameter(state, path, kind, part) for part in ("weight", "bias"))
-    centred = token - token.mean(-1, keepdim=True)
+    centered = token - token.mean(-1, keepdim=True)
     return (
-        centred / torch.sqrt(centred.square().mean(-1, keepdim=True) + config.norm_eps) * weight
+        centered / torch.sqrt(centered.square().mean(-1, keepdim=True) + config.norm_eps) * weight
         + bias
     )
 
@@ -171,7 +171,7 @@ def parameter(state: State, path: str, kind: str, part: str) -> Tensor:
 
 
 def bicubic(table: Tensor, side: int, rows: int, columns: int) -> Tensor:
-    """The table [3 + side * side, D] at another grid: Keys' cubic (a = -0.75), half-pixel centres,
+    """The table [3 + side * side, D] at another grid: Keys' cubic (a = -0.75), half-pixel centers,
     edges repeated."""
     if (rows, columns) == (side, side):
         return table
@@ -190,9 +190,9 @@ def bicubic(table: Tensor, side: int, rows: int, columns: int) -> Tensor:
 
 def taps(index: int, new: int, old: int) -> list[tuple[int, float]]:
     """The four old indices that make new index `index`, with their weights."""
-    centre = (index + 0.5) * old / new - 0.5
-    base = math.floor(centre)
-    return [(min(max(base + k, 0), old - 1), cubic(abs(centre - base - k))) for k in (-1, 0, 1, 2)]
+    center = (index + 0.5) * old / new - 0.5
+    base = math.floor(center)
+    return [(min(max(base + k, 0), old - 1), cubic(abs(center - base - k))) for k in (-1, 0, 1, 2)]
 
 
 def cubic(distance: float, a: float = -0.75) -> float:

@@ -1,5 +1,5 @@
-"""ViT-Adapter: nothing changes while its gates are shut, any size goes through, and everything
-learns."""
+"""ViT-Adapter: gates of 0 leave the trunk unchanged, images may have any size, and every parameter
+is trained."""
 
 from dataclasses import replace
 
@@ -22,8 +22,8 @@ SMALL = AdapterConfig(inplanes=8, num_interactions=3)
 
 
 @torch.no_grad()
-def filled(module):
-    """Initial values as a task gives them."""
+def init_module(module):
+    """Initializes a module as a task does."""
     for name, parameter in module.named_parameters():
         module.init_parameter(name, parameter, make_generator(0, name))
     if isinstance(module, ViTAdapter):
@@ -31,13 +31,13 @@ def filled(module):
     return module
 
 
-def made(model=MODEL, config=SMALL, *, window=0):
-    return filled(ViTAdapter(model, config)), filled(ImageTrunk(model, window=window))
+def make_adapter(model=MODEL, config=SMALL, *, window=0):
+    return init_module(ViTAdapter(model, config)), init_module(ImageTrunk(model, window=window))
 
 
 @pytest.mark.parametrize("window", [0, 2])
-def test_shut_gates_leave_the_trunk_alone(window):
-    adapter, trunk = made(window=window)
+def test_gates_of_zero_leave_the_trunk_unchanged(window):
+    adapter, trunk = make_adapter(window=window)
     image = torch.randn(2, 3, 37, 101)
     plain = trunk(F.pad(image, (0, 11, 0, 11)))
     assert torch.equal(adapter.interact(image, trunk)[0][-1], plain)
@@ -46,22 +46,22 @@ def test_shut_gates_leave_the_trunk_alone(window):
     assert (adapter.interact(image, trunk)[0][-1] - plain).abs().max() > 1e-3
 
 
-def depths_of(num_interactions: int) -> list[int]:
-    return made(replace(MODEL, depth=6), replace(SMALL, num_interactions=num_interactions))[
+def list_state_indices(num_interactions: int) -> list[int]:
+    return make_adapter(replace(MODEL, depth=6), replace(SMALL, num_interactions=num_interactions))[
         0
-    ].depths
+    ].state_indices
 
 
-def test_each_map_takes_the_trunk_from_its_depth():
-    """Beside the trunk's blocks run one by one, in an adapter whose own maps are nothing."""
-    assert [depths_of(rounds) for rounds in (1, 2, 3, 4, 6)] == [
+def test_each_map_adds_the_trunk_states_of_its_depth():
+    """The adapter's own maps are 0, and the expected states come from single blocks."""
+    assert [list_state_indices(rounds) for rounds in (1, 2, 3, 4, 6)] == [
         [0] * 4,
         [0, 0, 1, 1],
         [0, 1, 2, 2],
         [0, 1, 2, 3],
         [1, 2, 4, 5],
     ]
-    adapter, trunk = made(replace(MODEL, depth=4), replace(SMALL, num_interactions=4))
+    adapter, trunk = make_adapter(replace(MODEL, depth=4), replace(SMALL, num_interactions=4))
     adapter.norms = nn.ModuleList(nn.Identity() for _ in range(4))
     states, priors = adapter.interact(image := torch.randn(2, 3, 48, 80), trunk)
     adapter.interact = lambda *_: (states, [torch.zeros_like(each) for each in priors])
@@ -76,11 +76,11 @@ def test_each_map_takes_the_trunk_from_its_depth():
 
 @pytest.mark.parametrize("patch", [8, 14, 16])
 @pytest.mark.parametrize("size", [(64, 96), (72, 88), (37, 101), (16, 240), (5, 3)])
-def test_any_size_goes_through(patch, size):
+def test_images_of_any_size_are_accepted(patch, size):
     model = replace(MODEL, patch_size=patch, image_size=4 * patch)
-    adapter, trunk = made(model)
+    adapter, trunk = make_adapter(model)
     maps = adapter.eval()(torch.randn(2, 3, *size), trunk)
-    height, width = adapter.padded_size(*size)
+    height, width = adapter.compute_padded_size(*size)
     assert (
         height % patch == width % patch == 0
         and 0 <= height - size[0] < patch
@@ -94,8 +94,8 @@ def test_any_size_goes_through(patch, size):
         )
 
 
-def test_what_was_filled_up_counts_as_zeros_of_the_image():
-    adapter, trunk = made()
+def test_padding_equals_zeros_in_the_image():
+    adapter, trunk = make_adapter()
     image = torch.randn(1, 3, 41, 64)
     for one, other in zip(
         adapter.eval()(image, trunk), adapter(F.pad(image, (0, 0, 0, 7)), trunk), strict=True
@@ -103,10 +103,10 @@ def test_what_was_filled_up_counts_as_zeros_of_the_image():
         assert torch.equal(one, other)
 
 
-def test_every_parameter_learns():
+def test_every_parameter_gets_a_gradient():
     """Away from the initial zeros, and with batch norms in eval mode: in training they take away
     the constants before them."""
-    adapter, trunk = made(config=replace(SMALL, gate_init=0.1))
+    adapter, trunk = make_adapter(config=replace(SMALL, gate_init=0.1))
     with torch.no_grad():
         for parameter in adapter.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.05)
@@ -117,8 +117,8 @@ def test_every_parameter_learns():
             assert parameter.grad.abs().sum() > 0, name
 
 
-def test_the_gates_learn_from_the_first_step():
-    adapter, trunk = made()
+def test_gates_get_a_gradient_in_the_first_step():
+    adapter, trunk = make_adapter()
     sum(each.square().sum() for each in adapter.eval()(torch.randn(1, 3, 64, 80), trunk)).backward()
     for injector in adapter.injectors:
         assert injector.gate.grad.abs().min() > 0
@@ -128,7 +128,7 @@ def test_recomputing_changes_nothing():
     """Gradients with stochastic depth, running statistics and their count: bit for bit."""
     found = []
     for recompute in (False, True):
-        adapter, trunk = made(
+        adapter, trunk = make_adapter(
             config=replace(SMALL, gate_init=0.1, drop_path_rate=0.5, recompute=recompute)
         )
         torch.manual_seed(1)
@@ -147,10 +147,10 @@ def test_recomputing_changes_nothing():
         assert torch.equal(kept, again)
 
 
-def test_recomputing_keeps_less():
+def test_recomputing_stores_fewer_activations():
     kept = []
     for recompute in (False, True):
-        adapter, trunk = made(config=replace(SMALL, recompute=recompute))
+        adapter, trunk = make_adapter(config=replace(SMALL, recompute=recompute))
         held: dict[int, torch.Tensor] = {}
 
         def keep(tensor, held=held):
@@ -169,14 +169,14 @@ def test_the_giant_can_be_built_and_run_on_meta():
     with torch.device("meta"):
         adapter, trunk = ViTAdapter(model, AdapterConfig(recompute=True)), ImageTrunk(model)
         maps = adapter(torch.empty(1, 3, 896, 896), trunk)
-        assert adapter.stops == (9, 19, 29, 39)
+        assert adapter.last_blocks == (9, 19, 29, 39)
     assert [tuple(each.shape) for each in maps] == [
         (1, 1408, side, side) for side in (224, 112, 56, 28)
     ]
     assert all(each.is_meta for each in [*maps, *adapter.state_dict().values()])
 
 
-def test_memory_given_later_is_filled_like_memory_given_at_once():
+def test_an_adapter_built_on_meta_gets_the_same_values():
     with torch.device("meta"):
         adapter = ViTAdapter(MODEL, SMALL)
     adapter._apply(
@@ -184,13 +184,13 @@ def test_memory_given_later_is_filled_like_memory_given_at_once():
             tensor, 7 if tensor.dtype == torch.int64 else torch.nan, device="cpu"
         )
     )
-    wanted = made()[0].state_dict()
-    for name, value in filled(adapter).state_dict().items():
+    wanted = make_adapter()[0].state_dict()
+    for name, value in init_module(adapter).state_dict().items():
         assert value.isfinite().all() and torch.equal(value, wanted[name]), name
 
 
-def test_initial_values():
-    adapter = filled(
+def test_initial_values_follow_the_release():
+    adapter = init_module(
         ViTAdapter(replace(MODEL, dim=64, num_heads=8), AdapterConfig(gate_init=1e-6, num_points=2))
     )
     attention = adapter.injectors[0].attention
@@ -217,7 +217,7 @@ def test_initial_values():
     assert abs(adapter.extractors[0].ffn.fc1.weight.std() / 0.02 - 1) < 0.1
 
 
-def test_attention_reads_the_neighbour_that_its_offset_names():
+def test_attention_reads_the_neighbor_at_its_offset():
     attention = DeformableAttention(4, 4, num_heads=1, num_maps=2, num_points=1)
     for part in (attention.value, attention.out):
         nn.init.eye_(part.weight)
@@ -229,9 +229,9 @@ def test_attention_reads_the_neighbour_that_its_offset_names():
     )  # one to the right in the first map, one down in the second
     attention.weights.bias.data = torch.tensor([0.0, 0.0])
     first, second = torch.randn(1, 3, 5, 4), torch.randn(1, 3, 5, 4)
-    grids = Grids.of([(3, 5), (3, 5)], first)
+    grids = Grids.from_shapes([(3, 5), (3, 5)], first)
     features = torch.cat((first.flatten(1, 2), second.flatten(1, 2)), 1)
-    found = attention(torch.randn(1, 15, 4), grids.centres[:15], features, grids).view(1, 3, 5, 4)
+    found = attention(torch.randn(1, 15, 4), grids.centers[:15], features, grids).view(1, 3, 5, 4)
     right, below = F.pad(first, (0, 0, 0, 1))[:, :, 1:], F.pad(second, (0, 0, 0, 0, 0, 1))[:, 1:]
     torch.testing.assert_close(found, (right + below) / 2)
 
@@ -255,8 +255,8 @@ def test_attention_equals_transformers_where_values_are_as_wide_as_queries():
         torch.randn(2, 32, 16, dtype=torch.float64),
         torch.randn(2, 24, 16, dtype=torch.float64),
     )
-    grids = Grids.of(shapes, features)
-    places = grids.centres[:24]
+    grids = Grids.from_shapes(shapes, features)
+    places = grids.centers[:24]
     wanted, _ = other(
         query,
         encoder_hidden_states=features,
@@ -268,7 +268,7 @@ def test_attention_equals_transformers_where_values_are_as_wide_as_queries():
     )
 
 
-def test_the_feed_forward_network_sees_each_map_alone():
+def test_the_feed_forward_network_treats_each_map_separately():
     network, shapes = ConvFeedForward(8, 4), ((3, 5), (2, 2), (1, 4))
     states = torch.randn(2, 23, 8)
     alone = [
@@ -278,13 +278,13 @@ def test_the_feed_forward_network_sees_each_map_alone():
     torch.testing.assert_close(network(states, shapes), torch.cat(alone, 1))
 
 
-def test_stochastic_depth_takes_whole_samples():
+def test_stochastic_depth_drops_whole_samples():
     attention = DeformableAttention(8, 8, num_heads=2, num_maps=1, num_points=1)
     extractor = Extractor(8, attention, ffn_dim=8, drop_path_rate=0.25)
-    states, grids = torch.randn(64, 6, 8), Grids.of([(2, 3)], torch.empty(0))
+    states, grids = torch.randn(64, 6, 8), Grids.from_shapes([(2, 3)], torch.empty(0))
     with torch.no_grad():
         read = states + attention(
-            extractor.query_norm(states), grids.centres, extractor.feature_norm(states), grids
+            extractor.query_norm(states), grids.centers, extractor.feature_norm(states), grids
         )
         change = extractor.eval()(states, grids, states, grids) - read
         torch.manual_seed(0)
@@ -297,7 +297,7 @@ def test_stochastic_depth_takes_whole_samples():
 
 
 def test_bfloat16_is_near_float32(monkeypatch):
-    adapter, trunk = made(config=replace(SMALL, gate_init=0.1))
+    adapter, trunk = make_adapter(config=replace(SMALL, gate_init=0.1))
     image, seen, real = torch.randn(1, 3, 72, 88), [], interaction.sample_deformable
 
     def watched(values, shapes, places, weights):
@@ -315,7 +315,7 @@ def test_bfloat16_is_near_float32(monkeypatch):
         assert other.isfinite().all() and (one - other).norm() < 0.03 * one.norm()
 
 
-def test_synchronised_norms_are_for_many_processes_with_accelerators(monkeypatch):
+def test_norms_are_synchronized_only_for_several_processes_on_cuda(monkeypatch):
     adapter = ViTAdapter(MODEL, SMALL)
     names = [name for name, _ in adapter.named_parameters()]
     assert (
@@ -327,16 +327,16 @@ def test_synchronised_norms_are_for_many_processes_with_accelerators(monkeypatch
     assert (
         type(sync_batch_norms(adapter, torch.device("cuda")).prior.stem[0].norm) is nn.SyncBatchNorm
     )
-    assert [name for name, _ in filled(adapter).named_parameters()] == names
+    assert [name for name, _ in init_module(adapter).named_parameters()] == names
 
 
 @pytest.mark.parametrize(
-    ("config", "said"),
+    ("config", "message"),
     [
         (AdapterConfig(num_heads=5), "deform_ratio 0.5 of dim 32 is no multiple of num_heads 5"),
         (AdapterConfig(num_interactions=6), "num_interactions 6 of a trunk of 5 blocks"),
     ],
 )
-def test_what_does_not_fit_is_refused(config, said):
-    with pytest.raises(ValueError, match=said):
+def test_a_config_that_does_not_fit_the_trunk_is_rejected(config, message):
+    with pytest.raises(ValueError, match=message):
         ViTAdapter(MODEL, config)

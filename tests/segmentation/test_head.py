@@ -1,4 +1,4 @@
-"""The head against transformers' own parts, its losses against transformers' and against loops over
+"""The head against transformers' modules; its losses against transformers' and against loops over
 single points."""
 
 import math
@@ -36,33 +36,33 @@ def make_head(config=CONFIG, dim=24, seed=0):
     return head
 
 
-def maps(batch=2, dim=24, height=16, width=24, seed=0):
-    """Sides that no two divides evenly at every level, as the adapter's may be."""
-    chance = torch.Generator().manual_seed(seed)
+def make_features(batch=2, dim=24, height=16, width=24, seed=0):
+    """Returns four maps whose sides are not all even, as the adapter's may be."""
+    generator = torch.Generator().manual_seed(seed)
     sizes = [(-(-height // 2**level), -(-width // 2**level)) for level in range(4)]
-    return [torch.randn(batch, dim, *size, generator=chance) for size in sizes]
+    return [torch.randn(batch, dim, *size, generator=generator) for size in sizes]
 
 
-def guess(batch=2, queries=6, height=10, width=14, layers=1, seed=0):
-    chance = torch.Generator().manual_seed(seed)
+def make_predictions(batch=2, queries=6, height=10, width=14, layers=1, seed=0):
+    generator = torch.Generator().manual_seed(seed)
     masks = tuple(
-        3 * torch.randn(batch, queries, height, width, generator=chance) for _ in range(layers)
+        3 * torch.randn(batch, queries, height, width, generator=generator) for _ in range(layers)
     )
     return MaskPredictions(
         masks,
-        tuple(torch.randn(batch, queries, CLASSES + 1, generator=chance) for _ in range(layers)),
+        tuple(torch.randn(batch, queries, CLASSES + 1, generator=generator) for _ in range(layers)),
     )
 
 
-def labels(batch=2, height=30, width=44, seed=0, high=CLASSES):
-    """Blocks of ten pixels a class."""
-    chance = torch.Generator().manual_seed(seed)
-    blocks = torch.randint(high, (batch, -(-height // 10), -(-width // 10)), generator=chance)
+def make_label_map(batch=2, height=30, width=44, seed=0, high=CLASSES):
+    """Returns label maps of blocks of 10 x 10 pixels."""
+    generator = torch.Generator().manual_seed(seed)
+    blocks = torch.randint(high, (batch, -(-height // 10), -(-width // 10)), generator=generator)
     return blocks.repeat_interleave(10, 1).repeat_interleave(10, 2)[:, :height, :width]
 
 
-def lattice(shape, like):
-    """Instead of random places the same ones for every mask and image."""
+def make_lattice(shape, like):
+    """Replaces random points by the same ones for every mask and image."""
     steps = torch.arange(shape[-1]) + 0.5
     return torch.stack((steps * 0.618 % 1, steps / shape[-1]), -1).expand(*shape, 2)
 
@@ -70,8 +70,8 @@ def lattice(shape, like):
 # The network --------------------------------------------------------------------------------------
 
 
-def theirs(config=CONFIG, dim=24):
-    """transformers' modules as they are, initialised as they are."""
+def build_reference(config=CONFIG, dim=24):
+    """Returns transformers' modules with their own initial values, and their loss."""
     from transformers import Mask2FormerConfig
     from transformers.models.mask2former import modeling_mask2former as m
 
@@ -89,7 +89,7 @@ def theirs(config=CONFIG, dim=24):
         train_num_points=config.num_points,
     )
 
-    class Whole(m.Mask2FormerPreTrainedModel):
+    class ReferenceHead(m.Mask2FormerPreTrainedModel):
         def __init__(self):
             super().__init__(settings)
             self.pixels = m.Mask2FormerPixelDecoder(settings, [dim] * 4)
@@ -97,14 +97,14 @@ def theirs(config=CONFIG, dim=24):
             self.classes = nn.Linear(config.hidden_dim, CLASSES + 1)
             self.post_init()
 
-    return Whole(), m.Mask2FormerLoss(settings, {})
+    return ReferenceHead(), m.Mask2FormerLoss(settings, {})
 
 
 @pytest.mark.parametrize("size", [(16, 24), (13, 22)])
-def test_the_network_is_transformers(size):
-    head, (other, _) = make_head(), theirs()
+def test_the_network_equals_that_of_transformers(size):
+    head, (other, _) = make_head(), build_reference()
     other.load_state_dict(head.state_dict())
-    features = maps(height=size[0], width=size[1])
+    features = make_features(height=size[0], width=size[1])
     found = head(features)
     pixels = other.pixels(features)
     expected = other.queries(pixels.multi_scale_features, pixels.mask_features)
@@ -118,8 +118,8 @@ def test_the_network_is_transformers(size):
         )
 
 
-def bare():
-    """An attention of the pixel decoder and a layer of the query decoder, initialised as
+def init_reference_layers():
+    """An attention of the pixel decoder and a layer of the query decoder, initialized as
     transformers means to.
 
     Its `post_init` visits the parts of a module first, and then leaves what they hold: all offsets
@@ -127,7 +127,7 @@ def bare():
     """
     from transformers.models.mask2former import modeling_mask2former as m
 
-    whole, _ = theirs()
+    whole, _ = build_reference()
     attention = m.Mask2FormerPixelDecoderEncoderMultiscaleDeformableAttention(
         CONFIG.hidden_dim, CONFIG.num_heads, 3, 4
     )
@@ -137,8 +137,8 @@ def bare():
     return dict(attention.named_parameters()), dict(layer.named_parameters())
 
 
-def test_initial_values_are_the_originals():
-    head, (attention, layer) = make_head(), bare()
+def test_initial_values_equal_the_original_ones():
+    head, (attention, layer) = make_head(), init_reference_layers()
     for ours, reference in (
         (head.pixels.encoder.layers[1].self_attn, attention),
         (head.queries.decoder.layers[2], layer),
@@ -161,7 +161,7 @@ def test_initial_values_are_the_originals():
     assert 0.9 / math.sqrt(32) < float(head.classes.weight.abs().max()) <= 1 / math.sqrt(32)
 
 
-def test_built_without_memory_it_is_the_same():
+def test_a_head_built_on_meta_gets_the_same_values():
     with torch.device("meta"):
         head = MaskHead(24, CLASSES, CONFIG)
     assert all(parameter.is_meta for parameter in head.parameters()) and not list(head.buffers())
@@ -172,7 +172,7 @@ def test_built_without_memory_it_is_the_same():
         assert torch.equal(parameter, expected), name
 
 
-def test_every_parameter_learns():
+def test_every_parameter_gets_a_gradient():
     head = make_head()
     for parameter in (
         head.parameters()
@@ -180,7 +180,7 @@ def test_every_parameter_learns():
         parameter.data += 0.02 * torch.randn(
             parameter.shape, generator=torch.Generator().manual_seed(0)
         )
-    sums = head.losses(head(maps()), labels())
+    sums = head.compute_losses(head(make_features()), make_label_map())
     torch.stack(list(sums.values())).sum().backward()
     still = {
         name
@@ -194,43 +194,43 @@ def test_every_parameter_learns():
 def test_recomputed_layers_give_the_same_gradients():
     gradients = []
     for config in (CONFIG, HeadConfig(**{**vars(CONFIG), "checkpointing": True})):
-        head, features = make_head(config), [each.requires_grad_() for each in maps()]
+        head, features = make_head(config), [each.requires_grad_() for each in make_features()]
         torch.manual_seed(3)
-        sum(head.losses(head(features), labels()).values()).backward()
+        sum(head.compute_losses(head(features), make_label_map()).values()).backward()
         gradients.append([each.grad for each in (*head.parameters(), *features)])
     for one, other in zip(*gradients, strict=True):
         torch.testing.assert_close(one, other)
 
 
-def test_under_autocast_pixels_and_losses_keep_their_bits():
+def test_autocast_keeps_pixel_decoder_and_losses_in_float32():
     head, seen = make_head(), []
     head.pixels.register_forward_hook(
         lambda module, inputs, output: seen.append(output.mask_features.dtype)
     )
     with torch.autocast("cpu", torch.bfloat16):
-        predicted = head([each.bfloat16() for each in maps()])
-        sums = head.losses(predicted, labels())
-        scores = head.scores(predicted)
-    assert predicted.masks[-1].dtype == torch.bfloat16
+        predictions = head([each.bfloat16() for each in make_features()])
+        sums = head.compute_losses(predictions, make_label_map())
+        scores = head.compute_scores(predictions)
+    assert predictions.masks[-1].dtype == torch.bfloat16
     assert {*seen, scores.dtype, *(value.dtype for value in sums.values())} == {torch.float32}
 
 
 def test_scores_are_sums_over_queries():
-    predicted = guess(layers=2)
-    found = make_head().scores(predicted)
+    predictions = make_predictions(layers=2)
+    found = make_head().compute_scores(predictions)
     expected = torch.zeros(2, CLASSES, 10, 14)
     for image in range(2):
         for query in range(6):
-            probabilities = predicted.classes[-1][image, query].softmax(0)
+            probabilities = predictions.classes[-1][image, query].softmax(0)
             for label in range(CLASSES):
                 expected[image, label] += (
-                    probabilities[label] * predicted.masks[-1][image, query].sigmoid()
+                    probabilities[label] * predictions.masks[-1][image, query].sigmoid()
                 )
     torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize("found", ["none", "5.22.1", "4.57.0"])
-def test_an_old_transformers_is_refused(found, monkeypatch):
+def test_an_old_transformers_is_rejected(found, monkeypatch):
     def version(name):
         if found == "none":
             raise PackageNotFoundError
@@ -239,12 +239,12 @@ def test_an_old_transformers_is_refused(found, monkeypatch):
     monkeypatch.setattr(module, "version", version)
     with pytest.raises(
         ValueError,
-        match=rf"transformers 5\.23 or later, here is {found}: pip install 'beit3\[dense\]'",
+        match=rf"transformers 5\.23 or later \(installed: {found}\): pip install 'beit3\[dense\]'",
     ):
         make_head()
 
 
-def test_published_sizes():
+def test_heads_have_the_published_sizes():
     assert (
         SMALL_HEAD.hidden_dim,
         SMALL_HEAD.num_heads,
@@ -266,26 +266,26 @@ def test_published_sizes():
 # Losses -------------------------------------------------------------------------------------------
 
 
-def means(predicted, label_map, config=CONFIG):
-    sums = losses.set_losses(predicted, label_map, config, ignore=IGNORE)
-    counts = losses.counts(label_map, CLASSES, config, ignore=IGNORE)
+def compute_mean_losses(predictions, label_map, config=CONFIG):
+    sums = losses.compute_losses(predictions, label_map, config, ignore=IGNORE)
+    counts = losses.count_targets(label_map, CLASSES, config, ignore=IGNORE)
     return {name: value / max(1, counts[name]) for name, value in sums.items()}
 
 
-def test_without_ignored_pixels_the_losses_are_transformers(monkeypatch):
-    """At places away from the rim."""
-    predicted, label_map, rand = guess(), labels(), torch.rand
+def test_without_ignored_pixels_the_losses_equal_those_of_transformers(monkeypatch):
+    """Points are drawn away from the border."""
+    predictions, label_map, rand = make_predictions(), make_label_map(), torch.rand
     monkeypatch.setattr(torch, "rand", lambda *size, **options: 0.1 + 0.8 * rand(*size, **options))
     torch.manual_seed(5)
-    found = means(predicted, label_map)
+    found = compute_mean_losses(predictions, label_map)
     classes = [image.unique() for image in label_map]
     masks = [
         torch.stack([image == label for label in found]).float()
         for image, found in zip(label_map, classes, strict=True)
     ]
-    criterion = theirs()[1]
+    criterion = build_reference()[1]
     torch.manual_seed(5)
-    expected = criterion(predicted.masks[0], predicted.classes[0], masks, classes)
+    expected = criterion(predictions.masks[0], predictions.classes[0], masks, classes)
     for name, value in (
         ("mask", "loss_mask"),
         ("dice", "loss_dice"),
@@ -294,8 +294,8 @@ def test_without_ignored_pixels_the_losses_are_transformers(monkeypatch):
         torch.testing.assert_close(found[name], expected[value], rtol=1e-4, atol=1e-5)
 
 
-def bilinear(grid, x, y):
-    """Slowly: [h, w] at a place in parts of width and height."""
+def sample_bilinear(grid, x, y):
+    """Samples a map [h, w] at x, y from 0 to 1."""
     height, width = grid.shape
     x, y, total = x * width - 0.5, y * height - 0.5, 0.0
     for column in (math.floor(x), math.floor(x) + 1):
@@ -305,12 +305,12 @@ def bilinear(grid, x, y):
     return total
 
 
-def slowly(logits, label_map, label, points):
-    """Mean cross-entropy and dice of one mask over its places that are not ignored."""
+def compute_losses_slowly(logits, label_map, label, points):
+    """Returns mean cross-entropy and dice of one mask over its points that are not ignored."""
     crossed = whole = both = one = other = 0.0
     for x, y in points.tolist():
-        logit, truth = bilinear(logits, x, y), bilinear(label_map == label, x, y)
-        valid = bilinear(label_map != IGNORE, x, y)
+        logit, truth = sample_bilinear(logits, x, y), sample_bilinear(label_map == label, x, y)
+        valid = sample_bilinear(label_map != IGNORE, x, y)
         probability = 1 / (1 + math.exp(-logit))
         crossed -= truth * math.log(probability) + (valid - truth) * math.log(1 - probability)
         whole, both, one, other = (
@@ -322,33 +322,33 @@ def slowly(logits, label_map, label, points):
     return crossed / max(whole, 1e-6), 1 - (2 * both + 1) / (one + other + 1)
 
 
-def with_holes():
-    label_map = labels()
+def make_label_map_with_holes():
+    label_map = make_label_map()
     label_map[0, :, 17:] = IGNORE
     label_map[1, 5:12, 3:20] = IGNORE
     return label_map
 
 
 def test_matching_and_losses_equal_a_loop_over_points(monkeypatch):
-    monkeypatch.setattr(losses, "draw", lattice)
+    monkeypatch.setattr(losses, "draw_points", make_lattice)
     config = HeadConfig(**{**vars(CONFIG), "importance": 0.0})
-    predicted, label_map = guess(), with_holes()
-    points, total = lattice((config.num_points,), None), {"mask": 0.0, "dice": 0.0}
-    found = losses.present(label_map, CLASSES, IGNORE)
-    matches = losses.match(
-        predicted.masks[0], predicted.classes[0], label_map, found, config, ignore=IGNORE
+    predictions, label_map = make_predictions(), make_label_map_with_holes()
+    points, total = make_lattice((config.num_points,), None), {"mask": 0.0, "dice": 0.0}
+    found = losses.find_present_classes(label_map, CLASSES, IGNORE)
+    matches = losses.match_queries(
+        predictions.masks[0], predictions.classes[0], label_map, found, config, ignore=IGNORE
     )
     for index, classes in enumerate(found):
         pairs = [
-            [slowly(mask, label_map[index], label, points) for label in classes]
-            for mask in predicted.masks[0][index]
+            [compute_losses_slowly(mask, label_map[index], label, points) for label in classes]
+            for mask in predictions.masks[0][index]
         ]
         crossed, dice = torch.tensor(pairs).unbind(-1)  # [Q, n]
-        cost = 5 * crossed + 5 * dice - 2 * predicted.classes[0][index].softmax(-1)[:, classes]
-        truth, valid = losses.read(label_map[index], points, classes, IGNORE)
-        logits = losses.sampled(predicted.masks[0][index : index + 1], points)[0]
-        found_cost = losses.costs(
-            logits, predicted.classes[0][index], classes, truth, valid, config
+        cost = 5 * crossed + 5 * dice - 2 * predictions.classes[0][index].softmax(-1)[:, classes]
+        truth, valid = losses.sample_class_masks(label_map[index], points, classes, IGNORE)
+        logits = losses.sample_maps(predictions.masks[0][index : index + 1], points)[0]
+        found_cost = losses.compute_match_costs(
+            logits, predictions.classes[0][index], classes, truth, valid, config
         )
         torch.testing.assert_close(found_cost, cost, rtol=1e-4, atol=1e-4)
         rows, columns = losses.assign(cost)
@@ -358,24 +358,24 @@ def test_matching_and_losses_equal_a_loop_over_points(monkeypatch):
         )
         total["mask"] += float(crossed[rows, columns].sum())
         total["dice"] += float(dice[rows, columns].sum())
-    sums = losses.set_losses(predicted, label_map, config, ignore=IGNORE)
+    sums = losses.compute_losses(predictions, label_map, config, ignore=IGNORE)
     for name, value in total.items():
         assert float(sums[name]) == pytest.approx(value, rel=1e-4)
 
 
 def test_ignored_pixels_count_nowhere():
-    """Whatever is said of them, matching and losses stay, and no gradient reaches it."""
-    predicted, label_map = guess(width=22), labels(width=44)
+    """Their predictions change neither matching nor losses, and get no gradient."""
+    predictions, label_map = make_predictions(width=22), make_label_map(width=44)
     label_map[:, :, 20:] = IGNORE
-    logits = predicted.masks[0].clone()
+    logits = predictions.masks[0].clone()
     logits[..., 11:] = (
         50 * torch.randn(2, 6, 10, 11, generator=torch.Generator().manual_seed(9)).sign()
     )
     results = []
-    for masks in (predicted.masks[0], logits):
+    for masks in (predictions.masks[0], logits):
         masks = masks.clone().requires_grad_()
         torch.manual_seed(1)
-        found = means(MaskPredictions((masks,), predicted.classes), label_map)
+        found = compute_mean_losses(MaskPredictions((masks,), predictions.classes), label_map)
         (gradient,) = torch.autograd.grad(found["mask"] + found["dice"], masks)
         assert gradient[..., :10].any() and not gradient[..., 11:].any()
         results.append(found)
@@ -383,14 +383,14 @@ def test_ignored_pixels_count_nowhere():
         torch.testing.assert_close(value, results[1][name], msg=name)
 
 
-def test_certain_and_ignored_places_are_the_last(monkeypatch):
+def test_uncertain_points_are_selected_first_and_ignored_ones_last(monkeypatch):
     config = HeadConfig(**{**vars(CONFIG), "num_points": 200, "oversample": 4.0, "importance": 0.5})
     logits = torch.full((1, 1, 10, 40), 8.0)
     logits[..., 18:] = 0.1
     label_map = torch.zeros(1, 10, 40, dtype=torch.int64)
     label_map[..., 30:] = IGNORE
     torch.manual_seed(0)
-    points = losses.places(
+    points = losses.select_points(
         logits,
         losses.Matches(*torch.zeros(3, 1, dtype=torch.int64)),
         label_map,
@@ -399,39 +399,44 @@ def test_certain_and_ignored_places_are_the_last(monkeypatch):
     )
     assert points.shape == (1, 200, 2)
     x = points[0, :, 0] * 40
-    assert ((x[:100] > 18) & (x[:100] < 30.5)).all(), "uncertain and labelled"
+    assert ((x[:100] > 18) & (x[:100] < 30.5)).all(), "uncertain and labeled"
     assert (x[100:] < 18).any() and (x[100:] > 31).any(), "the others anywhere"
 
 
-def test_shares_of_a_batch_add_up(monkeypatch):
-    """So any number of processes or micro-batches, of whatever sizes, gives the mean over the whole
-    step."""
-    monkeypatch.setattr(losses, "draw", lattice)
-    predicted, label_map = guess(batch=5, layers=2), labels(batch=5)
+def test_losses_of_parts_of_a_batch_add_up(monkeypatch):
+    """Any number of processes or micro-batches, of any sizes, gives the mean over the step."""
+    monkeypatch.setattr(losses, "draw_points", make_lattice)
+    predictions, label_map = make_predictions(batch=5, layers=2), make_label_map(batch=5)
     label_map[1] = IGNORE
-    whole = losses.set_losses(predicted, label_map, CONFIG, ignore=IGNORE)
-    counted = losses.counts(label_map, CLASSES, CONFIG, ignore=IGNORE)
+    whole = losses.compute_losses(predictions, label_map, CONFIG, ignore=IGNORE)
+    counted = losses.count_targets(label_map, CLASSES, CONFIG, ignore=IGNORE)
     sums, counts = dict.fromkeys(whole, 0.0), dict.fromkeys(whole, 0)
-    for share in (slice(0, 2), slice(2, 5)):
+    for rows in (slice(0, 2), slice(2, 5)):
         part = MaskPredictions(
-            tuple(each[share] for each in predicted.masks),
-            tuple(each[share] for each in predicted.classes),
+            tuple(layer[rows] for layer in predictions.masks),
+            tuple(layer[rows] for layer in predictions.classes),
         )
-        for name, value in losses.set_losses(part, label_map[share], CONFIG, ignore=IGNORE).items():
+        part_sums = losses.compute_losses(part, label_map[rows], CONFIG, ignore=IGNORE)
+        part_counts = losses.count_targets(label_map[rows], CLASSES, CONFIG, ignore=IGNORE)
+        for name, value in part_sums.items():
             sums[name] += value
-            counts[name] += losses.counts(label_map[share], CLASSES, CONFIG, ignore=IGNORE)[name]
+            counts[name] += part_counts[name]
     assert counts == counted
     for name, value in whole.items():
         torch.testing.assert_close(sums[name], value)
 
 
 def test_the_total_is_the_sum_over_layers(monkeypatch):
-    monkeypatch.setattr(losses, "draw", lattice)
-    head, predicted, label_map = make_head(), guess(layers=CONFIG.decoder_layers + 1), labels()
-    found, weights = means(predicted, label_map), head.loss_weights
+    monkeypatch.setattr(losses, "draw_points", make_lattice)
+    head, predictions, label_map = (
+        make_head(),
+        make_predictions(layers=CONFIG.decoder_layers + 1),
+        make_label_map(),
+    )
+    found, weights = compute_mean_losses(predictions, label_map), head.loss_weights
     expected = 0.0
-    for masks, classes in zip(predicted.masks, predicted.classes, strict=True):
-        each = means(MaskPredictions((masks,), (classes,)), label_map)
+    for masks, classes in zip(predictions.masks, predictions.classes, strict=True):
+        each = compute_mean_losses(MaskPredictions((masks,), (classes,)), label_map)
         expected += 5 * each["mask"] + 5 * each["dice"] + 2 * each["class"]
     torch.testing.assert_close(
         sum(weights[name] * value for name, value in found.items()), expected
@@ -439,35 +444,35 @@ def test_the_total_is_the_sum_over_layers(monkeypatch):
 
 
 def test_perfect_queries_cost_little():
-    label_map = labels()
+    label_map = make_label_map()
     masks, classes = torch.full((2, 6, 30, 44), -20.0), torch.full((2, 6, CLASSES + 1), -20.0)
     classes[..., -1] = 0
     for image in range(2):
-        for place, label in enumerate(label_map[image].unique().tolist()):
-            query = 5 - place
+        for index, label in enumerate(label_map[image].unique().tolist()):
+            query = 5 - index
             masks[image, query][label_map[image] == label] = 20.0
             classes[image, query] = -20.0
             classes[image, query, label] = 0.0
-    found = means(
+    found = compute_mean_losses(
         MaskPredictions((masks,), (classes,)),
         label_map,
         HeadConfig(**{**vars(CONFIG), "importance": 0.0, "num_points": 3000}),
     )
     assert found["class"] < 1e-6 and found["dice"] < 0.1 and found["mask"] < 0.3, (
-        "but for places between two classes, or outside"
+        "only points between two classes cost something"
     )
 
 
-def test_images_without_any_class():
-    predicted, label_map = guess(), labels()
+def test_images_without_any_class_have_no_mask_loss():
+    predictions, label_map = make_predictions(), make_label_map()
     label_map[0] = IGNORE
-    assert means(predicted, label_map)["mask"] > 0
+    assert compute_mean_losses(predictions, label_map)["mask"] > 0
     label_map[1] = IGNORE
-    masks = predicted.masks[0].clone().requires_grad_()
-    sums = losses.set_losses(
-        MaskPredictions((masks,), predicted.classes), label_map, CONFIG, ignore=IGNORE
+    masks = predictions.masks[0].clone().requires_grad_()
+    sums = losses.compute_losses(
+        MaskPredictions((masks,), predictions.classes), label_map, CONFIG, ignore=IGNORE
     )
-    assert losses.counts(label_map, CLASSES, CONFIG, ignore=IGNORE) == {
+    assert losses.count_targets(label_map, CLASSES, CONFIG, ignore=IGNORE) == {
         "mask": 0,
         "dice": 0,
         "class": 12 * 100,
@@ -477,47 +482,50 @@ def test_images_without_any_class():
     assert not masks.grad.any(), "a gradient of zero, so that processes agree on what has one"
 
 
-def test_more_classes_than_queries():
-    predicted, label_map = guess(queries=2), labels(batch=2, height=60, width=60)
-    present = [len(each) for each in losses.present(label_map, CLASSES, IGNORE)]
+def test_with_more_classes_than_queries_some_stay_unmatched():
+    predictions, label_map = (
+        make_predictions(queries=2),
+        make_label_map(batch=2, height=60, width=60),
+    )
+    present = [len(each) for each in losses.find_present_classes(label_map, CLASSES, IGNORE)]
     assert min(present) > 2
-    assert losses.counts(label_map, CLASSES, HeadConfig(num_queries=2), ignore=IGNORE) == {
+    assert losses.count_targets(label_map, CLASSES, HeadConfig(num_queries=2), ignore=IGNORE) == {
         "mask": 4,
         "dice": 4,
         "class": 4000,
     }
-    found = losses.match(
-        predicted.masks[0],
-        predicted.classes[0],
+    found = losses.match_queries(
+        predictions.masks[0],
+        predictions.classes[0],
         label_map,
-        losses.present(label_map, CLASSES, IGNORE),
+        losses.find_present_classes(label_map, CLASSES, IGNORE),
         CONFIG,
         ignore=IGNORE,
     )
     assert found.image.tolist() == [0, 0, 1, 1] and sorted(found.query[:2].tolist()) == [0, 1]
 
 
-def test_what_is_not_finite_is_matched_last():
+def test_costs_that_are_not_finite_are_matched_last():
     cost = torch.tensor([[float("nan"), 5.0], [1.0, float("inf")], [2.0, 3.0]])
     rows, columns = losses.assign(cost)
     assert dict(zip(columns.tolist(), rows.tolist(), strict=True)) == {0: 1, 1: 2}
 
 
 @pytest.mark.parametrize("label", [CLASSES, 254, -1])
-def test_labels_out_of_range_are_refused(label):
-    label_map = labels()
+def test_labels_out_of_range_are_rejected(label):
+    label_map = make_label_map()
     label_map[1, 3, 4] = label
     with pytest.raises(
         ValueError, match=f"label {label} is none of the {CLASSES} classes, nor 255"
     ):
-        losses.set_losses(guess(), label_map, CONFIG, ignore=IGNORE)
+        losses.compute_losses(make_predictions(), label_map, CONFIG, ignore=IGNORE)
     with pytest.raises(ValueError, match="is one of the 4 classes"):
-        losses.counts(labels(), CLASSES, CONFIG, ignore=2)
+        losses.count_targets(make_label_map(), CLASSES, CONFIG, ignore=2)
 
 
 @pytest.mark.parametrize("kind", [torch.uint8, torch.int32])
-def test_labels_of_few_bytes(kind):
+def test_labels_of_other_integer_types_give_the_same_losses(kind):
     torch.manual_seed(0)
-    expected = means(guess(), with_holes())
+    expected = compute_mean_losses(make_predictions(), make_label_map_with_holes())
     torch.manual_seed(0)
-    assert means(guess(), with_holes().to(kind)) == expected
+    assert compute_mean_losses(make_predictions(), make_label_map_with_holes().to(kind)) == expected

@@ -1,9 +1,9 @@
-"""Each task against tensors recorded from the official code: outputs, losses, and the gradient of
-every parameter.
+"""Tests of each task against tensors recorded from the official code: outputs, losses, and the
+gradient of every parameter.
 
-Tolerances: logits and features 1e-4, losses 1e-4 relative to their size, gradient norms 1e-3
-relative (float32 against
-float32 on other kernels; the recordings themselves are within 2e-5 of float64).
+Tolerances are 1e-4 for logits and features, 1e-4 of the value for losses and 1e-3 of the value for
+gradient norms, since float32 is compared with float32 of other kernels. The recordings themselves
+are within 2e-5 of float64.
 """
 
 import json
@@ -32,67 +32,72 @@ TASKS = {
 BEAMS = ["beam1_lp0.6", "beam2_lp1.0", "beam3_lp0.0", "beam3_lp0.6"]
 
 
-def built(name: str):
-    """The task with the recorded weights, in evaluation mode: every tensor of the file has its
-    place, and none is fresh."""
+def load_recorded_task(name: str):
+    """Loads the recorded weights, all of them and no others, into a task in evaluation mode."""
     task, report = load_released(load_tensors(name, "model"), TASKS[name], num_heads=4)
     assert not report.fresh and not report.ignored
     return task.eval()
 
 
-def batch_of(name: str) -> dict[str, Tensor]:
-    """The recorded inputs under our keys."""
-    given = load_tensors(name, "inputs")
+def load_batch(name: str) -> dict[str, Tensor]:
+    """Returns the recorded inputs under our keys."""
+    inputs = load_tensors(name, "inputs")
     if name == "imageclassification":
-        return {"image": given["image"], "target": given["label"]}
-    batch = {"text_padding": given["padding_mask"].bool(), "step": 0}
+        return {"image": inputs["image"], "target": inputs["label"]}
+    batch = {"text_padding": inputs["padding_mask"].bool(), "step": 0}
     if name == "nlvr2":
-        images = torch.stack((given["image_a"], given["image_b"]), 1)
+        images = torch.stack((inputs["image_a"], inputs["image_b"]), 1)
         return batch | {
             "image": images,
-            "text": given["text_description"],
-            "target": given["label"],
+            "text": inputs["text_description"],
+            "target": inputs["label"],
         }
     if name == "retrieval":
-        return batch | {"image": given["image"], "text": given["text_description"]}
-    chosen = given["language_masked_pos"].bool()
-    target = torch.where(chosen, given["language_tokens"], -100)
-    return batch | {"image": given["image"], "text": given["masked_tokens"], "text_target": target}
+        return batch | {"image": inputs["image"], "text": inputs["text_description"]}
+    is_masked = inputs["language_masked_pos"].bool()
+    target = torch.where(is_masked, inputs["language_tokens"], -100)
+    return batch | {
+        "image": inputs["image"],
+        "text": inputs["masked_tokens"],
+        "text_target": target,
+    }
 
 
-def mean_loss(task, batch) -> Tensor:
-    """As the loop forms it."""
+def compute_mean_loss(task, batch) -> Tensor:
+    """Returns the mean loss, as the loop computes it."""
     return task(batch)["losses"]["loss"] / task.targets(batch)["loss"]
 
 
 @pytest.mark.parametrize("name", ["nlvr2", "imageclassification"])
-def test_logits(name):
+def test_logits_equal_the_recorded_ones(name):
     with torch.inference_mode():
-        logits = built(name).outputs(batch_of(name))["logits"]
+        logits = load_recorded_task(name).outputs(load_batch(name))["logits"]
     torch.testing.assert_close(logits, load_tensors(name, "outputs")["logits"], rtol=0, atol=1e-4)
 
 
-def test_word_logits():
-    expected, batch = load_tensors("captioning", "outputs"), batch_of("captioning")
+def test_captioning_logits_equal_the_recorded_ones():
+    expected, batch = load_tensors("captioning", "outputs"), load_batch("captioning")
     with torch.inference_mode():
-        logits = built("captioning").outputs(batch)["logits"]
+        logits = load_recorded_task("captioning").outputs(batch)["logits"]
     torch.testing.assert_close(logits, expected["logits_all_positions"], rtol=0, atol=1e-4)
-    chosen = batch["text_target"] != -100
-    torch.testing.assert_close(logits[chosen], expected["logits_masked"], rtol=0, atol=1e-4)
-    assert torch.equal(batch["text_target"][chosen], expected["masked_labels"])
+    is_masked = batch["text_target"] != -100
+    torch.testing.assert_close(logits[is_masked], expected["logits_masked"], rtol=0, atol=1e-4)
+    assert torch.equal(batch["text_target"][is_masked], expected["masked_labels"])
 
 
-def test_features_and_similarities():
-    task, expected = built("retrieval"), load_tensors("retrieval", "outputs")
+def test_features_and_similarities_equal_the_recorded_ones():
+    task, expected = load_recorded_task("retrieval"), load_tensors("retrieval", "outputs")
     with torch.inference_mode():
-        found = task.outputs(batch_of("retrieval"))
+        results = task.outputs(load_batch("retrieval"))
         torch.testing.assert_close(
-            found["image_features"], expected["vision_cls"], rtol=0, atol=1e-5
+            results["image_features"], expected["vision_cls"], rtol=0, atol=1e-5
         )
         torch.testing.assert_close(
-            found["text_features"], expected["language_cls"], rtol=0, atol=1e-5
+            results["text_features"], expected["language_cls"], rtol=0, atol=1e-5
         )
-        similarities = task.logit_scale.exp() * found["image_features"] @ found["text_features"].T
+        similarities = (
+            task.logit_scale.exp() * results["image_features"] @ results["text_features"].T
+        )
     torch.testing.assert_close(similarities, expected["logits_per_image"], rtol=0, atol=1e-4)
 
 
@@ -105,14 +110,14 @@ def test_features_and_similarities():
         ("imageclassification", "loss_label_smoothing_0_1"),
     ],
 )
-def test_loss_and_every_gradient(name, recorded):
-    """ImageNet's in training mode, where labels are smoothed, without mixing."""
-    task, batch = built(name), batch_of(name)
+def test_loss_and_every_gradient_equal_the_recorded_ones(name, recorded):
+    """ImageNet is in training mode, where labels are smoothed, without mixing."""
+    task, batch = load_recorded_task(name), load_batch(name)
     if name == "imageclassification":
         task.train()
         object.__setattr__(task.config, "mixup", 0.0)
         object.__setattr__(task.config, "cutmix", 0.0)
-    loss = mean_loss(task, batch)
+    loss = compute_mean_loss(task, batch)
     torch.testing.assert_close(
         loss.detach(), load_tensors(name, "outputs")[recorded], rtol=1e-4, atol=0
     )
@@ -132,7 +137,7 @@ def test_loss_and_every_gradient(name, recorded):
         )
 
 
-def test_other_losses_of_captions_and_classes():
+def test_other_losses_equal_the_recorded_ones():
     expected = load_tensors("captioning", "outputs")
     losses = label_smoothed_kl_div(expected["logits_masked"], expected["masked_labels"], 0.1)
     torch.testing.assert_close(losses.mean(), expected["loss_ls0_1"], rtol=1e-5, atol=0)
@@ -144,21 +149,23 @@ def test_other_losses_of_captions_and_classes():
     )
     plain = label_smoothed_kl_div(expected["logits_masked"], expected["masked_labels"], 0.0)
     torch.testing.assert_close(plain.mean(), expected["loss_ls0"], rtol=1e-5, atol=0)
-    task, batch = built("captioning"), batch_of("captioning")
+    task, batch = load_recorded_task("captioning"), load_batch("captioning")
     with torch.no_grad():
-        late = mean_loss(task, batch | {"step": task.config.drop_worst_after + 1})
-        at = mean_loss(task, batch | {"step": task.config.drop_worst_after})
+        late = compute_mean_loss(task, batch | {"step": task.config.drop_worst_after + 1})
+        at = compute_mean_loss(task, batch | {"step": task.config.drop_worst_after})
     torch.testing.assert_close(late, expected["loss_ls0_1_dropworst0_2"], rtol=1e-4, atol=0)
     torch.testing.assert_close(at, expected["loss_ls0_1"], rtol=1e-4, atol=0)
     with torch.no_grad():
-        plain = mean_loss(built("imageclassification"), batch_of("imageclassification"))
+        plain = compute_mean_loss(
+            load_recorded_task("imageclassification"), load_batch("imageclassification")
+        )
     torch.testing.assert_close(
         plain, load_tensors("imageclassification", "outputs")["loss_ce"], rtol=1e-4, atol=0
     )
 
 
-def slots() -> DecoderState:
-    task = built("captioning")
+def make_decoder_state() -> DecoderState:
+    task = load_recorded_task("captioning")
     return DecoderState(
         task.backbone,
         task.text_head,
@@ -168,53 +175,53 @@ def slots() -> DecoderState:
 
 
 @pytest.mark.parametrize("beams", BEAMS)
-def test_beam_search(beams):
+def test_beam_search_writes_the_recorded_captions(beams):
     expected = json.loads((find_fixture("captioning") / "beam_search.json").read_text())[beams]
     decoding = Decoding("beam", expected["num_beams"], expected["length_penalty"])
     with torch.inference_mode():
-        captions = generate(slots(), expected["max_len"], decoding)
+        captions = generate(make_decoder_state(), expected["max_len"], decoding)
     for caption, (score, ids) in zip(captions, expected["finished"], strict=True):
         assert [0, *caption.token_ids, 511] == ids
         assert caption.score == pytest.approx(score, abs=1e-4)
 
 
-def test_greedy_words_and_step_logits():
-    """The recording goes on after an end mark, ours does not."""
+def test_greedy_tokens_and_step_logits_equal_the_recorded_ones():
+    """The recording continues after EOS, our decoding does not."""
     expected = load_tensors("captioning", "outputs")
     greedy = expected["decode.greedy_tokens"].tolist()
     with torch.inference_mode():
-        captions = generate(slots(), 2 + len(greedy[0]), Decoding("greedy"))
-        asked = slots()
-        steps = [asked.log_probs]
-        for words in load_tensors("captioning", "inputs")["decode.forced_tokens"].T:
-            asked.advance(torch.arange(4), words)
-            steps.append(asked.log_probs)
+        captions = generate(make_decoder_state(), 2 + len(greedy[0]), Decoding("greedy"))
+        state = make_decoder_state()
+        steps = [state.log_probs]
+        for token_ids in load_tensors("captioning", "inputs")["decode.forced_tokens"].T:
+            state.advance(torch.arange(4), token_ids)
+            steps.append(state.log_probs)
     for caption, ids in zip(captions, greedy, strict=True):
         assert caption.token_ids == (ids[: ids.index(2)] if 2 in ids else ids)
     recorded = expected["decode.forced_step_logits"][:, :, 1].log_softmax(-1)
     torch.testing.assert_close(torch.stack(steps), recorded, rtol=0, atol=1e-4)
 
 
-def test_recall():
-    given = load_tensors("retrieval", "inputs")
-    ids, images = given["metric.image_ids"].tolist(), given["metric.image_feats"].numpy()
+def test_recall_equals_the_recorded_one():
+    inputs = load_tensors("retrieval", "inputs")
+    ids, images = inputs["metric.image_ids"].tolist(), inputs["metric.image_feats"].numpy()
     distinct = sorted(set(ids))
     first = [ids.index(id) for id in distinct]
-    found = compute_recall(
-        images[first], given["metric.text_feats"].numpy(), [distinct.index(id) for id in ids]
+    results = compute_recall(
+        images[first], inputs["metric.text_feats"].numpy(), [distinct.index(id) for id in ids]
     )
     expected = json.loads((find_fixture("retrieval") / "metric.json").read_text())
     for k in (1, 5, 10):
-        assert 100 * found[f"text_recall@{k}"] == pytest.approx(expected[f"tr_r{k}"], abs=1e-4)
-        assert 100 * found[f"image_recall@{k}"] == pytest.approx(expected[f"ir_r{k}"], abs=1e-4)
-    assert 100 * found["mean_recall"] == pytest.approx(expected["average_score"], abs=1e-4)
+        assert 100 * results[f"text_recall@{k}"] == pytest.approx(expected[f"tr_r{k}"], abs=1e-4)
+        assert 100 * results[f"image_recall@{k}"] == pytest.approx(expected[f"ir_r{k}"], abs=1e-4)
+    assert 100 * results["mean_recall"] == pytest.approx(expected["average_score"], abs=1e-4)
 
 
 @pytest.mark.parametrize("name", TASKS)
-def test_back_into_the_file(name):
-    """Byte for byte, the scalar temperature included."""
+def test_exported_weights_equal_the_released_file(name):
+    """They are equal to the bit, the scalar temperature included."""
     state = load_tensors(name, "model")
-    again = to_released_state(built(name))
+    again = to_released_state(load_recorded_task(name))
     assert again.keys() == state.keys()
     for key, value in state.items():
         assert again[key].shape == value.shape and torch.equal(again[key], value), key

@@ -1,4 +1,4 @@
-"""Visual reasoning: two images of one statement, boxes, and the two scores."""
+"""Tests of visual reasoning: two images of a statement, boxes, and scores."""
 
 from dataclasses import replace
 
@@ -25,7 +25,7 @@ def task(root) -> NLVR2:
 
 
 def test_the_head_reads_both_pairs_in_order(task, root):
-    """Against the pairs encoded one by one."""
+    """Compares with pairs that are encoded one by one."""
     rows = [RecordDataset(root / "nlvr2/main/train.jsonl", root)[i] for i in range(3)]
     batch = task.collate([task.example(row, False) for row in rows])
     assert batch["image"].shape == (3, 2, 3, 32, 32)
@@ -44,7 +44,7 @@ def test_the_head_reads_both_pairs_in_order(task, root):
             )
 
 
-def test_boxes_cut_one_canvas_in_two(task, tmp_path):
+def test_boxes_cut_a_canvas_into_two_images(task, tmp_path):
     pixels = np.zeros((10, 40, 3), np.uint8)
     pixels[:, 25:] = 255
     Image.fromarray(pixels).save(tmp_path / "canvas.png")
@@ -63,39 +63,38 @@ def test_boxes_cut_one_canvas_in_two(task, tmp_path):
         task.example(row | {"boxes": [[0, 0, 41, 10], [25, 0, 40, 10]]}, False)
 
 
-def test_cut_is_left_top_right_bottom():
+def test_a_box_is_left_top_right_bottom():
     image = torch.arange(3 * 4 * 6, dtype=torch.uint8).view(3, 4, 6)
     assert torch.equal(crop_box(image, [1, 2, 5, 4]), image[:, 2:4, 1:5])
 
 
-def test_each_image_has_a_view_of_its_own(task, root):
+def test_each_image_gets_a_crop_of_its_own(task, root):
     row = RecordDataset(root / "nlvr2/main/train.jsonl", root)[0]
     other = NLVR2(replace(task.config, crop=(0.3, 0.6), flip=0.5), tokenizer=task.tokenizer)
     same = row | {"image2": row["image"]}
-    one, two = other.example(same, True, rng=np.random.default_rng(0))["image"]
-    assert not torch.equal(one, two)
+    first, second = other.example(same, True, rng=np.random.default_rng(0))["image"]
+    assert not torch.equal(first, second)
 
 
-def test_scores():
-    """Two of three statements' images right everywhere; a statement counts only whole."""
+def test_consistency_counts_statements_that_are_right_on_all_images():
     records = [
         {"id": str(i), "label": label, "group": group}
         for i, (label, group) in enumerate(zip([1, 0, 1, 1], "aabc", strict=True))
     ]
-    said = [
+    predictions = [
         {"id": str(i), "answer": answer}
         for i, answer in enumerate(["true", "true", "true", "false"])
     ]
-    scores = NLVR2.score(said, records)
+    scores = NLVR2.score(predictions, records)
     assert scores == {"accuracy": 0.5, "consistency": pytest.approx(1 / 3), "most_frequent": 0.75}
     with pytest.raises(ValueError, match="no label"):
-        NLVR2.score(said[:1], [{"id": "0"}])
+        NLVR2.score(predictions[:1], [{"id": "0"}])
 
 
-def test_labels_are_two(task, root):
+def test_labels_other_than_0_and_1_are_refused(task, root):
     row = RecordDataset(root / "nlvr2/main/train.jsonl", root)[0]
     with pytest.raises(ValueError, match="label 2 is neither"):
         task.example(row | {"label": 2}, False)
-    unlabelled = {key: value for key, value in row.items() if key != "label"} | {"id": "7"}
+    unlabeled = {key: value for key, value in row.items() if key != "label"} | {"id": "7"}
     with pytest.raises(ValueError, match="record 7 gives no target"):
-        task.collate([task.example(row, False), task.example(unlabelled, False)])
+        task.collate([task.example(row, False), task.example(unlabeled, False)])

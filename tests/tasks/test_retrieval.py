@@ -1,5 +1,5 @@
-"""Retrieval: features of either side alone, several captions a record, and images that count
-once."""
+"""Tests of retrieval: features of images or texts alone, several captions per record, and distinct
+images."""
 
 import numpy as np
 import pytest
@@ -24,26 +24,27 @@ def task(root) -> Retrieval:
     return task.eval()
 
 
-def test_contrastive_loss_by_hand():
-    """Cross-entropy of each row and each column, spelled out."""
+def test_contrastive_loss_is_the_cross_entropy_of_rows_and_columns():
     generator = np.random.default_rng(0)
     image, text = (generator.normal(size=(5, 8)) for _ in range(2))
-    image, text = (each / np.linalg.norm(each, axis=1, keepdims=True) for each in (image, text))
+    image, text = (
+        features / np.linalg.norm(features, axis=1, keepdims=True) for features in (image, text)
+    )
     similarities = 7.0 * image @ text.T
     total = 0.0
     for i in range(5):
         total -= 0.5 * (similarities[i, i] - np.log(np.exp(similarities[i]).sum()))
         total -= 0.5 * (similarities[i, i] - np.log(np.exp(similarities[:, i]).sum()))
-    loss, right = contrastive_loss(
+    loss, num_correct = contrastive_loss(
         torch.tensor(image), torch.tensor(text), torch.tensor([7.0], dtype=torch.float64)
     )
     assert float(loss) == pytest.approx(total, rel=1e-12)
-    assert int(right) == sum(
+    assert int(num_correct) == sum(
         similarities[i].argmax() == i == similarities[:, i].argmax() for i in range(5)
     )
 
 
-def test_either_side_alone_has_the_same_features(task, root):
+def test_images_and_texts_alone_have_the_same_features(task, root):
     rows = list(RecordDataset(root / "retrieval/main/val.jsonl", root))[:3]
     assert [len(row["captions"]) for row in rows] == [3, 3, 3]
     both = task.predict(task.collate([task.example(row, False) for row in rows]))
@@ -60,23 +61,28 @@ def test_either_side_alone_has_the_same_features(task, root):
         np.testing.assert_allclose(alone["texts"][0], prediction["texts"][1], atol=1e-5)
 
 
-def test_captions_of_one_image_are_its_own_wherever_they_stand():
-    """One record per caption scores as one record per image."""
+def test_a_record_per_caption_scores_as_a_record_per_image():
     draw = np.random.default_rng(1)
     images, texts = (
         draw.normal(size=(4, 6)).astype(np.float32),
         draw.normal(size=(4, 3, 6)).astype(np.float32),
     )
-    whole = Retrieval.score(
+    scores_per_image = Retrieval.score(
         [{"id": str(i), "image": images[i], "texts": texts[i]} for i in range(4)],
         [{"id": str(i), "image_id": i} for i in range(4)],
     )
-    places = [(i, k) for k in range(3) for i in range(4)]
-    apart = Retrieval.score(
-        [{"id": f"{i}#{k}", "image": images[i], "texts": texts[i, k : k + 1]} for i, k in places],
-        [{"id": f"{i}#{k}", "image_id": i} for i, k in places],
+    positions = [(i, k) for k in range(3) for i in range(4)]
+    scores_per_caption = Retrieval.score(
+        [
+            {"id": f"{i}#{k}", "image": images[i], "texts": texts[i, k : k + 1]}
+            for i, k in positions
+        ],
+        [{"id": f"{i}#{k}", "image_id": i} for i, k in positions],
     )
-    assert whole == pytest.approx(apart) and 0 < whole["mean_recall"] < 1
+    assert (
+        scores_per_image == pytest.approx(scores_per_caption)
+        and 0 < scores_per_image["mean_recall"] < 1
+    )
 
 
 def test_training_needs_one_caption_a_record(task, root):
@@ -88,13 +94,13 @@ def test_training_needs_one_caption_a_record(task, root):
         Retrieval.score([{"id": "1", "image": np.ones(3)}], [{"id": "1", "image_id": 1}])
 
 
-def test_the_temperature_starts_at_the_releases(task):
+def test_the_temperature_starts_at_the_releases_value(task):
     assert float(task.logit_scale.exp()) == pytest.approx(1 / 0.07)
 
 
 def test_similarities_stay_precise_under_autocast():
-    """Features and temperature are float32; a product in bfloat16 would move logits of 100 by half
-    a nat."""
+    """Features and temperature are float32. A product in bfloat16 would change logits of 100 by
+    half a nat."""
     torch.manual_seed(0)
     image, text = (torch.nn.functional.normalize(torch.randn(6, 32), dim=-1) for _ in range(2))
     plain, _ = contrastive_loss(image, text, torch.tensor([100.0]))

@@ -1,4 +1,5 @@
-"""Questions: the answer list, soft targets, the released loss, and the official score."""
+"""Tests of question answering: the answer list, soft targets, the released loss, and the official
+score."""
 
 import json
 from collections import Counter
@@ -23,7 +24,7 @@ from beit3.tokenizer.text import TextTokenizer
 from tests.world_root import SMALL
 
 
-def asked(*answers: str) -> list[dict]:
+def make_questions(*answers: str) -> list[dict]:
     return [{"multiple_choice_answer": answer} for answer in answers]
 
 
@@ -42,7 +43,7 @@ def task(root) -> VQA:
     return built.eval()
 
 
-def batch(task: VQA, root: Path, count: int = 6, split: str = "train") -> Batch:
+def make_batch(task: VQA, root: Path, count: int = 6, split: str = "train") -> Batch:
     rows = list(RecordDataset(locate_split(root, "vqa", "main", split), root))[:count]
     return task.collate([task.example(row, False) for row in rows])
 
@@ -51,9 +52,9 @@ def batch(task: VQA, root: Path, count: int = 6, split: str = "train") -> Batch:
 
 
 def test_answers_keep_the_order_of_their_first_appearance():
-    given = asked("red", "The two", "blue", "2", "Blue!", "", "red", "a", "green")
+    given = make_questions("red", "The two", "blue", "2", "Blue!", "", "red", "a", "green")
     assert build_answers(given, 1) == ("red", "2", "blue", "", "green"), (
-        "normalised; articles become the empty answer, as in the release"
+        "normalized; articles become the empty answer, as in the release"
     )
     assert build_answers(given, 2) == ("red", "2", "blue", "")
     assert build_answers(given, 1, is_vqa=False) == ("red", "2", "blue", "a", "green")
@@ -61,14 +62,14 @@ def test_answers_keep_the_order_of_their_first_appearance():
         build_answers(given, 3)
 
 
-def test_the_threshold_is_the_releases():
+def test_the_smallest_answer_count_is_the_releases():
     assert MIN_ANSWER_COUNT == 9
-    assert build_answers(asked(*["yes"] * 9, *["no"] * 8), MIN_ANSWER_COUNT) == ("yes",)
+    assert build_answers(make_questions(*["yes"] * 9, *["no"] * 8), MIN_ANSWER_COUNT) == ("yes",)
 
 
-def test_a_record_scores_the_known_answers_as_they_stand():
-    """0.3, 0.6, 0.9 and 1 for 1, 2, 3 and more of ten; raw answers are matched against the
-    normalised list."""
+def test_records_score_the_answers_of_the_list():
+    """Scores are 0.3, 0.6, 0.9 and 1 for 1, 2, 3 and more of ten annotators. Raw answers are
+    matched with the normalized list."""
     given = ["red"] * 4 + ["blue"] * 3 + ["Red"] * 2 + ["green"]
     question = {"id": 7, "image": "a.png", "text": "which ?", "answers": given}
     assert make_vqa_record(question, {"red", "blue"}) == {
@@ -87,7 +88,7 @@ def test_a_record_scores_the_known_answers_as_they_stand():
 
 
 def test_the_official_score_is_by_leave_one_out():
-    """Two of ten said it: each of the two is matched by 1/3, the other eight by 2/3."""
+    """Two of ten gave the answer: each of the two is matched by 1/3, the other eight by 2/3."""
     given = ["red"] * 2 + ["Blue"] * 8
     record = make_vqa_record(
         {"id": 7, "image": "a.png", "text": "?", "answers": given}, {"red", "blue"}
@@ -98,7 +99,7 @@ def test_the_official_score_is_by_leave_one_out():
     ] == pytest.approx(0.6)
     assert VQA.score([{"id": "7", "answer": "the blue"}], [record])["official"] == pytest.approx(
         1.0
-    ), "both sides are normalised"
+    ), "both sides are normalized"
 
 
 def test_scored_answers_stay_as_they_are_given():
@@ -116,7 +117,7 @@ def test_scored_answers_stay_as_they_are_given():
     }
 
 
-def test_what_the_server_takes():
+def test_submissions_have_question_ids_and_answers():
     records = [{"id": "9", "answers": {}}, {"id": "4", "answers": {}}]
     said = [{"id": "4", "answer": "two"}, {"id": "9", "answer": "red"}]
     assert VQA.submission(said, records) == [
@@ -127,7 +128,7 @@ def test_what_the_server_takes():
         VQA.submission([{"id": "train-1", "answer": "a"}], [{"id": "train-1"}])
 
 
-def test_one_annotators_answer_counts_whole():
+def test_the_answer_of_a_single_annotator_scores_1():
     question = {"id": 7, "image": "a.png", "text": "?", "answers": ["Two."]}
     assert make_vqa_record(question, {"2"})["answers"] == {"2": 1.0}
     assert (
@@ -138,7 +139,7 @@ def test_one_annotators_answer_counts_whole():
 
 
 def test_preparing_writes_the_list_and_soft_answers(raw, root):
-    """Against the files themselves: every question's commonest answer, in the order train, val."""
+    """The list has every question's most common answer, in the order train, val."""
     names = [f"v2_mscoco_{split}2014_annotations.json" for split in ("train", "val")]
     rows = [
         row for name in names for row in json.loads((raw / "vqa" / name).read_text())["annotations"]
@@ -159,8 +160,8 @@ def test_preparing_writes_the_list_and_soft_answers(raw, root):
     }
 
 
-def easy(raw: Path, train: list[str], val: list[str]) -> Path:
-    """easy-VQA's files, about one picture."""
+def write_easy_vqa(raw: Path, train: list[str], val: list[str]) -> Path:
+    """Writes easy-VQA's files with questions about one image."""
     for folder, answers in (("train", train), ("test", val)):
         (raw / folder / "images").mkdir(parents=True)
         (raw / folder / "questions.json").write_text(
@@ -170,10 +171,10 @@ def easy(raw: Path, train: list[str], val: list[str]) -> Path:
     return raw
 
 
-def test_a_threshold_drops_what_cannot_be_learnt(tmp_path):
-    """Counted over train and val. Only VQA's own sets have one by themselves, whatever the size of
-    another."""
-    raw = easy(
+def test_questions_with_rare_answers_are_dropped(tmp_path):
+    """Answers are counted over train and val. Only VQA's own datasets have a smallest count by
+    default, whatever the size of others."""
+    raw = write_easy_vqa(
         tmp_path / "raw", ["often"] * 9_993 + ["seldom"] * 7 + ["nine"] * 8, ["seldom", "nine"]
     )
     report = VQA.prepare(raw, tmp_path / "root", "main")
@@ -194,8 +195,8 @@ def test_a_threshold_drops_what_cannot_be_learnt(tmp_path):
     ) == (2, 9, 7, 0.5)
 
 
-def test_the_report_speaks_of_many_dropped_questions(tmp_path):
-    raw = easy(tmp_path / "raw", ["often"] * 8 + ["seldom"] * 2, ["often"])
+def test_the_report_warns_of_many_dropped_questions(tmp_path):
+    raw = write_easy_vqa(tmp_path / "raw", ["often"] * 8 + ["seldom"] * 2, ["often"])
     report = VQA.prepare(raw, tmp_path / "root", "main", at_least=3)
     assert (
         report["attention"].startswith("20% of the training questions")
@@ -205,10 +206,10 @@ def test_the_report_speaks_of_many_dropped_questions(tmp_path):
         VQA.prepare(raw, tmp_path / "root", "main", at_least=10)
 
 
-def official(
+def write_vqa(
     raw: Path, answers: list[str], name: str = "v2_", chosen: bool = True, description: str = ""
 ) -> Path:
-    """VQA's files of train, about one picture; ten annotators agree."""
+    """Writes VQA's training files with questions about one image; ten annotators agree."""
     asked = [
         {"question_id": k, "image_id": 1, "question": "which letter?"} for k in range(len(answers))
     ]
@@ -232,13 +233,11 @@ def official(
 @pytest.mark.parametrize(
     "given", [{}, {"name": ""}, {"description": "This is v2.0 of the VQA dataset."}]
 )
-def test_vqas_own_sets_have_the_releases_list(tmp_path, given, monkeypatch):
-    """Nine times or more, and the empty answer among them: each answer behind it keeps the label of
-    the released head.
-
-    A sample of them lists every answer.
+def test_vqas_own_datasets_get_the_releases_answer_list(tmp_path, given, monkeypatch):
+    """The list has answers that are given nine times or more, the empty answer included, so that
+    later answers keep the labels of the released head. A small sample lists every answer.
     """
-    raw = official(tmp_path / "raw", ["a"] * 10 + ["yes"] * 9 + ["no"] * 8, **given)
+    raw = write_vqa(tmp_path / "raw", ["a"] * 10 + ["yes"] * 9 + ["no"] * 8, **given)
     assert VQA.prepare(raw, tmp_path / "sample", "main")["answer_given_at_least"] == 1
     monkeypatch.setattr("beit3.data.prepare.answers.MIN_VQA_QUESTIONS", 27)
     report = VQA.prepare(raw, tmp_path / "root", "main")
@@ -256,8 +255,8 @@ def test_vqas_own_sets_have_the_releases_list(tmp_path, given, monkeypatch):
         {"description": "mine"},
     ],
 )
-def test_other_sets_in_vqas_format_list_every_answer(tmp_path, given):
-    raw = official(tmp_path / "raw", ["A", "B", "yes"], **given)
+def test_other_datasets_in_vqas_format_list_every_answer(tmp_path, given):
+    raw = write_vqa(tmp_path / "raw", ["A", "B", "yes"], **given)
     report = VQA.prepare(raw, tmp_path / "root", "main")
     assert read_answers(tmp_path / "root/vqa/main/answer2label.txt") == ("a", "b", "yes")
     assert report["answer_given_at_least"] == 1 and report["records"] == {"train": 3}
@@ -290,7 +289,7 @@ def test_letters_of_a_table_are_answers(tmp_path):
         ('{"answer": "no", "label": 1}\n{"answer": "yes", "label": 0}\n', ("yes", "no")),
     ],
 )
-def test_answer_files(tmp_path, text, expected):
+def test_answer_files_are_read(tmp_path, text, expected):
     (tmp_path / "a.txt").write_text(text)
     assert read_answers(tmp_path / "a.txt") == expected
 
@@ -304,7 +303,7 @@ def test_answer_files(tmp_path, text, expected):
         ('{"answer": "no"\n', "no answer list"),
     ],
 )
-def test_answer_files_that_are_none(tmp_path, text, message):
+def test_broken_answer_files_are_refused(tmp_path, text, message):
     (tmp_path / "a.txt").write_text(text)
     with pytest.raises(ValueError, match=message) as caught:
         read_answers(tmp_path / "a.txt")
@@ -333,7 +332,7 @@ def test_configure_takes_answers_and_vocabulary_from_the_data(root):
 # Targets and loss ---------------------------------------------------------------------------------
 
 
-def test_soft_targets(task):
+def test_soft_targets_leave_unlisted_answers_out(task):
     task.answer_labels = {"yes": 1, "no": 0}
     target = task.make_soft_target({"no": 0.3, "yes": 1.0, "never heard": 0.9})
     assert target[:2].tolist() == pytest.approx([0.3, 1.0]) and float(
@@ -343,8 +342,9 @@ def test_soft_targets(task):
 
 
 def test_the_loss_is_the_releases(task, root):
-    """Binary cross-entropy, mean over examples and answers, times the number of answers."""
-    rows = batch(task, root)
+    """It is the binary cross-entropy, as a mean over examples and answers times the number of
+    answers."""
+    rows = make_batch(task, root)
     rows["target"] = torch.rand_like(rows["target"]).mul(4).round().div(4)
     logits = task.outputs(rows)["logits"]
     loss = task(rows)["losses"]["loss"] / task.targets(rows)["loss"]
@@ -365,7 +365,7 @@ def test_the_loss_is_the_releases(task, root):
 
 
 def test_accuracy_of_a_batch_is_the_soft_score_of_the_best_logit(task, root):
-    rows = batch(task, root)
+    rows = make_batch(task, root)
     best = task.outputs(rows)["logits"].argmax(1)
     rows["target"] = torch.zeros_like(rows["target"])
     for row, label in enumerate(best[:3]):
@@ -373,8 +373,8 @@ def test_accuracy_of_a_batch_is_the_soft_score_of_the_best_logit(task, root):
     assert float(task(rows)["metrics"]["loss/accuracy"]) == pytest.approx(1.8)
 
 
-def test_padding_changes_nothing(task, root):
-    rows = batch(task, root)
+def test_padding_has_no_effect(task, root):
+    rows = make_batch(task, root)
     wider = rows | {
         "text": F.pad(rows["text"], (0, 5), value=7),
         "text_padding": F.pad(rows["text_padding"], (0, 5), value=True),
@@ -384,8 +384,8 @@ def test_padding_changes_nothing(task, root):
     )
 
 
-def test_image_and_question_both_count(task, root):
-    rows = batch(task, root)
+def test_image_and_question_both_have_an_effect(task, root):
+    rows = make_batch(task, root)
     logits = task.outputs(rows)["logits"]
     for key in ("image", "text"):
         assert not torch.allclose(
@@ -393,7 +393,7 @@ def test_image_and_question_both_count(task, root):
         )
 
 
-def test_random_views_are_for_training_alone(root, task):
+def test_only_training_augments_images(root, task):
     record = RecordDataset(root / "vqa/main/train.jsonl", root)[0]
     moving = VQA(replace(task.config, crop=(0.3, 0.6), flip=1.0), tokenizer=task.tokenizer)
     assert torch.equal(moving.example(record, False)["image"], task.example(record, True)["image"])
@@ -405,8 +405,8 @@ def test_random_views_are_for_training_alone(root, task):
 # Predictions and score ----------------------------------------------------------------------------
 
 
-def test_the_answer_is_the_likeliest(task, root):
-    rows = batch(task, root)
+def test_the_answer_is_the_most_probable_one(task, root):
+    rows = make_batch(task, root)
     probabilities = task.outputs(rows)["logits"].sigmoid()
     for prediction, row in zip(task.predict(rows), probabilities, strict=True):
         assert prediction["answer"] == task.config.answers[int(row.argmax())]
@@ -421,7 +421,7 @@ RECORDS = [
 ]
 
 
-def test_scores_by_hand():
+def test_scores_equal_those_computed_by_hand():
     given = {"4": "2", "3": "yes", "2": "no", "1": "no"}
     predictions = [{"id": key, "answer": answer} for key, answer in given.items()]
     scores = VQA.score(predictions, RECORDS)
@@ -429,7 +429,7 @@ def test_scores_by_hand():
     assert scores["most_frequent"] == pytest.approx((0.3 + 0.9 + 0 + 0.6) / 4), "always saying no"
 
 
-def test_the_commonest_answer_is_what_its_guesser_would_get(root):
+def test_most_frequent_is_the_accuracy_of_always_giving_the_most_common_answer(root):
     records = [dict(record) for record in RecordDataset(root / "vqa/main/val.jsonl", root)]
     best = max(
         VQA.score([{"id": r["id"], "answer": answer} for r in records], records)["accuracy"]
@@ -466,7 +466,7 @@ def test_every_record_has_one_prediction(ids, message):
     ("name", "model", "lr", "drop_path"),
     [("base_480", BASE, 3e-5, 0.1), ("large_480", LARGE, 2e-5, 0.15)],
 )
-def test_recipes_carry_the_releases_numbers(name, model, lr, drop_path):
+def test_recipes_have_the_releases_numbers(name, model, lr, drop_path):
     recipe = VQA.recipes[name]
     task: Any = recipe.task
     assert task.model == replace(model, image_size=480, final_norm=False, drop_path_rate=drop_path)
@@ -495,9 +495,9 @@ def test_recipes_carry_the_releases_numbers(name, model, lr, drop_path):
 
 
 def test_unused_parameters_of_the_released_form():
-    """The last layer's text side beyond its keys and values, and the mask token. The release counts
-    two more tensors, the
-    text's queries, which here are rows of a tensor that is used."""
+    """Unused are the text side of the last layer without its keys and values, and the mask token.
+    The release counts two more tensors, the text's queries, which are rows of a used tensor in this
+    package."""
     with torch.device("meta"):
         task = VQA(VQAConfig(model=replace(TINY_RELEASE, final_norm=False)))
     unused = tuple(f"{prefix}." for prefix in task.unused_parameters)

@@ -1,4 +1,4 @@
-"""The visual tokenizer as a task: its teacher, its score, and BEiT v2's numbers."""
+"""Tests of the visual tokenizer as a task: its teacher, its scores, and BEiT v2's numbers."""
 
 import json
 from dataclasses import replace
@@ -19,29 +19,30 @@ from beit3.training.evaluate import evaluate
 
 @pytest.fixture
 def task(vqkd_weights) -> VQKD:
-    found = load(vqkd_weights).task
-    assert isinstance(found, VQKD)
-    return found
+    task = load(vqkd_weights).task
+    assert isinstance(task, VQKD)
+    return task
 
 
-def source(root: Path) -> RecordDataset:
+def open_val_records(root: Path) -> RecordDataset:
     return RecordDataset(locate_split(root, "vqkd", "main", "val"), root)
 
 
-def test_loaded_weights_score_what_the_run_said(task, root, vqkd_weights):
-    """The default teacher needs no file, so an evaluation knows the distance too."""
+def test_loaded_weights_have_the_scores_of_the_run(task, root, vqkd_weights):
+    """The default teacher needs no file, so an evaluation computes the distance too."""
     scores = json.loads((vqkd_weights.parent / "scores.json").read_text())
-    assert {"step": 10, **evaluate(task, {"main": source(root)}, batch_size=3)} == pytest.approx(
-        scores, rel=1e-5
-    )
+    assert {
+        "step": 10,
+        **evaluate(task, {"main": open_val_records(root)}, batch_size=3),
+    } == pytest.approx(scores, rel=1e-5)
 
 
-def test_the_distance_is_to_the_teacher(task, root):
-    rows = task.collate([task.example(record, False) for record in source(root)])
-    teacher = Gradients(8).extract_features(rows["token_image"])
-    decoded = task.backbone.decode(task.outputs(rows)["codes"])
+def test_the_distance_is_the_cosine_distance_to_the_teacher(task, root):
+    batch = task.collate([task.example(record, False) for record in open_val_records(root)])
+    teacher = Gradients(8).extract_features(batch["token_image"])
+    decoded = task.backbone.decode(task.outputs(batch)["codes"])
     with torch.no_grad():
-        for prediction, ours, theirs in zip(task.predict(rows), decoded, teacher, strict=True):
+        for prediction, ours, theirs in zip(task.predict(batch), decoded, teacher, strict=True):
             slow = np.mean(
                 [
                     1 - float(a @ b / (a.norm() * b.norm()))
@@ -51,19 +52,19 @@ def test_the_distance_is_to_the_teacher(task, root):
             assert prediction["distance"] == pytest.approx(slow, abs=1e-5)
 
 
-def test_targets_are_patches(task, root):
-    rows = task.collate([task.example(record, False) for record in source(root)][:3])
-    assert task.targets(rows) == {"reconstruction": 48, "commitment": 48}
-    assert task.outputs(rows)["codes"].shape == (3, 16)
+def test_losses_are_counted_by_patches(task, root):
+    batch = task.collate([task.example(record, False) for record in open_val_records(root)][:3])
+    assert task.targets(batch) == {"reconstruction": 48, "commitment": 48}
+    assert task.outputs(batch)["codes"].shape == (3, 16)
 
 
-def test_either_view_serves(task, root):
-    rows = task.collate([task.example(record, False) for record in source(root)])
-    renamed = {"image": rows["token_image"], "id": rows["id"]}
-    assert torch.equal(task.outputs(renamed)["codes"], task.outputs(rows)["codes"])
+def test_image_serves_where_there_is_no_token_image(task, root):
+    batch = task.collate([task.example(record, False) for record in open_val_records(root)])
+    renamed = {"image": batch["token_image"], "id": batch["id"]}
+    assert torch.equal(task.outputs(renamed)["codes"], task.outputs(batch)["codes"])
 
 
-def test_scores_by_hand():
+def test_scores_equal_those_computed_by_hand():
     predictions = [
         {"id": "a", "codes": [0, 0, 1, 1], "num_codes": 8, "distance": 0.2},
         {"id": "b", "codes": [2, 2, 3, 3], "num_codes": 8},
@@ -80,9 +81,9 @@ def test_scores_by_hand():
     )
 
 
-def test_evaluation_moves_no_code(task, root):
+def test_evaluation_changes_no_code(task, root):
     before = {name: value.clone() for name, value in task.state_dict().items()}
-    evaluate(task.train(), {"main": source(root)}, batch_size=4)
+    evaluate(task.train(), {"main": open_val_records(root)}, batch_size=4)
     assert task.training
     assert all(
         torch.equal(before[name], value)
@@ -94,15 +95,16 @@ def test_evaluation_moves_no_code(task, root):
 def test_a_teacher_of_another_width_is_refused(root):
     config: Any = VQKD.recipes["demo"].task
     task = VQKD(replace(config, model=replace(config.model, teacher_dim=44)))
-    rows = task.collate([task.example(record, False) for record in source(root)])
+    batch = task.collate([task.example(record, False) for record in open_val_records(root)])
     with pytest.raises(
         ValueError, match=r"task\.model\.teacher_dim is 44, the gradients teacher has 45"
     ):
-        task(rows)
+        task(batch)
 
 
-def test_the_published_recipe():
-    """BEiT v2, appendix: tokenizer training; and its 3 x 768 x 12 checkpoint."""
+def test_the_recipe_has_the_published_numbers():
+    """The numbers are of BEiT v2's appendix on tokenizer training and of its 3 x 768 x 12
+    checkpoint."""
     recipe = VQKD.recipes["base_224_clip"]
     task: Any = recipe.task
     model = task.model

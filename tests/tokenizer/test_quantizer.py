@@ -114,9 +114,9 @@ def test_nearest_minds_the_length_of_codes(monkeypatch):
 def blobs(seed: int, count: int = 64) -> Tensor:
     """Vectors [4, count / 4, 3] around the 6 half axes."""
     generator = torch.Generator().manual_seed(seed)
-    centres = torch.cat((torch.eye(3), -torch.eye(3)))
+    centers = torch.cat((torch.eye(3), -torch.eye(3)))
     picks = torch.randint(6, (count,), generator=generator)
-    return (centres[picks] + 0.1 * torch.randn(count, 3, generator=generator)).view(4, -1, 3)
+    return (centers[picks] + 0.1 * torch.randn(count, 3, generator=generator)).view(4, -1, 3)
 
 
 def test_the_first_training_batch_starts_the_codebook():

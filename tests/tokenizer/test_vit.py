@@ -21,8 +21,8 @@ def tiny(style: str, image_size: int = 12) -> ViT:
 
 
 def layer_norm(x: Tensor, state: dict[str, Tensor], name: str) -> Tensor:
-    centred = x - x.mean(-1, keepdim=True)
-    scaled = centred / torch.sqrt(centred.square().mean(-1, keepdim=True) + 1e-3)
+    centered = x - x.mean(-1, keepdim=True)
+    scaled = centered / torch.sqrt(centered.square().mean(-1, keepdim=True) + 1e-3)
     return scaled * state[f"{name}.weight"] + state[f"{name}.bias"]
 
 

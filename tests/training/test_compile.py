@@ -1,5 +1,4 @@
-"""Compiled blocks: one program without breaks each, equal gradients, and few programs over changing
-lengths."""
+"""Compiled blocks have no graph breaks, equal gradients, and few programs over many lengths."""
 
 import shutil
 from dataclasses import replace
@@ -11,7 +10,7 @@ from beit3.model.beit3 import BEiT3
 from beit3.model.config import TINY, TINY_RELEASE
 from beit3.training.parallel import wrap_blocks
 
-SMALL = {
+CONFIGS = {
     "paper": replace(TINY, dim=32, ffn_dim=64, depth=3),
     "release": replace(TINY_RELEASE, dim=32, ffn_dim=64, depth=3),
 }
@@ -19,7 +18,7 @@ LENGTHS = (8, 16, 24, 32, 40)
 
 
 class Network(torch.nn.Module):
-    """As much of a task as `wrap_blocks` looks at."""
+    """The members of a task that `wrap_blocks` reads."""
 
     frozen = ()
 
@@ -29,7 +28,7 @@ class Network(torch.nn.Module):
         self.backbone.init_weights()
 
 
-def inputs(length: int) -> dict[str, torch.Tensor]:
+def make_inputs(length: int) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(length)
     return {
         "image": torch.randn(2, 3, 32, 32, generator=generator).double(),
@@ -38,49 +37,48 @@ def inputs(length: int) -> dict[str, torch.Tensor]:
     }
 
 
-def gradients(
-    network: Network, given: dict[str, torch.Tensor]
+def compute_gradients(
+    network: Network, arguments: dict[str, torch.Tensor]
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     network.zero_grad()
-    states = network.backbone(**given, read="first").first("image")
+    states = network.backbone(**arguments, read="first").first("image")
     (states**2).sum().backward()
     return states.detach(), {
         name: p.grad for name, p in network.named_parameters() if p.grad is not None
     }
 
 
-def compare(form: str, lengths: tuple[int, ...]) -> dict:
-    """Compiled beside plain at these lengths of the text; what the compiler counted."""
-    plain, compiled = Network(SMALL[form]), Network(SMALL[form])
+def compare_compiled(form: str, lengths: tuple[int, ...]) -> dict:
+    """Asserts that compiled blocks equal plain ones; returns the counters of the compiler."""
+    plain, compiled = Network(CONFIGS[form]), Network(CONFIGS[form])
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     wrap_blocks(compiled, compiled=True)
     for length in lengths:
-        (states, theirs), (expected, ours) = (
-            gradients(compiled, inputs(length)),
-            gradients(plain, inputs(length)),
-        )
-        torch.testing.assert_close(states, expected, rtol=0, atol=1e-10)
-        for name, gradient in ours.items():
-            torch.testing.assert_close(theirs[name], gradient, rtol=1e-9, atol=1e-9)
+        inputs = make_inputs(length)
+        states, gradients = compute_gradients(compiled, inputs)
+        expected_states, expected_gradients = compute_gradients(plain, inputs)
+        torch.testing.assert_close(states, expected_states, rtol=0, atol=1e-10)
+        for name, gradient in expected_gradients.items():
+            torch.testing.assert_close(gradients[name], gradient, rtol=1e-9, atol=1e-9)
     return torch._dynamo.utils.counters
 
 
-@pytest.mark.parametrize("form", SMALL)
-def test_blocks_are_single_programs_and_few_over_changing_lengths(form, monkeypatch):
+@pytest.mark.parametrize("form", CONFIGS)
+def test_blocks_compile_without_graph_breaks_and_to_few_programs(form, monkeypatch):
     compile_module = torch.nn.Module.compile
     monkeypatch.setattr(
         torch.nn.Module, "compile", lambda module: compile_module(module, backend="aot_eager")
     )
-    counted = compare(form, LENGTHS)
-    assert not counted["graph_break"], dict(counted["graph_break"])
-    # Plain, fused and last blocks, each with a fixed and with a changing length; the release has
-    # nothing fused.
-    assert counted["stats"]["unique_graphs"] <= (6 if form == "paper" else 4)
+    counters = compare_compiled(form, LENGTHS)
+    assert not counters["graph_break"], dict(counters["graph_break"])
+    # Plain, fused and last blocks, each with a fixed and with a changing length; the released form
+    # has no fused ones.
+    assert counters["stats"]["unique_graphs"] <= (6 if form == "paper" else 4)
 
 
 @pytest.mark.skipif(
     not shutil.which("g++") and not shutil.which("clang++"), reason="no C++ compiler"
 )
-def test_compiled_by_default_they_give_the_same_gradients():
-    compare("paper", LENGTHS[:1])
+def test_blocks_compiled_by_default_have_the_same_gradients():
+    compare_compiled("paper", LENGTHS[:1])

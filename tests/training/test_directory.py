@@ -1,5 +1,4 @@
-"""The directory of a run: one run at a time, its own run only, and a process that is asked to stop
-leaves it whole."""
+"""A run directory serves one run, by one process at a time, and describes its environment."""
 
 import json
 import os
@@ -37,36 +36,36 @@ from tests.world_root import make_vqa_recipe
 
 SOURCE = Path(__file__).resolve().parents[2] / "src"
 CPU = torch.device("cpu")
-MINE = {"task": "vqa", "recipe": {"optim": {"lr": 0.1}, "run": {"steps": 3}}}
+RUN = {"task": "vqa", "recipe": {"optim": {"lr": 0.1}, "run": {"steps": 3}}}
 
-HOLD = """
+HOLD_LOCK = """
 import sys, time
 from filelock import FileLock
 with FileLock(sys.argv[1]):
     print("held", flush=True)
     time.sleep(600)
 """
-"""Another process that has the lock; starting torch for it would take seconds."""
+"""Holds the lock in another process, without torch, whose import would take seconds."""
 
-HELD = """
+PAUSED_CLI = """
 import sys, time
 from pathlib import Path
 from beit3 import cli
 from beit3.training import loop
 hold, seed_step = Path(sys.argv.pop(1)), loop.seed_step
-def held(seed, step):
+def wait_and_seed(seed, step):
     while step == 2 and hold.exists():
         time.sleep(0.02)
     seed_step(seed, step)
-loop.seed_step = held
+loop.seed_step = wait_and_seed
 sys.exit(cli.main(sys.argv[1:]))
 """
-"""The command line, whose third step lasts as long as a file exists."""
+"""The command line with a third step that lasts as long as a file exists."""
 
 
-def until(there: Callable[[], bool], process: subprocess.Popen) -> None:
+def wait_until(condition: Callable[[], bool], process: subprocess.Popen) -> None:
     end = time.monotonic() + 300
-    while not there():
+    while not condition():
         assert process.poll() is None and time.monotonic() < end, process.communicate(timeout=1)
         time.sleep(0.02)
 
@@ -74,36 +73,36 @@ def until(there: Callable[[], bool], process: subprocess.Popen) -> None:
 # One run at a time --------------------------------------------------------------------------------
 
 
-def test_a_claim_writes_who_and_what_and_lets_go(tmp_path, monkeypatch):
+def test_a_lock_writes_user_and_recipe_and_removes_the_user(tmp_path, monkeypatch):
     out = tmp_path / "runs" / "run"
-    with lock_run_directory(out, MINE, CPU):
+    with lock_run_directory(out, RUN, CPU):
         assert (out / USER_FILE).read_text() == f"process {os.getpid()} on {socket.gethostname()}"
-        kept = json.loads((out / RECIPE_FILE).read_text())
-        assert kept.pop("environment")["device"] == "cpu" and kept == MINE
-        with pytest.raises(ValueError) as error, lock_run_directory(out, MINE, CPU):
-            raise AssertionError("both are in")
+        stored = json.loads((out / RECIPE_FILE).read_text())
+        assert stored.pop("environment")["device"] == "cpu" and stored == RUN
+        with pytest.raises(ValueError) as error, lock_run_directory(out, RUN, CPU):
+            raise AssertionError("two locks at once")
         assert str(error.value) == (
             f"{out} is in use by process {os.getpid()} on {socket.gethostname()}: wait for it, "
             "stop it, or give another --out"
         )
-        assert (out / USER_FILE).exists(), "the first is undisturbed"
+        assert (out / USER_FILE).exists(), "the first lock stays"
     assert sorted(path.name for path in out.iterdir()) == sorted([LOCK_FILE, RECIPE_FILE]), (
-        "the user goes, the lock file stays"
+        "the user file is removed, the lock file stays"
     )
     written = (out / RECIPE_FILE).read_text()
     monkeypatch.setattr(sys, "argv", ["another command"])
-    with pytest.raises(KeyError), lock_run_directory(out, MINE, CPU):
+    with pytest.raises(KeyError), lock_run_directory(out, RUN, CPU):
         raise KeyError
-    with lock_run_directory(out, MINE, CPU):
+    with lock_run_directory(out, RUN, CPU):
         assert (out / RECIPE_FILE).read_text() == written, (
-            "a resume keeps where the run was started"
+            "a resumed run keeps its first environment"
         )
 
 
-def test_another_process_has_the_directory_until_it_is_killed(tmp_path):
+def test_a_directory_is_locked_until_the_other_process_ends(tmp_path):
     (tmp_path / "run").mkdir()
     holder = subprocess.Popen(
-        [sys.executable, "-c", HOLD, str(tmp_path / "run" / LOCK_FILE)],
+        [sys.executable, "-c", HOLD_LOCK, str(tmp_path / "run" / LOCK_FILE)],
         stdout=subprocess.PIPE,
         text=True,
     )
@@ -112,64 +111,62 @@ def test_another_process_has_the_directory_until_it_is_killed(tmp_path):
         for user in ("another process", "process 7 on elsewhere"):
             with (
                 pytest.raises(ValueError, match=f"run is in use by {user}: wait for it"),
-                lock_run_directory(tmp_path / "run", MINE, CPU),
+                lock_run_directory(tmp_path / "run", RUN, CPU),
             ):
-                raise AssertionError("both are in")
+                raise AssertionError("two locks at once")
             (tmp_path / "run" / USER_FILE).write_text("process 7 on elsewhere")
-        assert not (tmp_path / "run" / RECIPE_FILE).exists(), (
-            "nothing is written before the lock is ours"
-        )
+        assert not (tmp_path / "run" / RECIPE_FILE).exists(), "nothing is written without the lock"
         holder.send_signal(signal.SIGKILL)
         holder.wait()
-        with lock_run_directory(tmp_path / "run", MINE, CPU):
+        with lock_run_directory(tmp_path / "run", RUN, CPU):
             assert (tmp_path / "run" / USER_FILE).read_text().startswith(f"process {os.getpid()} ")
     finally:
         holder.kill()
         holder.communicate()
 
 
-# Its own run only ---------------------------------------------------------------------------------
+# One run a directory ------------------------------------------------------------------------------
 
 
-def test_an_empty_or_new_directory_is_taken(tmp_path):
-    check_same_run(tmp_path / "new", MINE)
+def test_only_an_empty_or_new_directory_is_accepted(tmp_path):
+    check_same_run(tmp_path / "new", RUN)
     for name in (LOCK_FILE, USER_FILE):
         (tmp_path / name).touch()
-        check_same_run(tmp_path, MINE)
+        check_same_run(tmp_path, RUN)
     (tmp_path / "photo.jpg").touch()
     with pytest.raises(ValueError, match="is not empty and holds no run: give another --out"):
-        check_same_run(tmp_path, MINE)
+        check_same_run(tmp_path, RUN)
     with pytest.raises(ValueError, match="photo.jpg is not empty and holds no run"):
-        check_same_run(tmp_path / "photo.jpg", MINE)
+        check_same_run(tmp_path / "photo.jpg", RUN)
 
 
-def test_another_run_is_refused_by_the_field_that_differs(tmp_path):
-    with lock_run_directory(tmp_path, MINE, CPU):
+def test_the_error_for_another_run_names_the_field_that_differs(tmp_path):
+    with lock_run_directory(tmp_path, RUN, CPU):
         pass
-    check_same_run(tmp_path, MINE)
-    before = (tmp_path / RECIPE_FILE).read_text()
-    other = MINE | {"recipe": {"optim": {"lr": 0.2}, "run": {"steps": 3}}}
+    check_same_run(tmp_path, RUN)
+    stored = (tmp_path / RECIPE_FILE).read_text()
+    other_recipe = RUN | {"recipe": {"optim": {"lr": 0.2}, "run": {"steps": 3}}}
     with pytest.raises(
         ValueError, match=r"holds another run \(its recipe\.optim\.lr differs\): give another --out"
     ):
-        check_same_run(tmp_path, other)
-    with pytest.raises(ValueError) as error, lock_run_directory(tmp_path, other, CPU):
+        check_same_run(tmp_path, other_recipe)
+    with pytest.raises(ValueError) as error, lock_run_directory(tmp_path, other_recipe, CPU):
         raise AssertionError("it holds another run")
-    assert (tmp_path / RECIPE_FILE).read_text() == before and not (tmp_path / USER_FILE).exists()
-    with lock_run_directory(tmp_path, MINE, CPU):
+    assert (tmp_path / RECIPE_FILE).read_text() == stored and not (tmp_path / USER_FILE).exists()
+    with lock_run_directory(tmp_path, RUN, CPU):
         assert "recipe.optim.lr" in str(error.value), (
-            "the refused claim has let go of the lock, though its error is still there"
+            "the lock is released although the error is still referenced"
         )
 
 
-def test_a_recipe_that_cannot_be_read_is_named(tmp_path):
+def test_a_malformed_recipe_is_named(tmp_path):
     (tmp_path / RECIPE_FILE).write_text('{"task": "vqa",')
     with pytest.raises(ValueError, match=r"recipe\.json is not JSON"):
-        check_same_run(tmp_path, MINE)
+        check_same_run(tmp_path, RUN)
 
 
 @pytest.mark.parametrize(
-    ("theirs", "mine", "field"),
+    ("stored", "recipe", "field"),
     [
         ({"a": 1}, {"a": 2}, "a"),
         ({"a": {"b": {"c": 1}}}, {"a": {"b": {"c": 2}}}, "a.b.c"),
@@ -181,11 +178,11 @@ def test_a_recipe_that_cannot_be_read_is_named(tmp_path):
         ({"a": {}}, {"a": {"b": None}}, "a"),
     ],
 )
-def test_the_first_field_that_differs(theirs, mine, field):
-    assert find_first_difference(theirs, mine) == field
+def test_the_first_field_that_differs_is_found(stored, recipe, field):
+    assert find_first_difference(stored, recipe) == field
 
 
-def test_a_run_is_finished_with_its_last_checkpoint_and_its_weights(tmp_path):
+def test_a_finished_run_has_its_last_checkpoint_and_weights(tmp_path):
     (tmp_path / "checkpoints" / "step_00000002").mkdir(parents=True)
     (tmp_path / "last").mkdir()
     (tmp_path / "last" / "config.json").touch()
@@ -194,7 +191,7 @@ def test_a_run_is_finished_with_its_last_checkpoint_and_its_weights(tmp_path):
     assert not is_finished(tmp_path, 2)
 
 
-def test_what_a_run_reads_beside_its_recipe(root):
+def test_inputs_hold_tokenizer_frozen_weights_and_config(root):
     tokenizer = TextTokenizer(root / "text.model")
     config = replace(make_vqa_recipe(root).task, num_answers=2)
     task = VQA(config, tokenizer=tokenizer)
@@ -204,37 +201,45 @@ def test_what_a_run_reads_beside_its_recipe(root):
         and inputs["frozen"] == {}
         and inputs["config"]["num_answers"] == 2
     )
-    assert json.loads(json.dumps(inputs)) == inputs, "it is compared with what was written"
+    assert json.loads(json.dumps(inputs)) == inputs, "inputs are compared with stored JSON"
     assert describe_inputs(VQA(config))["tokenizer"] is None
 
 
-# Where it was started -----------------------------------------------------------------------------
+# Environment --------------------------------------------------------------------------------------
 
 
-def test_environment(monkeypatch):
+def test_the_environment_is_described(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["beit3", "train", "vqa"])
-    found = describe_environment(CPU)
-    assert found["torch"] == torch.__version__ and found["python"].split(".") >= ["3", "11"]
-    assert (found["device"], found["processes"], found["threads"]) == (
+    environment = describe_environment(CPU)
+    assert environment["torch"] == torch.__version__ and environment["python"].split(".") >= [
+        "3",
+        "11",
+    ]
+    assert (environment["device"], environment["processes"], environment["threads"]) == (
         "cpu",
         1,
         torch.get_num_threads(),
     )
     assert (
-        found["command"] == ["beit3", "train", "vqa"] and found["platform"] and found["processor"]
+        environment["command"] == ["beit3", "train", "vqa"]
+        and environment["platform"]
+        and environment["processor"]
     )
     assert (
-        abs(time.mktime(time.strptime(found["started"][:19], "%Y-%m-%d %H:%M:%S")) - time.time())
+        abs(
+            time.mktime(time.strptime(environment["started"][:19], "%Y-%m-%d %H:%M:%S"))
+            - time.time()
+        )
         < 60
     )
-    assert json.loads(json.dumps(found)) == found
+    assert json.loads(json.dumps(environment)) == environment
 
 
 @pytest.fixture
 def repository(tmp_path, monkeypatch) -> Path:
-    """A folder whose package `code` holds what stands for the module."""
+    """Returns a folder with a package `code` in place of beit3."""
     if shutil.which("git") is None:
-        pytest.skip("git is not at hand")
+        pytest.skip("git is not installed")
     file = tmp_path / "code" / "train" / "directory.py"
     file.parent.mkdir(parents=True)
     file.write_text("one\n")
@@ -245,7 +250,7 @@ def repository(tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
-def ask(repository: Path, *arguments: str) -> str:
+def run_git(repository: Path, *arguments: str) -> str:
     identity = ["-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false"]
     return subprocess.run(
         ["git", "-C", str(repository), *identity, *arguments],
@@ -255,26 +260,26 @@ def ask(repository: Path, *arguments: str) -> str:
     ).stdout.strip()
 
 
-def test_the_commit_and_whether_the_package_differs_from_it(repository):
+def test_the_commit_is_described_with_changes_of_the_package(repository):
     assert describe_git_commit() is None, "no repository"
-    ask(repository, "init", "--quiet")
-    ask(repository, "add", "notes.md")
-    ask(repository, "commit", "--quiet", "-m", "notes")
+    run_git(repository, "init", "--quiet")
+    run_git(repository, "add", "notes.md")
+    run_git(repository, "commit", "--quiet", "-m", "notes")
     assert describe_git_commit() is None, "somebody's repository, whose file this is not"
-    ask(repository, "add", ".")
-    ask(repository, "commit", "--quiet", "-m", "first")
-    commit = ask(repository, "rev-parse", "HEAD")
+    run_git(repository, "add", ".")
+    run_git(repository, "commit", "--quiet", "-m", "first")
+    commit = run_git(repository, "rev-parse", "HEAD")
     assert describe_git_commit() == {"commit": commit, "changed": False}
     (repository / "notes.md").write_text("other\n")
     assert describe_git_commit() == {"commit": commit, "changed": False}, "notes are no code"
     (repository / "code" / "model.py").write_text("other\n")
     assert describe_git_commit() == {"commit": commit, "changed": True}, (
-        "another room of the package counts"
+        "changes in other folders of the package count"
     )
 
 
 def test_without_git_there_is_no_commit(repository, monkeypatch):
-    ask(repository, "init", "--quiet")
+    run_git(repository, "init", "--quiet")
     monkeypatch.setenv("PATH", str(repository))
     assert describe_git_commit() is None
 
@@ -282,9 +287,8 @@ def test_without_git_there_is_no_commit(repository, monkeypatch):
 # Processes ----------------------------------------------------------------------------------------
 
 
-def test_a_second_run_is_refused_and_a_stopped_one_goes_on(root, tmp_path, capsys):
-    """While a process trains, the same command is turned away; SIGTERM saves and ends it with 143;
-    then the command finishes."""
+def test_a_second_process_is_refused_and_a_stopped_run_is_resumed(root, tmp_path, capsys):
+    """SIGTERM makes the first process save and end with status 143."""
     command = [
         "train",
         "vqkd",
@@ -307,38 +311,40 @@ def test_a_second_run_is_refused_and_a_stopped_one_goes_on(root, tmp_path, capsy
     out, hold = tmp_path / "run", tmp_path / "hold"
     hold.touch()
     threads = str(torch.get_num_threads())  # sums in another order differ in their last bit
-    describe_environment = os.environ | {
+    environment = os.environ | {
         "PYTHONPATH": str(SOURCE),
         "OMP_NUM_THREADS": threads,
         "CUDA_VISIBLE_DEVICES": "",
     }
-    arguments = [sys.executable, "-c", HELD, str(hold), *command, str(out)]
-    first = subprocess.Popen(
+    arguments = [sys.executable, "-c", PAUSED_CLI, str(hold), *command, str(out)]
+    process = subprocess.Popen(
         arguments,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env=describe_environment,
+        env=environment,
     )
     try:
-        until(lambda: (out / "metrics.jsonl").exists() and len(read_metrics(out)) == 2, first)
+        wait_until(
+            lambda: (out / "metrics.jsonl").exists() and len(read_metrics(out)) == 2, process
+        )
         assert main([*command, str(out)]) == 2
-        said = capsys.readouterr().err
-        assert said == (
-            f"beit3: {out} is in use by process {first.pid} on {socket.gethostname()}: wait for "
+        error = capsys.readouterr().err
+        assert error == (
+            f"beit3: {out} is in use by process {process.pid} on {socket.gethostname()}: wait for "
             "it, stop it, or give another --out\n"
         )
-        first.send_signal(signal.SIGTERM)
+        process.send_signal(signal.SIGTERM)
         hold.unlink()
-        _, errors = first.communicate(timeout=300)
+        _, errors = process.communicate(timeout=300)
     finally:
-        first.kill()
-        first.communicate()
-    assert first.returncode == 128 + signal.SIGTERM, errors
+        process.kill()
+        process.communicate()
+    assert process.returncode == 128 + signal.SIGTERM, errors
     assert f"{out} stopped after step 3 of 5; the same command resumes it" in errors
     assert not (out / USER_FILE).exists() and [
         path.name for path in (out / "checkpoints").iterdir()
     ] == ["step_00000003"]
-    for place in (out, tmp_path / "alone"):
-        assert main([*command, str(place)]) == 0
+    for run in (out, tmp_path / "alone"):
+        assert main([*command, str(run)]) == 0
     assert_same_run(out, tmp_path / "alone")

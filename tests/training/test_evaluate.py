@@ -1,4 +1,4 @@
-"""Evaluation: order, batches, records that cannot be read, and scores over several sources."""
+"""Evaluation: order, batches, unreadable records, and scores over several sources."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -17,65 +17,69 @@ from tests.world_root import make_vqkd_recipe
 
 @pytest.fixture
 def task(vqkd_weights) -> VQKD:
-    found = load(vqkd_weights).task
-    assert isinstance(found, VQKD)
-    return found
+    vqkd = load(vqkd_weights).task
+    assert isinstance(vqkd, VQKD)
+    return vqkd
 
 
 @pytest.fixture
-def rows(root) -> list[dict]:
+def records(root) -> list[dict]:
     return [dict(record) for record in RecordDataset(root / "vqkd/main/val.jsonl", root)]
 
 
-def source(folder: Path, rows: list[dict], *, broken: int = 0) -> RecordDataset:
-    """The records as a file of their own; of the first few the image's data ends too early."""
-    rows = [dict(row) for row in rows]
-    for row in rows[:broken]:
-        half = folder / f"half-{Path(row['image']).name}"
-        half.write_bytes(Path(row["image"]).read_bytes()[:90])
-        row["image"] = str(half)
-    write_records(folder / "val.jsonl", rows)
+def write_source(folder: Path, records: list[dict], *, broken: int = 0) -> RecordDataset:
+    """Writes records to a file; the image files of the first `broken` are truncated."""
+    records = [dict(record) for record in records]
+    for record in records[:broken]:
+        truncated = folder / f"half-{Path(record['image']).name}"
+        truncated.write_bytes(Path(record["image"]).read_bytes()[:90])
+        record["image"] = str(truncated)
+    write_records(folder / "val.jsonl", records)
     return RecordDataset(folder / "val.jsonl", folder)
 
 
 @pytest.mark.parametrize("size", [1, 3, 100])
-def test_predictions_come_in_order_whatever_the_batch(task, rows, size):
-    predictions = predict(task, rows, batch_size=size)
-    assert [p["id"] for p in predictions] == [str(row["id"]) for row in rows]
+def test_predictions_are_in_order_for_any_batch_size(task, records, size):
+    predictions = predict(task, records, batch_size=size)
+    assert [p["id"] for p in predictions] == [str(record["id"]) for record in records]
     assert [p["codes"] for p in predictions] == [
-        p["codes"] for p in predict(task, rows, batch_size=2)
+        p["codes"] for p in predict(task, records, batch_size=2)
     ]
 
 
-def test_the_mode_is_put_back(task, rows):
+def test_prediction_restores_training_mode(task, records):
     for training in (True, False):
         task.train(training)
-        predict(task, rows[:1], batch_size=1)
+        predict(task, records[:1], batch_size=1)
         assert task.training == training
     assert torch.is_grad_enabled()
 
 
-def test_limit_takes_the_first(task, rows, tmp_path):
-    found = predict_sources(task, {"main": source(tmp_path, rows)}, batch_size=2, limit=3)
-    assert [record["id"] for record in found["main"][1]] == [row["id"] for row in rows[:3]]
+def test_a_limit_takes_the_first_records(task, records, tmp_path):
+    results = predict_sources(
+        task, {"main": write_source(tmp_path, records)}, batch_size=2, limit=3
+    )
+    assert [record["id"] for record in results["main"][1]] == [
+        record["id"] for record in records[:3]
+    ]
 
 
-def test_unreadable_records_are_left_out_of_the_score_up_to_a_share(task, rows, tmp_path):
-    whole = evaluate(task, {"main": source(tmp_path, rows[2:])}, batch_size=3)
-    damaged = {"main": source(tmp_path, rows, broken=2)}
-    assert evaluate(task, damaged, batch_size=3, bad_share=0.25) == pytest.approx(whole)
+def test_few_unreadable_records_are_left_out_of_the_score(task, records, tmp_path):
+    expected = evaluate(task, {"main": write_source(tmp_path, records[2:])}, batch_size=3)
+    damaged = {"main": write_source(tmp_path, records, broken=2)}
+    assert evaluate(task, damaged, batch_size=3, bad_share=0.25) == pytest.approx(expected)
     with pytest.raises(
         ValueError, match=r"2 of 8 records of .*val\.jsonl cannot be read: .*half-.*half-"
     ):
         evaluate(task, damaged, batch_size=3, bad_share=0.2)
     with pytest.raises(ValueError, match="1 of 8 records"):
-        evaluate(task, {"main": source(tmp_path, rows, broken=1)}, batch_size=3)
+        evaluate(task, {"main": write_source(tmp_path, records, broken=1)}, batch_size=3)
 
 
-def test_a_broken_image_of_the_val_split_does_not_cost_the_run(rows, root, tmp_path):
+def test_a_run_continues_after_an_unreadable_val_image(records, root, tmp_path):
     for split, broken in (("train", 0), ("val", 1)):
-        found = source(tmp_path, rows, broken=broken)
-        write_records(tmp_path / f"root/vqkd/main/{split}.jsonl", list(found))
+        dataset = write_source(tmp_path, records, broken=broken)
+        write_records(tmp_path / f"root/vqkd/main/{split}.jsonl", list(dataset))
     recipe = make_vqkd_recipe(tmp_path / "root", steps=2)
     scores = train(
         replace(recipe, data=replace(recipe.data, bad_share=0.2)), VQKD, out=tmp_path / "run"
@@ -83,19 +87,19 @@ def test_a_broken_image_of_the_val_split_does_not_cost_the_run(rows, root, tmp_p
     assert scores["step"] == 2 and (tmp_path / "run" / "last").is_dir()
 
 
-def test_scores_of_several_sources_have_a_mean_and_their_own(rows):
-    found = {
+def test_several_sources_have_their_own_scores_and_a_mean(records):
+    results = {
         name: ([{"id": "1", "codes": codes, "num_codes": 4, "distance": distance}], [{"id": "1"}])
         for name, codes, distance in (("a", [0, 0], 0.2), ("b", [0, 1], 0.6))
     }
-    scores = score_sources(VQKD, found)
+    scores = score_sources(VQKD, results)
     assert (
         scores["score"] == pytest.approx(0.6)
         and scores["a/score"] == pytest.approx(0.8)
         and scores["b/score"] == pytest.approx(0.4)
     )
     assert scores["codebook_use"] == pytest.approx((0.25 + 0.5) / 2)
-    assert score_sources(VQKD, {"a": found["a"]}).keys() == {
+    assert score_sources(VQKD, {"a": results["a"]}).keys() == {
         "codebook_use",
         "perplexity",
         "num_codes",

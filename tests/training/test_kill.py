@@ -1,5 +1,4 @@
-"""A process killed anywhere (SIGKILL) and started again ends in the same run, bit for bit;
-benchmarks/drill.py does the killing."""
+"""A run killed anywhere by SIGKILL and resumed ends equal to the bit (benchmarks/drill.py)."""
 
 import json
 import shutil
@@ -17,7 +16,7 @@ from tests.world_root import NUM_CODES
 
 @pytest.fixture(scope="module")
 def job(root, vqkd_weights) -> Job:
-    """Six steps of the demo's own network: a checkpoint of 20 MB takes long enough to be hit."""
+    """Returns six steps of the demo network; writing its checkpoint of 20 MB takes long enough."""
     data = (
         "--data.root",
         str(root),
@@ -33,57 +32,57 @@ def job(root, vqkd_weights) -> Job:
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory) -> Path:
+def folder(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("kill")
 
 
 @pytest.fixture(scope="module")
-def trials(job, place) -> list[Trial]:
-    """Two kills; `place` then holds the run left alone."""
-    return trials_of(job, place, ("file", "file"))
+def trials(job, folder) -> list[Trial]:
+    """Runs two kills; `folder` then holds the uninterrupted run as well."""
+    return run_trials(job, folder, ("file", "file"))
 
 
-def trials_of(job: Job, place: Path, aims: Sequence[str]) -> list[Trial]:
-    return drill(job, place, kill_and_resume, aims, seed=0, jobs=2)[1]
+def run_trials(job: Job, folder: Path, aims: Sequence[str]) -> list[Trial]:
+    return drill(job, folder, kill_and_resume, aims, seed=0, jobs=2)[1]
 
 
-def check(trials: Sequence[Trial]) -> None:
-    """Every run ended equal and left no file that the run left alone does not have."""
+def assert_equal_runs(trials: Sequence[Trial]) -> None:
+    """Asserts that every run ended equal, with the files of the uninterrupted run only."""
     assert [trial for trial in trials if trial.wrong or trial.left] == []
 
 
-def test_killed_while_a_checkpoint_is_written(trials):
-    """Both kills aim at it; a machine that writes in a blink may be missed once."""
-    check(trials)
+def test_runs_killed_while_a_checkpoint_is_written_end_equal(trials):
+    """Both kills aim at the write; one may miss it on a machine that writes fast."""
+    assert_equal_runs(trials)
     assert any(trial.writing for trial in trials), trials
 
 
-def test_the_drill_sees_one_bit(trials, place):
-    """One bit of the optimizer, and one digit of a metric."""
-    shutil.copytree(place / "whole", place / "other")
-    (file,) = find_newest_checkpoint(place / "other").glob("*.safetensors")
-    state = load_checkpoint_tensors(find_newest_checkpoint(place / "other"))
+def test_one_changed_bit_is_found(trials, folder):
+    """The changes are one bit of the optimizer and one digit of a metric."""
+    shutil.copytree(folder / "whole", folder / "other")
+    (file,) = find_newest_checkpoint(folder / "other").glob("*.safetensors")
+    state = load_checkpoint_tensors(find_newest_checkpoint(folder / "other"))
     name = next(name for name in state if name.endswith(".exp_avg"))
     state[name].numpy().reshape(-1).view("uint8")[0] ^= 1
     save_file(state, file)
-    rows = [json.loads(line) for line in (place / "other/metrics.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (folder / "other/metrics.jsonl").read_text().splitlines()]
     rows[2]["loss"] += 1e-9
-    (place / "other/metrics.jsonl").write_text(
-        "".join(json.dumps(row | {"seconds": 0}) + "\n" for row in rows)
+    (folder / "other/metrics.jsonl").write_text(
+        "".join(json.dumps(line | {"seconds": 0}) + "\n" for line in rows)
     )
-    assert find_differences(place / "whole", place / "other") == [
+    assert find_differences(folder / "whole", folder / "other") == [
         "metrics.jsonl line 3",
-        f"{find_newest_checkpoint(place / 'whole').name}/{name}",
+        f"{find_newest_checkpoint(folder / 'whole').name}/{name}",
     ]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("asynchronous", [False, True])
-def test_twenty_kills(job, tmp_path, asynchronous):
-    trials = trials_of(
+def test_runs_killed_anywhere_end_equal(job, tmp_path, asynchronous):
+    trials = run_trials(
         replace(job, asynchronous=asynchronous, steps=12),
         tmp_path,
         [AIMS[number % len(AIMS)] for number in range(20)],
     )
-    check(trials)
+    assert_equal_runs(trials)
     assert sum(trial.writing for trial in trials) >= len(trials) / 3

@@ -1,4 +1,4 @@
-"""The process and its place: device, seeds."""
+"""Starting a process: its device and its seeds."""
 
 import pytest
 import torch
@@ -7,21 +7,21 @@ from beit3.recipe import RunConfig
 from beit3.training.launch import init_device, seed_step
 
 
-def test_alone_nothing_is_joined():
+def test_one_process_joins_no_process_group():
     assert init_device(RunConfig(device="cpu")) == torch.device("cpu")
     assert not torch.distributed.is_initialized()
 
 
-def test_a_step_seeds_everything_by_its_number():
-    draws = []
+def test_seeds_depend_on_run_and_step():
+    numbers = []
     for seed, step in ((0, 1), (0, 1), (0, 2), (1, 1)):
         seed_step(seed, step)
-        draws.append(float(torch.rand(1)))
-    assert draws[0] == draws[1] and len(set(draws)) == 3
+        numbers.append(float(torch.rand(1)))
+    assert numbers[0] == numbers[1] and len(set(numbers)) == 3
 
 
 @pytest.mark.parametrize("device", ["gpu", "cuda"])
-def test_devices_that_are_not_here_are_the_users_fault(monkeypatch, device):
+def test_absent_devices_are_refused(monkeypatch, device):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ValueError, match=rf"run\.device {device} .*: use auto or cpu"):
         init_device(RunConfig(device=device))

@@ -1,5 +1,4 @@
-"""Groups of the optimizer: layers, decay and factors as in the release, and as pretraining wants
-them."""
+"""Parameter groups: layer decay, weight decay and learning rate factors of each task."""
 
 import json
 from dataclasses import replace
@@ -32,7 +31,7 @@ WRAPPERS = {
     "retrieval": "BEiT3ForRetrieval",
     "imagenet": "BEiT3ForImageClassification",
 }
-"""Our tasks and the released wrappers; those of tasks that are still to come are skipped."""
+"""Task -> class of the original code."""
 
 RELEASE = replace(
     TINY_RELEASE,
@@ -46,23 +45,23 @@ RELEASE = replace(
 )
 
 
-def facts(task: Task, config: OptimConfig) -> dict[str, tuple[float, bool]]:
-    """Parameter name -> (factor, whether it decays), from the groups themselves."""
-    found = {}
+def collect_settings(task: Task, config: OptimConfig) -> dict[str, tuple[float, bool]]:
+    """Returns parameter name -> (learning rate factor, whether it decays)."""
+    settings = {}
     for group in make_parameter_groups(task, config):
         for name, parameter in zip(group["names"], group["params"], strict=True):
-            assert name not in found and parameter is task.get_parameter(name)
-            found[name] = (group["lr_scale"], group["weight_decay"] > 0)
-    assert found.keys() == {name for name, _ in task.trainable_parameters()}, (
+            assert name not in settings and parameter is task.get_parameter(name)
+            settings[name] = (group["lr_scale"], group["weight_decay"] > 0)
+    assert settings.keys() == {name for name, _ in task.trainable_parameters()}, (
         "every parameter is in one group"
     )
-    return found
+    return settings
 
 
-def as_released(task: Task, found: dict[str, tuple[float, bool]]) -> dict[str, list]:
-    """Released name -> [layer, factor, decay]."""
+def rename_to_released(task: Task, settings: dict[str, tuple[float, bool]]) -> dict[str, list]:
+    """Returns released name -> [layer, factor, decay]."""
     released = {}
-    for name, (scale, decays) in found.items():
+    for name, (scale, decays) in settings.items():
         keys = find_released_keys(name, task.released_names)
         assert keys, name
         released |= {key: [task.layer_of(name)[0], scale, int(decays)] for key in keys}
@@ -70,35 +69,34 @@ def as_released(task: Task, found: dict[str, tuple[float, bool]]) -> dict[str, l
 
 
 @pytest.mark.parametrize("name", WRAPPERS)
-def test_layer_decay_is_the_releases(name):
+def test_layer_decay_equals_the_recorded_one(name):
     expected = json.loads((find_fixture("optim") / "layer_decay.json").read_text())
-    if name not in list_tasks():
-        pytest.skip(f"no task {name} yet")
-    kind = load_task(name)
-    config = kind.Config()
+    task_class = load_task(name)
+    config = task_class.Config()
     config = replace(
         config,
         model=replace(RELEASE, final_norm=config.model.final_norm),
         image=replace(config.image, image_size=RELEASE.image_size),
     )
     with torch.device("meta"):
-        task = kind(config)
-    found = as_released(
-        task, facts(task, OptimConfig(layer_decay=expected["layer_decay"], weight_decay=0.05))
+        task = task_class(config)
+    layers = rename_to_released(
+        task,
+        collect_settings(task, OptimConfig(layer_decay=expected["layer_decay"], weight_decay=0.05)),
     )
-    wanted = expected["params"][WRAPPERS[name]]
+    expected_layers = expected["params"][WRAPPERS[name]]
     assert expected["columns"] == ["layer_id", "lr_scale", "weight_decay_applied"]
-    assert found.keys() == wanted.keys()
-    for key, (layer, scale, decays) in wanted.items():
-        assert found[key][0] == layer and found[key][2] == decays, key
-        assert found[key][1] == pytest.approx(scale, abs=1e-12), key
+    assert layers.keys() == expected_layers.keys()
+    for key, (layer, scale, decays) in expected_layers.items():
+        assert layers[key][0] == layer and layers[key][2] == decays, key
+        assert layers[key][1] == pytest.approx(scale, abs=1e-12), key
 
 
-def test_layer_decay_without_the_fixture():
-    """The rule itself, slowly: the embeddings are layer 0, block i is i + 1, the head the last."""
+def test_layer_decay_follows_the_position_of_a_parameter():
+    """Embeddings are layer 0, block i is layer i + 1, the head is the last."""
     with torch.device("meta"):
         task = VQA(VQAConfig(model=replace(TINY, final_norm=False), num_answers=5))
-    for name, (scale, decays) in facts(task, OptimConfig(layer_decay=0.5)).items():
+    for name, (scale, decays) in collect_settings(task, OptimConfig(layer_decay=0.5)).items():
         parts = name.split(".")
         layer = (
             0
@@ -108,22 +106,24 @@ def test_layer_decay_without_the_fixture():
             else TINY.depth + 1
         )
         assert scale == 0.5 ** (TINY.depth + 1 - layer), name
-        spared = (
+        has_no_decay = (
             name.endswith((".bias", "image_embedding.positions", "image_embedding.class_token"))
             or ".norm" in name
         )
-        assert decays == (not spared and name != "head.1.weight"), name
+        assert decays == (not has_no_decay and name != "head.1.weight"), name
 
 
-def test_what_the_paper_spares_from_decay():
+def test_pretraining_spares_more_parameters_from_decay():
     """Fine-tuning decays the text positions and the mask token, as released; pretraining does
     not."""
     with torch.device("meta"):
         task = Pretrain(PretrainConfig(model=TINY, image=Preprocessing(32)))
-    tuned = {name for name, (_, decays) in facts(task, OptimConfig()).items() if not decays}
+    tuned = {
+        name for name, (_, decays) in collect_settings(task, OptimConfig()).items() if not decays
+    }
     pretrained = {
         name
-        for name, (_, decays) in facts(task, Pretrain.recipes["base_224"].optim).items()
+        for name, (_, decays) in collect_settings(task, Pretrain.recipes["base_224"].optim).items()
         if not decays
     }
     embedding = "backbone.image_embedding."
@@ -148,30 +148,32 @@ def test_what_the_paper_spares_from_decay():
 
 
 @pytest.mark.parametrize("name", [name for name in list_tasks() if name != "backbone"])
-def test_every_recipe_of_pretraining_spares_them(name):
+def test_only_recipes_of_pretraining_name_parameters_without_decay(name):
     for label, recipe in load_task(name).recipes.items():
-        spares = {"text_embedding.positions", "image_embedding.mask_token"} <= set(
+        is_spared = {"text_embedding.positions", "image_embedding.mask_token"} <= set(
             recipe.optim.no_decay
         )
-        assert spares == (name == "pretrain"), label
+        assert is_spared == (name == "pretrain"), label
 
 
-def test_the_head_alone_learns_faster():
-    """The release's factor is for names that begin with `head`: the pooler is not among them."""
+def test_only_the_head_has_a_higher_learning_rate():
+    """The released factor is for names that begin with `head`, so not for the pooler."""
     with torch.device("meta"):
         task = VQA(VQAConfig(model=replace(BASE, depth=2, final_norm=False)))
-    for name, (scale, _) in facts(task, VQA.recipes["base_480"].optim).items():
+    for name, (scale, _) in collect_settings(task, VQA.recipes["base_480"].optim).items():
         assert scale == (20 if name.startswith("head.") else 1), name
 
 
-def test_a_visual_tokenizer_has_no_layers():
+def test_a_visual_tokenizer_has_no_layer_decay():
     with torch.device("meta"):
         task = VQKD(VQKD.recipes["demo"].task)
-    assert {scale for scale, _ in facts(task, OptimConfig(layer_decay=0.5)).values()} == {1.0}
+    assert {
+        scale for scale, _ in collect_settings(task, OptimConfig(layer_decay=0.5)).values()
+    } == {1.0}
     assert get_lr_scale(task, "backbone.encoder.positions", OptimConfig(layer_decay=0.5)) == 1
 
 
-def test_frozen_parts_are_outside(vqkd_weights):
+def test_frozen_parts_are_in_no_group(vqkd_weights):
     recipe = Pretrain.recipes["demo"].task
     task = Pretrain(replace(recipe, visual_tokenizer=str(vqkd_weights), num_codes=16))
     assert not [
@@ -182,7 +184,7 @@ def test_frozen_parts_are_outside(vqkd_weights):
     ]
 
 
-def test_groups_have_names_and_rates():
+def test_groups_have_labels_rates_and_decay():
     task = Backbone(TaskConfig(model=replace(TINY, depth=2)))
     config = OptimConfig(lr=0.1, layer_decay=0.5, weight_decay=0.3, betas=(0.8, 0.9), eps=1e-5)
     optimizer = make_optimizer(task, config)
@@ -200,8 +202,7 @@ def test_groups_have_names_and_rates():
         assert (group["betas"], group["eps"]) == ((0.8, 0.9), 1e-5)
 
 
-def test_a_step_is_adamw():
-    """Against the algorithm, written out."""
+def test_steps_equal_adamw_written_out():
     torch.manual_seed(0)
     task = Backbone(TaskConfig(model=replace(TINY, dim=8, num_heads=2, ffn_dim=8, depth=1)))
     config = OptimConfig(lr=0.1, weight_decay=0.3, betas=(0.8, 0.9), eps=1e-5)
@@ -224,7 +225,7 @@ def test_a_step_is_adamw():
 
 
 @pytest.mark.parametrize(("limit", "factor"), [(0, 1.0), (100.0, 1.0), (1.0, 0.2)])
-def test_clipping(limit, factor):
+def test_gradients_are_clipped_to_the_limit(limit, factor):
     parameters = [
         torch.nn.Parameter(torch.zeros(1)),
         torch.nn.Parameter(torch.zeros(1)),

@@ -1,4 +1,4 @@
-"""One step gives one number however it is cut, and says what was wrong with it."""
+"""A step has the same loss and gradients for any micro-batches, and names nonfinite ones."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -24,17 +24,21 @@ from tests.world_root import make_finetuning_recipe, make_pretrain_recipe
 FLOAT32 = torch.autocast("cpu", enabled=False)
 
 
-def built(recipe: Recipe, kind: type[Task], root: Path) -> Task:
-    """The task of a recipe in double precision but for its frozen parts, in training mode."""
+def build_float64_task(recipe: Recipe, task_class: type[Task], root: Path) -> Task:
+    """Returns the task of a recipe in training mode, in float64 but for its frozen parts."""
     tokenizer = TextTokenizer(root / "text.model")
-    task = kind(kind.configure(grow_vocabulary(recipe.task, tokenizer), root), tokenizer=tokenizer)
+    task = task_class(
+        task_class.configure(grow_vocabulary(recipe.task, tokenizer), root), tokenizer=tokenizer
+    )
     task.init_weights(0)
     for name, child in task.named_children():
-        child.to(torch.float32 if name in kind.frozen else torch.float64)
+        child.to(torch.float32 if name in task_class.frozen else torch.float64)
     return task.train()
 
 
-def gradients(task: Task, batches: list[Batch]) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
+def compute_gradients(
+    task: Task, batches: list[Batch]
+) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
     task.zero_grad()
     values, _ = backward(task, batches, sum_targets(task, batches), FLOAT32)
     return values, {
@@ -42,11 +46,11 @@ def gradients(task: Task, batches: list[Batch]) -> tuple[dict[str, float], dict[
     }
 
 
-# One number ---------------------------------------------------------------------------------------
+# Loss and gradients -------------------------------------------------------------------------------
 
 
-def cut(batch: Batch, *sizes: int) -> list[Batch]:
-    """The batch in parts of these sizes."""
+def split_batch(batch: Batch, *sizes: int) -> list[Batch]:
+    """Splits a batch into micro-batches of these sizes."""
     parts, start = [], 0
     for size in sizes:
         parts.append({key: value[start : start + size] for key, value in batch.items()})
@@ -55,26 +59,25 @@ def cut(batch: Batch, *sizes: int) -> list[Batch]:
 
 
 @pytest.mark.parametrize("depth_drop", [0.0, 0.3])
-def test_features_in_parts_give_the_loss_of_all_pairs(root, depth_drop):
-    """Gradient caching equals the one big batch; with stochastic depth the same random draws are
-    needed, so parts of it."""
+def test_cached_features_give_the_loss_of_all_pairs(root, depth_drop):
+    """Gradient caching equals one batch; with stochastic depth it equals all graphs at once."""
     recipe = make_finetuning_recipe("retrieval", root)
     recipe = replace(
         recipe,
         task=replace(recipe.task, model=replace(recipe.task.model, drop_path_rate=depth_drop)),
     )
-    task = built(recipe, Retrieval, root)
+    task = build_float64_task(recipe, Retrieval, root)
     source = RecordDataset(root / "retrieval/main/train.jsonl", root)
     batch = task.collate([task.example(source[3 * i], True) for i in range(7)])
-    parts = cut(batch, 3, 3, 1)
+    parts = split_batch(batch, 3, 3, 1)
 
     def forward_in_parts() -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-        """The slow way: all graphs at once."""
+        """Keeps the graphs of all parts at once."""
         task.zero_grad()
         outputs = [task.outputs(part) for part in parts]
         loss = (
             task.compare(
-                {name: torch.cat([each[name] for each in outputs]) for name in outputs[0]}
+                {name: torch.cat([output[name] for output in outputs]) for name in outputs[0]}
             )["losses"]["loss"]
             / 7
         )
@@ -84,26 +87,30 @@ def test_features_in_parts_give_the_loss_of_all_pairs(root, depth_drop):
         }, loss.detach()
 
     torch.manual_seed(3)
-    slow, loss = forward_in_parts()
+    expected, loss = forward_in_parts()
     torch.manual_seed(3)
-    values, found = gradients(task, parts)
+    values, cached_gradients = compute_gradients(task, parts)
     assert values["loss"] == pytest.approx(float(loss), rel=1e-9) and values["accuracy"] <= 1
     if not depth_drop:
-        whole_values, whole = gradients(task, [batch])
-        assert whole_values == pytest.approx(values, rel=1e-9)
-        slow = whole
-    assert found.keys() == slow.keys() and "logit_scale" in found
-    for name, gradient in slow.items():
+        batch_values, batch_gradients = compute_gradients(task, [batch])
+        assert batch_values == pytest.approx(values, rel=1e-9)
+        expected = batch_gradients
+    assert cached_gradients.keys() == expected.keys() and "logit_scale" in cached_gradients
+    for name, gradient in expected.items():
         torch.testing.assert_close(
-            found[name], gradient, rtol=1e-9, atol=1e-9 * float(gradient.abs().max()), msg=name
+            cached_gradients[name],
+            gradient,
+            rtol=1e-9,
+            atol=1e-9 * float(gradient.abs().max()),
+            msg=name,
         )
 
 
 @pytest.fixture(scope="module")
 def pretrain_step(root, vqkd_weights) -> tuple[Task, list[Batch]]:
-    """The three batches of a step, whose records have different numbers of targets."""
+    """Returns a task and the three batches of a step, with varying numbers of targets."""
     recipe = make_pretrain_recipe(root, vqkd_weights)
-    task = built(recipe, Pretrain, root)
+    task = build_float64_task(recipe, Pretrain, root)
     records = {
         name: RecordDataset(root / f"pretrain/{name}/val.jsonl", root) for name in Pretrain.sources
     }
@@ -113,24 +120,24 @@ def pretrain_step(root, vqkd_weights) -> tuple[Task, list[Batch]]:
     ]
 
 
-def test_micro_batches_make_one_step(pretrain_step):
+def test_micro_batches_give_the_loss_and_gradients_of_one_batch(pretrain_step):
     task, step = pretrain_step
     counts = (step[2]["text_target"] != IGNORE_INDEX).sum(1)
-    assert len(set(counts.tolist())) > 1, (
-        "averaging means of micro-batches would give another number"
-    )
-    whole, whole_gradients = gradients(task, step)
+    assert len(set(counts.tolist())) > 1, "averaging means of micro-batches would give another loss"
+    expected, expected_gradients = compute_gradients(task, step)
     for sizes in ((3, 3), (1, 5), (2, 2, 2)):
-        values, parts = gradients(task, [part for batch in step for part in cut(batch, *sizes)])
-        assert values == pytest.approx(whole, rel=1e-6)
-        assert parts.keys() == whole_gradients.keys()
-        for name, gradient in parts.items():
-            torch.testing.assert_close(gradient, whole_gradients[name], rtol=1e-5, atol=1e-8)
+        values, part_gradients = compute_gradients(
+            task, [part for batch in step for part in split_batch(batch, *sizes)]
+        )
+        assert values == pytest.approx(expected, rel=1e-6)
+        assert part_gradients.keys() == expected_gradients.keys()
+        for name, gradient in part_gradients.items():
+            torch.testing.assert_close(gradient, expected_gradients[name], rtol=1e-5, atol=1e-8)
 
 
 def test_the_loss_is_the_plain_sum_of_means(pretrain_step):
     task, step = pretrain_step
-    values, _ = gradients(task, step)
+    values, _ = compute_gradients(task, step)
     means = {}
     for batch, prefix in zip(step, ("", "", "pair_"), strict=True):
         outputs = task.outputs(batch)
@@ -152,18 +159,18 @@ def test_the_loss_is_the_plain_sum_of_means(pretrain_step):
 
 def test_loss_weights_scale_loss_and_gradient(pretrain_step, monkeypatch):
     task, step = pretrain_step
-    values, plain = gradients(task, step[:1])
+    values, plain = compute_gradients(task, step[:1])
     monkeypatch.setattr(task, "config", replace(task.config, image_weight=3.0))
-    weighted, scaled = gradients(task, step[:1])
+    weighted, scaled = compute_gradients(task, step[:1])
     assert weighted["loss"] == pytest.approx(3 * values["loss"]) and weighted[
         "loss/image"
     ] == pytest.approx(values["loss/image"])
     torch.testing.assert_close(scaled["image_head.weight"], 3 * plain["image_head.weight"])
 
 
-def test_norms_of_parts_make_the_norm(pretrain_step):
+def test_gradient_norms_of_parts_add_up(pretrain_step):
     task, step = pretrain_step
-    _, found = gradients(task, step)
+    _, parameter_gradients = compute_gradients(task, step)
     norms = measure_gradient_norms(task)
     assert {name.removeprefix("gradient_norm/") for name in norms} == {
         "image_embedding",
@@ -174,11 +181,11 @@ def test_norms_of_parts_make_the_norm(pretrain_step):
         "text_head",
         "image_head",
     }
-    total = sum(gradient.square().sum() for gradient in found.values()).sqrt()
+    total = sum(gradient.square().sum() for gradient in parameter_gradients.values()).sqrt()
     assert sum(norm**2 for norm in norms.values()) ** 0.5 == pytest.approx(float(total))
     blocks = sum(
         gradient.square().sum()
-        for name, gradient in found.items()
+        for name, gradient in parameter_gradients.items()
         if name.startswith("backbone.blocks.1.")
     ).sqrt()
     assert norms["gradient_norm/blocks.1"] == pytest.approx(float(blocks))
@@ -192,12 +199,12 @@ def test_norms_of_parts_make_the_norm(pretrain_step):
         ("head.3.bias", "head"),
     ],
 )
-def test_parts(name, part):
+def test_parts_are_named_after_the_module(name, part):
     assert get_part_name(name) == part
 
 
-def test_the_micro_batch_that_is_not_finite_is_named():
-    batches = [{"id": [f"{kind}{index}" for index in range(10)]} for kind in "ab"]
+def test_the_nonfinite_micro_batch_is_named():
+    batches = [{"id": [f"{prefix}{index}" for index in range(10)]} for prefix in "ab"]
     losses = [torch.tensor(1.0), torch.tensor(float("nan"))]
     with pytest.raises(
         FloatingPointError,

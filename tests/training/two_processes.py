@@ -1,8 +1,7 @@
-"""What each of two processes runs under torchrun: training jobs from a JSON file, then a command
-line, or a kill.
+"""Script of each of two processes under torchrun: training jobs, then a command line or a kill.
 
-Jobs: [task, recipe, out, whether to record], where recording keeps the first step's gradients
-beside `out`.
+The JSON file has jobs [task, recipe, out, record]; with `record` the gradients of the first step
+are stored beside `out`.
 """
 
 import json
@@ -21,13 +20,13 @@ from beit3.task import Batch, Task, load_task
 from beit3.training import loop
 
 
-def recording(out: Path) -> Callable[[Task], dict[str, float]]:
-    """`gradient_norms` that writes the first gradients it sees to `<out>.gradients.pt`."""
+def store_gradients(out: Path) -> Callable[[Task], dict[str, float]]:
+    """Returns a `measure_gradient_norms` that stores its first gradients: `<out>.gradients.pt`."""
     measure, path = loop.measure_gradient_norms, out.with_name(out.name + ".gradients.pt")
 
-    def measuring(task: Task) -> dict[str, float]:
+    def measure_and_store(task: Task) -> dict[str, float]:
         if not path.exists():
-            found = {
+            gradients = {
                 name: gather_full(parameter.grad)
                 for name, parameter in task.trainable_parameters()
                 if parameter.grad is not None
@@ -35,49 +34,48 @@ def recording(out: Path) -> Callable[[Task], dict[str, float]]:
             all_gather_objects(None)  # every process has seen that there is no file
             if rank() == 0:
                 path.parent.mkdir(parents=True, exist_ok=True)
-                torch.save(found, path)
+                torch.save(gradients, path)
         return measure(task)
 
-    return measuring
+    return measure_and_store
 
 
-def noting(out: Path) -> Callable[[Task, list[Batch]], dict[str, int]]:
-    """`sum_targets` that writes each process's own counts of the first step to
-    `<out>.targets.json`."""
+def store_targets(out: Path) -> Callable[[Task, list[Batch]], dict[str, int]]:
+    """Returns a `sum_targets` that stores the first counts by process in `<out>.targets.json`."""
     count, path = loop.sum_targets, out.with_name(out.name + ".targets.json")
 
-    def counting(task: Task, batches: list[Batch]) -> dict[str, int]:
-        mine = all_gather_objects([task.targets(batch) for batch in batches])
+    def count_and_store(task: Task, batches: list[Batch]) -> dict[str, int]:
+        counts = all_gather_objects([task.targets(batch) for batch in batches])
         if rank() == 0 and not path.exists():
-            path.write_text(json.dumps(mine))
+            path.write_text(json.dumps(counts))
         return count(task, batches)
 
-    return counting
+    return count_and_store
 
 
-def killing(marker: Path) -> Callable[..., float]:
-    """`learning_rate` that kills process 1 in step 4 (the checkpoint of step 2 is there), once."""
+def kill_once(marker: Path) -> Callable[..., float]:
+    """Returns a `compute_learning_rate` that kills process 1 in step 4, once."""
     learning_rate = loop.compute_learning_rate
 
-    def killed(step: int, *rest) -> float:
+    def compute_or_kill(step: int, *arguments) -> float:
         if step == 3 and int(os.environ["RANK"]) == 1 and not marker.exists():
             marker.touch()
             os.kill(os.getpid(), signal.SIGKILL)
-        return learning_rate(step, *rest)
+        return learning_rate(step, *arguments)
 
-    return killed
+    return compute_or_kill
 
 
 def main() -> None:
     jobs = Path(sys.argv.pop(1))
     kill = sys.argv[1:] == ["kill"]
     if kill:
-        loop.compute_learning_rate = killing(jobs.with_name("killed"))
+        loop.compute_learning_rate = kill_once(jobs.with_name("killed"))
     originals = loop.measure_gradient_norms, loop.sum_targets
     for name, recipe, out, record in json.loads(jobs.read_text()):
         task = load_task(name)
         loop.measure_gradient_norms, loop.sum_targets = (
-            (recording(Path(out)), noting(Path(out))) if record else originals
+            (store_gradients(Path(out)), store_targets(Path(out))) if record else originals
         )
         loop.train(Recipe.from_dict(recipe, task.Config), task, out=out)
     loop.measure_gradient_norms, loop.sum_targets = originals

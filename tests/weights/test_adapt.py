@@ -1,5 +1,4 @@
-"""Weights of one task as another: what the network fixes, what a person names, and what is said of
-pictures."""
+"""Weights of one task are loaded as another: the config, class names, and preprocessing."""
 
 from dataclasses import replace
 
@@ -33,21 +32,21 @@ RELEASE = replace(
     vocab_size=64,
     text_positions=20,
 )
-PICTURES = Preprocessing(16, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6), "squash", "bilinear")
+PREPROCESSING = Preprocessing(16, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6), "squash", "bilinear")
 
 
-def filled(task, seed: int = 1):
+def initialize(task, seed: int = 1):
     task.init_weights(seed)
     return task
 
 
-def retrieval(model=PAPER) -> Retrieval:
-    return filled(Retrieval(RetrievalConfig(model=model, image=PICTURES, text_length=12)))
+def make_retrieval(model=PAPER) -> Retrieval:
+    return initialize(Retrieval(RetrievalConfig(model=model, image=PREPROCESSING, text_length=12)))
 
 
-def test_retrieval_classifies_by_names(tmp_path):
-    given = retrieval()
-    save_weights(given, tmp_path / "w")
+def test_retrieval_weights_classify_by_names(tmp_path):
+    source = make_retrieval()
+    save_weights(source, tmp_path / "w")
     task, report = load_weights_as(
         tmp_path / "w", "imagenet", classes=("cat", "dog", "house"), prompt="a {}"
     )
@@ -59,38 +58,42 @@ def test_retrieval_classifies_by_names(tmp_path):
         3,
         "a {}",
     )
-    assert config.image == PICTURES and config.model == PAPER, (
-        "network and pictures are the weights'"
+    assert config.image == PREPROCESSING and config.model == PAPER, (
+        "network and preprocessing are those of the weights"
     )
-    assert config.text_length == 12, "texts as long as the weights know them"
-    here, there = task.state_dict(), given.state_dict()
-    assert here.keys() == there.keys() and all(
-        torch.equal(here[name], there[name]) for name in here
+    assert config.text_length == 12, "texts are as long as in training"
+    state, expected = task.state_dict(), source.state_dict()
+    assert state.keys() == expected.keys() and all(
+        torch.equal(state[name], expected[name]) for name in state
     )
 
 
-def test_and_names_retrieve(tmp_path):
-    """The same weights the other way round."""
+def test_weights_that_classify_by_names_retrieve(tmp_path):
     by_names = ImageNetConfig(
-        model=PAPER, image=PICTURES, head="names", classes=("a", "b"), num_classes=2, text_length=9
+        model=PAPER,
+        image=PREPROCESSING,
+        head="names",
+        classes=("a", "b"),
+        num_classes=2,
+        text_length=9,
     )
-    save_weights(filled(ImageNet(by_names)), tmp_path / "w")
+    save_weights(initialize(ImageNet(by_names)), tmp_path / "w")
     task, report = load_weights_as(tmp_path / "w", "retrieval")
     assert isinstance(task, Retrieval) and not report.fresh and not report.ignored
 
 
-def test_pretrained_words_go_on_as_captions(tmp_path):
-    given = filled(Pretrain(PretrainConfig(model=PAPER, image=PICTURES, num_codes=9)))
-    save_weights(given, tmp_path / "w")
+def test_captioning_takes_the_pretrained_text_head(tmp_path):
+    source = initialize(Pretrain(PretrainConfig(model=PAPER, image=PREPROCESSING, num_codes=9)))
+    save_weights(source, tmp_path / "w")
     task, report = load_weights_as(tmp_path / "w", "captioning")
     assert not report.fresh and set(report.ignored.values()) == {
         "a head that captioning does not have"
     }
-    assert torch.equal(task.text_head.weight, given.text_head.weight)
+    assert torch.equal(task.text_head.weight, source.text_head.weight)
 
 
-def test_what_the_weights_lack_starts_fresh(tmp_path):
-    save_weights(retrieval(), tmp_path / "w")
+def test_a_missing_head_is_fresh(tmp_path):
+    save_weights(make_retrieval(), tmp_path / "w")
     task, report = load_weights_as(tmp_path / "w", "vqa", answers=("yes", "no"))
     assert task.config.num_answers == 2 and task.backbone.norm is None
     assert set(report.fresh) == {
@@ -100,16 +103,17 @@ def test_what_the_weights_lack_starts_fresh(tmp_path):
         "a head that vqa does not have",
         "the final norm: vqa reads the states before it",
     }
-    twin, _ = load_weights_as(tmp_path / "w", "vqa", answers=("yes", "no"))
+    second_task, _ = load_weights_as(tmp_path / "w", "vqa", answers=("yes", "no"))
     assert all(
-        torch.equal(twin.state_dict()[name], value) for name, value in task.state_dict().items()
+        torch.equal(second_task.state_dict()[name], value)
+        for name, value in task.state_dict().items()
     )
     assert 0 < task.head[0].weight.abs().max() <= 0.02
 
 
-def test_a_norm_that_the_weights_lack_is_fresh(tmp_path):
+def test_a_missing_final_norm_is_fresh(tmp_path):
     save_weights(
-        filled(VQA(VQAConfig(model=replace(PAPER, final_norm=False), num_answers=2))),
+        initialize(VQA(VQAConfig(model=replace(PAPER, final_norm=False), num_answers=2))),
         tmp_path / "w",
     )
     _, report = load_weights_as(tmp_path / "w", "nlvr2")
@@ -118,7 +122,7 @@ def test_a_norm_that_the_weights_lack_is_fresh(tmp_path):
     assert not report.fresh
 
 
-def test_networks_of_another_kind(tmp_path):
+def test_weights_of_another_kind_of_network_are_refused(tmp_path):
     visual = VisualTokenizerConfig(
         image_size=16,
         patch_size=8,
@@ -132,11 +136,13 @@ def test_networks_of_another_kind(tmp_path):
         teacher_dim=12,
     )
     save_weights(
-        filled(VQKD(VQKDConfig(model=visual, image=replace(VQKDConfig().image, image_size=16)))),
+        initialize(
+            VQKD(VQKDConfig(model=visual, image=replace(VQKDConfig().image, image_size=16)))
+        ),
         tmp_path / "codes",
     )
-    save_weights(retrieval(), tmp_path / "w")
-    for path, kind, message in (
+    save_weights(make_retrieval(), tmp_path / "w")
+    for path, task_name, message in (
         (
             "codes",
             "vqa",
@@ -146,16 +152,16 @@ def test_networks_of_another_kind(tmp_path):
         ("w", "vqaa", "unknown task 'vqaa'; did you mean vqa?"),
     ):
         with pytest.raises(ValueError, match=message):
-            load_weights_as(tmp_path / path, kind)
+            load_weights_as(tmp_path / path, task_name)
 
 
-def test_names_that_do_not_fit():
+def test_names_that_do_not_fit_the_task_are_refused():
     vqa, imagenet = VQAConfig(num_answers=3), ImageNetConfig(num_classes=3)
     assert add_names(vqa, VQA, answers=("a", "b"), fixed={}).num_answers == 2
     assert add_names(
         imagenet, ImageNet, classes=["a", "b", "c"], fixed={"num_classes": 3}
     ).classes == ("a", "b", "c")
-    for config, kind, given, message in (
+    for config, task_class, arguments, message in (
         (vqa, VQA, {"classes": ("a",)}, "classes given, but vqa has none: leave classes out"),
         (imagenet, ImageNet, {"answers": ("a",)}, "answers given, but imagenet has none"),
         (vqa, VQA, {"prompt": "a {}"}, "prompt given, but vqa has none"),
@@ -169,74 +175,79 @@ def test_names_that_do_not_fit():
         (imagenet, ImageNet, {"prompt": "a photo"}, "prompt 'a photo' has no {}"),
     ):
         with pytest.raises(ValueError, match=message):
-            add_names(config, kind, fixed={"num_answers": 3, "num_classes": 3}, **given)
+            add_names(config, task_class, fixed={"num_answers": 3, "num_classes": 3}, **arguments)
 
 
-@pytest.mark.parametrize("kind", [VQA, NLVR2, Captioning, Retrieval, ImageNet])
-def test_a_task_is_built_as_it_must_be(kind):
+@pytest.mark.parametrize("task_class", [VQA, NLVR2, Captioning, Retrieval, ImageNet])
+def test_adapted_configs_fit_the_task(task_class):
     for by_names in (False, True):
         for final_norm in (False, True):
             config = adapt_config(
-                kind, replace(RELEASE, final_norm=final_norm), PICTURES, by_names=by_names
+                task_class,
+                replace(RELEASE, final_norm=final_norm),
+                PREPROCESSING,
+                by_names=by_names,
             )
             assert config.model.final_norm == (
-                kind not in (VQA, ImageNet) or (by_names and kind is ImageNet)
+                task_class not in (VQA, ImageNet) or (by_names and task_class is ImageNet)
             )
-            assert config.image == PICTURES and config.text_length <= 18
-            kind(config)
+            assert config.image == PREPROCESSING and config.text_length <= 18
+            task_class(config)
 
 
-# Pictures -----------------------------------------------------------------------------------------
+# Preprocessing ------------------------------------------------------------------------------------
 
 DIFFERENCE = "images are prepared differently than for these weights' training: "
 
 
 @pytest.mark.parametrize("form", ["directory", "file"])
-def test_other_pictures_are_said_when_training_starts(tmp_path, form):
-    given = Retrieval(RetrievalConfig(model=RELEASE, image=Preprocessing(16)))
-    filled(given)
+def test_different_preprocessing_is_noted(tmp_path, form):
+    source = Retrieval(RetrievalConfig(model=RELEASE, image=Preprocessing(16)))
+    initialize(source)
     path = tmp_path / "w"
     if form == "directory":
-        save_weights(given, path)
+        save_weights(source, path)
     else:
-        torch.save({"model": to_released_state(given)}, path)
+        torch.save({"model": to_released_state(source)}, path)
     crop = ImageNetConfig(
         model=replace(RELEASE, final_norm=False),
         image=Preprocessing(16, *IMAGENET_MEAN_STD, resize="crop"),
         num_classes=2,
     )
-    lines = initialize_from(filled(ImageNet(crop)), path).lines()
+    lines = initialize_from(initialize(ImageNet(crop)), path).lines()
     mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
     half = (0.5, 0.5, 0.5)
     assert (
-        lines[-1]
-        == f"{DIFFERENCE}mean is {half}, here {mean}; std is {half}, here {std}; resize is squash, here crop"
+        lines[-1] == f"{DIFFERENCE}mean is {half}, here {mean}; std is {half}, here {std}; "
+        "resize is squash, here crop"
     )
     larger = replace(crop, image=Preprocessing(24), model=replace(crop.model, image_size=24))
     for config in (replace(crop, image=Preprocessing(16)), larger):
-        lines = initialize_from(filled(ImageNet(config)), path).lines()
+        lines = initialize_from(initialize(ImageNet(config)), path).lines()
         assert not any(DIFFERENCE in line for line in lines), "sizes are resampled"
 
 
-def test_pictures_of_a_bare_network_are_anyones(tmp_path):
+def test_a_file_without_a_head_has_no_preprocessing_to_compare(tmp_path):
     state = {
         name: value
-        for name, value in to_released_state(retrieval(RELEASE)).items()
+        for name, value in to_released_state(make_retrieval(RELEASE)).items()
         if name.startswith("beit3.")
     }
     torch.save(state, tmp_path / "bare.pth")
-    task = filled(NLVR2(NLVR2Config(model=RELEASE, image=PICTURES)))
+    task = initialize(NLVR2(NLVR2Config(model=RELEASE, image=PREPROCESSING)))
     assert not initialize_from(task, tmp_path / "bare.pth").notes
 
 
-def test_a_head_of_another_number_starts_fresh(tmp_path):
-    """Fine-tuning into other classes: the head is fresh, with both shapes; the rest is taken."""
+def test_a_head_with_another_number_of_outputs_is_fresh(tmp_path):
+    """The report names both shapes; the rest of the weights is loaded."""
     model = replace(RELEASE, final_norm=False)
-    given = filled(ImageNet(ImageNetConfig(model=model, image=Preprocessing(16), num_classes=3)))
-    save_weights(given, tmp_path / "w")
-    torch.save({"model": to_released_state(given)}, tmp_path / "a.pth")
+    source = initialize(
+        ImageNet(ImageNetConfig(model=model, image=Preprocessing(16), num_classes=3))
+    )
+    save_weights(source, tmp_path / "w")
+    torch.save({"model": to_released_state(source)}, tmp_path / "a.pth")
     for path in (tmp_path / "w", tmp_path / "a.pth"):
-        task = filled(
+        task = initialize(
             ImageNet(ImageNetConfig(model=model, image=Preprocessing(16), num_classes=5)), 2
         )
         report = initialize_from(task, path)
@@ -244,4 +255,4 @@ def test_a_head_of_another_number_starts_fresh(tmp_path):
             "head.weight": "shape [3, 64] in the file, [5, 64] here",
             "head.bias": "shape [3] in the file, [5] here",
         }
-        assert torch.equal(task.fc_norm.weight, given.fc_norm.weight)
+        assert torch.equal(task.fc_norm.weight, source.fc_norm.weight)

@@ -1,5 +1,4 @@
-"""A tiny export, read back by hand in each dataset's own format, its words held against its
-pictures."""
+"""A tiny world, read in each dataset's own format; its texts are compared with its images."""
 
 import hashlib
 import io
@@ -13,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from beit3.world.export import IMAGENET_CLASSES, _instance, write_world
+from beit3.world.export import IMAGENET_CLASSES, _make_instance, write_world
 from beit3.world.language import ANSWERS
 from beit3.world.render import compute_boxes, render_instance_masks
 from beit3.world.scene import COLORS, make_scene
@@ -29,33 +28,37 @@ def world(tmp_path_factory) -> Path:
     return out
 
 
-def pixels(path: Path, size: int = 32) -> np.ndarray:
-    with Image.open(path) as picture:
-        assert picture.size == (size, size) and picture.format == "PNG"
-        return np.asarray(picture.convert("RGB"), dtype=float)
+def read_pixels(path: Path, size: int = 32) -> np.ndarray:
+    with Image.open(path) as image:
+        assert image.size == (size, size) and image.format == "PNG"
+        return np.asarray(image.convert("RGB"), dtype=float)
 
 
-def shows(path: Path, color: str) -> bool:
-    return bool((abs(pixels(path) - np.array(COLORS[color])).max(axis=-1) < 40).sum() >= 2)
+def shows_color(path: Path, color: str) -> bool:
+    return bool((abs(read_pixels(path) - np.array(COLORS[color])).max(axis=-1) < 40).sum() >= 2)
 
 
-def digests(root: Path) -> dict[str, str]:
+def compute_digests(root: Path) -> dict[str, str]:
     files = [path for path in root.rglob("*") if path.is_file()]
     return {
         str(path.relative_to(root)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files
     }
 
 
-def test_same_arguments_same_bytes(world, tmp_path):
+def test_the_same_arguments_give_the_same_bytes(world, tmp_path):
     write_world(tmp_path / "again", **TINY)
-    assert digests(tmp_path / "again") == digests(world)
+    assert compute_digests(tmp_path / "again") == compute_digests(world)
     write_world(tmp_path / "other", **TINY, seed=1)
-    same = set(digests(tmp_path / "other").values()) & set(digests(world).values())
-    assert len(same) <= 2  # no picture recurs; the odd label map may
+    shared_digests = set(compute_digests(tmp_path / "other").values()) & set(
+        compute_digests(world).values()
+    )
+    assert len(shared_digests) <= 2  # images never repeat, label maps may
 
 
-def test_no_picture_appears_twice(world):
-    seen = Counter(digest for name, digest in digests(world).items() if "/annotations/" not in name)
+def test_no_image_appears_twice(world):
+    seen = Counter(
+        digest for name, digest in compute_digests(world).items() if "/annotations/" not in name
+    )
     assert max(seen.values()) == 1
 
 
@@ -83,7 +86,7 @@ def test_pairs_are_karpathys_format(world):
         for sentence, sentid in zip(image["sentences"], image["sentids"], strict=True):
             assert sentence["imgid"] == image["imgid"] and sentence["sentid"] == sentid
             assert sentence["tokens"] == re.findall("[a-z]+", sentence["raw"])
-            assert all(shows(path, word) for word in sentence["tokens"] if word in COLORS), (
+            assert all(shows_color(path, word) for word in sentence["tokens"] if word in COLORS), (
                 path,
                 sentence["raw"],
             )
@@ -108,10 +111,10 @@ def test_vqa_is_vqav2s_format(world):
             assert (annotation["answer_type"] == "yes/no") == (answer in ("yes", "no"))
             assert (annotation["answer_type"] == "number") == (answer in ("0", "1", "2", "3"))
             path = world / f"vqa/{split}/COCO_{split}_{question['image_id']:012d}.png"
-            assert shows(path, answer) if answer in COLORS else path.exists()
-        fresh = {question["question_id"] for question in asked["questions"]}
-        assert len(fresh) == count and not fresh & ids
-        ids |= fresh
+            assert shows_color(path, answer) if answer in COLORS else path.exists()
+        split_ids = {question["question_id"] for question in asked["questions"]}
+        assert len(split_ids) == count and not split_ids & ids
+        ids |= split_ids
 
 
 def test_nlvr2(world):
@@ -127,23 +130,20 @@ def test_nlvr2(world):
             assert record["label"] in ("True", "False") and all(path.exists() for path in paths)
 
 
-def test_nlvr2_sides_match_the_pictures(tmp_path):
+def test_nlvr2_statements_match_their_images(tmp_path):
     write_world(tmp_path / "w", num_train=360, num_val=1, num_test=1, num_questions=3)
-    judged = Counter()
+    outcomes = Counter()
     for record in map(json.loads, (tmp_path / "w/nlvr2/train.json").read_text().splitlines()):
         match = re.fullmatch(
             r"the (left|right) image contains an? (\w+) object \.", record["sentence"]
         )
-        if (
-            match and match[2] in COLORS and match[2] not in ("white", "black")
-        ):  # those two are shades as well
+        # White and black are shades of textured objects as well.
+        if match and match[2] in COLORS and match[2] not in ("white", "black"):
             stem = record["identifier"].rpartition("-")[0]
-            path = (
-                tmp_path
-                / f"w/nlvr2/images/train/{record['directory']}/{stem}-img{int(match[1] == 'right')}.png"
-            )
-            judged[shows(path, match[2]) == (record["label"] == "True")] += 1
-    assert judged[True] >= 3 and not judged[False]
+            folder = tmp_path / f"w/nlvr2/images/train/{record['directory']}"
+            path = folder / f"{stem}-img{int(match[1] == 'right')}.png"
+            outcomes[shows_color(path, match[2]) == (record["label"] == "True")] += 1
+    assert outcomes[True] >= 3 and not outcomes[False]
 
 
 def test_imagenet_is_a_folder_per_class(world):
@@ -151,7 +151,7 @@ def test_imagenet_is_a_folder_per_class(world):
         folders = sorted(path.name for path in (world / "imagenet" / split).iterdir())
         assert folders == sorted(IMAGENET_CLASSES) and len(folders) == 10
         for path in (world / "imagenet" / split).glob("*/*.png"):
-            assert shows(path, path.parent.name.split("_")[0])
+            assert shows_color(path, path.parent.name.split("_")[0])
 
 
 def test_coco(world):
@@ -164,13 +164,13 @@ def test_coco(world):
             body["annotations"]
         )
         for image in images.values():
-            assert pixels(world / "coco" / split / image["file_name"]).shape == (
+            assert read_pixels(world / "coco" / split / image["file_name"]).shape == (
                 image["height"],
                 image["width"],
                 3,
             )
-    said = json.loads((world / "coco/annotations/captions_val.json").read_text())
-    assert Counter(a["image_id"] for a in said["annotations"]) == dict.fromkeys(images, 3)
+    captions = json.loads((world / "coco/annotations/captions_val.json").read_text())
+    assert Counter(a["image_id"] for a in captions["annotations"]) == dict.fromkeys(images, 3)
 
 
 def test_coco_instances_agree_with_the_masks():
@@ -180,7 +180,7 @@ def test_coco_instances_agree_with_the_masks():
         for item, mask, box in zip(
             scene.objects, render_instance_masks(scene, 128), compute_boxes(scene, 128), strict=True
         ):
-            record = _instance(item, 128)
+            record = _make_instance(item, 128)
             assert record["category_id"] == SHAPE_IDS[item.shape] and record["iscrowd"] == 0
             # The tips of triangles are thinner than a pixel; every other side is good to one.
             slack = {"triangle": 2.5}.get(item.shape, 1.01)
@@ -188,16 +188,15 @@ def test_coco_instances_agree_with_the_masks():
             excess[item.shape].append(mask.sum() / record["area"] - 1)
     for shape, values in excess.items():
         assert max(map(abs, values)) < 0.12, shape  # one row of pixels along a small cross
-        expected = (
-            np.pi / (12 * np.sin(np.pi / 12)) - 1 if shape == "circle" else 0
-        )  # its polygon has 24 corners
+        # The polygon of a circle has 24 corners.
+        expected = np.pi / (12 * np.sin(np.pi / 12)) - 1 if shape == "circle" else 0
         assert np.mean(values) == pytest.approx(expected, abs=0.008), shape
 
 
 def test_coco_area_is_that_of_the_polygon():
     for seed in range(40):
         for item in make_scene(seed).objects:
-            record = _instance(item, 128)
+            record = _make_instance(item, 128)
             canvas = Image.new("1", (2048, 2048))
             ImageDraw.Draw(canvas).polygon(
                 [16 * value for value in record["segmentation"][0]], fill=1
@@ -207,16 +206,16 @@ def test_coco_area_is_that_of_the_polygon():
 
 def test_ade20k(world):
     for split in ("training", "validation"):
-        pictures = sorted((world / "ade20k/images" / split).iterdir())
+        images = sorted((world / "ade20k/images" / split).iterdir())
         labels = sorted((world / "ade20k/annotations" / split).iterdir())
-        assert len(pictures) == 10 and [path.name for path in pictures] == [
+        assert len(images) == 10 and [path.name for path in images] == [
             path.name for path in labels
         ]
         for path in labels:
             with Image.open(path) as label:
                 assert label.mode == "L"
-                found = set(np.unique(np.asarray(label)).tolist())
-            assert 1 in found and found <= set(range(1, 7)) and len(found) >= 2
+                values = set(np.unique(np.asarray(label)).tolist())
+            assert 1 in values and values <= set(range(1, 7)) and len(values) >= 2
 
 
 def test_shards_are_webdatasets(world):
@@ -231,7 +230,7 @@ def test_shards_are_webdatasets(world):
         assert Image.open(io.BytesIO(members[f"{key}.png"])).size == (32, 32)
 
 
-def test_shards_lose_no_pair_at_a_border(tmp_path, monkeypatch):
+def test_shards_contain_all_pairs(tmp_path, monkeypatch):
     monkeypatch.setattr("beit3.world.export.PAIRS_PER_SHARD", 4)
     write_world(tmp_path / "w", **TINY)
     keys = []
@@ -253,7 +252,7 @@ def test_progress_ends_at_the_total(tmp_path):
     )
     assert [done for done, _ in calls] == list(range(1, len(calls) + 1))
     assert {total for _, total in calls} == {len(calls)}
-    pixels(tmp_path / "w/images/train/000000.png", size=16)
+    read_pixels(tmp_path / "w/images/train/000000.png", size=16)
 
 
 def test_an_interrupted_export_leaves_nothing(tmp_path):
@@ -266,7 +265,7 @@ def test_an_interrupted_export_leaves_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_user_faults(world, tmp_path):
+def test_invalid_arguments_are_refused(world, tmp_path):
     with pytest.raises(ValueError, match="exists already"):
         write_world(world, **TINY)
     with pytest.raises(ValueError, match="num_val: 0"):

@@ -1,4 +1,4 @@
-"""Everything said about several hundred scenes, judged by the second reading in `truth.py`."""
+"""Texts about several hundred scenes, checked by the independent reading in `truth.py`."""
 
 from collections import Counter, defaultdict
 
@@ -19,7 +19,7 @@ from tests.world import truth
 SCENES = [make_scene(seed) for seed in range(700)]
 
 
-def tidy(text: str) -> bool:
+def is_well_formed(text: str) -> bool:
     return (
         text == text.lower()
         and text == " ".join(text.split())
@@ -27,7 +27,7 @@ def tidy(text: str) -> bool:
     )
 
 
-def test_name():
+def test_describe_object_names_all_attributes():
     assert (
         describe_object(Object("circle", "red", "large", "plain", 0.5, 0.5, 0.2))
         == "large red circle"
@@ -42,10 +42,10 @@ def test_captions_are_true_and_differ():
     rng = np.random.default_rng(0)
     seen = Counter()
     for scene in SCENES:
-        said = write_captions(scene, rng, 3)
-        assert len(said) == len(set(said)) == 3
-        for text in said:
-            assert tidy(text) and 4 <= len(text.split()) <= 17, text
+        captions = write_captions(scene, rng, 3)
+        assert len(captions) == len(set(captions)) == 3
+        for text in captions:
+            assert is_well_formed(text) and 4 <= len(text.split()) <= 17, text
             assert truth.caption_holds(text, scene), (text, scene)
             seen["relation"] += any(side in text for side in truth.SIDES.split("|"))
             seen["list"] += " and " in text
@@ -53,7 +53,7 @@ def test_captions_are_true_and_differ():
     assert len(write_captions(SCENES[0], rng, 50)) == 50
 
 
-def test_the_judge_rejects_captions_of_other_scenes():
+def test_the_check_rejects_captions_of_other_scenes():
     rng = np.random.default_rng(1)
     accepted = sum(
         truth.caption_holds(write_captions(a, rng, 1)[0], b)
@@ -67,22 +67,26 @@ def test_paragraphs_are_true():
     for scene in SCENES:
         text = write_paragraph(scene, rng)
         sentences = text.removesuffix(" .").split(" . ")
-        assert tidy(text) and text.endswith(" .") and 3 <= len(sentences) <= 7, text
+        assert is_well_formed(text) and text.endswith(" .") and 3 <= len(sentences) <= 7, text
         for sentence in sentences:
             assert truth.sentence_holds(sentence, scene), (sentence, scene)
 
 
-def test_questions_have_one_answer_and_it_is_given():
+def test_questions_have_a_single_answer():
     rng = np.random.default_rng(3)
-    asked = [(question, scene) for scene in SCENES for question in ask_questions(scene, rng, 5)]
-    assert len(asked) == 5 * len(SCENES)
-    for question, scene in asked:
+    questions = [(question, scene) for scene in SCENES for question in ask_questions(scene, rng, 5)]
+    assert len(questions) == 5 * len(SCENES)
+    for question, scene in questions:
         assert question.answer == truth.answer(question.text, scene), (question, scene)
-        assert question.answer in ANSWERS and (tidy(question.text) and question.text.endswith(" ?"))
-    assert {question.answer for question, _ in asked} == set(ANSWERS) and 25 <= len(ANSWERS) <= 30
-    kinds = Counter(question.kind for question, _ in asked)
+        assert question.answer in ANSWERS and (
+            is_well_formed(question.text) and question.text.endswith(" ?")
+        )
+    assert {question.answer for question, _ in questions} == set(ANSWERS) and 25 <= len(
+        ANSWERS
+    ) <= 30
+    kinds = Counter(question.kind for question, _ in questions)
     assert set(kinds) == set(KIND_WEIGHTS)
-    assert kinds["color"] + kinds["shape"] + kinds["size"] > 0.6 * len(asked)
+    assert kinds["color"] + kinds["shape"] + kinds["size"] > 0.6 * len(questions)
 
 
 def test_questions_of_one_scene_differ():
@@ -94,12 +98,12 @@ def test_questions_of_one_scene_differ():
 
 def test_answers_are_balanced():
     rng = np.random.default_rng(5)
-    found = defaultdict(Counter)
+    answer_counts = defaultdict(Counter)
     for seed in range(2500):
         for question in ask_questions(make_scene(seed), rng, 3):
-            found[question.kind][question.answer] += 1
+            answer_counts[question.kind][question.answer] += 1
     for kind in ("exists", "relation"):
-        yes, no = found[kind]["yes"], found[kind]["no"]
+        yes, no = answer_counts[kind]["yes"], answer_counts[kind]["no"]
         assert 0.43 < yes / (yes + no) < 0.57, (kind, yes, no)
     for kind, most in (
         ("color", 0.16),
@@ -108,16 +112,19 @@ def test_answers_are_balanced():
         ("texture", 0.5),
         ("count", 0.6),
     ):
-        assert max(found[kind].values()) < most * found[kind].total(), (kind, found[kind])
+        assert max(answer_counts[kind].values()) < most * answer_counts[kind].total(), (
+            kind,
+            answer_counts[kind],
+        )
 
 
-def test_statements_are_judged_rightly_and_balanced():
+def test_statements_have_right_and_balanced_labels():
     rng = np.random.default_rng(6)
     by_text = defaultdict(Counter)
     for left in SCENES:
         for right in (SCENES[i] for i in rng.integers(len(SCENES), size=8)):
             text, label = make_statement(left, right, rng)
-            assert tidy(text) and label == truth.statement_holds(text, left, right), (
+            assert is_well_formed(text) and label == truth.statement_holds(text, left, right), (
                 text,
                 left,
                 right,
@@ -125,16 +132,16 @@ def test_statements_are_judged_rightly_and_balanced():
             by_text[text][label] += 1
     total = sum((counts for counts in by_text.values()), Counter())
     assert 0.47 < total[True] / total.total() < 0.53
-    for text, counts in by_text.items():  # blind to the pictures, one wording tells little
+    for text, counts in by_text.items():  # without the images, a wording says little
         if counts.total() >= 100:
             assert 0.3 < counts[True] / counts.total() < 0.7, (text, counts)
 
 
-def test_the_generator_decides_the_words():
+def test_the_generator_determines_the_texts():
     scene = make_scene(7, num_objects=(0, 0, 1))
-    for speak in (
+    for write in (
         lambda rng: write_captions(scene, rng, 3),
         lambda rng: write_paragraph(scene, rng),
     ):
-        assert speak(np.random.default_rng(1)) == speak(np.random.default_rng(1))
-        assert len({str(speak(np.random.default_rng(k))) for k in range(8)}) > 4
+        assert write(np.random.default_rng(1)) == write(np.random.default_rng(1))
+        assert len({str(write(np.random.default_rng(k))) for k in range(8)}) > 4

@@ -1,4 +1,4 @@
-"""Pictures and labels against a second drawing of the same objects, and against each other."""
+"""Images and labels against an independent rendering of the same objects, and each other."""
 
 from itertools import combinations
 
@@ -18,25 +18,24 @@ from beit3.world.scene import COLORS, make_scene
 SCENES = [make_scene(seed) for seed in range(120)]
 
 
-def winding(item, size: int) -> np.ndarray:
-    """Pixel centres in the object [S, S]: the outline's corners, seen from inside, turn once
-    around."""
+def find_inside(item, size: int) -> np.ndarray:
+    """Returns [S, S], the pixel centers around which the outline's corners turn once."""
     x, y = np.meshgrid(*[(np.arange(size) + 0.5) / size] * 2)
     if item.shape == "circle":
         return np.hypot(x - item.x, y - item.y) <= item.radius
     corners = compute_outline(item)
-    towards = [np.arctan2(cy - y, cx - x) for cx, cy in corners]
+    directions = [np.arctan2(cy - y, cx - x) for cx, cy in corners]
     turns = [
         (b - a + np.pi) % (2 * np.pi) - np.pi
-        for a, b in zip(towards, [*towards[1:], towards[0]], strict=True)
+        for a, b in zip(directions, [*directions[1:], directions[0]], strict=True)
     ]
     return abs(sum(turns)) > np.pi
 
 
-def test_picture_is_rgb_of_the_asked_size_and_repeatable():
+def test_the_image_is_rgb_of_the_given_size_and_reproducible():
     for size in (8, 32, 50):
-        picture = render(SCENES[0], size)
-        assert picture.mode == "RGB" and picture.size == (size, size)
+        image = render(SCENES[0], size)
+        assert image.mode == "RGB" and image.size == (size, size)
     assert render(SCENES[1]).tobytes() == render(make_scene(1)).tobytes()
     assert render(SCENES[1]).tobytes() != render(SCENES[2]).tobytes()
 
@@ -48,12 +47,12 @@ def test_sizes_show_the_same_scene():
         assert abs(small - large).mean() < 3
 
 
-def test_masks_equal_a_second_geometry():
+def test_masks_equal_an_independent_computation():
     for scene in SCENES:
         masks = render_instance_masks(scene, 32)
         assert masks.shape == (len(scene.objects), 32, 32) and masks.dtype == bool
         for mask, item in zip(masks, scene.objects, strict=True):
-            assert (mask == winding(item, 32)).all(), item
+            assert (mask == find_inside(item, 32)).all(), item
 
 
 def test_masks_are_disjoint_and_boxes_are_tight():
@@ -79,30 +78,30 @@ def test_semantic_map_names_each_pixel():
     assert SEMANTIC_CLASSES[0] == "background" and len(SEMANTIC_CLASSES) == 6
 
 
-def test_colors_show_and_backgrounds_never_look_like_one():
-    known = np.array(list(COLORS.values()), dtype=float)
+def test_colors_are_visible_and_differ_from_backgrounds():
+    palette = np.array(list(COLORS.values()), dtype=float)
     for scene in SCENES:
-        picture = np.asarray(render(scene, 64), dtype=float)
+        image = np.asarray(render(scene, 64), dtype=float)
         masks = render_instance_masks(scene, 64)
         for mask, item in zip(masks, scene.objects, strict=True):
-            pixels = picture[mask]
-            nearest = abs(pixels[:, None] - known).sum(axis=-1).argmin(axis=1)  # [pixels]
-            share = (nearest == list(COLORS).index(item.color)).mean()
-            assert share > (0.7 if item.texture == "plain" else 0.3), (item, share)
-        far = picture[1:-1:4, 1:-1:4][~near(masks)[1:-1:4, 1:-1:4]]
-        assert np.sqrt(((far[:, None] - known) ** 2).sum(axis=-1)).min() > 75
+            pixels = image[mask]
+            nearest = abs(pixels[:, None] - palette).sum(axis=-1).argmin(axis=1)  # [pixels]
+            fraction = (nearest == list(COLORS).index(item.color)).mean()
+            assert fraction > (0.7 if item.texture == "plain" else 0.3), (item, fraction)
+        background = image[1:-1:4, 1:-1:4][~dilate(masks)[1:-1:4, 1:-1:4]]
+        assert np.sqrt(((background[:, None] - palette) ** 2).sum(axis=-1)).min() > 75
 
 
-def near(masks: np.ndarray) -> np.ndarray:
-    """The objects with a rim of two pixels [S, S]."""
+def dilate(masks: np.ndarray) -> np.ndarray:
+    """Returns [S, S], all objects with a rim of two pixels."""
     any_mask = masks.any(axis=0)
-    grown = any_mask.copy()
+    dilated = any_mask.copy()
     for dy in range(-2, 3):
         for dx in range(-2, 3):
-            grown |= np.roll(any_mask, (dy, dx), axis=(0, 1))
-    return grown
+            dilated |= np.roll(any_mask, (dy, dx), axis=(0, 1))
+    return dilated
 
 
-def test_too_small_a_picture():
+def test_a_too_small_image_is_refused():
     with pytest.raises(ValueError, match="image_size: 4"):
         render(SCENES[0], 4)

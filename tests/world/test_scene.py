@@ -1,5 +1,4 @@
-"""Scenes: decided by the seed, tidy, and with relations that are only stated where they are
-clear."""
+"""Scenes: determined by the seed, without overlaps, with relations only where they are clear."""
 
 from collections import Counter
 from itertools import combinations, permutations
@@ -7,17 +6,17 @@ from itertools import combinations, permutations
 import pytest
 
 from beit3.world.scene import COLORS, SHAPES, TEXTURES, find_relation, invert_relation, make_scene
-from tests.world.truth import SIDES, clearly
+from tests.world.truth import SIDES, is_clearly
 
 SCENES = [make_scene(seed) for seed in range(600)]
 
 
-def test_a_seed_decides_the_scene():
+def test_the_seed_determines_the_scene():
     assert SCENES[:50] == [make_scene(seed) for seed in range(50)]
     assert len({scene.objects for scene in SCENES}) == len(SCENES)
 
 
-def test_objects_lie_inside_and_apart():
+def test_objects_are_inside_the_image_and_do_not_overlap():
     for scene in SCENES:
         for item in scene.objects:
             assert item.radius < item.x < 1 - item.radius and item.radius < item.y < 1 - item.radius
@@ -34,39 +33,39 @@ def test_sizes_are_never_ambiguous():
     assert len(large) > 0.3 * (len(small) + len(large))
 
 
-def test_frequencies():
-    number = Counter(len(scene.objects) for scene in SCENES)
-    assert [number[k] / len(SCENES) for k in (1, 2, 3)] == pytest.approx(
+def test_attributes_have_the_expected_frequencies():
+    num_objects = Counter(len(scene.objects) for scene in SCENES)
+    assert [num_objects[k] / len(SCENES) for k in (1, 2, 3)] == pytest.approx(
         [0.4, 0.45, 0.15], abs=0.06
     )
     objects = [item for scene in SCENES for item in scene.objects]
     plain = sum(item.texture == "plain" for item in objects) / len(objects)
     assert plain == pytest.approx(0.7, abs=0.06)
-    for key, words in (("color", COLORS), ("shape", SHAPES)):
-        found = Counter(getattr(item, key) for item in objects)
-        assert set(found) == set(words)
-        assert min(found.values()) > 0.7 * len(objects) / len(words)
+    for key, values in (("color", COLORS), ("shape", SHAPES)):
+        counts = Counter(getattr(item, key) for item in objects)
+        assert set(counts) == set(values)
+        assert min(counts.values()) > 0.7 * len(objects) / len(values)
     assert {item.texture for item in objects} == set(TEXTURES)
 
 
-def test_num_objects_is_obeyed():
+def test_num_objects_sets_the_probabilities():
     assert {len(make_scene(seed, num_objects=(0, 0, 1)).objects) for seed in range(30)} == {3}
     assert {len(make_scene(seed, num_objects=(1, 0, 0)).objects) for seed in range(30)} == {1}
 
 
-def test_relation_equals_a_second_reading():
-    stated = 0
+def test_relations_agree_with_an_independent_check():
+    num_stated = 0
     for scene in SCENES:
         for a, b in permutations(scene.objects, 2):
-            true = [side for side in SIDES.split("|") if clearly(a, side, b)]
-            assert find_relation(a, b) == (true[0] if true else None)
-            if true:
-                stated += 1
-                assert find_relation(b, a) == invert_relation(true[0])
-    assert stated > 500
+            sides = [side for side in SIDES.split("|") if is_clearly(a, side, b)]
+            assert find_relation(a, b) == (sides[0] if sides else None)
+            if sides:
+                num_stated += 1
+                assert find_relation(b, a) == invert_relation(sides[0])
+    assert num_stated > 500
 
 
-def test_user_faults():
+def test_invalid_arguments_are_refused():
     with pytest.raises(ValueError, match="seed: -1"):
         make_scene(-1)
     with pytest.raises(ValueError, match="num_objects"):

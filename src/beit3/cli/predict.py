@@ -50,9 +50,9 @@ def predict(
     check_task_fields(fields, predict, "predict")
     predictor = load_predictor(weights, released, int8=int8, fields=fields)
     if out or min_score is not None:
-        from beit3.report.drawing import predict_drawn
+        from beit3.report.drawing import predict_and_draw
 
-        predictions = predict_drawn(predictor, [input, *inputs_alone], out, min_score=min_score)
+        predictions = predict_and_draw(predictor, [input, *inputs_alone], out, min_score=min_score)
     else:
         predictions = predictor(input, *inputs_alone)
     print(json.dumps(predictions, ensure_ascii=False))

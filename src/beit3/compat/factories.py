@@ -84,13 +84,13 @@ def load_model_and_may_interpolate(
         raise ValueError(
             f"model_prefix {model_prefix!r}: a released file's names have none, give ''"
         )
-    state, own = read_state_dict(ckpt_path), model.state_dict()
+    state, model_state = read_state_dict(ckpt_path), model.state_dict()
     if IMAGE_POSITIONS in state:
         table = state[IMAGE_POSITIONS]
         state[IMAGE_POSITIONS] = fit_positions(table, model.beit3.config.grid, IMAGE_POSITIONS)
     for name in list(state):
         is_head = not name.startswith("beit3.")
-        if is_head and name in own and state[name].shape != own[name].shape:
+        if is_head and name in model_state and state[name].shape != model_state[name].shape:
             del state[name]
     missing, unexpected = model.load_state_dict(state, strict=False)
     if missing:
@@ -153,5 +153,5 @@ def create_model(model_name: str, pretrained: bool = False, **kwargs: Any) -> BE
         raise ValueError(
             f"no model {model_name}{suggest(model_name, list(MODELS))} (known: {', '.join(MODELS)})"
         )
-    given = {name: value for name, value in kwargs.items() if value is not None}
-    return MODELS[model_name](pretrained=pretrained, **given)
+    arguments = {name: value for name, value in kwargs.items() if value is not None}
+    return MODELS[model_name](pretrained=pretrained, **arguments)

@@ -189,20 +189,13 @@ class BEiT3(network.BEiT3):
         Raises:
             ValueError: An argument cannot be honored.
         """
-        padding = None
-        if textual_tokens is not None and text_padding_position is not None:
-            padding = text_padding_position.bool()
-        if incremental_state is not None and padding is not None:
-            if padding.any():
-                raise ValueError(
-                    "text_padding_position with incremental_state: decode texts without padding"
-                )
-            padding = None
         if positions is not None and visual_tokens is not None:
             raise ValueError(
                 "positions beside visual_tokens: they are rows of the text position table, "
                 "leave them out"
             )
+        padding = None if textual_tokens is None else text_padding_position
+        padding = _check_padding(padding, incremental_state)
         cache = None
         if incremental_state is not None or positions is not None:
             cache = _make_cache(incremental_state or {}, positions, len(self.blocks))
@@ -216,22 +209,15 @@ class BEiT3(network.BEiT3):
         )
         if incremental_state is not None and cache is not None:
             _update_state(incremental_state, cache)
-        if textual_tokens is None:
-            split = -1
-        elif visual_tokens is None:
-            split = 0
-        else:
-            split = encoded.spans[0][1]
-        states = encoded.tokens
-        padding_mask = torch.zeros(states.shape[:2], dtype=torch.bool, device=states.device)
-        if padding is not None:
-            padding_mask[:, split:] = padding
+        num_image = encoded.tokens.shape[1]
+        if textual_tokens is not None:
+            num_image -= textual_tokens.shape[1]
         return {
-            "encoder_out": states,
-            "encoder_padding_mask": padding_mask,
+            "encoder_out": encoded.tokens,
+            "encoder_padding_mask": _make_padding_mask(encoded.tokens, num_image, padding),
             "encoder_states": [],
             "l_aux": [],
-            "multiway_split_position": split,
+            "multiway_split_position": -1 if textual_tokens is None else num_image,
         }
 
 
@@ -288,10 +274,24 @@ def _make_model_config(args: Any) -> ModelConfig:
         if value != fixed:
             raise ValueError(f"{name}={value!r} cannot be honored: BEiT-3 has {name}={fixed!r}")
     values: dict[str, Any] = {
-        ours: getattr(args, theirs, getattr(default, theirs))
-        for ours, theirs in CONFIG_FIELDS.items()
+        field: getattr(args, argument, getattr(default, argument))
+        for field, argument in CONFIG_FIELDS.items()
     }
     return ModelConfig(**values)
+
+
+def _check_padding(padding: Tensor | None, state: State | None) -> Tensor | None:
+    """Returns a text's padding as booleans; raises ValueError for padding while decoding."""
+    if padding is None:
+        return None
+    padding = padding.bool()
+    if state is None:
+        return padding
+    if padding.any():
+        raise ValueError(
+            "text_padding_position with incremental_state: decode texts without padding"
+        )
+    return None
 
 
 def _make_cache(state: State, positions: Tensor | None, depth: int) -> Cache:
@@ -320,6 +320,14 @@ def _update_state(state: State, cache: Cache) -> None:
         entry = state.setdefault(index, {})
         entry["prev_key"] = layer.key[:, :, : layer.length]
         entry["prev_value"] = layer.value[:, :, : layer.length]
+
+
+def _make_padding_mask(states: Tensor, num_image: int, padding: Tensor | None) -> Tensor:
+    """Returns booleans [B, N], true where a token is padding; image tokens never are."""
+    mask = torch.zeros(states.shape[:2], dtype=torch.bool, device=states.device)
+    if padding is not None:
+        mask[:, num_image:] = padding
+    return mask
 
 
 # State dicts -------------------------------------------------------------------------------------
@@ -362,11 +370,11 @@ def _import_released_keys(
 
     Missing and misshapen tensors keep their values and are reported by their released keys.
     """
-    given = {key: state.pop(key) for key in list(state) if key.startswith(prefix)}
+    released = {key: state.pop(key) for key in list(state) if key.startswith(prefix)}
     for name, parameter, keys in _list_released_keys(module, prefix):
         parts = list(split_rows(parameter.detach(), len(keys)))
         for index, key in enumerate(keys):
-            value = given.pop(key, None)
+            value = released.pop(key, None)
             if value is None:
                 missing.append(key)
             elif value.shape != parts[index].shape:
@@ -377,4 +385,4 @@ def _import_released_keys(
             else:
                 parts[index] = value
         state[name] = torch.cat(parts) if len(parts) > 1 else parts[0]
-    unexpected += given
+    unexpected += released

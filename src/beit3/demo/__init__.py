@@ -1,1 +1,2 @@
-"""The tour on the embedded world, and the long comparison whose table carries the claims."""
+"""The tour of the embedded world, and the long comparison of training with and without
+pretraining."""

@@ -1,9 +1,10 @@
-"""What a pretrained network has learnt, beside the guesses that need no learning.
+"""Measures of what a pretrained network has learned, and of guesses that need no learning.
 
-All figures are over held-out records, with the masks that evaluation always draws for them.
+All numbers are over held-out records, with the masks that evaluation always draws for them.
 """
 
 import json
+from collections import defaultdict
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -17,7 +18,6 @@ from beit3.data.loader import RecordDataset
 from beit3.data.views.masking import IGNORE_INDEX
 from beit3.files import read_json, write_text
 from beit3.recipe import Recipe
-from beit3.task import Batch
 from beit3.tasks.pretrain import Pretrain, PretrainConfig
 from beit3.tokenizer.text import TextTokenizer
 from beit3.training.embedded_world import prepare_embedded_world
@@ -26,146 +26,168 @@ from beit3.training.sources import open_source
 from beit3.weights import loading
 from beit3.world.scene import COLORS, SHAPES, SIZES
 
-BATCH = 100
+BATCH_SIZE = 100
 
 
-def attribute_ids(tokenizer: TextTokenizer) -> dict[str, list[int]]:
-    """Token ids of the world's color, shape and size words; ValueError unless each word is one
-    token."""
-    kinds = {"color": COLORS, "shape": SHAPES, "size": SIZES}
+# Words that need the image ------------------------------------------------------------------------
+
+
+def find_attribute_ids(tokenizer: TextTokenizer) -> dict[str, list[int]]:
+    """Returns the token ids of the world's color, shape and size words, by kind.
+
+    Raises ValueError unless each word is one token.
+    """
+    attributes = {"color": COLORS, "shape": SHAPES, "size": SIZES}
     ids = {}
-    for kind, words in kinds.items():
-        pieces = [tokenizer.encode_pieces(f"a {word}")[1:] for word in words]
-        if any(len(piece) != 1 for piece in pieces):
+    for kind, words in attributes.items():
+        word_ids = [tokenizer.encode_pieces(f"a {word}")[1:] for word in words]
+        if any(len(pieces) != 1 for pieces in word_ids):
             raise ValueError(
-                f"the text tokenizer cuts {kind} words into several tokens: train it with a "
+                f"the text tokenizer splits {kind} words into several tokens: train it with a "
                 "larger vocabulary"
             )
-        ids[kind] = [piece[0] for piece in pieces]
+        ids[kind] = [pieces[0] for pieces in word_ids]
     return ids
 
 
 @torch.no_grad()
-def attribute_words(task: Pretrain, pairs: RecordDataset, *, limit: int = 1500) -> dict[str, float]:
-    """Share of hidden attribute words filled correctly with the right image and with another
+def measure_attributes(
+    task: Pretrain, pairs: RecordDataset, *, limit: int = 1500
+) -> dict[str, float]:
+    """Returns the accuracy of masked attribute words with the right image and with another
     record's.
 
-    Keys `right`, `wrong`, `text_right`, `text_wrong` (mean paired text loss in nats), and per kind
-    `right/color` ...
+    The keys are `right/color`, `wrong/color` and so on for each kind, `right` and `wrong` for all
+    kinds, and `text_right` and `text_wrong`, the mean paired text loss in nats.
     """
-    kinds = attribute_ids(task.tokenizer)
-    hits: dict[str, list[float]] = {}
-    for batch in iterate_batches(task, islice(pairs, limit), BATCH):
-        hidden = batch["text_target"] != IGNORE_INDEX
-        targets = batch["text_target"][hidden]
-        shift = len(batch["id"]) // 2  # far enough that the other image is of another scene
-        for name, image in (("right", batch["image"]), ("wrong", batch["image"].roll(shift, 0))):
-            logits = task.text_head(task.encode(batch | {"image": image}).of("text")[hidden])
-            hits.setdefault(f"text_{name}", []).extend(
-                F.cross_entropy(logits, targets, reduction="none").tolist()
-            )
-            correct = logits.argmax(-1) == targets
-            for kind, ids in kinds.items():
-                chosen = correct[torch.isin(targets, torch.tensor(ids))].float().tolist()
-                hits.setdefault(f"{name}/{kind}", []).extend(chosen)
-                hits.setdefault(name, []).extend(chosen)
-    return {name: float(np.mean(values)) for name, values in hits.items()}
+    attribute_ids = find_attribute_ids(task.tokenizer)
+    values: dict[str, list[float]] = defaultdict(list)
+    for batch in iterate_batches(task, islice(pairs, limit), BATCH_SIZE):
+        masked = batch["text_target"] != IGNORE_INDEX
+        targets = batch["text_target"][masked]
+        shift = len(batch["id"]) // 2  # so many records on, the image shows another scene
+        for side, image in (("right", batch["image"]), ("wrong", batch["image"].roll(shift, 0))):
+            logits = task.text_head(task.encode(batch | {"image": image}).of("text")[masked])
+            values[f"text_{side}"] += F.cross_entropy(logits, targets, reduction="none").tolist()
+            is_correct = logits.argmax(-1) == targets
+            for kind, ids in attribute_ids.items():
+                hits = is_correct[torch.isin(targets, torch.tensor(ids))].float().tolist()
+                values[f"{side}/{kind}"] += hits
+                values[side] += hits
+    return {name: float(np.mean(numbers)) for name, numbers in values.items()}
 
 
 @torch.no_grad()
-def single_words(task: Pretrain, pairs: RecordDataset, *, limit: int = 1500) -> dict[str, float]:
-    """The same with one attribute word of a caption hidden at a time and all else in sight.
+def measure_single_attributes(
+    task: Pretrain, pairs: RecordDataset, *, limit: int = 1500
+) -> dict[str, float]:
+    """Returns the accuracy of attribute words that are masked one at a time, all else visible.
 
-    Keys `single_right/color`, `single_wrong/color`, and so on. Under the half-hidden captions of
-    `attribute_words` the
-    words that say which object is meant are often hidden too; here the picture alone can be at
-    fault.
+    The keys are `single_right/color`, `single_wrong/color`, and so on. In the half-masked captions
+    of `measure_attributes` the words that tell which object is meant are often masked too; with
+    one masked word, errors come from the image alone.
     """
-    kinds = attribute_ids(task.tokenizer)
-    kind_of = {token: kind for kind, ids in kinds.items() for token in ids}
+    attribute_ids = find_attribute_ids(task.tokenizer)
+    kind_of_id = {token: kind for kind, ids in attribute_ids.items() for token in ids}
     hits: dict[str, list[float]] = {
-        f"single_{side}/{kind}": [] for kind in kinds for side in ("right", "wrong")
+        f"single_{side}/{kind}": [] for kind in attribute_ids for side in ("right", "wrong")
     }
-    for batch in iterate_batches(task, islice(pairs, limit), BATCH):
-        text = torch.where(
-            batch["text_target"] == IGNORE_INDEX, batch["text"], batch["text_target"]
-        )
-        rows, places = torch.isin(text, torch.tensor(list(kind_of))).nonzero(as_tuple=True)
-        truth, shift = text[rows, places], len(text) // 2
-        hidden = text[rows].clone()
-        hidden[torch.arange(len(rows)), places] = task.tokenizer.mask
-        images = task.normalize_images(batch)
+    for batch in iterate_batches(task, islice(pairs, limit), BATCH_SIZE):
+        is_visible = batch["text_target"] == IGNORE_INDEX
+        text = torch.where(is_visible, batch["text"], batch["text_target"])
+        is_attribute = torch.isin(text, torch.tensor(list(kind_of_id)))
+        rows, positions = is_attribute.nonzero(as_tuple=True)
+        examples = torch.arange(len(rows))
+        targets = text[rows, positions]
+        masked_text = text[rows].clone()
+        masked_text[examples, positions] = task.tokenizer.mask
+        padding = batch["text_padding"][rows]
+        images, shift = task.normalize_images(batch), len(text) // 2
         for side, image in (("right", images), ("wrong", images.roll(shift, 0))):
-            states = task.backbone(
-                image[rows], hidden, text_padding=batch["text_padding"][rows]
-            ).of("text")
-            found = task.text_head(states[torch.arange(len(rows)), places]).argmax(-1)
-            for token, correct in zip(truth.tolist(), (found == truth).tolist(), strict=True):
-                hits[f"single_{side}/{kind_of[token]}"].append(float(correct))
-    return {name: float(np.mean(values)) for name, values in hits.items()}
+            output = task.backbone(image[rows], masked_text, text_padding=padding)
+            states = output.of("text")[examples, positions]
+            is_correct = task.text_head(states).argmax(-1) == targets
+            for token, correct in zip(targets.tolist(), is_correct.tolist(), strict=True):
+                hits[f"single_{side}/{kind_of_id[token]}"].append(float(correct))
+    return {name: float(np.mean(numbers)) for name, numbers in hits.items()}
 
 
-def hidden_patches(
-    task: Pretrain, source: RecordDataset, limit: int
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """(codes [B, P], mask [B, P]) of a source's images."""
-    for batch in iterate_batches(task, islice(source, limit), BATCH):
-        yield task.compute_codes(batch), batch["image_mask"]
+# Guesses without learning -------------------------------------------------------------------------
 
 
-def nearest_visible(mask: np.ndarray) -> np.ndarray:
-    """For a mask [h, w] the flat index of the nearest visible patch of every patch; ties go to the
-    first in reading order."""
-    places = np.argwhere(np.ones_like(mask))
-    visible = np.argwhere(~mask)
-    distance = ((places[:, None] - visible[None]) ** 2).sum(-1)
-    return np.ravel_multi_index(tuple(visible[distance.argmin(1)].T), mask.shape)
-
-
-@torch.no_grad()
-def nearest_patch_guess(
+def compute_nearest_patch_loss(
     task: Pretrain, train: RecordDataset, held_out: RecordDataset, *, limit: int = 2000
 ) -> float:
-    """Cross-entropy in nats of the best guess of a hidden patch's code from its nearest visible
-    patch's code.
+    """Returns the loss, in nats, of the best guess of a masked patch's code from the code of its
+    nearest visible patch.
 
     The table P(code | nearest visible code) is counted on training images under the same masking,
-    with add-half
-    smoothing, and read on held-out ones.
+    with add-half smoothing, and evaluated on held-out images.
     """
-    num_codes, grid = task.config.num_codes, task.config.model.grid
+    num_codes = task.config.num_codes
     counts = np.full((num_codes, num_codes), 0.5)
-    losses: list[np.ndarray] = []
-    for source, count in ((train, True), (held_out, False)):
-        for codes, mask in hidden_patches(task, source, limit):
-            for row, hidden in zip(codes.numpy(), mask.numpy(), strict=True):
-                near = row[nearest_visible(hidden.reshape(grid))][hidden]
-                if count:
-                    np.add.at(counts, (near, row[hidden]), 1)
-                else:
-                    losses.append(-np.log(counts[near, row[hidden]] / counts[near].sum(1)))
+    for masked_codes, nearest_codes in iterate_nearest_codes(task, train, limit):
+        np.add.at(counts, (nearest_codes, masked_codes), 1)
+    losses = []
+    for masked_codes, nearest_codes in iterate_nearest_codes(task, held_out, limit):
+        probabilities = counts[nearest_codes, masked_codes] / counts[nearest_codes].sum(1)
+        losses.append(-np.log(probabilities))
     return float(np.concatenate(losses).mean())
 
 
-def frequency_guess(
+def iterate_nearest_codes(
+    task: Pretrain, source: RecordDataset, limit: int
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yields for each image the codes of its masked patches, and those of their nearest visible
+    patches."""
+    for batch_codes, batch_masks in iterate_codes(task, source, limit):
+        for codes, mask in zip(batch_codes.numpy(), batch_masks.numpy(), strict=True):
+            nearest = find_nearest_visible(mask.reshape(task.config.model.grid))
+            yield codes[mask], codes[nearest][mask]
+
+
+def iterate_codes(
+    task: Pretrain, source: RecordDataset, limit: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yields codes [B, P] and masks [B, P] of a source's images."""
+    for batch in iterate_batches(task, islice(source, limit), BATCH_SIZE):
+        yield task.compute_codes(batch), batch["image_mask"]
+
+
+def find_nearest_visible(mask: np.ndarray) -> np.ndarray:
+    """Returns the flat index of the nearest visible patch of every patch of a mask [h, w].
+
+    Ties go to the first in reading order.
+    """
+    patches = np.argwhere(np.ones_like(mask))
+    visible = np.argwhere(~mask)
+    distances = ((patches[:, None] - visible[None]) ** 2).sum(-1)
+    return np.ravel_multi_index(tuple(visible[distances.argmin(1)].T), mask.shape)
+
+
+def compute_frequency_loss(
     task: Pretrain, train: RecordDataset, held_out: RecordDataset, *, limit: int = 3000
 ) -> float:
-    """Cross-entropy in nats of guessing hidden tokens by their frequency among the training texts'
-    hidden tokens."""
+    """Returns the loss, in nats, of guessing masked tokens by their frequency among the masked
+    tokens of the training texts."""
     counts = np.full(task.config.model.vocab_size, 0.5)
-    np.add.at(counts, hidden_tokens(task, train, limit), 1)
-    return float(-np.log(counts / counts.sum())[hidden_tokens(task, held_out, limit)].mean())
+    np.add.at(counts, collect_masked_tokens(task, train, limit), 1)
+    losses = -np.log(counts / counts.sum())
+    return float(losses[collect_masked_tokens(task, held_out, limit)].mean())
 
 
-def hidden_tokens(task: Pretrain, source: RecordDataset, limit: int) -> np.ndarray:
-    """The true ids of all hidden tokens of a source."""
-    found: list[Batch] = [task.example(record, False) for record in islice(source, limit)]
-    targets = torch.cat([example["text_target"] for example in found])
+def collect_masked_tokens(task: Pretrain, source: RecordDataset, limit: int) -> np.ndarray:
+    """Returns the true ids of all masked tokens of a source."""
+    examples = [task.example(record, False) for record in islice(source, limit)]
+    targets = torch.cat([example["text_target"] for example in examples])
     return targets[targets != IGNORE_INDEX].numpy()
 
 
-def pretraining_figures(run: Path, *, cache: Path) -> dict[str, float]:
-    """All figures of a pretraining run, computed once and kept in the JSON file `cache`."""
+# All together -------------------------------------------------------------------------------------
+
+
+def measure_pretraining(run: Path, *, cache: Path) -> dict[str, float]:
+    """Returns all numbers of a pretraining run, which are kept in the JSON file `cache`."""
     if cache.exists():
         return read_json(cache)
     task = loading.load_weights(run / "last")
@@ -176,15 +198,15 @@ def pretraining_figures(run: Path, *, cache: Path) -> dict[str, float]:
         {name: open_source(root, Pretrain, name, recipe, split) for name in Pretrain.sources}
         for split in ("train", "val")
     )
-    scores = evaluate(task.eval(), held_out, batch_size=BATCH)
-    figures = {
+    scores = evaluate(task.eval(), held_out, batch_size=BATCH_SIZE)
+    measures = {
         "image_loss": scores["images/image_loss"],
         "image_accuracy": scores["images/image_accuracy"],
-        "nearest_patch": nearest_patch_guess(task, train["images"], held_out["images"]),
+        "nearest_patch": compute_nearest_patch_loss(task, train["images"], held_out["images"]),
         "text_loss": scores["texts/text_loss"],
-        "frequency": frequency_guess(task, train["texts"], held_out["texts"]),
-        **attribute_words(task, held_out["pairs"]),
-        **single_words(task, held_out["pairs"]),
+        "frequency": compute_frequency_loss(task, train["texts"], held_out["texts"]),
+        **measure_attributes(task, held_out["pairs"]),
+        **measure_single_attributes(task, held_out["pairs"]),
     }
-    write_text(cache, json.dumps(figures, indent=1) + "\n")
-    return figures
+    write_text(cache, json.dumps(measures, indent=1) + "\n")
+    return measures

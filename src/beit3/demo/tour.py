@@ -1,28 +1,25 @@
-"""`beit3 demo`: the whole way on the embedded world, in minutes on two cores.
+"""`beit3 demo`: every stage of BEiT-3 on the embedded world, in minutes on two cores.
 
-World -> text tokenizer -> visual tokenizer -> pretraining -> questions answered from those weights
-and from scratch -> a
-short run of every other task from those weights -> one table and report.html. Every stage is a run
-of its own below the
-demo's directory: stopped anywhere, the same command goes on where it was, and finished stages are
-not run again.
+The stages are: embedded world, text tokenizer, visual tokenizer, pretraining, VQA from those
+weights and from scratch, a short run of every other task from those weights, one table and
+report.html. Every stage is a run of its own below the demo's directory. If the demo is stopped, the
+same command resumes it, and finished stages are not run again.
 """
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
-from beit3.demo.probes import pretraining_figures
+from beit3.demo.probes import measure_pretraining
+from beit3.demo.tables import TASK_SCORES, make_tour_rows, print_table
 from beit3.progress import show_progress
 from beit3.recipe import Recipe
 from beit3.report.page import write_report
 from beit3.segmentation.head import check_transformers
-from beit3.task import load_task
+from beit3.task import Task, load_task
 from beit3.tasks.pretrain import PretrainConfig
 from beit3.tokenizer.visual import VisualTokenizerConfig
 from beit3.training.embedded_world import prepare_embedded_world
@@ -30,41 +27,33 @@ from beit3.training.log import format_duration
 from beit3.training.loop import train
 from beit3.weights import store
 
-LABELS = 1000
-"""Labelled questions that fine-tuning sees: few, so that what pretraining brought can show."""
+NUM_QUESTIONS = 1000
+"""Labeled questions that fine-tuning is given: few, so that the effect of pretraining is
+visible."""
 
 
 @dataclass(frozen=True)
-class Length:
-    """How long each stage trains."""
+class TourConfig:
+    """Training steps of each stage, and the size of the world."""
 
-    tokenizer: int
-    grounding: int
-    pretraining: int
-    vqa: int
-    others: Mapping[str, int]
-    """Each of `OTHERS`."""
+    tokenizer_steps: int
+    pair_steps: int
+    """Steps on pairs alone, with only text masked."""
+    pretraining_steps: int
+    """Steps on images, texts and pairs."""
+    vqa_steps: int
+    task_steps: Mapping[str, int]
+    """Steps of each task of `TASK_SCORES`."""
     world: str
     """Which embedded world: `default` or `small`."""
 
 
-OTHERS = {
-    "nlvr2": ("statements on two pictures judged rightly", "accuracy"),
-    "captioning": ("captions: CIDEr", "cider"),
-    "retrieval": ("captions and pictures that find each other: mean recall", "mean_recall"),
-    "imagenet": ("pictures classified", "accuracy"),
-    "coco": ("objects found: AP of boxes at half overlap", "box_ap50"),
-    "ade20k": ("pixels: mean intersection over union", "miou"),
-}
-"""The other tasks: what is measured, and its name among the scores."""
-
-USUAL = Length(
-    tokenizer=400,
-    grounding=1400,
-    pretraining=450,
-    vqa=300,
-    world="default",
-    others={
+USUAL = TourConfig(
+    tokenizer_steps=400,
+    pair_steps=1400,
+    pretraining_steps=450,
+    vqa_steps=300,
+    task_steps={
         "nlvr2": 120,
         "captioning": 120,
         "retrieval": 120,
@@ -72,183 +61,166 @@ USUAL = Length(
         "coco": 150,
         "ade20k": 150,
     },
+    world="default",
 )
-FAST = Length(
-    tokenizer=60,
-    grounding=50,
-    pretraining=20,
-    vqa=30,
-    others=dict.fromkeys(OTHERS, 8),
+FAST = TourConfig(
+    tokenizer_steps=60,
+    pair_steps=50,
+    pretraining_steps=20,
+    vqa_steps=30,
+    task_steps=dict.fromkeys(TASK_SCORES, 8),
     world="small",
 )
 
 
-def run(out: Path, *, fast: bool = False) -> Path:
-    """Run or go on with the tour in `out`; returns the report's path."""
-    started, length = time.monotonic(), FAST if fast else USUAL
-    console = Console(highlight=False)
-    vqkd, pretrain, vqa = load_task("vqkd"), load_task("pretrain"), load_task("vqa")
-    kinds = {name: load_task(name) for name in others_here(console)}
-    with show_progress("writing the world") as advance:
-        for task in (vqkd, pretrain, vqa, *kinds.values()):
-            root = prepare_embedded_world(task, length.world, progress=advance)
+@dataclass(frozen=True)
+class Tour:
+    """Trains the stages of one tour."""
 
-    def stage(
-        title: str, task: Any, recipe: Recipe, steps: int, folder: str, init: str = ""
+    out: Path
+    """Directory of the runs."""
+    root: Path
+    """Root of the embedded world's records."""
+    config: TourConfig
+    console: Console
+
+    def train_stage(
+        self,
+        title: str,
+        task: type[Task],
+        recipe: Recipe,
+        *,
+        steps: int,
+        folder: str,
+        init: str | Path = "",
     ) -> dict:
-        console.print(f"[bold]{title}[/bold]")
+        """Trains one stage in `folder`, or resumes it, and returns its final scores."""
+        self.console.print(f"[bold]{title}[/bold]")
         recipe = replace(
-            recipe, data=replace(recipe.data, root=str(root)), run=replace(recipe.run, steps=steps)
+            recipe,
+            data=replace(recipe.data, root=str(self.root)),
+            run=replace(recipe.run, steps=steps),
         )
-        return train(recipe, task, out=out / folder, init=init, label=folder)
+        return train(recipe, task, out=self.out / folder, init=str(init), label=folder)
 
-    codes = stage(
-        "visual tokenizer: images -> codes (VQ-KD)",
-        vqkd,
-        vqkd.recipes["demo"],
-        length.tokenizer,
-        "vqkd",
-    )
-    grounding, full = (
-        with_tokenizer(pretrain.recipes[name], out / "vqkd" / "last")
-        for name in ("demo_pairs", "demo")
-    )
-    stage(
-        "pretraining, part 1: pairs, words hidden", pretrain, grounding, length.grounding, "pairs"
-    )
-    stage(
-        "pretraining, part 2: images, texts and pairs",
-        pretrain,
-        full,
-        length.pretraining,
-        "pretrain",
-        str(out / "pairs" / "last"),
-    )
-    recipe = replace(vqa.recipes["demo"], data=replace(vqa.recipes["demo"].data, limit=LABELS))
-    tuned = stage(
-        f"{LABELS} questions, from the pretrained weights",
-        vqa,
-        recipe,
-        length.vqa,
-        "vqa",
-        str(out / "pretrain" / "last"),
-    )
-    scratch = stage(f"{LABELS} questions, from scratch", vqa, recipe, length.vqa, "vqa-scratch")
-    others, weights = {}, str(out / "pretrain" / "last")
-    for name, kind in kinds.items():
-        others[name] = stage(
+    def train_tokenizer(self) -> dict:
+        """Trains the visual tokenizer and returns its scores."""
+        task = load_task("vqkd")
+        return self.train_stage(
+            "visual tokenizer: images -> codes (VQ-KD)",
+            task,
+            task.recipes["demo"],
+            steps=self.config.tokenizer_steps,
+            folder="vqkd",
+        )
+
+    def pretrain(self) -> Path:
+        """Pretrains in two parts and returns the weights directory."""
+        task, tokenizer_weights = load_task("pretrain"), self.out / "vqkd" / "last"
+        self.train_stage(
+            "pretraining, part 1: pairs, only text masked",
+            task,
+            set_visual_tokenizer(task.recipes["demo_pairs"], tokenizer_weights),
+            steps=self.config.pair_steps,
+            folder="pairs",
+        )
+        self.train_stage(
+            "pretraining, part 2: images, texts and pairs",
+            task,
+            set_visual_tokenizer(task.recipes["demo"], tokenizer_weights),
+            steps=self.config.pretraining_steps,
+            folder="pretrain",
+            init=self.out / "pairs" / "last",
+        )
+        return self.out / "pretrain" / "last"
+
+    def fine_tune_vqa(self, weights: Path) -> dict[str, dict]:
+        """Fine-tunes VQA from the pretrained weights and from scratch; returns the scores by
+        folder."""
+        task = load_task("vqa")
+        recipe = task.recipes["demo"]
+        recipe = replace(recipe, data=replace(recipe.data, limit=NUM_QUESTIONS))
+        steps = self.config.vqa_steps
+        tuned = self.train_stage(
+            f"{NUM_QUESTIONS} questions, from the pretrained weights",
+            task,
+            recipe,
+            steps=steps,
+            folder="vqa",
+            init=weights,
+        )
+        scratch = self.train_stage(
+            f"{NUM_QUESTIONS} questions, from scratch",
+            task,
+            recipe,
+            steps=steps,
+            folder="vqa-scratch",
+        )
+        return {"vqa": tuned, "vqa-scratch": scratch}
+
+    def fine_tune_task(self, name: str, weights: Path) -> dict:
+        """Fine-tunes another task from the pretrained weights and returns its scores."""
+        task = load_task(name)
+        return self.train_stage(
             f"{name}, from the pretrained weights",
-            kind,
-            kind.recipes["demo"],
-            length.others[name],
-            name,
-            weights,
+            task,
+            task.recipes["demo"],
+            steps=self.config.task_steps[name],
+            folder=name,
+            init=weights,
         )
 
-    console.print("[bold]looking at what was learnt[/bold]")
-    rows = table(
-        codes,
-        pretraining_figures(out / "pretrain", cache=out / "figures.json"),
-        tuned,
-        scratch,
-        others,
+
+def run(out: Path, *, fast: bool = False) -> Path:
+    """Runs or resumes the tour in `out`; returns the path of the report."""
+    started, config = time.monotonic(), FAST if fast else USUAL
+    console = Console(highlight=False)
+    task_names = list_trainable_tasks(console)
+    root = export_world(["vqkd", "pretrain", "vqa", *task_names], config.world)
+    tour = Tour(out, root, config, console)
+    scores = {"vqkd": tour.train_tokenizer()}
+    weights = tour.pretrain()
+    scores |= tour.fine_tune_vqa(weights)
+    scores |= {name: tour.fine_tune_task(name, weights) for name in task_names}
+
+    console.print("[bold]measuring what pretraining learned[/bold]")
+    pretraining = measure_pretraining(out / "pretrain", cache=out / "figures.json")
+    rows = make_tour_rows(scores, pretraining)
+    print_table(console, rows, title="BEiT-3 on the embedded world, held-out records")
+    folders = ("vqkd", "pairs", "pretrain", "vqa", "vqa-scratch", *task_names)
+    report = write_report(
+        [out / folder for folder in folders],
+        out / "report.html",
+        title="BEiT-3 in miniature",
+        table=rows,
     )
-    show(console, rows)
-    runs = [out / folder for folder in ("vqkd", "pairs", "pretrain", "vqa", "vqa-scratch", *kinds)]
-    report = write_report(runs, out / "report.html", title="BEiT-3 in miniature", table=rows)
     console.print(f"report: {report.resolve()}   ({format_duration(time.monotonic() - started)})")
     return report
 
 
-def others_here(console: Console) -> list[str]:
-    """Those of `OTHERS` that this installation can train; what is left out is said."""
+def export_world(task_names: Iterable[str], world: str) -> Path:
+    """Prepares the embedded world's records of these tasks; returns their root."""
+    with show_progress("writing the world") as advance:
+        for name in task_names:
+            root = prepare_embedded_world(load_task(name), world, progress=advance)
+    return root
+
+
+def list_trainable_tasks(console: Console) -> list[str]:
+    """Returns the tasks of `TASK_SCORES` that this installation can train, and prints which one is
+    left out."""
     try:
         check_transformers()
-    except ValueError as lacking:
-        console.print(f"without ade20k: {lacking}")
-        return [name for name in OTHERS if name != "ade20k"]
-    return list(OTHERS)
+    except ValueError as error:
+        console.print(f"without ade20k: {error}")
+        return [name for name in TASK_SCORES if name != "ade20k"]
+    return list(TASK_SCORES)
 
 
-def with_tokenizer(recipe: Recipe, weights: Path) -> Recipe:
-    """A pretraining recipe with its visual tokenizer's weights and its number of codes."""
-    task, codebook = recipe.task, store.read_config(weights).config.model
-    assert isinstance(task, PretrainConfig) and isinstance(codebook, VisualTokenizerConfig)
+def set_visual_tokenizer(recipe: Recipe, weights: Path) -> Recipe:
+    """Returns a pretraining recipe with a visual tokenizer's weights and its number of codes."""
+    task, tokenizer = recipe.task, store.read_config(weights).config.model
+    assert isinstance(task, PretrainConfig) and isinstance(tokenizer, VisualTokenizerConfig)
     return replace(
-        recipe, task=replace(task, visual_tokenizer=str(weights), num_codes=codebook.num_codes)
+        recipe, task=replace(task, visual_tokenizer=str(weights), num_codes=tokenizer.num_codes)
     )
-
-
-def table(
-    codes: dict, learnt: dict, tuned: dict, scratch: dict, others: Mapping[str, dict]
-) -> list[dict[str, str]]:
-    """The demo's table: what was measured, beside the guess that needs no learning."""
-    percent = "{:.1%}".format
-    rows = [
-        ("visual tokenizer: codes in use", percent(codes["codebook_use"]), ""),
-        (
-            "visual tokenizer: perplexity",
-            f"{codes['perplexity']:.1f}",
-            f"of {codes['num_codes']:.0f} codes",
-        ),
-        (
-            "hidden patches: loss (nats)",
-            f"{learnt['image_loss']:.2f}",
-            f"{learnt['nearest_patch']:.2f} from the nearest visible patch",
-        ),
-        (
-            "hidden words of texts: loss (nats)",
-            f"{learnt['text_loss']:.2f}",
-            f"{learnt['frequency']:.2f} from word frequency",
-        ),
-        (
-            "hidden words of pairs: loss (nats)",
-            f"{learnt['text_right']:.2f}",
-            f"{learnt['text_wrong']:.2f} with another's image",
-        ),
-        *(attribute_row(kind, learnt) for kind in ("color", "shape", "size")),
-        (
-            "questions answered, pretrained",
-            percent(tuned["accuracy"]),
-            f"{percent(tuned['most_frequent'])} for the most frequent answer",
-        ),
-        (
-            "questions answered, from scratch",
-            percent(scratch["accuracy"]),
-            "same network, same steps",
-        ),
-        *(other_row(name, scores) for name, scores in others.items()),
-    ]
-    return [
-        {"what": what, "measured": measured, "beside": beside} for what, measured, beside in rows
-    ]
-
-
-def other_row(name: str, scores: Mapping[str, float]) -> tuple[str, str, str]:
-    """A short run of another task, beside the guess that needs no learning where there is one."""
-    what, score = OTHERS[name]
-    measured = f"{scores[score]:.2f}" if score == "cider" else f"{scores[score]:.1%}"
-    return (
-        what,
-        measured,
-        f"{scores['most_frequent']:.1%} for the most frequent answer"
-        if "most_frequent" in scores
-        else "a short run",
-    )
-
-
-def attribute_row(kind: str, learnt: dict) -> tuple[str, str, str]:
-    right, wrong = learnt[f"single_right/{kind}"], learnt[f"single_wrong/{kind}"]
-    return (
-        f"hidden {kind} words filled correctly",
-        f"{right:.1%}",
-        f"{wrong:.1%} with another's image",
-    )
-
-
-def show(console: Console, rows: list[dict[str, str]]) -> None:
-    """Print the table."""
-    printed = Table(*rows[0], title="BEiT-3 on the embedded world, held-out records")
-    for row in rows:
-        printed.add_row(*row.values())
-    console.print(printed)

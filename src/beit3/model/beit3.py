@@ -264,8 +264,8 @@ class BEiT3(Backbone):
 
 
 def _collect(
-    others: Mapping[str, Tensor] | None, published: Mapping[str, Tensor | None]
+    by_name: Mapping[str, Tensor] | None, by_argument: Mapping[str, Tensor | None]
 ) -> dict[str, Tensor]:
-    """Returns what is given by name or by the arguments of the published modalities."""
-    collected = {name: value for name, value in published.items() if value is not None}
-    return collected | dict(others or {})
+    """Merges values given by name with those given by arguments of the published modalities."""
+    collected = {name: value for name, value in by_argument.items() if value is not None}
+    return collected | dict(by_name or {})

@@ -109,14 +109,14 @@ class DecoderState:
         rows = rows.view(num_images, -1)
         index = (rows % num_beams)[..., None].expand(-1, -1, self.ancestors.shape[2])
         inherited = self.ancestors.gather(1, index)
-        own = torch.eye(rows.shape[1], dtype=torch.bool, device=rows.device)
-        own = own.expand(num_images, -1, -1)
-        self.ancestors = torch.cat((inherited, own), 2)
+        new_tokens = torch.eye(rows.shape[1], dtype=torch.bool, device=rows.device)
+        new_tokens = new_tokens.expand(num_images, -1, -1)
+        self.ancestors = torch.cat((inherited, new_tokens), 2)
 
         image = self.ancestors.new_ones(num_images, rows.shape[1], self.num_image_tokens)
-        no_mask_tokens = torch.zeros_like(own)
+        no_mask_tokens = torch.zeros_like(new_tokens)
         token_mask = torch.cat((image, self.ancestors, no_mask_tokens), 2)
-        mask_token_mask = torch.cat((image, self.ancestors, own), 2)
+        mask_token_mask = torch.cat((image, self.ancestors, new_tokens), 2)
         mask = torch.cat((token_mask, mask_token_mask), 1)[:, None]
         self.log_probs = self._predict_next(token_ids.view(num_images, -1), None, mask)
 

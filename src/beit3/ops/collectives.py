@@ -1,8 +1,7 @@
-"""Collectives that also work alone: without an initialised process group each is the identity.
+"""Collectives that also work without a process group, where each is the identity.
 
-Only `all_gather_with_gradient` carries a gradient, and each returns a new tensor. All ranks must
-call them in the same
-order with tensors of the same shape.
+Each returns a new tensor, and only `all_gather_with_gradient` carries a gradient. All ranks must
+call them in the same order with tensors of the same shape.
 """
 
 from collections.abc import Iterator
@@ -16,38 +15,39 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 
 def rank() -> int:
-    """Index of this process, 0 when alone."""
-    return dist.get_rank() if _joined() else 0
+    """Returns the index of this process, 0 without a process group."""
+    return dist.get_rank() if _is_distributed() else 0
 
 
 def world_size() -> int:
-    """Number of processes, 1 when alone."""
-    return dist.get_world_size() if _joined() else 1
+    """Returns the number of processes, 1 without a process group."""
+    return dist.get_world_size() if _is_distributed() else 1
 
 
 @torch.no_grad()
 def all_reduce(tensor: Tensor) -> Tensor:
-    """Sum over all ranks, the same on each; any shape."""
+    """Returns the sum of a tensor of any shape over all ranks, on every rank."""
     total = tensor.detach().clone(memory_format=torch.contiguous_format)
-    if _joined():
+    if _is_distributed():
         dist.all_reduce(total)
     return total
 
 
 @torch.no_grad()
 def broadcast(tensor: Tensor) -> Tensor:
-    """Rank 0's values on every rank; what the others pass gives only shape and device."""
+    """Returns rank 0's values on every rank; the other ranks' tensors give only shape and
+    device."""
     values = tensor.detach().clone(memory_format=torch.contiguous_format)
-    if _joined():
+    if _is_distributed():
         dist.broadcast(values, src=0)
     return values
 
 
 @torch.no_grad()
 def all_gather(tensor: Tensor) -> Tensor:
-    """[n, ...] of each rank -> [world_size * n, ...], in rank order."""
+    """Concatenates the tensors [n, ...] of all ranks in rank order: [world_size * n, ...]."""
     own = tensor.detach().clone(memory_format=torch.contiguous_format)
-    if not _joined():
+    if not _is_distributed():
         return own
     parts = [torch.empty_like(own) for _ in range(dist.get_world_size())]
     dist.all_gather(parts, own)
@@ -55,25 +55,24 @@ def all_gather(tensor: Tensor) -> Tensor:
 
 
 def all_gather_with_gradient(tensor: Tensor) -> Tensor:
-    """`all_gather`, through which every rank's loss reaches the rows of this one: their gradients
-    are summed."""
-    return _Gather.apply(tensor) if _joined() else tensor
+    """Gathers as `all_gather`; the gradients of all ranks' losses are summed into the own rows."""
+    return _Gather.apply(tensor) if _is_distributed() else tensor
 
 
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(context: Any, tensor: Tensor) -> Tensor:
-        context.rows = len(tensor)
+        context.num_rows = len(tensor)
         return all_gather(tensor)
 
     @staticmethod
     def backward(context: Any, gradient: Tensor) -> Tensor:
-        return all_reduce(gradient)[rank() * context.rows :][: context.rows]
+        return all_reduce(gradient)[rank() * context.num_rows :][: context.num_rows]
 
 
 def all_gather_objects(value: Any) -> list[Any]:
-    """One small picklable value of each rank, in rank order, on every rank."""
-    if not _joined():
+    """Returns one small picklable value of each rank, in rank order, on every rank."""
+    if not _is_distributed():
         return [value]
     values: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
@@ -82,15 +81,19 @@ def all_gather_objects(value: Any) -> list[Any]:
 
 @torch.no_grad()
 def gather_full(tensor: Tensor) -> Tensor:
-    """All of a tensor of which ranks hold shards; every rank must ask. Others come back as they
-    are."""
+    """Returns the full tensor of which ranks hold shards; any other tensor as it is.
+
+    Every rank must call it.
+    """
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 @torch.no_grad()
-def keep_shard(parameter: Tensor, values: Tensor) -> None:
-    """Copy into `parameter` what this rank holds of `values`, which is whole and the same on every
-    rank; no communication."""
+def copy_to_shard(parameter: Tensor, values: Tensor) -> None:
+    """Copies into `parameter` the part of `values` that this rank holds, without communication.
+
+    `values` are the full tensor, the same on every rank.
+    """
     if isinstance(parameter, DTensor):
         mesh, placements = parameter.device_mesh, parameter.placements
         values = distribute_tensor(
@@ -100,14 +103,14 @@ def keep_shard(parameter: Tensor, values: Tensor) -> None:
 
 
 def barrier() -> None:
-    """Wait until every rank is here."""
-    if _joined():
+    """Waits until every rank has called it."""
+    if _is_distributed():
         dist.barrier()
 
 
 @contextmanager
 def rank_zero_first() -> Iterator[None]:
-    """Rank 0 goes through the block alone, then the others, who find on disk what it wrote."""
+    """Lets rank 0 run the block alone, then the others, which can read the files that it wrote."""
     if rank() > 0:
         barrier()
     yield
@@ -115,5 +118,5 @@ def rank_zero_first() -> Iterator[None]:
         barrier()
 
 
-def _joined() -> bool:
+def _is_distributed() -> bool:
     return dist.is_available() and dist.is_initialized()

@@ -1,11 +1,9 @@
 """Multi-scale deformable sampling (Deformable DETR, arXiv:2010.04159, section 4.1) in plain
-PyTorch: nothing to compile.
+PyTorch, without a kernel to compile.
 
-Maps of several sizes lie one after the other in a sequence, [B, N, ...] with N the sum of their
-rows times columns. Places
-are x, y from 0 to 1 over a whole map, whatever its size, and always at least float32: in bfloat16
-they would be off by
-0.4 cells on a map of 112.
+Maps of several sizes are concatenated to a sequence [B, N, ...], where N is the sum of their rows
+times columns. Locations are x, y from 0 to 1 over a whole map, whatever its size, and always at
+least float32: bfloat16 would be off by 0.4 cells on a map of 112.
 """
 
 from collections.abc import Sequence
@@ -23,53 +21,64 @@ Shape = tuple[int, int]
 
 @dataclass(frozen=True)
 class Grids:
-    """Where the cells of L maps in a sequence of N lie."""
+    """Locations of the cells of L maps that form a sequence of N cells."""
 
     shapes: tuple[Shape, ...]
-    centres: Tensor  # [N, 2]
-    cells: Tensor  # [L, 2] width and height of one cell of each map
+    centers: Tensor
+    """[N, 2], x and y of the center of each cell."""
+    cell_sizes: Tensor
+    """[L, 2], width and height of a cell of each map."""
 
     @staticmethod
-    def of(shapes: Sequence[Shape], like: Tensor) -> "Grids":
-        """On the device of `like` and in its precision, at least float32."""
+    def from_shapes(shapes: Sequence[Shape], like: Tensor) -> "Grids":
+        """Returns the grids of maps on the device of `like`, in its precision, at least float32."""
         empty = promote_to_float32(like.new_empty(0))
-        levels = [_centres(shape, empty) for shape in shapes]
-        # Half a cell lies before the first centre. A tensor of the shapes' numbers would make an
-        # accelerator wait.
-        return Grids(
-            tuple(shapes), torch.cat(levels), torch.stack([2 * level[0] for level in levels])
-        )
+        map_centers = [_make_centers(shape, empty) for shape in shapes]
+        # The first center lies half a cell from the corner. A tensor made of the shapes' numbers
+        # would synchronize an accelerator with the CPU.
+        cell_sizes = torch.stack([2 * centers[0] for centers in map_centers])
+        return Grids(tuple(shapes), torch.cat(map_centers), cell_sizes)
 
 
 def sample_deformable(
-    values: Tensor, shapes: Sequence[Shape], places: Tensor, weights: Tensor
+    values: Tensor, shapes: Sequence[Shape], locations: Tensor, weights: Tensor
 ) -> Tensor:
-    """Weighted sums of bilinear samples, per head; beyond a map's edge all is 0.
+    """Returns weighted sums of bilinear samples, per head; values beyond a map's edge are 0.
 
-    values [B, N, H, d] of maps of `shapes`; places [B, Q, H, L, K, 2], K samples of each map;
-    weights [B, Q, H, L, K].
-    Returns [B, Q, H * d] in the type of `values`. Level by level, so that the samples of one map
-    alone exist at a time
-    where no gradient is asked for.
+    Without gradients, the samples of only one map exist at a time.
+
+    Args:
+        values: [B, N, H, d], the cells of all maps.
+        shapes: Rows and columns of the maps.
+        locations: [B, Q, H, L, K, 2], K samples on each map.
+        weights: [B, Q, H, L, K].
+
+    Returns:
+        [B, Q, H * d] in the type of `values`.
     """
-    batch, _, heads, width = values.shape
-    places = (
-        promote_to_float32(places).transpose(1, 2).flatten(0, 1) * 2 - 1
-    )  # [B * H, Q, L, K, 2], -1..1 as grid_sample has it
-    weights = weights.to(places.dtype).transpose(1, 2).flatten(0, 1)  # [B * H, Q, L, K]
-    total = torch.zeros((), dtype=places.dtype, device=values.device)
-    maps = values.to(places.dtype).split([rows * columns for rows, columns in shapes], 1)
+    batch_size, _, num_heads, width = values.shape
+    # -1 to 1 as grid_sample takes them, [B * H, Q, L, K, 2].
+    locations = promote_to_float32(locations).transpose(1, 2).flatten(0, 1) * 2 - 1
+    weights = weights.to(locations.dtype).transpose(1, 2).flatten(0, 1)  # [B * H, Q, L, K]
+    total = torch.zeros((), dtype=locations.dtype, device=values.device)
+    maps = values.to(locations.dtype).split([rows * columns for rows, columns in shapes], 1)
     for level, (cells, (rows, columns)) in enumerate(zip(maps, shapes, strict=True)):
-        cells = cells.permute(0, 2, 3, 1).reshape(batch * heads, width, rows, columns)
+        feature_map = cells.permute(0, 2, 3, 1).reshape(
+            batch_size * num_heads, width, rows, columns
+        )
         samples = F.grid_sample(
-            cells, places[:, :, level], mode="bilinear", padding_mode="zeros", align_corners=False
+            feature_map,
+            locations[:, :, level],
+            mode="bilinear",
+            padding_mode="zeros",
+            align_corners=False,
         )
         total = total + (samples * weights[:, None, :, level]).sum(-1)  # [B * H, d, Q]
-    return total.view(batch, heads * width, -1).transpose(1, 2).to(values.dtype)
+    return total.view(batch_size, num_heads * width, -1).transpose(1, 2).to(values.dtype)
 
 
-def _centres(shape: Shape, like: Tensor) -> Tensor:
-    """[rows * columns, 2] of one map, row by row."""
+def _make_centers(shape: Shape, like: Tensor) -> Tensor:
+    """Returns the centers [rows * columns, 2] of one map's cells, row by row."""
     y, x = (
         (torch.arange(side, dtype=like.dtype, device=like.device) + 0.5) / side for side in shape
     )

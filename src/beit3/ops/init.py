@@ -1,5 +1,4 @@
-"""Initial values that depend on a parameter's name and a seed alone, never on the order or the
-process that draws them."""
+"""Random initial values that depend on a generator alone."""
 
 import math
 
@@ -9,14 +8,13 @@ from torch import Tensor
 
 @torch.no_grad()
 def trunc_normal(tensor: Tensor, generator: torch.Generator | None, *, std: float = 0.02) -> None:
-    """Normal of `std`, cut at one standard deviation as BEiT's pretraining does, in place.
+    """Fills a tensor in place with a normal distribution, truncated at one standard deviation as in
+    BEiT's pretraining.
 
-    By the inverse of its distribution: torch's own draws a whole tensor anew until every value
-    fits, a minute for a table
-    of 64,010 words.
+    It inverts the distribution function. torch's own function draws a whole tensor again until
+    every value is inside, which takes a minute for a table of 64,010 tokens.
     """
-    share = math.erf(0.5**0.5)  # of a normal that lies within one deviation
-    values = torch.empty(tensor.shape, dtype=tensor.dtype).uniform_(
-        -share, share, generator=generator
-    )
+    inner_probability = math.erf(0.5**0.5)  # of a normal value within one deviation
+    values = torch.empty(tensor.shape, dtype=tensor.dtype)
+    values.uniform_(-inner_probability, inner_probability, generator=generator)
     tensor.copy_(values.erfinv_().mul_(std * 2**0.5).clamp_(-std, std))

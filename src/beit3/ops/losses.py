@@ -1,5 +1,4 @@
-"""Losses that more than one line makes. Each says what it sums over; no collectives except where
-named."""
+"""Losses that several tasks use. Only `contrastive_loss` communicates between processes."""
 
 import math
 from collections.abc import Callable
@@ -13,32 +12,40 @@ from beit3.ops.collectives import all_gather_with_gradient, rank
 from beit3.ops.precision import promote_to_float32
 
 MAX_LOGITS = 1 << 26
-"""Of a vocabulary at a time: 268 MB in float32, 1,048 predictions of 64,010 words."""
+"""Logits of a vocabulary that exist at a time: 268 MB in float32, 1,048 predictions of 64,010
+tokens."""
 
 INIT_LOGIT_SCALE = math.log(1 / 0.07)
-"""Where the learnt logarithm of the scale of similarities starts (release): a temperature of
+"""Initial value of the learned logarithm of the similarities' scale (release): a temperature of
 0.07."""
 
 
 def label_smoothed_kl_div(logits: Tensor, target: Tensor, smoothing: float) -> Tensor:
-    """KL divergence of each prediction from its smoothed target: logits [n, V], target [n] int64 ->
-    [n].
+    """Returns the KL divergence [n] of each prediction from its smoothed target.
 
-    The target gives 1 - smoothing to its class and smoothing / (V - 1) to every other (release,
-    captioning), so that the
-    loss of a perfect prediction is 0 and without smoothing it is the cross-entropy.
+    The target distribution gives 1 - smoothing to its class and smoothing / (V - 1) to every other
+    (release, captioning). So the loss of a perfect prediction is 0, and without smoothing it is the
+    cross-entropy.
+
+    Args:
+        logits: [n, V].
+        target: [n] int64.
+        smoothing: Probability that is spread over all other classes.
     """
     log_probs = F.log_softmax(logits, -1)
-    gold = log_probs.gather(-1, target[:, None])[:, 0]
+    target_log_probs = log_probs.gather(-1, target[:, None])[:, 0]
     if not smoothing:
-        return -gold
-    share = smoothing / (logits.shape[-1] - 1)
-    cross_entropy = -(1 - smoothing) * gold - share * (log_probs.sum(-1) - gold)
-    return cross_entropy + (1 - smoothing) * math.log(1 - smoothing) + smoothing * math.log(share)
+        return -target_log_probs
+    other_prob = smoothing / (logits.shape[-1] - 1)
+    other_log_probs = log_probs.sum(-1) - target_log_probs
+    cross_entropy = -(1 - smoothing) * target_log_probs - other_prob * other_log_probs
+    return (
+        cross_entropy + (1 - smoothing) * math.log(1 - smoothing) + smoothing * math.log(other_prob)
+    )
 
 
 def token_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
-    """Of each prediction: logits [n, V], target [n] int64 -> [n]."""
+    """Returns the cross-entropy [n] of each prediction: logits [n, V], target [n] int64."""
     return F.cross_entropy(logits, target, reduction="none")
 
 
@@ -48,64 +55,78 @@ def chunked_vocabulary_loss(
     head: nn.Linear,
     loss: Callable[[Tensor, Tensor], Tensor],
     *,
-    most: int = MAX_LOGITS,
+    max_logits: int = MAX_LOGITS,
 ) -> tuple[Tensor, Tensor]:
-    """Losses [n] of predictions and whether each is right, [n] bool, from states [n, D] and target
-    [n] int64.
+    """Computes the losses of predictions over a vocabulary in chunks of at most `max_logits`
+    logits.
 
-    `head` makes the logits [m, V] and `loss` their losses [m], for as many as make `most` logits,
-    and again in the backward
-    pass: all logits never exist together. That costs a third more of the head, where there are more
-    than one piece.
+    With more than one chunk, the logits are recomputed in the backward pass, so that they never
+    exist all together. That costs a third more of the head's time.
+
+    Args:
+        states: [n, D].
+        target: [n] int64.
+        head: Computes logits [m, V] of states [m, D].
+        loss: Computes losses [m] of logits [m, V] and targets [m].
+        max_logits: Number of logits in one chunk.
+
+    Returns:
+        Losses [n], and whether each prediction is correct, [n] bool.
     """
 
-    def piece(states: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    def compute_chunk(states: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         logits = promote_to_float32(head(states))
         return loss(logits, target), logits.argmax(-1) == target
 
-    size = max(1, most // head.out_features)
-    if len(states) <= size:
-        return piece(states, target)
-    pieces = zip(states.split(size), target.split(size), strict=True)
-    found = [
-        checkpoint(piece, *each, use_reentrant=False, preserve_rng_state=False) for each in pieces
-    ]
-    losses, right = zip(*found, strict=True)
-    return torch.cat(losses), torch.cat(right)
+    chunk_size = max(1, max_logits // head.out_features)
+    if len(states) <= chunk_size:
+        return compute_chunk(states, target)
+    losses, is_correct = [], []
+    for chunk in zip(states.split(chunk_size), target.split(chunk_size), strict=True):
+        chunk_losses, chunk_is_correct = checkpoint(
+            compute_chunk, *chunk, use_reentrant=False, preserve_rng_state=False
+        )
+        losses.append(chunk_losses)
+        is_correct.append(chunk_is_correct)
+    return torch.cat(losses), torch.cat(is_correct)
 
 
-def drop_worst(losses: Tensor, share: float) -> Tensor:
-    """The sum of `losses` [n] as if each of the worst `share` of them were the mean of the others
-    (release, captioning)."""
-    kept = losses.sort().values[: int(len(losses) * (1 - share))]
+def drop_worst(losses: Tensor, fraction: float) -> Tensor:
+    """Returns the sum of losses [n], with each of the worst `fraction` replaced by the mean of the
+    others (release, captioning)."""
+    kept = losses.sort().values[: int(len(losses) * (1 - fraction))]
     return kept.mean() * len(losses) if len(kept) else losses.sum()
 
 
-def compute_similarities(one: Tensor, other: Tensor, scale: Tensor) -> Tensor:
-    """Scaled products [n, m] of unit features [n, D] and [m, D], as precise as they are: under
-    autocast too."""
-    with torch.autocast(one.device.type, enabled=False):
-        return scale.to(one.dtype) * one @ other.T
+def compute_similarities(left: Tensor, right: Tensor, scale: Tensor) -> Tensor:
+    """Returns the scaled products [n, m] of unit features [n, D] and [m, D].
+
+    They have the features' precision, under autocast too.
+    """
+    with torch.autocast(left.device.type, enabled=False):
+        return scale.to(left.dtype) * left @ right.T
 
 
 def contrastive_loss(image: Tensor, text: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """InfoNCE over the images and texts of all processes: unit features [B, D] each, row i of both
-    a pair.
+    """Computes InfoNCE over the images and texts of all processes.
 
-    Returns the loss summed over this process's pairs (the mean of both directions), and how many of
-    them are first in
-    both directions. Rows here are compared with the columns of everyone, gathered with their
-    gradient.
+    This process's rows are compared with the gathered columns of all processes, whose gradients
+    flow back to them.
+
+    Args:
+        image: Unit features of the images, [B, D].
+        text: Unit features of the texts, [B, D]; rows of equal index are pairs.
+        scale: Factor of the similarities, a scalar.
+
+    Returns:
+        The loss summed over this process's pairs, the mean of both directions; and the number of
+        these pairs that rank first in both directions.
     """
     images, texts = all_gather_with_gradient(image), all_gather_with_gradient(text)
-    to_text, to_image = (
-        compute_similarities(image, texts, scale),
-        compute_similarities(text, images, scale),
-    )  # [B, world * B]
+    text_logits = compute_similarities(image, texts, scale)  # [B, world_size * B]
+    image_logits = compute_similarities(text, images, scale)
     labels = torch.arange(len(image), device=image.device) + rank() * len(image)
-    loss = (
-        F.cross_entropy(to_text, labels, reduction="sum")
-        + F.cross_entropy(to_image, labels, reduction="sum")
-    ) / 2
-    right = (to_text.argmax(1) == labels) & (to_image.argmax(1) == labels)
-    return loss, right.sum()
+    text_loss = F.cross_entropy(text_logits, labels, reduction="sum")
+    image_loss = F.cross_entropy(image_logits, labels, reduction="sum")
+    is_first = (text_logits.argmax(1) == labels) & (image_logits.argmax(1) == labels)
+    return (text_loss + image_loss) / 2, is_first.sum()

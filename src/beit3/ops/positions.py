@@ -1,19 +1,24 @@
-"""Position tables and patch embeddings of images at other sizes than they were learnt at."""
+"""Resamples position tables and patch embeddings to other sizes than they were trained at."""
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, cat
+from torch import Tensor
 
 
 def resample_positions(
     table: Tensor, old: tuple[int, int], new: tuple[int, int], *, keep: int
 ) -> Tensor:
-    """A table [keep + old rows * columns, D] for the grid `new`, any rectangle; the first `keep`
-    rows are kept.
+    """Returns a position table for another grid: [keep + new rows * columns, D].
 
-    Bicubic, corners not aligned, no antialiasing, computed in float32: the release's rule for its
-    image table, whose
-    first three rows are two dead ones and the class token's. Equal grids return the table itself.
+    Interpolation is bicubic in float32, with corners not aligned and without antialiasing: the
+    release's rule for its image table, whose first three rows are two unused ones and the class
+    token's. Equal grids return the table itself.
+
+    Args:
+        table: [keep + old rows * columns, D].
+        old: Rows and columns of the table.
+        new: Rows and columns of the result, any rectangle.
+        keep: Leading rows that are not positions and stay as they are.
     """
     if old == new:
         return table
@@ -23,24 +28,24 @@ def resample_positions(
         )
     grid = table[keep:].float().reshape(1, *old, -1).permute(0, 3, 1, 2)  # [1, D, h, w]
     grid = F.interpolate(grid, size=new, mode="bicubic", align_corners=False)
-    return cat(
-        (table[:keep], grid.permute(0, 2, 3, 1).reshape(new[0] * new[1], -1).to(table.dtype))
-    )
+    rows = grid.permute(0, 2, 3, 1).reshape(new[0] * new[1], -1).to(table.dtype)
+    return torch.cat((table[:keep], rows))
 
 
 def resample_patches(kernel: Tensor, size: int) -> Tensor:
-    """A patch embedding's kernel [D, C, p, p] for patches of `size` pixels: [D, C, size, size].
+    """Returns a patch embedding's kernel [D, C, p, p] for patches of `size` pixels, [D, C, size,
+    size].
 
-    A patch made larger by bicubic interpolation then gives what the patch gave before, exactly
-    (FlexiViT, arXiv:2212.08013,
-    section 3.4); of smaller ones it is the least squares' answer. Computed in float64.
+    A patch that is enlarged by bicubic interpolation then gives exactly the output that it gave
+    before (FlexiViT, arXiv:2212.08013, section 3.4); for smaller patches the kernel is the least
+    squares solution. Computed in float64.
     """
-    old = kernel.shape[-1]
-    if old == size:
+    old_size = kernel.shape[-1]
+    if old_size == size:
         return kernel
-    pixels = torch.eye(old * old, dtype=torch.float64).view(-1, 1, old, old)
-    grown = F.interpolate(pixels, size=(size, size), mode="bicubic", align_corners=False).flatten(
-        1
-    )  # [p * p, size * size]
-    resampled = kernel.double().flatten(2) @ torch.linalg.pinv(grown).T.to(kernel.device)
+    pixels = torch.eye(old_size * old_size, dtype=torch.float64).view(-1, 1, old_size, old_size)
+    resized = F.interpolate(pixels, size=(size, size), mode="bicubic", align_corners=False)
+    resize_matrix = resized.flatten(1)  # [p * p, size * size]
+    inverse = torch.linalg.pinv(resize_matrix).T.to(kernel.device)
+    resampled = kernel.double().flatten(2) @ inverse
     return resampled.unflatten(2, (size, size)).to(kernel.dtype)

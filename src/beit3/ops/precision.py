@@ -1,10 +1,12 @@
-"""How many bits a computation keeps."""
+"""Precision of computations."""
 
 import torch
 from torch import Tensor
 
 
 def promote_to_float32(tensor: Tensor) -> Tensor:
-    """The tensor in float32, or in float64 where it is: losses, norms and codes are never computed
-    in half precision."""
+    """Returns the tensor in float32, or unchanged if it is float64.
+
+    Losses, norms and codes are never computed in half precision.
+    """
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

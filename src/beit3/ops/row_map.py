@@ -1,4 +1,4 @@
-"""Applying a network to many rows: in batches, and with the work shared by all processes."""
+"""Applies a network to many rows: in batches, and with the work divided among all processes."""
 
 from collections.abc import Callable
 

@@ -44,45 +44,47 @@ def format_heading(title: str, plan: Plan) -> str:
 
 def make_memory_rows(plan: Plan, recipe: Recipe) -> Iterator[Row]:
     """Yields what takes the memory of a device, and whether it fits."""
-    ways = plan["ways"]
-    settings = [way["checkpointing"] for way in ways]
+    options = plan["ways"]
+    settings = [option["checkpointing"] for option in options]
     marks = [" *" if setting == recipe.run.checkpointing else "" for setting in settings]
     marked = [setting + mark for setting, mark in zip(settings, marks, strict=True)]
     yield "run.checkpointing, * the recipe's", marked
     for key, label in MEMORY_LABELS.items():
-        yield label, [format_gib(way["memory"][key]) for way in ways]
-    total_label = f"a device at micro-batch {ways[0]['micro_batch']}"
-    yield total_label, [format_gib(way["total"]) for way in ways]
-    yield f"fits {plan['gpu']['memory']} GiB", ["yes" if way["fits"] else "NO" for way in ways]
+        yield label, [format_gib(option["memory"][key]) for option in options]
+    total_label = f"a device at micro-batch {options[0]['micro_batch']}"
+    yield total_label, [format_gib(option["total"]) for option in options]
+    yield (
+        f"fits {plan['gpu']['memory']} GiB",
+        ["yes" if option["fits"] else "NO" for option in options],
+    )
 
 
 def make_micro_batch_rows(plan: Plan) -> Iterator[Row]:
-    """Yields the largest micro-batch, the one that times are estimated for, and the loader's
-    memory."""
-    ways = plan["ways"]
+    """Yields the largest micro-batch, the one used for times, and the memory of the loader."""
+    options = plan["ways"]
     yield (
         "largest micro-batch that fits",
-        [str(way["largest_micro_batch"] or "none") for way in ways],
+        [str(option["largest_micro_batch"] or "none") for option in options],
     )
-    yield "largest tensor", [format_gib(way["largest_tensor"][0]) for way in ways]
-    yield "loader, host memory per process", [format_gib(way["loader"]) for way in ways]
-    yield "micro-batch used below", [str(way["used_micro_batch"]) for way in ways]
-    yield "micro-batches per step and process", [str(way["micro_batches"]) for way in ways]
+    yield "largest tensor", [format_gib(option["largest_tensor"][0]) for option in options]
+    yield "loader, host memory per process", [format_gib(option["loader"]) for option in options]
+    yield "micro-batch used below", [str(option["used_micro_batch"]) for option in options]
+    yield "micro-batches per step and process", [str(option["micro_batches"]) for option in options]
 
 
 def make_time_rows(plan: Plan) -> Iterator[Row]:
     """Yields utilization, time and cost, as far as they are known."""
-    ways, steps = plan["ways"], plan["steps"]
+    options, steps = plan["ways"], plan["steps"]
     model_rate = plan["utilization"] * plan["model_flops"]
-    utilization = [f"{model_rate / way['flops']:.0%}" for way in ways]
+    utilization = [f"{model_rate / option['flops']:.0%}" for option in options]
     yield "utilization, recomputation not counted", utilization
-    yield "seconds per step", [format_number(way["seconds"]) for way in ways]
+    yield "seconds per step", [format_number(option["seconds"]) for option in options]
     if steps:
-        yield f"hours, {steps:,} steps", [format_number(way["hours"]) for way in ways]
-        yield "device-hours", [format_number(way["gpu_hours"]) for way in ways]
+        yield f"hours, {steps:,} steps", [format_number(option["hours"]) for option in options]
+        yield "device-hours", [format_number(option["gpu_hours"]) for option in options]
         if plan["price"]:
             label = f"cost at {plan['price']:g} per hour"
-            yield label, [format_number(way["cost"]) for way in ways]
+            yield label, [format_number(option["cost"]) for option in options]
 
 
 def format_notes(plan: Plan) -> list[str]:

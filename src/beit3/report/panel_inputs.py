@@ -1,21 +1,17 @@
-"""What panels are made of: a run's weights, its held-out records, and the titled fragment itself.
+"""Inputs of panels: the weights of a run, its held-out records, and the panel itself."""
 
-Shapes: Run -> task in evaluation mode, Source of records with absolute image paths, Panel of HTML.
-"""
-
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from html import escape
 from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
 
-from beit3 import task as tasks
 from beit3.data.loader import RecordDataset
 from beit3.data.stores.split_files import locate_split
+from beit3.report.document import render_note
 from beit3.report.runs import Run
-from beit3.task import Record, Task
+from beit3.task import Record, Task, load_task
 from beit3.tasks.pretrain import PretrainConfig
 from beit3.training.embedded_world import prepare_embedded_world
 from beit3.weights import loading, store
@@ -25,50 +21,78 @@ T = TypeVar("T", bound=Task)
 
 @dataclass(frozen=True)
 class Panel:
-    """A titled fragment of the page. `lead`, plain text, says what is to be seen; `body` is
-    HTML."""
+    """A part of a report with a title."""
 
     title: str
     lead: str
+    """One sentence on what the panel shows, plain text."""
     body: str
+    """HTML."""
 
 
-def panel(title: str, lead: str, body: Callable[[], str]) -> Panel:
-    """A panel; where its weights or records are gone, it says so in one line."""
-    try:
-        return Panel(title, lead, body())
-    except ValueError as error:
-        return Panel(title, lead, f'<p class="none">Nothing to show: {escape(str(error))}</p>')
+def make_panel(title: str, lead: str, render_body: Callable[[], str]) -> Panel:
+    """Returns a panel with the HTML that `render_body` returns.
 
-
-def weights(run: Run, kind: type[T], *, frozen: bool = True) -> T:
-    """The run's best weights, else its last ones, in evaluation mode; ValueError where there are
-    none yet.
-
-    frozen=False leaves a pretraining's visual tokenizer out, whose file may have moved.
+    If that raises ValueError, for example because weights or records are missing, the body is one
+    line with the error's message.
     """
-    found = [run.path / name for name in ("best", "last") if store.is_weights(run.path / name)]
-    if not found:
+    try:
+        body = render_body()
+    except ValueError as error:
+        body = render_note(f"Nothing to show: {error}")
+    return Panel(title, lead, body)
+
+
+def make_title_suffix(run: Run, runs: Sequence[Run]) -> str:
+    """Returns what a panel of one run adds to its title where there are several `runs`."""
+    return f": {run.label}" if len(runs) > 1 else ""
+
+
+def make_lead_suffix(runs: Sequence[Run]) -> str:
+    """Returns what a panel of all runs adds to its lead where there are several."""
+    return ", runs side by side" if len(runs) > 1 else ""
+
+
+def load_run_weights(run: Run, task_class: type[T], *, load_frozen: bool = True) -> T:
+    """Loads the best weights of a run, or else its last ones, in evaluation mode.
+
+    Args:
+        run: The run.
+        task_class: The class of the run's task.
+        load_frozen: False leaves out the visual tokenizer of pretraining, whose file may have
+            moved.
+
+    Raises:
+        ValueError: The run has no weights yet.
+    """
+    candidates = [run.path / name for name in ("best", "last")]
+    path = next((path for path in candidates if store.is_weights(path)), None)
+    if path is None:
         raise ValueError(f"run {run.label} has no weights yet")
-    config = store.read_config(found[0]).config
-    if isinstance(config, PretrainConfig) and not frozen:
+    config = store.read_config(path).config
+    if isinstance(config, PretrainConfig) and not load_frozen:
         config = replace(config, visual_tokenizer="")
-    task = loading.load_weights(found[0], config=config).eval()
-    assert isinstance(task, kind)
+    task = loading.load_weights(path, config=config).eval()
+    assert isinstance(task, task_class)
     return task
 
 
-def records(run: Run, source: str, split: str) -> RecordDataset:
-    """The run's records of one split; ValueError where they are no longer there."""
-    kind = tasks.load_task(run.task)
-    root = Path(run.recipe["data"]["root"] or prepare_embedded_world(kind))
-    return RecordDataset(
-        locate_split(root, kind.records_from.get(source, run.task), source, split), root
-    )
+def open_run_records(run: Run, source: str, split: str) -> RecordDataset:
+    """Opens the records of a run's source and split; ValueError where they no longer exist."""
+    task_class = load_task(run.task)
+    root = Path(run.recipe["data"]["root"] or prepare_embedded_world(task_class))
+    records_task = task_class.records_from.get(source, run.task)
+    return RecordDataset(locate_split(root, records_task, source, split), root)
 
 
-def spread(source: RecordDataset, count: int) -> list[Record]:
-    """At most `count` records, evenly spaced over the source: no picking of what looks good."""
-    return [
-        source[int(index)] for index in np.unique(np.linspace(0, len(source) - 1, count).round())
-    ]
+def open_held_out_records(run: Run) -> RecordDataset:
+    """Opens the held-out records of the first source that the run trained on."""
+    batch = run.recipe["data"]["batch"]
+    trained_sources = [name for name, count in batch.items() if count]
+    return open_run_records(run, trained_sources[0] if trained_sources else "main", "val")
+
+
+def pick_evenly(dataset: RecordDataset, count: int) -> list[Record]:
+    """Returns at most `count` records, evenly spaced, so that nobody picks what looks good."""
+    indices = np.unique(np.linspace(0, len(dataset) - 1, count).round())
+    return [dataset[int(index)] for index in indices]

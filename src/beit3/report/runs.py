@@ -1,8 +1,7 @@
-"""Run directories as `beit3 train` leaves them, read once.
+"""Reads run directories that `beit3 train` wrote.
 
-Shapes: paths -> Run. What a run did not log (older versions log less) is empty, never an error;
-what cannot be
-read is a ValueError that names the file.
+Older versions log less: what a run did not log is empty or 0, never an error. A file that cannot be
+read raises a ValueError that names it.
 """
 
 import json
@@ -14,13 +13,17 @@ from typing import Any
 
 import numpy as np
 
+from beit3.files import read_json
+
 
 @dataclass(frozen=True)
 class Run:
-    """A run directory, read. `metrics`: the lines of metrics.jsonl; `scores` is empty before the
-    first evaluation.
+    """The files of one run directory.
 
-    inputs: what the run read beside its recipe, by digest. environment: where it ran.
+    `label` names the run on the page. `init` is the path of the weights that it started from, or
+    empty. `metrics` holds the lines of metrics.jsonl. `scores` is empty before the first
+    evaluation. `inputs` holds the task's config as the records completed it, and digests of the
+    files that the run read. `environment` says where it ran.
     """
 
     path: Path
@@ -33,124 +36,136 @@ class Run:
     inputs: dict[str, Any] = field(default_factory=dict)
     environment: dict[str, Any] = field(default_factory=dict)
 
-    def series(self, key: str) -> tuple[np.ndarray, np.ndarray]:
-        """(steps [T], values [T]) of one logged name; values that are not finite are left out."""
-        found = [(line["step"], line[key]) for line in self.metrics if _finite(line.get(key))]
-        steps, values = zip(*found, strict=True) if found else ((), ())
-        return np.array(steps, dtype=float), np.array(values, dtype=float)
+    def get_series(self, name: str) -> tuple[np.ndarray, np.ndarray]:
+        """Returns steps [T] and values [T] of a logged name, without values that are not finite."""
+        lines = [line for line in self.metrics if is_finite_number(line.get(name))]
+        steps = np.array([line["step"] for line in lines], dtype=float)
+        return steps, np.array([line[name] for line in lines], dtype=float)
 
-    def names(self, prefix: str = "") -> list[str]:
-        """Logged names that start with `prefix`, in the order in which they first came."""
-        return [
-            name
-            for name in dict.fromkeys(key for line in self.metrics for key in line)
-            if name.startswith(prefix)
-        ]
+    def list_names(self, prefix: str = "") -> list[str]:
+        """Returns the logged names that start with `prefix`, in the order of their first line."""
+        names = dict.fromkeys(name for line in self.metrics for name in line)
+        return [name for name in names if name.startswith(prefix)]
 
     @property
-    def steps(self) -> int:
-        """The last step of which anything is known."""
+    def last_step(self) -> int:
+        """The last logged step."""
         return max((int(line["step"]) for line in self.metrics), default=0)
 
-    def seconds(self, name: str = "seconds") -> float:
-        """Wall seconds of training, evaluations left out; 0 where the run did not log them."""
-        steps, each = self.series(name)  # the mean over the steps since the last line
-        return float((np.diff(steps, prepend=0) * each).sum())
+    @property
+    def training_seconds(self) -> float:
+        """Wall time of training without evaluations; 0 where it was not logged."""
+        return self._sum_over_steps("seconds")
 
-    def rate(self) -> float:
-        """Records a second, the median over the run's lines; 0 where the run did not log its
-        seconds."""
-        found = [
+    @property
+    def waiting_fraction(self) -> float:
+        """Fraction of the training time spent waiting for records; 0 where it was not logged."""
+        return self._sum_over_steps("seconds_waiting") / (self.training_seconds or 1.0)
+
+    @property
+    def records_per_second(self) -> float:
+        """Median over the logged lines; 0 where no line has both samples and seconds."""
+        rates = [
             line["samples"] / line["seconds"]
             for line in self.metrics
             if line.get("seconds") and line.get("samples")
         ]
-        return float(np.median(found)) if found else 0.0
+        return float(np.median(rates)) if rates else 0.0
 
-    def waiting(self) -> float:
-        """Share of the training time spent waiting for records; 0 where the run did not log it."""
-        return self.seconds("seconds_waiting") / (self.seconds() or 1.0)
+    @property
+    def peak_memory(self) -> float:
+        """Peak memory in GB; 0 where it was not logged."""
+        return max(self.get_series("memory")[1].tolist(), default=0.0)
 
-    def memory(self) -> float:
-        """Peak memory in GB; 0 where the run did not log it."""
-        return max(self.series("memory")[1].tolist(), default=0.0)
+    def _sum_over_steps(self, name: str) -> float:
+        """Each line holds the mean over the steps since the line before."""
+        steps, means = self.get_series(name)
+        return float((np.diff(steps, prepend=0) * means).sum())
 
 
 def read_runs(paths: Sequence[Path]) -> list[Run]:
-    """Runs, each once, labelled by as many of their path's last parts as tell them apart;
-    ValueError for what is no run."""
-    paths = list(dict.fromkeys(Path(path).resolve() for path in paths))
-    return [
-        _read_run(path, label) for path, label in zip(paths, tails(map(str, paths)), strict=True)
-    ]
+    """Reads run directories, each once, and labels them by the last parts of their paths.
+
+    A label has as many parts as are needed to tell the runs apart. Raises ValueError for a
+    directory that holds no run.
+    """
+    unique_paths = list(dict.fromkeys(Path(path).resolve() for path in paths))
+    labels = shorten_paths(map(str, unique_paths))
+    return [_read_run(path, label) for path, label in zip(unique_paths, labels, strict=True)]
 
 
-def tails(paths: Iterable[str], least: int = 1) -> list[str]:
-    """The last parts of each path: at least so many, and as many as no other of these paths ends
-    with."""
-    parts = [Path(path).parts for path in paths]
+def shorten_paths(paths: Iterable[str], min_parts: int = 1) -> list[str]:
+    """Returns the last parts of each path, as few as tell it from the other paths.
 
-    def tail(own: tuple[str, ...]) -> str:
-        for count in range(least, len(own)):
-            if all(other == own or other[-count:] != own[-count:] for other in parts):
-                return "/".join(own[-count:])
-        return str(Path(*own))
+    Args:
+        paths: Paths; equal ones get equal results.
+        min_parts: Number of parts to keep at least.
+    """
+    all_parts = [Path(path).parts for path in paths]
+    return [_find_unique_ending(parts, all_parts, min_parts) for parts in all_parts]
 
-    return [tail(own) for own in parts]
+
+def is_finite_number(value: Any) -> bool:
+    """Returns whether a value is a number, but neither infinite nor NaN."""
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def _find_unique_ending(
+    parts: tuple[str, ...], all_parts: Sequence[tuple[str, ...]], min_parts: int
+) -> str:
+    """Returns the shortest ending that no different path shares, else the whole path."""
+    rivals = [rival for rival in all_parts if rival != parts]
+    for count in range(min_parts, len(parts)):
+        if all(rival[-count:] != parts[-count:] for rival in rivals):
+            return "/".join(parts[-count:])
+    return str(Path(*parts))
 
 
 def _read_run(path: Path, label: str) -> Run:
-    recipe = _json(path / "recipe.json")
+    recipe = _read_optional_json(path / "recipe.json")
     if recipe is None:
         raise ValueError(f"{path} is not a run: it has no recipe.json")
     if not isinstance(recipe, dict) or not {"task", "recipe"} <= recipe.keys():
         raise ValueError(
-            f"{path} holds no run (recipe.json with task and recipe): give one that beit3 train "
-            "wrote"
+            f"{path} is not a run: its recipe.json lacks task and recipe; give a directory that "
+            "beit3 train wrote"
         )
-    scores = _json(path / "scores.json") or {}
-    beside = [recipe.get(name) or {} for name in ("inputs", "environment")]
     return Run(
-        path,
-        label,
-        recipe["task"],
-        recipe.get("init", ""),
-        recipe["recipe"],
-        _metrics(path / "metrics.jsonl"),
-        scores,
-        *beside,
+        path=path,
+        label=label,
+        task=recipe["task"],
+        init=recipe.get("init", ""),
+        recipe=recipe["recipe"],
+        metrics=_read_metrics(path / "metrics.jsonl"),
+        scores=_read_optional_json(path / "scores.json") or {},
+        inputs=recipe.get("inputs") or {},
+        environment=recipe.get("environment") or {},
     )
 
 
-def _metrics(path: Path) -> list[dict[str, float]]:
-    """The whole lines of metrics.jsonl: the last one of a run that is still going may be half
-    written."""
+def _read_metrics(path: Path) -> list[dict[str, float]]:
+    """Returns the complete lines of metrics.jsonl; the last may be half written by a live run."""
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
-    found = []
+    metrics = []
     for number, line in enumerate(lines, start=1):
         if not line.endswith("\n"):
             break
         try:
-            found.append(json.loads(line))
-            int(found[-1]["step"])
+            values = json.loads(line)
+            int(values["step"])
         except (ValueError, TypeError, KeyError):
             raise ValueError(
-                f"{path} line {number} is no JSON object with a step: delete the line"
+                f"{path} line {number} is not a JSON object with a step: delete the line"
             ) from None
-    return found
+        metrics.append(values)
+    return metrics
 
 
-def _json(path: Path) -> Any:
-    """What a JSON file holds; None where there is none."""
+def _read_optional_json(path: Path) -> Any:
+    """Returns the content of a JSON file, or None where there is no such file."""
     if not path.is_file():
         return None
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return read_json(path)
     except ValueError as error:
-        raise ValueError(
-            f"{path} is not JSON ({error}): delete it and run the training again"
-        ) from None
-
-
-def _finite(value: Any) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
+        raise ValueError(f"{error}; delete it and run the training again") from None

@@ -1,2 +1,2 @@
-"""Semantic segmentation: ViT-Adapter around the trunk, a Mask2Former head, and testing by windows
-and scales."""
+"""Semantic segmentation: ViT-Adapter around the trunk, a Mask2Former head, and inference over
+windows and scales."""

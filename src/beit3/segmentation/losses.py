@@ -1,13 +1,16 @@
-"""Mask2Former's losses for label maps: queries matched to the classes of an image, masks compared
-at sampled places.
+"""Mask2Former's losses for label maps: queries are matched to the classes of an image, and masks
+are compared at sampled points.
 
-As in the original (arXiv:2112.01527, section 3.3), with three differences. Ignored pixels count
-nowhere: not in the
-matching, nor in either loss of masks; there they are background. Places within half a pixel of the
-rim take the nearest
-pixel's values; there masks fade to logits of 0. And a mask is read from the label map where it is
-sampled, so that no mask of
-the size of the image is ever made. Every loss is a sum, with a count that the labels alone decide.
+They are the original's (arXiv:2112.01527, section 3.3), with three differences:
+
+- Ignored pixels count nowhere, neither in the matching nor in the two mask losses. In the original
+  they are background.
+- Points within half a pixel of the border take the nearest pixel's values. In the original, masks
+  fade to logits of 0 there.
+- A mask is read from the label map at the sampled points, so no mask of the size of the image is
+  created.
+
+Every loss is a sum, with a count that depends on the labels alone.
 """
 
 from collections.abc import Sequence
@@ -20,13 +23,13 @@ from torch import Tensor
 from beit3.ops.precision import promote_to_float32
 from beit3.segmentation.config import HeadConfig
 
-UNIT = 1000
+WEIGHT_UNIT = 1000
 """Weights of the class loss are counted in thousandths, because counts are whole numbers."""
 
 
 @dataclass(frozen=True)
 class MaskPredictions:
-    """What the queries say before the first layer and after each, the last at the end."""
+    """The queries' predictions before the first layer and after each, the last layer's last."""
 
     masks: tuple[Tensor, ...]
     """Logits [B, Q, h, w]."""
@@ -36,230 +39,274 @@ class MaskPredictions:
 
 @dataclass(frozen=True)
 class Matches:
-    """Queries and the classes they stand for, of all images in one row; each [M] int64."""
+    """The M matched queries of all images, with their classes; each field is [M] int64."""
 
     image: Tensor
+    """Index of the image in the batch."""
     query: Tensor
     label: Tensor
 
 
-def set_losses(
-    predicted: MaskPredictions, label_map: Tensor, config: HeadConfig, *, ignore: int
+def compute_losses(
+    predictions: MaskPredictions, label_map: Tensor, config: HeadConfig, *, ignore: int
 ) -> dict[str, Tensor]:
-    """Sums of `mask`, `dice` and `class` over what `counts` counts, each the mean over layers;
-    float32, under autocast too."""
-    found = present(label_map, predicted.classes[-1].shape[-1] - 1, ignore)
+    """Returns the sums of `mask`, `dice` and `class`, each the mean over layers.
+
+    Their divisors come from `count_targets`. They are float32, under autocast too.
+    """
+    num_classes = predictions.classes[-1].shape[-1] - 1
+    present_classes = find_present_classes(label_map, num_classes, ignore)
     label_map = label_map.long()
-    sums = []
+    sums: dict[str, list[Tensor]] = {"mask": [], "dice": [], "class": []}
     with torch.autocast(label_map.device.type, enabled=False):
-        for masks, classes in zip(predicted.masks, predicted.classes, strict=True):
+        for masks, classes in zip(predictions.masks, predictions.classes, strict=True):
             masks, classes = promote_to_float32(masks), promote_to_float32(classes)
-            matches = match(masks, classes, label_map, found, config, ignore=ignore)
-            sums.append(
-                (
-                    *mask_losses(masks, matches, label_map, config, ignore=ignore),
-                    class_loss(classes, matches, config),
-                )
+            matches = match_queries(
+                masks, classes, label_map, present_classes, config, ignore=ignore
             )
-    return {
-        name: torch.stack(layers).mean()
-        for name, layers in zip(("mask", "dice", "class"), zip(*sums, strict=True), strict=True)
-    }
+            mask_sum, dice_sum = compute_mask_losses(
+                masks, matches, label_map, config, ignore=ignore
+            )
+            sums["mask"].append(mask_sum)
+            sums["dice"].append(dice_sum)
+            sums["class"].append(compute_class_loss(classes, matches, config))
+    return {name: torch.stack(layer_sums).mean() for name, layer_sums in sums.items()}
 
 
-def counts(
+def count_targets(
     label_map: Tensor, num_classes: int, config: HeadConfig, *, ignore: int
 ) -> dict[str, int]:
-    """Masks that are matched, for both losses of masks; and all queries' weights, in
+    """Returns the number of matched masks, for both mask losses, and the weights of all queries in
     thousandths."""
-    matched = sum(
-        min(len(each), config.num_queries) for each in present(label_map, num_classes, ignore)
-    )
-    others = len(label_map) * config.num_queries - matched
-    return {"mask": matched, "dice": matched, "class": matched * UNIT + others * no_object(config)}
+    present_classes = find_present_classes(label_map, num_classes, ignore)
+    num_matched = sum(min(len(labels), config.num_queries) for labels in present_classes)
+    num_unmatched = len(label_map) * config.num_queries - num_matched
+    class_weights = num_matched * WEIGHT_UNIT + num_unmatched * compute_no_object_weight(config)
+    return {"mask": num_matched, "dice": num_matched, "class": class_weights}
 
 
-def no_object(config: HeadConfig) -> int:
-    """The weight of "no object" in thousandths, at least one of them."""
-    return max(1, round(config.no_object_weight * UNIT))
+def compute_no_object_weight(config: HeadConfig) -> int:
+    """Returns the weight of "no object" in thousandths, at least 1."""
+    return max(1, round(config.no_object_weight * WEIGHT_UNIT))
 
 
-def present(label_map: Tensor, num_classes: int, ignore: int) -> list[Tensor]:
-    """The classes of each image [n], ascending. ValueError for labels that are neither a class nor
-    ignored."""
+def find_present_classes(label_map: Tensor, num_classes: int, ignore: int) -> list[Tensor]:
+    """Returns the classes of each image, [n] int64, ascending.
+
+    Raises ValueError for labels that are neither a class nor ignored.
+    """
     if 0 <= ignore < num_classes:
         raise ValueError(
             f"the label {ignore} for ignored pixels is one of the {num_classes} classes: give "
             "another"
         )
-    found = []
-    for image in label_map:
-        labels = image.unique().long()
+    present_classes = []
+    for image_labels in label_map:
+        labels = image_labels.unique().long()
         labels = labels[labels != ignore]
-        wrong = labels[(labels < 0) | (labels >= num_classes)]
-        if len(wrong):
+        invalid = labels[(labels < 0) | (labels >= num_classes)]
+        if len(invalid):
             raise ValueError(
-                f"label {int(wrong[0])} is none of the {num_classes} classes, nor {ignore} for "
+                f"label {int(invalid[0])} is none of the {num_classes} classes, nor {ignore} for "
                 "ignored: check num_classes"
             )
-        found.append(labels)
-    return found
+        present_classes.append(labels)
+    return present_classes
 
 
 # Matching -----------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def match(
+def match_queries(
     masks: Tensor,
     classes: Tensor,
     label_map: Tensor,
-    found: Sequence[Tensor],
+    present_classes: Sequence[Tensor],
     config: HeadConfig,
     *,
     ignore: int,
 ) -> Matches:
-    """The cheapest queries for the classes of each image; of more classes than queries some stay
-    without."""
-    rows: list[tuple[Tensor, Tensor, Tensor]] = []
-    for index, labels in enumerate(found):
-        points = draw((config.num_points,), masks)
-        truth, valid = read(label_map[index], points, labels, ignore)
-        cost = costs(
-            sampled(masks[index][None], points)[0],
+    """Assigns the cheapest queries to the classes of each image.
+
+    Where an image has more classes than queries, some classes get no query.
+
+    Args:
+        masks: Logits [B, Q, h, w].
+        classes: Logits [B, Q, C + 1].
+        label_map: Int64 [B, H, W].
+        present_classes: For each image its classes, [n].
+        config: The head's config.
+        ignore: Label of pixels that count nowhere.
+    """
+    images, queries, labels = [], [], []
+    for index, image_classes in enumerate(present_classes):
+        points = draw_points((config.num_points,), masks)
+        targets, valid = sample_class_masks(label_map[index], points, image_classes, ignore)
+        cost = compute_match_costs(
+            sample_maps(masks[index][None], points)[0],
             classes[index],
-            labels,
-            truth.to(masks),
+            image_classes,
+            targets.to(masks),
             valid.to(masks),
             config,
         )
-        queries, columns = assign(cost)
-        rows.append((torch.full_like(queries, index), queries, labels[columns.to(labels.device)]))
+        query_indices, class_indices = assign(cost)
+        images.append(torch.full_like(query_indices, index))
+        queries.append(query_indices)
+        labels.append(image_classes[class_indices.to(image_classes.device)])
     image, query, label = (
-        torch.cat([each.to(masks.device) for each in column]) for column in zip(*rows, strict=True)
+        torch.cat([indices.to(masks.device) for indices in per_image])
+        for per_image in (images, queries, labels)
     )
     return Matches(image, query, label)
 
 
-def costs(
+def compute_match_costs(
     logits: Tensor,
     classes: Tensor,
     labels: Tensor,
-    truth: Tensor,
+    targets: Tensor,
     valid: Tensor,
     config: HeadConfig,
 ) -> Tensor:
-    """What it would cost if query q stood for class n: logits [Q, P], classes [Q, C + 1], truth [n,
-    P], valid [P] -> [Q, n]."""
+    """Returns the cost of assigning each query to each class of an image, [Q, n].
+
+    Args:
+        logits: The queries' mask logits at P points, [Q, P].
+        classes: Class logits [Q, C + 1].
+        labels: The classes, [n].
+        targets: The classes' masks at the points, [n, P].
+        valid: How much of each point is not ignored, [P].
+        config: Holds the weights of the three costs.
+    """
     probabilities = logits.sigmoid()
-    crossed = F.softplus(-logits) @ truth.T + F.softplus(logits) @ (valid - truth).T
-    overlap = 2 * probabilities @ truth.T + 1
-    total = (probabilities @ valid)[:, None] + truth.sum(1) + 1
-    cost = config.mask_weight * crossed / at_least_some(valid.sum()) + config.dice_weight * (
-        1 - overlap / total
-    )
-    return cost - config.class_weight * classes.softmax(-1)[:, labels]
+    cross_entropy = F.softplus(-logits) @ targets.T + F.softplus(logits) @ (valid - targets).T
+    overlap = 2 * probabilities @ targets.T + 1
+    total = (probabilities @ valid)[:, None] + targets.sum(1) + 1
+    mask_cost = config.mask_weight * cross_entropy / clamp_divisor(valid.sum())
+    dice_cost = config.dice_weight * (1 - overlap / total)
+    return mask_cost + dice_cost - config.class_weight * classes.softmax(-1)[:, labels]
 
 
 def assign(cost: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows and columns [min(Q, n)] of the cheapest assignment of a matrix [Q, n]; what is not
-    finite is chosen last."""
+    """Returns rows and columns [min(Q, n)] of the cheapest assignment of a cost matrix [Q, n].
+
+    Entries that are not finite are chosen last.
+    """
     from scipy.optimize import linear_sum_assignment
 
-    most = torch.finfo(torch.float32).max
-    rows, columns = linear_sum_assignment(cost.float().nan_to_num(most, most, most).cpu().numpy())
+    largest = torch.finfo(torch.float32).max
+    finite_cost = cost.float().nan_to_num(largest, largest, largest)
+    rows, columns = linear_sum_assignment(finite_cost.cpu().numpy())
     return torch.from_numpy(rows), torch.from_numpy(columns)
 
 
 # Losses -------------------------------------------------------------------------------------------
 
 
-def mask_losses(
+def compute_mask_losses(
     masks: Tensor, matches: Matches, label_map: Tensor, config: HeadConfig, *, ignore: int
 ) -> tuple[Tensor, Tensor]:
-    """Cross-entropy, averaged over the places of a mask, and dice, both summed over the matched
-    masks."""
-    chosen = masks[matches.image, matches.query][:, None]  # [M, 1, h, w]
-    points = places(chosen.detach(), matches, label_map, config, ignore=ignore)  # [M, K, 2]
-    truth, valid = (
-        each.to(masks) for each in read(label_map, points, matches.label, ignore, matches.image)
-    )
-    logits = sampled(chosen, points)[:, 0]  # [M, K]
-    crossed = truth * F.softplus(-logits) + (valid - truth) * F.softplus(logits)
+    """Returns cross-entropy, averaged over the points of a mask, and dice, both summed over the
+    matched masks."""
+    matched = masks[matches.image, matches.query][:, None]  # [M, 1, h, w]
+    points = select_points(matched.detach(), matches, label_map, config, ignore=ignore)  # [M, K, 2]
+    targets, valid = sample_class_masks(label_map, points, matches.label, ignore, matches.image)
+    targets, valid = targets.to(masks), valid.to(masks)
+    logits = sample_maps(matched, points)[:, 0]  # [M, K]
+    cross_entropy = targets * F.softplus(-logits) + (valid - targets) * F.softplus(logits)
     probabilities = logits.sigmoid()
-    dice = 1 - (2 * (probabilities * truth).sum(1) + 1) / (
-        (probabilities * valid).sum(1) + truth.sum(1) + 1
+    overlap = 2 * (probabilities * targets).sum(1) + 1
+    total = (probabilities * valid).sum(1) + targets.sum(1) + 1
+    dice = 1 - overlap / total
+    return (cross_entropy.sum(1) / clamp_divisor(valid.sum(1))).sum(), dice.sum()
+
+
+def compute_class_loss(classes: Tensor, matches: Matches, config: HeadConfig) -> Tensor:
+    """Returns the cross-entropy of all queries, summed with weights in thousandths.
+
+    The target of a query without a match is "no object".
+    """
+    weight = torch.full(
+        classes.shape[-1:], float(WEIGHT_UNIT), device=classes.device, dtype=classes.dtype
     )
-    return (crossed.sum(1) / at_least_some(valid.sum(1))).sum(), dice.sum()
+    weight[-1] = compute_no_object_weight(config)
+    targets = torch.full(classes.shape[:2], classes.shape[-1] - 1, device=classes.device)
+    targets[matches.image, matches.query] = matches.label
+    return F.cross_entropy(classes.flatten(0, 1), targets.flatten(), weight, reduction="sum")
 
 
-def class_loss(classes: Tensor, matches: Matches, config: HeadConfig) -> Tensor:
-    """Cross-entropy of all queries, those without a mask towards "no object", summed with weights
-    in thousandths."""
-    weight = torch.full(classes.shape[-1:], float(UNIT), device=classes.device, dtype=classes.dtype)
-    weight[-1] = no_object(config)
-    target = torch.full(classes.shape[:2], classes.shape[-1] - 1, device=classes.device)
-    target[matches.image, matches.query] = matches.label
-    return F.cross_entropy(classes.flatten(0, 1), target.flatten(), weight, reduction="sum")
-
-
-def places(
+def select_points(
     masks: Tensor, matches: Matches, label_map: Tensor, config: HeadConfig, *, ignore: int
 ) -> Tensor:
-    """Where masks [M, 1, h, w] are compared, [M, K, 2]: most where they are least certain, ignored
-    places last of all."""
-    certain = int(config.importance * config.num_points)
-    points = draw((len(masks), int(config.num_points * config.oversample)), masks)
-    doubt = -sampled(masks, points)[:, 0].abs()
-    valid = read(label_map, points, matches.label, ignore, matches.image)[1]
-    best = doubt.masked_fill(valid == 0, -torch.inf).topk(certain, dim=1).indices
-    chosen = points.gather(1, best[..., None].expand(-1, -1, 2))
-    return torch.cat((chosen, draw((len(masks), config.num_points - certain), masks)), 1)
+    """Returns the points [M, K, 2] at which masks [M, 1, h, w] are compared.
+
+    A fraction `importance` of them are the least certain of many candidates, of which ignored ones
+    come last; the others are uniform.
+    """
+    num_uncertain = int(config.importance * config.num_points)
+    candidates = draw_points((len(masks), int(config.num_points * config.oversample)), masks)
+    uncertainty = -sample_maps(masks, candidates)[:, 0].abs()
+    _, valid = sample_class_masks(label_map, candidates, matches.label, ignore, matches.image)
+    uncertainty = uncertainty.masked_fill(valid == 0, -torch.inf)
+    indices = uncertainty.topk(num_uncertain, dim=1).indices
+    uncertain = candidates.gather(1, indices[..., None].expand(-1, -1, 2))
+    uniform = draw_points((len(masks), config.num_points - num_uncertain), masks)
+    return torch.cat((uncertain, uniform), 1)
 
 
 # Sampling -----------------------------------------------------------------------------------------
 
 
-def draw(shape: tuple[int, ...], like: Tensor) -> Tensor:
-    """Places [*shape, 2] anywhere in an image: x and y as parts of its width and height."""
+def draw_points(shape: tuple[int, ...], like: Tensor) -> Tensor:
+    """Draws uniform points [*shape, 2] in an image: x and y from 0 to 1."""
     return torch.rand(*shape, 2, device=like.device)
 
 
-def sampled(maps: Tensor, points: Tensor) -> Tensor:
-    """Maps [M, C, h, w] at points [M, K, 2], or the same [K, 2] for all -> [M, C, K], bilinear."""
+def sample_maps(maps: Tensor, points: Tensor) -> Tensor:
+    """Samples maps [M, C, h, w] bilinearly at points [M, K, 2], or at the same [K, 2] for all.
+
+    Returns [M, C, K].
+    """
     grid = (2 * points - 1).to(maps).expand(len(maps), -1, -1)
     return F.grid_sample(maps, grid[:, None], padding_mode="border", align_corners=False)[:, :, 0]
 
 
-def read(
+def sample_class_masks(
     label_map: Tensor, points: Tensor, labels: Tensor, ignore: int, image: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The masks of `labels` at points, and how much of a point is not ignored: what sampling both
-    as maps would give.
+    """Samples the masks of classes bilinearly at points, without creating the masks.
 
-    One image: label_map [H, W], points [K, 2], labels [n] -> [n, K], [K]. Or label_map [B, H, W]
-    with the image [M] of each
-    mask: points [M, K, 2], labels [M] -> [M, K] both.
+    Args:
+        label_map: Int64 [H, W] of one image, or [B, H, W] together with `image`.
+        points: [K, 2] for one image, or [M, K, 2] for the M masks.
+        labels: Classes [n] whose masks are sampled in one image, or [M], one for each mask.
+        ignore: Label of pixels that count nowhere.
+        image: [M], index of each mask's image.
+
+    Returns:
+        The masks at the points, [n, K] or [M, K]; and how much of a point is not ignored, [K] or
+        [M, K].
     """
     height, width = label_map.shape[-2:]
-    position = points * points.new_tensor((width, height)) - 0.5
-    first = position.floor()
-    share = position - first
-    start = 0 if image is None else (image * height * width)[:, None]
+    positions = points * points.new_tensor((width, height)) - 0.5
+    corners = positions.floor()
+    fractions = positions - corners
+    image_start = 0 if image is None else (image * height * width)[:, None]
     mask = valid = points.new_zeros(())
     for right, down in ((0, 0), (1, 0), (0, 1), (1, 1)):
-        x, y = first[..., 0].long() + right, first[..., 1].long() + down
-        weight = (share[..., 0] if right else 1 - share[..., 0]) * (
-            share[..., 1] if down else 1 - share[..., 1]
-        )
-        found = label_map.reshape(-1)[
-            start + y.clamp(0, height - 1) * width + x.clamp(0, width - 1)
-        ]
-        mask = mask + weight * (found == labels[:, None])
-        valid = valid + weight * (found != ignore)
+        x, y = corners[..., 0].long() + right, corners[..., 1].long() + down
+        x_weight = fractions[..., 0] if right else 1 - fractions[..., 0]
+        y_weight = fractions[..., 1] if down else 1 - fractions[..., 1]
+        weight = x_weight * y_weight
+        pixel_indices = y.clamp(0, height - 1) * width + x.clamp(0, width - 1)
+        pixel_labels = label_map.reshape(-1)[image_start + pixel_indices]
+        mask = mask + weight * (pixel_labels == labels[:, None])
+        valid = valid + weight * (pixel_labels != ignore)
     return mask, valid
 
 
-def at_least_some(sums: Tensor) -> Tensor:
-    """Sums of what is not ignored as divisors: where they are 0, so is what they divide."""
+def clamp_divisor(sums: Tensor) -> Tensor:
+    """Clamps sums to at least 1e-6, so that dividing 0 by a sum of 0 gives 0."""
     return sums.clamp(min=1e-6)

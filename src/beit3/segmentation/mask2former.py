@@ -1,21 +1,22 @@
-"""transformers' parts of Mask2Former (arXiv:2112.01527), without their backbone and losses, and
-with what they need.
+"""Mask2Former's pixel decoder and query decoder (arXiv:2112.01527), taken from transformers without
+its backbone and losses.
 
-Importing this file takes seconds: `head.py` does it when a head is built. Changed are:
+Importing this file takes seconds, so `head.py` imports it when a head is built. It changes:
 
-- cross-attention keeps no matrix of weights, and one mask serves all its heads (B * heads * Q * h *
-  w of float32 before);
-- sine positions come from a function, not from a cache that all models of a process share;
-- no parameter is a tensor of uninitialised memory when built on "meta";
-- layers may be recomputed in the backward pass.
+- Cross-attention does not store its matrix of weights, and one mask serves all its heads. Before,
+  that took B * heads * Q * h * w numbers of float32.
+- Sine positions come from a function, not from a cache shared by all models of a process.
+- No parameter is a tensor of uninitialized memory when built on "meta".
+- Layers may be recomputed in the backward pass.
 
-Parameters keep transformers' names. Features: four maps [B, D, h, w], each half as large as the one
-before.
+Parameters keep transformers' names. Features are four maps [B, D, h, w], each half as large as the
+one before.
 """
 
 import math
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -29,18 +30,18 @@ from transformers.models.mask2former.modeling_mask2former import (
 
 from beit3.segmentation.config import HeadConfig
 
-LEVELS = 3
+NUM_LEVELS = 3
 """Maps that the pixel decoder's layers and the queries attend to: all but the largest."""
 
-POINTS = 4
-"""Of each head on each map, which transformers sets."""
+NUM_POINTS = 4
+"""Sampling points of each head on each map; transformers has it fixed."""
 
 
-def parts(
+def build_decoders(
     dim: int, config: HeadConfig
 ) -> tuple[Mask2FormerPixelDecoder, Mask2FormerTransformerModule]:
-    """Pixel decoder and query decoder for features of width `dim`."""
-    theirs = Mask2FormerConfig(
+    """Builds pixel decoder and query decoder for features of width `dim`."""
+    settings = Mask2FormerConfig(
         feature_size=config.hidden_dim,
         mask_feature_size=config.hidden_dim,
         hidden_dim=config.hidden_dim,
@@ -52,25 +53,24 @@ def parts(
         num_queries=config.num_queries,
         dropout=0.0,
     )
-    pixels, queries = (
-        Mask2FormerPixelDecoder(theirs, [dim] * (LEVELS + 1)),
-        Mask2FormerTransformerModule(config.hidden_dim, theirs),
-    )
-    pixels.level_embed = nn.Parameter(torch.empty(LEVELS, config.hidden_dim))
-    for part, name in ((pixels, "position_embedding"), (queries, "position_embedder")):
-        setattr(part, name, SinePositions(config.hidden_dim))
-    queries.decoder.mask_predictor.num_heads = 1
-    for layer in queries.decoder.layers:
+    pixel_decoder = Mask2FormerPixelDecoder(settings, [dim] * (NUM_LEVELS + 1))
+    query_decoder = Mask2FormerTransformerModule(config.hidden_dim, settings)
+    pixel_decoder.level_embed = nn.Parameter(torch.empty(NUM_LEVELS, config.hidden_dim))
+    # Called alike, but of another class than transformers declares.
+    positions: Any = SinePositions(config.hidden_dim), SinePositions(config.hidden_dim)
+    pixel_decoder.position_embedding, query_decoder.position_embedder = positions
+    query_decoder.decoder.mask_predictor.num_heads = 1
+    for layer in query_decoder.decoder.layers:
         layer.cross_attn = CrossAttention(config.hidden_dim, config.num_heads)
     if config.checkpointing:
-        for layer in (*pixels.encoder.layers, *queries.decoder.layers):
+        for layer in (*pixel_decoder.encoder.layers, *query_decoder.decoder.layers):
             layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
-    return pixels, queries
+    return pixel_decoder, query_decoder
 
 
 class CrossAttention(nn.MultiheadAttention):
-    """Queries [Q, B, D] to places [N, B, D] by a fused kernel, which never holds the weights [B,
-    heads, Q, N]."""
+    """Attends from queries [Q, B, D] to features [N, B, D] by a fused kernel, which never stores
+    the weights [B, heads, Q, N]."""
 
     def forward(  # type: ignore[override]
         self,
@@ -80,7 +80,15 @@ class CrossAttention(nn.MultiheadAttention):
         attn_mask: Tensor,
         key_padding_mask: None = None,
     ) -> tuple[Tensor, None]:
-        """`attn_mask` [B, Q, N] bool, True = not attended to. There are no weights to return."""
+        """Returns the attended values and None in place of the weights.
+
+        Args:
+            query: [Q, B, D].
+            key: [N, B, D].
+            value: [N, B, D].
+            attn_mask: Bool [B, Q, N], True = not attended to.
+            key_padding_mask: Unused; transformers passes it.
+        """
         weights, biases = self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3)
         queries, keys, values = (
             F.linear(states, weight, bias)
@@ -95,8 +103,10 @@ class CrossAttention(nn.MultiheadAttention):
 
 
 class SinePositions(nn.Module):
-    """Sines and cosines of the row, then of the column, as parts of a turn over the whole map: [B,
-    D, h, w]."""
+    """Computes sine and cosine embeddings [B, D, h, w] of the row, then of the column.
+
+    Positions are angles; the whole height or width of a map is one full turn.
+    """
 
     TEMPERATURE = 10_000
 
@@ -107,33 +117,29 @@ class SinePositions(nn.Module):
     def forward(
         self, shape: Sequence[int], device: torch.device, dtype: torch.dtype, mask: None = None
     ) -> Tensor:
-        batch, _, height, width = shape
-        pairs = torch.arange(self.dim // 4, device=device, dtype=dtype)
-        periods = self.TEMPERATURE ** (4 * pairs / self.dim)
-        rows, columns = (self.waves(side, periods) for side in (height, width))  # [side, D / 2]
-        both = (rows[:, None].expand(-1, width, -1), columns[None].expand(height, -1, -1))
-        return torch.cat(both, -1).permute(2, 0, 1).expand(batch, -1, -1, -1)
+        batch_size, _, height, width = shape
+        frequency_indices = torch.arange(self.dim // 4, device=device, dtype=dtype)
+        periods = self.TEMPERATURE ** (4 * frequency_indices / self.dim)
+        rows = self.embed_positions(height, periods)[:, None].expand(-1, width, -1)
+        columns = self.embed_positions(width, periods)[None].expand(height, -1, -1)
+        return torch.cat((rows, columns), -1).permute(2, 0, 1).expand(batch_size, -1, -1, -1)
 
-    def waves(self, side: int, periods: Tensor) -> Tensor:
-        """Sine and cosine by turns, [side, D / 2]."""
-        turns = (
-            torch.arange(1, side + 1, device=periods.device, dtype=periods.dtype)
-            / (side + 1e-6)
-            * (2 * math.pi)
-        )
+    def embed_positions(self, side: int, periods: Tensor) -> Tensor:
+        """Returns sines and cosines, interleaved, of all positions of a side: [side, D / 2]."""
+        positions = torch.arange(1, side + 1, device=periods.device, dtype=periods.dtype)
+        turns = positions / (side + 1e-6) * (2 * math.pi)
         angles = turns[:, None] / periods
         return torch.stack((angles.sin(), angles.cos()), -1).flatten(1)
 
 
-def offsets(num_heads: int) -> Tensor:
-    """Where deformable attention looks at first: each head in a direction of its own, each point
-    one place further.
+def make_initial_offsets(num_heads: int) -> Tensor:
+    """Returns the initial bias of `sampling_offsets`, [heads * NUM_LEVELS * NUM_POINTS * 2].
 
-    The bias [heads * LEVELS * POINTS * 2] of `sampling_offsets` (Deformable DETR,
-    arXiv:2010.04159).
+    Each head looks in a direction of its own, and each of its points lies one cell further
+    (Deformable DETR, arXiv:2010.04159).
     """
     angles = torch.arange(num_heads) * (2 * math.pi / num_heads)
     directions = torch.stack((angles.cos(), angles.sin()), -1)
-    directions = directions / directions.abs().amax(-1, keepdim=True)  # onto the square
-    steps = torch.arange(1, POINTS + 1).view(1, 1, -1, 1)
-    return (directions[:, None, None] * steps).expand(-1, LEVELS, -1, -1).flatten()
+    directions = directions / directions.abs().amax(-1, keepdim=True)  # onto the unit square
+    distances = torch.arange(1, NUM_POINTS + 1).view(1, 1, -1, 1)
+    return (directions[:, None, None] * distances).expand(-1, NUM_LEVELS, -1, -1).flatten()

@@ -1,9 +1,9 @@
 """The spatial prior of ViT-Adapter (arXiv:2205.08534, section 3.3): a small convolutional pyramid
 beside the trunk.
 
-Images [B, 3, H, W] -> four maps [B, D, h, w] at strides s, 2s, 4s and 8s, s being the power of two
-nearest to a quarter of
-the patch: 4 for patches of 14 and 16, 2 for 8. Each halving rounds up, so any image will do.
+It maps images [B, 3, H, W] to four maps [B, D, h, w] at strides s, 2s, 4s and 8s, where s is the
+power of two nearest to a quarter of the patch: 4 for patches of 14 and 16, 2 for 8. Each halving
+rounds up, so images of any size are accepted.
 """
 
 import math
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 
 class ConvNorm(nn.Module):
-    """3x3 convolution, batch norm, ReLU; `stride` 2 halves a map."""
+    """3x3 convolution, batch norm and ReLU; `stride` 2 halves the map."""
 
     def __init__(self, in_channels: int, channels: int, *, stride: int = 1):
         super().__init__()
@@ -27,47 +27,54 @@ class ConvNorm(nn.Module):
 
 
 class SpatialPrior(nn.Module):
-    """`inplanes` channels at the first stride, then twice and four times as many; projected to
-    `dim` at each."""
+    """Computes four maps of an image by convolutions.
+
+    The maps have `inplanes` channels at the first stride, then twice and four times as many, and
+    are projected to `dim` channels.
+    """
 
     def __init__(self, dim: int, inplanes: int, patch_size: int):
         super().__init__()
-        halvings = max(0, round(math.log2(patch_size / 4)))
+        num_halvings = max(0, round(math.log2(patch_size / 4)))
         stem = [
-            ConvNorm(3, inplanes, stride=2 if halvings else 1),
+            ConvNorm(3, inplanes, stride=2 if num_halvings else 1),
             ConvNorm(inplanes, inplanes),
             ConvNorm(inplanes, inplanes),
         ]
-        self.stem = nn.Sequential(*stem, *(nn.MaxPool2d(3, 2, 1) for _ in range(halvings - 1)))
+        self.stem = nn.Sequential(*stem, *(nn.MaxPool2d(3, 2, 1) for _ in range(num_halvings - 1)))
         widths = (inplanes, 2 * inplanes, 4 * inplanes, 4 * inplanes)
         self.halves = nn.ModuleList(
-            ConvNorm(*pair, stride=2) for pair in zip(widths[:-1], widths[1:], strict=True)
+            ConvNorm(in_channels, channels, stride=2)
+            for in_channels, channels in zip(widths[:-1], widths[1:], strict=True)
         )
         self.projections = nn.ModuleList(nn.Conv2d(width, dim, 1) for width in widths)
-        self.strides = tuple(2 ** (halvings + level) for level in range(4))
+        self.strides = tuple(2 ** (num_halvings + level) for level in range(4))
 
     def forward(self, image: Tensor) -> tuple[Tensor, ...]:
         maps = [self.stem(image)]
-        for half in self.halves:
-            maps.append(half(maps[-1]))
+        for halve in self.halves:
+            maps.append(halve(maps[-1]))
         return tuple(
-            projection(each) for projection, each in zip(self.projections, maps, strict=True)
+            project(feature_map)
+            for project, feature_map in zip(self.projections, maps, strict=True)
         )
 
 
 @contextmanager
 def preserve_buffers(module: nn.Module) -> Iterator[None]:
-    """Within, `module` works on copies of its buffers: what is computed again must not count twice
-    in running averages."""
+    """Lets `module` work on copies of its buffers inside the context.
+
+    A forward pass that is recomputed must not count twice in running averages.
+    """
     buffers = [
-        (part, name, buffer)
-        for part in module.modules()
-        for name, buffer in part.named_buffers(recurse=False)
+        (submodule, name, buffer)
+        for submodule in module.modules()
+        for name, buffer in submodule.named_buffers(recurse=False)
     ]
-    for part, name, buffer in buffers:
-        setattr(part, name, buffer.clone())
+    for submodule, name, buffer in buffers:
+        setattr(submodule, name, buffer.clone())
     try:
         yield
     finally:
-        for part, name, buffer in buffers:
-            setattr(part, name, buffer)
+        for submodule, name, buffer in buffers:
+            setattr(submodule, name, buffer)

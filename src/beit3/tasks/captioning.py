@@ -16,7 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from beit3.data.prepare import formats
+from beit3.data.prepare.formats.captions import split_by_caption
+from beit3.data.prepare.formats.detect import read_captioned_images
 from beit3.data.prepare.splits import write_splits
 from beit3.data.views.augment import rand_augment
 from beit3.data.views.masking import IGNORE_INDEX, mask_text
@@ -183,7 +184,7 @@ class Captioning(Task):
 
         Training has a record per caption, the other splits a record per image.
         """
-        records = formats.one_per_caption(formats.captioned(raw))
+        records = split_by_caption(read_captioned_images(raw))
         lengths = make_length_counter(root, CaptioningConfig.text_length)
         return write_splits(root, "captioning", source, records, lengths=lengths)
 

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from beit3.data.prepare.formats.instances import instances
+from beit3.data.prepare.formats.instances import read_instances
 from beit3.data.prepare.splits import BAD_SHARE, write_splits
 from beit3.data.stores.split_files import locate_split
 from beit3.data.views.jitter import large_scale_jitter, pad_to_square
@@ -314,7 +314,7 @@ class Coco(Task):
         Objects365 are seldom complete.
         """
         repairs: Counter[str] = Counter()
-        categories, rows = instances(raw, repaired=repairs)
+        categories, rows = read_instances(raw, repaired=repairs)
         report = dict(write_splits(root, "coco", source, rows, bad_share=bad_share))
         write_text(
             root / "coco" / source / CATEGORIES_FILE,
@@ -342,7 +342,7 @@ class Coco(Task):
     def example(
         self, record: Record, train: bool, *, rng: np.random.Generator | None = None
     ) -> Example:
-        """Returns an image in a square, and its objects if `train` is set.
+        """Returns an image in a square, and for training its objects.
 
         `image` is uint8 [3, S, S], padded at the bottom and on the right; `size` [2] is the height
         and width without padding, `original` [2] those of the image itself. Training adds the
@@ -364,13 +364,13 @@ class Coco(Task):
                 scale=config.scale,
                 flip=config.flip,
             )
-            example |= _pad(crop, train_size)
+            example |= _pad_image(crop, train_size)
             example |= {"boxes": visible.boxes, "labels": visible.labels}
             return example if visible.masks is None else example | {"masks": visible.masks}
         for size in self.sizes:
             resized = replace(config.image, image_size=size).preprocess(image)
             suffix = self._get_key_suffix(size)
-            for name, value in _pad(resized, size).items():
+            for name, value in _pad_image(resized, size).items():
                 example[f"{name}{suffix}"] = value
         return example
 
@@ -489,6 +489,6 @@ class Coco(Task):
         return results
 
 
-def _pad(image: Tensor, size: int) -> Example:
-    """Pads an image uint8 [3, h, w] to a square."""
+def _pad_image(image: Tensor, size: int) -> Example:
+    """Returns an image uint8 [3, h, w] padded to a square, and its `size` [2] without padding."""
     return {"image": pad_to_square(image, size), "size": torch.tensor(image.shape[1:])}

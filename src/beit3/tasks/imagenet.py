@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from beit3.data.loader import RecordDataset
-from beit3.data.prepare import formats
+from beit3.data.prepare.formats.detect import read_classified_images
 from beit3.data.prepare.splits import write_splits
 from beit3.data.stores.label_names import CLASSES_FILE, read_class_names, write_class_names
 from beit3.data.stores.split_files import locate_split
@@ -296,7 +296,7 @@ class ImageNet(Task):
 
         The class names are written beside the records.
         """
-        names, records = formats.classes(raw)
+        names, records = read_classified_images(raw)
         report = write_splits(root, "imagenet", source, records)
         write_class_names(root / "imagenet" / source / CLASSES_FILE, names)
         return {**report, "classes": len(names), **describe_doubtful_names(names)}

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from beit3.data.prepare import formats
+from beit3.data.prepare.formats.detect import read_statements
 from beit3.data.prepare.splits import write_splits
 from beit3.data.views.preprocessing import Preprocessing
 from beit3.data.views.transforms import crop_and_flip
@@ -167,7 +167,7 @@ class NLVR2(Task):
     def prepare(raw: Path, root: Path, source: str) -> Mapping[str, Any]:
         """Converts NLVR2's or NLVR1's files, or a table of your own, to records."""
         lengths = make_length_counter(root, NLVR2Config.text_length)
-        return write_splits(root, "nlvr2", source, formats.statements(raw), lengths=lengths)
+        return write_splits(root, "nlvr2", source, read_statements(raw), lengths=lengths)
 
     def record(self, image: Any, image2: Any, statement: str) -> Record:
         """Makes a record of two images and a statement about them."""

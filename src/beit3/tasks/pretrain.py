@@ -4,6 +4,10 @@ One step visits three sources: images have 40 % of their patches masked, texts 1
 image-text pairs 50 % of their text and 40 % of their patches. The target of a patch is its code by
 a frozen visual tokenizer. What the paper leaves open is a field of the config, whose default is
 argued in docs/pretraining.md.
+
+`Pretrain.example` masks a record. `Pretrain.predict_masked` computes the cross-entropy of every
+masked patch and token, and `Pretrain.forward` sums it: as the losses `image` and `text`, or for
+image-text pairs as `pair_image` and `pair_text`.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,7 +19,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from beit3.data.prepare import formats
+from beit3.data.batches import pad_token_ids
+from beit3.data.prepare.formats.detect import (
+    holds_pretraining_tars,
+    read_images,
+    read_pairs,
+    read_texts,
+)
 from beit3.data.prepare.splits import write_splits
 from beit3.data.stores.shard_writer import write_shards
 from beit3.data.text.tokenize import remove_unused_arrays, write_tokens
@@ -37,7 +47,6 @@ from beit3.task import (
     join_by_id,
     make_length_counter,
     make_record_rng,
-    pad_token_ids,
 )
 from beit3.tokenizer.text import MODEL_FILE, TextTokenizer
 from beit3.tokenizer.visual import VisualTokenizer
@@ -185,7 +194,7 @@ _GPU_HOUR = Recipe(
 
 
 def _make_recipe(model: ModelConfig, *, token_size: int = 224, note: str) -> Recipe:
-    """The paper's run (section 2.3, appendix B): 1M steps of 2048 images, texts and pairs."""
+    """Returns the paper's run (section 2.3, appendix B): 1M steps of 3 x 2048 records."""
     return Recipe(
         task=PretrainConfig(model=replace(model, drop_path_rate=0.1), token_size=token_size),
         data=DataConfig(batch={"images": 2048, "texts": 2048, "pairs": 2048}, workers=8),
@@ -202,6 +211,9 @@ def _make_recipe(model: ModelConfig, *, token_size: int = 224, note: str) -> Rec
     )
 
 
+# Task ---------------------------------------------------------------------------------------------
+
+
 class MaskedPredictions(NamedTuple):
     """Predictions of one modality at its M masked positions."""
 
@@ -212,7 +224,10 @@ class MaskedPredictions(NamedTuple):
 
 
 class Pretrain(Task):
-    """BEiT-3 with two heads on the final norm's states, not tied to the embeddings."""
+    """BEiT-3 with a head over the codes and a head over the vocabulary.
+
+    The heads read the states after the final norm. They are not tied to the embeddings.
+    """
 
     Config = PretrainConfig
     sources = ("images", "texts", "pairs")
@@ -258,6 +273,7 @@ class Pretrain(Task):
             self._load_visual_tokenizer()
 
     def _load_visual_tokenizer(self) -> None:
+        """Loads the frozen visual tokenizer; ValueError where it has other codes than the head."""
         config = self.config
         task, file = load_frozen(config.visual_tokenizer, "vqkd")
         assert isinstance(task.backbone, VisualTokenizer)
@@ -269,7 +285,7 @@ class Pretrain(Task):
             )
         self.visual_tokenizer, self.frozen_files = task.backbone, {"visual_tokenizer": file}
 
-    # Data -----------------------------------------------------------------------------------------
+    # Records --------------------------------------------------------------------------------------
 
     @staticmethod
     def prepare(
@@ -300,11 +316,11 @@ class Pretrain(Task):
             return _prepare_texts(raw, root, source, pack=pack, field=field, workers=workers)
         captions = kind == "pairs"
         lengths = make_length_counter(root, PretrainConfig.text_length)
-        if formats.lies_in_tars(raw, captions=captions):
+        if holds_pretraining_tars(raw, captions=captions):
             return write_shards(
                 root, "pretrain", source, raw, captions=captions, lengths=lengths, workers=workers
             )
-        records = formats.pairs(raw) if captions else formats.images(raw)
+        records = read_pairs(raw) if captions else read_images(raw)
         return write_splits(root, "pretrain", source, records, lengths=lengths)
 
     @staticmethod
@@ -317,6 +333,8 @@ class Pretrain(Task):
                 "writes one)"
             )
         return config
+
+    # Masking of images, texts and pairs -----------------------------------------------------------
 
     def example(
         self, record: Record, train: bool, *, rng: np.random.Generator | None = None
@@ -417,70 +435,13 @@ class Pretrain(Task):
             example["text_target"] = torch.from_numpy(target)
         return example
 
-    # Training -------------------------------------------------------------------------------------
-
-    @property
-    def loss_weights(self) -> Mapping[str, float]:
-        config = self.config
-        return {
-            "image": config.image_weight,
-            "text": config.text_weight,
-            "pair_image": config.pair_image_weight,
-            "pair_text": config.pair_text_weight,
-        }
-
-    @staticmethod
-    def get_loss_prefix(batch: Batch) -> str:
-        """Returns what the names of the batch's losses start with: those of pairs are separate."""
-        return "pair_" if "image" in batch and "text" in batch else ""
-
-    def targets(self, batch: Batch) -> dict[str, int]:
-        """Counts the masked patches and tokens."""
-        prefix, counts = self.get_loss_prefix(batch), {}
-        if "image_mask" in batch:
-            counts[f"{prefix}image"] = int(batch["image_mask"].sum())
-        if "text_target" in batch:
-            counts[f"{prefix}text"] = int((batch["text_target"] != IGNORE_INDEX).sum())
-        return counts
-
-    def encode(self, batch: Batch, read: Literal["real", "all"] = "real") -> Encoded:
-        """Returns the states of what the batch holds; `read="all"` includes those of padding."""
-        return self.backbone(
-            self.normalize_images(batch) if "image" in batch else None,
-            batch.get("text"),
-            image_mask=batch.get("image_mask"),
-            text_padding=batch.get("text_padding"),
-            read=read,
-        )
-
-    def compute_codes(self, batch: Batch) -> Tensor:
-        """Returns the patches' targets [B, P] int64.
-
-        They are the batch's own `image_codes`, else the frozen tokenizer's of `token_image`.
-        """
-        if "image_codes" in batch:
-            return batch["image_codes"]
-        if self.visual_tokenizer is None:
-            path = self.config.visual_tokenizer
-            reason = f"{path} is not there" if path else "none is given"
-            raise ValueError(
-                f"image targets need a visual tokenizer and {reason}: --task.visual_tokenizer "
-                "WEIGHTS (beit3 train vqkd)"
-            )
-        if not self.config.cache_codes:
-            return self.visual_tokenizer.tokenize(batch["token_image"])
-        # Ids may recur in another source and in another split.
-        prefix = f"{self.get_loss_prefix(batch)}{self.training}"
-        keys = [(prefix, id) for id in batch["id"]]
-        new_rows = [row for row, key in enumerate(keys) if key not in self._cached_codes]
-        if new_rows:
-            new_codes = self.visual_tokenizer.tokenize(batch["token_image"][new_rows])
-            for row, codes in zip(new_rows, new_codes, strict=True):
-                self._cached_codes[keys[row]] = codes
-        return torch.stack([self._cached_codes[key] for key in keys])
+    # Loss of masked patches and tokens ------------------------------------------------------------
 
     def forward(self, batch: Batch) -> dict[str, dict[str, Tensor]]:
-        """Cross-entropy of the masked patches' codes and of the masked tokens."""
+        """Returns the cross-entropy of the masked patches' codes and of the masked tokens.
+
+        The losses are called `image` and `text`, for image-text pairs `pair_image` and `pair_text`.
+        """
         prefix = self.get_loss_prefix(batch)
         losses, metrics = {}, {}
         for modality, token_losses, is_correct, _ in self.predict_masked(batch):
@@ -496,7 +457,7 @@ class Pretrain(Task):
         encoded = self.encode(batch)
         if "image_mask" in batch:
             mask = batch["image_mask"].bool()
-            states = encoded.of("image")[:, 1:][mask]
+            states = encoded.of("image")[:, 1:][mask]  # [M, D], without the class token
             target = self.compute_codes(batch)[mask]
             losses, is_correct = chunked_vocabulary_loss(
                 states, target, self.image_head, token_cross_entropy
@@ -504,12 +465,52 @@ class Pretrain(Task):
             yield MaskedPredictions("image", losses, is_correct, mask)
         if "text_target" in batch:
             mask = batch["text_target"] != IGNORE_INDEX
-            states = encoded.of("text")[mask]
+            states = encoded.of("text")[mask]  # [M, D]
             target = batch["text_target"][mask]
             losses, is_correct = chunked_vocabulary_loss(
                 states, target, self.text_head, token_cross_entropy
             )
             yield MaskedPredictions("text", losses, is_correct, mask)
+
+    @staticmethod
+    def get_loss_prefix(batch: Batch) -> str:
+        """Returns what the names of the batch's losses start with: those of pairs are separate."""
+        return "pair_" if "image" in batch and "text" in batch else ""
+
+    def targets(self, batch: Batch) -> dict[str, int]:
+        """Counts the masked patches and tokens."""
+        prefix, counts = self.get_loss_prefix(batch), {}
+        if "image_mask" in batch:
+            counts[f"{prefix}image"] = int(batch["image_mask"].sum())
+        if "text_target" in batch:
+            counts[f"{prefix}text"] = int((batch["text_target"] != IGNORE_INDEX).sum())
+        return counts
+
+    @property
+    def loss_weights(self) -> Mapping[str, float]:
+        """Weight of each loss in the total; the paper's are all 1."""
+        config = self.config
+        return {
+            "image": config.image_weight,
+            "text": config.text_weight,
+            "pair_image": config.pair_image_weight,
+            "pair_text": config.pair_text_weight,
+        }
+
+    # Network --------------------------------------------------------------------------------------
+
+    def encode(self, batch: Batch, read: Literal["real", "all"] = "real") -> Encoded:
+        """Returns the states of the batch's images and texts.
+
+        `read="all"` includes the states of padding.
+        """
+        return self.backbone(
+            self.normalize_images(batch) if "image" in batch else None,
+            batch.get("text"),
+            image_mask=batch.get("image_mask"),
+            text_padding=batch.get("text_padding"),
+            read=read,
+        )
 
     def outputs(self, batch: Batch) -> dict[str, Tensor]:
         """Returns `image_logits` [B, P, K] and `text_logits` [B, L, V] of what is present."""
@@ -520,6 +521,38 @@ class Pretrain(Task):
         if "text" in batch:
             outputs["text_logits"] = self.text_head(encoded.of("text"))
         return outputs
+
+    # Codes of the patches -------------------------------------------------------------------------
+
+    def compute_codes(self, batch: Batch) -> Tensor:
+        """Returns the patches' targets [B, P] int64.
+
+        They are the batch's own `image_codes`, else the visual tokenizer's codes of `token_image`.
+        """
+        if "image_codes" in batch:
+            return batch["image_codes"]
+        if self.visual_tokenizer is None:
+            path = self.config.visual_tokenizer
+            reason = f"{path} is not there" if path else "none is given"
+            raise ValueError(
+                f"image targets need a visual tokenizer and {reason}: --task.visual_tokenizer "
+                "WEIGHTS (beit3 train vqkd)"
+            )
+        if self.config.cache_codes:
+            return self._tokenize_new_images(batch, self.visual_tokenizer)
+        return self.visual_tokenizer.tokenize(batch["token_image"])
+
+    def _tokenize_new_images(self, batch: Batch, visual_tokenizer: VisualTokenizer) -> Tensor:
+        """Returns the codes [B, P] of the batch; those of images seen before are in the cache."""
+        # Ids may recur in another source and in another split.
+        prefix = f"{self.get_loss_prefix(batch)}{self.training}"
+        keys = [(prefix, id) for id in batch["id"]]
+        new_indices = [index for index, key in enumerate(keys) if key not in self._cached_codes]
+        if new_indices:
+            new_codes = visual_tokenizer.tokenize(batch["token_image"][new_indices])
+            for index, codes in zip(new_indices, new_codes, strict=True):
+                self._cached_codes[keys[index]] = codes
+        return torch.stack([self._cached_codes[key] for key in keys])
 
     # Inference ------------------------------------------------------------------------------------
 
@@ -561,6 +594,9 @@ class Pretrain(Task):
         return scores | {"negative_loss": -sum(losses)}
 
 
+# Texts of `prepare` -------------------------------------------------------------------------------
+
+
 def _prepare_texts(
     raw: Path, root: Path, source: str, *, pack: int, field: str, workers: int
 ) -> Mapping[str, Any]:
@@ -576,7 +612,7 @@ def _prepare_texts(
         tokenizer = TextTokenizer(tokenizer_path)
         return write_tokens(raw, directory, tokenizer, pack=pack, field=field, workers=workers)
     lengths = make_length_counter(root, PretrainConfig.monomodal_text_length)
-    records = formats.texts(raw, field=field)
+    records = read_texts(raw, field=field)
     report = write_splits(root, "pretrain", source, records, lengths=lengths)
     remove_unused_arrays(directory)
     return report

@@ -18,7 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import default_collate
 
-from beit3.data.prepare import formats
+from beit3.data.batches import check_same_fields, trim_padding
+from beit3.data.prepare.formats.captions import split_by_caption
+from beit3.data.prepare.formats.detect import read_captioned_images
 from beit3.data.prepare.splits import write_splits
 from beit3.data.views.preprocessing import Preprocessing
 from beit3.data.views.transforms import crop_and_flip
@@ -35,12 +37,10 @@ from beit3.task import (
     Prediction,
     Record,
     Task,
-    check_same_fields,
     join_by_id,
     make_length_counter,
     make_record,
     make_record_rng,
-    trim_padding,
 )
 from beit3.tokenizer.text import TextTokenizer
 
@@ -261,7 +261,7 @@ class Retrieval(Task):
 
         Training has a record per caption, the other splits a record per image.
         """
-        records = formats.one_per_caption(formats.captioned(raw))
+        records = split_by_caption(read_captioned_images(raw))
         lengths = make_length_counter(root, RetrievalConfig.text_length)
         return write_splits(root, "retrieval", source, records, lengths=lengths)
 

@@ -16,8 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from beit3.data.prepare import formats
 from beit3.data.prepare.answers import build_answers, choose_min_count, make_vqa_record
+from beit3.data.prepare.formats.detect import (
+    holds_vqa_questions,
+    read_extra_questions,
+    read_questions,
+)
 from beit3.data.prepare.splits import write_splits
 from beit3.data.stores.label_names import ANSWERS_FILE, read_answers, write_answers
 from beit3.data.stores.split_files import locate_split
@@ -199,8 +203,8 @@ class VQA(Task):
             at_least: How often an answer of the list must be given; 0 = 9 times in VQA v1 and v2,
                 once in other datasets and in samples.
         """
-        is_vqa = formats.asks_as_vqa(raw)
-        questions = list(formats.questions(raw))
+        is_vqa = holds_vqa_questions(raw)
+        questions = list(read_questions(raw))
         min_count = at_least or choose_min_count(len(questions), is_vqa=is_vqa)
         answers = build_answers(
             (question for split, question in questions if split in ("train", "val")),
@@ -208,7 +212,7 @@ class VQA(Task):
             is_vqa=is_vqa,
         )
         answer_set = set(answers)
-        questions += formats.extra_questions(raw)
+        questions += read_extra_questions(raw)
         records = []
         for split, question in questions:
             record = make_vqa_record(question, answer_set, is_vqa=is_vqa)

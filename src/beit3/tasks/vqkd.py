@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from beit3.data.prepare import formats
+from beit3.data.prepare.formats.detect import holds_pretraining_tars, read_images
 from beit3.data.prepare.splits import write_splits
 from beit3.data.stores.shard_writer import write_shards
 from beit3.data.views.preprocessing import Preprocessing
@@ -218,9 +218,9 @@ class VQKD(Task):
 
         The folder holds `train` and `val`, or is split by the names of its files.
         """
-        if formats.lies_in_tars(raw, captions=False):
+        if holds_pretraining_tars(raw, captions=False):
             return write_shards(root, "vqkd", source, raw, captions=False)
-        return write_splits(root, "vqkd", source, formats.images(raw))
+        return write_splits(root, "vqkd", source, read_images(raw))
 
     def record(self, image: str) -> Record:
         """Makes a record of an image, with its path as id."""

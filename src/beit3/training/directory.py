@@ -68,13 +68,13 @@ def _is_empty(out: Path) -> bool:
     return out.is_dir() and all(path.name in (LOCK_FILE, USER_FILE) for path in out.iterdir())
 
 
-def find_first_difference(theirs: Any, ours: Any, path: str = "") -> str:
+def find_first_difference(stored: Any, current: Any, path: str = "") -> str:
     """Returns the dotted name of the first field in which two JSON values differ."""
-    if isinstance(theirs, dict) and isinstance(ours, dict):
-        for key in [*ours, *theirs]:
-            if theirs.get(key) != ours.get(key):
+    if isinstance(stored, dict) and isinstance(current, dict):
+        for key in [*current, *stored]:
+            if stored.get(key) != current.get(key):
                 key_path = f"{path}.{key}".lstrip(".")
-                return find_first_difference(theirs.get(key), ours.get(key), key_path)
+                return find_first_difference(stored.get(key), current.get(key), key_path)
     return path
 
 

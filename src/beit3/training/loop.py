@@ -21,6 +21,7 @@ from beit3.ops.collectives import barrier, rank, rank_zero_first, world_size
 from beit3.progress import show_progress
 from beit3.recipe import Recipe
 from beit3.task import Batch, Task, grow_vocabulary, task_name
+from beit3.tokenizer.text import TextTokenizer
 from beit3.training.checkpoint import Checkpointer
 from beit3.training.directory import (
     check_same_run,
@@ -94,30 +95,14 @@ def train(
         Interrupted: The run was stopped by Ctrl-C, SIGTERM or SIGUSR1 and can be resumed.
     """
     out = Path(out)
-
-    # Start: process group, device
     device = init_device(recipe.run)
 
     # Records: root directory, train and val split, text tokenizer
     with rank_zero_first(), show_progress("writing the world") as advance:
         root = find_records_root(task_class, recipe.data.root, recipe.data.batch, progress=advance)
-    source_names = [name for name in task_class.sources if recipe.data.batch.get(name)]
-    if not source_names:
-        raise ValueError(
-            f"data.batch names none of the sources {', '.join(task_class.sources)}: give each a "
-            "number of records"
-        )
-    sources = {name: open_source(root, task_class, name, recipe) for name in source_names}
-    val_sources = {
-        name: open_source(root, task_class, name, recipe, "val") for name in source_names
-    }
+    sources, val_sources = open_sources(task_class, recipe, root)
     check_accumulation(task_class, recipe)
-    tokenizer = open_tokenizer(recipe, root, init)
-    if tokenizer is None and any(has_raw_text(source[0]) for source in sources.values()):
-        raise ValueError(
-            "no text tokenizer: give --data.text_model FILE, or write "
-            f"{root / store.TOKENIZER_FILE} with beit3 tokenizer train"
-        )
+    tokenizer = open_training_tokenizer(recipe, root, init, sources)
 
     # Network: on the meta device, so that everything below fails before any memory is used
     config = task_class.configure(grow_vocabulary(recipe.task, tokenizer), root)
@@ -132,9 +117,8 @@ def train(
         "inputs": describe_inputs(task),
     }
     check_same_run(out, description)
-    num_records = {name: len(source) for name, source in sources.items()}
-    num_steps, warmup = count_steps(recipe, num_records)
-    sample_step_positions(0, recipe, source_names)  # raises if batches do not divide over processes
+    num_steps, warmup = count_steps(recipe, {name: len(source) for name, source in sources.items()})
+    sample_step_positions(0, recipe, list(sources))  # raises if batches do not divide over ranks
 
     # Training
     if not is_finished(out, num_steps):
@@ -333,6 +317,40 @@ class Trainer:
             "resumes it",
             stop_signal,
         )
+
+
+def open_sources(
+    task_class: type[Task], recipe: Recipe, root: Path
+) -> tuple[dict[str, RecordDataset], dict[str, RecordDataset]]:
+    """Opens the train and the val split of the sources that `data.batch` names.
+
+    Raises ValueError if it names none of the task's sources.
+    """
+    names = [name for name in task_class.sources if recipe.data.batch.get(name)]
+    if not names:
+        raise ValueError(
+            f"data.batch names none of the sources {', '.join(task_class.sources)}: give each a "
+            "number of records"
+        )
+    sources = {name: open_source(root, task_class, name, recipe) for name in names}
+    val_sources = {name: open_source(root, task_class, name, recipe, "val") for name in names}
+    return sources, val_sources
+
+
+def open_training_tokenizer(
+    recipe: Recipe, root: Path, init: str | Path, sources: Mapping[str, RecordDataset]
+) -> TextTokenizer | None:
+    """Returns the text tokenizer of a run, or None where no record has raw text.
+
+    Raises ValueError if records have raw text and there is no tokenizer.
+    """
+    tokenizer = open_tokenizer(recipe, root, init)
+    if tokenizer is None and any(has_raw_text(source[0]) for source in sources.values()):
+        raise ValueError(
+            "no text tokenizer: give --data.text_model FILE, or write "
+            f"{root / store.TOKENIZER_FILE} with beit3 tokenizer train"
+        )
+    return tokenizer
 
 
 def sample_step_positions(

@@ -131,7 +131,8 @@ def wrap_blocks(
         options["context_fn"] = partial(create_selective_checkpoint_contexts, save_matmuls)
     for block in blocks:
         if recompute != "none":
-            block.forward = partial(checkpoint, block.forward, use_reentrant=False, **options)  # type: ignore[method-assign]
+            forward = partial(checkpoint, block.forward, use_reentrant=False, **options)
+            block.forward = forward  # type: ignore[method-assign]
         if compiled:
             block.compile()
 

@@ -99,8 +99,8 @@ def open_split(task: type[Task], root: str, split: str) -> dict[str, RecordDatas
         for source, name in records_tasks.items()
         if find_split_files(directory / name / source, split)
     ]
-    own = [source for source in available if source not in task.records_from]
-    chosen = own or available or [task.sources[0]]
+    own_sources = [source for source in available if source not in task.records_from]
+    chosen = own_sources or available or [task.sources[0]]
     return {
         source: RecordDataset(
             locate_split(directory, records_tasks[source], source, split), directory

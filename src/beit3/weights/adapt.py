@@ -71,8 +71,8 @@ def add_names(
         ValueError: The number of names is not the head's, the task has no such names, or the
             prompt has no `{}`.
     """
-    given = {"answers": tuple(answers), "classes": tuple(classes), "prompt": prompt}
-    changes: dict[str, Any] = {name: value for name, value in given.items() if value}
+    names_by_field = {"answers": tuple(answers), "classes": tuple(classes), "prompt": prompt}
+    changes: dict[str, Any] = {name: value for name, value in names_by_field.items() if value}
     for name in changes:
         if name not in get_field_names(config):
             raise ValueError(

@@ -91,11 +91,11 @@ def find_recipe(task_class: type[Task], init: str | Path) -> str:
 
 
 def _initialize_from_directory(task: Task, directory: Path) -> LoadReport:
-    stored, kind = read_config(directory), task_name(type(task))
-    theirs, ours = stored.config.model, task.config.model
-    if type(theirs) is not type(ours):
+    stored, name = read_config(directory), task_name(type(task))
+    stored_model, model = stored.config.model, task.config.model
+    if type(stored_model) is not type(model):
         raise ValueError(
-            f"it holds a {stored.task}, whose network is of another kind than that of {kind}: "
+            f"it holds a {stored.task}, whose network is of another kind than that of {name}: "
             "give other weights"
         )
     if task.has_tokenizer and stored.tokenizer not in (None, task.tokenizer.digest):
@@ -110,9 +110,11 @@ def _initialize_from_directory(task: Task, directory: Path) -> LoadReport:
         ignored = explain_unused(task, tensors)
         values, fresh = match_tensors(task, tensors, exact=False)
     except ValueError as error:
-        raise ValueError(_describe_differences(theirs, ours, str(error))) from None
-    if theirs.num_heads != ours.num_heads:  # no shape tells it
-        raise ValueError(_describe_differences(theirs, ours, "their tensors have the same shapes"))
+        raise ValueError(_describe_differences(stored_model, model, str(error))) from None
+    if stored_model.num_heads != model.num_heads:  # no shape tells it
+        raise ValueError(
+            _describe_differences(stored_model, model, "their tensors have the same shapes")
+        )
     assign_weights(task, values)
     notes = describe_copies(task, values, tensors)
     notes += compare_preprocessing(stored.config.image, task.config.image)
@@ -129,12 +131,12 @@ def _initialize_from_file(task: Task, path: Path) -> LoadReport:
         values, fresh = match_tensors(task, tensors, exact=False, label=label)
     except ValueError as error:
         reason = str(error)
-        with suppress(ValueError):  # shapes that imply no network: the first error says enough
-            theirs, ours = infer_model_config(state), task.config.model
-            if theirs.dim == ours.dim:
+        with suppress(ValueError):  # shapes that imply no network: the first error is enough
+            stored_model, model = infer_model_config(state), task.config.model
+            if stored_model.dim == model.dim:
                 # No shape tells the number of heads, so this network's is taken.
-                theirs = replace(theirs, num_heads=ours.num_heads)
-            reason = _describe_differences(theirs, ours, reason)
+                stored_model = replace(stored_model, num_heads=model.num_heads)
+            reason = _describe_differences(stored_model, model, reason)
         raise ValueError(reason) from None
     assign_weights(task, values)
     preprocessing = find_preprocessing(state)
@@ -145,20 +147,20 @@ def _initialize_from_file(task: Task, path: Path) -> LoadReport:
     return LoadReport(source, tuple(values), ignored, fresh, notes)
 
 
-def _describe_differences(theirs: Any, ours: Any, reason: str) -> str:
+def _describe_differences(stored_model: Any, model: Any, reason: str) -> str:
     """Returns `reason`, preceded by the config fields in which two networks differ.
 
     The message also names the command-line options that would build the file's network.
     """
     differences = {
-        field: (getattr(theirs, field, None), getattr(ours, field, None))
+        field: (getattr(stored_model, field, None), getattr(model, field, None))
         for field in NETWORK_FIELDS
-        if getattr(theirs, field, None) != getattr(ours, field, None)
+        if getattr(stored_model, field, None) != getattr(model, field, None)
     }
     if not differences:
         return reason
     listed = "; ".join(
-        f"{field} is {value}, here {our_value}" for field, (value, our_value) in differences.items()
+        f"{field} is {value}, here {own_value}" for field, (value, own_value) in differences.items()
     )
     options = " ".join(f"--task.model.{field} {value}" for field, (value, _) in differences.items())
     return f"another network ({listed}): take a recipe of its size, or give {options}; {reason}"

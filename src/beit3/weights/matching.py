@@ -15,7 +15,7 @@ from torch import Tensor
 from beit3.data.views.preprocessing import Preprocessing
 from beit3.model.config import FUSION, IMAGE, POSITION_OFFSET, ModelConfig
 from beit3.model.trunk import ImageTrunk
-from beit3.ops.collectives import gather_full, keep_shard, rank
+from beit3.ops.collectives import copy_to_shard, gather_full, rank
 from beit3.ops.positions import resample_patches, resample_positions
 from beit3.seeding import make_generator
 from beit3.task import Task, task_name
@@ -28,7 +28,8 @@ NUM_EXTRA_ROWS = POSITION_OFFSET + 1
 
 EXPERT_PATH = re.compile(
     r"backbone\.(?:(?P<modality>\w+)_embedding"
-    r"|(?:blocks\.\d+\.(?:norm1|norm2|ffn|attention\.\w+)|norm)\.(?!weight$|bias$)(?P<expert>\w+))\."
+    r"|(?:blocks\.\d+\.(?:norm1|norm2|ffn|attention\.\w+)|norm)"
+    r"\.(?!weight$|bias$)(?P<expert>\w+))\."
 )
 """Names of the backbone's parameters that serve one modality, or fused sequences, alone."""
 
@@ -87,7 +88,7 @@ def assign_weights(task: Task, values: Mapping[str, Tensor]) -> None:
     """Copies unsharded tensors into a task by name; each rank keeps its shard."""
     weights = get_weights(task)
     for name, value in values.items():
-        keep_shard(weights[name], value)
+        copy_to_shard(weights[name], value)
 
 
 @torch.no_grad()
@@ -250,15 +251,15 @@ def explain_absence(name: str, *, image_only: bool, new_modalities: Set[str] = f
     return "the file's task has no final norm" if name.startswith(FINAL_NORM) else ""
 
 
-def compare_preprocessing(theirs: Preprocessing, ours: Preprocessing) -> tuple[str, ...]:
+def compare_preprocessing(stored: Preprocessing, current: Preprocessing) -> tuple[str, ...]:
     """Returns a line for `LoadReport.notes` where weights and task prepare images differently.
 
     Sizes are not compared, because position tables are resampled.
     """
     differences = [
-        f"{name} is {getattr(theirs, name)}, here {getattr(ours, name)}"
+        f"{name} is {getattr(stored, name)}, here {getattr(current, name)}"
         for name in ("mean", "std", "resize", "interpolation")
-        if getattr(theirs, name) != getattr(ours, name)
+        if getattr(stored, name) != getattr(current, name)
     ]
     if not differences:
         return ()

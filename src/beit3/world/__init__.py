@@ -1,2 +1,1 @@
-"""The embedded world: scenes that are photographed, described and questioned, all true by
-construction."""
+"""The embedded world: simple scenes with images, texts, questions and exact labels."""

@@ -1,10 +1,8 @@
-"""The embedded world's scenes: one to three simple objects on a muted background, fully decided by
-a seed.
+"""The embedded world's scenes: one to three simple objects on a muted background, made from a seed.
 
-Places and lengths are fractions of the picture, x to the right and y downward, so one scene renders
-at any size.
-Two objects of a scene never share both color and shape: "the red circle" always names at most one
-object.
+Positions and lengths are fractions of the image, x to the right and y downward, so a scene renders
+at any size. Two objects of a scene never share both color and shape: "the red circle" names at most
+one object.
 """
 
 from collections.abc import Sequence
@@ -44,8 +42,8 @@ TONES: tuple[RGB, ...] = (
 )
 RADIUS = {"small": 0.15, "large": 0.22}
 RADIUS_JITTER = 0.03  # relative: a small object stays below 0.155 and a large one above 0.213
-CLEAR = 0.25  # a relation is stated only where the places differ by more than this
-NUM_OBJECTS = (0.45, 0.45, 0.1)  # how likely a scene has 1, 2 and 3 objects
+MIN_DISTANCE = 0.25  # a relation is stated only where positions differ by more than this
+NUM_OBJECTS = (0.45, 0.45, 0.1)  # probabilities of 1, 2 and 3 objects
 PLAIN_RATE = 0.7
 LARGE_RATE = 0.5  # of the objects
 HORIZON_RATE = 0.4
@@ -53,8 +51,7 @@ HORIZON_RATE = 0.4
 
 @dataclass(frozen=True)
 class Object:
-    """One object: its words, its centre (x, y) and its radius (half the side of the square that it
-    fills)."""
+    """An object: its attributes, its center (x, y) and its radius, half the side of its square."""
 
     shape: str
     color: str
@@ -69,7 +66,7 @@ class Object:
 class Background:
     """A gradient along `angle` (radians) from tone `start` to tone `end`.
 
-    Below `horizon` (a height, or None) lies the ground, `ground` being the tone that it runs to.
+    Below the height `horizon`, unless that is None, is the ground, which runs to tone `ground`.
     """
 
     start: RGB
@@ -81,7 +78,7 @@ class Background:
 
 @dataclass(frozen=True)
 class Scene:
-    """What there is to see. Built by `make_scene`."""
+    """The objects and the background of an image; `make_scene` makes it."""
 
     seed: int
     objects: tuple[Object, ...]
@@ -89,9 +86,9 @@ class Scene:
 
 
 def make_scene(seed: int, *, num_objects: tuple[float, float, float] = NUM_OBJECTS) -> Scene:
-    """The scene of a seed; `num_objects` holds the probabilities of 1, 2 and 3 objects.
+    """Returns the scene of a seed; `num_objects` are the probabilities of 1, 2 and 3 objects.
 
-    ValueError: a negative seed, or probabilities that do not sum to 1.
+    Raises ValueError for a negative seed, or probabilities that do not sum to 1.
     """
     if seed < 0:
         raise ValueError(f"seed: {seed} is negative; give 0 or more")
@@ -102,18 +99,20 @@ def make_scene(seed: int, *, num_objects: tuple[float, float, float] = NUM_OBJEC
         )
     rng = np.random.default_rng(seed)
     count = int(np.searchsorted(np.cumsum(num_objects)[:2], rng.random(), side="right")) + 1
-    background = _background(rng)
-    objects = _place(rng, count)
-    while objects is None:  # no room: draw other ones
-        objects = _place(rng, count)
+    background = _make_background(rng)
+    objects = _make_objects(rng, count)
+    while objects is None:  # there was no space: draw other ones
+        objects = _make_objects(rng, count)
     return Scene(seed, objects, background)
 
 
 def find_relation(first: Object, second: Object) -> str | None:
-    """Where `first` lies as seen from `second`: one of RELATIONS on the dominant axis, None when it
-    is not clear."""
+    """Returns where `first` is relative to `second`, one of `RELATIONS` on the dominant axis.
+
+    None where it is not clear.
+    """
     dx, dy = first.x - second.x, first.y - second.y
-    if max(abs(dx), abs(dy)) <= CLEAR:
+    if max(abs(dx), abs(dy)) <= MIN_DISTANCE:
         return None
     if abs(dx) > abs(dy):
         return "left of" if dx < 0 else "right of"
@@ -121,45 +120,48 @@ def find_relation(first: Object, second: Object) -> str | None:
 
 
 def invert_relation(name: str) -> str:
-    """The relation that holds with the two objects exchanged."""
+    """Returns the relation that holds with the two objects exchanged."""
     return RELATIONS[RELATIONS.index(name) ^ 1]
 
 
 def pick(rng: np.random.Generator, options: Sequence[T]) -> T:
-    """One of a non-empty sequence, uniformly (`rng.choice` would turn tuples into arrays, and is 20
-    times slower)."""
+    """Returns an element of a non-empty sequence, uniformly.
+
+    `rng.choice` would turn tuples into arrays, and is 20 times slower.
+    """
     return options[int(rng.random() * len(options))]
 
 
-def _background(rng: np.random.Generator) -> Background:
+def _make_background(rng: np.random.Generator) -> Background:
     tones = [TONES[i] for i in rng.permutation(len(TONES))[:3]]
     horizon = float(rng.uniform(0.35, 0.75)) if rng.random() < HORIZON_RATE else None
     return Background(tones[0], tones[1], float(rng.uniform(0, 2 * np.pi)), horizon, tones[2])
 
 
-def _place(rng: np.random.Generator, count: int) -> tuple[Object, ...] | None:
-    """`count` objects, none upon another; None when an object found no room in 100 throws."""
+def _make_objects(rng: np.random.Generator, count: int) -> tuple[Object, ...] | None:
+    """Returns `count` objects that do not overlap; None where 100 attempts at one have failed."""
     sizes = ["large" if rng.random() < LARGE_RATE else "small" for _ in range(count)]
-    placed: list[Object] = []
-    for size in sorted(sizes):  # large ones first, while there is room
-        thrown = (_throw(rng, size) for _ in range(100))
-        fitting = next(
-            (item for item in thrown if all(_apart(item, other) for other in placed)), None
-        )
-        if fitting is None:
+    objects: list[Object] = []
+    for size in sorted(sizes):  # large ones first, while there is space
+        for _ in range(100):
+            candidate = _make_object(rng, size)
+            if all(_can_coexist(candidate, item) for item in objects):
+                objects.append(candidate)
+                break
+        else:
             return None
-        placed.append(fitting)
-    return tuple(placed[index] for index in rng.permutation(count))
+    return tuple(objects[index] for index in rng.permutation(count))
 
 
-def _throw(rng: np.random.Generator, size: str) -> Object:
+def _make_object(rng: np.random.Generator, size: str) -> Object:
     radius = RADIUS[size] * float(rng.uniform(1 - RADIUS_JITTER, 1 + RADIUS_JITTER))
     texture = "plain" if rng.random() < PLAIN_RATE else pick(rng, TEXTURES[1:])
     x, y = (float(value) for value in rng.uniform(radius, 1 - radius, size=2))
     return Object(pick(rng, SHAPES), pick(rng, tuple(COLORS)), size, texture, x, y, radius)
 
 
-def _apart(first: Object, second: Object) -> bool:
-    same = first.color == second.color and first.shape == second.shape
+def _can_coexist(first: Object, second: Object) -> bool:
+    """Returns whether two objects differ in color or shape and do not overlap."""
+    is_same = first.color == second.color and first.shape == second.shape
     distance = max(abs(first.x - second.x), abs(first.y - second.y))
-    return not same and distance > first.radius + second.radius
+    return not is_same and distance > first.radius + second.radius

@@ -6,17 +6,18 @@ from pathlib import Path
 
 import pytest
 
-from beit3.data.prepare import formats
-from tests.data.prepare.test_formats import counts, files, refused, sample
+from beit3.data.prepare.formats.captions import read_karpathy
+from beit3.data.prepare.formats.detect import read_captioned_images
+from tests.data.prepare.test_formats import assert_refused, count_splits, find_sample, write_files
 
 
 def test_real_flickr8k_is_the_same_in_both_formats_but_for_its_ids(tmp_path):
-    raw = sample("flickr8k_mini")
-    karpathy = list(formats.captioned(raw))
+    raw = find_sample("flickr8k_mini")
+    karpathy = list(read_captioned_images(raw))
     for place in ("Flickr8k_text", "Images"):
         (tmp_path / place).symlink_to(raw / place)
-    own = list(formats.captioned(tmp_path))
-    assert counts(karpathy) == counts(own) == {"train": 1200, "val": 150, "test": 150}
+    own = list(read_captioned_images(tmp_path))
+    assert count_splits(karpathy) == count_splits(own) == {"train": 1200, "val": 150, "test": 150}
     by_name = {Path(record["image"]).name: (split, record) for split, record in own}
     for split, record in karpathy:
         name = Path(record["image"]).name
@@ -29,13 +30,13 @@ def test_real_flickr8k_is_the_same_in_both_formats_but_for_its_ids(tmp_path):
     assert len({record["id"] for _, record in karpathy}) == 1500
     # The same words as for pretraining, in the same order.
     texts = [text for _, record in karpathy for text in record["captions"]]
-    assert texts == [record["text"] for _, record in formats.karpathy(raw)]
+    assert texts == [record["text"] for _, record in read_karpathy(raw)]
 
 
 def test_real_coco():
-    raw = sample("coco_mini")
-    found = list(formats.captioned(raw))
-    assert counts(found) == {"train": 80, "val": 79}
+    raw = find_sample("coco_mini")
+    split_records = list(read_captioned_images(raw))
+    assert count_splits(split_records) == {"train": 80, "val": 79}
     for split in ("train", "val"):
         data = json.loads((raw / f"annotations/captions_{split}2017.json").read_text())
         texts = {
@@ -45,24 +46,29 @@ def test_real_coco():
             for image in data["images"]
         }
         assert {
-            record["image_id"]: record["captions"] for side, record in found if side == split
+            record["image_id"]: record["captions"]
+            for side, record in split_records
+            if side == split
         } == texts
     assert all(
         Path(record["image"]).name == f"{record['image_id']:012d}.jpg"
         and Path(record["image"]).is_file()
-        for _, record in found
+        for _, record in split_records
     )
 
 
 def test_the_world_reads_as_coco_and_karpathy(raw):
-    found = list(formats.captioned(raw / "pairs"))
-    assert {len(record["captions"]) for _, record in found} == {3} and set(counts(found)) == {
+    split_records = list(read_captioned_images(raw / "pairs"))
+    assert {len(record["captions"]) for _, record in split_records} == {3} and set(
+        count_splits(split_records)
+    ) == {
         "train",
         "val",
         "test",
     }
     assert all(
-        Path(record["image"]).is_file() for _, record in [*found, *formats.captioned(raw / "coco")]
+        Path(record["image"]).is_file()
+        for _, record in [*split_records, *read_captioned_images(raw / "coco")]
     )
 
 
@@ -75,8 +81,8 @@ def test_karpathy_numbers_and_splits(tmp_path):
         {"filename": "b.jpg", "split": "val", "imgid": 5, "sentences": SENTENCES[:1]},
         {"filename": "c.jpg", "split": "test", "sentences": []},
     ]
-    files(tmp_path, {"dataset_coco.json": {"images": entries}})
-    assert list(formats.captioned(tmp_path)) == [
+    write_files(tmp_path, {"dataset_coco.json": {"images": entries}})
+    assert list(read_captioned_images(tmp_path)) == [
         (
             "train",
             {
@@ -108,38 +114,47 @@ def coco(*ids: int, captions: bool = True, **fields) -> dict:
 
 def test_nocaps_beside_coco(tmp_path):
     """Trained on COCO, scored on NoCaps, as its rules have it."""
-    files(tmp_path, {"annotations/captions_train2017.json": coco(1, 2), "train2017/1.jpg": None})
-    files(
+    write_files(
+        tmp_path, {"annotations/captions_train2017.json": coco(1, 2), "train2017/1.jpg": None}
+    )
+    write_files(
         tmp_path,
         {"nocaps_val_4500_captions.json": coco(0, domain="near-domain"), "val/0.jpg": None},
     )
-    files(
+    write_files(
         tmp_path,
         {"nocaps_test_image_info.json": coco(0, captions=False), "images/test/0.jpg": None},
     )
-    found = {(split, record["id"]): record for split, record in formats.captioned(tmp_path)}
-    assert found.keys() == {("train", "1"), ("train", "2"), ("val", "0"), ("test", "0")}
-    assert found["train", "1"] == {
+    split_records = {
+        (split, record["id"]): record for split, record in read_captioned_images(tmp_path)
+    }
+    assert split_records.keys() == {("train", "1"), ("train", "2"), ("val", "0"), ("test", "0")}
+    assert split_records["train", "1"] == {
         "id": "1",
         "image": str(tmp_path / "train2017/1.jpg"),
         "image_id": 1,
         "captions": ["1 0", "1 1"],
     }
-    assert found["val", "0"] == {
+    assert split_records["val", "0"] == {
         "id": "0",
         "image": str(tmp_path / "val/0.jpg"),
         "image_id": 0,
         "captions": ["0 0", "0 1"],
         "domain": "near-domain",
     }
-    assert found["test", "0"]["captions"] == [] and found["test", "0"]["image"] == str(
-        tmp_path / "images/test/0.jpg"
-    )
+    assert split_records["test", "0"]["captions"] == [] and split_records["test", "0"][
+        "image"
+    ] == str(tmp_path / "images/test/0.jpg")
 
 
 def test_coco_without_val_is_held_out(tmp_path):
-    found = list(formats.captioned(files(tmp_path, {"captions_train2014.json": coco(*range(400))})))
-    assert 5 < counts(found)["val"] < 40 and counts(found)["train"] + counts(found)["val"] == 400
+    split_records = list(
+        read_captioned_images(write_files(tmp_path, {"captions_train2014.json": coco(*range(400))}))
+    )
+    assert (
+        5 < count_splits(split_records)["val"] < 40
+        and count_splits(split_records)["train"] + count_splits(split_records)["val"] == 400
+    )
 
 
 @pytest.mark.parametrize(
@@ -160,13 +175,17 @@ def test_coco_without_val_is_held_out(tmp_path):
     ],
 )
 def test_coco_of_another_version(tmp_path, content, words):
-    refused(formats.captioned, files(tmp_path, {"captions_val2017.json": content}), *words)
+    assert_refused(
+        read_captioned_images, write_files(tmp_path, {"captions_val2017.json": content}), *words
+    )
 
 
 def test_two_files_for_one_split(tmp_path):
-    files(tmp_path, {"captions_val2017.json": coco(1), "nocaps_val_4500_captions.json": coco(1)})
-    refused(
-        formats.captioned,
+    write_files(
+        tmp_path, {"captions_val2017.json": coco(1), "nocaps_val_4500_captions.json": coco(1)}
+    )
+    assert_refused(
+        read_captioned_images,
         tmp_path,
         "captions_val2017.json and nocaps_val_4500_captions.json",
         "both val",
@@ -174,18 +193,19 @@ def test_two_files_for_one_split(tmp_path):
 
 
 def test_tables_with_several_rows_per_image(tmp_path):
-    files(
+    write_files(
         tmp_path,
         {"train.csv": "image,caption\na.png,one\nb.png,two\na.png,three\n,four\n", "a.png": None},
     )
-    files(
+    write_files(
         tmp_path,
         {
-            "val.jsonl": '{"id": 7, "image": "a.png", "captions": ["x", "y"]}\n{"id": 7, "image": "b.png", "text": "z"}\n'
+            "val.jsonl": '{"id": 7, "image": "a.png", "captions": ["x", "y"]}\n'
+            '{"id": 7, "image": "b.png", "text": "z"}\n'
         },
     )
-    found = list(formats.captioned(tmp_path))
-    assert [(split, record) for split, record in found if "fault" not in record] == [
+    split_records = list(read_captioned_images(tmp_path))
+    assert [(split, record) for split, record in split_records if "fault" not in record] == [
         (
             "train",
             {
@@ -209,7 +229,7 @@ def test_tables_with_several_rows_per_image(tmp_path):
             {"id": "7", "image": str(tmp_path / "a.png"), "image_id": "7", "captions": ["x", "y"]},
         ),
     ]
-    assert [record["fault"] for _, record in found if "fault" in record] == [
+    assert [record["fault"] for _, record in split_records if "fault" in record] == [
         "it has no image",
         "7 is the id of another image as well",
     ]

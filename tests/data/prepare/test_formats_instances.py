@@ -9,7 +9,7 @@ import pytest
 from PIL import ExifTags, Image
 
 from beit3.data.loader import RecordDataset
-from beit3.data.prepare.formats.instances import instances
+from beit3.data.prepare.formats.instances import read_instances
 from beit3.data.prepare.splits import write_splits
 from beit3.world.export import write_world
 from beit3.world.scene import SHAPES
@@ -23,7 +23,7 @@ def image(number, **changes):
     return {"id": number, "file_name": f"{number:03d}.jpg", "width": 20, "height": 10} | changes
 
 
-def thing(id, image_id, **changes):
+def make_annotation(id, image_id, **changes):
     """An annotation with a mask; segmentation=None takes the mask away."""
     made = {
         "id": id,
@@ -37,7 +37,7 @@ def thing(id, image_id, **changes):
     return {key: value for key, value in (made | changes).items() if value is not None}
 
 
-def written(
+def write_instances(
     root, images, annotations, *, name="annotations/instances_train2017.json", categories=CATEGORIES
 ):
     path = root / name
@@ -48,7 +48,7 @@ def written(
     return root
 
 
-def pictures(root, *names, size=(20, 10)):
+def save_images(root, *names, size=(20, 10)):
     for name in names:
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", size).save(root / name)
@@ -57,7 +57,7 @@ def pictures(root, *names, size=(20, 10)):
 def read(raw):
     """(categories, records by id, what was repaired), faults left out."""
     repaired = Counter()
-    categories, pairs = instances(raw, repaired=repaired)
+    categories, pairs = read_instances(raw, repaired=repaired)
     return (
         categories,
         {record["id"]: record for _, record in pairs if "fault" not in record},
@@ -67,7 +67,7 @@ def read(raw):
 
 def refused(raw, *words):
     with pytest.raises(ValueError) as error:
-        list(instances(raw)[1])
+        list(read_instances(raw)[1])
     assert "\n" not in str(error.value) and all(word in str(error.value) for word in words), (
         error.value
     )
@@ -80,7 +80,7 @@ def test_real_coco_is_what_its_files_say():
     if not COCO_MINI.exists():
         pytest.skip(f"real sample not at hand: {COCO_MINI}")
     repaired = Counter()
-    categories, pairs = instances(COCO_MINI, repaired=repaired)
+    categories, pairs = read_instances(COCO_MINI, repaired=repaired)
     records = list(pairs)
     assert Counter(split for split, _ in records) == {"train": 80, "val": 79} and not repaired
     assert len(categories) == 80 and [category["id"] for category in categories][10:13] == [
@@ -97,25 +97,25 @@ def test_real_coco_is_what_its_files_say():
             with Image.open(record["image"]) as file:
                 assert file.size == (record["width"], record["height"])
         found = {
-            each["id"]: (record["id"], each)
+            item["id"]: (record["id"], item)
             for record in mine.values()
-            for each in record["objects"]
+            for item in record["objects"]
         }
         assert len(found) == len(content["annotations"])
         for row in content["annotations"]:
-            key, each = found[row["id"]]
+            key, item = found[row["id"]]
             assert (
                 key == str(row["image_id"])
-                and categories[each["label"]]["id"] == row["category_id"]
+                and categories[item["label"]]["id"] == row["category_id"]
             )
-            same = each["box"], each["area"], each["crowd"], each["segmentation"]
+            same = item["box"], item["area"], item["crowd"], item["segmentation"]
             assert same == (row["bbox"], row["area"], bool(row["iscrowd"]), row["segmentation"])
 
 
 def test_the_embedded_world_and_back_from_its_records(tmp_path):
     write_world(tmp_path / "world", num_train=60, num_val=50, num_test=1, num_questions=3)
     raw, root = tmp_path / "world" / "coco", tmp_path / "root"
-    categories, pairs = instances(raw)
+    categories, pairs = read_instances(raw)
     assert [category["name"] for category in categories] == list(SHAPES)
     report = write_splits(root, "coco", "main", pairs)
     assert report["passed_over"] == [] and report["records"] == {"train": 10, "val": 10}
@@ -132,28 +132,30 @@ def test_the_embedded_world_and_back_from_its_records(tmp_path):
     "place", ["train2017", "images/train2017", "train", "images/train", "images", "."]
 )
 def test_images_are_found_where_they_usually_lie(tmp_path, place):
-    pictures(tmp_path, f"{place}/001.jpg")
-    record = read(written(tmp_path, [image(1)], []))[1]["1"]
+    save_images(tmp_path, f"{place}/001.jpg")
+    record = read(write_instances(tmp_path, [image(1)], []))[1]["1"]
     assert Path(record["image"]) == tmp_path / place / "001.jpg" and record["objects"] == []
 
 
 def test_a_file_name_may_hold_a_folder(tmp_path):
-    pictures(tmp_path, "images/a/b/1.jpg")
-    raw = written(tmp_path, [image(1, file_name="a/b/1.jpg")], [], name="instances_train.json")
+    save_images(tmp_path, "images/a/b/1.jpg")
+    raw = write_instances(
+        tmp_path, [image(1, file_name="a/b/1.jpg")], [], name="instances_train.json"
+    )
     assert read(raw)[1]["1"]["image"] == str(tmp_path / "images/a/b/1.jpg")
 
 
 def test_labels_count_the_sorted_ids_of_all_files(tmp_path):
-    written(
+    write_instances(
         tmp_path,
         [image(1)],
-        [thing(1, 1, category_id=7)],
+        [make_annotation(1, 1, category_id=7)],
         categories=[{"id": 7, "name": " small \n cat"}],
     )
-    written(
+    write_instances(
         tmp_path,
         [image(2)],
-        [thing(1, 2)],
+        [make_annotation(1, 2)],
         name="annotations/instances_val2017.json",
         categories=[{"id": 3, "name": "dog"}],
     )
@@ -163,14 +165,14 @@ def test_labels_count_the_sorted_ids_of_all_files(tmp_path):
 
 
 def test_without_a_val_file_some_images_are_held_out(tmp_path):
-    written(tmp_path, [image(id) for id in range(400)], [])
-    counts = Counter(split for split, _ in instances(tmp_path)[1])
+    write_instances(tmp_path, [image(id) for id in range(400)], [])
+    counts = Counter(split for split, _ in read_instances(tmp_path)[1])
     assert counts["train"] + counts["val"] == 400 and 5 <= counts["val"] <= 40
 
 
 def test_images_of_the_evaluation_server_have_no_objects(tmp_path):
     """image_info_test2017.json and its part test-dev, both of the pictures in test2017."""
-    pictures(tmp_path, *(f"test2017/{number:03d}.jpg" for number in (1, 2, 3)))
+    save_images(tmp_path, *(f"test2017/{number:03d}.jpg" for number in (1, 2, 3)))
     for name, numbers in (("test2017", (1, 2, 3)), ("test-dev2017", (1, 3))):
         content = {
             "info": {},
@@ -181,7 +183,7 @@ def test_images_of_the_evaluation_server_have_no_objects(tmp_path):
         path = tmp_path / "annotations" / f"image_info_{name}.json"
         path.parent.mkdir(exist_ok=True)
         path.write_text(json.dumps(content))
-    categories, pairs = instances(tmp_path)
+    categories, pairs = read_instances(tmp_path)
     found = [
         (
             split,
@@ -191,7 +193,7 @@ def test_images_of_the_evaluation_server_have_no_objects(tmp_path):
         )
         for split, record in pairs
     ]
-    assert [each["id"] for each in categories] == [3, 7]
+    assert [item["id"] for item in categories] == [3, 7]
     dev = [("test-dev", str(number), f"test2017/{number:03d}.jpg", False) for number in (1, 3)]
     assert sorted(found) == sorted(
         dev + [("test", str(number), f"test2017/{number:03d}.jpg", False) for number in (1, 2, 3)]
@@ -203,16 +205,16 @@ def test_masks_that_are_none(tmp_path):
     a box."""
     rle = {"size": [10, 20], "counts": [3, 100, 97]}
     rows = [
-        thing(1, 1, segmentation=[[1, 2, 3, 4], *SQUARE, [1, 1, 2, 2, 3, 3, 4]]),
-        thing(2, 1, segmentation=[[1, 2, 3, 4]]),
-        thing(3, 1, segmentation=[], bbox=[2, 2, 4, 4]),
-        thing(4, 1, segmentation=rle, iscrowd=1),
-        thing(5, 1, segmentation=rle | {"counts": [3, 100, 96]}),
-        thing(6, 1, segmentation=rle | {"size": [20, 10]}),
-        thing(7, 1, segmentation=rle | {"counts": "some string"}),
+        make_annotation(1, 1, segmentation=[[1, 2, 3, 4], *SQUARE, [1, 1, 2, 2, 3, 3, 4]]),
+        make_annotation(2, 1, segmentation=[[1, 2, 3, 4]]),
+        make_annotation(3, 1, segmentation=[], bbox=[2, 2, 4, 4]),
+        make_annotation(4, 1, segmentation=rle, iscrowd=1),
+        make_annotation(5, 1, segmentation=rle | {"counts": [3, 100, 96]}),
+        make_annotation(6, 1, segmentation=rle | {"size": [20, 10]}),
+        make_annotation(7, 1, segmentation=rle | {"counts": "some string"}),
     ]
-    _, records, repaired = read(written(tmp_path, [image(1)], rows))
-    objects = {each["id"]: each for each in records["1"]["objects"]}
+    _, records, repaired = read(write_instances(tmp_path, [image(1)], rows))
+    objects = {item["id"]: item for item in records["1"]["objects"]}
     assert list(objects) == [1, 3, 4, 7]
     assert objects[1]["segmentation"] == SQUARE and "segmentation" not in objects[3]
     assert objects[4]["segmentation"] == rle and objects[4]["crowd"] and not objects[1]["crowd"]
@@ -224,27 +226,29 @@ def test_masks_that_are_none(tmp_path):
 
 def test_boxes_beside_masks_stay_as_evaluators_know_them(tmp_path):
     rows = [
-        thing(1, 1, bbox=[-3, 1, 9, 4]),
-        thing(2, 1, bbox=[-3, 1, 9, 4]),
-        thing(3, 1, area=None),
+        make_annotation(1, 1, bbox=[-3, 1, 9, 4]),
+        make_annotation(2, 1, bbox=[-3, 1, 9, 4]),
+        make_annotation(3, 1, area=None),
     ]
-    _, records, repaired = read(written(tmp_path, [image(1)], rows))
-    assert [each["box"] for each in records["1"]["objects"]] == [
+    _, records, repaired = read(write_instances(tmp_path, [image(1)], rows))
+    assert [item["box"] for item in records["1"]["objects"]] == [
         [-3, 1, 9, 4],
         [-3, 1, 9, 4],
         [1, 1, 4, 4],
     ]
-    assert [each["area"] for each in records["1"]["objects"]] == [16, 16, 16] and not repaired
+    assert [item["area"] for item in records["1"]["objects"]] == [16, 16, 16] and not repaired
 
 
 def test_sizes_are_compared_with_the_files(tmp_path):
-    pictures(tmp_path, "train/001.jpg", "train/002.jpg")
+    save_images(tmp_path, "train/001.jpg", "train/002.jpg")
     turned = Image.Exif()
     turned[ExifTags.Base.Orientation] = 6
     Image.new("RGB", (10, 20)).save(tmp_path / "train/003.jpg", exif=turned)
     Image.new("RGB", (20, 10)).save(tmp_path / "train/004.jpg", exif=turned)
-    raw = written(tmp_path, [image(1), image(2, width=10, height=20), image(3), image(4)], [])
-    report = write_splits(tmp_path / "root", "coco", "main", instances(raw)[1], bad_share=0.9)
+    raw = write_instances(
+        tmp_path, [image(1), image(2, width=10, height=20), image(3), image(4)], []
+    )
+    report = write_splits(tmp_path / "root", "coco", "main", read_instances(raw)[1], bad_share=0.9)
     assert sum(report["records"].values()) == 2 and len(report["passed_over"]) == 2
     for line, name in zip(report["passed_over"], ("002.jpg", "004.jpg"), strict=True):
         assert name in line and "20 x 10" in line and "10 x 20" in line
@@ -254,7 +258,7 @@ def test_sizes_are_compared_with_the_files(tmp_path):
 
 
 def objects365(root, images, annotations, split="train"):
-    return written(root, images, annotations, name=f"{split}/zhiyuan_objv2_{split}.json")
+    return write_instances(root, images, annotations, name=f"{split}/zhiyuan_objv2_{split}.json")
 
 
 @pytest.mark.parametrize(
@@ -270,14 +274,14 @@ def objects365(root, images, annotations, split="train"):
 )
 def test_objects365_is_found_as_it_unpacks(tmp_path, place):
     name = "objects365_v1_00420917.jpg"
-    pictures(tmp_path, f"{place}/{name}")
+    save_images(tmp_path, f"{place}/{name}")
     raw = objects365(tmp_path, [image(420917, file_name=f"images/v1/patch8/{name}")], [])
     assert read(raw)[1]["420917"]["image"] == str(tmp_path / place / name)
 
 
 def test_every_defect_of_objects365_is_repaired_and_counted(tmp_path):
     def box(id, image_id=1, **changes):
-        return thing(id, image_id, segmentation=None, **changes)
+        return make_annotation(id, image_id, segmentation=None, **changes)
 
     rows = [
         box(0),  # an id that evaluators take for "no match"
@@ -292,24 +296,24 @@ def test_every_defect_of_objects365_is_repaired_and_counted(tmp_path):
         box(12, category_id=99),
     ]
     raw = objects365(tmp_path, [image(1), image(1), image(2)], rows)
-    categories, pairs = instances(raw, repaired=(repaired := Counter()))
+    categories, pairs = read_instances(raw, repaired=(repaired := Counter()))
     records = [record for _, record in pairs]
     assert [category["name"] for category in categories] == ["dog", "cat"]
     objects = records[0]["objects"]
-    assert [each["id"] for each in objects] == [1, 2, 3, 7, 8], (
+    assert [item["id"] for item in objects] == [1, 2, 3, 7, 8], (
         "numbered from 1 in the order of the file"
     )
-    assert [each["box"] for each in objects] == [
+    assert [item["box"] for item in objects] == [
         [1, 1, 4, 4],
         [0, 4, 20, 6],
         [18, 2, 2.005, 3],
         [1, 1, 4, 4],
         [1, 1, 4, 4],
     ]
-    assert [each["area"] for each in objects] == [16, 120, 16, 16, 16], (
+    assert [item["area"] for item in objects] == [16, 120, 16, 16, 16], (
         "that of the box where it was clipped"
     )
-    assert [(each["label"], each["crowd"]) for each in objects[-2:]] == [(1, False), (0, True)]
+    assert [(item["label"], item["crowd"]) for item in objects[-2:]] == [(1, False), (0, True)]
     assert records[1]["fault"] and records[2]["objects"] == []
     assert repaired == {
         "annotation ids below 1 or repeated, for which all were numbered from 1": 2,
@@ -322,10 +326,12 @@ def test_every_defect_of_objects365_is_repaired_and_counted(tmp_path):
 
 
 def test_missing_images_are_named_and_passed_over(tmp_path):
-    pictures(tmp_path, "train/patch0/a.jpg")
+    save_images(tmp_path, "train/patch0/a.jpg")
     names = ["images/v1/patch0/a.jpg", "images/v1/patch0/b.jpg"]
     raw = objects365(tmp_path, [image(id, file_name=name) for id, name in enumerate(names)], [])
-    report = write_splits(tmp_path / "root", "coco", "objects365", instances(raw)[1], bad_share=0.5)
+    report = write_splits(
+        tmp_path / "root", "coco", "objects365", read_instances(raw)[1], bad_share=0.5
+    )
     assert sum(report["records"].values()) == 1 and len(report["passed_over"]) == 1
     assert (
         "b.jpg is missing" in report["passed_over"][0]
@@ -343,17 +349,33 @@ def test_missing_images_are_named_and_passed_over(tmp_path):
         ([image(1, id="1")], [], ["images[0]", "id (int)"]),
         ([image(1, file_name=None)], [], ["images[0]", "file_name"]),
         ([image(1)], [3], ["annotations[0]", "image_id"]),
-        ([image(1)], [thing(1, 1, bbox=[1, 2, 3])], ["annotations[0]", "[1, 2, 3]"]),
-        ([image(1)], [thing(1, 1, bbox=[1, 2, 3, float("nan")])], ["annotations[0]", "nan"]),
-        ([image(1)], [thing(1, 1, bbox=[1, 2, 3, 10**400])], ["annotations[0]", "bbox"]),
-        ([image(1)], [thing(1, 1, iscrowd="no")], ["annotations[0]", "iscrowd 'no'"]),
-        ([image(1)], [thing(1, 1, segmentation=[1, 2, 3])], ["annotations[0]", "segmentation"]),
-        ([image(1)], [thing(1, 1, segmentation=[["a"] * 6])], ["annotations[0]", "segmentation"]),
-        ([image(1)], [thing(1, 2), thing(2, 2)], ["2 annotations", "does not list"]),
+        ([image(1)], [make_annotation(1, 1, bbox=[1, 2, 3])], ["annotations[0]", "[1, 2, 3]"]),
+        (
+            [image(1)],
+            [make_annotation(1, 1, bbox=[1, 2, 3, float("nan")])],
+            ["annotations[0]", "nan"],
+        ),
+        ([image(1)], [make_annotation(1, 1, bbox=[1, 2, 3, 10**400])], ["annotations[0]", "bbox"]),
+        ([image(1)], [make_annotation(1, 1, iscrowd="no")], ["annotations[0]", "iscrowd 'no'"]),
+        (
+            [image(1)],
+            [make_annotation(1, 1, segmentation=[1, 2, 3])],
+            ["annotations[0]", "segmentation"],
+        ),
+        (
+            [image(1)],
+            [make_annotation(1, 1, segmentation=[["a"] * 6])],
+            ["annotations[0]", "segmentation"],
+        ),
+        (
+            [image(1)],
+            [make_annotation(1, 2), make_annotation(2, 2)],
+            ["2 annotations", "does not list"],
+        ),
     ],
 )
 def test_what_is_not_of_the_format_is_named(tmp_path, images, rows, words):
-    refused(written(tmp_path, images, rows), "instances_train2017.json", *words)
+    refused(write_instances(tmp_path, images, rows), "instances_train2017.json", *words)
 
 
 @pytest.mark.parametrize(
@@ -368,18 +390,18 @@ def test_what_is_not_of_the_format_is_named(tmp_path, images, rows, words):
 )
 def test_categories_that_are_refused(tmp_path, categories, words):
     if words[0] == "instances_val.json":
-        written(tmp_path, [image(1)], [])
-        written(
+        write_instances(tmp_path, [image(1)], [])
+        write_instances(
             tmp_path, [image(2)], [], name="annotations/instances_val.json", categories=categories
         )
     else:
-        written(tmp_path, [image(1)], [], categories=categories)
+        write_instances(tmp_path, [image(1)], [], categories=categories)
     refused(tmp_path, *words)
 
 
 def test_folders_that_are_refused(tmp_path):
     refused(tmp_path / "absent", "absent")
     refused(tmp_path, "instances_*.json", "zhiyuan_objv2_*.json")
-    written(tmp_path, [image(1)], [])
-    written(tmp_path, [image(1)], [], name="instances_train2014.json")
+    write_instances(tmp_path, [image(1)], [])
+    write_instances(tmp_path, [image(1)], [], name="instances_train2014.json")
     refused(tmp_path, "instances_train2014.json", "instances_train2017.json", "both train")

@@ -10,7 +10,11 @@ import pytest
 from PIL import Image
 
 from beit3.data.loader import RecordDataset
-from beit3.data.prepare.formats.scenes import CAMVID, CITYSCAPES, scenes
+from beit3.data.prepare.formats.label_maps import (
+    CAMVID_CLASSES,
+    CITYSCAPES_CLASSES,
+    read_label_maps,
+)
 from beit3.data.prepare.splits import write_splits
 from beit3.world.export import write_world
 
@@ -18,27 +22,27 @@ DATA = Path(__file__).resolve().parents[4] / "shared" / "data"
 SIZE = (6, 4)  # width, height
 
 
-def sample(name):
+def find_sample(name):
     if not (DATA / name).exists():
-        pytest.skip(f"real sample not at hand: {DATA / name}")
+        pytest.skip(f"real sample not available: {DATA / name}")
     return DATA / name
 
 
-def pictures(root, *names, size=SIZE):
+def write_images(root, *names, size=SIZE):
     for name in names:
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", size).save(root / name)
 
 
-def maps(root, *names, numbers=1, dtype=np.uint8, size=SIZE):
+def write_label_maps(root, *names, numbers=1, dtype=np.uint8, size=SIZE):
     for name in names:
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(np.full(size[::-1], numbers, dtype)).save(root / name)
 
 
-def refused(raw, *words):
+def assert_refused(raw, *words):
     with pytest.raises(ValueError) as error:
-        scenes(raw)
+        read_label_maps(raw)
     assert "\n" not in str(error.value) and all(word in str(error.value) for word in words), (
         error.value
     )
@@ -47,8 +51,8 @@ def refused(raw, *words):
 # The real samples ---------------------------------------------------------------------------------
 
 
-def test_real_ade20k():
-    names, options, pairs = scenes(sample("ade20k_sample"))
+def test_real_ade20k_is_read():
+    names, options, pairs = read_label_maps(find_sample("ade20k_sample"))
     records = list(pairs)
     assert (
         len(names) == len(set(names)) == 150
@@ -68,10 +72,10 @@ def test_real_ade20k():
         assert 0 < np.asarray(Image.open(record["label_map"])).max() <= 150
 
 
-def test_real_camvid():
-    names, options, pairs = scenes(sample("camvid_mini"))
+def test_real_camvid_is_read():
+    names, options, pairs = read_label_maps(find_sample("camvid_mini"))
     records = list(pairs)
-    assert names == CAMVID and options == {"reduce_zero": False, "ignore": 11}
+    assert names == CAMVID_CLASSES and options == {"reduce_zero": False, "ignore": 11}
     assert Counter(split for split, _ in records) == {"train": 180, "val": 50} and not any(
         "fault" in record for _, record in records
     )
@@ -80,9 +84,9 @@ def test_real_camvid():
         assert Path(record["image"]).stem == Path(record["label_map"]).stem == record["id"]
 
 
-def test_the_embedded_world_and_back_from_its_records(tmp_path):
+def test_the_embedded_world_is_read_and_prepared(tmp_path):
     write_world(tmp_path / "world", num_train=60, num_val=50, num_test=1, num_questions=3)
-    names, options, pairs = scenes(tmp_path / "world" / "ade20k")
+    names, options, pairs = read_label_maps(tmp_path / "world" / "ade20k")
     root = tmp_path / "root"
     report = write_splits(root, "ade20k", "main", pairs)
     assert (
@@ -103,18 +107,18 @@ def test_the_embedded_world_and_back_from_its_records(tmp_path):
 
 
 @pytest.mark.parametrize("above", ["", "ADEChallengeData2016/"])
-def test_ade20k(tmp_path, above):
+def test_ade20k_takes_names_from_lists_or_numbers(tmp_path, above):
     raw = tmp_path / above
-    pictures(raw, "images/training/a.jpg", "images/training/b.PNG", "images/validation/a.png")
-    maps(
+    write_images(raw, "images/training/a.jpg", "images/training/b.PNG", "images/validation/a.png")
+    write_label_maps(
         raw,
         "annotations/training/a.png",
         "annotations/training/b.png",
         "annotations/validation/a.png",
         numbers=3,
     )
-    maps(raw, "annotations/training/b.png", numbers=255)
-    names, options, pairs = scenes(tmp_path)
+    write_label_maps(raw, "annotations/training/b.png", numbers=255)
+    names, options, pairs = read_label_maps(tmp_path)
     assert names == ("1", "2", "3") and options == {"reduce_zero": True, "ignore": 255}
     assert [(split, record["id"]) for split, record in pairs] == [
         ("train", "a"),
@@ -122,39 +126,43 @@ def test_ade20k(tmp_path, above):
         ("val", "a"),
     ]
     (raw / "classes.txt").write_text("wall\n\nlarge  tree\nsky\nsea\n")
-    assert scenes(tmp_path)[0] == ("wall", "large tree", "sky", "sea")
+    assert read_label_maps(tmp_path)[0] == ("wall", "large tree", "sky", "sea")
     (raw / "objectInfo150.txt").write_text(
         "Idx\tRatio\tName\n1\t.1\tscreen, crt \n2\t.1\tscreen, door\n3\t.1\ttree, plant\n"
     )
-    assert scenes(tmp_path)[0] == ("screen, crt", "screen, door", "tree")
+    assert read_label_maps(tmp_path)[0] == ("screen, crt", "screen, door", "tree")
 
 
-def test_camvid_without_val_or_labels_of_the_test(tmp_path):
+def test_camvid_may_lack_val_and_test_labels(tmp_path):
     stems = [f"{number:03d}" for number in range(200)]
-    pictures(tmp_path, *(f"train/{stem}.png" for stem in stems), "test/x.jpg")
-    maps(tmp_path, *(f"trainannot/{stem}.png" for stem in stems), "trainannot/of_no_image.png")
+    write_images(tmp_path, *(f"train/{stem}.png" for stem in stems), "test/x.jpg")
+    write_label_maps(
+        tmp_path, *(f"trainannot/{stem}.png" for stem in stems), "trainannot/of_no_image.png"
+    )
     (tmp_path / "classes.txt").write_text("sea\nland\n")
-    names, options, pairs = scenes(tmp_path)
-    counts = Counter(split for split, _ in scenes(tmp_path)[2])
+    names, options, pairs = read_label_maps(tmp_path)
+    counts = Counter(split for split, _ in read_label_maps(tmp_path)[2])
     assert names == ("sea", "land") and options == {"reduce_zero": False, "ignore": 2}
     assert counts["train"] + counts["val"] == 200 and 2 <= counts["val"] <= 25
     assert dict(pairs)["test"] == {"id": "x", "image": str(tmp_path / "test/x.jpg")}
-    maps(tmp_path, "testannot/x.png")
-    assert dict(scenes(tmp_path)[2])["test"]["label_map"] == str(tmp_path / "testannot/x.png")
+    write_label_maps(tmp_path, "testannot/x.png")
+    assert dict(read_label_maps(tmp_path)[2])["test"]["label_map"] == str(
+        tmp_path / "testannot/x.png"
+    )
 
 
-def test_cityscapes_by_train_ids_or_by_its_own(tmp_path):
+def test_cityscapes_is_read_by_train_ids_or_by_its_ids(tmp_path):
     stem = "aachen/aachen_000000_000019"
     for split in ("train", "val", "test"):
-        pictures(tmp_path, f"leftImg8bit/{split}/{stem}_leftImg8bit.png")
-        maps(
+        write_images(tmp_path, f"leftImg8bit/{split}/{stem}_leftImg8bit.png")
+        write_label_maps(
             tmp_path,
             f"gtFine/{split}/{stem}_gtFine_labelIds.png",
             f"gtFine/{split}/{stem}_gtFine_instanceIds.png",
         )
-    names, options, pairs = scenes(tmp_path)
+    names, options, pairs = read_label_maps(tmp_path)
     records = dict(pairs)
-    assert names == tuple(CITYSCAPES) and len(names) == 19
+    assert names == tuple(CITYSCAPES_CLASSES) and len(names) == 19
     lookup = options["lookup"]
     assert len(lookup) == 34 and [lookup[number] for number in (0, 7, 8, 9, 24, 31, 33)] == [
         255,
@@ -171,8 +179,8 @@ def test_cityscapes_by_train_ids_or_by_its_own(tmp_path):
     )
     assert "label_map" not in records["test"]
 
-    maps(tmp_path, f"gtFine/train/{stem}_gtFine_labelTrainIds.png")
-    names, options, pairs = scenes(tmp_path)
+    write_label_maps(tmp_path, f"gtFine/train/{stem}_gtFine_labelTrainIds.png")
+    names, options, pairs = read_label_maps(tmp_path)
     records = dict(pairs)
     assert options == {"reduce_zero": False, "ignore": 255}
     assert records["train"]["label_map"].endswith("_gtFine_labelTrainIds.png")
@@ -182,54 +190,60 @@ def test_cityscapes_by_train_ids_or_by_its_own(tmp_path):
     )
 
 
-# What is wrong ------------------------------------------------------------------------------------
+# Faults -------------------------------------------------------------------------------------------
 
 
-def test_label_maps_that_are_no_label_maps_are_named(tmp_path):
-    stems = ("fine", "palette", "sixteen", "absent", "jpeg", "colour", "small", "damaged")
-    pictures(tmp_path, *(f"train/{stem}.jpg" for stem in stems))
-    maps(tmp_path, "trainannot/fine.png", "trainannot/damaged.png")
-    maps(tmp_path, "trainannot/sixteen.tif", dtype=np.uint16)
-    maps(tmp_path, "trainannot/small.png", size=(4, 6))
+def test_unusable_label_maps_are_faults(tmp_path):
+    stems = ("fine", "palette", "sixteen", "absent", "jpeg", "color", "small", "damaged")
+    write_images(tmp_path, *(f"train/{stem}.jpg" for stem in stems))
+    write_label_maps(tmp_path, "trainannot/fine.png", "trainannot/damaged.png")
+    write_label_maps(tmp_path, "trainannot/sixteen.tif", dtype=np.uint16)
+    write_label_maps(tmp_path, "trainannot/small.png", size=(4, 6))
     palette = Image.fromarray(np.zeros(SIZE[::-1], np.uint8)).convert("P")
     palette.save(tmp_path / "trainannot" / "palette.png")
-    pictures(tmp_path, "trainannot/jpeg.jpg", "trainannot/colour.png")
+    write_images(tmp_path, "trainannot/jpeg.jpg", "trainannot/color.png")
     (tmp_path / "trainannot" / "damaged.png").write_bytes(b"\x89PNG")
-    found = {record["id"]: record.get("fault", "") for _, record in scenes(tmp_path)[2]}
-    assert not any(found[stem] for stem in ("fine", "palette", "sixteen"))
+    faults = {record["id"]: record.get("fault", "") for _, record in read_label_maps(tmp_path)[2]}
+    assert not any(faults[stem] for stem in ("fine", "palette", "sixteen"))
     words = {
         "absent": "is missing",
         "jpeg": "not .jpg",
-        "colour": "RGB",
+        "color": "RGB",
         "damaged": "cannot be read",
     }
     words["small"] = "has 4 x 6 pixels, the image 6 x 4"
     for stem, word in words.items():
-        assert word in found[stem] and stem in found[stem] and "\n" not in found[stem], found[stem]
+        assert word in faults[stem] and stem in faults[stem] and "\n" not in faults[stem], faults[
+            stem
+        ]
 
 
-def test_two_images_of_one_name_and_an_image_that_is_none(tmp_path):
-    pictures(tmp_path, "val/a.jpg", "val/a.png")
-    maps(tmp_path, "valannot/a.png", "valannot/b.png")
+def test_a_repeated_name_and_an_unreadable_image_are_faults(tmp_path):
+    write_images(tmp_path, "val/a.jpg", "val/a.png")
+    write_label_maps(tmp_path, "valannot/a.png", "valannot/b.png")
     (tmp_path / "val" / "b.jpg").write_bytes(b"nothing")
-    records = [record for _, record in scenes(tmp_path)[2]]
+    records = [record for _, record in read_label_maps(tmp_path)[2]]
     assert [("fault" in record, record["id"]) for record in records] == [
         (False, "a"),
         (True, "a"),
         (False, "b"),
     ]
-    report = write_splits(tmp_path / "root", "ade20k", "main", scenes(tmp_path)[2], bad_share=0.7)
+    report = write_splits(
+        tmp_path / "root", "ade20k", "main", read_label_maps(tmp_path)[2], bad_share=0.7
+    )
     assert report["records"] == {"val": 1} and "b.jpg cannot be read" in report["passed_over"][1]
 
 
-def test_folders_that_are_refused(tmp_path):
-    refused(tmp_path / "absent", "absent")
-    refused(tmp_path, "images/{training,validation}/", "{train,val,test}annot/", "leftImg8bit/")
-    pictures(
+def test_folders_of_other_layouts_are_refused(tmp_path):
+    assert_refused(tmp_path / "absent", "absent")
+    assert_refused(
+        tmp_path, "images/{training,validation}/", "{train,val,test}annot/", "leftImg8bit/"
+    )
+    write_images(
         tmp_path, "train/a.jpg", "images/training/a.jpg", "leftImg8bit/train/a/a_leftImg8bit.png"
     )
-    refused(tmp_path, "ade20k", "camvid", "cityscapes")
+    assert_refused(tmp_path, "ade20k", "camvid", "cityscapes")
     shutil.rmtree(tmp_path / "train")
-    maps(tmp_path, "annotations/training/a.png")
+    write_label_maps(tmp_path, "annotations/training/a.png")
     (tmp_path / "objectInfo150.txt").write_text("Idx\tName\n1\twall\n3\tsky\n")
-    refused(tmp_path, "objectInfo150.txt", "again")
+    assert_refused(tmp_path, "objectInfo150.txt", "again")

@@ -1,5 +1,5 @@
-"""OK-VQA, tables of questions and Visual Genome: real samples, files made by hand; what breaks them
-is named."""
+"""OK-VQA, tables of questions and Visual Genome: real samples, small files, and errors of broken
+files."""
 
 import json
 from collections import Counter
@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from beit3.data.prepare import formats
-from tests.data.prepare.test_formats import counts, files, refused, sample
+from beit3.data.prepare.formats.detect import detect_format, read_extra_questions, read_questions
+from tests.data.prepare.test_formats import assert_refused, count_splits, find_sample, write_files
 
 # OK-VQA -------------------------------------------------------------------------------------------
 
@@ -35,15 +35,15 @@ def test_okvqa_official(tmp_path):
             }
         ]
     }
-    files(
+    write_files(
         tmp_path,
         {
             "OpenEnded_mscoco_val2014_questions.json": asked,
             "mscoco_val2014_annotations.json": answered,
         },
     )
-    files(tmp_path, {"val2014/COCO_val2014_000000000007.jpg": None})
-    ((split, record),) = formats.questions(tmp_path)
+    write_files(tmp_path, {"val2014/COCO_val2014_000000000007.jpg": None})
+    ((split, record),) = read_questions(tmp_path)
     assert (
         split == "val"
         and record["id"] == 75
@@ -53,22 +53,22 @@ def test_okvqa_official(tmp_path):
         record["answers"] == ["pony", *["race"] * 9] and record["multiple_choice_answer"] == "race"
     )
     del votes[3]["answer"]
-    files(tmp_path, {"mscoco_val2014_annotations.json": answered})
-    refused(
-        formats.questions, tmp_path, "mscoco_val2014_annotations.json annotations[0] has no answer"
+    write_files(tmp_path, {"mscoco_val2014_annotations.json": answered})
+    assert_refused(
+        read_questions, tmp_path, "mscoco_val2014_annotations.json annotations[0] has no answer"
     )
 
 
 def test_real_okvqa_soft_labels():
-    raw = sample("coco_mini")
+    raw = find_sample("coco_mini")
     rows = {
         row["question_id"]: row
         for row in json.loads((raw / "annotations/okvqa_soft_labels.json").read_text())
     }
     for place in (raw, raw / "annotations/okvqa_soft_labels.json"):
-        found = list(formats.questions(place))
-        assert counts(found) == {"train": 6, "val": 8}
-        for split, record in found:
+        pairs = list(read_questions(place))
+        assert count_splits(pairs) == {"train": 6, "val": 8}
+        for split, record in pairs:
             row = rows[int(record["id"])]
             assert row["okvqa_split"] == f"{split}2014" and record["text"] == row["question"]
             assert record["answers"] == row["label"] and record["answers"][
@@ -97,12 +97,12 @@ def test_real_okvqa_soft_labels():
     ],
 )
 def test_tables_of_questions(tmp_path, name, content):
-    files(tmp_path, {name: content, "images/a.png": None})
+    write_files(tmp_path, {name: content, "images/a.png": None})
     if not name.startswith("mine"):
-        files(tmp_path, {"val.csv": "image,question,answer\na.png,Who?,me\n"})
-    found = list(formats.questions(tmp_path))
-    assert counts(found) == {"train": 2, "val": 1}
-    one, two = (record for split, record in found if split == "train")
+        write_files(tmp_path, {"val.csv": "image,question,answer\na.png,Who?,me\n"})
+    pairs = list(read_questions(tmp_path))
+    assert count_splits(pairs) == {"train": 2, "val": 1}
+    one, two = (record for split, record in pairs if split == "train")
     image = str(tmp_path / "images/a.png")
     assert one == {
         "id": "a.png#0",
@@ -133,9 +133,9 @@ def test_several_answers_scores_and_given_ids(tmp_path):
         {"id": 7, "image": "a.png", "question": "x", "answer": 3, "split": "val"},
         {"id": 8, "image": "a.png", "question": "x", "split": "test"},
     ]
-    files(tmp_path, {"x.jsonl": "".join(json.dumps(row) + "\n" for row in rows)})
+    write_files(tmp_path, {"x.jsonl": "".join(json.dumps(row) + "\n" for row in rows)})
     assert [
-        (r["id"], r["answers"], r["multiple_choice_answer"]) for _, r in formats.questions(tmp_path)
+        (r["id"], r["answers"], r["multiple_choice_answer"]) for _, r in read_questions(tmp_path)
     ] == [
         ("5", ["no", "yes", "yes"], "yes"),
         ("6", {"no": 0.3, "yes": 1}, "yes"),
@@ -146,9 +146,9 @@ def test_several_answers_scores_and_given_ids(tmp_path):
 
 def test_questions_are_held_out_by_image(tmp_path):
     rows = "".join(f"{n % 300}.png,question {n},x\n" for n in range(900))
-    found = list(formats.questions(files(tmp_path, {"x.csv": "image,question,answer\n" + rows})))
+    pairs = list(read_questions(write_files(tmp_path, {"x.csv": "image,question,answer\n" + rows})))
     sides = {
-        split: {record["image"] for side, record in found if side == split}
+        split: {record["image"] for side, record in pairs if side == split}
         for split in ("train", "val")
     }
     assert not sides["train"] & sides["val"] and 3 < len(sides["val"]) < 40
@@ -191,20 +191,20 @@ BROKEN = [
 
 @pytest.mark.parametrize(("name", "content", "words"), BROKEN)
 def test_broken_tables(tmp_path, name, content, words):
-    refused(formats.questions, files(tmp_path, {name: content}), *words)
+    assert_refused(read_questions, write_files(tmp_path, {name: content}), *words)
 
 
 def test_a_question_without_an_answer_is_a_fault(tmp_path):
-    files(tmp_path, {"x.csv": "image,question,answer\na.png,What?,\nb.png,What?,Red\n"})
-    assert [record.get("fault") for _, record in formats.questions(tmp_path)] == [
+    write_files(tmp_path, {"x.csv": "image,question,answer\na.png,What?,\nb.png,What?,Red\n"})
+    assert [record.get("fault") for _, record in read_questions(tmp_path)] == [
         "it has no answer",
         None,
     ]
 
 
 def test_a_table_of_ones_own_may_be_called_as_daquars(tmp_path):
-    files(tmp_path, {"data_train.csv": "image,question,answer\na.png,What?,Red\n"})
-    assert formats.detect(tmp_path, "daquar", "question_tables") == "question_tables"
+    write_files(tmp_path, {"data_train.csv": "image,question,answer\na.png,What?,Red\n"})
+    assert detect_format(tmp_path, "daquar", "question_tables") == "question_tables"
 
 
 # Visual Genome ------------------------------------------------------------------------------------
@@ -228,34 +228,34 @@ def genome(tmp_path) -> Path:
         }
         for id in (1, 2, 3)
     ]
-    files(
+    write_files(
         tmp_path,
         {"genome/question_answers.json": entries, "VG_100K/1.jpg": None, "VG_100K_2/2.jpg": None},
     )
     for split, image in (("val", 42), ("train", 43)):
         questions = [{"question_id": image, "image_id": image, "question": "Who?"}]
-        files(
+        write_files(
             tmp_path, {f"v2_OpenEnded_mscoco_{split}2014_questions.json": {"questions": questions}}
         )
     return tmp_path
 
 
 def test_visual_genome(genome):
-    files(genome, {"genome/image_data.json": [{"image_id": 9, "coco_id": 42}]})
-    found = list(formats.extra_questions(genome))
-    assert counts(found) == {"train": 6}
-    assert found[0][1] == {
+    write_files(genome, {"genome/image_data.json": [{"image_id": 9, "coco_id": 42}]})
+    pairs = list(read_extra_questions(genome))
+    assert count_splits(pairs) == {"train": 6}
+    assert pairs[0][1] == {
         "id": "vg-10",
         "image": str(genome / "VG_100K/1.jpg"),
         "text": "What 0?",
         "answers": ["Thing 0."],
         "multiple_choice_answer": "Thing 0.",
     }
-    images = Counter(Path(record["image"]).relative_to(genome).as_posix() for _, record in found)
+    images = Counter(Path(record["image"]).relative_to(genome).as_posix() for _, record in pairs)
     assert images == {"VG_100K/1.jpg": 2, "VG_100K_2/2.jpg": 2, "VG_100K/3.jpg": 2}, (
         "a missing one is prepare's to count"
     )
-    assert counts(formats.questions(genome)) == {"train": 1, "val": 1}, (
+    assert count_splits(read_questions(genome)) == {"train": 1, "val": 1}, (
         "they are no questions of VQA's own"
     )
 
@@ -266,8 +266,8 @@ def test_visual_genome_leaves_out_what_val_asks_about(genome):
         {"image_id": 2, "coco_id": 42},
         {"image_id": 3, "coco_id": None},
     ]
-    files(genome, {"genome/image_data.json": known})
-    assert [record["id"] for _, record in formats.extra_questions(genome)] == [
+    write_files(genome, {"genome/image_data.json": known})
+    assert [record["id"] for _, record in read_extra_questions(genome)] == [
         "vg-10",
         "vg-11",
         "vg-30",
@@ -277,29 +277,29 @@ def test_visual_genome_leaves_out_what_val_asks_about(genome):
 
 def test_visual_genome_beside_val_needs_to_know_its_images(genome):
     """Else val's images would be trained on."""
-    refused(
-        formats.extra_questions,
+    assert_refused(
+        read_extra_questions,
         genome,
         "needs its image_data.json",
         "v2_OpenEnded_mscoco_val2014_questions.json",
     )
     for content in (["x"], [{"coco_id": 42}], {"image_id": 1}):
-        refused(
-            formats.extra_questions,
-            files(genome, {"genome/image_data.json": content}),
+        assert_refused(
+            read_extra_questions,
+            write_files(genome, {"genome/image_data.json": content}),
             "image_data.json",
         )
 
 
 def test_no_or_broken_visual_genome(genome, tmp_path):
-    files(genome, {"genome/image_data.json": []})
-    assert list(formats.extra_questions(files(tmp_path / "none", {"a.txt": ""}))) == []
-    files(
+    write_files(genome, {"genome/image_data.json": []})
+    assert list(read_extra_questions(write_files(tmp_path / "none", {"a.txt": ""}))) == []
+    write_files(
         genome,
         {"genome/question_answers.json": [{"id": 1, "qas": [{"qa_id": 1, "question": "x"}]}]},
     )
-    refused(formats.extra_questions, genome, "question_answers.json [0] has no answer")
-    files(genome, {"genome/question_answers.json": [{"image": 1}]})
-    refused(formats.extra_questions, genome, "question_answers.json [0] has no id")
-    files(genome, {"genome/question_answers.json": {"id": 1}})
-    refused(formats.extra_questions, genome, "question_answers.json")
+    assert_refused(read_extra_questions, genome, "question_answers.json [0] has no answer")
+    write_files(genome, {"genome/question_answers.json": [{"image": 1}]})
+    assert_refused(read_extra_questions, genome, "question_answers.json [0] has no id")
+    write_files(genome, {"genome/question_answers.json": {"id": 1}})
+    assert_refused(read_extra_questions, genome, "question_answers.json")

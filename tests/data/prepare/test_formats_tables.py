@@ -1,5 +1,4 @@
-"""Tables of captions: written here by hand, and one made from a real sample; what breaks them is
-named."""
+"""Tables of captions, written by hand or made from a real sample; broken ones are refused."""
 
 import csv
 import json
@@ -7,23 +6,25 @@ from pathlib import Path
 
 import pytest
 
-from beit3.data.prepare import formats
+from beit3.data.prepare.formats.captions import read_karpathy
+from beit3.data.prepare.formats.detect import read_pairs
+from beit3.data.prepare.formats.split_names import is_held_out
 from beit3.data.prepare.splits import write_splits
-from tests.data.prepare.test_formats import counts, files, refused, sample
+from tests.data.prepare.test_formats import assert_refused, count_splits, find_sample, write_files
 
-PICTURES = {"a.png": None, "b.png": None}
+IMAGES = {"a.png": None, "b.png": None}
 
 
-def captions(raw: Path) -> list[tuple[str, str, str]]:
-    """(id, image below `raw`, text), whatever the split."""
+def list_captions(raw: Path) -> list[tuple[str, str, str]]:
+    """Returns (id, image relative to `raw`, text) of all splits."""
     return [
         (r["id"], Path(r["image"]).relative_to(raw).as_posix(), r["text"])
-        for _, r in formats.pairs(raw)
+        for _, r in read_pairs(raw)
     ]
 
 
-ONE, TWO = ("a.png#0", "a.png", "A dog, asleep"), ("a.png#1", "a.png", 'the "dog"')
-THREE = ("b.png#0", "b.png", "a cat")
+CAPTION_A0, CAPTION_A1 = ("a.png#0", "a.png", "A dog, asleep"), ("a.png#1", "a.png", 'the "dog"')
+CAPTION_B0 = ("b.png#0", "b.png", "a cat")
 
 
 @pytest.mark.parametrize(
@@ -52,24 +53,24 @@ THREE = ("b.png#0", "b.png", "a cat")
         ),
     ],
 )
-def test_every_dialect_says_the_same(tmp_path, name, content):
-    files(tmp_path, {name: content, **PICTURES})
-    assert captions(tmp_path) == [ONE, TWO, THREE]
-    assert list(formats.pairs(tmp_path / name)) == list(formats.pairs(tmp_path))
+def test_every_dialect_gives_the_same_captions(tmp_path, name, content):
+    write_files(tmp_path, {name: content, **IMAGES})
+    assert list_captions(tmp_path) == [CAPTION_A0, CAPTION_A1, CAPTION_B0]
+    assert list(read_pairs(tmp_path / name)) == list(read_pairs(tmp_path))
 
 
-def test_the_flickr30k_line_without_a_delimiter_is_passed_over(tmp_path):
+def test_the_flickr30k_line_without_a_delimiter_is_skipped(tmp_path):
     """Line 19,999 of the real file; everything around it is kept."""
     lines = [f"a.png| {i}| text {i}" for i in range(120)]
     lines[50] = "a.png| 50   A dog runs across the grass ."
-    files(
+    write_files(
         tmp_path,
         {
             "raw/results.csv": "\n".join(["image_name| comment_number| comment", *lines]),
             "raw/flickr30k_images/a.png": None,
         },
     )
-    report = write_splits(tmp_path / "root", "pretrain", "pairs", formats.pairs(tmp_path / "raw"))
+    report = write_splits(tmp_path / "root", "pretrain", "pairs", read_pairs(tmp_path / "raw"))
     assert sum(report["records"].values()) == 119
     assert report["passed_over"] == [
         f"{tmp_path / 'raw/results.csv'} line 52: 2 cells for 3 columns: put quotes around cells "
@@ -78,88 +79,96 @@ def test_the_flickr30k_line_without_a_delimiter_is_passed_over(tmp_path):
 
 
 @pytest.mark.parametrize("place", ["a.png", "images/a.png", "Images/a.png"])
-def test_images_beside_the_table_and_absolute(tmp_path, place):
-    files(tmp_path, {"x.csv": "image,text\na.png,one\n", place: None})
-    assert captions(tmp_path) == [("a.png#0", place, "one")]
-    files(tmp_path, {"x.csv": f"image,text\n{tmp_path / place},one\n"})
-    assert captions(tmp_path) == [(f"{place}#0", place, "one")]
+def test_images_lie_beside_the_table_or_at_absolute_paths(tmp_path, place):
+    write_files(tmp_path, {"x.csv": "image,text\na.png,one\n", place: None})
+    assert list_captions(tmp_path) == [("a.png#0", place, "one")]
+    write_files(tmp_path, {"x.csv": f"image,text\n{tmp_path / place},one\n"})
+    assert list_captions(tmp_path) == [(f"{place}#0", place, "one")]
 
 
-def test_splits_by_column_by_name_and_by_folder(tmp_path):
-    files(
+def test_splits_come_from_columns_names_and_folders(tmp_path):
+    write_files(
         tmp_path,
         {
             "x.csv": "image,text,Split\na.png,one,restval\na.png,two,dev\nb.png,three,test\n",
-            **PICTURES,
+            **IMAGES,
         },
     )
-    assert [(split, r["text"]) for split, r in formats.pairs(tmp_path)] == [
+    assert [(split, r["text"]) for split, r in read_pairs(tmp_path)] == [
         ("train", "one"),
         ("val", "two"),
         ("test", "three"),
     ]
     (tmp_path / "x.csv").unlink()
     many = "image,text\n" + "".join(f"{i}.png,t\n" for i in range(400))
-    files(tmp_path, {"captions_train2017.csv": many, "val.tsv": "image\ttext\na.png\ta\n"})
-    files(tmp_path, {"test/metadata.csv": "file_name,text\nc.png,c\n"})
-    assert counts(formats.pairs(tmp_path)) == {"train": 400, "val": 1, "test": 1}
+    write_files(tmp_path, {"captions_train2017.csv": many, "val.tsv": "image\ttext\na.png\ta\n"})
+    write_files(tmp_path, {"test/metadata.csv": "file_name,text\nc.png,c\n"})
+    assert count_splits(read_pairs(tmp_path)) == {"train": 400, "val": 1, "test": 1}
     (tmp_path / "val.tsv").unlink()
-    found = counts(formats.pairs(tmp_path))
-    assert found["test"] == 1 and 5 < found["val"] < 40 and found["train"] + found["val"] == 400
+    num_records = count_splits(read_pairs(tmp_path))
+    assert (
+        num_records["test"] == 1
+        and 5 < num_records["val"] < 40
+        and num_records["train"] + num_records["val"] == 400
+    )
 
 
-def test_a_column_without_val_is_held_out_too(tmp_path):
+def test_a_split_column_without_val_is_held_out_too(tmp_path):
     rows = "".join(f"{i}.png,t,{'test' if i < 100 else 'train'}\n" for i in range(500))
-    files(tmp_path, {"x.csv": "image,text,split\n" + rows})
-    found = counts(formats.pairs(tmp_path))
-    assert found["test"] == 100 and 5 < found["val"] < 40 and found["train"] + found["val"] == 400
-    files(tmp_path, {"y.jsonl": '{"image": "a.png", "text": "x", "split": "dev"}\n'})
-    assert counts(formats.pairs(tmp_path)) == {"train": 400, "test": 100, "val": 1}
+    write_files(tmp_path, {"x.csv": "image,text,split\n" + rows})
+    num_records = count_splits(read_pairs(tmp_path))
+    assert (
+        num_records["test"] == 100
+        and 5 < num_records["val"] < 40
+        and num_records["train"] + num_records["val"] == 400
+    )
+    write_files(tmp_path, {"y.jsonl": '{"image": "a.png", "text": "x", "split": "dev"}\n'})
+    assert count_splits(read_pairs(tmp_path)) == {"train": 400, "test": 100, "val": 1}
 
 
-def test_a_column_without_a_name_is_no_other(tmp_path):
-    """pandas writes its index so."""
-    files(
+def test_a_column_without_a_name_is_ignored(tmp_path):
+    """pandas writes its index this way."""
+    write_files(
         tmp_path,
         {
             "train.csv": ",image,text\n0,a.png,one\n1,b.png,two\n",
             "val.csv": ",image,text\n0,a.png,three\n",
-            **PICTURES,
+            **IMAGES,
         },
     )
-    assert counts(formats.pairs(tmp_path)) == {"train": 2, "val": 1}
+    assert count_splits(read_pairs(tmp_path)) == {"train": 2, "val": 1}
 
 
 def test_captions_of_one_image_are_held_out_together(tmp_path):
     rows = [(f"{i}.png", f"text {k}") for k in range(3) for i in range(300)]
-    files(
+    write_files(
         tmp_path, {"x.csv": "image,text\n" + "".join(f"{image},{text}\n" for image, text in rows)}
     )
     sides: dict[str, set[str]] = {}
-    for split, record in formats.pairs(tmp_path):
+    for split, record in read_pairs(tmp_path):
         sides.setdefault(record["id"].partition("#")[0], set()).add(split)
     assert len(sides) == 300 and all(len(side) == 1 for side in sides.values())
     assert {"val"} in sides.values() and all(
-        ("val" in side) == formats.holdout(name, 0.05) for name, side in sides.items()
+        ("val" in side) == is_held_out(name, 0.05) for name, side in sides.items()
     )
 
 
-def test_ids_are_unique_over_all_files_and_follow_given_ones(tmp_path):
-    files(
+def test_ids_are_unique_over_all_files_and_use_the_id_column(tmp_path):
+    write_files(
         tmp_path,
         {
             "train.csv": "image,text\na.png,one\nb.png,two\na.png,three\n",
             "val.csv": "image,text\na.png,four\n",
         },
     )
-    assert [r["id"] for _, r in formats.pairs(tmp_path)] == [
+    assert [r["id"] for _, r in read_pairs(tmp_path)] == [
         "a.png#0",
         "b.png#0",
         "a.png#1",
         "a.png#2",
     ]
     rows = [(7, "a.png", ["x", "y"]), (7, "b.png", "z"), (None, "b.png", "w")]
-    files(
+    write_files(
         tmp_path,
         {
             "x.jsonl": "\n".join(
@@ -167,7 +176,7 @@ def test_ids_are_unique_over_all_files_and_follow_given_ones(tmp_path):
             )
         },
     )
-    assert [r["id"] for _, r in formats.pairs(tmp_path / "x.jsonl")] == [
+    assert [r["id"] for _, r in read_pairs(tmp_path / "x.jsonl")] == [
         "7#0",
         "7#1",
         "7#2",
@@ -177,22 +186,22 @@ def test_ids_are_unique_over_all_files_and_follow_given_ones(tmp_path):
 
 def test_rows_without_image_or_text_are_faults(tmp_path):
     good = "".join(f"a.png,text {i}\n" for i in range(300))
-    files(
+    write_files(
         tmp_path,
         {
             "raw/x.csv": f"image,text\n,lost\na.png,\nb.png,unquoted, comma\n{good}",
             "raw/a.png": None,
         },
     )
-    report = write_splits(tmp_path / "root", "pretrain", "pairs", formats.pairs(tmp_path / "raw"))
+    report = write_splits(tmp_path / "root", "pretrain", "pairs", read_pairs(tmp_path / "raw"))
     lost, empty, comma = report["passed_over"]
     assert lost.endswith("x.csv line 2: it has no image") and empty == "a.png#0: its text is empty"
     assert "line 4: 3 cells for 2 columns" in comma
-    files(tmp_path, {"raw/y.jsonl": '{"image": "a.png", "text": []}\n'})
-    assert [r["fault"] for _, r in formats.pairs(tmp_path / "raw/y.jsonl")] == ["it has no text"]
+    write_files(tmp_path, {"raw/y.jsonl": '{"image": "a.png", "text": []}\n'})
+    assert [r["fault"] for _, r in read_pairs(tmp_path / "raw/y.jsonl")] == ["it has no text"]
 
 
-REFUSED = [
+REFUSED_TABLES = [
     (
         "x.csv",
         "image_id,caption\n1,a\n",
@@ -227,22 +236,22 @@ REFUSED = [
 ]
 
 
-@pytest.mark.parametrize(("name", "content", "words"), REFUSED)
-def test_what_is_no_table_is_named_and_records_stay(tmp_path, name, content, words):
-    files(tmp_path, {f"raw/{name}": content})
-    refused(formats.pairs, tmp_path / "raw", *words)
+@pytest.mark.parametrize(("name", "content", "words"), REFUSED_TABLES)
+def test_broken_tables_are_refused_and_old_records_stay(tmp_path, name, content, words):
+    write_files(tmp_path, {f"raw/{name}": content})
+    assert_refused(read_pairs, tmp_path / "raw", *words)
     older = tmp_path / "root/pretrain/pairs/train.jsonl"
-    files(tmp_path, {"root/pretrain/pairs/train.jsonl": '{"id": "older"}\n'})
+    write_files(tmp_path, {"root/pretrain/pairs/train.jsonl": '{"id": "older"}\n'})
     with pytest.raises(ValueError):
-        write_splits(tmp_path / "root", "pretrain", "pairs", formats.pairs(tmp_path / "raw"))
+        write_splits(tmp_path / "root", "pretrain", "pairs", read_pairs(tmp_path / "raw"))
     assert older.read_text() == '{"id": "older"}\n' and [
         path.name for path in older.parent.iterdir()
     ] == ["train.jsonl"]
 
 
-def test_names_that_are_no_unicode_are_passed_over(tmp_path):
+def test_names_that_are_not_unicode_are_skipped(tmp_path):
     rows = [{"image": "a.png", "text": f"text {i}"} for i in range(300)]
-    files(
+    write_files(
         tmp_path,
         {
             "raw/x.jsonl": "\n".join(
@@ -251,23 +260,23 @@ def test_names_that_are_no_unicode_are_passed_over(tmp_path):
             "raw/a.png": None,
         },
     )
-    report = write_splits(tmp_path / "root", "pretrain", "pairs", formats.pairs(tmp_path / "raw"))
+    report = write_splits(tmp_path / "root", "pretrain", "pairs", read_pairs(tmp_path / "raw"))
     assert report["passed_over"] == [
         "a\\ud800.png#0: it holds '\\ud800', which is no character: write names and texts in UTF-8"
     ]
 
 
-def test_a_real_set_as_a_table_is_what_its_own_files_say(tmp_path):
-    raw = sample("flickr8k_mini")
-    own = list(formats.karpathy(raw))
+def test_a_real_dataset_as_a_table_equals_its_own_files(tmp_path):
+    raw = find_sample("flickr8k_mini")
+    own = list(read_karpathy(raw))
     with (tmp_path / "all.csv").open("w", newline="") as file:
         csv.writer(file).writerows(
             [("image", "caption", "split"), *((r["image"], r["text"], split) for split, r in own)]
         )
-    table = list(formats.pairs(tmp_path))
+    table = list(read_pairs(tmp_path))
     assert [(split, r["text"], r["image"]) for split, r in table] == [
         (split, r["text"], r["image"]) for split, r in own
     ]
     assert len({r["id"] for _, r in table}) == len(own)
     # A list of pairs that do and do not match is no list of captions, and says so.
-    refused(formats.pairs, raw / "itm_pairs.tsv", "itm_pairs.tsv has the columns")
+    assert_refused(read_pairs, raw / "itm_pairs.tsv", "itm_pairs.tsv has the columns")

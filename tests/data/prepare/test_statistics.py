@@ -1,5 +1,4 @@
-"""What `prepare` says of a source: against lists sorted by hand, on a real sample, and as people
-read it."""
+"""Statistics of a source: against lists sorted by hand, on a real sample, and as text."""
 
 import json
 import random
@@ -8,34 +7,42 @@ from collections import Counter
 
 import pytest
 
-from beit3.data.prepare import formats
+from beit3.data.prepare.formats.detect import read_pairs
 from beit3.data.prepare.splits import write_splits
-from beit3.data.prepare.statistics import BAR, BINS, Lengths, Survey, describe, histogram, quantile
+from beit3.data.prepare.statistics import (
+    BAR_WIDTH,
+    NUM_BINS,
+    RecordStatistics,
+    TokenCounter,
+    compute_histogram,
+    compute_quantile,
+    describe,
+)
 from beit3.tokenizer.text import TextTokenizer
-from tests.data.prepare.test_formats import sample
+from tests.data.prepare.test_formats import find_sample
 
 
-def surveyed(records: list[dict], lengths: Lengths | None = None) -> dict:
-    survey = Survey(lengths)
+def report_on(records: list[dict], lengths: TokenCounter | None = None) -> dict:
+    record_statistics = RecordStatistics(lengths)
     for record in records:
-        survey.add(record)
-    return survey.report()
+        record_statistics.add(record)
+    return record_statistics.report()
 
 
-def letters(text: str) -> list[int]:
-    """A tokenizer of ten pieces: a is 4, b is 5 ...; what is beyond j is unknown."""
+def encode_letters(text: str) -> list[int]:
+    """A tokenizer of ten pieces: a is 4, b is 5 ...; letters beyond j are unknown."""
     return [ord(letter) - ord("a") + 4 if letter <= "j" else 3 for letter in text]
 
 
-LETTERS = Lengths(letters, limit=6, unk=3, num_pieces=10)
+LETTER_COUNTER = TokenCounter(encode_letters, limit=6, unk=3, num_pieces=10)
 
 
-def test_lengths_in_words_and_uses_of_images():
+def test_lengths_in_words_and_uses_per_image():
     texts = ["one", "one two", "one two three", "one  two\nthree four"]
     records = [
         {"id": str(i), "image": f"{i // 3}.png", "text": text} for i, text in enumerate(texts)
     ]
-    report = surveyed([*records, {"id": "i", "image": "9.png"}])
+    report = report_on([*records, {"id": "i", "image": "9.png"}])
     assert report["images"] == {"distinct": 3, "median_uses": 1, "most_uses": 3}
     lengths = report["lengths"]
     assert (lengths["unit"], lengths["median"], lengths["percentile_95"], lengths["longest"]) == (
@@ -45,15 +52,17 @@ def test_lengths_in_words_and_uses_of_images():
         4,
     )
     assert lengths["histogram"] == {"1-1": 1, "2-2": 1, "3-3": 1, "4-4": 1} and "cut" not in lengths
-    assert surveyed([{"id": "1", "image": "a"}]).keys() == {"images"} and surveyed(
+    assert report_on([{"id": "1", "image": "a"}]).keys() == {"images"} and report_on(
         [{"id": "1", "text": "a"}]
     ).keys() == {"lengths"}
 
 
-def test_lengths_in_tokens_count_marks_and_cuts_as_the_task_does():
-    report = surveyed([{"text": text} for text in ("abcd", "aaaaa", "az", "a")], LETTERS)["lengths"]
-    # With begin and end: 6, 7, 4, 3; the limit of 6 cuts one of four. Of 12 pieces one is unknown;
-    # a, b, c, d of ten occur.
+def test_lengths_in_tokens_count_special_tokens_and_cut_texts():
+    report = report_on([{"text": text} for text in ("abcd", "aaaaa", "az", "a")], LETTER_COUNTER)[
+        "lengths"
+    ]
+    # With `<s>` and `</s>` there are 6, 7, 4 and 3 tokens; the limit of 6 cuts one text of four.
+    # One of 12 pieces is unknown; a, b, c and d of the ten pieces occur.
     assert report["unit"] == "tokens" and (
         report["median"],
         report["longest"],
@@ -62,15 +71,15 @@ def test_lengths_in_tokens_count_marks_and_cuts_as_the_task_does():
     assert report["cut"] == 0.25 and report["unknown"] == pytest.approx(1 / 12)
     assert report["pieces"] == 10 and report["pieces_seen"] == 0.4
     assert (
-        surveyed([{"text": "a" * 99}], Lengths(letters, limit=0, unk=3, num_pieces=10))["lengths"][
-            "cut"
-        ]
+        report_on(
+            [{"text": "a" * 99}], TokenCounter(encode_letters, limit=0, unk=3, num_pieces=10)
+        )["lengths"]["cut"]
         == 0
     )
 
 
-def test_captions_of_an_image_are_texts_and_two_images_are_both_used():
-    report = surveyed(
+def test_captions_count_as_texts_and_both_images_of_a_record_as_used():
+    report = report_on(
         [
             {"id": "1", "image": "a", "image2": "a", "captions": ["one", "one two"]},
             {"id": "2", "image": "a", "image2": "b"},
@@ -80,37 +89,39 @@ def test_captions_of_an_image_are_texts_and_two_images_are_both_used():
     assert report["lengths"]["histogram"] == {"1-1": 1, "2-2": 1}
 
 
-def test_balance_of_labels():
-    few = surveyed([{"id": str(i), "label": int(i < 3)} for i in range(10)] + [{"id": "t"}])
+def test_records_are_counted_by_label():
+    few = report_on([{"id": str(i), "label": int(i < 3)} for i in range(10)] + [{"id": "t"}])
     assert few == {
         "labels": {"distinct": 2, "smallest": 3, "largest": 7, "counts": {"0": 7, "1": 3}}
     }
     assert "labels       2 distinct; 7 of 0, 3 of 1\n" in describe(few)
-    many = surveyed([{"id": str(i), "label": i % 1000} for i in range(1500)])
+    many = report_on([{"id": str(i), "label": i % 1000} for i in range(1500)])
     assert many == {"labels": {"distinct": 1000, "smallest": 1, "largest": 2}}
     assert "labels       1,000 distinct; smallest of 1 records, largest of 2\n" in describe(many)
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_quantiles_and_bins_agree_with_sorted_lists(seed):
-    draw = random.Random(seed)
-    values = [int(draw.lognormvariate(3, 1.5)) for _ in range(draw.randrange(1, 500))]
+    rng = random.Random(seed)
+    values = [int(rng.lognormvariate(3, 1.5)) for _ in range(rng.randrange(1, 500))]
     counts = Counter(values)
-    assert quantile(counts, 0.5) == statistics.median_low(values)
-    for share in (0.95, 0.99):
-        assert quantile(counts, share) == min(
-            v for v in values if sum(w <= v for w in values) >= share * len(values)
+    assert compute_quantile(counts, 0.5) == statistics.median_low(values)
+    for fraction in (0.95, 0.99):
+        assert compute_quantile(counts, fraction) == min(
+            value
+            for value in values
+            if sum(other <= value for other in values) >= fraction * len(values)
         )
-    bins = histogram(counts)
+    bins = compute_histogram(counts)
     edges = [tuple(map(int, name.split("-"))) for name in bins]
-    assert len(bins) <= BINS and edges[0][0] == min(values) and edges[-1][1] == max(values)
+    assert len(bins) <= NUM_BINS and edges[0][0] == min(values) and edges[-1][1] == max(values)
     assert all(before[1] + 1 == after[0] for before, after in zip(edges, edges[1:], strict=False))
     assert list(bins.values()) == [
         sum(first <= value <= last for value in values) for first, last in edges
     ]
 
 
-def test_the_report_as_people_read_it(tmp_path):
+def test_describe_shows_counts_faults_and_a_histogram(tmp_path):
     records = [
         ("train", {"id": str(i), "text": "abc" if i % 3 else "abcdefghz"}) for i in range(1200)
     ]
@@ -120,9 +131,9 @@ def test_the_report_as_people_read_it(tmp_path):
         "t",
         "main",
         [*records, ("val", {"id": "v", "text": "j"}), *faults],
-        lengths=LETTERS,
+        lengths=LETTER_COUNTER,
     )
-    said = describe(report | {"answers": 13})
+    text = describe(report | {"answers": 13})
     for line in (
         "train        1,200",
         "val          1",
@@ -134,9 +145,9 @@ def test_the_report_as_people_read_it(tmp_path):
         "vocabulary   90.0% of 10 pieces occur, 6.67% unknown",
         "texts by length in tokens",
     ):
-        assert line in said, said
-    bars = {line.split()[0]: line.count("#") for line in said.splitlines() if "#" in line}
-    assert bars == {"3-3": 1, "5-5": BAR, "11-11": BAR // 2}
+        assert line in text, text
+    bars = {line.split()[0]: line.count("#") for line in text.splitlines() if "#" in line}
+    assert bars == {"3-3": 1, "5-5": BAR_WIDTH, "11-11": BAR_WIDTH // 2}
     assert (
         describe({"records": {"train": 1}, "passed_over": [f"line {i}" for i in range(30)]}).count(
             "line "
@@ -146,7 +157,7 @@ def test_the_report_as_people_read_it(tmp_path):
     json.dumps(report)
 
 
-def test_without_a_tokenizer_words_are_counted_and_the_way_to_tokens_is_shown(tmp_path):
+def test_without_a_tokenizer_words_are_counted_and_a_hint_is_given(tmp_path):
     report = write_splits(tmp_path, "t", "main", [("train", {"id": "1", "text": "a b"})])
     hint = (
         f"for tokens: beit3 tokenizer train {tmp_path}/t/main/train.jsonl --model "
@@ -155,30 +166,31 @@ def test_without_a_tokenizer_words_are_counted_and_the_way_to_tokens_is_shown(tm
     assert report["lengths"]["hint"] == hint and hint in describe(report)
 
 
-def test_a_real_tokenizer_on_real_captions(tmp_path):
-    pairs = list(formats.pairs(sample("flickr8k_mini")))
+def test_lengths_of_real_captions_with_a_real_tokenizer(tmp_path):
+    pairs = list(read_pairs(find_sample("flickr8k_mini")))
     texts = [record["text"] for _, record in pairs]
     tokenizer = TextTokenizer.train(texts[:2000], vocab_size=400, model_type="bpe")
-    lengths = Lengths(
+    lengths = TokenCounter(
         tokenizer.encode_pieces,
         limit=32,
         unk=tokenizer.unk,
         num_pieces=tokenizer.mask - tokenizer.first_piece,
     )
-    found = write_splits(tmp_path, "pretrain", "pairs", pairs, lengths=lengths)["lengths"]
-    whole = [tokenizer.encode(text) for text in texts]
-    assert found["longest"] == max(map(len, whole)) and found["median"] == statistics.median_low(
-        map(len, whole)
-    )
-    assert found["cut"] == sum(
-        len(ids) > len(tokenizer.encode(text, 32)) for ids, text in zip(whole, texts, strict=True)
+    lengths_report = write_splits(tmp_path, "pretrain", "pairs", pairs, lengths=lengths)["lengths"]
+    token_ids = [tokenizer.encode(text) for text in texts]
+    assert lengths_report["longest"] == max(map(len, token_ids)) and lengths_report[
+        "median"
+    ] == statistics.median_low(map(len, token_ids))
+    assert lengths_report["cut"] == sum(
+        len(ids) > len(tokenizer.encode(text, 32))
+        for ids, text in zip(token_ids, texts, strict=True)
     ) / len(texts)
-    ids = [id for ids in whole for id in ids[1:-1]]
-    assert found["unknown"] == ids.count(tokenizer.unk) / len(ids)
-    real = {
+    ids = [id for ids in token_ids for id in ids[1:-1]]
+    assert lengths_report["unknown"] == ids.count(tokenizer.unk) / len(ids)
+    piece_ids = {
         id for id in range(tokenizer.vocab_size) if tokenizer.first_piece <= id < tokenizer.mask
     }
     assert (
-        found["pieces"] == len(real)
-        and found["pieces_seen"] == len(real & set(ids)) / len(real) > 0.9
+        lengths_report["pieces"] == len(piece_ids)
+        and lengths_report["pieces_seen"] == len(piece_ids & set(ids)) / len(piece_ids) > 0.9
     )

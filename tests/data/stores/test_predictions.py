@@ -58,7 +58,7 @@ def test_broken_arrays_are_named(predictions, tmp_path):
 
 
 def test_a_line_cannot_name_a_file_elsewhere(predictions, tmp_path):
-    """Directories in the name of an array's file are ignored."""
+    """Directories in the name of an array file are ignored."""
     path = tmp_path / "x.jsonl"
     write_predictions(path, predictions)
     line = json.loads(path.read_text().splitlines()[0])

@@ -1,4 +1,4 @@
-"""Records: random access, scanning on first use, faults that name file and line."""
+"""Records: random access, scanning on first use, and errors that name file and line."""
 
 import os
 import pickle

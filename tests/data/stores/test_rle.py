@@ -1,4 +1,4 @@
-"""Run lengths: cases by hand, round trips of all sizes, polygons, real annotations, refusals."""
+"""Run lengths: cases by hand, round trips of all sizes, polygons, real annotations, errors."""
 
 import json
 
@@ -24,7 +24,7 @@ SHAPES = [(1, 1), (1, 40), (40, 1), (7, 9), (64, 48), (0, 3), (3, 0)]
 
 
 def count_runs(mask: Tensor) -> RLE:
-    """The uncompressed RLE of a mask: column by column, zeros first."""
+    """Returns the uncompressed RLE of a mask: column by column, zeros first."""
     counts, value = [0], 0
     for pixel in mask.T.flatten().tolist():
         if pixel != value:

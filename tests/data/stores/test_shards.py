@@ -1,4 +1,4 @@
-"""Shards against the slow reader of tars, and against the same records in files."""
+"""Shards equal a slow reader of tars and the same records in files."""
 
 import pickle
 import shutil
@@ -19,10 +19,10 @@ from beit3.data.loader import (
     load_batches,
     sample_micro_batches,
 )
-from beit3.data.prepare import formats
 from beit3.data.prepare.formats import tars
+from beit3.data.prepare.formats.detect import read_pairs
 from beit3.data.prepare.splits import write_splits
-from beit3.data.prepare.statistics import Lengths
+from beit3.data.prepare.statistics import TokenCounter
 from beit3.data.stores import shard_writer
 from beit3.data.stores.records import Records
 from beit3.data.stores.shard_writer import write_shards
@@ -32,8 +32,15 @@ from beit3.files import format_tar_member, parse_tar_member, read_tar_member
 from beit3.images import open_image
 from beit3.tasks.vqkd import VQKD
 from beit3.tokenizer.text import TextTokenizer
-from tests.data.prepare.test_formats import sample
-from tests.data.prepare.test_formats_tars import BROKEN, WANTED, many, pair, picture, shard
+from tests.data.prepare.test_formats import find_sample
+from tests.data.prepare.test_formats_tars import (
+    BROKEN_MEMBERS,
+    EXPECTED_FAULTS,
+    encode_image,
+    make_many_members,
+    make_members,
+    write_tar,
+)
 from tests.data.test_loader import collate
 
 
@@ -42,8 +49,10 @@ def write_pairs(root: Path, raw: Path, source: str = "pairs", **options) -> dict
 
 
 def read_slowly(root: Path, raw: Path, *, captions: bool = True) -> dict[str, list[dict]]:
-    """Split -> records by the reader that goes through a tar from start to end."""
-    write_splits(root, "pretrain", "pairs", tars.webdataset(raw, captions=captions), bad_share=1.0)
+    """Returns split -> records, read from each tar from start to end."""
+    write_splits(
+        root, "pretrain", "pairs", tars.read_webdataset(raw, captions=captions), bad_share=1.0
+    )
     return {path.stem: list(Records(path)) for path in (root / "pretrain/pairs").glob("*.jsonl")}
 
 
@@ -53,11 +62,11 @@ def read_shards(root: Path, source: str = "pairs") -> dict[str, list[dict]]:
 
 
 @pytest.fixture
-def tarred(tmp_path) -> Path:
-    """Three tars of 40, 1 and 25 pairs, one of them in a folder."""
-    shard(tmp_path / "raw/00000.tar", many(40))
-    shard(tmp_path / "raw/00001.tar", pair("only one", 3))
-    shard(tmp_path / "raw/more/00000.tar", many(25))
+def tar_root(tmp_path) -> Path:
+    """Writes three tars of 40, 1 and 25 pairs, one of them in a folder."""
+    write_tar(tmp_path / "raw/00000.tar", make_many_members(40))
+    write_tar(tmp_path / "raw/00001.tar", make_members("only one", 3))
+    write_tar(tmp_path / "raw/more/00000.tar", make_many_members(25))
     return tmp_path / "raw"
 
 
@@ -68,12 +77,12 @@ def tarred(tmp_path) -> Path:
     ("min_bytes", "captions"),
     [(0, True), (shard_writer.MIN_PARALLEL_BYTES, True), (shard_writer.MIN_PARALLEL_BYTES, False)],
 )
-def test_the_index_equals_the_slow_reader(tmp_path, tarred, monkeypatch, min_bytes, captions):
+def test_the_index_equals_the_slow_reader(tmp_path, tar_root, monkeypatch, min_bytes, captions):
     monkeypatch.setattr(shard_writer, "MIN_PARALLEL_BYTES", min_bytes)
     (tmp_path / "one").mkdir()
     (tmp_path / "two").mkdir()
-    report = write_shards(tmp_path / "one", "pretrain", "pairs", tarred, captions=captions)
-    expected = read_slowly(tmp_path / "two", tarred, captions=captions)
+    report = write_shards(tmp_path / "one", "pretrain", "pairs", tar_root, captions=captions)
+    expected = read_slowly(tmp_path / "two", tar_root, captions=captions)
     records = read_shards(tmp_path / "one")
     assert (
         records == expected
@@ -92,13 +101,13 @@ def test_the_index_equals_the_slow_reader(tmp_path, tarred, monkeypatch, min_byt
 
 
 def test_a_real_shard_gives_the_records_of_the_slow_reader(tmp_path, root):
-    raw, tokenizer = sample("cc12m_webdataset"), TextTokenizer(root / "text.model")
-    lengths = Lengths(
+    raw, tokenizer = find_sample("cc12m_webdataset"), TextTokenizer(root / "text.model")
+    lengths = TokenCounter(
         tokenizer.encode_pieces, 64, tokenizer.unk, tokenizer.mask - tokenizer.first_piece
     )
     report = write_pairs(tmp_path / "one", raw, lengths=lengths)
     (tmp_path / "two").mkdir()
-    again = write_splits(tmp_path / "two", "pretrain", "pairs", formats.pairs(raw), lengths=lengths)
+    again = write_splits(tmp_path / "two", "pretrain", "pairs", read_pairs(raw), lengths=lengths)
     assert {key: value for key, value in report.items() if key != "tars"} == again
     assert read_shards(tmp_path / "one") == {
         side: list(Records(tmp_path / f"two/pretrain/pairs/{side}.jsonl"))
@@ -112,9 +121,9 @@ def test_a_real_shard_gives_the_records_of_the_slow_reader(tmp_path, root):
 
 
 def test_splits_by_name(tmp_path):
-    shard(tmp_path / "raw/x-train-0000.tar", many(30))
-    shard(tmp_path / "raw/x-val-0000.tar", many(3))
-    shard(tmp_path / "raw/x-val-0001.tar", many(4))
+    write_tar(tmp_path / "raw/x-train-0000.tar", make_many_members(30))
+    write_tar(tmp_path / "raw/x-val-0000.tar", make_many_members(3))
+    write_tar(tmp_path / "raw/x-val-0001.tar", make_many_members(4))
     assert write_pairs(tmp_path / "root", tmp_path / "raw")["records"] == {"train": 30, "val": 7}
     assert [record["id"] for record in read_shards(tmp_path / "root")["val"]][2:4] == [
         "x-val-0000/0002",
@@ -124,21 +133,26 @@ def test_splits_by_name(tmp_path):
 
 def test_faults_are_counted_named_and_skipped(tmp_path, monkeypatch):
     monkeypatch.setattr(tars, "MAX_BYTES", 5000)
-    members = [*many(1000), *BROKEN, ("b7.png", picture()), ("b7.txt", "  ")]
-    tar = shard(tmp_path / "raw/00000.tar", members, links={"b10.png": "/etc/passwd"})
+    members = [
+        *make_many_members(1000),
+        *BROKEN_MEMBERS,
+        ("b7.png", encode_image()),
+        ("b7.txt", "  "),
+    ]
+    tar = write_tar(tmp_path / "raw/00000.tar", members, links={"b10.png": "/etc/passwd"})
     (tmp_path / "raw/00001.tar").write_bytes(
-        shard(tmp_path / "whole.tar", many(60)).read_bytes()[: 30 * 6 * 512 + 700]
+        write_tar(tmp_path / "whole.tar", make_many_members(60)).read_bytes()[: 30 * 6 * 512 + 700]
     )
     (tmp_path / "raw/00002.tar").write_text("<html>not found</html>")
     report = write_pairs(tmp_path / "root", tmp_path / "raw")
     assert sum(report["records"].values()) == 1002 + 30
     first, second, *rest = report["passed_over"]
     assert (
-        "00001.tar is cut or damaged after 30 whole records" in first
+        "00001.tar is cut or damaged after 30 complete records" in first
         and "00002.tar is cut or damaged after 0" in second
     )
     faults = dict(line.removeprefix("00000/").split(": ", 1) for line in rest)
-    expected = WANTED | {"b7": "its text is empty"}
+    expected = EXPECTED_FAULTS | {"b7": "its text is empty"}
     assert faults.keys() == expected.keys()
     assert all(expected[key] in faults[key] for key in expected), faults
     with pytest.raises(
@@ -151,7 +165,7 @@ def test_faults_are_counted_named_and_skipped(tmp_path, monkeypatch):
 
 
 def test_tars_without_a_record_are_refused(tmp_path):
-    shard(tmp_path / "raw/00000.tar", [])
+    write_tar(tmp_path / "raw/00000.tar", [])
     with pytest.raises(ValueError, match="no pairs records found"):
         write_pairs(tmp_path / "root", tmp_path / "raw")
     (tmp_path / "raw/00001.tar").write_text("no tar")
@@ -164,67 +178,71 @@ def test_tars_without_a_record_are_refused(tmp_path):
     )
 
 
-def test_an_interrupted_preparation_continues(tmp_path, tarred, monkeypatch):
+def test_an_interrupted_preparation_continues(tmp_path, tar_root, monkeypatch):
     read: list[str] = []
 
     def samples(file, *, captions, stop=""):
         if file.name == stop:
             raise KeyboardInterrupt
-        read.append(str(file.relative_to(tarred)))
-        yield from tars.samples(file, captions=captions)
+        read.append(str(file.relative_to(tar_root)))
+        yield from tars.read_samples(file, captions=captions)
 
-    monkeypatch.setattr(shard_writer, "samples", partial(samples, stop="00001.tar"))
+    monkeypatch.setattr(shard_writer, "read_samples", partial(samples, stop="00001.tar"))
     with pytest.raises(KeyboardInterrupt):
-        write_pairs(tmp_path / "root", tarred)
+        write_pairs(tmp_path / "root", tar_root)
     assert (
         read == ["00000.tar"]
         and not read_shards(tmp_path / "root")
         and not list(tmp_path.rglob("*.partial"))
     )
-    monkeypatch.setattr(shard_writer, "samples", samples)
-    write_pairs(tmp_path / "root", tarred)
+    monkeypatch.setattr(shard_writer, "read_samples", samples)
+    write_pairs(tmp_path / "root", tar_root)
     assert read == ["00000.tar", "00001.tar", "more/00000.tar"] and read_shards(
         tmp_path / "root"
-    ) == read_slowly(tmp_path / "root", tarred)
+    ) == read_slowly(tmp_path / "root", tar_root)
     assert not (tmp_path / "root/pretrain/pairs/.parts").exists()
 
 
-def test_the_part_of_a_tar_that_changed_is_not_used(tmp_path, tarred, monkeypatch):
+def test_the_part_of_a_tar_that_changed_is_not_used(tmp_path, tar_root, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(shard_writer, "split_writers", None)  # fails after all tars are read
+        patch.setattr(shard_writer, "open_split_writers", None)  # fails after all tars are read
         with pytest.raises(TypeError):
-            write_pairs(tmp_path / "root", tarred)
-    shard(tarred / "00001.tar", many(7))
-    assert sum(write_pairs(tmp_path / "root", tarred)["records"].values()) == 72
+            write_pairs(tmp_path / "root", tar_root)
+    write_tar(tar_root / "00001.tar", make_many_members(7))
+    assert sum(write_pairs(tmp_path / "root", tar_root)["records"].values()) == 72
 
 
-def test_the_last_way_of_preparing_replaces_the_other(tmp_path, tarred):
-    write_pairs(tmp_path, tarred)
-    read_slowly(tmp_path, tarred)
+def test_the_last_way_of_preparing_replaces_the_other(tmp_path, tar_root):
+    write_pairs(tmp_path, tar_root)
+    read_slowly(tmp_path, tar_root)
     assert sorted(path.name for path in (tmp_path / "pretrain/pairs").iterdir()) == [
         "train.jsonl",
         "val.jsonl",
     ]
-    write_pairs(tmp_path, tarred)
+    write_pairs(tmp_path, tar_root)
     assert sorted(path.name for path in (tmp_path / "pretrain/pairs").iterdir()) == [
         "train.shards",
         "val.shards",
     ]
 
 
-def test_tasks_prepare_tars_as_shards(tmp_path, tarred):
-    report = VQKD.prepare(tarred, tmp_path, "main")
+def test_tasks_prepare_tars_as_shards(tmp_path, tar_root):
+    report = VQKD.prepare(tar_root, tmp_path, "main")
     assert sum(report["records"].values()) == 66
-    source = RecordDataset(locate_split(tmp_path, "vqkd", "main", "train"), tmp_path)
-    assert source[0].keys() == {"id", "image"} and open_image(source[0]["image"]).shape == (3, 4, 4)
+    dataset = RecordDataset(locate_split(tmp_path, "vqkd", "main", "train"), tmp_path)
+    assert dataset[0].keys() == {"id", "image"} and open_image(dataset[0]["image"]).shape == (
+        3,
+        4,
+        4,
+    )
 
 
 # Reading --------------------------------------------------------------------------------------
 
 
-def test_a_root_and_its_tars_may_move_together(tmp_path, tarred):
+def test_a_root_and_its_tars_may_move_together(tmp_path, tar_root):
     (tmp_path / "old").mkdir()
-    shutil.move(tarred, tmp_path / "old/raw")
+    shutil.move(tar_root, tmp_path / "old/raw")
     (tmp_path / "linked").symlink_to(tmp_path / "old/raw")
     write_pairs(tmp_path / "old/root", tmp_path / "linked")
     shutil.move(tmp_path / "old", tmp_path / "new")
@@ -236,8 +254,8 @@ def test_a_root_and_its_tars_may_move_together(tmp_path, tarred):
     )
 
 
-def test_an_index_can_be_sent_to_workers(tmp_path, tarred):
-    write_pairs(tmp_path, tarred)
+def test_an_index_can_be_sent_to_workers(tmp_path, tar_root):
+    write_pairs(tmp_path, tar_root)
     index = Shards(tmp_path / "pretrain/pairs/train.shards", tmp_path)
     first = index[0]
     sent = pickle.dumps(index)
@@ -247,25 +265,25 @@ def test_an_index_can_be_sent_to_workers(tmp_path, tarred):
             index[outside]
 
 
-def test_a_tar_that_changed_or_is_gone_is_named(tmp_path, tarred):
-    write_pairs(tmp_path, tarred)
+def test_a_tar_that_changed_or_is_gone_is_named(tmp_path, tar_root):
+    write_pairs(tmp_path, tar_root)
     path = tmp_path / "pretrain/pairs/train.shards"
     last = len(Shards(path, tmp_path)) - 1
-    with (tarred / "more/00000.tar").open("ab") as tar:
+    with (tar_root / "more/00000.tar").open("ab") as tar:
         tar.write(b"more")
     with pytest.raises(
         ValueError,
         match=r"more/00000\.tar has \d+ bytes, not the \d+ of .*train\.shards: run `beit3",
     ):
         Shards(path, tmp_path)[last]
-    (tarred / "more/00000.tar").unlink()
+    (tar_root / "more/00000.tar").unlink()
     with pytest.raises(ValueError, match=r"cannot read .*more/00000\.tar"):
         Shards(path, tmp_path)[last]
     assert Shards(path, tmp_path)[0]["text"] == "caption of 0000"
 
 
-def test_a_damaged_index_is_refused(tmp_path, tarred):
-    write_pairs(tmp_path, tarred)
+def test_a_damaged_index_is_refused(tmp_path, tar_root):
+    write_pairs(tmp_path, tar_root)
     path = tmp_path / "pretrain/pairs/train.shards"
     intact = path.read_bytes()
     for content, message in (
@@ -285,16 +303,16 @@ def test_members_are_read_as_files_are(tmp_path):
     names = ("0.png", "1.jpg", "2.gif")
     for name in names:
         noise.save(tmp_path / name)
-    tar = shard(tmp_path / "x.tar", [(name, (tmp_path / name).read_bytes()) for name in names])
-    found = [record["image"] for _, record in tars.webdataset(tar, captions=False)]
+    tar = write_tar(tmp_path / "x.tar", [(name, (tmp_path / name).read_bytes()) for name in names])
+    paths = [record["image"] for _, record in tars.read_webdataset(tar, captions=False)]
     assert all(
         torch.equal(open_image(image), open_image(tmp_path / name))
-        for image, name in zip(found, names, strict=True)
+        for image, name in zip(paths, names, strict=True)
     )
 
 
 def test_members_that_cannot_be_read_are_named(tmp_path):
-    tar = shard(tmp_path / "x.tar", [("0.png", picture())])
+    tar = write_tar(tmp_path / "x.tar", [("0.png", encode_image())])
     size = tar.stat().st_size
     wrong = {
         format_tar_member(tar, 512, 1 << 40): "more than",
@@ -312,14 +330,14 @@ def test_members_that_cannot_be_read_are_named(tmp_path):
 # Training order -------------------------------------------------------------------------------
 
 
-def make(record: dict, train: bool, *, rng: np.random.Generator) -> dict:
-    """An example that shows its record and its randomness; its image is opened."""
+def make_example(record: dict, train: bool, *, rng: np.random.Generator) -> dict:
+    """Returns an example with its id and a random number; opens its image."""
     open_image(record["image"])
     return {"id": record["id"], "draw": torch.tensor(rng.random())}
 
 
 def load_ids(
-    source: RecordDataset,
+    dataset: RecordDataset,
     steps: range,
     *,
     batch: int = 6,
@@ -327,8 +345,8 @@ def load_ids(
     world: int = 1,
     workers: int = 0,
 ) -> list[list[str]]:
-    """The ids of each step on one rank, each with its random number."""
-    examples = ExampleDataset({"pairs": source}, make, seed=0)
+    """Returns the ids of each step on one rank, with their random numbers."""
+    examples = ExampleDataset({"pairs": dataset}, make_example, seed=0)
     sample_step = partial(
         sample_micro_batches,
         batch={"pairs": batch},
@@ -349,77 +367,77 @@ def load_ids(
 
 
 @pytest.fixture
-def source(tmp_path, tarred) -> RecordDataset:
-    """Shuffled within windows of 8."""
-    write_pairs(tmp_path, tarred)
+def dataset(tmp_path, tar_root) -> RecordDataset:
+    """Returns a dataset that is shuffled within windows of 8."""
+    write_pairs(tmp_path, tar_root)
     return RecordDataset(locate_split(tmp_path, "pretrain", "pairs", "train"), tmp_path, window=8)
 
 
-def test_a_resumed_run_reads_what_it_would_have_read(source):
-    complete = load_ids(source, range(25))
+def test_a_resumed_run_reads_what_it_would_have_read(dataset):
+    complete = load_ids(dataset, range(25))
     ids = [line.partition(" 0.")[0] for line in chain(*complete)]
-    size = len(source)
+    size = len(dataset)
     assert size < 75 and all(
         len(set(ids[start : start + size])) == size for start in range(0, 150 - size, size)
     ), "each epoch reads all"
     assert ids[:size] != ids[size : 2 * size]
     for start in (1, 7, 11, 24):
-        assert load_ids(source, range(start, 25)) == complete[start:]
-    assert load_ids(source, range(3, 9), workers=2) == complete[3:9]
+        assert load_ids(dataset, range(start, 25)) == complete[start:]
+    assert load_ids(dataset, range(3, 9), workers=2) == complete[3:9]
 
 
 @pytest.mark.parametrize("world", [2, 3])
-def test_any_number_of_ranks_reads_the_same(source, world):
-    single = load_ids(source, range(20))
-    ranks = [load_ids(source, range(20), rank=rank, world=world) for rank in range(world)]
+def test_any_number_of_ranks_reads_the_same(dataset, world):
+    single = load_ids(dataset, range(20))
+    ranks = [load_ids(dataset, range(20), rank=rank, world=world) for rank in range(world)]
     assert [list(chain(*parts)) for parts in zip(*ranks, strict=True)] == single
 
 
-def test_an_unreadable_image_is_replaced_by_the_next_of_the_epoch(source, tarred):
-    good = [line.partition(" 0.")[0] for line in chain(*load_ids(source, range(12)))]
-    broken = next(record for record in source if record["id"] == "00000/0007")
+def test_an_unreadable_image_is_replaced_by_the_next_of_the_epoch(dataset, tar_root):
+    good = [line.partition(" 0.")[0] for line in chain(*load_ids(dataset, range(12)))]
+    broken = next(record for record in dataset if record["id"] == "00000/0007")
     tar, start, size = parse_tar_member(broken["image"])
     with Path(tar).open("r+b") as file:
         file.seek(start)
         file.write(bytes(size))
-    examples = ExampleDataset({"pairs": source}, make, seed=0)
-    loaded = [examples[("pairs", position)] for position in range(len(source))]
-    (position,) = (i for i, key in enumerate(good[: len(source)]) if key == "00000/0007")
+    examples = ExampleDataset({"pairs": dataset}, make_example, seed=0)
+    loaded = [examples[("pairs", position)] for position in range(len(dataset))]
+    (position,) = (i for i, key in enumerate(good[: len(dataset)]) if key == "00000/0007")
     expected = [
         *good[:position],
-        good[(position + 1) % len(source)],
-        *good[position + 1 : len(source)],
+        good[(position + 1) % len(dataset)],
+        *good[position + 1 : len(dataset)],
     ]
     assert [example["id"] for example in loaded] == expected
     (line,) = chain(*(example[SKIPPED] for example in loaded))
     assert line.startswith("pairs record 00000/0007: ") and "is not an image" in line
 
 
-def test_a_limit_keeps_the_first_records(tmp_path, tarred):
-    write_pairs(tmp_path, tarred)
-    source = RecordDataset(
+def test_a_limit_keeps_the_first_records(tmp_path, tar_root):
+    write_pairs(tmp_path, tar_root)
+    dataset = RecordDataset(
         locate_split(tmp_path, "pretrain", "pairs", "train"), tmp_path, limit=45, window=8
     )
-    examples = ExampleDataset({"pairs": source}, make, seed=0)
+    examples = ExampleDataset({"pairs": dataset}, make_example, seed=0)
     ids = {examples[("pairs", position)]["id"] for position in range(45)}
-    assert ids == {record["id"] for record in source} and len(ids) == len(source) == 45
+    assert ids == {record["id"] for record in dataset} and len(ids) == len(dataset) == 45
 
 
-def test_an_epoch_of_a_thousand_shards_can_be_entered_anywhere(tmp_path):
-    tar = shard(tmp_path / "one.tar", many(2))
+def test_reading_can_start_anywhere_in_an_epoch_of_a_thousand_shards(tmp_path):
+    tar = write_tar(tmp_path / "one.tar", make_many_members(2))
     (tmp_path / "raw").mkdir()
     for number in range(1000):
         (tmp_path / f"raw/{number:05d}.tar").hardlink_to(tar)
     write_shards(tmp_path, "pretrain", "images", tmp_path / "raw", captions=False)
-    source = RecordDataset(
+    dataset = RecordDataset(
         locate_split(tmp_path, "pretrain", "images", "train"), tmp_path, window=100
     )
-    size, names = len(source), [tar["name"] for tar in source.stores[0].tars]
+    size, names = len(dataset), [tar["name"] for tar in dataset.stores[0].tars]
     assert size == 2000 and len(names) == 1000
-    examples = ExampleDataset({"pairs": source}, make, seed=0)
+    examples = ExampleDataset({"pairs": dataset}, make_example, seed=0)
     ids = [examples[("pairs", position)]["id"] for position in range(2 * size - 150, 2 * size)]
     fresh = ExampleDataset(
-        {"pairs": RecordDataset(source.path, tmp_path, window=100)}, make, seed=0
+        {"pairs": RecordDataset(dataset.path, tmp_path, window=100)}, make_example, seed=0
     )
     assert [fresh[("pairs", position)]["id"] for position in (2 * size - 150, 2 * size - 1)] == [
         ids[0],
@@ -434,27 +452,27 @@ def test_an_epoch_of_a_thousand_shards_can_be_entered_anywhere(tmp_path):
 
 
 @pytest.fixture
-def mixed(tmp_path, tarred) -> Path:
-    """Pairs from three datasets: 66 records in tars, 20 and 6 in files; the last has no val."""
-    write_pairs(tmp_path, tarred, "pairs/web")
+def mixed_datasets(tmp_path, tar_root) -> Path:
+    """Writes three datasets of pairs: 66 records in tars, 20 and 6 in files (without val)."""
+    write_pairs(tmp_path, tar_root, "pairs/web")
     for name, count in (("coco", 20), ("vg", 6)):
-        shard(tmp_path / f"{name}/x-train.tar", many(count))
-        write_splits(tmp_path, "pretrain", f"pairs/{name}", tars.webdataset(tmp_path / name))
+        write_tar(tmp_path / f"{name}/x-train.tar", make_many_members(count))
+        write_splits(tmp_path, "pretrain", f"pairs/{name}", tars.read_webdataset(tmp_path / name))
     return tmp_path
 
 
-def draw_ids(source: RecordDataset, count: int) -> list[str]:
-    examples = ExampleDataset({"pairs": source}, make, seed=0)
+def draw_ids(dataset: RecordDataset, count: int) -> list[str]:
+    examples = ExampleDataset({"pairs": dataset}, make_example, seed=0)
     return [examples[("pairs", position)]["id"] for position in range(count)]
 
 
-def test_datasets_are_found_and_named(mixed):
+def test_datasets_are_found_and_named(mixed_datasets):
     train, val = (
-        RecordDataset(locate_split(mixed, "pretrain", "pairs", split), mixed)
+        RecordDataset(locate_split(mixed_datasets, "pretrain", "pairs", split), mixed_datasets)
         for split in ("train", "val")
     )
     assert (
-        train.path == mixed / "pretrain/pairs/train"
+        train.path == mixed_datasets / "pretrain/pairs/train"
         and train.names == ["coco", "vg", "web"]
         and val.names == ["web"]
     )
@@ -465,21 +483,23 @@ def test_datasets_are_found_and_named(mixed):
     assert Counter(record["id"].partition("/")[0] for record in train) == dict(
         zip(train.names, train.sizes, strict=True)
     )
-    first = RecordDataset(train.path, mixed, limit=30)
+    first = RecordDataset(train.path, mixed_datasets, limit=30)
     assert {record["id"].partition("/")[0] for record in first} == {"coco", "vg", "web"} and len(
         list(first)
     ) == 30
 
 
-def test_datasets_are_mixed_by_size_or_by_weight(mixed):
-    path = locate_split(mixed, "pretrain", "pairs", "train")
-    source = RecordDataset(path, mixed)
-    ids = draw_ids(source, 2 * len(source))
-    for epoch in (ids[: len(source)], ids[len(source) :]):
-        assert sorted(epoch) == sorted(record["id"] for record in source), (
+def test_datasets_are_mixed_by_size_or_by_weight(mixed_datasets):
+    path = locate_split(mixed_datasets, "pretrain", "pairs", "train")
+    dataset = RecordDataset(path, mixed_datasets)
+    ids = draw_ids(dataset, 2 * len(dataset))
+    for epoch in (ids[: len(dataset)], ids[len(dataset) :]):
+        assert sorted(epoch) == sorted(record["id"] for record in dataset), (
             "by size all datasets end their epochs together"
         )
-    weighted = draw_ids(RecordDataset(path, mixed, weights={"coco": 2, "vg": 1, "web": 1}), 80)
+    weighted = draw_ids(
+        RecordDataset(path, mixed_datasets, weights={"coco": 2, "vg": 1, "web": 1}), 80
+    )
     for period in range(0, 80, 4):
         assert Counter(key.partition("/")[0] for key in weighted[period : period + 4]) == {
             "coco": 2,
@@ -494,21 +514,21 @@ def test_datasets_are_mixed_by_size_or_by_weight(mixed):
     assert all(len(set(vg[start : start + 6])) == 6 for start in (0, 6, 12))
 
 
-def test_mixed_datasets_are_resumed_and_divided_as_one(mixed):
-    source = RecordDataset(
-        locate_split(mixed, "pretrain", "pairs", "train"),
-        mixed,
+def test_mixed_datasets_are_resumed_and_divided_as_one(mixed_datasets):
+    dataset = RecordDataset(
+        locate_split(mixed_datasets, "pretrain", "pairs", "train"),
+        mixed_datasets,
         window=8,
         weights={"coco": 0.5, "vg": 0.2, "web": 0.3},
     )
-    complete = load_ids(source, range(20))
-    assert load_ids(source, range(13, 20), workers=1) == complete[13:]
-    ranks = [load_ids(source, range(20), rank=rank, world=3) for rank in range(3)]
+    complete = load_ids(dataset, range(20))
+    assert load_ids(dataset, range(13, 20), workers=1) == complete[13:]
+    ranks = [load_ids(dataset, range(20), rank=rank, world=3) for rank in range(3)]
     assert [list(chain(*parts)) for parts in zip(*ranks, strict=True)] == complete
 
 
-def test_weights_must_name_the_datasets(mixed):
-    path = locate_split(mixed, "pretrain", "pairs", "train")
+def test_weights_must_name_the_datasets(mixed_datasets):
+    path = locate_split(mixed_datasets, "pretrain", "pairs", "train")
     for weights in (
         {"coco": 1.0},
         {"coco": 1.0, "vg": 1.0, "web": 1.0, "sbu": 1.0},
@@ -518,21 +538,23 @@ def test_weights_must_name_the_datasets(mixed):
             ValueError,
             match="data.weights gives .*its datasets are coco, vg, web: give each a weight above 0",
         ):
-            RecordDataset(path, mixed, weights=weights)
+            RecordDataset(path, mixed_datasets, weights=weights)
     with pytest.raises(ValueError, match="its datasets are none"):
-        RecordDataset(mixed / "pretrain/pairs/web/train.shards", mixed, weights={"web": 1.0})
+        RecordDataset(
+            mixed_datasets / "pretrain/pairs/web/train.shards", mixed_datasets, weights={"web": 1.0}
+        )
 
 
-def test_two_files_of_one_split_are_refused(mixed):
-    folder = mixed / "pretrain/pairs"
+def test_two_files_of_one_split_are_refused(mixed_datasets):
+    folder = mixed_datasets / "pretrain/pairs"
     shutil.copy(folder / "coco/train.jsonl", folder / "train.jsonl")
     with pytest.raises(
         ValueError, match=r"pairs/train\.jsonl and .*pairs/coco/train\.jsonl are both train"
     ):
-        locate_split(mixed, "pretrain", "pairs", "train")
+        locate_split(mixed_datasets, "pretrain", "pairs", "train")
     (folder / "train.jsonl").unlink()
     shutil.copy(folder / "coco/train.jsonl", folder / "web/train.jsonl")
     with pytest.raises(
         ValueError, match=r"web/train\.jsonl and .*web/train\.shards are both train: keep"
     ):
-        locate_split(mixed, "pretrain", "pairs", "train")
+        locate_split(mixed_datasets, "pretrain", "pairs", "train")

@@ -1,4 +1,4 @@
-"""Token ids in arrays: access by index, opening without reading, refusal of damaged files."""
+"""Token ids in arrays: access by index, opening without reading, errors for damaged files."""
 
 import io
 import json
@@ -50,7 +50,7 @@ def root(raw, tokenizer, tmp_path) -> Path:
 
 
 def make_records(tokenizer: TextTokenizer) -> list[dict]:
-    """The records of train in the order of file names, those in directories last."""
+    """Returns the train records in the order of file names, those in directories last."""
     records = []
     for name in ("a.txt", "c.txt", "d.txt", "b/ö.txt"):
         packed = Packer(tokenizer.encode_pieces, 16).pack(io.StringIO(TEXTS[name]))
@@ -73,7 +73,7 @@ def test_records_are_read_by_index(root, tokenizer):
     json.dumps(tokens[0])
 
 
-def test_opening_reads_no_array_and_pickling_keeps_the_path_alone(root):
+def test_opening_reads_no_array_and_pickling_keeps_only_the_path(root):
     """The array is a sparse file of a terabyte, which would take hours to read."""
     path, size = root / "pretrain/texts/train.tokens", 1 << 39
     header = json.loads(path.read_text())
@@ -96,7 +96,7 @@ def test_a_large_vocabulary_takes_32_bits(vocab_size, dtype):
 
 
 def test_a_record_dataset_reads_tokens(root, tokenizer):
-    """It finds them, limits them, and an epoch reads every record once."""
+    """Records can be limited, and an epoch reads every record once."""
     dataset = RecordDataset(locate_split(root, "pretrain", "texts", "train"), root)
     assert [*dataset] == make_records(tokenizer)
     assert len(RecordDataset(dataset.path, root, limit=3)) == 3
@@ -106,7 +106,7 @@ def test_a_record_dataset_reads_tokens(root, tokenizer):
 
 
 def test_an_example_from_ids_equals_that_from_text(root, tokenizer):
-    """Masks are drawn from the record's id, so both records need the same."""
+    """Masks depend on the id of a record, so both records have the same id."""
     demo: Any = load_task("pretrain").recipes["demo"].task
     config = PretrainConfig(model=demo.model, image=demo.image, monomodal_text_length=16)
     task = Pretrain(config, tokenizer=tokenizer)

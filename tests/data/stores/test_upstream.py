@@ -1,4 +1,4 @@
-"""Index files of the release: which file holds a split, and each kind of line as a record."""
+"""Index files of the release: the file of a split, and each kind of line as a record."""
 
 import json
 import pickle
@@ -9,7 +9,7 @@ import pytest
 from beit3.data.loader import RecordDataset
 from beit3.data.stores.records import write_records
 from beit3.data.stores.split_files import locate_split
-from tests.data.prepare.test_formats import files
+from tests.data.prepare.test_formats import write_files
 
 ANSWERS = [
     {"answer": "net", "label": 0},
@@ -25,7 +25,7 @@ def format_json_lines(lines: list[dict]) -> str:
 def write_index_files(root: Path, contents: dict[str, list[dict]]) -> Path:
     """Writes `<name>.jsonl` for each name."""
     texts = {f"{name}.jsonl": format_json_lines(lines) for name, lines in contents.items()}
-    return files(root, texts)
+    return write_files(root, texts)
 
 
 def read(root: Path, task: str, split: str) -> list[dict]:
@@ -48,7 +48,7 @@ def make_question(qid: int, **fields) -> dict:
 
 @pytest.fixture
 def vqa(tmp_path) -> Path:
-    files(tmp_path, {"answer2label.txt": format_json_lines(ANSWERS)})
+    write_files(tmp_path, {"answer2label.txt": format_json_lines(ANSWERS)})
     answers = {"labels": [2, 0], "scores": [1.0, 0.3]}
     train = [make_question(1, **answers), make_question(2, labels=[], scores=[])]
     return write_index_files(tmp_path, {"vqa.train": train, "vqa.test": [make_question(9)]})
@@ -81,7 +81,7 @@ def test_val_trains_only_where_rest_val_is_scored(vqa):
 
 
 def test_test_dev_is_a_split_and_records_can_be_pickled(vqa):
-    files(vqa, {"vqa.test-dev.jsonl": format_json_lines([make_question(7)])})
+    write_files(vqa, {"vqa.test-dev.jsonl": format_json_lines([make_question(7)])})
     assert read_ids(vqa, "test-dev") == ["7"]
     dataset = RecordDataset(locate_split(vqa, "vqa", "main", "train"), vqa)
     assert list(pickle.loads(pickle.dumps(dataset))) == list(dataset)
@@ -110,7 +110,7 @@ def test_questions_need_the_list_of_answers(vqa):
     (vqa / "answer2label.txt").unlink()
     message = "vqa.train.jsonl line 1 has label 2"
     assert_refused(vqa, "vqa", "train", message, "put the answer2label.txt")
-    files(vqa, {"answer2label.txt": "net\nred\n"})
+    write_files(vqa, {"answer2label.txt": "net\nred\n"})
     assert_refused(vqa, "vqa", "train", "answer2label.txt line 1 is not a JSON object")
 
 
@@ -200,13 +200,13 @@ def test_captioning_and_its_references(tmp_path):
         for number, (image_id, text) in enumerate([(42, "a dog"), (7, "x"), (42, "b")])
     ]
     references = {"annotations": annotations, "images": [{"id": 42}, {"id": 7}]}
-    files(tmp_path, {"coco_karpathy_val_gt.json": references})
+    write_files(tmp_path, {"coco_karpathy_val_gt.json": references})
     paths = [str(tmp_path / f"val2014/{n}.jpg") for n in (7, 42)]
     assert read(tmp_path, "captioning", "val") == [
         {"id": "7", "image": paths[0], "image_id": 7, "captions": ["x"]},
         {"id": "42", "image": paths[1], "image_id": 42, "captions": ["a dog", "b"]},
     ]
-    files(tmp_path, {"coco_karpathy_val_gt.json": [{"image": "x"}]})
+    write_files(tmp_path, {"coco_karpathy_val_gt.json": [{"image": "x"}]})
     message = "coco_karpathy_val_gt.json has no annotations"
     assert_refused(tmp_path, "captioning", "val", message)
 
@@ -219,7 +219,7 @@ def test_nocaps(tmp_path):
     }
     write_index_files(tmp_path, contents)
     references = {"annotations": [{"image_id": 0, "caption": "a dog"}]}
-    files(tmp_path, {"nocaps_val_4500_captions.json": references})
+    write_files(tmp_path, {"nocaps_val_4500_captions.json": references})
     assert read(tmp_path, "captioning", "val")[0]["captions"] == ["a dog"]
     assert read(tmp_path, "captioning", "test")[0]["captions"] == []
     assert read(tmp_path, "captioning", "train")[0]["id"] == "42#0"
@@ -253,5 +253,5 @@ def test_a_split_without_a_file_is_named(vqa):
 
 def test_a_truncated_line_is_named(vqa):
     lines = format_json_lines([make_question(1)]) + '{"image_path": '
-    files(vqa, {"vqa.train.jsonl": lines})
+    write_files(vqa, {"vqa.train.jsonl": lines})
     assert_refused(vqa, "vqa", "train", "vqa.train.jsonl line 2 is not a JSON object")

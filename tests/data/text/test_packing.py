@@ -1,4 +1,4 @@
-"""Packing: a document's tokens in order, in records that are full and never too long."""
+"""Packing keeps the tokens of a document in order, in records that are full but never too long."""
 
 import io
 import re
@@ -42,15 +42,15 @@ LINES = st.lists(
 
 
 def encode_letters(text: str) -> list[int]:
-    """A tokenizer that can be counted by hand: one token per letter."""
+    """Returns one token per letter, so that tokens can be counted by hand."""
     return [ord(letter) for letter in text]
 
 
 def pack(
-    text: str, encode: Callable[[str], list[int]], room: int, typecode: str = "H"
+    text: str, encode: Callable[[str], list[int]], max_tokens: int, typecode: str = "H"
 ) -> list[list[int]]:
-    """The ids of each record."""
-    records = Packer(encode, room + NUM_SPECIAL_TOKENS, typecode=typecode).pack(
+    """Returns the ids of each record."""
+    records = Packer(encode, max_tokens + NUM_SPECIAL_TOKENS, typecode=typecode).pack(
         io.StringIO(text, newline=None)
     )
     return [
@@ -58,21 +58,21 @@ def pack(
     ]
 
 
-def pack_letters(text: str, room: int) -> list[str]:
-    """The letters of each record."""
-    return ["".join(map(chr, ids)) for ids in pack(text, encode_letters, room)]
+def pack_letters(text: str, max_tokens: int) -> list[str]:
+    """Returns the letters of each record."""
+    return ["".join(map(chr, ids)) for ids in pack(text, encode_letters, max_tokens)]
 
 
 @pytest.fixture(scope="module", params=KINDS)
 def tokenizer(request) -> TextTokenizer:
-    """Trained on this project's documents, which are always available."""
+    """Returns a tokenizer trained on the documents of this project, which are always available."""
     texts = [line for path in DOCUMENTS for line in path.read_text().splitlines()]
     return TextTokenizer.train(texts, vocab_size=800, model_type=request.param)
 
 
 @pytest.fixture(scope="module", params=KINDS)
 def book_tokenizer(request) -> TextTokenizer:
-    """Trained on verse, prose and a play."""
+    """Returns a tokenizer trained on verse, prose and a play."""
     if not DATA.exists():
         pytest.skip(f"real sample not available: {DATA}")
     texts = [
@@ -124,11 +124,11 @@ def test_records_end_with_sentences_where_they_can(book_tokenizer):
 
 
 @settings(max_examples=100, deadline=None)
-@given(text=LINES, room=st.integers(1, 200))
-def test_tokens_of_any_text_keep_their_order(tokenizer, text, room):
-    """They are those of its words and of its lines."""
-    records = pack(text, tokenizer.encode_pieces, room)
-    assert all(0 < len(ids) <= room for ids in records)
+@given(text=LINES, max_tokens=st.integers(1, 200))
+def test_tokens_of_any_text_keep_their_order(tokenizer, text, max_tokens):
+    """The tokens equal those of its words and of its lines."""
+    records = pack(text, tokenizer.encode_pieces, max_tokens)
+    assert all(0 < len(ids) <= max_tokens for ids in records)
     assert [id for ids in records for id in ids] == [
         id for word in text.split() for id in tokenizer.encode_pieces(word)
     ]
@@ -137,24 +137,33 @@ def test_tokens_of_any_text_keep_their_order(tokenizer, text, room):
     ]
 
 
-def pack_slowly(text: str, room: int) -> list[str]:
-    """Packs by the rule as it is written: tries every number of words that could come next."""
+def pack_slowly(text: str, max_tokens: int) -> list[str]:
+    """Packs by the rule as it is written, trying every number of words that could follow."""
     words, starts, new = [], [], True
     for line in text.split("\n"):
         new = new or not line.strip()
         for word in line.split():
-            while len(word) > room:  # fills records of its own
-                words, starts, new, word = [*words, word[:room]], [*starts, new], False, word[room:]
+            while len(word) > max_tokens:  # fills records of its own
+                words, starts, new, word = (
+                    [*words, word[:max_tokens]],
+                    [*starts, new],
+                    False,
+                    word[max_tokens:],
+                )
             words.append(word)
             starts.append(new)
             new = word.rstrip(CLOSING_MARKS)[-1:] in SENTENCE_END
     texts = []
     while words:
-        fitting = [n for n in range(1, len(words) + 1) if sum(map(len, words[:n])) <= room]
+        fitting = [n for n in range(1, len(words) + 1) if sum(map(len, words[:n])) <= max_tokens]
         count = fitting[-1]
         if count < len(words):
             count = max(
-                (n for n in fitting if starts[n] and sum(map(len, words[:n])) >= MIN_FILL * room),
+                (
+                    n
+                    for n in fitting
+                    if starts[n] and sum(map(len, words[:n])) >= MIN_FILL * max_tokens
+                ),
                 default=count,
             )
         texts.append("".join(words[:count]))
@@ -169,19 +178,21 @@ LETTERS = st.lists(
 
 
 @settings(max_examples=200, deadline=None)
-@given(text=LETTERS.map("\n".join), room=st.integers(5, 30))
-def test_packing_equals_a_slow_second_implementation(text, room):
-    assert pack_letters(text, room) == pack_slowly(text, room)
+@given(text=LETTERS.map("\n".join), max_tokens=st.integers(5, 30))
+def test_packing_equals_a_slow_second_implementation(text, max_tokens):
+    assert pack_letters(text, max_tokens) == pack_slowly(text, max_tokens)
 
 
 @settings(max_examples=300, deadline=None)
-@given(text=st.text("aaa.  \n", max_size=60), room=st.integers(3, 12), block=st.integers(1, 20))
-def test_the_length_of_blocks_changes_no_record(text, room, block):
+@given(
+    text=st.text("aaa.  \n", max_size=60), max_tokens=st.integers(3, 12), block=st.integers(1, 20)
+)
+def test_the_length_of_blocks_changes_no_record(text, max_tokens, block):
     """Only words longer than a block would be cut at its end; these are removed."""
     text = re.sub(rf"\S{{{block},}}", "b", text)
     with patch.object(packing, "BLOCK_LENGTH", block):
         assert " ".join(read_blocks(io.StringIO(text))).split() == text.split()
-        assert pack_letters(text, room) == pack_slowly(text, room)
+        assert pack_letters(text, max_tokens) == pack_slowly(text, max_tokens)
 
 
 @pytest.mark.parametrize(
@@ -227,13 +238,13 @@ def test_records_of_ten_letters_worked_by_hand(lines, texts):
         "ab" * 10_000 + "ﷺ" * 1000,
     ],
 )
-@pytest.mark.parametrize("room", [18, 510])
-def test_a_huge_word_is_cut_between_its_tokens(tokenizer, word, room):
+@pytest.mark.parametrize("max_tokens", [18, 510])
+def test_a_huge_word_is_cut_between_its_tokens(tokenizer, word, max_tokens):
     parts = [word[at : at + MAX_WORD_LENGTH] for at in range(0, len(word), MAX_WORD_LENGTH)]
-    records = pack(f"one {word} two", tokenizer.encode_pieces, room)
+    records = pack(f"one {word} two", tokenizer.encode_pieces, max_tokens)
     expected = [id for part in ("one", *parts, "two") for id in tokenizer.encode_pieces(part)]
     assert [id for ids in records for id in ids] == expected
-    assert all(len(ids) == room for ids in records[1:-2]), "its records are full"
+    assert all(len(ids) == max_tokens for ids in records[1:-2]), "its records are full"
 
 
 def test_a_text_without_a_space_is_read_in_blocks():

@@ -1,4 +1,4 @@
-"""Tokenizing corpora: against a slow way, with any number of processes, interrupted anywhere."""
+"""Tokenizing corpora equals a slow implementation, in parallel and after interruptions."""
 
 import gzip
 import io
@@ -19,7 +19,7 @@ from filelock import FileLock
 
 from beit3.cli import main
 from beit3.data.prepare.formats import corpora
-from beit3.data.prepare.statistics import Lengths, Survey, describe
+from beit3.data.prepare.statistics import RecordStatistics, TokenCounter, describe
 from beit3.data.stores.records import Records, write_records
 from beit3.data.stores.tokens import Tokens
 from beit3.data.text import tokenize
@@ -39,7 +39,7 @@ def tokenizer() -> TextTokenizer:
 
 @pytest.fixture
 def raw(tmp_path) -> Path:
-    """This project's documents as plain texts, JSON lines and gzip; one line is not JSON."""
+    """Writes the documents of this project as text, JSON lines and gzip; one line is not JSON."""
     raw = tmp_path / "raw"
     raw.mkdir()
     texts = [path.read_text()[:6000] for path in DOCUMENTS]
@@ -55,9 +55,9 @@ def raw(tmp_path) -> Path:
 
 @pytest.fixture
 def parts(monkeypatch) -> None:
-    """Corpora in parts of 3000 bytes."""
-    monkeypatch.setattr(corpora, "PART", 3000)
-    monkeypatch.setattr(tokenize, "PART", 3000)
+    """Makes parts of 3000 bytes."""
+    monkeypatch.setattr(corpora, "PART_BYTES", 3000)
+    monkeypatch.setattr(tokenize, "PART_BYTES", 3000)
 
 
 def hash_files(folder: Path) -> dict[str, str]:
@@ -79,11 +79,13 @@ def assert_refused(call: Callable[[], object], *phrases: str) -> None:
 # What is written ------------------------------------------------------------------------------
 
 
-def tokenize_slowly(raw: Path, tokenizer: TextTokenizer, pack: int) -> tuple[list[dict], Survey]:
-    """The records of `raw` and their survey, one document at a time and without parts."""
+def tokenize_slowly(
+    raw: Path, tokenizer: TextTokenizer, pack: int
+) -> tuple[list[dict], RecordStatistics]:
+    """Returns the records of `raw` and their statistics, one document at a time, without parts."""
     records, numbers = [], Counter[str]()
-    survey = Survey(
-        Lengths(
+    statistics = RecordStatistics(
+        TokenCounter(
             tokenizer.encode_pieces, pack, tokenizer.unk, tokenizer.mask - tokenizer.first_piece
         )
     )
@@ -102,19 +104,19 @@ def tokenize_slowly(raw: Path, tokenizer: TextTokenizer, pack: int) -> tuple[lis
                     numbers[path.name] += 1
                     text = np.frombuffer(ids, np.uint16).tolist()
                     records.append({"id": f"{path.name}:{numbers[path.name]}", "text": text})
-                    survey.sizes[len(text) + 2] += 1
-                    survey.tokens, survey.unknown = (
-                        survey.tokens + len(text),
-                        survey.unknown + text.count(tokenizer.unk),
+                    statistics.sizes[len(text) + 2] += 1
+                    statistics.tokens, statistics.unknown = (
+                        statistics.tokens + len(text),
+                        statistics.unknown + text.count(tokenizer.unk),
                     )
-                    survey.seen.update(text)
-    return records, survey
+                    statistics.seen.update(text)
+    return records, statistics
 
 
 @pytest.mark.parametrize("pack", [16, 512])
 def test_tokens_equal_a_slow_second_implementation(raw, tokenizer, tmp_path, pack):
     report = write_tokens(raw, tmp_path / "texts", tokenizer, pack=pack, workers=1, bad_share=0.1)
-    records, survey = tokenize_slowly(raw, tokenizer, pack)
+    records, statistics = tokenize_slowly(raw, tokenizer, pack)
     written = {split: [*Tokens(tmp_path / f"texts/{split}.tokens")] for split in report["records"]}
     assert {split: len(rows) for split, rows in written.items()} == report["records"]
     assert written.keys() <= {"train", "val"}
@@ -124,14 +126,14 @@ def test_tokens_equal_a_slow_second_implementation(raw, tokenizer, tmp_path, pac
     for rows in written.values():
         indices = [records.index(row) for row in rows]
         assert indices == sorted(indices), "in the order of the files"
-    assert report | survey.report() == report and report["tokens"] == survey.tokens
+    assert report | statistics.report() == report and report["tokens"] == statistics.tokens
     assert report["documents"] == 4 + len((raw / "d.jsonl").read_text().split("\n")) - 1
     (fault,) = report["passed_over"]
     assert fault.startswith("d.jsonl line ") and "is not JSON" in fault
-    assert fault in describe(report) and f"tokens       {survey.tokens}" in describe(report)
+    assert fault in describe(report) and f"tokens       {statistics.tokens}" in describe(report)
 
 
-def test_the_size_of_parts_changes_ids_of_records_alone(raw, tokenizer, tmp_path, parts):
+def test_the_size_of_parts_changes_only_the_ids_of_records(raw, tokenizer, tmp_path, parts):
     write_tokens(raw, tmp_path / "texts", tokenizer, pack=64, workers=1, bad_share=0.1)
     rows = [row for path in sorted((tmp_path / "texts").glob("*.tokens")) for row in Tokens(path)]
     records, _ = tokenize_slowly(raw, tokenizer, 64)
@@ -177,10 +179,10 @@ def test_a_large_vocabulary_takes_32_bits(tmp_path):
 
 
 class Killed(BaseException):
-    """As if the power failed."""
+    """Raised in place of a power failure."""
 
 
-def test_a_run_killed_anywhere_is_continued_to_the_same_result(
+def test_a_run_killed_anywhere_and_continued_has_the_same_result(
     raw, tokenizer, tmp_path, parts, monkeypatch
 ):
     """It is killed before and after each write; old records stay in use until the end."""
@@ -266,7 +268,7 @@ def test_other_files_or_settings_start_again(raw, tokenizer, tmp_path, parts, mo
 
 @pytest.mark.slow
 def test_the_workers_of_a_killed_run_end_and_the_next_run_continues(tokenizer, tmp_path):
-    """With two processes and SIGKILL; finished parts are not tokenized again."""
+    """Finished parts are not tokenized again."""
     (tmp_path / "raw").mkdir()
     for n in range(40):
         (tmp_path / f"raw/{n}.txt").write_text(" ".join(f"word{n}x{i}." for i in range(40_000)))

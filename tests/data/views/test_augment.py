@@ -1,4 +1,4 @@
-"""RandAugment of the release and of timm, against numpy and Pillow; random erasing."""
+"""RandAugment equals timm's and operations in numpy and Pillow; random erasing."""
 
 import math
 
@@ -72,7 +72,7 @@ MEAN_COLOR = (124, 116, 104)  # 255 x (0.485, 0.456, 0.406) = 123.7, 116.3, 103.
 
 
 def make_photo() -> Image.Image:
-    """60 x 45, smooth with noise and without extreme values: every operation changes it."""
+    """Returns an image of 60 x 45 that every operation changes: smooth, noisy, not extreme."""
     y, x = np.mgrid[0:45, 0:60]
     noise = np.random.default_rng(1).integers(0, 9, (45, 60, 3))
     return Image.fromarray(
@@ -85,7 +85,7 @@ def to_gray(pixels: np.ndarray) -> np.ndarray:
 
 
 def blur(pixels: np.ndarray) -> np.ndarray:
-    """Every inner pixel weighs 5, its eight neighbors 1."""
+    """Blurs inner pixels with weight 5 in the center and 1 for eight neighbors."""
     blurred = pixels.copy()
     for y in range(1, pixels.shape[0] - 1):
         for x in range(1, pixels.shape[1] - 1):
@@ -96,7 +96,7 @@ def blur(pixels: np.ndarray) -> np.ndarray:
 
 
 def equalize(channel: np.ndarray) -> np.ndarray:
-    """Pillow's rule, value after value."""
+    """Equalizes by Pillow's rule, value by value."""
     counts = [int((channel == value).sum()) for value in range(256)]
     step = (sum(counts) - [count for count in counts if count][-1]) // 255
     table, below = [], step // 2
@@ -215,8 +215,8 @@ def test_shifts_and_shears_bring_in_the_mean_color():
 
 
 @pytest.fixture(scope="module")
-def draws():
-    """(operation, strength) of what is applied in 3000 augmentations of one pixel."""
+def record_operations():
+    """Returns (operation, strength) of the operations in 3000 augmentations of one pixel."""
     seen = []
 
     def recorder(name):
@@ -235,18 +235,18 @@ def draws():
     return seen
 
 
-def test_two_operations_with_replacement_each_half_of_the_time(draws):
+def test_two_operations_with_replacement_each_half_of_the_time(record_operations):
     # Tolerances are four standard deviations of a binomial count.
-    applied = np.bincount([len(pair) for pair in draws], minlength=3)
+    applied = np.bincount([len(pair) for pair in record_operations], minlength=3)
     assert len(applied) == 3 and (np.abs(applied - [750, 1500, 750]) < [95, 110, 95]).all()
-    names = [name for pair in draws for name, _ in pair]
+    names = [name for pair in record_operations for name, _ in pair]
     assert all(abs(names.count(name) - len(names) / 15) < 55 for name in INCREASING_OPERATIONS)
-    same = sum(len(pair) == 2 and pair[0][0] == pair[1][0] for pair in draws)
+    same = sum(len(pair) == 2 and pair[0][0] == pair[1][0] for pair in record_operations)
     assert abs(same - applied[2] / 15) < 28
 
 
-def test_strengths_are_normal_about_nine_tenths_and_cut_at_one(draws):
-    strengths = np.array([strength for pair in draws for _, strength in pair])
+def test_strengths_are_normal_about_nine_tenths_and_cut_at_one(record_operations):
+    strengths = np.array([strength for pair in record_operations for _, strength in pair])
     sizes = np.abs(strengths)
     # Of about 3000 draws the mean is known to 0.0009 and the median to 0.0011; 2.3 % (+- 0.3 %)
     # would be above 1.

@@ -1,4 +1,4 @@
-"""Large-scale jitter: ranges, seeds, masks against drawing everything and cropping, edge cases."""
+"""Large-scale jitter: ranges, seeds, masks equal to drawing all and cropping, edge cases."""
 
 import numpy as np
 import pytest
@@ -165,7 +165,7 @@ def test_masks_equal_drawing_everything_and_cropping(flipped):
 
 @pytest.mark.parametrize("flipped", [False, True])
 def test_rle_and_polygons_agree(flipped):
-    """At a whole factor and on whole pixels nothing is rounded."""
+    """With an integer factor and integer coordinates nothing is rounded."""
     polygon = [make_polygon(10, 5, 33, 21), make_polygon(40, 30, 41, 31)]
     drawn = rasterize(polygon, 36, 48)
     transform = FlipResizeCrop((36, 48), (72, 96), (8, 15), (55, 60), flipped)
@@ -193,7 +193,7 @@ def test_a_reduced_rle_takes_the_pixels_in_the_middle():
     assert torch.equal(visible.masks[0].bool(), mask[1::3, 1::3])
 
 
-def test_masks_are_drawn_in_the_crop_alone(monkeypatch):
+def test_masks_are_drawn_only_in_the_crop(monkeypatch):
     sizes = []
     decode_rle = jitter.decode_rle
     monkeypatch.setattr(

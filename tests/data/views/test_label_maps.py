@@ -1,4 +1,4 @@
-"""Label maps: files of every kind, real ones where they are available, refusals by name."""
+"""Label maps: formats, real files where they are available, and errors that name the file."""
 
 import io
 import struct
@@ -36,7 +36,7 @@ def write_image(path, values, mode=None):
 
 
 def make_chunk(kind, content):
-    """A chunk of a PNG file."""
+    """Returns a chunk of a PNG file."""
     checksum = struct.pack(">I", zlib.crc32(kind + content))
     return struct.pack(">I", len(content)) + kind + content + checksum
 
@@ -77,7 +77,7 @@ def test_sixteen_bits_give_int32(tmp_path):
 
 @pytest.mark.parametrize("bits", [1, 2, 4])
 def test_values_of_few_bits_are_not_scaled(tmp_path, bits):
-    """Pillow makes the largest value white."""
+    """Pillow would make the largest value white."""
     values = np.random.default_rng(0).integers(0, 2**bits, (5, 7))
     path = write_png_of_few_bits(tmp_path / "a.png", values, bits)
     assert np.array_equal(open_label_map(path, num_classes=2**bits), values)

@@ -1,4 +1,4 @@
-"""Masking: exact counts, bounds, seeds, a slow second implementation, statistics."""
+"""Masking: exact counts, bounds, seeds, a slow reference implementation, statistics."""
 
 import math
 
@@ -33,7 +33,7 @@ def test_every_count_is_possible(grid):
         draw_block_mask(grid, grid[0] * grid[1] + 1, make_rng(0, 0, 0))
 
 
-def test_masks_depend_on_the_seed_alone():
+def test_masks_depend_only_on_the_seed():
     mask = draw_block_mask((14, 14), 78, make_rng(3, 1, "a/b.jpg"))
     assert (mask == draw_block_mask((14, 14), 78, make_rng(3, 1, "a/b.jpg"))).all()
     for other in (make_rng(4, 1, "a/b.jpg"), make_rng(3, 2, "a/b.jpg"), make_rng(3, 1, "a/c.jpg")):

@@ -1,4 +1,4 @@
-"""Mixup and CutMix: against mixing pixel by pixel, boxes by hand, and their distributions."""
+"""Mixup and CutMix equal mixing pixel by pixel; boxes by hand; distributions."""
 
 import math
 
@@ -16,13 +16,13 @@ def make_generator(seed: int) -> torch.Generator:
 
 
 def make_batch(count: int = 4, size: int = 12) -> tuple[torch.Tensor, torch.Tensor]:
-    """Image i has the value i everywhere, so that a mixed pixel tells the weight of both."""
+    """Makes images i with value i everywhere, so that a mixed pixel shows the weights."""
     images = torch.arange(count).double().view(count, 1, 1, 1).expand(count, 3, size, size)
     return images.clone(), one_hot(torch.arange(count) % CLASSES, CLASSES).double()
 
 
 def compute_weights(mixed: torch.Tensor) -> torch.Tensor:
-    """The weight [S, S] of image 0 in its own pixels; its partner is the last image."""
+    """Returns the weight [S, S] of image 0 in its pixels; its partner is the last image."""
     assert torch.equal(mixed[0, 0], mixed[0, 1]) and torch.equal(mixed[0, 0], mixed[0, 2])
     return 1 - mixed[0, 0] / (len(mixed) - 1)
 
@@ -126,7 +126,7 @@ def test_a_batch_of_one_is_unchanged_up_to_smoothing(options):
         )
 
 
-def test_shares_follow_their_distributions():
+def test_mixing_weights_follow_their_distributions():
     images, targets = make_batch(2, 4)
     count = 1500
     kinds, means = 0, []
@@ -172,7 +172,7 @@ def test_a_rate_of_the_batches_is_mixed():
 
 
 @pytest.mark.parametrize("options", [{"switch": 1.0}, {"mixup": 0.0, "switch": 0.0}])
-def test_cutmix_alone(options):
+def test_cutmix_without_mixup(options):
     images, targets = make_batch(2, 8)
     for seed in range(100):
         assert set(
@@ -186,7 +186,7 @@ def test_cutmix_alone(options):
 
 
 @pytest.mark.parametrize("options", [{"switch": 0.0}, {"cutmix": 0.0, "switch": 1.0}])
-def test_mixup_alone(options):
+def test_mixup_without_cutmix(options):
     images, targets = make_batch(2, 8)
     for seed in range(100):
         weights = compute_weights(mix_batch(images, targets, make_generator(seed), **options)[0])

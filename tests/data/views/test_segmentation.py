@@ -1,4 +1,4 @@
-"""Segmentation augmentation and resizing: against loops, bounds and seeds."""
+"""Augmentation and resizing for segmentation: equal to loops, within bounds, seeded."""
 
 import colorsys
 
@@ -34,7 +34,7 @@ def make_rng(seed=0):
 
 
 def make_labeled_image(height=60, width=80, seed=0):
-    """An image whose red is 20 times the pixel's label; labels come in blocks of ten pixels."""
+    """Returns an image whose red is 20 times the label; labels are in blocks of ten pixels."""
     shape = (-(-height // 10), -(-width // 10))
     blocks = torch.from_numpy(make_rng(seed).integers(0, 5, shape))
     labels = blocks.repeat_interleave(10, 0).repeat_interleave(10, 1)
@@ -87,7 +87,7 @@ def test_identity_settings_change_nothing():
 
 @pytest.mark.parametrize("seed", range(6))
 def test_pixels_and_labels_stay_together(seed):
-    """Red still tells the label, except at the blocks' edges, where colors are blended."""
+    """Red shows the label except at the edges of blocks, where colors are blended."""
     image, labels = make_labeled_image(seed=seed)
     augment = make_augmentation(scale=(0.8, 2.0), crop=40, flip=0.5)
     image, labels = augment(image, labels, make_rng(seed))
@@ -197,7 +197,7 @@ def test_distortion_changes_colors_and_no_shape():
     assert any(torch.equal(copy, image) for copy in distorted), "sometimes no change is applied"
 
 
-def test_distortion_of_gray_changes_brightness_and_contrast_alone():
+def test_distortion_of_gray_changes_only_brightness_and_contrast():
     """Gray has no saturation and no hue: a value v becomes (v + b) * c."""
     gray = torch.full((3, 4, 4), 100, dtype=torch.uint8)
     values = [int(distort_colors(gray, make_rng(seed))[0, 0, 0]) for seed in range(300)]

@@ -1,4 +1,4 @@
-"""Preprocessing against the recorded release and Pillow; augmentation against torchvision."""
+"""Preprocessing equals recorded outputs and Pillow, augmentation equals torchvision."""
 
 import dataclasses
 import json
@@ -32,7 +32,7 @@ def from_pillow(image, size, box=None):
     "name, mean_std, resize",
     [("vl", VL_MEAN_STD, "squash"), ("imagenet", IMAGENET_MEAN_STD, "crop")],
 )
-def test_evaluation_equals_the_release(name, mean_std, resize):
+def test_evaluation_preprocessing_equals_the_recorded_one(name, mean_std, resize):
     size = load_config("preprocess")["input_size"]
     preprocessing = Preprocessing(size, *mean_std, resize=resize)
     expected = load_tensors("preprocess", "outputs")
@@ -238,7 +238,7 @@ def test_transforms_do_not_write_into_the_image(photo):
 
 
 def test_squares_of_every_size_stay_square():
-    """In floating point some sides came out a pixel short: 107 x 107 as 224 x 223."""
+    """In floating point some sides would be a pixel short: 107 x 107 as 224 x 223."""
     prepare = Preprocessing(28, resize="crop")
     for side in (*range(1, 60), 71, 107, 110, 222, 1999):
         assert prepare(torch.zeros(3, side, side, dtype=torch.uint8)).shape == (3, 28, 28), side

@@ -1,8 +1,7 @@
-"""Records into a root: checked one by one, written aside, moved in place when all splits are whole.
+"""Writes records into a root: checks each record, and moves the files into place at the end.
 
-A missing or unreadable image, or an empty text, is counted, named and passed over up to a stated
-share of the records;
-beyond it nothing is written. Records are not kept in memory.
+A record with a missing or unreadable image or an empty text is counted, listed and skipped, up to
+an allowed fraction of the records. Beyond it nothing is written. Records are not kept in memory.
 """
 
 import io
@@ -14,18 +13,30 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from beit3.data.prepare.formats.files import Expected
-from beit3.data.prepare.statistics import NAMED, Lengths, Survey, describe
+from beit3.data.prepare.formats.files import MissingImagePath
+from beit3.data.prepare.statistics import (
+    MAX_LISTED_FAULTS,
+    RecordStatistics,
+    TokenCounter,
+    describe,
+)
 from beit3.data.stores.records import FILE_FIELDS, IMAGE_FIELDS
 from beit3.data.stores.split_files import STORE_SUFFIXES
 from beit3.files import parse_tar_member, read_tar_member
 from beit3.images import find_header_fault
 from beit3.progress import show_progress
 
-__all__ = ["BAD_SHARE", "Lengths", "describe", "find_fault", "image_fault", "write_splits"]
+__all__ = [
+    "BAD_SHARE",
+    "TokenCounter",
+    "describe",
+    "find_fault",
+    "find_image_fault",
+    "write_splits",
+]
 
 BAD_SHARE = 0.01
-"""Share of the records that may be unusable before `prepare` refuses the whole."""
+"""Fraction of the records that may be unusable before `prepare` refuses all of them."""
 
 
 def write_splits(
@@ -34,44 +45,56 @@ def write_splits(
     source: str,
     records: Iterable[tuple[str, dict[str, Any]]],
     *,
-    lengths: Lengths | None = None,
+    lengths: TokenCounter | None = None,
     bad_share: float = BAD_SHARE,
 ) -> dict[str, Any]:
-    """Write `root/task/source/<split>.jsonl` from (split, record) pairs; image paths become
-    relative to `root`.
+    """Writes `root/task/source/<split>.jsonl`, with image paths relative to `root`.
 
-    Returns the report: records per split, the lines of those passed over, and what `Survey` counts:
-    images and their
-    uses, lengths of texts (in words without `lengths`), balance of labels. ValueError beyond
-    `bad_share`; what was there then stays.
+    Args:
+        root: Directory of the prepared data of all tasks.
+        task: Name of the task.
+        source: Name of the source.
+        records: Pairs of (split, record).
+        lengths: How texts are measured; None counts words.
+        bad_share: Fraction of the records that may be unusable.
+
+    Returns:
+        The report: number of records per split (`records`), one line per unusable record
+        (`passed_over`), and what `RecordStatistics.report` counts.
+
+    Raises:
+        ValueError: More than `bad_share` of the records are unusable, or there are none. Existing
+            files stay.
     """
-    written: Counter[str] = Counter()
-    bad: list[str] = []
-    known: dict[str, str] = {}
-    survey = Survey(lengths)
-    held_out: set[tuple[str, str]] = set()
-    place = os.path.realpath(root)
+    num_written: Counter[str] = Counter()
+    faults: list[str] = []
+    image_faults: dict[str, str] = {}
+    held_out_ids: set[tuple[str, str]] = set()
+    statistics = RecordStatistics(lengths)
+    # Links are resolved first: the system follows ".." from where a link leads.
+    real_root = os.path.realpath(root)
     with (
-        split_writers(root / task / source, ".jsonl") as file_of,
+        open_split_writers(root / task / source, ".jsonl") as open_split,
         show_progress(f"{task} {source}: records") as advance,
     ):
         for count, (split, record) in enumerate(records, 1):
             advance(count, 0)
-            fault = find_fault(record, known) or doubled(split, record, held_out)
+            fault = find_fault(record, image_faults)
+            fault = fault or find_duplicate(split, record, held_out_ids)
             if fault:
-                bad.append(printable(f"{record.get('id', count)}: {fault}"))
+                faults.append(escape_unprintable(f"{record.get('id', count)}: {fault}"))
                 continue
-            survey.add(record)
-            # Links resolved first: the system walks ".." from where a link leads.
-            record = record | {
-                key: os.path.relpath(os.path.realpath(record[key]), place)
+            statistics.add(record)
+            relative_paths = {
+                key: os.path.relpath(os.path.realpath(record[key]), real_root)
                 for key in FILE_FIELDS
                 if key in record
             }
-            file_of(split).write(f"{json.dumps(record, ensure_ascii=False)}\n".encode())
-            written[split] += 1
-        judge(written, bad, bad_share, f"{source} records", f"for {task}")
-    report = {"records": dict(written), "passed_over": bad} | survey.report()
+            line = json.dumps(record | relative_paths, ensure_ascii=False)
+            open_split(split).write(f"{line}\n".encode())
+            num_written[split] += 1
+        check_unusable(num_written, faults, bad_share, f"{source} records", f"for {task}")
+    report = {"records": dict(num_written), "passed_over": faults} | statistics.report()
     if "lengths" in report and lengths is None:
         train = root / task / source / "train.jsonl"
         report["lengths"]["hint"] = (
@@ -81,10 +104,15 @@ def write_splits(
     return report
 
 
-def find_fault(record: dict[str, Any], known: dict[str, str]) -> str:
-    """What makes a record unusable, or ''. `known` remembers the verdict on images seen before.
+# Checks ---------------------------------------------------------------------------------------
 
-    A reader that could not make a record out of a part of its file gives {id, fault}.
+
+def find_fault(record: dict[str, Any], image_faults: dict[str, str]) -> str:
+    """Returns why a record is unusable, or "".
+
+    Args:
+        record: The record, or {id, fault} from a reader that could not make one.
+        image_faults: Image path -> its fault or "". Each image is checked once and added to it.
     """
     if "fault" in record:
         return record["fault"]
@@ -99,90 +127,115 @@ def find_fault(record: dict[str, Any], known: dict[str, str]) -> str:
             f"it holds {error.object[error.start]!r}, which is no character: write names and "
             "texts in UTF-8"
         )
+    size = (record["width"], record["height"]) if "width" in record else None
     for path in (record[key] for key in IMAGE_FIELDS if key in record):
-        if path not in known:
-            known[path] = image_fault(
-                path, (record["width"], record["height"]) if "width" in record else None
-            )
-        if known[path]:
-            return known[path]
+        if path not in image_faults:
+            image_faults[path] = find_image_fault(path, size)
+        if image_faults[path]:
+            return image_faults[path]
     return ""
 
 
-def doubled(split: str, record: dict[str, Any], seen: set[tuple[str, str]]) -> str:
-    """'' for a record whose id is new in its held-out split, where predictions are joined to
-    records by it; else why not."""
-    key = split, str(record.get("id"))
-    if split == "train" or key not in seen:
-        seen.update([key] if split != "train" else [])
+def find_duplicate(split: str, record: dict[str, Any], held_out_ids: set[tuple[str, str]]) -> str:
+    """Returns a fault where a held-out split repeats an id, else "" and notes (split, id).
+
+    Predictions are joined to the records of a held-out split by id; training records may share one.
+    """
+    if split == "train":
         return ""
-    return f"another record of {split} has the same id"
+    key = split, str(record.get("id"))
+    if key in held_out_ids:
+        return f"another record of {split} has the same id"
+    held_out_ids.add(key)
+    return ""
 
 
-def image_fault(path: str, size: tuple[int, int] | None = None) -> str:
-    """'' for an image whose header can be read, and is of this width and height where they are
-    given; else one line with its name."""
+def find_image_fault(path: str, size: tuple[int, int] | None = None) -> str:
+    """Returns why an image cannot be used, with its path, or "".
+
+    The image must exist, and its header must be readable and agree with `size` (width, height).
+    """
     tar, start, length = parse_tar_member(path)
     if not os.path.exists(tar or path):
-        return f"image {path} is missing" + (
-            f", looked for in {path.searched}" if isinstance(path, Expected) else ""
-        )
-    fault = find_header_fault(
-        io.BytesIO(read_tar_member(tar, start, length)) if tar else path, size
-    )
+        searched = f", looked for in {path.searched}" if isinstance(path, MissingImagePath) else ""
+        return f"image {path} is missing{searched}"
+    image = io.BytesIO(read_tar_member(tar, start, length)) if tar else path
+    fault = find_header_fault(image, size)
     return f"image {path} {fault}" if fault else ""
 
 
-def judge(written: Counter[str], bad: list[str], bad_share: float, what: str, goal: str) -> None:
-    """ValueError where too many records are unusable or none can be trained or scored on."""
-    total = written.total() + len(bad)
-    if len(bad) > bad_share * total:
+def check_unusable(
+    num_written: Counter[str], faults: list[str], bad_share: float, content: str, purpose: str
+) -> None:
+    """Raises ValueError for too many unusable records, or for none to train or evaluate on.
+
+    Args:
+        num_written: Split -> number of usable records.
+        faults: One line per unusable record.
+        bad_share: Fraction of the records that may be unusable.
+        content: What the records are, for the message ("main records").
+        purpose: What they are for, for the message ("for vqa").
+    """
+    total = num_written.total() + len(faults)
+    if len(faults) > bad_share * total:
+        listed = "; ".join(faults[:MAX_LISTED_FAULTS])
+        ellipsis = " ..." if len(faults) > MAX_LISTED_FAULTS else ""
         raise ValueError(
-            f"{len(bad)} of {total} {what} are unusable, {bad_share:.0%} are allowed, nothing was "
-            "written: " + "; ".join(bad[:NAMED]) + (" ..." if len(bad) > NAMED else "")
+            f"{len(faults)} of {total} {content} are unusable, {bad_share:.0%} are allowed, "
+            f"nothing was written: {listed}{ellipsis}"
         )
-    if not written["train"] and not written["val"]:
-        others = f" in train or val, only in {', '.join(written)}" if written.total() else ""
-        raise ValueError(f"no {what} found {goal}{others}: check --raw")
+    if num_written["train"] or num_written["val"]:
+        return
+    others = ""
+    if num_written.total():
+        others = f" in train or val, only in {', '.join(num_written)}"
+    raise ValueError(f"no {content} found {purpose}{others}: check --raw")
+
+
+# Files ----------------------------------------------------------------------------------------
 
 
 @contextmanager
-def split_writers(folder: Path, ending: str) -> Iterator[Callable[[str], BinaryIO]]:
-    """Gives `file_of(split)`: files aside that take their places at the end, also those of records
-    kept in another way.
+def open_split_writers(directory: Path, suffix: str) -> Iterator[Callable[[str], BinaryIO]]:
+    """Yields a function that opens the file of a split, under a temporary name.
 
-    After an error they vanish, and so do new folders.
+    At the end the files `<split><suffix>` take their places, and those of the same splits with
+    other suffixes are removed. After an error the temporary files and new directories are removed.
     """
-    new = [path for path in (folder, *folder.parents) if not path.exists()]  # the deepest first
+    new_directories = [path for path in (directory, *directory.parents) if not path.exists()]
     files: dict[str, BinaryIO] = {}
 
-    def file_of(split: str) -> BinaryIO:
+    def open_split(split: str) -> BinaryIO:
         if split not in files:
-            folder.mkdir(parents=True, exist_ok=True)
-            files[split] = (folder / f"{split}{ending}.{os.getpid()}.partial").open("wb")
+            directory.mkdir(parents=True, exist_ok=True)
+            files[split] = (directory / f"{split}{suffix}.{os.getpid()}.partial").open("wb")
         return files[split]
 
     try:
-        yield file_of
+        yield open_split
         for file in files.values():
             file.close()
         for split, file in files.items():
-            Path(file.name).replace(folder / f"{split}{ending}")
-            for other in STORE_SUFFIXES:
-                if other != ending:
-                    (folder / f"{split}{other}").unlink(missing_ok=True)
+            _replace_split(Path(file.name), directory, split, suffix)
     except BaseException:
         for file in files.values():
-            with suppress(OSError):  # a full disk fails a second time when the rest is flushed
+            with suppress(OSError):  # a full disk fails again when the rest is flushed
                 file.close()
             Path(file.name).unlink(missing_ok=True)
-        with suppress(OSError):  # not empty: what was read of tars stays
-            for path in new:
+        with suppress(OSError):  # not empty: parts that were read of tars stay
+            for path in new_directories:  # the deepest first
                 path.rmdir()
         raise
 
 
-def printable(line: str) -> str:
-    """`line` with control characters, line ends and what is no character spelled out: names come
-    from outside."""
-    return "".join(each if each.isprintable() else repr(each)[1:-1] for each in line)
+def _replace_split(partial: Path, directory: Path, split: str, suffix: str) -> None:
+    """Moves a finished file into place and removes the same split with other suffixes."""
+    partial.replace(directory / f"{split}{suffix}")
+    for other_suffix in STORE_SUFFIXES:
+        if other_suffix != suffix:
+            (directory / f"{split}{other_suffix}").unlink(missing_ok=True)
+
+
+def escape_unprintable(line: str) -> str:
+    """Escapes control characters, line ends and invalid characters: names come from outside."""
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in line)

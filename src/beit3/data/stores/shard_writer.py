@@ -16,10 +16,16 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from beit3.data.prepare.formats.files import HELD_OUT, holdout
-from beit3.data.prepare.formats.tars import Sample, plain, samples, shards
-from beit3.data.prepare.splits import BAD_SHARE, find_fault, judge, printable, split_writers
-from beit3.data.prepare.statistics import Lengths, Survey
+from beit3.data.prepare.formats.split_names import HELD_OUT_RATE, is_held_out
+from beit3.data.prepare.formats.tars import Sample, find_shards, make_plain_name, read_samples
+from beit3.data.prepare.splits import (
+    BAD_SHARE,
+    check_unusable,
+    escape_unprintable,
+    find_fault,
+    open_split_writers,
+)
+from beit3.data.prepare.statistics import RecordStatistics, TokenCounter
 from beit3.data.process_pool import run_jobs
 from beit3.data.stores.shards import FORMAT, make_row_dtype, read_header
 from beit3.files import atomic_write
@@ -51,7 +57,7 @@ def write_shards(
     raw: Path,
     *,
     captions: bool,
-    lengths: Lengths | None = None,
+    lengths: TokenCounter | None = None,
     bad_share: float = BAD_SHARE,
     workers: int = 0,
 ) -> dict[str, Any]:
@@ -75,9 +81,9 @@ def write_shards(
         ValueError: More than `bad_share` of the records are unusable, or there are none. Existing
             index files and the parts of tars stay.
     """
-    tars, directory = shards(raw), root / task / source
+    tars, directory = find_shards(raw), root / task / source
     (directory / PARTS_DIRECTORY).mkdir(parents=True, exist_ok=True)
-    paths = [directory / PARTS_DIRECTORY / plain(name) for _, name, _ in tars]
+    paths = [directory / PARTS_DIRECTORY / make_plain_name(name) for _, name, _ in tars]
     headers = _read_tars(
         [(tar, path) for (tar, *_), path in zip(tars, paths, strict=True)],
         partial(_read_tar, captions=captions, lengths=lengths),
@@ -99,22 +105,24 @@ def write_shards(
         {split: sum(part.num_records for part in own) for split, own in parts.items()}
     )
     if damaged and not num_records:
-        raise ValueError(f"no {source} records found in {len(tars)} tars: {printable(damaged[0])}")
-    with split_writers(directory, ".shards") as open_split:
-        judge(num_records, faults, bad_share, f"{source} records", f"for {task}")
+        raise ValueError(
+            f"no {source} records found in {len(tars)} tars: {escape_unprintable(damaged[0])}"
+        )
+    with open_split_writers(directory, ".shards") as open_split:
+        check_unusable(num_records, faults, bad_share, f"{source} records", f"for {task}")
         for split, own in parts.items():
             _write_index(open_split(split), own, split, root)
     shutil.rmtree(directory / PARTS_DIRECTORY)
-    survey = Survey(lengths)
+    statistics = RecordStatistics(lengths)
     for header in headers:
-        survey.take(header["texts"])
+        statistics.add_counts(header["texts"])
     report = {
         "records": dict(num_records),
         "tars": len(tars),
         "passed_over": [*damaged, *faults],
         "images": {"distinct": num_records.total(), "median_uses": 1, "most_uses": 1},
     }
-    return report | survey.report()
+    return report | statistics.report()
 
 
 # Reading tars into parts ----------------------------------------------------------------------
@@ -137,7 +145,9 @@ def _read_tars(
     return [headers[number] for number in range(len(jobs))]
 
 
-def _read_tar(tar: Path, part: Path, *, captions: bool, lengths: Lengths | None) -> dict[str, Any]:
+def _read_tar(
+    tar: Path, part: Path, *, captions: bool, lengths: TokenCounter | None
+) -> dict[str, Any]:
     """Reads a tar, writes its part and returns the part's header; an up-to-date part is kept."""
     status = os.stat(tar)
     measure = [lengths.limit, lengths.unk, lengths.num_pieces] if lengths else None
@@ -148,16 +158,16 @@ def _read_tar(tar: Path, part: Path, *, captions: bool, lengths: Lengths | None)
             return header
     rows: list[tuple] = []
     faults: list[str] = []
-    survey, damage = Survey(lengths), ""
+    statistics, damage = RecordStatistics(lengths), ""
     try:
-        for sample in samples(tar, captions=captions):
+        for sample in read_samples(tar, captions=captions):
             fault = sample.fault or (find_fault({"text": sample.text}, {}) if captions else "")
             if fault:
                 faults.append(f"{sample.key}: {fault}")
                 continue
             rows.append(_make_row(sample, captions=captions))
             if captions:
-                survey.add({"text": sample.text})
+                statistics.add({"text": sample.text})
     except tarfile.TarError as error:
         damage = str(error)
     width = max((len(row[0]) for row in rows), default=1)
@@ -169,7 +179,7 @@ def _read_tar(tar: Path, part: Path, *, captions: bool, lengths: Lengths | None)
         "held_out": int(array["held_out"].sum()),
         "faults": faults,
         "cut": damage,
-        "texts": survey.texts(),
+        "texts": statistics.get_text_counts(),
     }
     with atomic_write(part) as file:
         file.write(f"{json.dumps(header)}\n".encode())
@@ -181,7 +191,7 @@ def _make_row(sample: Sample, *, captions: bool) -> tuple:
     """Returns the row of a sample, of the type `make_row_dtype(..., held_out=True)`."""
     assert sample.image and (sample.caption or not captions)
     caption = (*sample.caption, sample.in_json) if captions and sample.caption else ()
-    return (sample.key.encode(), *sample.image, *caption, holdout(sample.key, HELD_OUT))
+    return (sample.key.encode(), *sample.image, *caption, is_held_out(sample.key, HELD_OUT_RATE))
 
 
 # Writing the index ----------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from beit3.data.prepare.formats.tars import caption
+from beit3.data.prepare.formats.tars import decode_caption
 from beit3.files import format_tar_member, read_tar_member
 
 FORMAT = "beit3 shards 1"
@@ -98,7 +98,7 @@ class Shards:
     def _read_caption(self, tar: Path, row: np.void, record_id: str) -> str:
         try:
             content = read_tar_member(tar, int(row["text"]), int(row["text_size"]))
-            return caption(content, bool(row["in_json"]))
+            return decode_caption(content, bool(row["in_json"]))
         except (OSError, ValueError) as error:
             raise ValueError(f"cannot read the caption of {record_id} in {tar}: {error}") from None
 

@@ -11,9 +11,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from beit3.data.prepare.formats.captions import captions_by_image
-from beit3.data.prepare.formats.files import field
-from beit3.data.prepare.formats.nlvr import sentence_of
+from beit3.data.prepare.formats.captions import group_captions
+from beit3.data.prepare.formats.files import get_field
+from beit3.data.prepare.formats.nlvr import remove_pair
 from beit3.data.stores.records import Records
 from beit3.files import read_json
 
@@ -86,7 +86,7 @@ class UpstreamIndex:
         groups: dict[int, list[int]] = {}
         for index in range(len(self.files[0])):
             line, location = self._read_line(index)
-            groups.setdefault(field(line, "image_id", int, location), []).append(index)
+            groups.setdefault(get_field(line, "image_id", int, location), []).append(index)
         return list(groups.values())
 
 
@@ -101,15 +101,15 @@ def is_upstream_index(path: Path) -> bool:
 def _convert_question(index: UpstreamIndex, line: Record, location: str) -> Record:
     """Returns {id, image, text, answers: {answer: score}}; the test splits have no answers."""
     record = {
-        "id": str(field(line, "qid", int, location)),
-        "image": field(line, "image_path", str, location),
+        "id": str(get_field(line, "qid", int, location)),
+        "image": get_field(line, "image_path", str, location),
         "text": _get_text(line, location),
         "answers": {},
     }
     if "labels" not in line:
         return record
-    labels = field(line, "labels", list, location)
-    scores = field(line, "scores", list, location)
+    labels = get_field(line, "labels", list, location)
+    scores = get_field(line, "scores", list, location)
     fault = ""
     if len(labels) != len(scores):
         fault = f"{len(labels)} labels, {len(scores)} scores"
@@ -127,16 +127,16 @@ def _convert_question(index: UpstreamIndex, line: Record, location: str) -> Reco
 
 def _convert_statement(index: UpstreamIndex, line: Record, location: str) -> Record:
     """Returns {id, image, image2, text, label, group}, without label where the line has none."""
-    identifier = field(line, "identifier", str, location)
+    identifier = get_field(line, "identifier", str, location)
     record = {
         "id": identifier,
-        "image": field(line, "image_path", str, location),
-        "image2": field(line, "image2_path", str, location),
+        "image": get_field(line, "image_path", str, location),
+        "image2": get_field(line, "image2_path", str, location),
         "text": _get_text(line, location),
     }
     if "label" in line:
-        record["label"] = field(line, "label", int, location)
-    return record | {"group": sentence_of(identifier)}
+        record["label"] = get_field(line, "label", int, location)
+    return record | {"group": remove_pair(identifier)}
 
 
 def _convert_caption(index: UpstreamIndex, line: Record, location: str) -> Record:
@@ -149,8 +149,8 @@ def _convert_caption(index: UpstreamIndex, line: Record, location: str) -> Recor
 
 def _convert_class(index: UpstreamIndex, line: Record, location: str) -> Record:
     """Returns {id, image, label} with the image's path as id."""
-    image = field(line, "image_path", str, location)
-    return {"id": image, "image": image, "label": field(line, "label", int, location)}
+    image = get_field(line, "image_path", str, location)
+    return {"id": image, "image": image, "label": get_field(line, "label", int, location)}
 
 
 CONVERTERS: dict[str, Callable[[UpstreamIndex, Record, str], Record]] = {
@@ -167,10 +167,10 @@ CONVERTERS: dict[str, Callable[[UpstreamIndex, Record, str], Record]] = {
 
 def _convert_image(line: Record, location: str) -> Record:
     """Returns {id, image, image_id}."""
-    image_id = field(line, "image_id", int, location)
+    image_id = get_field(line, "image_id", int, location)
     return {
         "id": str(image_id),
-        "image": field(line, "image_path", str, location),
+        "image": get_field(line, "image_path", str, location),
         "image_id": image_id,
     }
 
@@ -195,11 +195,11 @@ def _read_answers(path: Path) -> dict[int, str]:
     answers: dict[int, str] = {}
     for number, line in enumerate(Records(path) if path.is_file() else (), 1):
         location = f"{path} line {number}"
-        label = field(line, "label", int, location)
-        answers[label] = field(line, "answer", str, location)
+        label = get_field(line, "label", int, location)
+        answers[label] = get_field(line, "answer", str, location)
     return answers
 
 
 def _read_captions(path: Path) -> dict[int, list[str]]:
     """Returns image id -> captions, empty where the file is absent."""
-    return captions_by_image(read_json(path), path) if path.is_file() else {}
+    return group_captions(read_json(path), path) if path.is_file() else {}

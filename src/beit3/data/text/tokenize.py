@@ -21,9 +21,15 @@ from typing import Any, Protocol
 import numpy as np
 from filelock import FileLock, Timeout
 
-from beit3.data.prepare.formats.corpora import PART, Corpus, Fault, Span
-from beit3.data.prepare.splits import BAD_SHARE, judge, printable, split_writers
-from beit3.data.prepare.statistics import NAMED, Lengths, Survey
+from beit3.data.prepare.formats.corpora import PART_BYTES, Corpus
+from beit3.data.prepare.formats.documents import Fault, Span
+from beit3.data.prepare.splits import (
+    BAD_SHARE,
+    check_unusable,
+    escape_unprintable,
+    open_split_writers,
+)
+from beit3.data.prepare.statistics import MAX_LISTED_FAULTS, RecordStatistics, TokenCounter
 from beit3.data.process_pool import run_jobs
 from beit3.data.stores.tokens import ARRAY_DTYPES, SUFFIX, TokensHeader, read_tokens_header
 from beit3.data.text.packing import NUM_SPECIAL_TOKENS, Packer
@@ -94,14 +100,14 @@ def write_tokens(
     corpus = Corpus.open(raw, field)
     header = TokensHeader("", tokenizer.digest, tokenizer.vocab_size, pack, 0, 0, 0)
     Packer(tokenizer.encode_pieces, pack)  # refuses a length that is too short
-    plan = {"about": asdict(header), "part": PART, "corpus": _hash_corpus(corpus)}
+    plan = {"about": asdict(header), "part": PART_BYTES, "corpus": _hash_corpus(corpus)}
     with _open_work_directory(folder, plan) as directory:
         header = replace(header, arrays=directory.name)
         job = TokenizeJob(replace(corpus, spans=()), tokenizer, header, directory)
         parts = _group_spans(corpus.spans)
         _run_job(job, parts, workers or count_cores())
         report = _make_report(job, len(parts), bad_share)
-        with split_writers(folder, SUFFIX) as open_split:
+        with open_split_writers(folder, SUFFIX) as open_split:
             for split in report["records"]:
                 _, split_header = _read_state(job, split)
                 open_split(split).write(split_header.to_json().encode())
@@ -141,7 +147,7 @@ class TokenizeJob:
         """Tokenizes the documents in `spans` as the part with this number."""
         dtype = self.header.get_dtype("ids")
         packer = Packer(self.tokenizer.encode_pieces, self.header.pack, typecode=dtype.char)
-        survey = self.make_survey()
+        statistics = self.make_statistics()
         id_counts = np.zeros(self.header.vocab_size, np.int64)
         counts, faults = Counter[str](), list[str]()
         writers: dict[str, PartWriter] = {}
@@ -151,42 +157,47 @@ class TokenizeJob:
                 for document in self._read_documents(span, counts, faults):
                     for ids in packer.pack(document):
                         num_records += 1
-                        split, _ = self.corpus.named(span, num_records)
+                        split, _ = self.corpus.name_record(span, num_records)
                         if split not in writers:
                             path = self.directory / f"{number:06}.{split}"
                             writer = PartWriter(path, dtype, id_counts)
                             writers[split] = files.enter_context(writer)
                         writers[split].add(ids, span.name, num_records)
-                        survey.sizes[len(ids) // dtype.itemsize + NUM_SPECIAL_TOKENS] += 1
-        survey.tokens, survey.unknown = int(id_counts.sum()), int(id_counts[self.tokenizer.unk])
-        survey.seen.update(np.flatnonzero(id_counts).tolist())
+                        statistics.sizes[len(ids) // dtype.itemsize + NUM_SPECIAL_TOKENS] += 1
+        statistics.tokens, statistics.unknown = (
+            int(id_counts.sum()),
+            int(id_counts[self.tokenizer.unk]),
+        )
+        statistics.seen.update(np.flatnonzero(id_counts).tolist())
         summary = {
             "records": {split: writer.num_records for split, writer in writers.items()},
             "counts": counts,
             "faults": faults,
-            "texts": survey.texts(),
+            "texts": statistics.get_text_counts(),
         }
         write_text(self.get_summary_path(number), json.dumps(summary))
 
     def get_summary_path(self, number: int) -> Path:
         return self.directory / f"{number:06}.json"
 
-    def make_survey(self) -> Survey:
-        """Returns an empty survey that measures texts with the tokenizer."""
+    def make_statistics(self) -> RecordStatistics:
+        """Returns empty statistics, which measure texts with the tokenizer."""
         tokenizer = self.tokenizer
         num_pieces = tokenizer.mask - tokenizer.first_piece
-        return Survey(Lengths(tokenizer.encode_pieces, self.header.pack, tokenizer.unk, num_pieces))
+        return RecordStatistics(
+            TokenCounter(tokenizer.encode_pieces, self.header.pack, tokenizer.unk, num_pieces)
+        )
 
     def _read_documents(self, span: Span, counts: Counter[str], faults: list[str]) -> Iterator[Any]:
         """Yields the documents of a span that can be read; counts and names the others."""
-        for document in self.corpus.documents(span):
+        for document in self.corpus.read_documents(span):
             if not isinstance(document, Fault):
                 counts["documents"] += 1
                 yield document
                 continue
             counts["unusable"] += 1
             if len(faults) < MAX_NAMED_FAULTS:
-                faults.append(printable(f"{document.place}: {document.why}"))
+                faults.append(escape_unprintable(f"{document.location}: {document.reason}"))
 
 
 # All parts ------------------------------------------------------------------------------------
@@ -199,7 +210,7 @@ def _group_spans(spans: Iterable[Span]) -> list[tuple[Span, ...]]:
     for span in spans:
         if not parts or span.size > remaining:
             parts.append([])
-            remaining = PART
+            remaining = PART_BYTES
         parts[-1].append(span)
         remaining -= span.size
     return [*map(tuple, parts)]
@@ -226,7 +237,7 @@ def _refuse_unusable(summary: dict[str, Any]) -> None:
         return
     raise ValueError(
         f"none of the first {MAX_NAMED_FAULTS} documents can be used: "
-        f"{'; '.join(summary['faults'][:NAMED])} ..."
+        f"{'; '.join(summary['faults'][:MAX_LISTED_FAULTS])} ..."
     )
 
 
@@ -266,31 +277,33 @@ def _read_state(job: TokenizeJob, split: str) -> tuple[int, TokensHeader]:
 
 def _make_report(job: TokenizeJob, num_parts: int, bad_share: float) -> dict[str, Any]:
     """Sums up all parts; raises ValueError where too many documents are unusable."""
-    survey = job.make_survey()
+    statistics = job.make_statistics()
     num_records, counts, faults = Counter[str](), Counter[str](), list[str]()
     for number in range(num_parts):
         summary = read_json(job.get_summary_path(number))
-        survey.take(summary["texts"])
+        statistics.add_counts(summary["texts"])
         num_records.update(summary["records"])
         counts.update(summary["counts"])
         faults += summary["faults"]
     unusable, total = counts["unusable"], counts.total()
     if unusable > bad_share * total:
-        names = "; ".join(faults[:NAMED]) + (" ..." if unusable > NAMED else "")
+        names = "; ".join(faults[:MAX_LISTED_FAULTS]) + (
+            " ..." if unusable > MAX_LISTED_FAULTS else ""
+        )
         raise ValueError(
             f"{unusable} of {total} documents are unusable, {bad_share:.0%} are allowed, "
             f"nothing was written: {names}"
         )
-    judge(num_records, [], bad_share, "texts", "for pretrain")
+    check_unusable(num_records, [], bad_share, "texts", "for pretrain")
     report: dict[str, Any] = {
         "records": dict(num_records),
         "documents": counts["documents"],
-        "tokens": survey.tokens,
+        "tokens": statistics.tokens,
         "passed_over": faults,
     }
     if unusable > len(faults):
         report["more_passed_over"] = unusable - len(faults)
-    return report | survey.report()
+    return report | statistics.report()
 
 
 # The work directory ---------------------------------------------------------------------------

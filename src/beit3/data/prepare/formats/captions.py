@@ -1,9 +1,8 @@
-"""Captioned images in the files of their owners: Karpathy's JSON (COCO, Flickr30k, Flickr8k),
-Flickr8k's lists, COCO's and NoCaps' JSON.
+"""Reads captioned images: Karpathy's JSON, Flickr8k's lists, and the JSON of COCO and NoCaps.
 
-For pretraining (split, {id: "file#k", image, text}), one record per caption; for captioning and
-retrieval one per image,
-(split, {id, image, image_id, captions: [str], domain?}), where id is image_id as a str.
+For pretraining there is one record per caption, {id: "file#k", image, text}. For captioning and
+retrieval there is one per image, {id, image, image_id, captions: [str], domain?}, whose id is
+image_id as a str.
 """
 
 from collections.abc import Iterable, Iterator
@@ -11,28 +10,33 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from beit3.data.prepare.formats.files import (
-    FLICKR30K,
+    FLICKR30K_FOLDERS,
+    ImageFinder,
+    find_files,
+    find_folder,
+    find_single_file,
+    get_field,
+    make_unknown_error,
+)
+from beit3.data.prepare.formats.split_names import (
     SPLITS,
-    Listing,
-    Pair,
     Record,
-    field,
-    folder,
-    found,
-    named_split,
-    nothing_known,
-    only,
-    or_held_out,
-    split_name,
-    subset,
+    SplitRecord,
+    choose_split,
+    infer_split,
+    infer_subset,
+    parse_split,
 )
 from beit3.files import read_json, read_lines
 
-# COCO's and NoCaps' captions; and the test images of both, which have none.
 COCO_FILES = ("captions_*.json", "nocaps_*.json", "image_info_*.json")
+"""COCO's and NoCaps' captions, and the test images of both, which have none."""
 
 
-class Entry(NamedTuple):
+# Karpathy's splits of COCO, Flickr30k and Flickr8k ------------------------------------------------
+
+
+class KarpathyImage(NamedTuple):
     """An image of Karpathy's JSON."""
 
     split: str
@@ -42,26 +46,89 @@ class Entry(NamedTuple):
     captions: list[str]
 
 
-def karpathy(raw: str | Path) -> Iterator[Pair]:
-    """Karpathy's `dataset_*.json` (COCO, Flickr30k, Flickr8k), one record per sentence: {id:
-    "file#k", image, text}."""
-    for entry in _karpathy(raw):
-        for k, text in enumerate(entry.captions):
-            yield entry.split, {"id": f"{entry.name}#{k}", "image": entry.path, "text": text}
+def read_karpathy(raw: str | Path) -> Iterator[SplitRecord]:
+    """Reads Karpathy's `dataset_*.json`, one record per caption: {id: "file#k", image, text}."""
+    for image in _read_karpathy_images(raw):
+        for k, text in enumerate(image.captions):
+            yield image.split, {"id": f"{image.name}#{k}", "image": image.path, "text": text}
 
 
-def karpathy_images(raw: str | Path) -> Iterator[Pair]:
-    """The same, one record per image: {id, image, image_id: COCO's number, else the file's own,
-    captions: all sentences}."""
-    for entry in _karpathy(raw):
-        yield entry.split, _image(entry.image_id, entry.path, entry.captions)
+def read_karpathy_images(raw: str | Path) -> Iterator[SplitRecord]:
+    """Reads Karpathy's `dataset_*.json`, one record per image: {id, image, image_id, captions}.
+
+    `image_id` is COCO's number, else the file's own number, else the file name.
+    """
+    for image in _read_karpathy_images(raw):
+        yield image.split, _make_record(image.image_id, image.path, image.captions)
 
 
-def flickr8k(raw: str | Path) -> Iterator[Pair]:
-    """Flickr8k's own `Flickr8k.token.txt` and `Flickr_8k.{train,dev,test}Images.txt`: {id:
-    "file#k", image, text}."""
-    tokens = only(raw, "*Flickr8k.token.txt", "Flickr8k's captions")
-    listing = Listing(folder(raw), "Images", "Flicker8k_Dataset", "Flickr8k_Dataset", "images", "")
+def is_karpathy(raw: Path) -> bool:
+    """Returns whether `raw` is a JSON file or holds a `dataset_*.json`."""
+    if raw.is_file():
+        return raw.suffix == ".json"
+    return bool(find_files(raw, "dataset_*.json"))
+
+
+def _read_karpathy_images(raw: str | Path) -> Iterator[KarpathyImage]:
+    file = find_single_file(raw, "dataset_*.json", "a Karpathy file")
+    # The file may be in annotations/, with the images beside that folder.
+    parent = Path(raw).absolute() if Path(raw).is_dir() else file.parent.parent
+    image_finder = ImageFinder(
+        file.parent,
+        "",
+        "images",
+        "Images",
+        *FLICKR30K_FOLDERS,
+        also=[parent] if parent != file.parent else (),
+    )
+    for number, image in enumerate(get_field(read_json(file), "images", list, file)):
+        location = f"{file} images[{number}]"
+        name = get_field(image, "filename", str, location)
+        split = get_field(image, "split", str, location)
+        folder = get_field({"filepath": "", **image}, "filepath", str, location)
+        path = image_finder.find(name, folder=folder)
+        captions = [
+            get_field(sentence, "raw", str, location)
+            for sentence in get_field(image, "sentences", list, location)
+        ]
+        numbers = [image[key] for key in ("cocoid", "imgid") if isinstance(image.get(key), int)]
+        image_id = numbers[0] if numbers else name
+        yield KarpathyImage(parse_split(split, location), name, image_id, path, captions)
+
+
+# Flickr8k -----------------------------------------------------------------------------------------
+
+
+def read_flickr8k(raw: str | Path) -> Iterator[SplitRecord]:
+    """Reads Flickr8k's own lists, one record per caption: {id: "file#k", image, text}.
+
+    They are `Flickr8k.token.txt` and, beside it, `Flickr_8k.{train,dev,test}Images.txt`.
+    """
+    tokens = find_single_file(raw, "*Flickr8k.token.txt", "Flickr8k's captions")
+    image_finder = ImageFinder(
+        find_folder(raw), "Images", "Flicker8k_Dataset", "Flickr8k_Dataset", "images", ""
+    )
+    splits = _read_flickr8k_splits(tokens)
+    for number, line in enumerate(read_lines(tokens), 1):
+        key, tab, text = line.rstrip("\n").partition("\t")
+        name, hash_sign, _ = key.rpartition("#")
+        if line.strip() and not (tab and hash_sign):
+            raise ValueError(
+                f"{tokens} line {number} is not `file#k<TAB>caption`: {line.strip()[:60]!r}"
+            )
+        # The token file describes 8,092 images, of which the lists name 8,000.
+        if name in splits:
+            image_path = image_finder.find(name)
+            yield splits[name], {"id": key, "image": image_path, "text": text.strip()}
+
+
+def is_flickr8k(raw: Path) -> bool:
+    """Returns whether `raw` holds Flickr8k's captions."""
+    return bool(find_files(raw, "*Flickr8k.token.txt"))
+
+
+def _read_flickr8k_splits(tokens: Path) -> dict[str, str]:
+    """Returns image name -> split from the lists beside the token file."""
     splits = {}
     for name in ("train", "dev", "test"):
         path = tokens.with_name(f"Flickr_8k.{name}Images.txt")
@@ -71,82 +138,95 @@ def flickr8k(raw: str | Path) -> Iterator[Pair]:
         raise ValueError(
             f"no Flickr_8k.trainImages.txt beside {tokens}: put the official split lists there"
         )
-    for number, line in enumerate(read_lines(tokens), 1):
-        key, tab, text = line.rstrip("\n").partition("\t")
-        name, hash_, _ = key.rpartition("#")
-        if line.strip() and not (tab and hash_):
-            raise ValueError(
-                f"{tokens} line {number} is not `file#k<TAB>caption`: {line.strip()[:60]!r}"
-            )
-        # The token file describes 8,092 images, of which the lists name 8,000.
-        if name in splits:
-            yield splits[name], {"id": key, "image": listing.find(name), "text": text.strip()}
+    return splits
 
 
-def coco_captions(raw: str | Path) -> Iterator[Pair]:
-    """COCO's `captions_<split>.json` and NoCaps' `nocaps_<split>_*.json`: {id, image, image_id,
-    captions, domain?}.
+# COCO and NoCaps ----------------------------------------------------------------------------------
 
-    Test files need no annotations. Without a val, 5 % of the images are held out.
+
+def read_coco_captions(raw: str | Path) -> Iterator[SplitRecord]:
+    """Reads COCO's `captions_<split>.json` and NoCaps' `nocaps_<split>_*.json`.
+
+    There is one record per image: {id, image, image_id, captions, domain?}. Test files need no
+    annotations. Without a val file, 5 % of the images are held out.
     """
-    raw = folder(raw)
-    files: dict[str, Path] = {}
-    for file in _coco_files(raw):
-        name = named_split(file, raw) or "train"
-        if name in files:
-            raise ValueError(
-                f"{files[name].name} and {file.name} in {raw} are both {name}: keep one of them"
-            )
-        files[name] = file
+    raw = find_folder(raw)
+    files = _find_coco_splits(raw)
     if not files:
-        raise nothing_known(raw, f"{', '.join(COCO_FILES)} (coco_captions)")
-    for name, file in files.items():
+        raise make_unknown_error(raw, f"{', '.join(COCO_FILES)} (coco_captions)")
+    for split, file in files.items():
         content = read_json(file)
-        images = field(content, "images", list, file)
-        captions = (
-            {}
-            if name == "test" and "annotations" not in content
-            else captions_by_image(content, file)
+        images = get_field(content, "images", list, file)
+        captions: dict[int, list[str]] = {}
+        if split != "test" or "annotations" in content:
+            captions = group_captions(content, file)
+        subset = infer_subset(file)
+        image_finder = ImageFinder(
+            raw, subset, split, f"images/{subset}", f"images/{split}", "images", ""
         )
-        listing = Listing(
-            raw, subset(file), name, f"images/{subset(file)}", f"images/{name}", "images", ""
-        )
-        for number, entry in enumerate(images):
-            where = f"{file} images[{number}]"
-            id, image = field(entry, "id", int, where), field(entry, "file_name", str, where)
-            record = _image(id, listing.find(image), captions.pop(id, []))
-            yield (
-                or_held_out(name, image, has_val="val" in files),
-                record | {key: entry[key] for key in ("domain",) if key in entry},
-            )
+        for number, image in enumerate(images):
+            location = f"{file} images[{number}]"
+            id = get_field(image, "id", int, location)
+            name = get_field(image, "file_name", str, location)
+            record = _make_record(id, image_finder.find(name), captions.pop(id, []))
+            if "domain" in image:
+                record["domain"] = image["domain"]
+            yield choose_split(split, name, has_val="val" in files), record
         if captions:
             raise ValueError(
                 f"{file} has captions of image_id {next(iter(captions))}, which its images do not "
-                "list: check it is whole"
+                "list: check it is complete"
             )
 
 
-def captions_by_image(content: Any, file: Path) -> dict[int, list[str]]:
-    """image_id -> captions of COCO-like `annotations`."""
+def is_coco_captions(raw: Path) -> bool:
+    """Returns whether `raw` holds captions as COCO and NoCaps publish them."""
+    return bool(_find_coco_files(raw))
+
+
+def group_captions(content: Any, file: Path) -> dict[int, list[str]]:
+    """Returns image_id -> captions from `annotations` as COCO has them."""
     captions: dict[int, list[str]] = {}
-    for number, row in enumerate(field(content, "annotations", list, file)):
-        where = f"{file} annotations[{number}]"
-        captions.setdefault(field(row, "image_id", int, where), []).append(
-            field(row, "caption", str, where)
-        )
+    for number, row in enumerate(get_field(content, "annotations", list, file)):
+        location = f"{file} annotations[{number}]"
+        image_id = get_field(row, "image_id", int, location)
+        caption = get_field(row, "caption", str, location)
+        captions.setdefault(image_id, []).append(caption)
     return captions
 
 
-def by_image(pairs: Iterable[Pair]) -> Iterator[Pair]:
-    """Records of captions "image#k" -> one record per image, in the order of their first captions;
-    faults as they are."""
+def _find_coco_splits(raw: Path) -> dict[str, Path]:
+    """Returns split -> file; raises ValueError for two files of one split."""
+    files: dict[str, Path] = {}
+    for file in _find_coco_files(raw):
+        split = infer_split(file, raw) or "train"
+        if split in files:
+            raise ValueError(
+                f"{files[split].name} and {file.name} in {raw} are both {split}: keep one of them"
+            )
+        files[split] = file
+    return files
+
+
+def _find_coco_files(raw: Path) -> list[Path]:
+    return [file for pattern in COCO_FILES for file in find_files(raw, pattern)]
+
+
+# Between records of captions and records of images ------------------------------------------------
+
+
+def group_by_image(pairs: Iterable[SplitRecord]) -> Iterator[SplitRecord]:
+    """Turns records of captions, with ids "image#k", into one record per image.
+
+    The images come in the order of their first captions. Records with a fault stay as they are.
+    """
     images: dict[tuple[str, str], Record] = {}
     for split, record in pairs:
         if "fault" in record:
             yield split, record
             continue
         key = record["id"].rpartition("#")[0]
-        image = images.setdefault((split, key), _image(key, record["image"], []))
+        image = images.setdefault((split, key), _make_record(key, record["image"], []))
         if image["image"] == record["image"]:
             image["captions"].append(record["text"])
         else:
@@ -155,62 +235,21 @@ def by_image(pairs: Iterable[Pair]) -> Iterator[Pair]:
         yield split, image
 
 
-def one_per_caption(images: Iterable[Pair]) -> Iterator[Pair]:
-    """Training images become one record per caption; others stay one per image, with all captions
-    as references."""
+def split_by_caption(images: Iterable[SplitRecord]) -> Iterator[SplitRecord]:
+    """Turns training images into one record per caption.
+
+    Images of other splits stay one record each, with all captions as references.
+    """
     for split, image in images:
         if split != "train" or "captions" not in image:
             yield split, image
             continue
-        rest = {key: value for key, value in image.items() if key not in ("id", "captions")}
+        shared_fields = {
+            key: value for key, value in image.items() if key not in ("id", "captions")
+        }
         for number, caption in enumerate(image["captions"]):
-            yield split, {"id": f"{image['id']}#{number}", **rest, "text": caption}
+            yield split, {"id": f"{image['id']}#{number}", **shared_fields, "text": caption}
 
 
-def is_karpathy(raw: Path) -> bool:
-    """Whether `raw` is a JSON file or holds a `dataset_*.json`."""
-    return raw.suffix == ".json" if raw.is_file() else bool(found(raw, "dataset_*.json"))
-
-
-def is_flickr8k(raw: Path) -> bool:
-    """Whether `raw` holds Flickr8k's captions."""
-    return bool(found(raw, "*Flickr8k.token.txt"))
-
-
-def is_coco_captions(raw: Path) -> bool:
-    """Whether `raw` holds captions as COCO and NoCaps publish them."""
-    return bool(_coco_files(raw))
-
-
-def _karpathy(raw: str | Path) -> Iterator[Entry]:
-    file = only(raw, "dataset_*.json", "a Karpathy file")
-    # The file may lie in annotations/, the images beside that folder.
-    above = Path(raw).absolute() if Path(raw).is_dir() else file.parent.parent
-    listing = Listing(
-        file.parent,
-        "",
-        "images",
-        "Images",
-        *FLICKR30K,
-        also=[above] if above != file.parent else (),
-    )
-    for number, image in enumerate(field(read_json(file), "images", list, file)):
-        where = f"{file} images[{number}]"
-        name, split = field(image, "filename", str, where), field(image, "split", str, where)
-        path = listing.find(name, folder=field({"filepath": "", **image}, "filepath", str, where))
-        captions = [
-            field(sentence, "raw", str, where)
-            for sentence in field(image, "sentences", list, where)
-        ]
-        id = next(
-            (image[key] for key in ("cocoid", "imgid") if isinstance(image.get(key), int)), name
-        )
-        yield Entry(split_name(split, where), name, id, path, captions)
-
-
-def _coco_files(raw: Path) -> list[Path]:
-    return [file for pattern in COCO_FILES for file in found(raw, pattern)]
-
-
-def _image(id: int | str, path: str, captions: list[str]) -> Record:
-    return {"id": str(id), "image": path, "image_id": id, "captions": captions}
+def _make_record(image_id: int | str, path: str, captions: list[str]) -> Record:
+    return {"id": str(image_id), "image": path, "image_id": image_id, "captions": captions}

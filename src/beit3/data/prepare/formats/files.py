@@ -1,201 +1,148 @@
-"""Files of a raw data set: listed, walked, read as lines or JSON, their fields checked, their
-splits named.
+"""Finds the files of a raw dataset and its images, and checks the fields of its entries.
 
-What is wrong with a file is a ValueError of one line that names the file, the place in it and the
+Every fault of a file is a ValueError of one line that names the file, the location in it and the
 remedy.
 """
 
 import os
-import re
-from collections.abc import Iterable, Iterator, Sequence
-from hashlib import blake2b
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-Record = dict[str, Any]
-Pair = tuple[str, Record]
-
-# What data sets call their splits. Karpathy's restval is the rest of COCO's val, used for training.
-SPLITS = {
-    **dict.fromkeys(("train", "training", "restval", "train2014", "train2017"), "train"),
-    **dict.fromkeys(("val", "valid", "validation", "dev", "eval", "val2014", "val2017"), "val"),
-    **dict.fromkeys(("test", "testing", "test2014", "test2015", "test2017"), "test"),
-    **dict.fromkeys(("test-dev2015", "test-dev2017"), "test-dev"),
-}
-HELD_OUT = 0.05
-FLICKR30K = ("flickr30k-images", "flickr30k_images")
-"""Folders as which Flickr30k's images unpack."""
+FLICKR30K_FOLDERS = ("flickr30k-images", "flickr30k_images")
+"""Folders to which Flickr30k's images unpack."""
 
 
-def folder(raw: str | Path) -> Path:
-    """`raw` as an absolute path; ValueError when it is no folder."""
+def find_folder(raw: str | Path) -> Path:
+    """Returns `raw` as an absolute path. Raises ValueError unless it is a folder."""
     raw = Path(raw).absolute()
     if not raw.is_dir():
-        raise ValueError(
-            f"raw folder {raw} does not exist: give the folder that holds the data set"
-        )
+        raise ValueError(f"raw folder {raw} does not exist: give the folder that holds the dataset")
     return raw
 
 
-def walk(raw: Path) -> Iterator[Path]:
-    """Files below `raw`, sorted, links followed once, hidden ones and macOS leftovers left out."""
-    seen = set()
-    for place, folders, names in os.walk(raw, followlinks=True):
-        real = os.path.realpath(place)
-        folders[:] = [] if real in seen else sorted(name for name in folders if name[0] not in "._")
-        if real not in seen:
-            yield from (Path(place) / name for name in sorted(names) if name[0] != ".")
-        seen.add(real)
+def walk_files(raw: Path) -> Iterator[Path]:
+    """Yields the files below `raw`, sorted.
+
+    Links are followed once. Hidden files and folders and what macOS leaves behind are skipped.
+    """
+    visited = set()
+    for folder, subfolders, names in os.walk(raw, followlinks=True):
+        real_path = os.path.realpath(folder)
+        if real_path in visited:
+            subfolders.clear()
+            continue
+        visited.add(real_path)
+        subfolders[:] = sorted(name for name in subfolders if name[0] not in "._")
+        yield from (Path(folder) / name for name in sorted(names) if name[0] != ".")
 
 
-def found(raw: Path, pattern: str) -> list[Path]:
-    """Files of this name in `raw` or the folders right below it."""
+def find_files(raw: Path, pattern: str) -> list[Path]:
+    """Returns the files in `raw`, then those in the folders right below it, that match a glob."""
     return sorted(raw.glob(pattern)) + sorted(raw.glob(f"*/{pattern}"))
 
 
-def only(raw: str | Path, pattern: str, what: str) -> Path:
-    """The one file of this name in or right below `raw`, or `raw` itself if it is a file;
-    ValueError for none or several."""
+def find_single_file(raw: str | Path, pattern: str, content: str) -> Path:
+    """Returns `raw` if it is a file, else the only file in or right below it that matches a glob.
+
+    `content` says what the file holds, for the ValueError when there is none or more than one.
+    """
     raw = Path(raw).absolute()
-    files = [raw] if raw.is_file() else found(folder(raw), pattern)
+    files = [raw] if raw.is_file() else find_files(find_folder(raw), pattern)
     if len(files) != 1:
         names = ", ".join(file.name for file in files) or "none"
-        raise ValueError(f"{raw} should hold {what} named {pattern}, one of them; found {names}")
+        raise ValueError(f"{raw} should hold {content} in one file {pattern}; it holds {names}")
     return files[0]
 
 
-def nothing_known(raw: Path, wanted: str) -> ValueError:
-    """The error to raise for a folder or file that no reader understands."""
-    return ValueError(f"nothing known in {raw}: it should hold one of {wanted}")
+def make_unknown_error(raw: Path, formats: str) -> ValueError:
+    """Returns the error for a folder or file that no reader understands, for the caller to raise.
+
+    `formats` names the files that would be understood.
+    """
+    return ValueError(f"no known format in {raw}: it should hold one of {formats}")
 
 
-def field(entry: Any, name: str, kind: type, where: str | Path) -> Any:
-    """`entry[name]`, which must be there and of this kind; `where` says in the ValueError which
-    entry it was."""
+def get_field(entry: Any, name: str, kind: type, location: str | Path) -> Any:
+    """Returns `entry[name]`.
+
+    Raises ValueError that begins with `location` unless `entry` is a dict with a value of this kind
+    under `name`.
+    """
     if not isinstance(entry, dict) or not isinstance(entry.get(name), kind):
         raise ValueError(
-            f"{where} has no {name} ({kind.__name__}): check that the file is whole and of this "
-            "format"
+            f"{location} has no {name} ({kind.__name__}): check that the file is complete and of "
+            "this format"
         )
     return entry[name]
 
 
-class Expected(str):
-    """Where a missing image was expected; `searched`: the folders in which it is not."""
+# Images -------------------------------------------------------------------------------------------
+
+
+class MissingImagePath(str):
+    """The path at which a missing image was expected. `searched` names all folders searched."""
 
     searched: str
 
-    def __new__(cls, path: str, searched: str) -> "Expected":
-        made = super().__new__(cls, path)
-        made.searched = searched
-        return made
+    def __new__(cls, path: str, searched: str) -> "MissingImagePath":
+        instance = super().__new__(cls, path)
+        instance.searched = searched
+        return instance
 
 
-class Listing:
-    """Image files of some folders below `base`, or below those in `also`, each listed once; what is
-    named first wins."""
+class ImageFinder:
+    """Finds images by name in several folders, each of which is listed once.
+
+    Args:
+        base: Folder below which `folders` lie.
+        folders: Folders to search, relative to `base`; the first with a match wins.
+        also: Further folders below which `folders` are searched, after `base`.
+    """
 
     def __init__(self, base: Path, *folders: str, also: Sequence[Path] = ()) -> None:
-        self.bases, self.folders = [each.absolute() for each in (base, *also)], folders
-        self.listed: dict[Path, dict[str, str]] = {}
-        self.places: dict[str, list[Path]] = {}
+        self.bases = [path.absolute() for path in (base, *also)]
+        self.folders = folders
+        self._listings: dict[Path, dict[str, str]] = {}
+        self._search_paths: dict[str, list[Path]] = {}
 
     def find(self, *names: str, folder: str = "") -> str:
-        """Absolute path of the first of `names` that exists; else where the first name was
-        expected, as `Expected`."""
-        if folder not in self.places:
-            # "images" and the folder an entry names may be nested either way.
-            nested = [f"{outer}/{folder}" for outer in self.folders if outer and folder]
-            folders = [*([folder] if folder else []), *self.folders, *nested]
-            self.places[folder] = [base / name for base in self.bases for name in folders]
-        for place in self.places[folder]:
-            if place not in self.listed:
-                self.listed[place] = (
-                    {entry.name: entry.path for entry in os.scandir(place)}
-                    if place.is_dir()
-                    else {}
-                )
+        """Returns the absolute path of the first of `names` that exists.
+
+        `folder` is searched first, on its own, then below each of the finder's folders. If no image
+        is found, the result is a `MissingImagePath` for the first name.
+        """
+        if folder not in self._search_paths:
+            self._search_paths[folder] = self._make_search_paths(folder)
+        for path in self._search_paths[folder]:
+            listing = self._list(path)
             for name in names:
-                if name in self.listed[place]:
-                    return self.listed[place][name]
-        return expected(self.places[folder], names[0], self.bases[0])
+                if name in listing:
+                    return listing[name]
+        return make_missing_path(self._search_paths[folder], names[0], self.bases[0])
+
+    def _make_search_paths(self, folder: str) -> list[Path]:
+        """Returns the folders to search for an entry's images, in order."""
+        # "images" and the folder that an entry names may be nested either way.
+        nested = [f"{outer}/{folder}" for outer in self.folders if outer and folder]
+        folders = [*([folder] if folder else []), *self.folders, *nested]
+        return [base / name for base in self.bases for name in folders]
+
+    def _list(self, folder: Path) -> dict[str, str]:
+        """Returns the paths in a folder by file name; empty where there is no such folder."""
+        if folder not in self._listings:
+            entries = os.scandir(folder) if folder.is_dir() else ()
+            self._listings[folder] = {entry.name: entry.path for entry in entries}
+        return self._listings[folder]
 
 
-def expected(places: Sequence[Path], name: str, base: Path) -> Expected:
-    """The path of a missing image in the first of `places`; those below `base` are named from
-    there."""
-    shown = [
-        os.path.relpath(place, base) if place.is_relative_to(base) else str(place)
-        for place in places
-    ]
-    return Expected(str(places[0] / name), f"{', '.join(dict.fromkeys(shown))} of {base}")
+def make_missing_path(folders: Sequence[Path], name: str, base: Path) -> MissingImagePath:
+    """Returns the path of a missing image in the first of `folders`.
 
-
-# Splits -------------------------------------------------------------------------------------------
-
-
-def split(
-    records: Iterable[Record], raw: str | Path, *, held_out: float = HELD_OUT
-) -> Iterator[Pair]:
-    """Give records of `image_folder` or `text_files` their splits: by the folders train, val, test
-    right below `raw`.
-
-    Without a val folder, a share `held_out` of what would be train becomes val, chosen by hash of
-    the id.
+    Folders below `base` are named relative to it in `searched`.
     """
-    names = folder_splits(folder(raw))
-    for record in records:
-        name = names.get(record["id"].partition("/")[0], "train")
-        yield (
-            or_held_out(name, record["id"], has_val="val" in names.values(), held_out=held_out),
-            record,
-        )
-
-
-def folder_splits(raw: Path) -> dict[str, str]:
-    """The folders right below `raw` that are called like a split, and which."""
-    return {
-        path.name: SPLITS[path.name.lower()]
-        for path in raw.iterdir()
-        if path.name.lower() in SPLITS
-    }
-
-
-def named_split(file: Path, raw: Path) -> str:
-    """The split that the file's name holds (captions_val2017.csv, cc12m-train-0000.tar) or a folder
-    below `raw`; else ''."""
-    words = [
-        *re.split(r"[._-]", file.stem)[::-1],
-        *file.parent.relative_to(raw if raw.is_dir() else raw.parent).parts[::-1],
+    shown = [
+        os.path.relpath(folder, base) if folder.is_relative_to(base) else str(folder)
+        for folder in folders
     ]
-    return next((SPLITS[word.lower()] for word in words if word.lower() in SPLITS), "")
-
-
-def subset(file: Path) -> str:
-    """`val2014` of v2_OpenEnded_mscoco_val2014_questions.json; train where the name says
-    nothing."""
-    return next(
-        (part for part in reversed(file.stem.split("_")) if part.lower() in SPLITS), "train"
-    )
-
-
-def or_held_out(name: str, key: str, *, has_val: bool, held_out: float = HELD_OUT) -> str:
-    """The split `name`; where the owners made no val, val for the share of train that the hash of
-    `key` holds out."""
-    return "val" if name == "train" and not has_val and holdout(key, held_out) else name
-
-
-def holdout(key: str, share: float) -> bool:
-    """Whether `key` (say an image's name: its questions stay together) is in the held-out share;
-    the same for ever."""
-    return (
-        int.from_bytes(blake2b(key.encode(errors="surrogatepass"), digest_size=8).digest(), "big")
-        < share * 2**64
-    )
-
-
-def split_name(name: str, where: str) -> str:
-    """The split that a file calls `name`; ValueError for a word that is none."""
-    if name.lower() not in SPLITS:
-        raise ValueError(f"{where} is of split {name!r}: use one of {', '.join(SPLITS)}")
-    return SPLITS[name.lower()]
+    return MissingImagePath(str(folders[0] / name), f"{', '.join(dict.fromkeys(shown))} of {base}")

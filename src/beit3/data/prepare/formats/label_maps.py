@@ -1,0 +1,353 @@
+"""Folders of images and label maps as ADE20K, CamVid and Cityscapes publish them.
+
+A record is {id: path in its split's folder without the ending, image, label_map}. A label map holds
+numbers in one channel, which stay as they are. The options say what they mean:
+
+- `reduce_zero`: 0 is no class, and 1 is label 0.
+- `ignore`: the number of pixels that count nowhere. Where it is not 255, 255 is no class either.
+- `lookup`, if present: the label of each number, `ignore` for none.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from PIL import Image
+
+from beit3.data.prepare.formats.class_names import keep_first_synonyms
+from beit3.data.prepare.formats.files import find_folder, make_unknown_error, walk_files
+from beit3.data.prepare.formats.image_folders import is_image
+from beit3.data.prepare.formats.split_names import SPLITS, SplitRecord, choose_split
+from beit3.data.views.label_maps import IGNORE_INDEX, INDEXED_MODES, read_pixel_values
+from beit3.files import read_lines
+from beit3.images import DECODE_ERRORS, read_upright_size
+
+Options = dict[str, Any]
+
+LABEL_MAP_SUFFIXES = (".png", ".bmp", ".tif", ".tiff")
+"""Endings of files that keep numbers as they are; JPEG does not."""
+
+UNREADABLE_ERRORS = (*DECODE_ERRORS, Image.DecompressionBombError)
+
+# SegNet's selection of CamVid, in the order of its labels; 11 is unlabelled.
+CAMVID_CLASSES = (
+    "Sky",
+    "Building",
+    "Pole",
+    "Road",
+    "Pavement",
+    "Tree",
+    "SignSymbol",
+    "Fence",
+    "Car",
+    "Pedestrian",
+    "Bicyclist",
+)
+
+# The classes of Cityscapes that are trained (labels.py of cityscapesScripts), and their numbers in
+# *_labelIds.png, 0 to 33.
+CITYSCAPES_CLASSES = {
+    "road": 7,
+    "sidewalk": 8,
+    "building": 11,
+    "wall": 12,
+    "fence": 13,
+    "pole": 17,
+    "traffic light": 19,
+    "traffic sign": 20,
+    "vegetation": 21,
+    "terrain": 22,
+    "sky": 23,
+    "person": 24,
+    "rider": 25,
+    "car": 26,
+    "truck": 27,
+    "bus": 28,
+    "train": 31,
+    "motorcycle": 32,
+    "bicycle": 33,
+}
+NUM_CITYSCAPES_IDS = 34
+
+
+class LabelMapDataset(NamedTuple):
+    """A dataset of images with a label for every pixel."""
+
+    class_names: tuple[str, ...]
+    """In the order of the labels."""
+    options: Options
+    """What the numbers in the label maps mean."""
+    records: Iterator[SplitRecord]
+
+
+class SplitFolders(NamedTuple):
+    """The folders of one split, and how the names of its files end before their suffix."""
+
+    split: str
+    images: Path
+    label_maps: Path | None
+    """None if they are not published."""
+    image_ending: str = ""
+    map_ending: str = ""
+
+
+class Layout(NamedTuple):
+    """How a dataset lays out its folders."""
+
+    read: Callable[[Path, list[SplitFolders]], LabelMapDataset]
+    find_splits: Callable[[Path], list[SplitFolders]]
+    """Returns the splits in a folder; empty if the folder has another layout."""
+    description: str
+    """The folders to look for, for error messages."""
+
+
+def read_label_maps(raw: str | Path) -> LabelMapDataset:
+    """Reads a folder in one of `LAYOUTS`.
+
+    Without a val folder, 5 % of the images are held out. An image whose label map is missing, of
+    another size or of several channels is a fault.
+
+    Raises:
+        ValueError: The folder has no known layout, or a list of names breaks its format.
+    """
+    raw = find_folder(raw)
+    for layout in LAYOUTS.values():
+        splits = layout.find_splits(raw)
+        if splits:
+            return layout.read(raw, splits)
+    raise make_unknown_error(
+        raw, "; ".join(f"{layout.description} ({name})" for name, layout in LAYOUTS.items())
+    )
+
+
+# Layouts ------------------------------------------------------------------------------------------
+
+
+def read_ade20k(raw: Path, splits: list[SplitFolders]) -> LabelMapDataset:
+    """Reads ADE20K, in which 0 is no class.
+
+    Names come from objectInfo150.txt or classes.txt beside the folders. Without them the classes
+    are called 1, 2, ... up to the largest number in all label maps.
+    """
+    top = splits[0].images.parents[1]
+    names = _read_object_info(top / "objectInfo150.txt") or _read_class_list(top / "classes.txt")
+    if not names:
+        paths = [path for split in splits for path in _find_label_maps(split).values()]
+        num_classes = max(map(_find_largest_number, paths), default=0)
+        names = tuple(str(number) for number in range(1, num_classes + 1))
+    options = {"reduce_zero": True, "ignore": IGNORE_INDEX}
+    return LabelMapDataset(names, options, _make_records(splits))
+
+
+def read_camvid(raw: Path, splits: list[SplitFolders]) -> LabelMapDataset:
+    """Reads CamVid with SegNet's eleven classes, or those of a classes.txt.
+
+    The number after the last class is unlabelled.
+    """
+    names = _read_class_list(raw / "classes.txt") or CAMVID_CLASSES
+    options = {"reduce_zero": False, "ignore": len(names)}
+    return LabelMapDataset(names, options, _make_records(splits))
+
+
+def read_cityscapes(raw: Path, splits: list[SplitFolders]) -> LabelMapDataset:
+    """Reads Cityscapes with its 19 trained classes.
+
+    *_labelTrainIds.png are read where there are some, else *_labelIds.png with their lookup. The
+    published maps of test are empty: its records have none.
+    """
+    options: Options = {"reduce_zero": False, "ignore": IGNORE_INDEX}
+    ending = "_gtFine_labelTrainIds"
+    if not any((raw / "gtFine").glob("*/*/*_gtFine_labelTrainIds.png")):
+        ending = "_gtFine_labelIds"
+        labels = {number: label for label, number in enumerate(CITYSCAPES_CLASSES.values())}
+        options["lookup"] = [
+            labels.get(number, IGNORE_INDEX) for number in range(NUM_CITYSCAPES_IDS)
+        ]
+    splits = [split._replace(image_ending="_leftImg8bit", map_ending=ending) for split in splits]
+    return LabelMapDataset(tuple(CITYSCAPES_CLASSES), options, _make_records(splits))
+
+
+def _find_ade20k_splits(raw: Path) -> list[SplitFolders]:
+    """Finds images/training and annotations/training, and validation alike.
+
+    They may lie in ADEChallengeData2016, as the zip file unpacks.
+    """
+    if (raw / "ADEChallengeData2016").is_dir():
+        raw = raw / "ADEChallengeData2016"
+    return _keep_existing(
+        SplitFolders(SPLITS[name], raw / "images" / name, raw / "annotations" / name)
+        for name in ("training", "validation")
+    )
+
+
+def _find_camvid_splits(raw: Path) -> list[SplitFolders]:
+    """Finds train and trainannot, and val and test alike; a test may have no label maps."""
+    splits = _keep_existing(
+        SplitFolders(name, raw / name, raw / f"{name}annot") for name in ("train", "val", "test")
+    )
+    return [
+        split._replace(label_maps=None)
+        if split.split == "test" and not _is_folder(split.label_maps)
+        else split
+        for split in splits
+    ]
+
+
+def _find_cityscapes_splits(raw: Path) -> list[SplitFolders]:
+    """Finds leftImg8bit/{train,val,test} and gtFine/{train,val}."""
+    splits = _keep_existing(
+        SplitFolders(name, raw / "leftImg8bit" / name, raw / "gtFine" / name)
+        for name in ("train", "val")
+    )
+    test_images = raw / "leftImg8bit" / "test"
+    if splits and test_images.is_dir():
+        splits.append(SplitFolders("test", test_images, None))
+    return splits
+
+
+LAYOUTS = {
+    "ade20k": Layout(
+        read_ade20k,
+        _find_ade20k_splits,
+        "images/{training,validation}/ with annotations/{training,validation}/",
+    ),
+    "camvid": Layout(
+        read_camvid, _find_camvid_splits, "{train,val,test}/ with {train,val,test}annot/"
+    ),
+    "cityscapes": Layout(
+        read_cityscapes,
+        _find_cityscapes_splits,
+        "leftImg8bit/{train,val,test}/<city>/ with gtFine/{train,val}/<city>/",
+    ),
+}
+
+
+def _keep_existing(splits: Iterable[SplitFolders]) -> list[SplitFolders]:
+    """Returns the splits with a folder of images; none if no split has a folder of label maps."""
+    existing = [split for split in splits if split.images.is_dir()]
+    return existing if any(_is_folder(split.label_maps) for split in existing) else []
+
+
+def _is_folder(path: Path | None) -> bool:
+    """Returns whether there is a folder at `path`."""
+    return path is not None and path.is_dir()
+
+
+# Records ------------------------------------------------------------------------------------------
+
+
+def _make_records(splits: Sequence[SplitFolders]) -> Iterator[SplitRecord]:
+    """Yields the records of all splits."""
+    has_val = any(folders.split == "val" for folders in splits)
+    for folders in splits:
+        label_maps = _find_label_maps(folders)
+        keys: set[str] = set()
+        for path in filter(is_image, walk_files(folders.images)):
+            if not path.stem.endswith(folders.image_ending):
+                continue
+            key = _make_key(path, folders.images, folders.image_ending)
+            split = choose_split(folders.split, key, has_val=has_val)
+            if key in keys:
+                fault = f"{path.name} is another image of this name"
+            else:
+                fault = _find_fault(path, key, folders, label_maps)
+            keys.add(key)
+            if fault:
+                yield split, {"id": key, "fault": fault}
+                continue
+            record = {"id": key, "image": str(path)}
+            if key in label_maps:
+                record["label_map"] = str(label_maps[key])
+            yield split, record
+
+
+def _find_label_maps(folders: SplitFolders) -> dict[str, Path]:
+    """Returns key of an image -> its label map."""
+    if folders.label_maps is None:
+        return {}
+    return {
+        _make_key(path, folders.label_maps, folders.map_ending): path
+        for path in walk_files(folders.label_maps)
+        if path.suffix.lower() in LABEL_MAP_SUFFIXES and path.stem.endswith(folders.map_ending)
+    }
+
+
+def _make_key(path: Path, folder: Path, ending: str) -> str:
+    """Returns the key by which an image and its label map are joined.
+
+    It is aachen/aachen_0 for leftImg8bit/train/aachen/aachen_0_leftImg8bit.png.
+    """
+    return (path.relative_to(folder).parent / path.stem.removesuffix(ending)).as_posix()
+
+
+def _find_fault(
+    image: Path, key: str, folders: SplitFolders, label_maps: Mapping[str, Path]
+) -> str:
+    """Returns what is wrong with the label map of an image, or "".
+
+    An image that cannot be read is left to `prepare`.
+    """
+    if folders.label_maps is None:
+        return ""
+    if key not in label_maps:
+        others = ", ".join(LABEL_MAP_SUFFIXES[1:])
+        expected = f"{folders.label_maps / key}{folders.map_ending}{LABEL_MAP_SUFFIXES[0]}"
+        return f"its label map {expected} is missing (or {others}; not .jpg)"
+    label_map = label_maps[key]
+    try:
+        with Image.open(label_map) as header:
+            mode, map_size = header.mode, header.size
+    except UNREADABLE_ERRORS as error:
+        return f"its label map {label_map} cannot be read ({type(error).__name__})"
+    if mode not in INDEXED_MODES:
+        return f"its label map {label_map} is a color image ({mode}): give one channel of numbers"
+    try:
+        with Image.open(image) as header:
+            image_size = read_upright_size(header)
+    except UNREADABLE_ERRORS:
+        return ""
+    if map_size == image_size:
+        return ""
+    return (
+        f"its label map {label_map} has {map_size[0]} x {map_size[1]} pixels, the image "
+        f"{image_size[0]} x {image_size[1]}"
+    )
+
+
+# Classes ------------------------------------------------------------------------------------------
+
+
+def _find_largest_number(path: Path) -> int:
+    """Returns the largest number in a label map that is a class.
+
+    It is 0 for a map that cannot be read: `_find_fault` reports it.
+    """
+    try:
+        numbers = read_pixel_values(path)
+    except ValueError:
+        return 0
+    return int(numbers[numbers != IGNORE_INDEX].max(initial=0))
+
+
+def _read_object_info(file: Path) -> tuple[str, ...]:
+    """Returns the names in ADE20K's objectInfo150.txt, each the first synonym if it is unique.
+
+    The result is empty without the file.
+    """
+    if not file.is_file():
+        return ()
+    rows = [line.rstrip().split("\t") for line in read_lines(file) if line.strip()][1:]
+    numbers = [row[0].strip() for row in rows]
+    if not rows or numbers != [str(number) for number in range(1, len(rows) + 1)]:
+        raise ValueError(
+            f"{file} does not list Idx, ..., Name of the classes 1, 2, ...: take it from "
+            "ADEChallengeData2016 again"
+        )
+    return tuple(keep_first_synonyms([" ".join(row[-1].split()) for row in rows]))
+
+
+def _read_class_list(file: Path) -> tuple[str, ...]:
+    """Returns the lines of a classes.txt; empty without the file."""
+    if not file.is_file():
+        return ()
+    return tuple(" ".join(line.split()) for line in read_lines(file) if line.strip())
