@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import threading
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -42,7 +43,14 @@ def write_text(path: str | Path, text: str) -> None:
 
 def flush_to_disk(path: str | Path) -> None:
     """Waits until the contents of a file, or the entries of a directory, are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
+    is_directory = os.path.isdir(path)
+    try:
+        # Windows flushes only files that are open for writing, and opens no directories.
+        descriptor = os.open(path, os.O_RDONLY if is_directory else os.O_RDWR)
+    except PermissionError:
+        if is_directory:
+            return
+        raise
     try:
         os.fsync(descriptor)
     finally:
@@ -134,7 +142,7 @@ def read_tar_member(tar: str | Path, start: int, size: int) -> bytes:
     Raises ValueError when the tar ends before them and OSError when it cannot be read.
     """
     opened = _open_tar(str(tar))
-    content = os.pread(opened.descriptor, size, start)
+    content = _read_at(opened.descriptor, size, start)
     if len(content) != size:
         raise ValueError(
             f"{tar} ends before byte {start + size}: it was changed, run `beit3 prepare` again"
@@ -146,7 +154,7 @@ class _OpenTar:
     """A tar that is closed when the last reference to it is gone."""
 
     def __init__(self, tar: str):
-        self.descriptor = os.open(tar, os.O_RDONLY)
+        self.descriptor = os.open(tar, os.O_RDONLY | getattr(os, "O_BINARY", 0))
         weakref.finalize(self, os.close, self.descriptor)
 
 
@@ -154,6 +162,18 @@ class _OpenTar:
 def _open_tar(tar: str) -> _OpenTar:
     """Opens a tar once. Forked processes may share the descriptor: `os.pread` does not move it."""
     return _OpenTar(tar)
+
+
+_SEEK_LOCK = threading.Lock()
+
+
+def _read_at(descriptor: int, size: int, start: int) -> bytes:
+    """Reads from an offset; on Windows, which has no `os.pread` and no fork, under a lock."""
+    if hasattr(os, "pread"):
+        return os.pread(descriptor, size, start)
+    with _SEEK_LOCK:
+        os.lseek(descriptor, start, os.SEEK_SET)
+        return os.read(descriptor, size)
 
 
 # Directories ----------------------------------------------------------------------------------

@@ -9,11 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
-from beit3.files import parse_tar_member, read_tar_member
-from beit3.images import DECODE_ERRORS, MAX_BYTES, MAX_PIXELS, open_image
+from beit3.images import measure_file, open_image, open_with_pillow, read_image_bytes
 
 IGNORE_INDEX = 255
 
@@ -115,20 +113,9 @@ def read_pixel_values(path: str | Path | io.BytesIO) -> np.ndarray:
     They are gray values of 1 to 16 bits, or indices into a palette. Raises ValueError naming the
     file when it cannot be read or has another mode.
     """
-    try:
-        data = path.getvalue() if isinstance(path, io.BytesIO) else _read_bytes(path)
-        with Image.open(io.BytesIO(data)) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise Image.DecompressionBombError
-            mode, values = image.mode, np.asarray(image)
-    except Image.DecompressionBombError:
-        raise ValueError(
-            f"label map {path} has more than {MAX_PIXELS} pixels: make it smaller"
-        ) from None
-    except OSError as error:
-        raise ValueError(f"cannot read label map {path}: {error.strerror or error}") from error
-    except DECODE_ERRORS as error:
-        raise ValueError(f"label map {path} cannot be read: {error}") from error
+    data = path.getvalue() if isinstance(path, io.BytesIO) else _read_bytes(path)
+    with open_with_pillow(data, f"label map {path}") as image:
+        mode, values = image.mode, np.asarray(image)
     if mode not in INDEXED_MODES:
         raise ValueError(
             f"label map {path} is an image of mode {mode}: "
@@ -138,14 +125,9 @@ def read_pixel_values(path: str | Path | io.BytesIO) -> np.ndarray:
 
 
 def _read_bytes(path: str | Path) -> bytes:
-    """Reads a file or a member of a tar."""
-    tar, start, size = parse_tar_member(str(path))
-    if tar:
-        return read_tar_member(tar, start, size)
-    path = Path(path)
-    if path.stat().st_size > MAX_BYTES:
-        raise ValueError(f"it has more than {MAX_BYTES} bytes")
-    return path.read_bytes()
+    """Reads a file or a member of a tar; a label map may be as large as an image."""
+    measure_file(path)
+    return read_image_bytes(path)
 
 
 def _find_gray_factor(data: bytes, mode: str) -> int:
