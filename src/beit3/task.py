@@ -170,6 +170,15 @@ class Task(nn.Module):
             batch[key] = default_collate(values) if isinstance(values[0], Tensor) else values
         return trim_padding(batch)
 
+    def without_network(self) -> "Task":
+        """Returns a copy without parameters and modules, which makes examples and batches.
+
+        Loader processes are sent it: a network would be copied to each of them, a tensor at a time.
+        """
+        copy = object.__new__(_find_task_class(type(self)))
+        copy.__dict__.update(self.__dict__, _parameters={}, _buffers={}, _modules={})
+        return copy
+
     def normalize_images(self, batch: Batch) -> Tensor:
         """Returns the batch's images [..., 3, H, W] normalized, in the dtype of the weights.
 
@@ -458,6 +467,9 @@ def task_name(kind: type[Task]) -> str:
 
     It is the module's name within `beit3.tasks`, or the whole dotted path of other modules.
     """
-    # Sharding puts a class of torch in front of the task's own.
-    task = next(base for base in kind.__mro__ if not base.__module__.startswith("torch."))
-    return task.__module__.removeprefix("beit3.tasks.")
+    return _find_task_class(kind).__module__.removeprefix("beit3.tasks.")
+
+
+def _find_task_class(kind: type[Task]) -> type[Task]:
+    """Returns the task's own class: sharding puts a class of torch in front of it."""
+    return next(base for base in kind.__mro__ if not base.__module__.startswith("torch."))

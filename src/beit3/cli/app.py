@@ -3,6 +3,7 @@
 Errors that the user can mend are one line on stderr and status 2; `--debug` shows their traceback.
 """
 
+import io
 import logging
 import os
 import sys
@@ -112,6 +113,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         number of another signal.
     """
     hide_enum_warnings()
+    escape_unprintable_output()
     words = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in words
     words = [word for word in words if word != "--debug"]
@@ -153,6 +155,17 @@ def hide_enum_warnings() -> None:
     printed the warnings into every run. Other messages of that logger are shown.
     """
     logging.getLogger("torch.utils._pytree").addFilter(is_no_enum_warning)
+
+
+def escape_unprintable_output() -> None:
+    """Prints characters that the console's encoding lacks as escapes.
+
+    Consoles of Windows, and files that their output goes to, are often in cp1252. A file name in
+    Chinese would end a run there.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def is_no_enum_warning(record: logging.LogRecord) -> bool:

@@ -285,3 +285,58 @@ def load_batches(
     batches = iter(loader)
     for step in steps:
         yield [next(batches) for _ in sample_step(step)]
+
+
+# Evaluation -----------------------------------------------------------------------------------
+
+
+class EvaluationBatches(Dataset):
+    """Batches of a split by their number.
+
+    Args:
+        batches: The records of each batch.
+        make: Turns (record, False) into an example; raises ValueError for a bad record.
+        collate: Stacks a list of examples to a batch.
+    """
+
+    def __init__(
+        self,
+        batches: Sequence[Sequence[dict[str, Any]]],
+        make: Callable[..., dict[str, Any]],
+        collate: Callable[..., dict[str, Any]],
+    ) -> None:
+        self.batches, self.make, self.collate = batches, make, collate
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getitem__(self, index: int) -> tuple[dict[str, Any] | None, list[str]]:
+        """Returns a batch of the readable records, None without any, and why others are not."""
+        examples, unreadable = [], []
+        for record in self.batches[index]:
+            try:
+                examples.append(self.make(record, False))
+            except ValueError as error:
+                unreadable.append(f"{record['id']}: {error}")
+        return self.collate(examples) if examples else None, unreadable
+
+
+def load_evaluation_batches(
+    batches: EvaluationBatches, *, workers: int
+) -> Iterator[tuple[dict[str, Any] | None, list[str]]]:
+    """Yields the batches in their order, made ahead by up to `workers` processes."""
+    num_workers = min(workers, len(batches)) if len(batches) > 1 else 0
+    return iter(
+        DataLoader(
+            batches,
+            batch_size=None,
+            collate_fn=_keep_batch,
+            num_workers=num_workers,
+            prefetch_factor=2 if num_workers else None,
+        )
+    )
+
+
+def _keep_batch(batch: Any) -> Any:
+    """Batches come collated."""
+    return batch

@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 
-from beit3.data.loader import RecordDataset
+from beit3.data.loader import EvaluationBatches, RecordDataset, load_evaluation_batches
 from beit3.ops.collectives import all_gather_objects, rank, world_size
-from beit3.task import Batch, Example, Prediction, Record, Task
+from beit3.task import Batch, Prediction, Record, Task
 from beit3.training.sources import check_tokenizer, has_raw_text
 
 MAX_LISTED_RECORDS = 20
@@ -49,25 +49,31 @@ def to_device(batch: Batch, device: torch.device, dtype: torch.dtype = torch.flo
 
 
 def iterate_batches(
-    task: Task, records: Iterable[Record], size: int, unreadable: list[str] | None = None
+    task: Task, records: Iterable[Record], size: int, *, workers: int = 0
 ) -> Iterator[Batch]:
     """Yields the examples of `records`, in order, in batches of `size`.
 
-    Unreadable records are skipped and described in `unreadable`; without it they raise ValueError.
+    Raises ValueError for a record that cannot be read.
     """
-    examples: list[Example] = []
-    for record in records:
-        try:
-            examples.append(task.example(record, False))
-        except ValueError as error:
-            if unreadable is None:
-                raise
-            unreadable.append(f"{record['id']}: {error}")
-        if len(examples) == size:
-            yield task.collate(examples)
-            examples = []
-    if examples:
-        yield task.collate(examples)
+    for batch, unreadable in load_batches(task, split_records(list(records), size), workers):
+        if unreadable:
+            raise ValueError(unreadable[0])
+        if batch is not None:
+            yield batch
+
+
+def split_records(records: Sequence[Record], size: int) -> list[Sequence[Record]]:
+    """Splits records into batches of `size`; the last may be smaller."""
+    return [records[start : start + size] for start in range(0, len(records), size)]
+
+
+def load_batches(
+    task: Task, batches: Sequence[Sequence[Record]], workers: int
+) -> Iterator[tuple[Batch | None, list[str]]]:
+    """Yields (examples, descriptions of unreadable records) of each batch of records."""
+    maker = task.without_network() if workers else task
+    examples = EvaluationBatches(batches, maker.example, maker.collate)
+    return load_evaluation_batches(examples, workers=workers)
 
 
 @dataclass
@@ -85,33 +91,34 @@ class RankBatch:
 
 
 def iterate_rank_batches(
-    task: Task, records: Sequence[Record], size: int, *, skip_unreadable: bool
+    task: Task, records: Sequence[Record], size: int, *, workers: int
 ) -> Iterator[RankBatch]:
     """Yields this process's batches; processes take turns and all get the same number.
 
     One of several processes that has no batch in a round, or none that can be read, repeats the
     first that can be read.
     """
-    chunks = [records[start : start + size] for start in range(0, len(records), size)]
-    num_rounds = -(-len(chunks) // world_size())
+    batches = split_records(records, size)
+    num_rounds = -(-len(batches) // world_size())
+    own_batches = load_batches(task, batches[rank() :: world_size()], workers)
     for index in range(rank(), num_rounds * world_size(), world_size()):
-        turn = RankBatch(index, batch=None, is_own=False)
-        if index < len(chunks):
-            unreadable = turn.unreadable if skip_unreadable else None
-            turn.batch = next(iterate_batches(task, chunks[index], size, unreadable), None)
-            turn.is_own = turn.batch is not None
+        batch, unreadable = next(own_batches, (None, []))
+        turn = RankBatch(index, batch, batch is not None, unreadable)
         if turn.batch is None and world_size() > 1:
-            turn.batch = _find_readable_batch(task, chunks, size)
+            turn.batch = _find_readable_batch(task, batches)
         yield turn
 
 
-def _find_readable_batch(task: Task, chunks: Sequence[Sequence[Record]], size: int) -> Batch:
+def _find_readable_batch(task: Task, batches: Sequence[Sequence[Record]]) -> Batch:
     """Returns the first batch that can be read. Raises ValueError if there is none."""
-    unreadable: list[str] = []
-    for chunk in chunks:
-        for batch in iterate_batches(task, chunk, size, unreadable):
+    all_unreadable: list[str] = []
+    for batch, unreadable in load_batches(task, batches, workers=0):
+        if batch is not None:
             return batch
-    raise ValueError(f"none of {len(unreadable)} records can be read; the first: {unreadable[0]}")
+        all_unreadable += unreadable
+    raise ValueError(
+        f"none of {len(all_unreadable)} records can be read; the first: {all_unreadable[0]}"
+    )
 
 
 # Predictions --------------------------------------------------------------------------------------
@@ -124,6 +131,7 @@ def predict(
     *,
     batch_size: int,
     unreadable: list[str] | None = None,
+    workers: int = 0,
     autocast: torch.autocast | None = None,
     progress: Progress = ignore_progress,
 ) -> list[Prediction]:
@@ -135,6 +143,7 @@ def predict(
         batch_size: Records of a batch on one process.
         unreadable: Receives a description of each record that cannot be read; without it such a
             record raises ValueError.
+        workers: Processes that read and preprocess images; 0 = this one.
         autocast: The training's precision, which sharded weights need because they are gathered
             for it; without it the precision is that of the weights.
         progress: Receives the progress.
@@ -146,9 +155,9 @@ def predict(
     was_training, weights = task.training, next(task.parameters())
     task.eval()
     results: list[tuple[int, list[Prediction], list[str]]] = []
-    for turn in iterate_rank_batches(
-        task, records, batch_size, skip_unreadable=unreadable is not None
-    ):
+    for turn in iterate_rank_batches(task, records, batch_size, workers=workers):
+        if turn.unreadable and unreadable is None:
+            raise ValueError(turn.unreadable[0])
         predictions: list[Prediction] = []
         if turn.batch is not None:
             with autocast or nullcontext():
@@ -173,6 +182,7 @@ def predict_sources(
     batch_size: int,
     limit: int = 0,
     bad_share: float = 0.0,
+    workers: int = 0,
     autocast: torch.autocast | None = None,
     progress: Progress = ignore_progress,
 ) -> SourcePredictions:
@@ -184,6 +194,7 @@ def predict_sources(
         batch_size: Records of a batch on one process.
         limit: Records of each source, the first ones; 0 = all.
         bad_share: The fraction of a source's records that may be unreadable; they are skipped.
+        workers: As for `predict`.
         autocast: As for `predict`.
         progress: Receives the progress of each source.
 
@@ -203,6 +214,7 @@ def predict_sources(
             records,
             batch_size=batch_size,
             unreadable=unreadable,
+            workers=workers,
             autocast=autocast,
             progress=progress,
         )
@@ -248,10 +260,17 @@ def evaluate(
     batch_size: int,
     limit: int = 0,
     bad_share: float = 0.0,
+    workers: int = 0,
     autocast: torch.autocast | None = None,
 ) -> dict[str, float]:
     """Predicts and scores a split; the arguments are those of `predict_sources`."""
     results = predict_sources(
-        task, sources, batch_size=batch_size, limit=limit, bad_share=bad_share, autocast=autocast
+        task,
+        sources,
+        batch_size=batch_size,
+        limit=limit,
+        bad_share=bad_share,
+        workers=workers,
+        autocast=autocast,
     )
     return score_sources(type(task), results)

@@ -27,6 +27,10 @@ IMAGENET_MEAN_STD: tuple[ChannelValues, ChannelValues] = (
 )
 """Mean and standard deviation of ImageNet's pixels."""
 
+MAX_ASPECT = 16
+"""A center crop is taken of at most so many times the shorter side: resized whole, an image of
+12,000 x 1 pixels would take 5 GB."""
+
 INTERPOLATION_MODES = {
     "bicubic": InterpolationMode.BICUBIC,
     "bilinear": InterpolationMode.BILINEAR,
@@ -97,6 +101,8 @@ class Preprocessing:
             return resize(image, size, size, self.interpolation)
         if self.resize == "fit":
             return resize(image, *fit_longer_side(height, width, size), self.interpolation)
+        image = cut_to_aspect(image, MAX_ASPECT)
+        height, width = image.shape[-2:]
         shorter = math.floor(size / self.crop_pct)
         if height <= width:
             new_height, new_width = shorter, shorter * width // height
@@ -120,6 +126,14 @@ class Preprocessing:
         # Converted first: a product of bytes and floats takes a third longer on CPU.
         floats = pixels.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
         return floats.mul_(scale).sub_(shift)
+
+
+def cut_to_aspect(image: Tensor, limit: int) -> Tensor:
+    """Cuts the ends off an image [3, H, W] that is more than `limit` times as long as wide."""
+    height, width = image.shape[-2:]
+    rows, columns = min(height, limit * width), min(width, limit * height)
+    top, left = (height - rows) // 2, (width - columns) // 2
+    return image[..., top : top + rows, left : left + columns]
 
 
 def fit_longer_side(height: int, width: int, size: float) -> tuple[int, int]:
