@@ -26,7 +26,7 @@ ImageInput = str | Path | bytes | BinaryIO | Image.Image | np.ndarray | Tensor
 """What `open_image` takes."""
 
 Image.init()
-FORMATS = [
+FORMATS: list[str] = [
     name
     for name in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "JPEG2000", "AVIF")
     if name in Image.OPEN
@@ -174,8 +174,6 @@ def find_header_fault(image: str | BinaryIO, size: tuple[int, int] | None = None
     `size` is the (width, height) that the image should have once it is upright, None for any.
     """
     try:
-        if isinstance(image, str):
-            measure_file(image)
         with open_with_pillow(image, "") as header:
             fault = find_mode_fault(header)
             actual = header.size if size is None else read_upright_size(header)
@@ -223,10 +221,10 @@ def read_orientation(header: Image.Image) -> int:
     if "exif" not in header.info:
         return 1
     try:
-        orientation = header.getexif().get(ExifTags.Base.Orientation)
+        orientation = int(header.getexif().get(ExifTags.Base.Orientation) or 1)
     except Exception:  # damaged EXIF data raises whatever its bytes lead to
         return 1
-    return orientation if orientation in range(1, 9) else 1
+    return orientation if 1 <= orientation <= 8 else 1
 
 
 @contextmanager
@@ -236,6 +234,8 @@ def open_with_pillow(source: str | Path | bytes | BinaryIO, name: str) -> Iterat
     Raises ValueError, which begins with `name`, for what is no image or has too many pixels, and
     for everything that goes wrong with its bytes inside the block.
     """
+    if isinstance(source, str | Path):
+        measure_file(source)
     if isinstance(source, bytes):
         if len(source) > MAX_BYTES:
             raise ValueError(f"{name} has more than {MAX_BYTES} bytes: make it smaller")

@@ -1,5 +1,6 @@
 """Evaluation: order, batches, unreadable records, and scores over several sources."""
 
+import multiprocessing
 from dataclasses import replace
 from pathlib import Path
 
@@ -45,6 +46,20 @@ def test_predictions_are_in_order_for_any_batch_size(task, records, size):
     assert [p["codes"] for p in predictions] == [
         p["codes"] for p in predict(task, records, batch_size=2)
     ]
+
+
+@pytest.mark.parametrize("method", multiprocessing.get_all_start_methods())
+def test_workers_of_every_start_method_give_the_same_predictions(task, records, tmp_path, method):
+    multiprocessing.set_start_method(method, force=True)
+    sources = {"main": write_source(tmp_path, records, broken=1)}
+    try:
+        scores = [
+            evaluate(task, sources, batch_size=3, bad_share=0.5, workers=workers)
+            for workers in (0, 2)
+        ]
+    finally:
+        multiprocessing.set_start_method(None, force=True)
+    assert scores[0] == scores[1]
 
 
 def test_prediction_restores_training_mode(task, records):

@@ -235,9 +235,10 @@ class Trainer:
 
     def load_micro_batches(self) -> Iterator[list[Batch]]:
         """Yields this process's micro-batches of each step that is left."""
+        maker = self.task.without_network()
         return load_batches(
-            ExampleDataset(self.sources, self.task.example, seed=self.recipe.run.seed),
-            self.task.collate,
+            ExampleDataset(self.sources, maker.example, seed=self.recipe.run.seed),
+            maker.collate,
             partial(sample_step_positions, recipe=self.recipe, source_names=list(self.sources)),
             range(self.first_step, self.num_steps),
             workers=self.recipe.data.workers,
@@ -296,6 +297,7 @@ class Trainer:
             batch_size=recipe.run.micro_batch or max(1, count_rank_records(recipe)),
             limit=recipe.run.eval_records,
             bad_share=recipe.data.bad_share,
+            workers=recipe.data.workers,
             autocast=self.autocast,
         )
         reshard(task)

@@ -209,7 +209,7 @@ def test_unusable_label_maps_are_faults(tmp_path):
         "absent": "is missing",
         "jpeg": "not .jpg",
         "color": "RGB",
-        "damaged": "cannot be read",
+        "damaged": "is not an image",
     }
     words["small"] = "has 4 x 6 pixels, the image 6 x 4"
     for stem, word in words.items():
@@ -231,7 +231,7 @@ def test_a_repeated_name_and_an_unreadable_image_are_faults(tmp_path):
     report = write_splits(
         tmp_path / "root", "ade20k", "main", read_label_maps(tmp_path)[2], bad_share=0.7
     )
-    assert report["records"] == {"val": 1} and "b.jpg cannot be read" in report["passed_over"][1]
+    assert report["records"] == {"val": 1} and "b.jpg is not an image" in report["passed_over"][1]
 
 
 def test_folders_of_other_layouts_are_refused(tmp_path):

@@ -12,22 +12,19 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from PIL import Image
-
 from beit3.data.prepare.formats.class_names import keep_first_synonyms
 from beit3.data.prepare.formats.files import find_folder, make_unknown_error, walk_files
 from beit3.data.prepare.formats.image_folders import is_image
 from beit3.data.prepare.formats.split_names import SPLITS, SplitRecord, choose_split
 from beit3.data.views.label_maps import IGNORE_INDEX, INDEXED_MODES, read_pixel_values
 from beit3.files import read_lines
-from beit3.images import DECODE_ERRORS, read_upright_size
+from beit3.images import open_with_pillow, read_upright_size
 
 Options = dict[str, Any]
 
 LABEL_MAP_SUFFIXES = (".png", ".bmp", ".tif", ".tiff")
 """Endings of files that keep numbers as they are; JPEG does not."""
 
-UNREADABLE_ERRORS = (*DECODE_ERRORS, Image.DecompressionBombError)
 
 # SegNet's selection of CamVid, in the order of its labels; 11 is unlabelled.
 CAMVID_CLASSES = (
@@ -295,16 +292,16 @@ def _find_fault(
         return f"its label map {expected} is missing (or {others}; not .jpg)"
     label_map = label_maps[key]
     try:
-        with Image.open(label_map) as header:
+        with open_with_pillow(label_map, f"its label map {label_map}") as header:
             mode, map_size = header.mode, header.size
-    except UNREADABLE_ERRORS as error:
-        return f"its label map {label_map} cannot be read ({type(error).__name__})"
+    except ValueError as error:
+        return str(error)
     if mode not in INDEXED_MODES:
         return f"its label map {label_map} is a color image ({mode}): give one channel of numbers"
     try:
-        with Image.open(image) as header:
+        with open_with_pillow(image, f"image {image}") as header:
             image_size = read_upright_size(header)
-    except UNREADABLE_ERRORS:
+    except ValueError:
         return ""
     if map_size == image_size:
         return ""
