@@ -1,142 +1,57 @@
-"""Damages files of every kind that is read, and counts what becomes of them.
+"""Damages files of every kind that comes from outside, and counts what becomes of them.
 
-    python benchmarks/fuzz.py --files 24000 --json benchmarks/fuzz.json
+    python -m benchmarks.fuzz --files 20000 --json benchmarks/fuzz.json
+    python -m benchmarks.fuzz --kind "captions csv" --number 11 > damaged.csv
 
-Each kind has an intact file. A worker process damages it again and again with a fixed seed (bits,
-bytes, slices, lengths) and has it read. Only two outcomes are right: it is read, or it is refused
-by a ValueError of one line. A process that ends, a read that takes longer than `SECONDS`, another
-exception and an answer of the wrong form are faults; so is a record that disappears without being
-counted.
+Each kind has an intact file. A worker process damages it again and again with a fixed seed and has
+it read. Only two outcomes are right: it is read, or it is refused by an error of one line, which
+leaves nothing behind. A process that ends, a read that takes longer than `SECONDS` or more than
+`MAX_MEMORY`, another exception, an answer of the wrong form and a record that disappears without
+being counted are faults.
 """
 
 import argparse
 import io
+import json
+import os
 import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-import torch
-from PIL import Image
 
-from beit3.images import find_header_fault, open_image
+from benchmarks.fuzzing.images import IMAGE_KINDS
+from benchmarks.fuzzing.kinds import Kind
 
 SECONDS = 30
 """Longest time that reading one small file may take."""
+MAX_MEMORY = 2 << 30
+"""Bytes that reading one small file may take."""
+GROUPS = ("images", "annotations", "stores")
 
 ROOT = Path(__file__).parents[1]
 
 
-@dataclass(frozen=True)
-class Kind:
-    """A kind of file: how an intact one is written, and what reads it."""
+def list_kinds(groups: Sequence[str] = GROUPS) -> dict[str, Kind]:
+    """Returns the kinds of some groups. Images need the least imports."""
+    kinds: dict[str, Kind] = {}
+    if "images" in groups:
+        kinds |= IMAGE_KINDS
+    if "annotations" in groups:
+        from benchmarks.fuzzing.annotations import ANNOTATION_KINDS
 
-    write: Callable[[Path], Path]
-    """Writes what the reader needs into an empty folder; returns the file to damage."""
-    read: Callable[[Path], str]
-    """Reads the damaged file; returns "read" or "refused", or raises."""
+        kinds |= ANNOTATION_KINDS
+    if "stores" in groups:
+        from benchmarks.fuzzing.stores import STORE_KINDS
 
-
-# Damage ---------------------------------------------------------------------------------------
-
-
-def damage(data: bytes, rng: np.random.Generator) -> bytes:
-    """Changes 1 to 4 places of a file; a quarter of the changes fall into its first 64 bytes."""
-    for _ in range(rng.integers(1, 5)):
-        size = max(1, len(data) if rng.random() < 0.75 else min(64, len(data)))
-        start = int(rng.integers(size))
-        length = int(rng.integers(1, 1 + min(64, size)))
-        replacement = [
-            lambda old: bytes([old[0] ^ (1 << int(rng.integers(8)))]) + old[1:] if old else b"\0",
-            lambda old: rng.bytes(len(old)),
-            lambda old: b"",
-            lambda old: old + old,
-            lambda old: rng.choice([b"\0", b"\xff", b"\x7f"]) * len(old),
-            lambda old: int(rng.choice([0, 1, 2**31 - 1, 2**32 - 1])).to_bytes(4, "big") + old[4:],
-            lambda old: (
-                int(rng.choice([0, 1, 2**31 - 1, 2**32 - 1])).to_bytes(4, "little") + old[4:]
-            ),
-        ][int(rng.integers(7))]
-        if rng.random() < 0.05:
-            data = data[:start]
-        else:
-            data = data[:start] + replacement(data[start : start + length]) + data[start + length :]
-    return data
-
-
-# Images ---------------------------------------------------------------------------------------
-
-
-def write_image(format: str, mode: str, **options: object) -> Callable[[Path], Path]:
-    """Returns a writer of a small image, smooth with some noise."""
-
-    def write(folder: Path) -> Path:
-        y, x = np.mgrid[0:40, 0:56]
-        noise = np.random.default_rng(0).integers(0, 20, (40, 56, 3))
-        pixels = np.stack([x * 4, y * 5, (x + y) * 2], axis=-1) + noise
-        image = Image.fromarray(pixels.astype(np.uint8))
-        if mode == "I;16":
-            image = Image.fromarray(pixels[:, :, 0].astype(np.uint16) * 256)
-        elif mode != "RGB":
-            image = image.convert(mode)
-        path = folder / "intact"
-        exif = Image.Exif()
-        exif[0x0112] = 6
-        settings = dict(options) if format in ("GIF", "BMP", "PPM") else {"exif": exif, **options}
-        image.save(path, format, **settings)
-        return path
-
-    return write
-
-
-def read_image(path: Path) -> str:
-    """Opens an image by its header and whole."""
-    fault = find_header_fault(str(path))
-    assert "\n" not in fault, fault
-    try:
-        pixels = open_image(path)
-    except ValueError as error:
-        assert "\n" not in str(error) and path.name in str(error), error
-        return "refused"
-    assert pixels.dtype == torch.uint8 and pixels.ndim == 3 and pixels.shape[0] == 3, pixels.shape
-    assert not fault, f"open_image reads what prepare refuses: {fault}"
-    return "read"
-
-
-IMAGE_KINDS: dict[str, Kind] = {
-    name: Kind(write, read_image)
-    for name, write in {
-        "jpeg": write_image("JPEG", "RGB"),
-        "jpeg progressive": write_image("JPEG", "RGB", progressive=True),
-        "jpeg gray": write_image("JPEG", "L"),
-        "jpeg cmyk": write_image("JPEG", "CMYK"),
-        "png": write_image("PNG", "RGB"),
-        "png palette": write_image("PNG", "P"),
-        "png 16 bits": write_image("PNG", "I;16"),
-        "png alpha": write_image("PNG", "RGBA"),
-        "webp": write_image("WEBP", "RGB"),
-        "webp lossless": write_image("WEBP", "RGBA", lossless=True),
-        "gif": write_image("GIF", "P"),
-        "bmp": write_image("BMP", "RGB"),
-        "tiff": write_image("TIFF", "RGB"),
-        "tiff lzw": write_image("TIFF", "RGB", compression="tiff_lzw"),
-        "tiff jpeg": write_image("TIFF", "RGB", compression="jpeg"),
-        "ppm": write_image("PPM", "RGB"),
-        "jpeg 2000": write_image("JPEG2000", "RGB"),
-        "avif": write_image("AVIF", "RGB"),
-    }.items()
-}
-
-
-KINDS = IMAGE_KINDS
-
-
-# Running --------------------------------------------------------------------------------------
+        kinds |= STORE_KINDS
+    return kinds
 
 
 @dataclass
@@ -154,6 +69,11 @@ class Outcomes:
             self.faults.append(f"{number}: {outcome}")
 
 
+def make_damaged(kind: Kind, intact: bytes, seed: int, number: int) -> bytes:
+    """Returns the damaged file of a number."""
+    return kind.damage(intact, np.random.default_rng([seed, number]))
+
+
 def work(names: list[str], seed: int, start: int, count: int) -> None:
     """Reads `count` damaged files of each kind, and prints the number and outcome of each.
 
@@ -166,31 +86,53 @@ def work(names: list[str], seed: int, start: int, count: int) -> None:
     if hasattr(signal, "SIGALRM"):
         signal.signal(signal.SIGALRM, stop)
     report, sys.stdout = sys.stdout, io.StringIO()
+    kinds = IMAGE_KINDS if set(names) <= set(IMAGE_KINDS) else list_kinds()
     for index in range(start // count, len(names)):
-        kind = KINDS[names[index]]
+        kind = kinds[names[index]]
         with tempfile.TemporaryDirectory() as folder:
             path = kind.write(Path(folder))
             intact = path.read_bytes()
+            if kind.read(path) != "read":
+                raise SystemExit(f"the intact file of {names[index]} is refused")
+            limit_memory()
             for number in range(max(start, index * count), (index + 1) * count):
-                path.write_bytes(damage(intact, np.random.default_rng([seed, number % count])))
+                path.write_bytes(make_damaged(kind, intact, seed, number % count))
                 if hasattr(signal, "SIGALRM"):
                     signal.alarm(SECONDS)
                 try:
                     outcome = kind.read(path)
                 except Exception as error:
                     outcome = f"fault {type(error).__name__}: {' '.join(str(error).split())[:300]}"
+                finally:
+                    if hasattr(signal, "SIGALRM"):
+                        signal.alarm(0)
                 print(number, outcome, file=report, flush=True)
+
+
+def limit_memory() -> None:
+    """Allows this process `MAX_MEMORY` more than it has now, where the system can (Linux)."""
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return
+    import resource
+
+    lines = status.read_text().splitlines()
+    used = next(int(line.split()[1]) << 10 for line in lines if line.startswith("VmData"))
+    _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    resource.setrlimit(resource.RLIMIT_DATA, (used + MAX_MEMORY, hard))
 
 
 def fuzz(names: list[str], count: int, seed: int = 0) -> dict[str, Outcomes]:
     """Reads `count` damaged files of each kind in worker processes, a new one after a crash."""
     outcomes = {name: Outcomes() for name in names}
     start, end = 0, count * len(names)
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])
     while start < end:
-        command = [sys.executable, "-m", "benchmarks.fuzz", "--worker", ",".join(names)]
+        command = [sys.executable, "-m", "benchmarks.fuzz", "--worker", ";".join(names)]
         worker = subprocess.run(
             [*command, str(seed), str(start), str(count)],
             cwd=ROOT,
+            env=os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
             capture_output=True,
             text=True,
             errors="replace",
@@ -207,22 +149,69 @@ def fuzz(names: list[str], count: int, seed: int = 0) -> dict[str, Outcomes]:
     return outcomes
 
 
+def print_damaged(name: str, seed: int, number: int) -> None:
+    """Writes a damaged file to standard output."""
+    kind = list_kinds()[name]
+    with tempfile.TemporaryDirectory() as folder:
+        intact = kind.write(Path(folder)).read_bytes()
+    sys.stdout.buffer.write(make_damaged(kind, intact, seed, number))
+
+
+def save_results(path: Path, outcomes: dict[str, Outcomes], seed: int, seconds: float) -> None:
+    """Writes the outcomes of some kinds; those of other kinds in the file stay."""
+    from benchmarks.probe import save_results as save
+
+    figures = {"seconds": 0, "kinds": {}}
+    if path.exists():
+        content = json.loads(path.read_text())
+        figures = content.get("figures", content)
+    kinds = figures["kinds"] | {
+        name: {"files": found.counts.total(), **found.counts, "faults": found.faults}
+        for name, found in outcomes.items()
+    }
+    kinds = {name: kinds[name] for name in list_kinds() if name in kinds}
+    rows = [(name, *map(kinds[name].get, ("files", "read", "refused"))) for name in kinds]
+    rows.append(("all", *(sum(row[i] or 0 for row in rows) for i in (1, 2, 3))))
+    lines = ["| kind | files | read | refused | faults |", "|---|---|---|---|---|"]
+    lines += [
+        f"| {name} | {files:,} | {read or 0:,} | {refused or 0:,} | "
+        f"{files - (read or 0) - (refused or 0)} |"
+        for name, files, read, refused in rows
+    ]
+    figures = {"seed": seed, "seconds": figures["seconds"] + round(seconds), "kinds": kinds}
+    save(path, "\n".join(lines), figures)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--files", type=int, default=24_000)
+    parser.add_argument("--files", type=int, default=20_000, help="of all kinds together")
+    parser.add_argument("--groups", default=",".join(GROUPS))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--worker", nargs=4, metavar=("KINDS", "SEED", "START", "COUNT"))
+    parser.add_argument("--kind", help="with --number: write this damaged file and stop")
+    parser.add_argument("--number", type=int, default=0)
+    parser.add_argument("--worker", nargs=4, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
         names, *numbers = args.worker
-        work(names.split(","), *map(int, numbers))
+        work(names.split(";"), *map(int, numbers))
         return
-    outcomes = fuzz(list(KINDS), -(-args.files // len(KINDS)), args.seed)
+    if args.kind:
+        print_damaged(args.kind, args.seed, args.number)
+        return
+    names = list(list_kinds(args.groups.split(",")))
+    start = time.perf_counter()
+    outcomes = fuzz(names, -(-args.files // len(names)), args.seed)
+    seconds = time.perf_counter() - start
     for name, found in outcomes.items():
-        print(f"{name:18} {dict(found.counts)}", *found.faults[:5], sep="\n  ")
+        print(f"{name:28} {dict(found.counts)}", *found.faults[:5], sep="\n  ")
+    total = sum(found.counts.total() for found in outcomes.values())
+    num_faults = sum(len(found.faults) for found in outcomes.values())
+    print(f"{total} damaged files of {len(names)} kinds, {num_faults} faults, {seconds:.0f} s")
+    if args.json:
+        save_results(args.json, outcomes, args.seed, seconds)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ FLOOR = {
     "images": 0,
     "machine": 0,
     "seeding": 0,
+    "tensor_files": 0,
     "config": 0,
     "ops": 0,
     "metrics": 0,
@@ -48,6 +49,7 @@ FLOOR = {
 
 SIDEWAYS = {
     ("images", "files"),
+    ("tensor_files", "files"),
     ("tokenizer", "model"),
     ("task", "recipe"),
     ("weights", "recipe"),

@@ -329,7 +329,7 @@ def test_data_roots_without_records(vqa, tmp_path, run_failing_cli):
 
 def test_a_file_that_is_no_image(vqa, tmp_path, run_failing_cli, image_path):
     image_path.write_text("not an image")
-    assert "a.png is not an image that can be read" in run_failing_cli(
+    assert "a.png is not an image of a known format" in run_failing_cli(
         "predict", vqa, image_path, "what is it ?"
     )
     assert "cannot read image" in run_failing_cli(
@@ -341,7 +341,7 @@ def test_a_file_that_is_no_image(vqa, tmp_path, run_failing_cli, image_path):
     )
     assert (
         "1 of 1 main records are unusable" in output
-        and "a.png cannot be read" in output
+        and "a.png is not an image of a known format" in output
         and "nothing was written" in output
     )
     assert hash_files(tmp_path) == before
@@ -505,7 +505,25 @@ def test_text_tokenizers_that_do_not_fit(vqa, root, tmp_path, run_failing_cli, i
         (["report", "absent"], "absent is not a run: it has no recipe.json"),
         (["eval", "absent", "--colour", "red"], "unknown option --colour; see beit3 eval --help"),
         (["tokenizer", "decode", "7", "--model", "absent.spm"], "no text tokenizer at absent.spm"),
-        (["world", "--out", "w", "--scenes", "0"], "num_train: 0 is too few"),
+        (["world", "--out", "w", "--scenes", "0"], "--scenes: 0 is too few"),
+        (["world", "--out", "w", "--seed", "-1"], "--seed: -1 is negative"),
+        (["eval", "w", "--batch", "0"], "--batch: 0 is too few, expected at least 1"),
+        (["eval", "w", "--batch", "-3"], "--batch: -3 is too few"),
+        (["eval", "w", "--num-heads", "0"], "--num-heads: 0 is too few"),
+        (["predict", "w", "a", "--min-score", "nan"], "--min-score: nan is no finite number"),
+        (["predict", "w", "a", "--min-score", "7"], "--min-score: 7 is above 1"),
+        (["plan", "vqa", "--price", "-1"], "--price: -1 is no finite number of at least 0"),
+        (["plan", "vqa", "--records", "-5"], "--records: -5 is negative"),
+        (["train", "vqa", "demo", "--run.steps", "-1"], "run.steps -1: expected at least 0"),
+        (["train", "vqa", "demo", "--run.log_every", "0"], "run.log_every 0: expected at least 1"),
+        (["train", "vqa", "demo", "--data.workers", "-1"], "data.workers -1: expected at least 0"),
+        (["train", "vqa", "demo", "--data.bad_share", "2"], "data.bad_share 2.0: expected 0 to 1"),
+        (["train", "vqa", "demo", "--optim.lr", "nan"], "optim.lr nan: expected at least 0"),
+        (["train", "vqa", "demo", "--optim.clip", "inf"], "optim.clip inf: expected at least 0"),
+        (
+            ["train", "vqa", "demo", "--data.batch.main", "-2"],
+            "data.batch.main -2: expected at least 0",
+        ),
     ],
 )
 def test_words_that_mean_nothing(arguments, message, run_failing_cli, tmp_path, monkeypatch):
@@ -594,6 +612,14 @@ def test_a_released_file_needs_a_tokenizer_and_its_answers(
         (lambda rows: [{"answer": "yes"} for _ in rows], "a prediction has no field 'id'"),
         (lambda rows: [{"id": row["id"]} for row in rows], "a prediction has no field 'answer'"),
         (lambda rows: [], "24 of 24 records have no prediction"),
+        (
+            lambda rows: [*rows[:2], {"id": rows[2]["id"], "answer": None}],
+            "p.jsonl line 3: the field 'answer' is null, expected a text or true or false",
+        ),
+        (lambda rows: [row | {"answer": 3} for row in rows], "line 1: the field 'answer' is 3"),
+        (lambda rows: [row | {"answer": ["a"]} for row in rows], "the field 'answer' is [\"a\"]"),
+        (lambda rows: [row | {"answer": True} for row in rows], "not hold predictions of vqa"),
+        (lambda rows: ["yes"], "p.jsonl line 1 holds a str: a prediction is a JSON object"),
     ],
 )
 def test_predictions_that_do_not_fit(vqa, root, tmp_path, run_failing_cli, change, message):
@@ -602,6 +628,25 @@ def test_predictions_that_do_not_fit(vqa, root, tmp_path, run_failing_cli, chang
     ]
     write_records(tmp_path / "p.jsonl", change(rows))
     assert message in run_failing_cli("score", "vqa", tmp_path / "p.jsonl", "--data.root", root)
+
+
+def test_predictions_may_be_one_json_list(vqa, root, tmp_path, run_cli):
+    rows = [
+        {"id": record["id"], "answer": "yes"} for record in Records(root / "vqa/main/val.jsonl")
+    ]
+    write_records(tmp_path / "p.jsonl", rows)
+    (tmp_path / "p.json").write_text(json.dumps(rows, indent=1), encoding="utf-8-sig")
+    scores = [
+        run_cli("score", "vqa", tmp_path / name, "--data.root", root)
+        for name in ("p.jsonl", "p.json")
+    ]
+    assert scores[0] == scores[1]
+
+
+def test_texts_of_another_encoding_are_named(vqa, run_failing_cli, image_path):
+    assert "is not Unicode at character 3" in run_failing_cli(
+        "predict", vqa, image_path, "caf\udce9"
+    )
 
 
 def test_debug_shows_where_an_error_came_from(tmp_path):

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from contextlib import chdir
 from functools import cache
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -129,8 +130,9 @@ def reads_files(tree: ast.AST) -> bool:
 @pytest.mark.parametrize(
     "path", [path for path in DOCS if find_python_blocks(path)], ids=relative_name
 )
-def test_python_blocks_run(path, tmp_path):
-    namespace: dict[str, Any] = {"__name__": "__docs__"}
+def test_python_blocks_run(path, tmp_path, monkeypatch):
+    module = ModuleType("__docs__")  # importable: a modality is given by its dotted path
+    monkeypatch.setitem(sys.modules, module.__name__, module)
     with chdir(tmp_path):
         for code in find_python_blocks(path):
             tree = ast.parse(code, filename=relative_name(path))
@@ -140,7 +142,7 @@ def test_python_blocks_run(path, tmp_path):
                 ]
                 for name in re.findall(r"\bbeit3\.(\w+)\(", code):
                     assert name in beit3.__all__
-            exec(compile(tree, relative_name(path), "exec"), namespace)
+            exec(compile(tree, relative_name(path), "exec"), module.__dict__)
 
 
 # Links and tables ---------------------------------------------------------------------------------
@@ -273,6 +275,33 @@ def test_paths_in_docstrings_and_comments_exist(path):
             if token.type in (tokenize.COMMENT, tokenize.STRING)
         ]
     assert not find_missing_paths("\n".join(prose), path.parent)
+
+
+CONSTANT_NAME = re.compile(r"`(?:[\w.]+\.)?([A-Z][A-Z0-9]*(?:_[A-Z0-9]+)*)`")
+
+FOREIGN_VARIABLES = ("NCCL_", "GLOO_", "TORCH_")
+"""Beginnings of environment variables that other software reads."""
+
+
+@cache
+def read_code_words() -> frozenset[str]:
+    """Returns the words of all code and of the files that start it."""
+    folders = ("src", "tests", "benchmarks", "launch", ".ci")
+    files = [file for folder in folders for file in (PROJECT / folder).rglob("*") if file.is_file()]
+    texts = [
+        file.read_text(encoding="utf-8")
+        for file in (*files, PROJECT / "Makefile")
+        if file.suffix in ("", ".py", ".sh", ".sbatch", ".yaml") and file != Path(__file__)
+    ]
+    return frozenset(re.findall(r"\w+", "\n".join(texts)))
+
+
+@pytest.mark.parametrize("path", CURRENT_DOCS, ids=relative_name)
+def test_constants_in_documents_exist(path):
+    text = FENCE.sub("", path.read_text(encoding="utf-8"))
+    names = set(CONSTANT_NAME.findall(text))
+    ours = {name for name in names if not name.startswith(FOREIGN_VARIABLES)}
+    assert not ours - read_code_words()
 
 
 def find_definition(tree: ast.AST, qualified_name: str) -> ast.AST | None:

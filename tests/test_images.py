@@ -177,7 +177,7 @@ def test_inputs_that_are_no_images_are_refused(photo, tmp_path):
         r"tensor \[4, 4, 3\]": torch.zeros(4, 4, 3, dtype=torch.uint8),
         r"tensor \[3, 0, 4\] is empty": torch.zeros(3, 0, 4, dtype=torch.uint8),
         "Pillow image of mode RGB is empty": Image.new("RGB", (0, 0)),
-        "Pillow image of mode RGB cannot be read": Image.open(tmp_path / "cut.jpg"),
+        r"Pillow image .*cut\.jpg cannot be read": Image.open(tmp_path / "cut.jpg"),
         "image of 5 bytes is not an image": b"hello",
     }
     for message, image in faults.items():
@@ -265,7 +265,7 @@ def test_a_named_pipe_is_refused_before_it_is_read(tmp_path):
 
 def test_formats_that_run_programs_are_refused(photo, tmp_path):
     Image.fromarray(photo).save(tmp_path / "a.eps")
-    with pytest.raises(ValueError, match="not an image of a known format"):
+    with pytest.raises(ValueError, match=r"a\.eps is a document: export its pages"):
         open_image(tmp_path / "a.eps")
 
 

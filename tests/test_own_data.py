@@ -1,5 +1,5 @@
-"""One's own data in one command: a folder with a table and pictures, initial weights, and nothing
-else named."""
+"""A user's own data in one command, which names a folder with a table and images, initial weights,
+and nothing else."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -22,9 +22,9 @@ TABLES = {
     "retrieval": "captions/all.csv",
     "imagenet": "classes/all.csv",
 }
-ASKED = {
+PREDICTION_INPUTS = {
     "vqa": ["is it open?"],
-    "nlvr2": ["cat.jpg", "one picture shows a cat"],
+    "nlvr2": ["cat.jpg", "one image shows a cat"],
     "retrieval": ["a red door"],
 }
 
@@ -38,9 +38,9 @@ def weights(root, tmp_path_factory) -> Path:
         tokenizer=tokenizer,
     )
     task.init_weights(0)
-    place = tmp_path_factory.mktemp("own") / "weights"
-    store.save_weights(task, place)
-    return place
+    path = tmp_path_factory.mktemp("own") / "weights"
+    store.save_weights(task, path)
+    return path
 
 
 @pytest.mark.parametrize("task", TABLES)
@@ -57,16 +57,16 @@ def test_a_table_and_weights_are_enough(task, weights, tmp_path, run_cli):
     assert (table.parent / task / "main" / "train.jsonl").is_file()
     run_cli("eval", out, "--data.root", table.parent)
     photos = table.parent / "photos"
-    asked = [
+    inputs = [
         photos / word if word.endswith("jpg") else word
-        for word in ("door.jpg", *ASKED.get(task, ()))
+        for word in ("door.jpg", *PREDICTION_INPUTS.get(task, ()))
     ]
-    assert run_cli("predict", out, *asked).startswith("[{")
+    assert run_cli("predict", out, *inputs).startswith("[{")
 
 
 def test_a_folder_without_records_or_data_is_refused(weights, tmp_path, run_failing_cli):
     (tmp_path / "empty").mkdir()
-    said = run_failing_cli(
+    message = run_failing_cli(
         "train",
         "vqa",
         "--data.root",
@@ -77,14 +77,14 @@ def test_a_folder_without_records_or_data_is_refused(weights, tmp_path, run_fail
         tmp_path / "run",
     )
     assert (
-        "no vqa/main/train.jsonl under" in said
-        and "nor can" in said
+        "no vqa/main/train.jsonl under" in message
+        and "nor can" in message
         and not (tmp_path / "run").exists()
     )
 
 
 @pytest.mark.parametrize(
-    ("model", "wanted"),
+    ("model", "expected"),
     [
         (BASE, ["base_480", "base_224", "base_480", "base_384_coco", "base_224"]),
         (LARGE, ["large_480", "large_224", "large_480", "large_384_coco", "large_224"]),
@@ -94,7 +94,7 @@ def test_a_folder_without_records_or_data_is_refused(weights, tmp_path, run_fail
         (replace(BASE, depth=3), ["demo"] * 5),
     ],
 )
-def test_the_recipe_follows_the_weights(model, wanted, monkeypatch, tmp_path):
+def test_the_recipe_follows_the_weights(model, expected, monkeypatch, tmp_path):
     """Without a name the first recipe for a network of their size is taken."""
     (tmp_path / "config.json").touch()
     monkeypatch.setattr(
@@ -105,4 +105,4 @@ def test_the_recipe_follows_the_weights(model, wanted, monkeypatch, tmp_path):
         ),
     )
     monkeypatch.setattr(initialization, "find_weights", lambda path: path)
-    assert [initialization.find_recipe(load_task(task), tmp_path) for task in TABLES] == wanted
+    assert [initialization.find_recipe(load_task(task), tmp_path) for task in TABLES] == expected

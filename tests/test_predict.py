@@ -459,11 +459,17 @@ def test_compiled_blocks_give_the_same_features(retrieval_weights, image_path):
 def test_images_need_no_tokenizer(retrieval_weights, image_path):
     predictor = load(retrieval_weights["path"])
     assert sorted(predictor.embed(images=[image_path])) == ["image"]
-    assert predictor.embed() == {}
+    assert predictor.embed() == {} == predictor.embed(images=None)
+    with Image.open(image_path) as image:
+        for one_image in (str(image_path), image_path, image):
+            assert len(predictor.embed(images=one_image)["image"]) == 1
     if "text_model" in retrieval_weights:
         with pytest.raises(ValueError, match="text_model="):
             predictor.embed(texts=["how many"])
-    assert sorted(load(**retrieval_weights).embed(texts=["how many"])) == ["text"]
+    texts = load(**retrieval_weights).embed(texts=["how many"])
+    assert sorted(texts) == ["text"]
+    one_text = load(**retrieval_weights).embed(texts="how many")["text"]
+    assert np.array_equal(one_text, texts["text"]), "a text is no list of letters"
 
 
 def test_features_of_a_backbone_are_its_states(pretrained_file, text_model, image_path):

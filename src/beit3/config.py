@@ -171,7 +171,7 @@ def parse_keyword_options(
 ) -> dict[str, Any]:
     """Parses `--name value` for the keyword-only arguments of a task's own `prepare`.
 
-    An argument is a string or a whole number, as its default is.
+    An argument is a string, a whole number or a number, as its default is.
 
     Args:
         function: The function that takes the arguments.
@@ -182,7 +182,7 @@ def parse_keyword_options(
         ValueError: An argument is unknown, has no value or one of another type.
     """
     kinds = {
-        f"--{name}": str if isinstance(parameter.default, str) else int
+        f"--{name}": type(parameter.default)
         for name, parameter in inspect.signature(function).parameters.items()
         if parameter.kind is parameter.KEYWORD_ONLY
     }
@@ -191,11 +191,18 @@ def parse_keyword_options(
         if flag not in kinds:
             raise ValueError(f"unknown option {flag}{suggest(flag, [*kinds, *options])}")
         text = " ".join(words)
-        if not text or (kinds[flag] is int and not text.isdecimal()):
-            expected = "a whole number" if kinds[flag] is int else "a name"
-            raise ValueError(f"{f'{flag} {text}'.rstrip()}: expected {expected}")
-        values[flag.removeprefix("--")] = kinds[flag](text)
+        values[flag.removeprefix("--")] = _parse_option(kinds[flag], flag, text)
     return values
+
+
+def _parse_option(kind: type, flag: str, text: str) -> Any:
+    """Returns the value of an option that is a string, a whole number from 0 or a number."""
+    expected = {int: "a whole number", float: "a number"}.get(kind, "a name")
+    is_valid = bool(text) and (kind is not int or text.isdecimal())
+    with contextlib.suppress(ValueError):
+        if is_valid:
+            return kind(text)
+    raise ValueError(f"{f'{flag} {text}'.rstrip()}: expected {expected}")
 
 
 def _iterate_fields(value: Any, kind: Any, prefix: str) -> Iterator[tuple[str, Any]]:

@@ -1,5 +1,6 @@
 """Files: atomic writes, checksums, text and JSON, members of tar files, the cache directory."""
 
+import codecs
 import json
 import os
 import re
@@ -30,9 +31,20 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
     try:
         with partial.open("wb") as file:
             yield file
-        partial.replace(path)
+        _replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _replace(partial: Path, path: Path) -> None:
+    """Moves a file to `path`. Windows replaces no file that is open, or mapped into memory."""
+    try:
+        partial.replace(path)
+    except PermissionError as error:
+        if not path.is_file():
+            raise
+        reason = f"{path} cannot be replaced ({error.strerror}): end what has it open, then repeat"
+        raise PermissionError(reason) from error
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -67,22 +79,44 @@ def compute_sha256(path: str | Path) -> str:
 
 
 def read_lines(path: Path) -> Iterator[str]:
-    """Yields the lines of a UTF-8 file, with or without a byte order mark.
+    """Yields the lines of a UTF-8 file, or of UTF-16 with a byte order mark as Excel writes it.
 
-    Raises ValueError when the file has another encoding.
+    Each line ends with a newline, however the file ends its lines. Raises ValueError when the file
+    has another encoding.
     """
+    encoding = _detect_encoding(path)
     try:
-        with path.open(encoding="utf-8-sig") as file:
+        with path.open(encoding=encoding) as file:
             yield from file
-    except UnicodeDecodeError as error:
+    except UnicodeError as error:
+        raise _make_encoding_error(path, encoding, error) from error
+
+
+def read_text(path: Path) -> str:
+    """Returns the text of a file as `read_lines` decodes it."""
+    return "".join(read_lines(path))
+
+
+def _detect_encoding(path: Path) -> str:
+    """Returns the encoding that a file's byte order mark tells, else UTF-8."""
+    with path.open("rb") as file:
+        start = file.read(2)
+    return "utf-16" if start in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8-sig"
+
+
+def _make_encoding_error(path: Path, encoding: str, error: UnicodeError) -> ValueError:
+    """Returns the error for a file whose bytes are not of its encoding."""
+    name = "UTF-8" if encoding == "utf-8-sig" else "UTF-16"
+    reason = str(error)
+    if isinstance(error, UnicodeDecodeError):
         reason = f"{error.reason} 0x{error.object[error.start]:02x}"
-        raise ValueError(f"{path} is not UTF-8 ({reason}): convert it to UTF-8") from error
+    return ValueError(f"{path} is not {name} ({reason}): convert it to UTF-8")
 
 
 def read_json(path: Path) -> Any:
     """Returns the content of a JSON file; raises ValueError naming the file if it is not JSON."""
     try:
-        return json.loads(path.read_text(encoding="utf-8-sig"))
+        return json.loads(path.read_text(encoding=_detect_encoding(path)))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
 
@@ -176,7 +210,19 @@ def _read_at(descriptor: int, size: int, start: int) -> bytes:
         return os.read(descriptor, size)
 
 
-# Directories ----------------------------------------------------------------------------------
+# Paths and directories ------------------------------------------------------------------------
+
+
+def make_relative(path: str | Path, root: str) -> str:
+    """Returns the real path relative to the real `root`, with slashes on every system.
+
+    A path on another drive of Windows has no relative form and stays absolute.
+    """
+    real_path = os.path.realpath(path)
+    try:
+        return Path(os.path.relpath(real_path, root)).as_posix()
+    except ValueError:
+        return Path(real_path).as_posix()
 
 
 def cache_directory() -> Path:

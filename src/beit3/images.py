@@ -7,6 +7,7 @@ of `benchmarks/fuzz.py`. torchvision's PNG decoder did not, and is not used.
 
 import io
 import os
+import re
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ from typing import BinaryIO
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, ImageFile
 from torch import Tensor
 from torchvision.io import ImageReadMode, decode_jpeg
 
@@ -51,6 +52,22 @@ MAX_BYTES = 1 << 29
 SMALL_FILE_BYTES = 4096
 """Files up to this size stay decoded in memory."""
 
+OTHER_FILES = (
+    (rb"\s*<(svg|\?xml.*<svg)", "an SVG drawing: export it as PNG"),
+    (rb"\s*<", "a web page: download the image again"),
+    (rb"....ftyp(hei|hev|mif1|msf1)", "a HEIC photograph: convert it to JPEG"),
+    (rb"....ftypavi[fs]", "an AVIF image, which this Pillow cannot read: convert it to PNG"),
+    (rb"....ftyp", "a video: extract its frames as images"),
+    (rb"\xff\x0a|\0\0\0\x0cJXL ", "a JPEG XL image: convert it to PNG"),
+    (rb"8BPS", "a Photoshop file: export it as PNG"),
+    (rb"%PDF|%!PS", "a document: export its pages as PNG"),
+    (rb"\x93NUMPY", "a numpy array: give the array itself, uint8 [H, W, 3]"),
+    (rb"version https://git-lfs", "a Git LFS pointer in place of the file: run git lfs pull"),
+    (rb"\x1f\x8b|PK\x03\x04|7z\xbc\xaf|Rar!", "an archive: unpack it"),
+    (rb"\Z", "empty"),
+)
+"""Pattern of a file's first bytes -> what the file is in place of an image, and the remedy."""
+
 SWAPPING_ORIENTATIONS = (5, 6, 7, 8)
 """EXIF orientations that exchange width and height."""
 
@@ -61,6 +78,7 @@ SWAPPING_ORIENTATIONS = (5, 6, 7, 8)
 def open_image(image: ImageInput) -> Tensor:
     """Reads an image as RGB and turns it upright as its EXIF orientation says.
 
+    A Pillow image is turned where it is as `Image.open` returned it.
     Transparency is dropped, and of 16 bits per channel the upper 8 are kept. Of an animation it is
     the first frame.
 
@@ -84,8 +102,12 @@ def open_image(image: ImageInput) -> Tensor:
     if isinstance(image, bytes | bytearray | memoryview):
         return _decode(bytes(image), f"image of {len(image)} bytes")
     if isinstance(image, Image.Image):
-        with explain_faults(f"Pillow image of mode {image.mode}"):
-            return _convert(image)
+        # A transformed image keeps the orientation of its file, which applies to it no more.
+        is_from_file = isinstance(image, ImageFile.ImageFile)
+        orientation = read_orientation(image) if is_from_file else 1
+        file_name = getattr(image, "filename", "") or f"of mode {image.mode}"
+        with explain_faults(f"Pillow image {file_name}"):
+            return _turn_upright(_convert(image), orientation)
     if isinstance(image, np.ndarray):
         return _convert_array(image)
     if isinstance(image, Tensor):
@@ -240,10 +262,27 @@ def open_with_pillow(source: str | Path | bytes | BinaryIO, name: str) -> Iterat
         if len(source) > MAX_BYTES:
             raise ValueError(f"{name} has more than {MAX_BYTES} bytes: make it smaller")
         source = io.BytesIO(source)
-    with explain_faults(name), Image.open(source, formats=FORMATS) as header:
+    with explain_faults(name), _open_known_format(source) as header:
         if header.width * header.height > MAX_PIXELS:
             raise Image.DecompressionBombError
         yield header
+
+
+def _open_known_format(source: str | Path | BinaryIO) -> Image.Image:
+    """Opens an image of `FORMATS`; raises ValueError that says what another file is."""
+    try:
+        return Image.open(source, formats=FORMATS)
+    except Image.UnidentifiedImageError:
+        if isinstance(source, str | Path):
+            with open(source, "rb") as file:
+                start = file.read(256)
+        else:
+            source.seek(0)
+            start = source.read(256)
+        for pattern, description in OTHER_FILES:
+            if re.match(pattern, start, re.DOTALL):
+                raise ValueError(f"is {description}") from None
+        raise
 
 
 @contextmanager

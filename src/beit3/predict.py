@@ -5,8 +5,7 @@ The predictor works on files and images, its network (`.task`) on tensors alone:
 """
 
 import inspect
-import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -26,11 +25,8 @@ from beit3.weights import loading, state_dicts, store
 from beit3.weights.adapt import add_names
 from beit3.weights.matching import LoadReport, get_weights, serves_text
 
-CLASSES = "imagenet/main/classes.txt"
-"""File of class names, relative to a root of records."""
-
-Names = str | Path | Sequence[str] | None
-"""Names of a head's outputs: a file, a list, or none."""
+Names = str | Path | Sequence[str] | Mapping[int | str, str] | None
+"""Names of a head's outputs: a file, a list, {label: name}, or none."""
 
 
 # Predicting ---------------------------------------------------------------------------------------
@@ -124,8 +120,8 @@ class Predictor:
         """Predicts from the raw inputs of one record.
 
         Args:
-            inputs: The inputs in the order of the task's `record`: images as paths or PIL images,
-                texts as str. None leaves an input out.
+            inputs: The inputs in the order of the task's `record`: images of any kind that
+                `beit3.images.open_image` reads, texts as str. None leaves an input out.
 
         Returns:
             The task's candidates, the best first. A task without candidates returns a list of its
@@ -146,6 +142,8 @@ class Predictor:
                 f"{name} takes {', '.join(input_names)}: {len(inputs)} inputs given"
             ) from None
         record = self.task.record(*inputs)
+        if not record.keys() - {"id"}:
+            raise ValueError(f"{name} takes {' or '.join(input_names)}: all inputs are empty")
         self._check_text_side(record)
         batch = self.task.collate([self.task.example(record, False)])
         device = next(self.task.parameters()).device
@@ -158,7 +156,11 @@ class Predictor:
 
     @torch.inference_mode()
     def embed(
-        self, images: Iterable[Any] = (), texts: Iterable[str] = (), *, batch_size: int = 32
+        self,
+        images: Any = (),
+        texts: str | Iterable[str] = (),
+        *,
+        batch_size: int = 32,
     ) -> dict[str, np.ndarray]:
         """Returns features of images and of texts, each input encoded by itself.
 
@@ -166,8 +168,9 @@ class Predictor:
         the class token and of `<s>`, neither normalized nor in one space.
 
         Args:
-            images: N paths or PIL images, which are prepared as the weights need them.
-            texts: M texts.
+            images: N images of any kind that `beit3.images.open_image` reads, or one. They are
+                prepared as the weights need them.
+            texts: M texts, or one.
             batch_size: Number of inputs that are encoded at once.
 
         Returns:
@@ -184,8 +187,8 @@ class Predictor:
             )
         self.check_trained()
         records_by_modality = {
-            "image": [make_record(image) for image in images],
-            "text": [make_record(None, text) for text in texts],
+            "image": [make_record(image) for image in _list_inputs(images)],
+            "text": [make_record(None, text) for text in _list_inputs(texts)],
         }
         features = {}
         for modality, records in records_by_modality.items():
@@ -219,6 +222,20 @@ class Predictor:
             raise ValueError(
                 f"{self.report.source} holds the image side alone: give images without text"
             )
+
+
+def _list_inputs(inputs: Any) -> list[Any]:
+    """Returns one input or many as a list: a text, path or image is one, and so is an array of it.
+
+    None stands for no inputs.
+    """
+    if inputs is None:
+        return []
+    is_array = isinstance(inputs, np.ndarray | torch.Tensor) and inputs.ndim in (2, 3)
+    is_file = hasattr(inputs, "read") or isinstance(inputs, bytes | bytearray | memoryview)
+    if is_array or is_file or not isinstance(inputs, Iterable):
+        return [inputs]
+    return [inputs] if isinstance(inputs, str) else list(inputs)
 
 
 # Loading ------------------------------------------------------------------------------------------
@@ -283,16 +300,17 @@ def _load_file(
 ) -> tuple[Task, LoadReport]:
     """Loads a released file, as its own task or another."""
     tokenizer = None if text_model is None else TextTokenizer(text_model)
-    state = state_dicts.read_state_dict(path)
+    file = state_dicts.read_checkpoint(path)
     try:
         return loading.load_released(
-            state,
+            file.tensors,
             task,
             num_heads=num_heads,
             answers=answers,
             classes=classes,
             prompt=prompt,
             tokenizer=tokenizer,
+            notes=file.notes,
         )
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
@@ -337,25 +355,27 @@ def _load_directory(
 def read_answers(names: Names) -> tuple[str, ...]:
     """Returns the names of the VQA head's outputs.
 
-    A file has the released format or one name per line.
+    A file has the released format, or another of those that `label_names` reads. Of a root of
+    records the answer list of its VQA records is read.
     """
     if isinstance(names, str | Path):
         return label_names.read_answers(Path(names))
-    return tuple(names or ())
+    return _parse_names(names, "answers")
 
 
 def read_classes(names: Names) -> tuple[str, ...]:
     """Returns class names.
 
-    A file has one name per line, or is a .json as dense tasks write it. Of a root of records the
-    names of its ImageNet records are read.
+    A file has one name per line, or is JSON as dense tasks, Keras or Hugging Face write it. Of a
+    root of records the names of its ImageNet records are read.
     """
-    if not isinstance(names, str | Path):
-        return tuple(names or ())
-    path = Path(names)
-    if path.suffix == ".json":
-        categories = json.loads(path.read_text(encoding="utf-8"))
-        return tuple(
-            category["name"] if isinstance(category, dict) else category for category in categories
-        )
-    return label_names.read_class_names(path / CLASSES if path.is_dir() else path)
+    if isinstance(names, str | Path):
+        return label_names.read_class_names(Path(names))
+    return _parse_names(names, "classes")
+
+
+def _parse_names(names: Any, location: str) -> tuple[str, ...]:
+    """Returns names that are no file; () for None."""
+    if names is None:
+        return ()
+    return label_names.parse_names(names if isinstance(names, Mapping) else list(names), location)

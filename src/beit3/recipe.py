@@ -5,6 +5,7 @@ like override single fields from the command line.
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
@@ -14,18 +15,40 @@ from beit3.data.views.preprocessing import Preprocessing
 from beit3.model.config import BASE, ModelConfig
 
 
+def check_numbers(section: str, config: Any, **limits: float | tuple[float, float]) -> None:
+    """Raises ValueError for the first number of a config that is not finite or beyond its limits.
+
+    Args:
+        section: What errors call the config, as in `--run.steps`.
+        config: The config. A field may hold several numbers, as a tuple or by name.
+        limits: Field -> the smallest value that it takes, or the smallest and the largest.
+    """
+    for name, limit in limits.items():
+        low, high = limit if isinstance(limit, tuple) else (limit, math.inf)
+        value = getattr(config, name)
+        numbers = {name: value}
+        if isinstance(value, Mapping):
+            numbers = {f"{name}.{key}": number for key, number in value.items()}
+        for path, number in numbers.items():
+            for item in number if isinstance(number, tuple | list) else [number]:
+                if not low <= item <= high or not math.isfinite(item):
+                    expected = f"at least {low}" if high == math.inf else f"{low} to {high}"
+                    raise ValueError(f"{section}.{path} {item}: expected {expected}")
+
+
 @dataclass(frozen=True)
 class TaskConfig:
     """Everything that inference needs. Tasks subclass it, and weights are stored with it."""
 
     model: ModelConfig = BASE
     image: Preprocessing = Preprocessing(224)
-    """How images become tensors at evaluation: size, resize rule, mean and deviation."""
+    """How images become tensors: size, resize rule, mean and deviation. In training, tasks augment
+    images before."""
     text_length: int = 64
     """Tokens of a text, BOS and EOS included; longer texts are cut."""
 
-    # Declarations that other rooms read, whatever the task. Subclasses override them, some by
-    # fields of the same name.
+    # Members that training, prediction and reports read of every task. Subclasses override them,
+    # some by fields of the same name.
 
     fixed_image_size: ClassVar[bool] = False
     """Whether images must have `model.image_size`, because masks or counts are made for its patch
@@ -96,6 +119,10 @@ class DataConfig:
     """Records of tars, and of tokenized texts, that are shuffled among each other. The tars
     themselves always come in random order."""
 
+    def __post_init__(self) -> None:
+        check_numbers("data", self, batch=0, workers=0, limit=0, weights=0, shuffle_window=1)
+        check_numbers("data", self, bad_share=(0, 1))
+
 
 @dataclass(frozen=True)
 class OptimConfig:
@@ -127,6 +154,11 @@ class OptimConfig:
     )
     """Parameters without weight decay, beside biases, norms and everything of one dimension."""
 
+    def __post_init__(self) -> None:
+        check_numbers("optim", self, lr=0, min_lr=0, eps=0, weight_decay=0, head_lr_scale=0, clip=0)
+        check_numbers("optim", self, warmup_steps=0, warmup_epochs=0, layer_decay=0)
+        check_numbers("optim", self, betas=(0, 1), drops=(0, 1))
+
 
 @dataclass(frozen=True)
 class RunConfig:
@@ -149,7 +181,8 @@ class RunConfig:
     compile: bool = False
     log_every: int = 10
     eval_every: int = 0
-    """Steps between evaluations on the val split; 0 = at the end only."""
+    """Steps between evaluations on the val split; 0 = at the end only; -1 = never, and the run then
+    needs no val split and writes no `best/`."""
     eval_records: int = 0
     """Evaluate on the first `eval_records` records of each source; 0 = all."""
     save_every: int = 0
@@ -159,6 +192,10 @@ class RunConfig:
     async_save: bool = False
     """Train on while a checkpoint is being written, at the cost of a copy of weights and optimizer
     state in memory."""
+
+    def __post_init__(self) -> None:
+        check_numbers("run", self, steps=0, epochs=0, micro_batch=0, log_every=1, eval_every=-1)
+        check_numbers("run", self, eval_records=0, save_every=0, keep=0)
 
 
 @dataclass(frozen=True)

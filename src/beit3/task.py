@@ -28,7 +28,8 @@ from beit3.data.batches import (
     trim_padding,
 )
 from beit3.data.prepare.statistics import TokenCounter
-from beit3.model.backbone import Backbone
+from beit3.data.stores.record_fields import Purpose, RecordField
+from beit3.model.backbone import MultiwayBackbone
 from beit3.model.beit3 import BEiT3
 from beit3.model.config import ModelConfig
 from beit3.ops.collectives import copy_to_shard
@@ -63,6 +64,11 @@ class Task(nn.Module):
     """Kinds of records, in the order in which a step visits them."""
     records_from: ClassVar[Mapping[str, str]] = {}
     """Sources that are the records of another task -> the name of that task."""
+    record_fields: ClassVar[Mapping[str, RecordField]] = {}
+    """What the fields of a record hold and what each is needed for. `id` needs no declaration; a
+    task whose sources differ overrides `get_record_fields`."""
+    left_out_reason: ClassVar[str] = ""
+    """Why training leaves out the records that `trains_on` is false for, for messages."""
     names_file: ClassVar[str] = "classes.txt"
     """File beside the records that holds the class names, where the task has labels."""
     headline: ClassVar[str]
@@ -131,6 +137,25 @@ class Task(nn.Module):
     def configure(config: TaskConfig, root: Path) -> TaskConfig:
         """Completes `config` with facts that only the records know: answer list, class names."""
         return config
+
+    @classmethod
+    def get_record_fields(cls, source: str) -> Mapping[str, RecordField]:
+        """Returns the declared fields of the records of a source."""
+        return cls.record_fields
+
+    @staticmethod
+    def find_record_fault(record: Record, purpose: Purpose, config: TaskConfig | None) -> str:
+        """Returns what is wrong with a record whose fields are as declared, or "".
+
+        Tasks override it for what a table of fields cannot say. `config` is None where records are
+        checked without a network.
+        """
+        return ""
+
+    @staticmethod
+    def trains_on(record: Record) -> bool:
+        """Returns whether a record of the train split is trained on."""
+        return True
 
     def record(self, *args: Any, **kwargs: Any) -> Record:
         """Makes a record of raw inputs, for `Predictor`. Raises ValueError where there are none.
@@ -214,7 +239,7 @@ class Task(nn.Module):
     # Training ----------------------------------------------------------------------------------
 
     def targets(self, batch: Batch) -> dict[str, int]:
-        """Returns over how many targets each loss sums in this batch, by the loss's name."""
+        """Counts the targets of a batch: name of a loss -> number of targets that it sums over."""
         return {"loss": count_examples(batch)}
 
     @property
@@ -246,6 +271,14 @@ class Task(nn.Module):
             for name, gradient in batch["feature_gradients"].items()
         ]
         return {"losses": {"loss": torch.stack(products).sum()}, "metrics": {}}
+
+    def compute_shared_features(self) -> dict[str, Tensor]:
+        """Returns what the loss of every record of a step needs alike, with gradient; {} = nothing.
+
+        A step of several micro-batches computes it once, and `forward` finds it in each batch under
+        the same names. Batches without it are complete as well.
+        """
+        return {}
 
     def compare(self, features: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
         """Returns what `forward` does, from the features of all this process's examples."""
@@ -291,7 +324,7 @@ class Task(nn.Module):
         The backbone follows its own table, heads follow BEiT: weights are normal with deviation
         .02 cut at one deviation, biases 0, norms 1 and 0.
         """
-        if isinstance(self.backbone, Backbone) and name.startswith("backbone."):
+        if isinstance(self.backbone, MultiwayBackbone) and name.startswith("backbone."):
             self.backbone.init_parameter(name.removeprefix("backbone."), parameter, generator)
         elif parameter.ndim > 1:
             trunc_normal(parameter, generator)
@@ -321,7 +354,7 @@ class Task(nn.Module):
 
     def layer_of(self, name: str) -> tuple[int, int]:
         """Returns the depths of a parameter and of the head, for layer-wise learning rates."""
-        if not isinstance(self.backbone, Backbone):
+        if not isinstance(self.backbone, MultiwayBackbone):
             return 0, 0
         head_depth = self.backbone.config.depth + 1
         if not name.startswith("backbone."):
@@ -369,7 +402,12 @@ def make_length_counter(root: Path, limit: int) -> TokenCounter | None:
 
 def make_record(**inputs: Any) -> Record:
     """Makes a record of raw inputs by name; None or an empty string leaves an input out."""
-    return {"id": "0"} | {name: value for name, value in inputs.items() if value not in (None, "")}
+    record: Record = {"id": "0"}
+    for name, value in inputs.items():
+        is_empty = isinstance(value, str) and not value
+        if value is not None and not is_empty:
+            record[name] = value
+    return record
 
 
 def make_record_rng(record: Record) -> np.random.Generator:

@@ -20,10 +20,13 @@ def test_the_command_line_prints_a_table_or_json(run_cli):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--gpus", "0"], "--gpus 0: give at least 1"),
+        (["--gpus", "0"], "invalid value for --gpus: 0 is too few, expected at least 1"),
         (["--gpus", "3"], "data.batch.main 32 is not divisible by 3 processes"),
         (["--gpu", "h1000"], "--gpu h1000 is not listed; did you mean h100?"),
-        (["--utilisation", "40"], "--utilization 40.0 is no fraction of the peak"),
+        (
+            ["--utilisation", "40"],
+            "invalid value for --utilisation: 40 is above 1, expected 0 to 1",
+        ),
         (["--run.micro_bach", "4"], "did you mean --run.micro_batch?"),
         (["--data.batch.main", "0"], "data.batch names none of the sources main"),
     ],

@@ -48,7 +48,7 @@ def test_predict_draws_objects(coco, root, tmp_path, capsys):
     assert prediction["width"] == 16
     assert prediction["objects"] and "mask" not in prediction["objects"][0]
     assert Image.open(out).size == (16 * 25, 16 * 25)
-    assert main(["predict", str(coco), image, "--out", str(out), "--min-score", "1.1"]) == 0
+    assert main(["predict", str(coco), image, "--out", str(out), "--min-score", "1"]) == 0
     assert json.loads(capsys.readouterr().out)[0]["objects"] == []
     enlarged = np.array(Image.open(out))
     np.testing.assert_array_equal(enlarged[::25, ::25], np.array(Image.open(image)))

@@ -43,7 +43,7 @@ def test_a_run_that_is_still_going_can_be_read(tmp_path):
     assert read_runs([tmp_path])[0].metrics == [{"step": 1, "loss": 2.0}]
 
 
-@pytest.mark.parametrize("line", ["{", "[1]", "3", '{"loss": 2.0}'])
+@pytest.mark.parametrize("line", ["{", "[1]", "3", '{"loss": 2.0}', '{"step": 1e999}'])
 def test_a_broken_line_is_named(tmp_path, line):
     write_recipe(tmp_path)
     (tmp_path / "metrics.jsonl").write_text(
@@ -61,6 +61,9 @@ def test_a_directory_that_is_not_a_run_is_named(tmp_path):
         read_runs([tmp_path])
     (tmp_path / "recipe.json").write_text("{")
     with pytest.raises(ValueError, match="recipe.json is not JSON"):
+        read_runs([tmp_path])
+    (tmp_path / "recipe.json").write_text('{"task": "vqa", "recipe": [1]}')
+    with pytest.raises(ValueError, match=r"recipe.json: the field 'recipe' is '\[1\]'"):
         read_runs([tmp_path])
 
 

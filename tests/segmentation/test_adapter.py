@@ -64,14 +64,16 @@ def test_each_map_adds_the_trunk_states_of_its_depth():
     adapter, trunk = make_adapter(replace(MODEL, depth=4), replace(SMALL, num_interactions=4))
     adapter.norms = nn.ModuleList(nn.Identity() for _ in range(4))
     states, priors = adapter.interact(image := torch.randn(2, 3, 48, 80), trunk)
-    adapter.interact = lambda *_: (states, [torch.zeros_like(each) for each in priors])
-    found, expected = adapter(image, trunk), trunk.embed(image)
-    for block, each in zip(trunk.blocks, found, strict=True):
+    adapter.interact = lambda *_: (states, [torch.zeros_like(prior) for prior in priors])
+    maps, expected = adapter(image, trunk), trunk.embed(image)
+    for block, feature_map in zip(trunk.blocks, maps, strict=True):
         expected = block(expected)
-        wanted = F.interpolate(
-            trunk.norm((expected,), (IMAGE,))[0].movedim(3, 1), each.shape[2:], mode="bilinear"
+        expected_map = F.interpolate(
+            trunk.norm((expected,), (IMAGE,))[0].movedim(3, 1),
+            feature_map.shape[2:],
+            mode="bilinear",
         )
-        torch.testing.assert_close(each, wanted, rtol=0, atol=1e-6)
+        torch.testing.assert_close(feature_map, expected_map, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("patch", [8, 14, 16])
@@ -87,20 +89,20 @@ def test_images_of_any_size_are_accepted(patch, size):
         and 0 <= width - size[1] < patch
     )
     assert adapter.strides == ((2, 4, 8, 16) if patch == 8 else (4, 8, 16, 32))
-    for found, stride in zip(maps, adapter.strides, strict=True):
+    for feature_map, stride in zip(maps, adapter.strides, strict=True):
         assert (
-            found.shape == (2, model.dim, -(-height // stride), -(-width // stride))
-            and found.isfinite().all()
+            feature_map.shape == (2, model.dim, -(-height // stride), -(-width // stride))
+            and feature_map.isfinite().all()
         )
 
 
 def test_padding_equals_zeros_in_the_image():
     adapter, trunk = make_adapter()
     image = torch.randn(1, 3, 41, 64)
-    for one, other in zip(
+    for padded_inside, padded_before in zip(
         adapter.eval()(image, trunk), adapter(F.pad(image, (0, 0, 0, 7)), trunk), strict=True
     ):
-        assert torch.equal(one, other)
+        assert torch.equal(padded_inside, padded_before)
 
 
 def test_every_parameter_gets_a_gradient():
@@ -111,7 +113,7 @@ def test_every_parameter_gets_a_gradient():
         for parameter in adapter.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.05)
     maps = adapter.eval()(torch.randn(1, 3, 64, 80), trunk)
-    sum((each * torch.randn_like(each)).sum() for each in maps).backward()
+    sum((feature_map * torch.randn_like(feature_map)).sum() for feature_map in maps).backward()
     for name, parameter in [*adapter.named_parameters(), *trunk.named_parameters()]:
         if name not in ImageTrunk.unused_parameters:
             assert parameter.grad.abs().sum() > 0, name
@@ -119,22 +121,25 @@ def test_every_parameter_gets_a_gradient():
 
 def test_gates_get_a_gradient_in_the_first_step():
     adapter, trunk = make_adapter()
-    sum(each.square().sum() for each in adapter.eval()(torch.randn(1, 3, 64, 80), trunk)).backward()
+    sum(
+        feature_map.square().sum()
+        for feature_map in adapter.eval()(torch.randn(1, 3, 64, 80), trunk)
+    ).backward()
     for injector in adapter.injectors:
         assert injector.gate.grad.abs().min() > 0
 
 
 def test_recomputing_changes_nothing():
     """Gradients with stochastic depth, running statistics and their count: bit for bit."""
-    found = []
+    results = []
     for recompute in (False, True):
         adapter, trunk = make_adapter(
             config=replace(SMALL, gate_init=0.1, drop_path_rate=0.5, recompute=recompute)
         )
         torch.manual_seed(1)
         maps = adapter.train()(torch.randn(3, 3, 48, 80), trunk)
-        sum((each * torch.randn_like(each)).sum() for each in maps).backward()
-        found.append(
+        sum((feature_map * torch.randn_like(feature_map)).sum() for feature_map in maps).backward()
+        results.append(
             [parameter.grad for parameter in adapter.parameters()] + list(adapter.buffers())
         )
         assert (
@@ -143,25 +148,25 @@ def test_recomputing_changes_nothing():
             == 1
         )
         assert adapter.prior.stem[0].norm.running_mean.abs().sum() > 0
-    for kept, again in zip(*found, strict=True):
-        assert torch.equal(kept, again)
+    for stored, recomputed in zip(*results, strict=True):
+        assert torch.equal(stored, recomputed)
 
 
 def test_recomputing_stores_fewer_activations():
-    kept = []
+    num_stored = []
     for recompute in (False, True):
         adapter, trunk = make_adapter(config=replace(SMALL, recompute=recompute))
-        held: dict[int, torch.Tensor] = {}
+        saved_tensors: dict[int, torch.Tensor] = {}
 
-        def keep(tensor, held=held):
-            held[tensor.data_ptr()] = tensor
+        def save_tensor(tensor, saved_tensors=saved_tensors):
+            saved_tensors[tensor.data_ptr()] = tensor
             return tensor
 
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        with torch.autograd.graph.saved_tensors_hooks(save_tensor, lambda tensor: tensor):
             maps = adapter(torch.randn(1, 3, 64, 64), trunk)
-        kept.append(sum(tensor.numel() for tensor in held.values()))
+        num_stored.append(sum(tensor.numel() for tensor in saved_tensors.values()))
         assert maps[0].requires_grad
-    assert kept[1] < 0.7 * kept[0]
+    assert num_stored[1] < 0.7 * num_stored[0]
 
 
 def test_the_giant_can_be_built_and_run_on_meta():
@@ -170,10 +175,10 @@ def test_the_giant_can_be_built_and_run_on_meta():
         adapter, trunk = ViTAdapter(model, AdapterConfig(recompute=True)), ImageTrunk(model)
         maps = adapter(torch.empty(1, 3, 896, 896), trunk)
         assert adapter.last_blocks == (9, 19, 29, 39)
-    assert [tuple(each.shape) for each in maps] == [
+    assert [tuple(feature_map.shape) for feature_map in maps] == [
         (1, 1408, side, side) for side in (224, 112, 56, 28)
     ]
-    assert all(each.is_meta for each in [*maps, *adapter.state_dict().values()])
+    assert all(tensor.is_meta for tensor in [*maps, *adapter.state_dict().values()])
 
 
 def test_an_adapter_built_on_meta_gets_the_same_values():
@@ -184,9 +189,9 @@ def test_an_adapter_built_on_meta_gets_the_same_values():
             tensor, 7 if tensor.dtype == torch.int64 else torch.nan, device="cpu"
         )
     )
-    wanted = make_adapter()[0].state_dict()
+    expected = make_adapter()[0].state_dict()
     for name, value in init_module(adapter).state_dict().items():
-        assert value.isfinite().all() and torch.equal(value, wanted[name]), name
+        assert value.isfinite().all() and torch.equal(value, expected[name]), name
 
 
 def test_initial_values_follow_the_release():
@@ -231,14 +236,14 @@ def test_attention_reads_the_neighbor_at_its_offset():
     first, second = torch.randn(1, 3, 5, 4), torch.randn(1, 3, 5, 4)
     grids = Grids.from_shapes([(3, 5), (3, 5)], first)
     features = torch.cat((first.flatten(1, 2), second.flatten(1, 2)), 1)
-    found = attention(torch.randn(1, 15, 4), grids.centers[:15], features, grids).view(1, 3, 5, 4)
+    output = attention(torch.randn(1, 15, 4), grids.centers[:15], features, grids).view(1, 3, 5, 4)
     right, below = F.pad(first, (0, 0, 0, 1))[:, :, 1:], F.pad(second, (0, 0, 0, 0, 0, 1))[:, 1:]
-    torch.testing.assert_close(found, (right + below) / 2)
+    torch.testing.assert_close(output, (right + below) / 2)
 
 
 def test_attention_equals_transformers_where_values_are_as_wide_as_queries():
-    theirs = pytest.importorskip("transformers.models.mask2former.modeling_mask2former")
-    other = theirs.Mask2FormerPixelDecoderEncoderMultiscaleDeformableAttention(
+    modeling = pytest.importorskip("transformers.models.mask2former.modeling_mask2former")
+    reference = modeling.Mask2FormerPixelDecoderEncoderMultiscaleDeformableAttention(
         16, num_heads=4, n_levels=3, n_points=2
     ).double()
     attention = DeformableAttention(16, 16, num_heads=4, num_maps=3, num_points=2).double()
@@ -248,23 +253,24 @@ def test_attention_equals_transformers_where_values_are_as_wide_as_queries():
         "value": "value_proj",
         "out": "output_proj",
     }
-    for mine, name in pairs.items():
-        getattr(attention, mine).load_state_dict(other.get_submodule(name).state_dict())
+    for name, reference_name in pairs.items():
+        parameters = reference.get_submodule(reference_name).state_dict()
+        getattr(attention, name).load_state_dict(parameters)
     shapes = [(4, 6), (2, 3), (1, 2)]
     features, query = (
         torch.randn(2, 32, 16, dtype=torch.float64),
         torch.randn(2, 24, 16, dtype=torch.float64),
     )
     grids = Grids.from_shapes(shapes, features)
-    places = grids.centers[:24]
-    wanted, _ = other(
+    points = grids.centers[:24]
+    expected, _ = reference(
         query,
         encoder_hidden_states=features,
-        reference_points=places[None, :, None].expand(2, -1, 3, -1),
+        reference_points=points[None, :, None].expand(2, -1, 3, -1),
         spatial_shapes_list=shapes,
     )
     torch.testing.assert_close(
-        attention(query, places, features, grids), wanted, rtol=0, atol=1e-12
+        attention(query, points, features, grids), expected, rtol=0, atol=1e-12
     )
 
 
@@ -288,31 +294,34 @@ def test_stochastic_depth_drops_whole_samples():
         )
         change = extractor.eval()(states, grids, states, grids) - read
         torch.manual_seed(0)
-        shares = (extractor.train()(states, grids, states, grids) - read) / change
-    kept = shares.mean((1, 2)) > 0.5
+        scales = (extractor.train()(states, grids, states, grids) - read) / change
+    is_kept = scales.mean((1, 2)) > 0.5
     torch.testing.assert_close(
-        shares, torch.where(kept, 1 / 0.75, 0.0)[:, None, None].expand_as(shares), rtol=0, atol=1e-2
+        scales,
+        torch.where(is_kept, 1 / 0.75, 0.0)[:, None, None].expand_as(scales),
+        rtol=0,
+        atol=1e-2,
     )
-    assert 0.6 < kept.float().mean() < 0.9
+    assert 0.6 < is_kept.float().mean() < 0.9
 
 
 def test_bfloat16_is_near_float32(monkeypatch):
     adapter, trunk = make_adapter(config=replace(SMALL, gate_init=0.1))
-    image, seen, real = torch.randn(1, 3, 72, 88), [], interaction.sample_deformable
+    image, dtypes, sample_deformable = torch.randn(1, 3, 72, 88), [], interaction.sample_deformable
 
-    def watched(values, shapes, places, weights):
-        seen.append((values.dtype, places.dtype, weights.dtype))
-        return real(values, shapes, places, weights)
+    def record_dtypes(values, shapes, points, weights):
+        dtypes.append((values.dtype, points.dtype, weights.dtype))
+        return sample_deformable(values, shapes, points, weights)
 
-    monkeypatch.setattr(interaction, "sample_deformable", watched)
+    monkeypatch.setattr(interaction, "sample_deformable", record_dtypes)
     with torch.no_grad():
         exact = adapter.eval()(image, trunk)
-        seen.clear()
+        dtypes.clear()
         with torch.autocast("cpu", torch.bfloat16):
             rough = adapter(image, trunk)
-    assert set(seen) == {(torch.bfloat16, torch.float32, torch.float32)}
-    for one, other in zip(exact, rough, strict=True):
-        assert other.isfinite().all() and (one - other).norm() < 0.03 * one.norm()
+    assert set(dtypes) == {(torch.bfloat16, torch.float32, torch.float32)}
+    for expected, actual in zip(exact, rough, strict=True):
+        assert actual.isfinite().all() and (expected - actual).norm() < 0.03 * expected.norm()
 
 
 def test_norms_are_synchronized_only_for_several_processes_on_cuda(monkeypatch):

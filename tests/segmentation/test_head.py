@@ -102,19 +102,24 @@ def build_reference(config=CONFIG, dim=24):
 
 @pytest.mark.parametrize("size", [(16, 24), (13, 22)])
 def test_the_network_equals_that_of_transformers(size):
-    head, (other, _) = make_head(), build_reference()
-    other.load_state_dict(head.state_dict())
+    head, (reference_head, _) = make_head(), build_reference()
+    reference_head.load_state_dict(head.state_dict())
     features = make_features(height=size[0], width=size[1])
-    found = head(features)
-    pixels = other.pixels(features)
-    expected = other.queries(pixels.multi_scale_features, pixels.mask_features)
-    assert len(found.masks) == len(found.classes) == CONFIG.decoder_layers + 1
-    assert found.masks[-1].shape == (2, 6, *size) and found.classes[-1].shape == (2, 6, CLASSES + 1)
-    for ours, reference in zip(found.masks, expected.masks_queries_logits, strict=True):
-        torch.testing.assert_close(ours, reference, atol=2e-4, rtol=1e-4)
-    for ours, states in zip(found.classes, expected.intermediate_hidden_states, strict=True):
+    predictions = head(features)
+    pixels = reference_head.pixels(features)
+    expected = reference_head.queries(pixels.multi_scale_features, pixels.mask_features)
+    assert len(predictions.masks) == len(predictions.classes) == CONFIG.decoder_layers + 1
+    assert predictions.masks[-1].shape == (2, 6, *size)
+    assert predictions.classes[-1].shape == (2, 6, CLASSES + 1)
+    for actual, expected_masks in zip(
+        predictions.masks, expected.masks_queries_logits, strict=True
+    ):
+        torch.testing.assert_close(actual, expected_masks, atol=2e-4, rtol=1e-4)
+    for actual, states in zip(
+        predictions.classes, expected.intermediate_hidden_states, strict=True
+    ):
         torch.testing.assert_close(
-            ours, other.classes(states.transpose(0, 1)), atol=2e-4, rtol=1e-4
+            actual, reference_head.classes(states.transpose(0, 1)), atol=2e-4, rtol=1e-4
         )
 
 
@@ -127,31 +132,31 @@ def init_reference_layers():
     """
     from transformers.models.mask2former import modeling_mask2former as m
 
-    whole, _ = build_reference()
+    reference_head, _ = build_reference()
     attention = m.Mask2FormerPixelDecoderEncoderMultiscaleDeformableAttention(
         CONFIG.hidden_dim, CONFIG.num_heads, 3, 4
     )
-    layer = m.Mask2FormerMaskedAttentionDecoderLayer(whole.config)
+    layer = m.Mask2FormerMaskedAttentionDecoderLayer(reference_head.config)
     for part in (attention, layer):
-        whole._init_weights(part)
+        reference_head._init_weights(part)
     return dict(attention.named_parameters()), dict(layer.named_parameters())
 
 
 def test_initial_values_equal_the_original_ones():
     head, (attention, layer) = make_head(), init_reference_layers()
-    for ours, reference in (
+    for built_layer, original in (
         (head.pixels.encoder.layers[1].self_attn, attention),
         (head.queries.decoder.layers[2], layer),
     ):
-        for name, parameter in ours.named_parameters():
-            if parameter.ndim > 1 and reference[name].any():
+        for name, parameter in built_layer.named_parameters():
+            if parameter.ndim > 1 and original[name].any():
                 torch.testing.assert_close(
-                    parameter.std(), reference[name].std(), rtol=0.1, atol=0, msg=name
+                    parameter.std(), original[name].std(), rtol=0.1, atol=0, msg=name
                 )
             elif (
                 "fc" not in name and "out_proj" not in name and "self_attn." not in name
             ):  # the original's are torch's own
-                assert torch.equal(parameter, reference[name]), name
+                assert torch.equal(parameter, original[name]), name
     for table in (
         head.pixels.level_embed,
         head.queries.level_embed.weight,
@@ -182,42 +187,46 @@ def test_every_parameter_gets_a_gradient():
         )
     sums = head.compute_losses(head(make_features()), make_label_map())
     torch.stack(list(sums.values())).sum().backward()
-    still = {
+    without_gradient = {
         name
         for name, parameter in head.named_parameters()
         if parameter.grad is None or not parameter.grad.any()
     }
     # A softmax does not see a constant that all keys share.
-    assert all(name.endswith("self_attn.k_proj.bias") for name in still), still
+    assert all(name.endswith("self_attn.k_proj.bias") for name in without_gradient), (
+        without_gradient
+    )
 
 
 def test_recomputed_layers_give_the_same_gradients():
     gradients = []
     for config in (CONFIG, HeadConfig(**{**vars(CONFIG), "checkpointing": True})):
-        head, features = make_head(config), [each.requires_grad_() for each in make_features()]
+        head, features = make_head(config), [tensor.requires_grad_() for tensor in make_features()]
         torch.manual_seed(3)
         sum(head.compute_losses(head(features), make_label_map()).values()).backward()
-        gradients.append([each.grad for each in (*head.parameters(), *features)])
-    for one, other in zip(*gradients, strict=True):
-        torch.testing.assert_close(one, other)
+        gradients.append([tensor.grad for tensor in (*head.parameters(), *features)])
+    for stored, recomputed in zip(*gradients, strict=True):
+        torch.testing.assert_close(stored, recomputed)
 
 
 def test_autocast_keeps_pixel_decoder_and_losses_in_float32():
-    head, seen = make_head(), []
+    head, pixel_dtypes = make_head(), []
     head.pixels.register_forward_hook(
-        lambda module, inputs, output: seen.append(output.mask_features.dtype)
+        lambda module, inputs, output: pixel_dtypes.append(output.mask_features.dtype)
     )
     with torch.autocast("cpu", torch.bfloat16):
-        predictions = head([each.bfloat16() for each in make_features()])
+        predictions = head([feature_map.bfloat16() for feature_map in make_features()])
         sums = head.compute_losses(predictions, make_label_map())
         scores = head.compute_scores(predictions)
     assert predictions.masks[-1].dtype == torch.bfloat16
-    assert {*seen, scores.dtype, *(value.dtype for value in sums.values())} == {torch.float32}
+    assert {*pixel_dtypes, scores.dtype, *(value.dtype for value in sums.values())} == {
+        torch.float32
+    }
 
 
 def test_scores_are_sums_over_queries():
     predictions = make_predictions(layers=2)
-    found = make_head().compute_scores(predictions)
+    scores = make_head().compute_scores(predictions)
     expected = torch.zeros(2, CLASSES, 10, 14)
     for image in range(2):
         for query in range(6):
@@ -226,20 +235,21 @@ def test_scores_are_sums_over_queries():
                 expected[image, label] += (
                     probabilities[label] * predictions.masks[-1][image, query].sigmoid()
                 )
-    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(scores, expected)
 
 
-@pytest.mark.parametrize("found", ["none", "5.22.1", "4.57.0"])
-def test_an_old_transformers_is_rejected(found, monkeypatch):
+@pytest.mark.parametrize("installed", ["none", "5.22.1", "4.57.0"])
+def test_an_old_transformers_is_rejected(installed, monkeypatch):
     def version(name):
-        if found == "none":
+        if installed == "none":
             raise PackageNotFoundError
-        return found
+        return installed
 
     monkeypatch.setattr(module, "version", version)
     with pytest.raises(
         ValueError,
-        match=rf"transformers 5\.23 or later \(installed: {found}\): pip install 'beit3\[dense\]'",
+        match=rf"transformers 5\.23 or later \(installed: {installed}\): "
+        r"pip install 'beit3\[dense\]'",
     ):
         make_head()
 
@@ -277,11 +287,11 @@ def test_without_ignored_pixels_the_losses_equal_those_of_transformers(monkeypat
     predictions, label_map, rand = make_predictions(), make_label_map(), torch.rand
     monkeypatch.setattr(torch, "rand", lambda *size, **options: 0.1 + 0.8 * rand(*size, **options))
     torch.manual_seed(5)
-    found = compute_mean_losses(predictions, label_map)
+    mean_losses = compute_mean_losses(predictions, label_map)
     classes = [image.unique() for image in label_map]
     masks = [
-        torch.stack([image == label for label in found]).float()
-        for image, found in zip(label_map, classes, strict=True)
+        torch.stack([image == label for label in present]).float()
+        for image, present in zip(label_map, classes, strict=True)
     ]
     criterion = build_reference()[1]
     torch.manual_seed(5)
@@ -291,7 +301,7 @@ def test_without_ignored_pixels_the_losses_equal_those_of_transformers(monkeypat
         ("dice", "loss_dice"),
         ("class", "loss_cross_entropy"),
     ):
-        torch.testing.assert_close(found[name], expected[value], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(mean_losses[name], expected[value], rtol=1e-4, atol=1e-5)
 
 
 def sample_bilinear(grid, x, y):
@@ -307,19 +317,20 @@ def sample_bilinear(grid, x, y):
 
 def compute_losses_slowly(logits, label_map, label, points):
     """Returns mean cross-entropy and dice of one mask over its points that are not ignored."""
-    crossed = whole = both = one = other = 0.0
+    cross_entropy = sum_valid = sum_overlap = sum_probability = sum_truth = 0.0
     for x, y in points.tolist():
         logit, truth = sample_bilinear(logits, x, y), sample_bilinear(label_map == label, x, y)
         valid = sample_bilinear(label_map != IGNORE, x, y)
         probability = 1 / (1 + math.exp(-logit))
-        crossed -= truth * math.log(probability) + (valid - truth) * math.log(1 - probability)
-        whole, both, one, other = (
-            whole + valid,
-            both + probability * truth,
-            one + probability * valid,
-            other + truth,
+        cross_entropy -= truth * math.log(probability) + (valid - truth) * math.log(1 - probability)
+        sum_valid, sum_overlap, sum_probability, sum_truth = (
+            sum_valid + valid,
+            sum_overlap + probability * truth,
+            sum_probability + probability * valid,
+            sum_truth + truth,
         )
-    return crossed / max(whole, 1e-6), 1 - (2 * both + 1) / (one + other + 1)
+    dice = 1 - (2 * sum_overlap + 1) / (sum_probability + sum_truth + 1)
+    return cross_entropy / max(sum_valid, 1e-6), dice
 
 
 def make_label_map_with_holes():
@@ -334,30 +345,37 @@ def test_matching_and_losses_equal_a_loop_over_points(monkeypatch):
     config = HeadConfig(**{**vars(CONFIG), "importance": 0.0})
     predictions, label_map = make_predictions(), make_label_map_with_holes()
     points, total = make_lattice((config.num_points,), None), {"mask": 0.0, "dice": 0.0}
-    found = losses.find_present_classes(label_map, CLASSES, IGNORE)
+    present_classes = losses.find_present_classes(label_map, CLASSES, IGNORE)
     matches = losses.match_queries(
-        predictions.masks[0], predictions.classes[0], label_map, found, config, ignore=IGNORE
+        predictions.masks[0],
+        predictions.classes[0],
+        label_map,
+        present_classes,
+        config,
+        ignore=IGNORE,
     )
-    for index, classes in enumerate(found):
+    for index, classes in enumerate(present_classes):
         pairs = [
             [compute_losses_slowly(mask, label_map[index], label, points) for label in classes]
             for mask in predictions.masks[0][index]
         ]
-        crossed, dice = torch.tensor(pairs).unbind(-1)  # [Q, n]
-        cost = 5 * crossed + 5 * dice - 2 * predictions.classes[0][index].softmax(-1)[:, classes]
+        cross_entropy, dice = torch.tensor(pairs).unbind(-1)  # [Q, n]
+        expected_cost = (
+            5 * cross_entropy + 5 * dice - 2 * predictions.classes[0][index].softmax(-1)[:, classes]
+        )
         truth, valid = losses.sample_class_masks(label_map[index], points, classes, IGNORE)
         logits = losses.sample_maps(predictions.masks[0][index : index + 1], points)[0]
-        found_cost = losses.compute_match_costs(
+        cost = losses.compute_match_costs(
             logits, predictions.classes[0][index], classes, truth, valid, config
         )
-        torch.testing.assert_close(found_cost, cost, rtol=1e-4, atol=1e-4)
-        rows, columns = losses.assign(cost)
-        mine = matches.image == index
-        assert torch.equal(matches.query[mine], rows) and torch.equal(
-            matches.label[mine], classes[columns]
+        torch.testing.assert_close(cost, expected_cost, rtol=1e-4, atol=1e-4)
+        queries, class_indices = losses.assign(expected_cost)
+        is_of_image = matches.image == index
+        assert torch.equal(matches.query[is_of_image], queries) and torch.equal(
+            matches.label[is_of_image], classes[class_indices]
         )
-        total["mask"] += float(crossed[rows, columns].sum())
-        total["dice"] += float(dice[rows, columns].sum())
+        total["mask"] += float(cross_entropy[queries, class_indices].sum())
+        total["dice"] += float(dice[queries, class_indices].sum())
     sums = losses.compute_losses(predictions, label_map, config, ignore=IGNORE)
     for name, value in total.items():
         assert float(sums[name]) == pytest.approx(value, rel=1e-4)
@@ -375,10 +393,10 @@ def test_ignored_pixels_count_nowhere():
     for masks in (predictions.masks[0], logits):
         masks = masks.clone().requires_grad_()
         torch.manual_seed(1)
-        found = compute_mean_losses(MaskPredictions((masks,), predictions.classes), label_map)
-        (gradient,) = torch.autograd.grad(found["mask"] + found["dice"], masks)
+        mean_losses = compute_mean_losses(MaskPredictions((masks,), predictions.classes), label_map)
+        (gradient,) = torch.autograd.grad(mean_losses["mask"] + mean_losses["dice"], masks)
         assert gradient[..., :10].any() and not gradient[..., 11:].any()
-        results.append(found)
+        results.append(mean_losses)
     for name, value in results[0].items():
         torch.testing.assert_close(value, results[1][name], msg=name)
 
@@ -408,21 +426,21 @@ def test_losses_of_parts_of_a_batch_add_up(monkeypatch):
     monkeypatch.setattr(losses, "draw_points", make_lattice)
     predictions, label_map = make_predictions(batch=5, layers=2), make_label_map(batch=5)
     label_map[1] = IGNORE
-    whole = losses.compute_losses(predictions, label_map, CONFIG, ignore=IGNORE)
-    counted = losses.count_targets(label_map, CLASSES, CONFIG, ignore=IGNORE)
-    sums, counts = dict.fromkeys(whole, 0.0), dict.fromkeys(whole, 0)
-    for rows in (slice(0, 2), slice(2, 5)):
+    expected_sums = losses.compute_losses(predictions, label_map, CONFIG, ignore=IGNORE)
+    expected_counts = losses.count_targets(label_map, CLASSES, CONFIG, ignore=IGNORE)
+    sums, counts = dict.fromkeys(expected_sums, 0.0), dict.fromkeys(expected_sums, 0)
+    for images in (slice(0, 2), slice(2, 5)):
         part = MaskPredictions(
-            tuple(layer[rows] for layer in predictions.masks),
-            tuple(layer[rows] for layer in predictions.classes),
+            tuple(layer[images] for layer in predictions.masks),
+            tuple(layer[images] for layer in predictions.classes),
         )
-        part_sums = losses.compute_losses(part, label_map[rows], CONFIG, ignore=IGNORE)
-        part_counts = losses.count_targets(label_map[rows], CLASSES, CONFIG, ignore=IGNORE)
+        part_sums = losses.compute_losses(part, label_map[images], CONFIG, ignore=IGNORE)
+        part_counts = losses.count_targets(label_map[images], CLASSES, CONFIG, ignore=IGNORE)
         for name, value in part_sums.items():
             sums[name] += value
             counts[name] += part_counts[name]
-    assert counts == counted
-    for name, value in whole.items():
+    assert counts == expected_counts
+    for name, value in expected_sums.items():
         torch.testing.assert_close(sums[name], value)
 
 
@@ -433,13 +451,13 @@ def test_the_total_is_the_sum_over_layers(monkeypatch):
         make_predictions(layers=CONFIG.decoder_layers + 1),
         make_label_map(),
     )
-    found, weights = compute_mean_losses(predictions, label_map), head.loss_weights
+    mean_losses, weights = compute_mean_losses(predictions, label_map), head.loss_weights
     expected = 0.0
     for masks, classes in zip(predictions.masks, predictions.classes, strict=True):
-        each = compute_mean_losses(MaskPredictions((masks,), (classes,)), label_map)
-        expected += 5 * each["mask"] + 5 * each["dice"] + 2 * each["class"]
+        layer_losses = compute_mean_losses(MaskPredictions((masks,), (classes,)), label_map)
+        expected += 5 * layer_losses["mask"] + 5 * layer_losses["dice"] + 2 * layer_losses["class"]
     torch.testing.assert_close(
-        sum(weights[name] * value for name, value in found.items()), expected
+        sum(weights[name] * value for name, value in mean_losses.items()), expected
     )
 
 
@@ -453,14 +471,14 @@ def test_perfect_queries_cost_little():
             masks[image, query][label_map[image] == label] = 20.0
             classes[image, query] = -20.0
             classes[image, query, label] = 0.0
-    found = compute_mean_losses(
+    mean_losses = compute_mean_losses(
         MaskPredictions((masks,), (classes,)),
         label_map,
         HeadConfig(**{**vars(CONFIG), "importance": 0.0, "num_points": 3000}),
     )
-    assert found["class"] < 1e-6 and found["dice"] < 0.1 and found["mask"] < 0.3, (
-        "only points between two classes cost something"
-    )
+    assert (
+        mean_losses["class"] < 1e-6 and mean_losses["dice"] < 0.1 and mean_losses["mask"] < 0.3
+    ), "only points between two classes cost something"
 
 
 def test_images_without_any_class_have_no_mask_loss():
@@ -487,14 +505,16 @@ def test_with_more_classes_than_queries_some_stay_unmatched():
         make_predictions(queries=2),
         make_label_map(batch=2, height=60, width=60),
     )
-    present = [len(each) for each in losses.find_present_classes(label_map, CLASSES, IGNORE)]
-    assert min(present) > 2
+    num_present = [
+        len(classes) for classes in losses.find_present_classes(label_map, CLASSES, IGNORE)
+    ]
+    assert min(num_present) > 2
     assert losses.count_targets(label_map, CLASSES, HeadConfig(num_queries=2), ignore=IGNORE) == {
         "mask": 4,
         "dice": 4,
         "class": 4000,
     }
-    found = losses.match_queries(
+    matches = losses.match_queries(
         predictions.masks[0],
         predictions.classes[0],
         label_map,
@@ -502,13 +522,13 @@ def test_with_more_classes_than_queries_some_stay_unmatched():
         CONFIG,
         ignore=IGNORE,
     )
-    assert found.image.tolist() == [0, 0, 1, 1] and sorted(found.query[:2].tolist()) == [0, 1]
+    assert matches.image.tolist() == [0, 0, 1, 1] and sorted(matches.query[:2].tolist()) == [0, 1]
 
 
 def test_costs_that_are_not_finite_are_matched_last():
     cost = torch.tensor([[float("nan"), 5.0], [1.0, float("inf")], [2.0, 3.0]])
-    rows, columns = losses.assign(cost)
-    assert dict(zip(columns.tolist(), rows.tolist(), strict=True)) == {0: 1, 1: 2}
+    queries, classes = losses.assign(cost)
+    assert dict(zip(classes.tolist(), queries.tolist(), strict=True)) == {0: 1, 1: 2}
 
 
 @pytest.mark.parametrize("label", [CLASSES, 254, -1])

@@ -13,8 +13,11 @@ from torch import Tensor
 
 import beit3
 from beit3.data.stores.predictions import read_predictions
+from beit3.data.stores.records import write_records
 from beit3.data.stores.rle import encode_rle, rasterize
+from beit3.recipe import DataConfig
 from beit3.tasks.coco import CATEGORIES_FILE, Coco
+from beit3.training.sources import open_source
 from beit3.weights.store import save_weights
 from tests.tasks.dense import (
     DATA_DIR,
@@ -438,3 +441,22 @@ def test_real_coco_images_can_be_trained_on_and_evaluated(tmp_path, run_cli):
         assert num_visible == len(example["labels"]) == len(example["masks"])
         assert num_visible <= len(record["objects"])
     assert 0 <= Coco.score(predict(task, *records[:4]), records[:4])["box_ap"] < 0.2
+
+
+def test_training_leaves_out_images_without_objects(root, tmp_path, capsys):
+    """An image with crowd regions alone is one of them; val and other uses keep them."""
+    records = [
+        make_record(tmp_path, "empty", (64, 64)),
+        make_record(tmp_path, "crowd", (64, 64), make_object(1, 1, 9, 9, crowd=True)),
+        make_record(tmp_path, "full", (64, 64), make_object(1, 1, 9, 9)),
+    ]
+    recipe = replace(Coco.recipes["demo"], data=DataConfig())
+    for split in ("train", "val"):
+        write_records(tmp_path / "coco" / "main" / f"{split}.jsonl", records)
+    train = open_source(tmp_path, Coco, "main", recipe)
+    assert [record["id"] for record in train] == ["full"]
+    assert "2 records of" in capsys.readouterr().err
+    assert len(open_source(tmp_path, Coco, "main", recipe, "val")) == 3
+    write_records(tmp_path / "coco" / "main" / "train.jsonl", records[:2])
+    with pytest.raises(ValueError, match="only records that are left out of training"):
+        open_source(tmp_path, Coco, "main", recipe)

@@ -28,6 +28,7 @@ from beit3.ops.collectives import gather_full
 from beit3.ops.positions import resample_patches, resample_positions
 from beit3.predict import load as load_predictor
 from beit3.recipe import RunConfig, TaskConfig
+from beit3.seeding import make_generator
 from beit3.segmentation import losses
 from beit3.segmentation.records import decode_label_map
 from beit3.task import Batch, Task, load_task
@@ -90,14 +91,14 @@ def get_trunk_weights(task: Any) -> dict[str, Tensor]:
 
 def check_same_trunk(task: Any, source: Task) -> None:
     """Checks that the image experts are equal to the bit, and positions resampled."""
-    theirs, positions = get_weights(source), "backbone.image_embedding.positions"
+    source_weights, positions = get_weights(source), "backbone.image_embedding.positions"
     for name, tensor in get_trunk_weights(task).items():
-        wanted = (
-            theirs[name]
+        expected = (
+            source_weights[name]
             if name != positions
-            else resample_positions(theirs[name], (4, 4), (8, 8), keep=NUM_EXTRA_ROWS)
+            else resample_positions(source_weights[name], (4, 4), (8, 8), keep=NUM_EXTRA_ROWS)
         )
-        assert torch.equal(tensor, wanted), name
+        assert torch.equal(tensor, expected), name
 
 
 # Initial weights ----------------------------------------------------------------------------------
@@ -147,13 +148,15 @@ def test_our_own_weights_initialize_the_trunk(tmp_path, name, kind):
     task = make_task(name, model=replace(model, image_size=SIDE, final_norm=False))
     report = initialize_from(task, tmp_path / "w")
     check_same_trunk(task, source)
-    backbone = {key: why for key, why in report.ignored.items() if key.startswith("backbone.")}
+    backbone = {
+        key: reason for key, reason in report.ignored.items() if key.startswith("backbone.")
+    }
     assert any(".fusion." in key for key in backbone) and any(".text." in key for key in backbone)
-    for key, why in backbone.items():
+    for key, reason in backbone.items():
         assert (
             "the final norm" if key.startswith("backbone.norm.") else "takes images alone"
-        ) in why, key
-    assert any(f"a head that {name} does not have" == why for why in report.ignored.values())
+        ) in reason, key
+    assert any(f"a head that {name} does not have" == reason for reason in report.ignored.values())
     assert not any(key.startswith("backbone.") for key in report.fresh)
 
 
@@ -168,14 +171,16 @@ def test_patches_of_another_size_are_resampled_where_the_config_says_so(release,
         initialize_from(make_task(name, model=model), tmp_path / "release.pth")
     task = make_task(name, model=model, resize_patch=True)
     initialize_from(task, tmp_path / "release.pth")
-    theirs = get_weights(release)["backbone.image_embedding.patch.weight"]
-    assert torch.equal(task.backbone.image_embedding.patch.weight, resample_patches(theirs, 16))
+    released_patches = get_weights(release)["backbone.image_embedding.patch.weight"]
+    assert torch.equal(
+        task.backbone.image_embedding.patch.weight, resample_patches(released_patches, 16)
+    )
     small = torch.rand(5, 3, 8, 8)
     large = nn.functional.interpolate(small, scale_factor=2, mode="bicubic")
-    ours, before = (each.backbone.image_embedding.patch for each in (task, release))
-    torch.testing.assert_close(
-        ours(large), before(small), rtol=1e-4, atol=1e-4
-    )  # an enlarged patch says the same
+    resampled = task.backbone.image_embedding.patch(large)
+    released = release.backbone.image_embedding.patch(small)
+    # An enlarged patch gives the same embedding.
+    torch.testing.assert_close(resampled, released, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", DENSE)
@@ -187,15 +192,15 @@ def test_layers_of_other_classes_start_fresh_and_the_rest_is_loaded(tmp_path, na
     assert (
         report.fresh
         and not report.ignored
-        and all("in the file" in why for why in report.fresh.values())
+        and all("in the file" in reason for reason in report.fresh.values())
     )
     assert all("class" in key or "mask_fcn_logits" in key for key in report.fresh)
-    theirs, fresh = (
+    source_weights, fresh = (
         get_weights(source),
         get_weights(make_task(name, seed=4, num_classes=NUM_CLASSES + 2)),
     )
     for key, tensor in get_weights(task).items():
-        assert torch.equal(tensor, fresh[key] if key in report.fresh else theirs[key]), key
+        assert torch.equal(tensor, fresh[key] if key in report.fresh else source_weights[key]), key
 
 
 def test_weights_without_a_mask_head_initialize_one_with_it_and_back(tmp_path):
@@ -218,10 +223,10 @@ def test_weights_without_a_mask_head_initialize_one_with_it_and_back(tmp_path):
 
 
 def test_detection_and_segmentation_initialize_each_other(tmp_path):
-    for name, other in (DENSE, DENSE[::-1]):
+    for name, target_name in (DENSE, DENSE[::-1]):
         save_weights(add_noise(make_task(name)), tmp_path / name)
-        report = initialize_from(make_task(other), tmp_path / name)
-        assert set(report.loaded) == set(get_trunk_weights(make_task(other)))
+        report = initialize_from(make_task(target_name), tmp_path / name)
+        assert set(report.loaded) == set(get_trunk_weights(make_task(target_name)))
 
 
 @pytest.mark.parametrize("name", DENSE)
@@ -235,7 +240,7 @@ def test_weights_of_other_tasks_load_as_dense_tasks(release, tmp_path, name):
         predictor = load_predictor(path, task=name, num_heads=heads)
         assert predictor.report.fresh and type(predictor.task) is load_task(name)
         with pytest.raises(ValueError, match=f"the head of {name} is untrained"):
-            predictor("picture.png")
+            predictor("image.png")
 
 
 @pytest.mark.parametrize("name", DENSE)
@@ -291,7 +296,7 @@ MICRO_BATCHES = {2: ([[0], [1, 2]], [[3], [4]]), 1: ([[0, 3], [1, 2, 4]],)}
 SIZES = [(40, 30), (64, 200), (64, 64), (150, 70), (33, 64)]
 
 
-def configs() -> dict[str, Any]:
+def make_configs() -> dict[str, Any]:
     detector = replace(coco_config().detector, **ALL_SAMPLES)
     return {
         "coco": coco_config(detector=detector, window=4, num_global=1),
@@ -299,23 +304,25 @@ def configs() -> dict[str, Any]:
     }
 
 
-def records(folder: Path) -> dict[str, list[dict[str, Any]]]:
+def write_records(folder: Path) -> dict[str, list[dict[str, Any]]]:
     """Writes five images and returns their records for each task."""
-    found: dict[str, list[dict[str, Any]]] = {"coco": [], "ade20k": []}
-    for place, (width, height) in enumerate(SIZES):
+    task_records: dict[str, list[dict[str, Any]]] = {"coco": [], "ade20k": []}
+    for index, (width, height) in enumerate(SIZES):
         objects = [
-            make_object(4 * at, 3 * at, 12 + at, 14, label=at % NUM_CLASSES, id=at + 1)
-            for at in range((0, 3, 1, 4, 2)[place])
+            make_object(
+                4 * number, 3 * number, 12 + number, 14, label=number % NUM_CLASSES, id=number + 1
+            )
+            for number in range((0, 3, 1, 4, 2)[index])
         ]
-        found["coco"].append(make_record(folder, f"{place + 1}", (width, height), *objects))
-        found["ade20k"].append(
+        task_records["coco"].append(make_record(folder, f"{index + 1}", (width, height), *objects))
+        task_records["ade20k"].append(
             make_labeled_record(
                 folder,
-                f"s{place}",
-                make_label_blocks(width, height, place, num_classes=1 + place % NUM_CLASSES),
+                f"s{index}",
+                make_label_blocks(width, height, index, num_classes=1 + index % NUM_CLASSES),
             )
         )
-    return found
+    return task_records
 
 
 def make_fixed_points(shape: tuple[int, ...], like: Tensor) -> Tensor:
@@ -332,31 +339,31 @@ def fix_points() -> Iterator[None]:
 
 def run_tasks(folder: Path, rank: int, processes: int) -> dict[str, Any]:
     """Returns losses, gradients, counts and predictions of both tasks, by `<task> <value>`."""
-    device, found = torch.device("cpu"), {}
-    for name, rows in json.loads((folder / "records.json").read_text()).items():
-        task: Any = parallel.build_task(load_task(name), configs()[name], None, EXACT, device)
+    device, results = torch.device("cpu"), {}
+    for name, records in json.loads((folder / "records.json").read_text()).items():
+        task: Any = parallel.build_task(load_task(name), make_configs()[name], None, EXACT, device)
         parallel.materialize(task, device, 0)
         assign_weights(task, load_file(folder / f"{name}.safetensors"))
         for module in task.modules():  # statistics of a batch are of one process's
             module.train(not isinstance(module, nn.BatchNorm2d))
         micro_batches = [
-            task.collate([task.example(rows[place], True) for place in places])
-            for places in MICRO_BATCHES[processes][rank]
+            task.collate([task.example(records[index], True) for index in indices])
+            for indices in MICRO_BATCHES[processes][rank]
         ]
         totals = sum_targets(task, micro_batches)
         with fix_points():
-            found[f"{name} losses"], _ = backward(
+            results[f"{name} losses"], _ = backward(
                 task, micro_batches, totals, parallel.make_autocast(EXACT, device)
             )
-        found[f"{name} gradients"] = {
+        results[f"{name} gradients"] = {
             key: gather_full(p.grad) for key, p in task.trainable_parameters() if p.grad is not None
         }
-        found[f"{name} counts"] = totals
-        found[f"{name} predictions"] = predict(
-            task, rows, batch_size=1, autocast=parallel.make_autocast(EXACT, device)
+        results[f"{name} counts"] = totals
+        results[f"{name} predictions"] = predict(
+            task, records, batch_size=1, autocast=parallel.make_autocast(EXACT, device)
         )
-        found[f"{name} names"] = sorted(gather_weights(task))
-    return found
+        results[f"{name} names"] = sorted(gather_weights(task))
+    return results
 
 
 def run_process(rank: int, folder: Path) -> None:
@@ -373,8 +380,8 @@ def run_process(rank: int, folder: Path) -> None:
 def runs(tmp_path_factory) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
     """Returns the results of one process, and of each of two."""
     folder = tmp_path_factory.mktemp("processes")
-    (folder / "records.json").write_text(json.dumps(records(folder)))
-    for name, config in configs().items():
+    (folder / "records.json").write_text(json.dumps(write_records(folder)))
+    for name, config in make_configs().items():
         task = load_task(name)(config)
         task.init_weights(0)
         save_file(get_weights(add_noise(task)), folder / f"{name}.safetensors")
@@ -388,15 +395,21 @@ def runs(tmp_path_factory) -> tuple[dict[str, Any], dict[str, Any], dict[str, An
 def test_two_processes_equal_one(runs, name):
     """Compares losses, counts and gradients. Masks, boxes and queries are counted over both
     processes, also where one of them has none."""
-    one, two, _ = runs
-    assert one[f"{name} counts"] == two[f"{name} counts"]
-    assert one[f"{name} losses"] == pytest.approx(two[f"{name} losses"], rel=1e-9)
-    assert all(value > 0 for value in one[f"{name} losses"].values())
-    mine, theirs = one[f"{name} gradients"], two[f"{name} gradients"]
-    assert mine.keys() == theirs.keys() and any(key.startswith("backbone.") for key in mine)
-    for key, gradient in mine.items():
+    single, sharded, _ = runs
+    assert single[f"{name} counts"] == sharded[f"{name} counts"]
+    assert single[f"{name} losses"] == pytest.approx(sharded[f"{name} losses"], rel=1e-9)
+    assert all(value > 0 for value in single[f"{name} losses"].values())
+    expected, gradients = single[f"{name} gradients"], sharded[f"{name} gradients"]
+    assert expected.keys() == gradients.keys() and any(
+        key.startswith("backbone.") for key in expected
+    )
+    for key, gradient in expected.items():
         torch.testing.assert_close(
-            theirs[key], gradient, rtol=1e-8, atol=1e-10 * float(1 + gradient.abs().max()), msg=key
+            gradients[key],
+            gradient,
+            rtol=1e-8,
+            atol=1e-10 * float(1 + gradient.abs().max()),
+            msg=key,
         )
 
 
@@ -404,22 +417,27 @@ def test_two_processes_equal_one(runs, name):
 def test_two_processes_predict_the_same_as_one(runs, name):
     """This holds also where one process's images need more windows than the other's, because
     sharded blocks are gathered for each window."""
-    one, *both = runs
-    for two in both:
-        mine, theirs = one[f"{name} predictions"], two[f"{name} predictions"]
-        assert [row["id"] for row in mine] == [row["id"] for row in theirs]
+    single, *sharded = runs
+    expected = single[f"{name} predictions"]
+    for results in sharded:
+        predictions = results[f"{name} predictions"]
+        ids = [prediction["id"] for prediction in predictions]
+        assert ids == [prediction["id"] for prediction in expected]
         if name == "ade20k":
-            assert mine == theirs and max(len(np.unique(decode_label_map(row))) for row in mine) > 1
+            assert predictions == expected
+            assert max(len(np.unique(decode_label_map(prediction))) for prediction in expected) > 1
             continue
-        for left, right in zip(mine, theirs, strict=True):
-            assert left["objects"] and [each["label"] for each in left["objects"]] == [
-                each["label"] for each in right["objects"]
-            ]
-            for each, other in zip(left["objects"], right["objects"], strict=True):
-                assert each["box"] == pytest.approx(other["box"], abs=1e-6) and each[
-                    "score"
-                ] == pytest.approx(other["score"], rel=1e-6)
-                assert each["mask"] == other["mask"]
+        for prediction, expected_prediction in zip(predictions, expected, strict=True):
+            assert_equal_objects(prediction["objects"], expected_prediction["objects"])
+
+
+def assert_equal_objects(objects: list[dict], expected: list[dict]) -> None:
+    assert objects
+    for detected, expected_object in zip(objects, expected, strict=True):
+        assert detected["label"] == expected_object["label"]
+        assert detected["box"] == pytest.approx(expected_object["box"], abs=1e-6)
+        assert detected["score"] == pytest.approx(expected_object["score"], rel=1e-6)
+        assert detected["mask"] == expected_object["mask"]
 
 
 def test_batch_norms_are_synchronized_on_accelerators(monkeypatch):
@@ -429,7 +447,7 @@ def test_batch_norms_are_synchronized_on_accelerators(monkeypatch):
     monkeypatch.setattr(parallel, "shard", lambda *_: None)
     for device, kind in (("cuda", nn.SyncBatchNorm), ("cpu", nn.BatchNorm2d)):
         task = parallel.build_task(
-            load_task("ade20k"), configs()["ade20k"], None, RunConfig(), torch.device(device)
+            load_task("ade20k"), make_configs()["ade20k"], None, RunConfig(), torch.device(device)
         )
         norms = [
             module
@@ -452,7 +470,7 @@ def test_the_giants_have_the_papers_shapes():
         0
     ) == 4 and coco.config.model.patch_size == 16
     maps = coco.detector.pyramid(coco.backbone(torch.empty(1, 3, 1280, 1280, device="meta")))
-    assert [each.shape for each in maps] == [
+    assert [feature_map.shape for feature_map in maps] == [
         (1, 256, side, side) for side in (320, 160, 80, 40, 20)
     ]
     with FakeTensorMode():  # transformers asks for a type of autocast, which meta has none of
@@ -464,11 +482,11 @@ def test_the_giants_have_the_papers_shapes():
 @pytest.mark.parametrize("name", DENSE)
 def test_bfloat16_is_near_float32(tmp_path, name):
     """Losses are float32 and within 5 % of those of float32, since products have 8 bits."""
-    task = load_task(name)(configs()[name])
+    task = load_task(name)(make_configs()[name])
     task.init_weights(0)
     task = add_noise(task)
-    batch = task.collate([task.example(row, True) for row in records(tmp_path)[name]])
-    found = []
+    batch = task.collate([task.example(record, True) for record in write_records(tmp_path)[name]])
+    results = []
     for half in (False, True):
         task.zero_grad()
         with torch.autocast("cpu", torch.bfloat16, enabled=half), fix_points():
@@ -478,36 +496,57 @@ def test_bfloat16_is_near_float32(tmp_path, name):
         assert all(
             p.grad.isfinite().all() for _, p in task.trainable_parameters() if p.grad is not None
         )
-        found.append({key: float(value.detach()) for key, value in result.items()})
+        results.append({key: float(value.detach()) for key, value in result.items()})
     steady = [
-        key for key in found[0] if not key.startswith(("box1", "box2"))
+        key for key in results[0] if not key.startswith(("box1", "box2"))
     ]  # those follow boxes that just cross a threshold
-    assert len(steady) >= 3 and {key: found[1][key] for key in steady} == pytest.approx(
-        {key: found[0][key] for key in steady}, rel=0.05
+    assert len(steady) >= 3 and {key: results[1][key] for key in steady} == pytest.approx(
+        {key: results[0][key] for key in steady}, rel=0.05
     )
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float16, 0.01), (torch.bfloat16, 0.06)])
+def test_segmentation_in_half_precision_is_near_float32(dtype, tolerance):
+    """Weights are in half precision as well, unlike in training. A large map shows positions that
+    half precision would round."""
+    task = make_task("ade20k", num_classes=5).eval()
+    images = torch.randint(
+        0, 256, (1, 3, 200, 264), dtype=torch.uint8, generator=make_generator(0, "images")
+    )
+    scores = task.compute_scores(task.normalize_images({"image": images}))
+    task.to(dtype)
+    half_scores = task.compute_scores(task.normalize_images({"image": images}))
+    assert half_scores.dtype == torch.float32
+    assert (half_scores - scores).abs().max() < tolerance * scores.abs().max()
+    record = {"id": "0", "image": images[0].permute(1, 2, 0).numpy()}
+    (prediction,) = task.predict(task.collate([task.example(record, False)]))
+    assert decode_label_map(prediction).shape == (200, 264)
 
 
 @pytest.mark.parametrize("name", DENSE)
 def test_recomputed_blocks_give_the_same_gradients(tmp_path, name):
-    found = []
+    gradients = []
     for recompute in ("none", "full", "selective"):
         task = parallel.build_task(
             load_task(name),
-            configs()[name],
+            make_configs()[name],
             None,
             replace(EXACT, checkpointing=recompute),
             torch.device("cpu"),
         )
         parallel.materialize(task, torch.device("cpu"), 0)
         batch: Batch = task.collate(
-            [task.example(row, True) for row in records(tmp_path)[name][1:3]]
+            [task.example(record, True) for record in write_records(tmp_path)[name][1:3]]
         )
         with fix_points():
             torch.stack(list(task(batch)["losses"].values())).sum().backward()
-        found.append({key: p.grad for key, p in task.trainable_parameters() if p.grad is not None})
-    for other in found[1:]:
-        for key, gradient in found[0].items():
-            torch.testing.assert_close(other[key], gradient, rtol=1e-9, atol=1e-12, msg=key)
+        gradients.append(
+            {key: p.grad for key, p in task.trainable_parameters() if p.grad is not None}
+        )
+    for recomputed in gradients[1:]:
+        for key, gradient in gradients[0].items():
+            torch.testing.assert_close(recomputed[key], gradient, rtol=1e-9, atol=1e-12, msg=key)
 
 
 def test_defaults_are_the_published_sizes():

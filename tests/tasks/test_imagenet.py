@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from beit3.model.config import TINY
 from beit3.task import grow_vocabulary
 from beit3.tasks.imagenet import ImageNet, ImageNetConfig, describe_doubtful_names
 from beit3.tokenizer.text import TextTokenizer
+from beit3.training.step import backward, sum_targets
 from tests.world_root import SMALL, make_finetuning_recipe
 
 
@@ -76,6 +78,41 @@ def test_names_per_pass_changes_neither_loss_nor_gradients(root, batch, names_pe
             assert gradient is None, name
         else:
             torch.testing.assert_close(gradient, expected, rtol=1e-9, atol=1e-12, msg=name)
+
+
+@pytest.mark.parametrize("names_per_pass", [3, 512])
+def test_names_are_encoded_once_a_step_with_the_gradients_of_one_batch(
+    root, batch, monkeypatch, names_per_pass
+):
+    """Micro-batches of 1, 2 and 3 images share the features of the names and their gradient."""
+    encode, num_encoded = ImageNet.encode_class_names, 0
+
+    def count_and_encode(self: ImageNet) -> torch.Tensor:
+        nonlocal num_encoded
+        num_encoded += 1
+        return encode(self)
+
+    monkeypatch.setattr(ImageNet, "encode_class_names", count_and_encode)
+    results = []
+    for bounds in ((0, 6), (0, 1, 3, 6)):
+        task = make_names_task(root, names_per_pass=names_per_pass).double().train()
+        parts = [
+            {key: value[start:end] for key, value in batch.items()}
+            for start, end in pairwise(bounds)
+        ]
+        totals = sum_targets(task, parts)
+        values, _ = backward(task, parts, totals, torch.autocast("cpu", enabled=False))
+        gradients = {name: parameter.grad for name, parameter in task.named_parameters()}
+        results.append((values, gradients))
+    assert num_encoded == 2, "once for each of the two steps"
+    (expected_values, expected_gradients), (values, gradients) = results
+    assert values == pytest.approx(expected_values, rel=1e-12)
+    assert gradients["text_projection.weight"].abs().max() > 1e-4
+    for name, expected in expected_gradients.items():
+        if expected is None:
+            assert gradients[name] is None, name
+        else:
+            torch.testing.assert_close(gradients[name], expected, rtol=1e-9, atol=1e-12, msg=name)
 
 
 def test_an_evaluation_encodes_names_once_until_training_changes_the_weights(root, batch):

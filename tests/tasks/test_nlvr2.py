@@ -26,21 +26,22 @@ def task(root) -> NLVR2:
 
 def test_the_head_reads_both_pairs_in_order(task, root):
     """Compares with pairs that are encoded one by one."""
-    rows = [RecordDataset(root / "nlvr2/main/train.jsonl", root)[i] for i in range(3)]
-    batch = task.collate([task.example(row, False) for row in rows])
+    records = [RecordDataset(root / "nlvr2/main/train.jsonl", root)[i] for i in range(3)]
+    batch = task.collate([task.example(record, False) for record in records])
     assert batch["image"].shape == (3, 2, 3, 32, 32)
     with torch.no_grad():
         logits = task.outputs(batch)["logits"]
-        for row in range(3):
+        for index in range(3):
             states = []
             for side in range(2):
-                text, padding = batch["text"][row : row + 1], batch["text_padding"][row : row + 1]
+                selected = slice(index, index + 1)
+                text, padding = batch["text"][selected], batch["text_padding"][selected]
                 encoded = task.backbone(
-                    task.normalize_images(batch)[row : row + 1, side], text, text_padding=padding
+                    task.normalize_images(batch)[selected, side], text, text_padding=padding
                 )
                 states += [encoded.first("image"), encoded.first("text")]
             torch.testing.assert_close(
-                task.head(torch.cat(states, 1))[0], logits[row], rtol=1e-5, atol=1e-6
+                task.head(torch.cat(states, 1))[0], logits[index], rtol=1e-5, atol=1e-6
             )
 
 
@@ -48,19 +49,20 @@ def test_boxes_cut_a_canvas_into_two_images(task, tmp_path):
     pixels = np.zeros((10, 40, 3), np.uint8)
     pixels[:, 25:] = 255
     Image.fromarray(pixels).save(tmp_path / "canvas.png")
-    row = {
+    record = {
         "id": "1",
         "image": str(tmp_path / "canvas.png"),
         "image2": str(tmp_path / "canvas.png"),
         "text": "a red circle",
         "label": 1,
     }
-    first, second = task.example(row | {"boxes": [[0, 0, 25, 10], [25, 0, 40, 10]]}, False)["image"]
+    boxes = [[0, 0, 25, 10], [25, 0, 40, 10]]
+    first, second = task.example(record | {"boxes": boxes}, False)["image"]
     assert first.max() == 0 and second.min() == 255
     with pytest.raises(
         ValueError, match=r"box \[0, 0, 41, 10\] does not lie in an image of 40 x 10"
     ):
-        task.example(row | {"boxes": [[0, 0, 41, 10], [25, 0, 40, 10]]}, False)
+        task.example(record | {"boxes": [[0, 0, 41, 10], [25, 0, 40, 10]]}, False)
 
 
 def test_a_box_is_left_top_right_bottom():
@@ -69,10 +71,13 @@ def test_a_box_is_left_top_right_bottom():
 
 
 def test_each_image_gets_a_crop_of_its_own(task, root):
-    row = RecordDataset(root / "nlvr2/main/train.jsonl", root)[0]
-    other = NLVR2(replace(task.config, crop=(0.3, 0.6), flip=0.5), tokenizer=task.tokenizer)
-    same = row | {"image2": row["image"]}
-    first, second = other.example(same, True, rng=np.random.default_rng(0))["image"]
+    record = RecordDataset(root / "nlvr2/main/train.jsonl", root)[0]
+    augmenting_task = NLVR2(
+        replace(task.config, crop=(0.3, 0.6), flip=0.5), tokenizer=task.tokenizer
+    )
+    same_image_twice = record | {"image2": record["image"]}
+    example = augmenting_task.example(same_image_twice, True, rng=np.random.default_rng(0))
+    first, second = example["image"]
     assert not torch.equal(first, second)
 
 
@@ -92,9 +97,9 @@ def test_consistency_counts_statements_that_are_right_on_all_images():
 
 
 def test_labels_other_than_0_and_1_are_refused(task, root):
-    row = RecordDataset(root / "nlvr2/main/train.jsonl", root)[0]
+    record = RecordDataset(root / "nlvr2/main/train.jsonl", root)[0]
     with pytest.raises(ValueError, match="label 2 is neither"):
-        task.example(row | {"label": 2}, False)
-    unlabeled = {key: value for key, value in row.items() if key != "label"} | {"id": "7"}
+        task.example(record | {"label": 2}, False)
+    unlabeled = {key: value for key, value in record.items() if key != "label"} | {"id": "7"}
     with pytest.raises(ValueError, match="record 7 gives no target"):
-        task.collate([task.example(row, False), task.example(unlabeled, False)])
+        task.collate([task.example(record, False), task.example(unlabeled, False)])

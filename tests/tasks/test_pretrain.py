@@ -193,9 +193,9 @@ def test_losses_at_masked_positions_are_those_of_the_full_logits(task, root, sou
     if "text_target" in batch:
         targets["text"] = batch["text_target"]
         masks["text"] = targets["text"] != IGNORE_INDEX
-    predictions = list(task.predict_masked(batch))
-    assert [prediction.modality for prediction in predictions] == list(masks)
-    for modality, losses, is_correct, mask in predictions:
+    masked_losses = list(task.compute_masked_losses(batch))
+    assert [masked.modality for masked in masked_losses] == list(masks)
+    for modality, losses, is_correct, mask in masked_losses:
         assert torch.equal(mask, masks[modality])
         target = targets[modality][mask]
         logits = outputs[f"{modality}_logits"][mask]

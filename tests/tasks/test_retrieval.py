@@ -45,27 +45,27 @@ def test_contrastive_loss_is_the_cross_entropy_of_rows_and_columns():
 
 
 def test_images_and_texts_alone_have_the_same_features(task, root):
-    rows = list(RecordDataset(root / "retrieval/main/val.jsonl", root))[:3]
-    assert [len(row["captions"]) for row in rows] == [3, 3, 3]
-    both = task.predict(task.collate([task.example(row, False) for row in rows]))
-    for row, prediction in zip(rows, both, strict=True):
+    records = list(RecordDataset(root / "retrieval/main/val.jsonl", root))[:3]
+    assert [len(record["captions"]) for record in records] == [3, 3, 3]
+    predictions = task.predict(task.collate([task.example(record, False) for record in records]))
+    for record, prediction in zip(records, predictions, strict=True):
         assert prediction["image"].shape == (32,) and prediction["texts"].shape == (3, 32)
         np.testing.assert_allclose(np.linalg.norm(prediction["texts"], axis=1), 1, rtol=1e-5)
         (alone,) = task.predict(
-            task.collate([task.example({"id": "0", "image": row["image"]}, False)])
+            task.collate([task.example({"id": "0", "image": record["image"]}, False)])
         )
         np.testing.assert_allclose(alone["image"], prediction["image"], atol=1e-5)
         (alone,) = task.predict(
-            task.collate([task.example({"id": "0", "text": row["captions"][1]}, False)])
+            task.collate([task.example({"id": "0", "text": record["captions"][1]}, False)])
         )
         np.testing.assert_allclose(alone["texts"][0], prediction["texts"][1], atol=1e-5)
 
 
 def test_a_record_per_caption_scores_as_a_record_per_image():
-    draw = np.random.default_rng(1)
+    rng = np.random.default_rng(1)
     images, texts = (
-        draw.normal(size=(4, 6)).astype(np.float32),
-        draw.normal(size=(4, 3, 6)).astype(np.float32),
+        rng.normal(size=(4, 6)).astype(np.float32),
+        rng.normal(size=(4, 3, 6)).astype(np.float32),
     )
     scores_per_image = Retrieval.score(
         [{"id": str(i), "image": images[i], "texts": texts[i]} for i in range(4)],
@@ -86,8 +86,8 @@ def test_a_record_per_caption_scores_as_a_record_per_image():
 
 
 def test_training_needs_one_caption_a_record(task, root):
-    rows = list(RecordDataset(root / "retrieval/main/val.jsonl", root))[:2]
-    batch = task.collate([task.example(row, False) for row in rows])
+    records = list(RecordDataset(root / "retrieval/main/val.jsonl", root))[:2]
+    batch = task.collate([task.example(record, False) for record in records])
     with pytest.raises(ValueError, match="2 images and 6 texts"):
         task(batch)
     with pytest.raises(ValueError, match="lacks an image or captions"):
@@ -110,10 +110,10 @@ def test_similarities_stay_precise_under_autocast():
 
 
 def test_records_of_one_batch_have_the_same_fields(task, root):
-    rows = list(RecordDataset(root / "retrieval/main/val.jsonl", root))[:2]
-    wrong = [
-        task.example(rows[0], False),
-        task.example({"id": "7", "image": rows[1]["image"]}, False),
+    records = list(RecordDataset(root / "retrieval/main/val.jsonl", root))[:2]
+    examples = [
+        task.example(records[0], False),
+        task.example({"id": "7", "image": records[1]["image"]}, False),
     ]
     with pytest.raises(ValueError, match=r"record 7 gives no text(_padding)?, record .* does"):
-        task.collate(wrong)
+        task.collate(examples)

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from beit3.recipe import RunConfig
+from beit3.training import launch
 from beit3.training.launch import init_device, seed_step
 
 
@@ -18,6 +19,15 @@ def test_seeds_depend_on_run_and_step():
         seed_step(seed, step)
         numbers.append(float(torch.rand(1)))
     assert numbers[0] == numbers[1] and len(set(numbers)) == 3
+
+
+def test_every_process_draws_random_numbers_of_its_own(monkeypatch):
+    numbers = []
+    for rank in (0, 1, 2, 0):
+        monkeypatch.setattr(launch, "rank", lambda rank=rank: rank)
+        seed_step(0, 1)
+        numbers.append(float(torch.rand(1)))
+    assert numbers[0] == numbers[3] and len(set(numbers)) == 3
 
 
 @pytest.mark.parametrize("device", ["gpu", "cuda"])

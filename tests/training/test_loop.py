@@ -9,18 +9,19 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from beit3.data.loader import RecordDataset
+from beit3.data.loader import ExampleDataset, RecordDataset
 from beit3.data.stores.records import write_records
 from beit3.model.layers import Block
 from beit3.recipe import DataConfig, OptimConfig, Recipe, RunConfig
+from beit3.task import grow_vocabulary
 from beit3.tasks.pretrain import Pretrain
 from beit3.tasks.vqa import VQA
 from beit3.tasks.vqkd import VQKD
 from beit3.tokenizer.text import TextTokenizer
 from beit3.training import loop
-from beit3.training.evaluate import evaluate
+from beit3.training.evaluate import evaluate, to_device
 from beit3.training.loop import train
-from beit3.training.optim import compute_learning_rate, count_steps
+from beit3.training.optim import compute_learning_rate, count_steps, has_weight_decay
 from beit3.weights.loading import load_weights
 from tests.training.runs import find_newest_checkpoint, load_checkpoint_tensors, read_metrics
 from tests.world_root import SMALL, make_pretrain_recipe, make_vqa_recipe, make_vqkd_recipe
@@ -42,6 +43,52 @@ def test_micro_batches_change_no_metric(root, tmp_path):
         read_metrics(tmp_path / "0")[:4], read_metrics(tmp_path / "3")[:4], strict=True
     ):
         assert values == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("micro_batch", [0, 3])
+def test_the_loop_is_a_plain_loop_with_clipping(root, tmp_path, micro_batch):
+    """The weights of four steps, clipped to a hundredth of the first gradient norms."""
+    recipe = make_vqa_recipe(root, steps=4, precision="float64", micro_batch=micro_batch)
+    recipe = replace(recipe, optim=replace(recipe.optim, clip=0.01, weight_decay=0.05))
+    train(recipe, VQA, out=tmp_path / "run")
+
+    tokenizer = TextTokenizer(root / "text.model")
+    task = VQA(VQA.configure(grow_vocabulary(recipe.task, tokenizer), root), tokenizer=tokenizer)
+    task.double().init_weights(0)
+    examples = ExampleDataset(
+        {"main": RecordDataset(root / "vqa/main/train.jsonl", root)}, task.example, seed=0
+    )
+    matrices = [
+        p for name, p in task.named_parameters() if has_weight_decay(name, p, recipe.optim.no_decay)
+    ]
+    others = [
+        p
+        for name, p in task.named_parameters()
+        if not has_weight_decay(name, p, recipe.optim.no_decay)
+    ]
+    optimizer = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": 0.05}, {"params": others, "weight_decay": 0.0}],
+        betas=recipe.optim.betas,
+        eps=recipe.optim.eps,
+    )
+    norms = []
+    for step in range(4):
+        batch = task.collate([examples["main", 8 * step + index] for index in range(8)])
+        loss = task.train()(to_device(batch, torch.device("cpu"), torch.float64))["losses"]["loss"]
+        (loss / 8).backward()
+        norms.append(float(torch.nn.utils.clip_grad_norm_(task.parameters(), 0.01)))
+        for group in optimizer.param_groups:
+            group["lr"] = compute_learning_rate(step, 4, 2, recipe.optim)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    logged = [line["gradient_norm"] for line in read_metrics(tmp_path / "run") if "loss" in line]
+    assert logged == pytest.approx(norms, rel=1e-9) and min(norms) > 1
+    trained = load_file(tmp_path / "run/last/model.safetensors")
+    for name, parameter in task.named_parameters():
+        torch.testing.assert_close(
+            trained[name].double(), parameter.detach(), rtol=1e-6, atol=1e-8, msg=name
+        )
 
 
 def test_recomputed_activations_change_no_metric(root, tmp_path, monkeypatch):

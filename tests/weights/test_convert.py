@@ -13,6 +13,7 @@ from beit3.recipe import TaskConfig
 from beit3.tasks.backbone import Backbone
 from beit3.tasks.vqa import VQA
 from beit3.tasks.vqkd import VQKD, VQKDConfig
+from beit3.tensor_files import TensorFile
 from beit3.tokenizer.teacher import load_teacher
 from beit3.weights.convert import convert_clip, convert_released, export_released
 from beit3.weights.initialization import initialize_from
@@ -170,8 +171,9 @@ def test_released_models_are_exported_under_their_own_names(monkeypatch):
     for name, shapes in load_released_shapes().items():
         with torch.device("meta"):
             state = {key: torch.empty(shape, dtype=torch.float16) for key, shape in shapes.items()}
+            file = TensorFile(state)
             monkeypatch.setattr(
-                "beit3.weights.convert.read_state_dict", lambda path, as_stored, state=state: state
+                "beit3.weights.convert.read_checkpoint", lambda path, as_stored, file=file: file
             )
             convert_released(name, "out")
             exported = to_released_state(*written["last"])

@@ -1,20 +1,112 @@
 """State dicts are read safely from files of several formats."""
 
 import argparse
+import gzip
+import json
+import pickle
+import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from beit3.weights.state_dicts import read_state_dict
+import beit3
+from beit3.weights.state_dicts import read_checkpoint, read_state_dict
+from beit3.weights.store import find_weights
 from tests.weights.states import assert_equal_tensors
 
 
-@pytest.mark.parametrize("nest", ["model", "module", "state_dict", None])
-def test_state_dicts_are_found_under_any_key(tmp_path, backbone_state, nest):
-    torch.save({nest: backbone_state, "epoch": 3} if nest else backbone_state, tmp_path / "a.pth")
+@pytest.mark.parametrize(
+    "keys", ["", "model", "state_dict", "model_state", "model_ema", "ema model"]
+)
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod.", "model.net."])
+def test_state_dicts_are_found_under_any_key_and_prefix(tmp_path, backbone_state, keys, prefix):
+    content = {prefix + name: tensor for name, tensor in backbone_state.items()}
+    if prefix == "module.":
+        content["n_averaged"] = torch.tensor(3)
+    for key in keys.split():
+        content = {key: content, "epoch": 3, "best": np.float64(1), "args": {"lr": 1e-3}}
+    torch.save(content, tmp_path / "a.pth")
     assert_equal_tensors(read_state_dict(tmp_path / "a.pth"), backbone_state)
+
+
+def test_compiled_blocks_inside_a_network_have_their_released_names(tmp_path, backbone_state):
+    state = {n.replace(".ffn.", ".ffn._orig_mod."): t for n, t in backbone_state.items()}
+    torch.save(state, tmp_path / "a.pth")
+    assert_equal_tensors(read_state_dict(tmp_path / "a.pth"), backbone_state)
+
+
+def test_passed_over_parts_of_a_file_are_named(tmp_path, backbone_state):
+    file = tmp_path / "a.pth"
+    torch.save({"model": {**backbone_state, "step": 3}, "model_ema": backbone_state}, file)
+    assert read_checkpoint(file).notes == (
+        "'model_ema' was passed over: 'model' of the file was read",
+        "passed over in the file, no tensor: 'step' is of type int",
+    )
+    torch.save({"ema": backbone_state}, file)
+    assert "moving average 'ema'" in read_checkpoint(file).notes[0]
+    assert read_checkpoint(file).notes[0] in beit3.load(file, num_heads=2).report.lines()
+    torch.save({"model": backbone_state, "state_dict": backbone_state}, file)
+    with pytest.raises(ValueError, match="under 'model' and others under 'state_dict': save"):
+        read_state_dict(file)
+    name = next(iter(backbone_state))
+    torch.save({**backbone_state, f"module.{name}": backbone_state[name]}, file)
+    with pytest.raises(ValueError, match=f"holds both {name} and module.{name}"):
+        read_state_dict(file)
+
+
+def test_values_beside_the_tensors_are_read_without_running_anything(tmp_path, backbone_state):
+    args = argparse.Namespace(out=Path("runs"), lr=np.float32(1), array=np.arange(3))
+    torch.save({"model": backbone_state, "args": args, "score": np.int64(3)}, tmp_path / "a.pth")
+    assert_equal_tensors(read_state_dict(tmp_path / "a.pth"), backbone_state)
+    arrays = {name: tensor.numpy() for name, tensor in backbone_state.items()}
+    torch.save({"model": arrays}, tmp_path / "a.pth")
+    assert_equal_tensors(read_state_dict(tmp_path / "a.pth"), backbone_state)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_weights_that_are_not_finite_are_refused_by_name(tmp_path, backbone_state, value, dtype):
+    state = {name: tensor.to(dtype, copy=True) for name, tensor in backbone_state.items()}
+    name = list(state)[3]
+    state[name].view(-1)[-1] = value
+    for save, file in ((torch.save, "a.pth"), (save_file, "a.safetensors")):
+        save(state, tmp_path / file)
+        for as_stored in (False, True):
+            with pytest.raises(ValueError, match=f"{file}: {name} holds NaN or infinite values"):
+                read_state_dict(tmp_path / file, as_stored=as_stored)
+
+
+def test_large_finite_values_are_no_fault(tmp_path):
+    # Their sum in float32 overflows.
+    torch.save({"a": torch.full((4,), 3e38)}, tmp_path / "a.pth")
+    assert read_state_dict(tmp_path / "a.pth")["a"].isfinite().all()
+
+
+@pytest.mark.parametrize("ending", [".safetensors", ".bin"])
+def test_shards_are_read_by_their_index(tmp_path, backbone_state, ending):
+    names = list(backbone_state)
+    weight_map = {n: f"m-0000{1 + i % 2}-of-00002{ending}" for i, n in enumerate(names)}
+    save = save_file if ending == ".safetensors" else torch.save
+    for file in set(weight_map.values()):
+        save({n: backbone_state[n] for n in names if weight_map[n] == file}, tmp_path / file)
+    index = tmp_path / f"m{ending}.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}), encoding="utf-8")
+    assert_equal_tensors(read_state_dict(index), backbone_state)
+    with pytest.raises(ValueError, match=f"is a directory: give the file in it, {index}"):
+        find_weights(tmp_path)
+    for changed, message in (
+        ({**weight_map, names[0]: weight_map[names[1]]}, f"lacks {names[0]}: download"),
+        ({**weight_map, names[0]: "m-00003-of-00002.bin"}, "m-00003-of-00002.bin, which is miss"),
+        ({**weight_map, names[0]: "../m.bin"}, "'../m.bin', which names no file beside it"),
+        ({n: f for n, f in weight_map.items() if n != names[0]}, f"does not list {names[0]}"),
+        ({}, "JSON without a weight_map"),
+    ):
+        index.write_text(json.dumps({"weight_map": changed}), encoding="utf-8")
+        with pytest.raises(ValueError, match=message):
+            read_state_dict(index)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
@@ -86,6 +178,20 @@ def test_damaged_files_are_named(tmp_path, backbone_state):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(ValueError, match=f"{name} is .*: download it again$"):
             read_state_dict(tmp_path / name)
+    with zipfile.ZipFile(tmp_path / "archive.pth", "w") as archive:
+        archive.writestr("beit3.pth", b"")
+    other_files = {
+        "a.pth.gz": (gzip.compress(b"x"), "compressed by gzip: unpack it first"),
+        "lfs.pth": (b"version https://git-lfs.github.com/spec/v1", "Git LFS pointer"),
+        "plain.pkl": (pickle.dumps(backbone_state), "a pickle that torch.save did not write"),
+        "archive.pth": (None, "a zip archive of beit3.pth and others: unpack it first"),
+        "keras.h5": (b"\x89HDF\r\n", "an HDF5 file"),
+    }
+    for name, (content, message) in other_files.items():
+        if content is not None:
+            (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match=f"{name} is .*{message}"):
+            read_state_dict(tmp_path / name)
     with pytest.raises(ValueError, match="no weights at .*absent.pth"):
         read_state_dict(tmp_path / "absent.pth")
 
@@ -93,9 +199,9 @@ def test_damaged_files_are_named(tmp_path, backbone_state):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ([1, 2], "holds no named tensors"),
-        ({}, "holds no named tensors"),
-        ({"model": {"a": 3}}, "'a' is of type int"),
+        ([1, 2], "holds a list and no named tensors"),
+        ({}, "holds a dict and no named tensors"),
+        ({"model": {"a": 3}}, "'model' is of type dict"),
         ({"epoch": 3}, "'epoch' is of type int"),
     ],
 )

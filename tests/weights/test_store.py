@@ -1,5 +1,7 @@
 """Directories of weights are written whole or not at all."""
 
+import json
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -103,4 +105,20 @@ def test_a_frozen_part_that_changed_is_refused(tmp_path):
         ValueError,
         match="visual_tokenizer .*visual is not the file that these weights were trained with",
     ):
+        load_weights(tmp_path / "w")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"task": 3}, {"frozen": "x"}, {"tokenizer": ["x"]}],
+    ids=lambda change: next(iter(change)),
+)
+def test_a_field_of_another_type_is_named(tmp_path, change):
+    save_weights(initialize(Backbone(TaskConfig(model=RELEASE))), tmp_path / "w")
+    path = tmp_path / "w" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(ValueError, match=f"config.json: the field '{next(iter(change))}' is"):
+        load_weights(tmp_path / "w")
+    path.write_text("[" * 100_000)
+    with pytest.raises(ValueError, match=r"config\.json is not JSON"):
         load_weights(tmp_path / "w")

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from beit3.cli.options import NOT_RELEASED, ReleasedOptions, WholeNumber
+from beit3.cli.options import NOT_RELEASED, Count, ReleasedOptions
 
 
 def convert_official(
@@ -30,7 +30,7 @@ def convert_official(
     print(*lines, sep="\n")
 
 
-def convert_vqkd(weights: str, /, *, out: str, num_heads: WholeNumber | None = None) -> None:
+def convert_vqkd(weights: str, /, *, out: str, num_heads: Count | None = None) -> None:
     """Convert BEiT v2's visual tokenizer (VQ-KD) to a weights directory.
 
     ```

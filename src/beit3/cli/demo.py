@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from beit3.cli.options import WholeNumber
+from beit3.cli.options import Count, Size
 
 
 def demo(*, fast: bool = False, full: bool = False, out: str = "") -> None:
@@ -33,9 +33,9 @@ def demo(*, fast: bool = False, full: bool = False, out: str = "") -> None:
 def world(
     *,
     out: str,
-    scenes: WholeNumber = 6000,
-    image_size: WholeNumber = 32,
-    seed: WholeNumber = 0,
+    scenes: Count = 6000,
+    image_size: Count = 32,
+    seed: Size = 0,
 ) -> None:
     """Write the embedded world in the file formats of the public datasets.
 

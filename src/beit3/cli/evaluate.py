@@ -6,16 +6,17 @@ from typing import TYPE_CHECKING
 
 from beit3.cli.options import (
     NOT_RELEASED,
+    Count,
     RecordsRoot,
     ReleasedOptions,
     TaskName,
-    WholeNumber,
     Word,
     check_task_fields,
 )
 from beit3.cli.predict import load_predictor
 
 if TYPE_CHECKING:
+    from beit3.data.stores.record_fields import Purpose
     from beit3.task import Task
     from beit3.training.evaluate import SourcePredictions
 
@@ -26,7 +27,7 @@ def evaluate(
     *fields: Word,
     split: str = "val",
     root: RecordsRoot = "",
-    batch: WholeNumber = 32,
+    batch: Count = 32,
     predictions: str = "",
     submission: str = "",
     java: bool = False,
@@ -65,6 +66,7 @@ def evaluate(
     from beit3.training.evaluate import predict_sources, score_sources
     from beit3.training.launch import init_device
     from beit3.training.parallel import make_autocast
+    from beit3.training.record_checks import check_records
     from beit3.training.sources import open_split
 
     check_task_fields(fields, evaluate, "eval")
@@ -81,6 +83,9 @@ def evaluate(
     with rank_zero_first():
         sources = open_split(task_class, root, split)
     predictor.match_class_names(next(iter(sources.values())).path.with_name(task.names_file))
+    purpose: Purpose = "predict" if predictions or submission else "score"
+    with show_progress("checking records") as advance:
+        check_records(task_class, sources, purpose, config=task.config, progress=advance)
     with show_progress("records") as advance:
         predicted = predict_sources(
             task,
@@ -139,7 +144,7 @@ def score(
 
     Args:
         task: The task that the predictions are of.
-        predictions: A file that `beit3 eval --predictions` wrote.
+        predictions: A file that `beit3 eval --predictions` wrote, or a JSON list of the same.
         split: train, val or test.
         root: Directory of the records; by default the embedded world.
         source: The source of the records.
@@ -148,6 +153,7 @@ def score(
     from beit3.data.stores.predictions import read_predictions
     from beit3.task import load_task
     from beit3.tasks.captioning import make_java_scorer
+    from beit3.training.record_checks import check_records
     from beit3.training.sources import open_split
 
     task_class = load_task(task)
@@ -157,6 +163,7 @@ def score(
         raise ValueError(
             f"--source {source} has no {split} records: there are {', '.join(sources)}"
         )
+    check_records(task_class, {source: sources[source]}, "score", bad_share=1.0)
     try:
         rows = [row for row in read_predictions(predictions) if row.get("source", source) == source]
         records = list(sources[source])
@@ -167,5 +174,14 @@ def score(
         raise ValueError(
             f"{predictions}: a prediction has no field {error}: write the file by "
             "beit3 eval --predictions"
+        ) from None
+    except ValueError as error:
+        if predictions in str(error):
+            raise
+        raise ValueError(f"{predictions}: {error}") from None
+    except (TypeError, AttributeError, IndexError) as error:
+        raise ValueError(
+            f"{predictions} does not hold predictions of {task} ({error}): write the file by "
+            f"beit3 eval --predictions with weights of {task}"
         ) from None
     print(json.dumps(scores, indent=1))

@@ -1,5 +1,6 @@
 """Options that several verbs share: their types, help, completion and checks."""
 
+import math
 import pkgutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
@@ -34,8 +35,51 @@ def read_whole_number(kind: type, tokens: Sequence[Token]) -> int:
         raise ValueError(f"{tokens[0].value!r} is no whole number") from None
 
 
+def read_count(kind: type, tokens: Sequence[Token]) -> int:
+    """Converts a word to an int of at least 1."""
+    number = read_whole_number(kind, tokens)
+    if number < 1:
+        raise ValueError(f"{number} is too few, expected at least 1")
+    return number
+
+
+def read_size(kind: type, tokens: Sequence[Token]) -> int:
+    """Converts a word to an int of at least 0."""
+    number = read_whole_number(kind, tokens)
+    if number < 0:
+        raise ValueError(f"{number} is negative, expected at least 0")
+    return number
+
+
+def read_amount(kind: type, tokens: Sequence[Token]) -> float:
+    """Converts a word to a finite number of at least 0."""
+    word = tokens[0].value
+    try:
+        number = float(word)
+    except ValueError:
+        raise ValueError(f"{word!r} is no number") from None
+    if not 0 <= number < math.inf:
+        raise ValueError(f"{word} is no finite number of at least 0")
+    return number
+
+
+def read_fraction(kind: type, tokens: Sequence[Token]) -> float:
+    """Converts a word to a number of 0 to 1."""
+    number = read_amount(kind, tokens)
+    if number > 1:
+        raise ValueError(f"{tokens[0].value} is above 1, expected 0 to 1")
+    return number
+
+
 TaskName = Annotated[str, Parameter(completer=complete_tasks)]
-WholeNumber = Annotated[int, Parameter(converter=read_whole_number)]
+Count = Annotated[int, Parameter(converter=read_count, allow_leading_hyphen=True)]
+"""A whole number of at least 1."""
+Size = Annotated[int, Parameter(converter=read_size, allow_leading_hyphen=True)]
+"""A whole number of at least 0."""
+Amount = Annotated[float, Parameter(converter=read_amount, allow_leading_hyphen=True)]
+"""A finite number of at least 0."""
+Fraction = Annotated[float, Parameter(converter=read_fraction, allow_leading_hyphen=True)]
+"""A number of 0 to 1."""
 Word = Annotated[str, Parameter(allow_leading_hyphen=True)]
 """A word that may also be an option of the recipe or the task, which the verb reads itself."""
 RecordsRoot = Annotated[str, Parameter(name="--data.root")]
@@ -50,7 +94,7 @@ class ReleasedOptions:
     """The task to build, for example imagenet from retrieval weights; by default that of the
     weights."""
 
-    num_heads: WholeNumber | None = None
+    num_heads: Count | None = None
     """Attention heads; by default 64 channels make one."""
 
     text_model: str | None = None

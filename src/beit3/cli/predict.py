@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from beit3.cli.options import (
     NOT_RELEASED,
+    Fraction,
     ReleasedOptions,
     Word,
     check_task_fields,
@@ -23,7 +24,7 @@ def predict(
     /,
     *inputs: Word,
     out: str = "",
-    min_score: float | None = None,
+    min_score: Fraction | None = None,
     int8: bool = False,
     released: ReleasedOptions = NOT_RELEASED,
 ) -> None:

@@ -26,6 +26,8 @@ def prepare(task: TaskName, /, *options: Word, raw: Path, root: Path, source: st
         task: A task; `beit3 recipes` lists them.
         options: The task's own. The texts of pretrain take `--pack N` tokens a record (512; 0
             leaves paragraphs as text), `--field NAME` of .jsonl and .parquet, and `--workers N`.
+            Every task takes `--bad_share 0.05`, the fraction of records that may be unusable; it
+            is 0.01 by default.
         raw: Directory of the downloaded files.
         root: Directory to write the records to.
         source: images, texts or pairs for pretrain; other tasks have one source.

@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from beit3.cli.options import WholeNumber
+from beit3.cli.options import Count, Size
 
 
 def train_tokenizer(
@@ -10,7 +10,7 @@ def train_tokenizer(
     /,
     *files: str,
     model: str,
-    vocab_size: WholeNumber = 64000,
+    vocab_size: Count = 64000,
     type: Literal["unigram", "bpe"] = "unigram",
 ) -> None:
     """Train a text tokenizer on texts or records.
@@ -50,7 +50,7 @@ def encode(text: str, /, *more: str, model: str) -> None:
     print(*TextTokenizer(model).encode(" ".join([text, *more])))
 
 
-def decode(id: WholeNumber, /, *ids: WholeNumber, model: str) -> None:
+def decode(id: Size, /, *ids: Size, model: str) -> None:
     """Print the text of ids.
 
     ```

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
-from beit3.cli.options import TaskName, WholeNumber, Word, list_options
+from beit3.cli.options import Amount, Count, Fraction, Size, TaskName, Word, list_options
 from beit3.config import override, suggest
 
 if TYPE_CHECKING:
@@ -51,11 +51,11 @@ def plan(
     recipe: Word = "",
     /,
     *fields: Word,
-    gpus: WholeNumber = 1,
+    gpus: Count = 1,
     gpu: str = "h100",
-    utilization: Annotated[float, Parameter(alias="--utilisation")] = 0.4,
-    price: float = 0.0,
-    records: WholeNumber = 0,
+    utilization: Annotated[Fraction, Parameter(alias="--utilisation")] = 0.4,
+    price: Amount = 0.0,
+    records: Size = 0,
     as_json: Annotated[bool, Parameter(name="--json")] = False,
 ) -> None:
     """Estimate what a run takes: memory of a device, micro-batch, time, cost.

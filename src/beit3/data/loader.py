@@ -61,6 +61,7 @@ class RecordDataset:
         limit: Number of records to keep, from the first on; 0 keeps all.
         window: Number of records that are shuffled together, for tars and token ids.
         weights: Dataset name -> weight with which training reads it; {} weights by size.
+        keep: Says which records of .jsonl files to keep; None keeps all.
     """
 
     def __init__(
@@ -71,6 +72,7 @@ class RecordDataset:
         limit: int = 0,
         window: int = WINDOW,
         weights: Mapping[str, float] | None = None,
+        keep: Callable[[dict[str, Any]], bool] | None = None,
     ) -> None:
         self.path, self.root, self.window = path, root, window
         files = [path] if path.suffix else find_split_files(path.parent, path.name)
@@ -78,10 +80,17 @@ class RecordDataset:
         has_names = len(files) > 1 or not path.suffix
         self.names = [file.parent.name if has_names else "" for file in files]
         """Name of each dataset; "" for a source of one."""
+        self.num_left_out = 0
+        """Number of records that `keep` is false for."""
+        for store in self.stores:
+            if keep is not None and isinstance(store, Records):
+                self.num_left_out += store.leave_out(keep)
         for file, store in zip(files, self.stores, strict=True):
             if not len(store):
+                content = "only records that are left out of training"
                 raise ValueError(
-                    f"{file} holds no records: run beit3 prepare again, or check the raw data"
+                    f"{file} holds {content if self.num_left_out else 'no records'}: run beit3 "
+                    "prepare again, or check the raw data"
                 )
         store_sizes = [len(store) for store in self.stores]
         self.size = min(limit or sum(store_sizes), sum(store_sizes))
@@ -104,7 +113,8 @@ class RecordDataset:
         record = self.stores[dataset][index]
         if self.names[dataset]:
             record = record | {"id": f"{self.names[dataset]}/{record['id']}"}
-        return record | {key: str(self.root / record[key]) for key in FILE_FIELDS if key in record}
+        files = {key: record[key] for key in FILE_FIELDS if isinstance(record.get(key), str)}
+        return record | {key: str(self.root / path) for key, path in files.items()}
 
     def make_order(self, dataset: int, get_rng: Callable[[str], np.random.Generator]) -> Order:
         """Returns the order of an epoch of a dataset.
@@ -147,18 +157,19 @@ class ExampleDataset(Dataset):
 
     Args:
         sources: Source name -> its records.
-        make: Turns (record, True, rng=...) into an example; raises ValueError for a bad record.
+        make_example: Turns (record, True, rng=...) into an example; raises ValueError for a bad
+            record.
         seed: Seed of the order of records and of their augmentation.
     """
 
     def __init__(
         self,
         sources: Mapping[str, RecordDataset],
-        make: Callable[..., dict[str, Any]],
+        make_example: Callable[..., dict[str, Any]],
         *,
         seed: int,
     ) -> None:
-        self.sources, self.make, self.seed = sources, make, seed
+        self.sources, self.make_example, self.seed = sources, make_example, seed
         self.get_order = lru_cache(maxsize=CACHED_EPOCHS)(self._make_order)
 
     def __getitem__(self, position: Position) -> dict[str, Any]:
@@ -173,7 +184,9 @@ class ExampleDataset(Dataset):
         for attempt in range(min(MAX_FAILURES, size)):
             record = source.read_record(dataset, int(order[(offset + attempt) % size]))
             try:
-                example = self.make(record, True, rng=make_rng(self.seed, epoch, str(record["id"])))
+                example = self.make_example(
+                    record, True, rng=make_rng(self.seed, epoch, str(record["id"]))
+                )
                 return example | {SKIPPED: failures}
             except ValueError as error:
                 failures.append(f"{name} record {record['id']}: {error}")
@@ -295,17 +308,17 @@ class EvaluationBatches(Dataset):
 
     Args:
         batches: The records of each batch.
-        make: Turns (record, False) into an example; raises ValueError for a bad record.
+        make_example: Turns (record, False) into an example; raises ValueError for a bad record.
         collate: Stacks a list of examples to a batch.
     """
 
     def __init__(
         self,
         batches: Sequence[Sequence[dict[str, Any]]],
-        make: Callable[..., dict[str, Any]],
+        make_example: Callable[..., dict[str, Any]],
         collate: Callable[..., dict[str, Any]],
     ) -> None:
-        self.batches, self.make, self.collate = batches, make, collate
+        self.batches, self.make_example, self.collate = batches, make_example, collate
 
     def __len__(self) -> int:
         return len(self.batches)
@@ -315,7 +328,7 @@ class EvaluationBatches(Dataset):
         examples, unreadable = [], []
         for record in self.batches[index]:
             try:
-                examples.append(self.make(record, False))
+                examples.append(self.make_example(record, False))
             except ValueError as error:
                 unreadable.append(f"{record['id']}: {error}")
         return self.collate(examples) if examples else None, unreadable

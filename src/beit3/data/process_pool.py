@@ -36,7 +36,8 @@ def run_jobs(
     # Not fork: this process has threads, those of its progress bar and of torch.
     methods = multiprocessing.get_all_start_methods()
     context = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
-    context.set_forkserver_preload([module])
+    if "forkserver" in methods:
+        context.set_forkserver_preload([module])
     with ProcessPoolExecutor(num_workers, context, _end_with_parent) as pool:
         futures = {pool.submit(call, *arguments): key for key, arguments in jobs.items()}
         try:

@@ -1,5 +1,5 @@
 """The detector above a trunk: pyramid, proposals, cascade and masks (ViTDet, arXiv:2203.16527;
-BEiT-3, section 3.3).
+BEiT-3, section 3.2).
 
 Boxes are x1 y1 x2 y2 in pixels of the network's input. The size of an image (height, width) is that
 of its pixels without the padding at the bottom and on the right.

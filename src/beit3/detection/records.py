@@ -15,6 +15,17 @@ from beit3.detection.inference import Detections
 from beit3.detection.matching import Target
 
 
+def has_objects(record: Mapping[str, Any]) -> bool:
+    """Returns whether a record has an object that is trained on, which crowd regions are not.
+
+    It is also true of records with a wrong field `objects` or none, which `read_objects` refuses.
+    """
+    objects = record.get("objects")
+    if not isinstance(objects, list):
+        return True
+    return any(not isinstance(item, dict) or not item.get("crowd") for item in objects)
+
+
 def read_objects(record: Mapping[str, Any], *, num_classes: int, masks: bool) -> ObjectAnnotations:
     """Returns a record's objects for training.
 

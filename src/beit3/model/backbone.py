@@ -10,7 +10,7 @@ from beit3.ops.init import trunc_normal
 from beit3.seeding import make_generator
 
 
-class Backbone(nn.Module):
+class MultiwayBackbone(nn.Module):
     """Names its parameters `*_embedding.*`, `blocks.{i}.*`, and anything for what follows them."""
 
     def __init__(self, config: ModelConfig):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from beit3.model.attention_mask import combine_masks
-from beit3.model.backbone import Backbone
+from beit3.model.backbone import MultiwayBackbone
 from beit3.model.cache import Cache, LayerCache
 from beit3.model.config import FUSION, IMAGE, TEXT, ModelConfig
 from beit3.model.embeddings import Embedding, make_embedding
@@ -52,7 +52,7 @@ class Encoded:
         return self.of(modality)[:, 0]
 
 
-class BEiT3(Backbone):
+class BEiT3(MultiwayBackbone):
     """The Multiway Transformer.
 
     Parameters are named `{modality}_embedding.*`, `blocks.{i}.{norm1,attention,norm2,ffn}.*` and
@@ -253,6 +253,11 @@ class BEiT3(Backbone):
         for name in inputs:
             if name not in known_names:
                 raise ValueError(f"no modality {name!r}: this network has {', '.join(known_names)}")
+            if not torch.compiler.is_compiling() and not inputs[name].numel():
+                raise ValueError(
+                    f"{name} of shape {list(inputs[name].shape)} is empty: give one sample or more "
+                    "of one token or more, or leave it out"
+                )
         for name in (*masks, *padding):
             if name not in inputs:
                 option = f"{name}_{'padding' if name in padding else 'mask'}"

@@ -4,13 +4,16 @@ Two published architectures differ in a few fields only. The released base and l
 every layer once per modality, with sub-LN and without a vision-language expert. The paper's giant
 shares self-attention and has vision-language experts in its top three layers (section 2.1 and
 table 2).
+
+`TINY`, `SMALL` and `MEDIUM` are neither: they pair the paper's form with the release's initial
+values (Magneto's), which the paper's giant does not have.
 """
 
 from dataclasses import dataclass, replace
 from typing import Literal
 
 IMAGE, TEXT = "image", "text"
-"""The two published modalities. A modality's name is also its batch key and its expert's name."""
+"""The two published modalities. A modality's name is also the name of its expert."""
 
 FUSION = "fusion"
 """The expert of sequences that hold several modalities (the paper's vision-language expert)."""
@@ -24,6 +27,8 @@ class Modality:
     """One kind of input: it has an embedding and an expert, both under its name."""
 
     name: str
+    """Its key in the arguments `inputs`, `masks` and `padding` of `BEiT3.forward`; also the name of
+    its expert."""
     embedding: str
     """Dotted path of a subclass of `beit3.model.embeddings.Embedding`."""
     init_from: str = ""
@@ -63,7 +68,7 @@ class ModelConfig:
     drop_path_rate: float = 0.0
     """Stochastic depth rate of the last layer; it grows linearly from 0 at the first layer."""
     init: Literal["beit", "magneto"] = "magneto"
-    """Scheme of the initial values, see `Backbone.init_weights`."""
+    """Scheme of the initial values, see `MultiwayBackbone.init_weights`."""
     modalities: tuple[Modality, ...] = (IMAGE_MODALITY, TEXT_MODALITY)
     """What the network can read, in the order in which a sequence holds them."""
 
@@ -138,7 +143,7 @@ TINY = ModelConfig(
     init="magneto",
 )
 """The paper's architecture, small enough to train in minutes on a laptop. Its initial values are
-Magneto's; the paper does not name a scheme for this size."""
+Magneto's, not BEiT's as in `GIANT`; at this size they learned faster (docs/decisions.md)."""
 
 TINY_RELEASE = ModelConfig(
     dim=128,
@@ -163,7 +168,8 @@ SMALL = replace(
     vocab_size=8010,
     text_positions=514,
 )
-"""The paper's architecture for photographs on a laptop; texts have up to 512 tokens."""
+"""The paper's architecture with Magneto's initial values, for photographs on a laptop; texts have
+up to 512 tokens."""
 
 MEDIUM = replace(
     TINY,
@@ -177,7 +183,8 @@ MEDIUM = replace(
     text_positions=514,
     fusion_layers=2,
 )
-"""The paper's architecture at 224 pixels for an hour of one large GPU."""
+"""The paper's architecture with Magneto's initial values at 224 pixels, for an hour of one large
+GPU."""
 
 BASE = ModelConfig()
 """Released base: 276.511M parameters with both pretraining heads."""

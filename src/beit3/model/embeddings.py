@@ -17,13 +17,20 @@ class Embedding(nn.Module):
 
     A subclass is built from the network's config alone and maps its input to tokens [B, n, D],
     positions included. Parameters get BEiT's initial values (normal .02, biases 0, norms 1 and 0).
+
+    An embedding that masks calls the learned vector which replaces masked tokens `mask_token`.
+    `BEiT3.find_unused_parameters` looks for this attribute: without masking it gets no gradient.
     """
 
     def __init__(self, config: ModelConfig):
         super().__init__()
 
     def forward(self, values: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Embeds `values`; `mask` [B, n] bool marks positions that pretraining hides."""
+        """Embeds `values`, whose shape and dtype the subclass chooses, as tokens [B, n, D].
+
+        `mask` is bool, True = masked. It covers what can be masked and so no class token: for
+        images it is [B, P], one shorter than the n = 1 + P tokens.
+        """
         raise NotImplementedError
 
 

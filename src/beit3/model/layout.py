@@ -39,7 +39,10 @@ class Unpadding(NamedTuple):
         """Builds the tables from padding [B, n] bool, True = padding.
 
         Returns None where unpadding gains nothing: off the CPU, without padding, with nothing else.
+        A graph that is exported or compiled whole keeps the padding: its shapes cannot follow it.
         """
+        if torch.compiler.is_compiling():
+            return None
         if padding is None or padding.device.type != "cpu" or not padding.any() or padding.all():
             return None
         real = ~padding.flatten()
@@ -65,7 +68,8 @@ class Layout(NamedTuple):
     spans: Spans
     """Expert and number of tokens of each part."""
     modalities: Spans
-    """Modality and number of tokens of each input, in order; `spans` before fusion."""
+    """Modality and number of tokens of each input, in order. The same as `spans` until `fuse`
+    joins the parts."""
     padding: tuple[Tensor | None, ...] = ()
     """Padding [B, n] bool of each modality, True = padding; None where it has none."""
     unpadding: tuple[Unpadding | None, ...] = ()

@@ -9,7 +9,7 @@ whole map (ViTDet, arXiv:2203.16527, section 3).
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from beit3.model.backbone import Backbone
+from beit3.model.backbone import MultiwayBackbone
 from beit3.model.config import IMAGE, ModelConfig
 from beit3.model.embeddings import ImageEmbedding
 from beit3.model.layers import Block
@@ -17,7 +17,7 @@ from beit3.model.layout import Layout
 from beit3.model.multiway import make_norm
 
 
-class ImageTrunk(Backbone):
+class ImageTrunk(MultiwayBackbone):
     """Images [B, 3, H, W] -> features [B, h, w, D] with h = H / patch and w = W / patch."""
 
     unused_parameters = {

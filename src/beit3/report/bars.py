@@ -47,7 +47,7 @@ def draw_usage_bars(counts: np.ndarray) -> str:
     axes.axhline(mean, color=INK, linewidth=0.9, linestyle=(0, (4, 3)))
     axes.text(len(counts), mean, "even use ", ha="right", va="bottom", fontsize=8, color=INK)
     axes.set_xlim(0, len(counts))
-    axes.set_xlabel("codes, commonest first")
+    axes.set_xlabel("codes, most frequent first")
     used_fraction, perplexity = compute_usage(counts)
     return render_svg(
         figure,

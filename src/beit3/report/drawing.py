@@ -38,7 +38,7 @@ def predict_and_draw(
 
     Args:
         predictor: Weights of `coco` or `ade20k`.
-        inputs: What the predictor takes; the first is the image or its path.
+        inputs: What the predictor takes; the first is the image.
         out: File of the drawing; its extension says the format.
         min_score: Lowest score of the objects that are drawn and returned; `MIN_SCORE` by default.
 
@@ -54,8 +54,11 @@ def predict_and_draw(
         raise ValueError("--min-score selects the objects that are drawn: give --out too")
     out = Path(out)
     _check_out_file(out, inputs[0])  # before anything that takes time
-    predictions = predictor(*inputs)
-    image = open_image(inputs[0]).permute(1, 2, 0).numpy()
+    first, *others = inputs
+    if hasattr(first, "read"):  # a file can be read once
+        first = first.read()
+    predictions = predictor(first, *others)
+    image = open_image(first).permute(1, 2, 0).numpy()
     drawing, summary = draw_prediction(
         image,
         predictions[0] if len(predictions) == 1 else {},

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from beit3.files import read_json
+from beit3.files import read_json, read_lines
 
 
 @dataclass(frozen=True)
@@ -130,6 +130,7 @@ def _read_run(path: Path, label: str) -> Run:
             f"{path} is not a run: its recipe.json lacks task and recipe; give a directory that "
             "beit3 train wrote"
         )
+    check_recipe(recipe, path / "recipe.json")
     return Run(
         path=path,
         label=label,
@@ -143,9 +144,21 @@ def _read_run(path: Path, label: str) -> Run:
     )
 
 
+def check_recipe(content: dict[str, Any], path: Path) -> None:
+    """Raises ValueError that names the field of a recipe.json that is not of its type."""
+    empty: dict[str, Any] = {"recipe": {}, "inputs": {}, "environment": {}, "init": "", "task": ""}
+    for name, default in empty.items():
+        value = content.get(name) or default
+        if not isinstance(value, type(default)):
+            raise ValueError(
+                f"{path}: the field {name!r} is {str(value)[:60]!r}: it should be a "
+                f"{type(default).__name__}, as beit3 train writes it"
+            )
+
+
 def _read_metrics(path: Path) -> list[dict[str, float]]:
     """Returns the complete lines of metrics.jsonl; the last may be half written by a live run."""
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
+    lines = list(read_lines(path)) if path.is_file() else []
     metrics = []
     for number, line in enumerate(lines, start=1):
         if not line.endswith("\n"):
@@ -153,7 +166,7 @@ def _read_metrics(path: Path) -> list[dict[str, float]]:
         try:
             values = json.loads(line)
             int(values["step"])
-        except (ValueError, TypeError, KeyError):
+        except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
             raise ValueError(
                 f"{path} line {number} is not a JSON object with a step: delete the line"
             ) from None

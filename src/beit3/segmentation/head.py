@@ -12,6 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from beit3.ops.precision import promote_to_float32
 from beit3.seeding import make_generator
@@ -45,14 +46,32 @@ class MaskHead(nn.Module):
 
         `features` are four maps [B, D, h, w], largest first.
         """
-        # Sampling locations need float32.
-        with torch.autocast(features[0].device.type, enabled=False):
-            pixels = self.pixels([promote_to_float32(feature_map) for feature_map in features])
-        decoded = self.queries(pixels.multi_scale_features, pixels.mask_features)
+        multi_scale_features, mask_features = self.decode_pixels(features)
+        decoded = self.queries(multi_scale_features, mask_features)
         classes = tuple(
             self.classes(states.transpose(0, 1)) for states in decoded.intermediate_hidden_states
         )
         return MaskPredictions(masks=tuple(decoded.masks_queries_logits), classes=classes)
+
+    def decode_pixels(self, features: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
+        """Returns the pixel decoder's maps for the queries and for the masks.
+
+        It computes in float32 because sampling locations need it, whatever the precision of its
+        weights; the maps have the precision of the head's weights.
+        """
+        dtype = self.classes.weight.dtype
+        with torch.autocast(features[0].device.type, enabled=False):
+            inputs = [promote_to_float32(feature_map) for feature_map in features]
+            if dtype in (torch.float16, torch.bfloat16):
+                weights = {
+                    name: promote_to_float32(parameter)
+                    for name, parameter in self.pixels.named_parameters()
+                }
+                decoded = functional_call(self.pixels, weights, (inputs,))
+            else:
+                decoded = self.pixels(inputs)
+        maps = [feature_map.to(dtype) for feature_map in decoded.multi_scale_features]
+        return maps, decoded.mask_features.to(dtype)
 
     # Training -------------------------------------------------------------------------------------
 

@@ -5,7 +5,8 @@ Importing this file takes seconds, so `head.py` imports it when a head is built.
 
 - Cross-attention does not store its matrix of weights, and one mask serves all its heads. Before,
   that took B * heads * Q * h * w numbers of float32.
-- Sine positions come from a function, not from a cache shared by all models of a process.
+- Sine positions come from a function, not from a cache shared by all models of a process, and are
+  computed in float32.
 - No parameter is a tensor of uninitialized memory when built on "meta".
 - Layers may be recomputed in the backward pass.
 
@@ -118,11 +119,13 @@ class SinePositions(nn.Module):
         self, shape: Sequence[int], device: torch.device, dtype: torch.dtype, mask: None = None
     ) -> Tensor:
         batch_size, _, height, width = shape
-        frequency_indices = torch.arange(self.dim // 4, device=device, dtype=dtype)
+        precise_dtype = torch.promote_types(dtype, torch.float32)
+        frequency_indices = torch.arange(self.dim // 4, device=device, dtype=precise_dtype)
         periods = self.TEMPERATURE ** (4 * frequency_indices / self.dim)
         rows = self.embed_positions(height, periods)[:, None].expand(-1, width, -1)
         columns = self.embed_positions(width, periods)[None].expand(height, -1, -1)
-        return torch.cat((rows, columns), -1).permute(2, 0, 1).expand(batch_size, -1, -1, -1)
+        embeddings = torch.cat((rows, columns), -1).permute(2, 0, 1).to(dtype)
+        return embeddings.expand(batch_size, -1, -1, -1)
 
     def embed_positions(self, side: int, periods: Tensor) -> Tensor:
         """Returns sines and cosines, interleaved, of all positions of a side: [side, D / 2]."""

@@ -1,4 +1,4 @@
-"""Semantic segmentation on ADE20K, and on folders like CamVid's and Cityscapes' (paper section 3.3
+"""Semantic segmentation on ADE20K, and on folders like CamVid's and Cityscapes' (paper section 3.2
 and table 8).
 
 The network is the image side of BEiT-3 with ViT-Adapter around its blocks, and a Mask2Former head.
@@ -8,6 +8,7 @@ image, its label map, and under `labels` the meaning of the map's numbers.
 """
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,8 +18,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from beit3.data.prepare.formats.label_maps import read_label_maps
-from beit3.data.prepare.splits import write_splits
+from beit3.data.prepare.formats.detect import read_label_maps
+from beit3.data.prepare.splits import BAD_SHARE, write_splits
+from beit3.data.stores.label_names import read_class_names
+from beit3.data.stores.record_fields import (
+    FILE,
+    LABEL_MAP_DESCRIPTION,
+    PURPOSES,
+    RecordField,
+)
 from beit3.data.stores.split_files import locate_split
 from beit3.data.views.label_maps import IGNORE_INDEX, open_label_map, open_labeled_image
 from beit3.data.views.preprocessing import (
@@ -192,6 +200,11 @@ class Ade20k(Task):
     """Predicts the class of every pixel with a trunk, its adapter and a head of masks."""
 
     Config = Ade20kConfig
+    record_fields: ClassVar[Mapping[str, RecordField]] = {
+        "image": RecordField(FILE, needed_for=PURPOSES),
+        "label_map": RecordField(FILE, needed_for=("train", "score")),
+        "labels": RecordField(LABEL_MAP_DESCRIPTION, needed_for=("train", "score")),
+    }
     headline = "miou"
     names_file = CLASSES_FILE
     unused_parameters: ClassVar[Mapping[str, str]] = {
@@ -299,17 +312,28 @@ class Ade20k(Task):
     # Data -----------------------------------------------------------------------------------------
 
     @staticmethod
-    def prepare(raw: Path, root: Path, source: str) -> Mapping[str, Any]:
-        """Converts folders of images and label maps to records and a list of class names."""
-        names, options, rows = read_label_maps(raw)
+    def prepare(
+        raw: Path, root: Path, source: str, *, bad_share: float = BAD_SHARE
+    ) -> Mapping[str, Any]:
+        """Converts folders of images and label maps to records and a list of class names.
+
+        `bad_share` is the largest fraction of images that may be unusable.
+        """
+        counts: Counter[str] = Counter()
+        names, options, rows = read_label_maps(raw, counts=counts)
         labels = {"num_classes": len(names)} | options
         records = ((split, record | {"labels": labels}) for split, record in rows)
-        report = write_splits(root, "ade20k", source, records)
+        report = write_splits(root, "ade20k", source, records, bad_share=bad_share)
         write_text(
             root / "ade20k" / source / CLASSES_FILE,
             json.dumps(names, indent=1, ensure_ascii=False) + "\n",
         )
-        return {**report, "classes": len(names)}
+        meaning_of_0 = "unlabeled" if options["reduce_zero"] else f"class {names[0]}"
+        if "lookup" not in options:
+            report["pixels of 0"] = meaning_of_0
+        if len(names) == 1:
+            report["one class"] = "every pixel will be given it: number the background as well"
+        return {**report, "classes": len(names), **counts}
 
     @staticmethod
     def configure(config: TaskConfig, root: Path) -> TaskConfig:
@@ -318,7 +342,7 @@ class Ade20k(Task):
         path = locate_split(root, "ade20k", "main", "train").with_name(CLASSES_FILE)
         if not path.is_file():
             raise ValueError(f"no class names at {path}: run beit3 prepare ade20k again")
-        classes = tuple(json.loads(path.read_text(encoding="utf-8")))
+        classes = read_class_names(path)
         return replace(config, classes=classes, num_classes=len(classes))
 
     def record(self, image: Any) -> Record:

@@ -18,7 +18,17 @@ from torch import Tensor, nn
 
 from beit3.data.prepare.formats.captions import split_by_caption
 from beit3.data.prepare.formats.detect import read_captioned_images
-from beit3.data.prepare.splits import write_splits
+from beit3.data.prepare.splits import BAD_SHARE, write_splits
+from beit3.data.stores.record_fields import (
+    CAPTIONS,
+    FILE,
+    ID,
+    PURPOSES,
+    TEXT_OR_IDS,
+    WORD,
+    Purpose,
+    RecordField,
+)
 from beit3.data.views.augment import rand_augment
 from beit3.data.views.masking import IGNORE_INDEX, mask_text
 from beit3.data.views.preprocessing import Preprocessing
@@ -147,6 +157,15 @@ class Captioning(Task):
     """
 
     Config = CaptioningConfig
+    record_fields: ClassVar[Mapping[str, RecordField]] = {
+        "image": RecordField(FILE, needed_for=PURPOSES),
+        "text": RecordField(TEXT_OR_IDS, needed_for=("train",)),
+        "captions": RecordField(
+            CAPTIONS, needed_for=("score",), refused_for=("train",), alternative="text"
+        ),
+        "image_id": RecordField(ID),
+        "domain": RecordField(WORD),
+    }
     headline = "cider"
     released_names: ClassVar[Mapping[str, str]] = {"text_head": "mlm_head"}
     recipes: ClassVar[Mapping[str, Recipe]] = {
@@ -179,14 +198,27 @@ class Captioning(Task):
     # Data --------------------------------------------------------------------------------------
 
     @staticmethod
-    def prepare(raw: Path, root: Path, source: str) -> Mapping[str, Any]:
+    def prepare(
+        raw: Path, root: Path, source: str, *, bad_share: float = BAD_SHARE
+    ) -> Mapping[str, Any]:
         """Converts Karpathy's, COCO's, NoCaps' or Flickr8k's files, or a table of your own.
 
-        Training has a record per caption, the other splits a record per image.
+        Training has a record per caption, the other splits a record per image. `bad_share` is the
+        largest fraction of records that may be unusable.
         """
         records = split_by_caption(read_captioned_images(raw))
         lengths = make_length_counter(root, CaptioningConfig.text_length)
-        return write_splits(root, "captioning", source, records, lengths=lengths)
+        return write_splits(
+            root, "captioning", source, records, lengths=lengths, bad_share=bad_share
+        )
+
+    @staticmethod
+    def find_record_fault(record: Record, purpose: Purpose, config: TaskConfig | None) -> str:
+        """Finds val records whose only reference is a list of token ids."""
+        text = record.get("text")
+        if purpose == "score" and not record.get("captions") and not isinstance(text, str):
+            return f"field text is {str(text)[:40]}, and scoring needs captions that are strings"
+        return ""
 
     def record(self, image: Any) -> Record:
         """Makes a record of an image."""

@@ -1,4 +1,4 @@
-"""Object detection and instance segmentation on COCO (paper section 3.3 and table 7), and detection
+"""Object detection and instance segmentation on COCO (paper section 3.2 and table 7), and detection
 on Objects365.
 
 The image side of BEiT-3 with window attention, ViTDet's pyramid, a cascade of three box heads and a
@@ -10,7 +10,7 @@ label, and polygons or an RLE.
 
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -19,8 +19,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from beit3.data.prepare.formats.instances import read_instances
+from beit3.data.prepare.formats.detect import read_instances
 from beit3.data.prepare.splits import BAD_SHARE, write_splits
+from beit3.data.stores.record_fields import FILE, OBJECTS, PURPOSES, Purpose, RecordField
 from beit3.data.stores.split_files import locate_split
 from beit3.data.views.jitter import large_scale_jitter, pad_to_square
 from beit3.data.views.preprocessing import (
@@ -36,6 +37,7 @@ from beit3.detection.records import (
     collate_objects,
     format_coco_results,
     format_detections,
+    has_objects,
     read_objects,
     split_targets,
 )
@@ -211,8 +213,16 @@ class Coco(Task):
     """Detects objects with a windowed trunk and a detector."""
 
     Config = CocoConfig
+    record_fields: ClassVar[Mapping[str, RecordField]] = {
+        "image": RecordField(FILE, needed_for=PURPOSES),
+        # Images without objects belong to a val split, and are left out of training.
+        "objects": RecordField(
+            OBJECTS, needed_for=("train", "score"), may_be_empty_for=("train", "score")
+        ),
+    }
     headline = "box_ap"
     names_file = CATEGORIES_FILE
+    left_out_reason = "they have no objects"
     unused_parameters: ClassVar[Mapping[str, str]] = {
         f"backbone.{name}": reason for name, reason in ImageTrunk.unused_parameters.items()
     }
@@ -307,20 +317,30 @@ class Coco(Task):
     def prepare(
         raw: Path, root: Path, source: str, *, bad_share: float = BAD_SHARE
     ) -> Mapping[str, Any]:
-        """Converts COCO's instances_*.json or Objects365's files to records and a list of
-        categories.
+        """Converts the files of COCO, Objects365, LVIS, Roboflow, Label Studio or Pascal VOC to
+        records and a list of categories.
 
         `bad_share` is the largest fraction of images that may be missing or unreadable; copies of
         Objects365 are seldom complete.
         """
         repairs: Counter[str] = Counter()
         categories, rows = read_instances(raw, repaired=repairs)
-        report = dict(write_splits(root, "coco", source, rows, bad_share=bad_share))
+        num_empty = 0
+
+        def count_empty() -> Iterator[tuple[str, Record]]:
+            nonlocal num_empty
+            for split, record in rows:
+                num_empty += split == "train" and "fault" not in record and not has_objects(record)
+                yield split, record
+
+        report = dict(write_splits(root, "coco", source, count_empty(), bad_share=bad_share))
         write_text(
             root / "coco" / source / CATEGORIES_FILE,
             json.dumps(categories, indent=1, ensure_ascii=False) + "\n",
         )
         report["categories"] = len(categories)
+        if num_empty:
+            report["left out of training, without objects"] = num_empty
         report |= {f"repaired: {kind}": count for kind, count in sorted(repairs.items())}
         return report
 
@@ -334,6 +354,24 @@ class Coco(Task):
         categories = json.loads(file.read_text(encoding="utf-8"))
         names, ids = (tuple(category[key] for category in categories) for key in ("name", "id"))
         return replace(config, categories=names, category_ids=ids, num_classes=len(categories))
+
+    @staticmethod
+    def find_record_fault(record: Record, purpose: Purpose, config: TaskConfig | None) -> str:
+        """Finds objects of a category that the network does not have."""
+        if purpose == "predict" or not isinstance(config, CocoConfig):
+            return ""
+        for item in record["objects"]:
+            if item["label"] >= config.num_classes:
+                return (
+                    f"field objects has label {item['label']}, not below the {config.num_classes} "
+                    "categories"
+                )
+        return ""
+
+    @staticmethod
+    def trains_on(record: Record) -> bool:
+        """Returns whether a record has objects, as detectron2's training requires by default."""
+        return has_objects(record)
 
     def record(self, image: Any) -> Record:
         """Returns a record of an image that `open_image` reads."""

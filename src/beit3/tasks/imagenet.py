@@ -21,10 +21,11 @@ from torch import Tensor, nn
 
 from beit3.data.loader import RecordDataset
 from beit3.data.prepare.formats.detect import read_classified_images
-from beit3.data.prepare.splits import write_splits
+from beit3.data.prepare.splits import BAD_SHARE, write_splits
 from beit3.data.stores.label_names import CLASSES_FILE, read_class_names, write_class_names
+from beit3.data.stores.record_fields import FILE, LABEL, PURPOSES, RecordField, is_whole_number
 from beit3.data.stores.split_files import locate_split
-from beit3.data.views.augment import auto_augment, draw_erasing, erase_boxes
+from beit3.data.views.augment import draw_erasing, erase_boxes, rand_augment_timm
 from beit3.data.views.mixup import mix_batch
 from beit3.data.views.preprocessing import IMAGENET_MEAN_STD, Preprocessing
 from beit3.data.views.transforms import crop_and_flip
@@ -148,7 +149,13 @@ def _make_linear_recipe(
 
 
 def _make_giant_recipe(
-    image_size: int, *, batch: int, epochs: float, optim: OptimConfig, note: str
+    image_size: int,
+    *,
+    batch: int,
+    epochs: float,
+    optim: OptimConfig,
+    note: str,
+    eval_every: int = 2_000,
 ) -> Recipe:
     """The paper's giant by names (appendix): stochastic depth .4, label smoothing .1."""
     return Recipe(
@@ -166,7 +173,7 @@ def _make_giant_recipe(
             micro_batch=16,
             checkpointing="full",
             log_every=50,
-            eval_every=2_000,
+            eval_every=eval_every,
             save_every=1_000,
         ),
         note=note,
@@ -177,6 +184,10 @@ class ImageNet(Task):
     """The backbone on images, with a linear head or with the encoder of class names."""
 
     Config = ImageNetConfig
+    record_fields: ClassVar[Mapping[str, RecordField]] = {
+        "image": RecordField(FILE, needed_for=PURPOSES),
+        "label": RecordField(LABEL, needed_for=("train", "score"), below="num_classes"),
+    }
     headline = "accuracy"
     released_names: ClassVar[Mapping[str, str]] = {
         "fc_norm": "fc_norm",
@@ -234,7 +245,8 @@ class ImageNet(Task):
                 warmup_epochs=5,
                 layer_decay=0.85,
             ),
-            note="paper: the ImageNet-21k stage, by names",
+            eval_every=-1,
+            note="paper: the ImageNet-21k stage, by names; all images train, none are scored",
         ),
         "giant_336": _make_giant_recipe(
             336,
@@ -291,13 +303,32 @@ class ImageNet(Task):
     # Data -----------------------------------------------------------------------------------------
 
     @staticmethod
-    def prepare(raw: Path, root: Path, source: str) -> Mapping[str, Any]:
+    def prepare(
+        raw: Path,
+        root: Path,
+        source: str,
+        *,
+        bad_share: float = BAD_SHARE,
+        all_train: int = 0,
+    ) -> Mapping[str, Any]:
         """Converts folders of one class each, or a table of images and class names, to records.
 
         The class names are written beside the records.
+
+        Args:
+            raw: Directory of the images.
+            root: Directory of records.
+            source: Name of the source, main.
+            bad_share: The largest fraction of images that may be unusable.
+            all_train: 1 = every image is for training, val's too, as in the ImageNet-21k stage,
+                which is not scored. 0 = the splits as they are, or 5 % held out.
         """
         names, records = read_classified_images(raw)
-        report = write_splits(root, "imagenet", source, records)
+        if all_train:
+            records = (("train" if split == "val" else split, record) for split, record in records)
+        report = write_splits(
+            root, "imagenet", source, records, bad_share=bad_share, class_names=names
+        )
         write_class_names(root / "imagenet" / source / CLASSES_FILE, names)
         return {**report, "classes": len(names), **describe_doubtful_names(names)}
 
@@ -312,7 +343,9 @@ class ImageNet(Task):
         names_path = records_path.with_name(CLASSES_FILE)
         if config.head == "linear" and not names_path.exists():
             records = RecordDataset(records_path, root)
-            labels = {int(record["label"]) for record in records if "label" in record}
+            # Labels of another kind are named when all fields are checked.
+            values: dict[str, Any] = {repr(r.get("label")): r.get("label") for r in records}
+            labels: list[int] = [value for value in values.values() if is_whole_number(value)]
             if not labels:
                 raise ValueError(
                     f"{records_path} holds no labels: run beit3 prepare imagenet again"
@@ -355,7 +388,7 @@ class ImageNet(Task):
         image = crop_and_flip(
             image, rng, image_size=config.image.image_size, crop=config.crop, flip=config.flip
         )
-        return auto_augment(image, rng) if config.auto_augment else image
+        return rand_augment_timm(image, rng) if config.auto_augment else image
 
     def normalize_images(self, batch: Batch) -> Tensor:
         """Normalizes as every task does, and fills the boxes that training erases with noise."""
@@ -365,7 +398,10 @@ class ImageNet(Task):
     # Training -------------------------------------------------------------------------------------
 
     def outputs(self, batch: Batch) -> dict[str, Tensor]:
-        """Returns `logits` [B, C]."""
+        """Returns `logits` [B, C].
+
+        The batch may hold the class names' features as `class_features` [C, D].
+        """
         images = self.normalize_images(batch)
         if self.config.head == "linear":
             patch_states = self.backbone(image=images).of("image")[:, 1:]
@@ -373,7 +409,16 @@ class ImageNet(Task):
         projected = self.image_projection(self.backbone(image=images, read="first").first("image"))
         features = F.normalize(promote_to_float32(projected), dim=-1)
         scale = promote_to_float32(self.logit_scale).exp()
-        return {"logits": compute_similarities(features, self.encode_class_names(), scale)}
+        class_features = batch.get("class_features")
+        if class_features is None:
+            class_features = self.encode_class_names()
+        return {"logits": compute_similarities(features, class_features, scale)}
+
+    def compute_shared_features(self) -> dict[str, Tensor]:
+        """Encodes the class names once for all micro-batches of a step."""
+        if not self.config.classifies_by_names:
+            return {}
+        return {"class_features": self.encode_class_names()}
 
     def forward(self, batch: Batch) -> dict[str, dict[str, Tensor]]:
         """Cross-entropy of the label.
@@ -390,7 +435,8 @@ class ImageNet(Task):
                 images, target, None, mixup=config.mixup, cutmix=config.cutmix, smoothing=smoothing
             )
             smoothing = 0.0  # mixing has smoothed the target
-        logits = promote_to_float32(self.outputs({"image": images})["logits"])
+        inputs = {"image": images, "class_features": batch.get("class_features")}
+        logits = promote_to_float32(self.outputs(inputs)["logits"])
         loss = F.cross_entropy(
             logits, target.to(logits.dtype), reduction="sum", label_smoothing=smoothing
         )

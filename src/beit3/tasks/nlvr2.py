@@ -17,7 +17,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from beit3.data.prepare.formats.detect import read_statements
-from beit3.data.prepare.splits import write_splits
+from beit3.data.prepare.splits import BAD_SHARE, write_splits
+from beit3.data.stores.record_fields import (
+    FILE,
+    ID,
+    PURPOSES,
+    TEXT_OR_IDS,
+    TRUTH,
+    TWO_BOXES,
+    RecordField,
+)
 from beit3.data.views.preprocessing import Preprocessing
 from beit3.data.views.transforms import crop_and_flip
 from beit3.images import open_image
@@ -108,6 +117,14 @@ class NLVR2(Task):
     """The backbone, applied to two pairs, and a head that answers false or true."""
 
     Config = NLVR2Config
+    record_fields: ClassVar[Mapping[str, RecordField]] = {
+        "image": RecordField(FILE, needed_for=PURPOSES),
+        "image2": RecordField(FILE, needed_for=PURPOSES),
+        "text": RecordField(TEXT_OR_IDS, needed_for=PURPOSES),
+        "label": RecordField(TRUTH, needed_for=("train", "score")),
+        "group": RecordField(ID),
+        "boxes": RecordField(TWO_BOXES),
+    }
     headline = "accuracy"
     released_names: ClassVar[Mapping[str, str]] = {"head": "head"}
     recipes: ClassVar[Mapping[str, Recipe]] = {
@@ -164,10 +181,17 @@ class NLVR2(Task):
     # Data --------------------------------------------------------------------------------------
 
     @staticmethod
-    def prepare(raw: Path, root: Path, source: str) -> Mapping[str, Any]:
-        """Converts NLVR2's or NLVR1's files, or a table of your own, to records."""
+    def prepare(
+        raw: Path, root: Path, source: str, *, bad_share: float = BAD_SHARE
+    ) -> Mapping[str, Any]:
+        """Converts NLVR2's or NLVR1's files, or a table of your own, to records.
+
+        `bad_share` is the largest fraction of records that may be unusable.
+        """
         lengths = make_length_counter(root, NLVR2Config.text_length)
-        return write_splits(root, "nlvr2", source, read_statements(raw), lengths=lengths)
+        return write_splits(
+            root, "nlvr2", source, read_statements(raw), lengths=lengths, bad_share=bad_share
+        )
 
     def record(self, image: Any, image2: Any, statement: str) -> Record:
         """Makes a record of two images and a statement about them."""

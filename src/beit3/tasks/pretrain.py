@@ -5,9 +5,9 @@ image-text pairs 50 % of their text and 40 % of their patches. The target of a p
 a frozen visual tokenizer. What the paper leaves open is a field of the config, whose default is
 argued in docs/pretraining.md.
 
-`Pretrain.example` masks a record. `Pretrain.predict_masked` computes the cross-entropy of every
-masked patch and token, and `Pretrain.forward` sums it: as the losses `image` and `text`, or for
-image-text pairs as `pair_image` and `pair_text`.
+`Pretrain.example` masks a record. `Pretrain.compute_masked_losses` computes the cross-entropy of
+every masked patch and token, and `Pretrain.forward` sums it: as the losses `image` and `text`, or
+for image-text pairs as `pair_image` and `pair_text`.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,7 +26,8 @@ from beit3.data.prepare.formats.detect import (
     read_pairs,
     read_texts,
 )
-from beit3.data.prepare.splits import write_splits
+from beit3.data.prepare.splits import BAD_SHARE, write_splits
+from beit3.data.stores.record_fields import FILE, PURPOSES, TEXT_OR_IDS, RecordField
 from beit3.data.stores.shard_writer import write_shards
 from beit3.data.text.tokenize import remove_unused_arrays, write_tokens
 from beit3.data.views.masking import IGNORE_INDEX, draw_block_mask, mask_text
@@ -64,8 +65,8 @@ class PretrainConfig(TaskConfig):
     """Weights of the visual tokenizer (`beit3 train vqkd`, or a VQ-KD file of BEiT v2)."""
     num_codes: int = 8192
     token_size: int = 224
-    """Pixels of the visual tokenizer's own view: 256 where the patch is 14, so that both networks
-    see the same grid."""
+    """Side in pixels of the visual tokenizer's view of an image: 256 where the patch is 14, so that
+    both networks see the same grid."""
     image_mask_rate: float = 0.4
     min_mask_block: int = 16
     """Patches of the smallest block that is masked at once."""
@@ -214,8 +215,8 @@ def _make_recipe(model: ModelConfig, *, token_size: int = 224, note: str) -> Rec
 # Task ---------------------------------------------------------------------------------------------
 
 
-class MaskedPredictions(NamedTuple):
-    """Predictions of one modality at its M masked positions."""
+class MaskedLosses(NamedTuple):
+    """The losses of one modality at its M masked positions, and which predictions are correct."""
 
     modality: Literal["image", "text"]
     losses: Tensor  # [M]
@@ -231,6 +232,10 @@ class Pretrain(Task):
 
     Config = PretrainConfig
     sources = ("images", "texts", "pairs")
+    record_fields: ClassVar[Mapping[str, RecordField]] = {
+        "image": RecordField(FILE, needed_for=PURPOSES),
+        "text": RecordField(TEXT_OR_IDS, needed_for=PURPOSES),
+    }
     headline = "negative_loss"
     released_names: ClassVar[Mapping[str, str]] = {
         "text_head": "mlm_head",
@@ -296,6 +301,7 @@ class Pretrain(Task):
         pack: int = 512,
         field: str = "text",
         workers: int = 0,
+        bad_share: float = BAD_SHARE,
     ) -> Mapping[str, Any]:
         """Converts images, texts (.txt, .jsonl, .parquet) or images with captions to records.
 
@@ -310,18 +316,28 @@ class Pretrain(Task):
                 written. 0 = one record per paragraph, as text.
             field: Field of .jsonl and .parquet files that holds the text.
             workers: Processes that tokenize; 0 = one per core.
+            bad_share: Largest fraction of records or documents that may be unusable.
         """
         kind = source.partition("/")[0]
         if kind == "texts":
-            return _prepare_texts(raw, root, source, pack=pack, field=field, workers=workers)
+            return _prepare_texts(
+                raw, root, source, pack=pack, field=field, workers=workers, bad_share=bad_share
+            )
         captions = kind == "pairs"
         lengths = make_length_counter(root, PretrainConfig.text_length)
         if holds_pretraining_tars(raw, captions=captions):
             return write_shards(
-                root, "pretrain", source, raw, captions=captions, lengths=lengths, workers=workers
+                root,
+                "pretrain",
+                source,
+                raw,
+                captions=captions,
+                lengths=lengths,
+                bad_share=bad_share,
+                workers=workers,
             )
         records = read_pairs(raw) if captions else read_images(raw)
-        return write_splits(root, "pretrain", source, records, lengths=lengths)
+        return write_splits(root, "pretrain", source, records, lengths=lengths, bad_share=bad_share)
 
     @staticmethod
     def configure(config: TaskConfig, root: Path) -> TaskConfig:
@@ -333,6 +349,12 @@ class Pretrain(Task):
                 "writes one)"
             )
         return config
+
+    @classmethod
+    def get_record_fields(cls, source: str) -> Mapping[str, RecordField]:
+        """Images have no text, texts no image, pairs both."""
+        field = {"images": "image", "texts": "text"}.get(source)
+        return {field: cls.record_fields[field]} if field else cls.record_fields
 
     # Masking of images, texts and pairs -----------------------------------------------------------
 
@@ -378,8 +400,8 @@ class Pretrain(Task):
     ) -> Example:
         """Returns `image` uint8 [3, S, S], `image_mask` [P] and `token_image` uint8 [3, T, T].
 
-        The last two, the mask and the visual tokenizer's view of the same crop, are absent where
-        the config never masks this kind of image.
+        `token_image` is the visual tokenizer's view of the same crop, with T = `config.token_size`.
+        The mask and this view are absent where the config never masks this kind of image.
         """
         config = self.config
         crop, flip, color_jitter = (1.0, 1.0), 0.0, 0.0
@@ -444,13 +466,13 @@ class Pretrain(Task):
         """
         prefix = self.get_loss_prefix(batch)
         losses, metrics = {}, {}
-        for modality, token_losses, is_correct, _ in self.predict_masked(batch):
-            losses[f"{prefix}{modality}"] = token_losses.sum()
-            metrics[f"{prefix}{modality}/accuracy"] = is_correct.sum()
+        for masked in self.compute_masked_losses(batch):
+            losses[f"{prefix}{masked.modality}"] = masked.losses.sum()
+            metrics[f"{prefix}{masked.modality}/accuracy"] = masked.is_correct.sum()
         return {"losses": losses, "metrics": metrics}
 
-    def predict_masked(self, batch: Batch) -> Iterator[MaskedPredictions]:
-        """Yields the predictions of every modality that has masked positions.
+    def compute_masked_losses(self, batch: Batch) -> Iterator[MaskedLosses]:
+        """Yields the losses of every modality that has masked positions.
 
         Logits are computed at masked positions only, and never all at once.
         """
@@ -462,7 +484,7 @@ class Pretrain(Task):
             losses, is_correct = chunked_vocabulary_loss(
                 states, target, self.image_head, token_cross_entropy
             )
-            yield MaskedPredictions("image", losses, is_correct, mask)
+            yield MaskedLosses("image", losses, is_correct, mask)
         if "text_target" in batch:
             mask = batch["text_target"] != IGNORE_INDEX
             states = encoded.of("text")[mask]  # [M, D]
@@ -470,7 +492,7 @@ class Pretrain(Task):
             losses, is_correct = chunked_vocabulary_loss(
                 states, target, self.text_head, token_cross_entropy
             )
-            yield MaskedPredictions("text", losses, is_correct, mask)
+            yield MaskedLosses("text", losses, is_correct, mask)
 
     @staticmethod
     def get_loss_prefix(batch: Batch) -> str:
@@ -562,7 +584,7 @@ class Pretrain(Task):
         The fields are `image_loss`, `image_targets`, `image_correct`, and the same of text.
         """
         predictions: list[Prediction] = [{"id": id} for id in batch["id"]]
-        for modality, losses, is_correct, mask in self.predict_masked(batch):
+        for modality, losses, is_correct, mask in self.compute_masked_losses(batch):
             values = torch.stack((losses, torch.ones_like(losses), is_correct.to(losses.dtype)))
             record_indices = mask.nonzero()[:, 0]  # [M]
             sums = torch.zeros(3, len(predictions), dtype=torch.float64, device=losses.device)
@@ -598,7 +620,7 @@ class Pretrain(Task):
 
 
 def _prepare_texts(
-    raw: Path, root: Path, source: str, *, pack: int, field: str, workers: int
+    raw: Path, root: Path, source: str, *, pack: int, field: str, workers: int, bad_share: float
 ) -> Mapping[str, Any]:
     """Writes texts as packed token ids, or with `pack` 0 as one record per paragraph."""
     directory = root / "pretrain" / source
@@ -610,9 +632,17 @@ def _prepare_texts(
                 "or give --pack 0"
             )
         tokenizer = TextTokenizer(tokenizer_path)
-        return write_tokens(raw, directory, tokenizer, pack=pack, field=field, workers=workers)
+        return write_tokens(
+            raw,
+            directory,
+            tokenizer,
+            pack=pack,
+            field=field,
+            workers=workers,
+            bad_share=bad_share,
+        )
     lengths = make_length_counter(root, PretrainConfig.monomodal_text_length)
     records = read_texts(raw, field=field)
-    report = write_splits(root, "pretrain", source, records, lengths=lengths)
+    report = write_splits(root, "pretrain", source, records, lengths=lengths, bad_share=bad_share)
     remove_unused_arrays(directory)
     return report

@@ -21,7 +21,15 @@ from torch.utils.data import default_collate
 from beit3.data.batches import check_same_fields, trim_padding
 from beit3.data.prepare.formats.captions import split_by_caption
 from beit3.data.prepare.formats.detect import read_captioned_images
-from beit3.data.prepare.splits import write_splits
+from beit3.data.prepare.splits import BAD_SHARE, write_splits
+from beit3.data.stores.record_fields import (
+    FILE,
+    ID,
+    PURPOSES,
+    TEXT_OR_IDS,
+    TEXTS_OR_IDS,
+    RecordField,
+)
 from beit3.data.views.preprocessing import Preprocessing
 from beit3.data.views.transforms import crop_and_flip
 from beit3.images import open_image
@@ -136,6 +144,14 @@ class Retrieval(Task):
     Config = RetrievalConfig
     sources = ("main", "pairs")
     records_from: ClassVar[Mapping[str, str]] = {"pairs": "pretrain"}
+    record_fields: ClassVar[Mapping[str, RecordField]] = {
+        "image": RecordField(FILE, needed_for=PURPOSES),
+        "text": RecordField(TEXT_OR_IDS, needed_for=("train",)),
+        "captions": RecordField(
+            TEXTS_OR_IDS, needed_for=("score",), refused_for=("train",), alternative="text"
+        ),
+        "image_id": RecordField(ID),
+    }
     headline = "mean_recall"
     compares_examples = True
     released_names: ClassVar[Mapping[str, str]] = {
@@ -256,14 +272,19 @@ class Retrieval(Task):
     # Data --------------------------------------------------------------------------------------
 
     @staticmethod
-    def prepare(raw: Path, root: Path, source: str) -> Mapping[str, Any]:
+    def prepare(
+        raw: Path, root: Path, source: str, *, bad_share: float = BAD_SHARE
+    ) -> Mapping[str, Any]:
         """Converts Karpathy's, COCO's or Flickr8k's files, or a table of your own.
 
-        Training has a record per caption, the other splits a record per image.
+        Training has a record per caption, the other splits a record per image. `bad_share` is the
+        largest fraction of records that may be unusable.
         """
         records = split_by_caption(read_captioned_images(raw))
         lengths = make_length_counter(root, RetrievalConfig.text_length)
-        return write_splits(root, "retrieval", source, records, lengths=lengths)
+        return write_splits(
+            root, "retrieval", source, records, lengths=lengths, bad_share=bad_share
+        )
 
     def record(self, image: Any = None, text: str | None = None) -> Record:
         """Makes a record of an image, a text or both; None or an empty string leaves one out."""

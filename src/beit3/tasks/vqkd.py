@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from beit3.data.prepare.formats.detect import holds_pretraining_tars, read_images
-from beit3.data.prepare.splits import write_splits
+from beit3.data.prepare.splits import BAD_SHARE, write_splits
+from beit3.data.stores.record_fields import FILE, PURPOSES, RecordField
 from beit3.data.stores.shard_writer import write_shards
 from beit3.data.views.preprocessing import Preprocessing
 from beit3.data.views.transforms import make_two_views
@@ -148,6 +149,9 @@ class VQKD(Task):
     """Encoder, codebook and decoder. The teacher is loaded when training first needs it."""
 
     Config = VQKDConfig
+    record_fields: ClassVar[Mapping[str, RecordField]] = {
+        "image": RecordField(FILE, needed_for=PURPOSES)
+    }
     headline = "score"
     frozen = ("teacher",)
     updates_buffers = True
@@ -213,18 +217,22 @@ class VQKD(Task):
     # Data --------------------------------------------------------------------------------------
 
     @staticmethod
-    def prepare(raw: Path, root: Path, source: str) -> Mapping[str, Any]:
+    def prepare(
+        raw: Path, root: Path, source: str, *, bad_share: float = BAD_SHARE
+    ) -> Mapping[str, Any]:
         """Converts a folder of images, or tars of images, to records.
 
-        The folder holds `train` and `val`, or is split by the names of its files.
+        The folder holds `train` and `val`, or is split by the names of its files. `bad_share` is
+        the largest fraction of images that may be unusable.
         """
         if holds_pretraining_tars(raw, captions=False):
-            return write_shards(root, "vqkd", source, raw, captions=False)
-        return write_splits(root, "vqkd", source, read_images(raw))
+            return write_shards(root, "vqkd", source, raw, captions=False, bad_share=bad_share)
+        return write_splits(root, "vqkd", source, read_images(raw), bad_share=bad_share)
 
     def record(self, image: str) -> Record:
         """Makes a record of an image, with its path as id."""
-        return {"id": str(image), "image": image}
+        id = str(image) if isinstance(image, str | Path) else "0"
+        return {"id": id, "image": image}
 
     def example(
         self, record: Record, train: bool, *, rng: np.random.Generator | None = None

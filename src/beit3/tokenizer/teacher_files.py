@@ -5,24 +5,22 @@ projection [D, F] as `projection`.
 """
 
 import json
-import pickle
 import re
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from beit3 import tensor_files
 from beit3.files import compute_sha256
 
 FORMAT = 1
 MODEL_FILE, CONFIG_FILE = "model.safetensors", "config.json"
 
-WRAPPING_KEYS = ("state_dict", "model", "teacher")
-"""Keys under which trainers store the state dict of a checkpoint, from the outside inwards."""
+CONTAINERS = ("state_dict", "model", "teacher")
+"""Keys under which the teachers' trainers store the state dict of a checkpoint."""
 
 Renames = tuple[tuple[str, str], ...]
 """(pattern, replacement), applied in this order."""
@@ -155,17 +153,6 @@ def write_teacher(tensors: Mapping[str, Tensor], directory: Path, name: str) -> 
     (directory / CONFIG_FILE).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
 
 
-def is_torchscript(path: Path) -> bool:
-    """Returns whether a file is a TorchScript archive, as OpenAI's CLIP files are.
-
-    Such a file can only be opened by executing it.
-    """
-    if not zipfile.is_zipfile(path):
-        return False
-    with zipfile.ZipFile(path) as archive:
-        return any(name.endswith("/constants.pkl") for name in archive.namelist())
-
-
 def _read_directory(directory: Path, name: str) -> dict[str, Tensor]:
     """Reads what `write_teacher` wrote; raises ValueError for anything else."""
     try:
@@ -188,41 +175,13 @@ def _read_directory(directory: Path, name: str) -> dict[str, Tensor]:
 
 
 def _read_file(path: Path) -> dict[str, Tensor]:
-    """Returns the state dict in a weight file, without wrapping keys and prefixes."""
-    state = _read_content(path)
-    for key in WRAPPING_KEYS:
-        if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
-            state = state[key]
-    if not isinstance(state, Mapping):
-        raise ValueError(
-            f"{path} holds a {type(state).__name__}, not a state dict: "
-            "save the network's state_dict()"
-        )
-    prefix = re.compile(r"^(module\.)?(backbone\.)?")
-    return {
-        prefix.sub("", name): value for name, value in state.items() if isinstance(value, Tensor)
-    }
-
-
-def _read_content(path: Path) -> object:
-    """Returns the deserialized content of a weight file, executing nothing in it."""
+    """Returns the state dict in a weight file, without `backbone.` in front of its names."""
     if not path.is_file():
         raise ValueError(f"no teacher weights at {path}: give a .pt, .pth or .safetensors file")
-    if path.suffix == ".safetensors":
-        try:
-            return load_file(path)
-        except SafetensorError:
-            raise ValueError(
-                f"{path} is not a complete safetensors file: download it again"
-            ) from None
-    if is_torchscript(path):
+    if tensor_files.is_torchscript(path):
         raise ValueError(
             f"{path} is a TorchScript archive: convert it, "
             "torch.save(torch.jit.load(path).state_dict(), 'clip.pth')"
         )
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise ValueError(
-            f"{path} is not a file of plain tensors: save the network's state_dict() alone"
-        ) from error
+    state = tensor_files.read_tensors(path, containers=CONTAINERS).tensors
+    return {name.removeprefix("backbone."): tensor for name, tensor in state.items()}

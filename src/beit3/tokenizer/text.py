@@ -117,7 +117,17 @@ class TextTokenizer:
         """Returns the ids of a text's pieces, without BOS and EOS.
 
         The name of a special token inside the text ("<mask>") is plain text and never its id.
+        Raises ValueError for what is no text, or holds parts that are no Unicode characters.
         """
+        if not isinstance(text, str):
+            raise ValueError(f"a text is expected, not a {type(text).__name__}: {text!r:.60}")
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"text {text!r} is not Unicode at character {error.start}: its bytes were in "
+                "another encoding, such as Latin-1; give it as UTF-8"
+            ) from None
         return [piece + 1 if piece else self.unk for piece in self._pieces.encode(text)]
 
     def encode(self, text: str, max_length: int | None = None) -> list[int]:

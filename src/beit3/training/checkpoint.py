@@ -33,7 +33,7 @@ from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.api import CheckpointException
 
-from beit3.files import compute_sha256, flush_to_disk
+from beit3.files import compute_sha256, flush_to_disk, write_text
 from beit3.ops.collectives import all_gather_objects, barrier, rank, world_size
 from beit3.task import Task
 from beit3.weights.matching import abbreviate, get_weights
@@ -152,7 +152,7 @@ class Checkpointer:
         files = sorted(partial.iterdir())
         digests = {file.name: compute_sha256(file) for file in files}
         text = json.dumps(description | {"files": digests}, indent=1)
-        (partial / DESCRIPTION_FILE).write_text(text + "\n")
+        write_text(partial / DESCRIPTION_FILE, text + "\n")
         for written in (*files, partial / DESCRIPTION_FILE, partial):
             flush_to_disk(written)
         shutil.rmtree(path, ignore_errors=True)
@@ -266,7 +266,7 @@ def load_checkpoint(
         )
     # Tensors of the state share their memory with task and optimizer, which are filled thereby.
     dcp.load(state, storage_reader=reader, no_dist=world_size() == 1)
-    description = json.loads((path / DESCRIPTION_FILE).read_text())
+    description = json.loads((path / DESCRIPTION_FILE).read_text(encoding="utf-8"))
     return description["step"], description["best"]
 
 
@@ -290,7 +290,7 @@ def _allocate_optimizer_state(
 def find_damage(path: Path) -> str:
     """Returns the damage of a checkpoint in words, or '' if it is complete and unchanged."""
     try:
-        files = json.loads((path / DESCRIPTION_FILE).read_text())["files"]
+        files = json.loads((path / DESCRIPTION_FILE).read_text(encoding="utf-8"))["files"]
         for name, digest in files.items():
             if compute_sha256(path / name) != digest:
                 return f"{name} is not what was written"

@@ -124,7 +124,7 @@ def _acquire(lock: FileLock, out: Path, run: dict[str, Any], device: torch.devic
             write_text(out / RECIPE_FILE, json.dumps(content, indent=1) + "\n")
         write_text(user_file, f"process {os.getpid()} on {socket.gethostname()}")
     except Timeout:
-        user = user_file.read_text() if user_file.exists() else "another process"
+        user = user_file.read_text(encoding="utf-8") if user_file.exists() else "another process"
         return f"{out} is in use by {user}: wait for it, stop it, or give another --out"
     except ValueError as error:
         return str(error)
@@ -173,5 +173,5 @@ def describe_git_commit() -> dict[str, Any] | None:
 def _run_git(directory: Path, *arguments: str) -> str:
     """Runs git in `directory` and returns its output. Raises SubprocessError if it fails."""
     command = ["git", "-C", str(directory), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
-    return done.stdout.strip()
+    done = subprocess.run(command, capture_output=True, timeout=10, check=True)
+    return done.stdout.decode(errors="replace").strip()

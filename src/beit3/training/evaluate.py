@@ -2,8 +2,7 @@
 
 Processes share the records and every record counts once. Sharded weights are gathered for every
 forward pass, so all processes must take the same number of batches: a process without a batch of
-its
-own repeats an earlier one, and its predictions are dropped.
+its own repeats an earlier one, and its predictions are dropped.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence

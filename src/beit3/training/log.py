@@ -14,6 +14,8 @@ from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 
+from beit3.files import write_text
+
 METRICS_FILE = "metrics.jsonl"
 
 
@@ -30,12 +32,15 @@ class Log:
         self.file: TextIO | None = None
         self.tensorboard: TensorBoardWriter | None = None
 
-    def begin(self, step: int) -> None:
-        """Opens the files after `step` steps; what a killed run wrote beyond them is dropped."""
+    def begin(self, step: int, *, repeats_evaluation: bool = False) -> None:
+        """Opens the files after `step` steps; what a killed run wrote beyond them is dropped.
+
+        So are the scores of that step itself where its evaluation is made again.
+        """
         self.first_step, self.start_time = step, time.monotonic()
         if self.enabled:
-            truncate_metrics(self.run / METRICS_FILE, step)
-            self.file = (self.run / METRICS_FILE).open("a", buffering=1)
+            truncate_metrics(self.run / METRICS_FILE, step, drop_scores=repeats_evaluation)
+            self.file = (self.run / METRICS_FILE).open("a", buffering=1, encoding="utf-8")
             self.tensorboard = TensorBoardWriter(self.run / "tensorboard", step)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
@@ -116,18 +121,22 @@ class TensorBoardWriter:
         self.records.flush()
 
 
-def truncate_metrics(path: Path, step: int) -> None:
-    """Drops the lines of a killed run after step `step`, and a last line that was cut short."""
+def truncate_metrics(path: Path, step: int, *, drop_scores: bool = False) -> None:
+    """Drops the lines of a killed run after step `step`, and a last line that was cut short.
+
+    `drop_scores` also drops the scores of step `step`.
+    """
     if not path.exists():
         return
-    lines = [
-        line
-        for line in path.read_text().splitlines()
-        if line.endswith("}") and json.loads(line)["step"] <= step
-    ]
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(line + "\n" for line in lines))
-    temporary.rename(path)
+    lines = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        if not line.endswith("}"):
+            continue
+        values = json.loads(line)
+        is_score = any(name.startswith("val/") for name in values)
+        if values["step"] < step or (values["step"] == step and not (drop_scores and is_score)):
+            lines.append(line)
+    write_text(path, "".join(line + "\n" for line in lines))
 
 
 def format_duration(seconds: float) -> str:

@@ -1,7 +1,7 @@
 """The loop that trains every task.
 
 `train` prepares a run: process, records, network, run directory. `Trainer.fit` is the loop; its
-steps (forward and backward, update, log, evaluate, save) are the methods below it.
+steps (forward and backward, update, log, save, evaluate) are the methods below it.
 """
 
 import json
@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from beit3.data.loader import ExampleDataset, RecordDataset, load_batches, sample_micro_batches
-from beit3.files import write_text
+from beit3.files import read_json, write_text
 from beit3.ops.batch_norm import average_batch_norm_statistics
 from beit3.ops.collectives import barrier, rank, rank_zero_first, world_size
 from beit3.progress import show_progress
-from beit3.recipe import Recipe
+from beit3.recipe import Recipe, TaskConfig
 from beit3.task import Batch, Task, grow_vocabulary, task_name
 from beit3.tokenizer.text import TextTokenizer
 from beit3.training.checkpoint import Checkpointer
@@ -48,6 +48,7 @@ from beit3.training.parallel import (
     materialize,
     reshard,
 )
+from beit3.training.record_checks import check_records
 from beit3.training.sources import (
     check_tokenizer,
     find_records_root,
@@ -124,6 +125,8 @@ def train(
     if not is_finished(out, num_steps):
         materialize(task, device, recipe.run.seed)
         report = initialize_from(task, init) if init else None
+        out.mkdir(parents=True, exist_ok=True)  # where that fails, no record need be read
+        check_run_records(task_class, config, recipe, sources, val_sources)
         log = Log(out, label or out.name, num_steps, enabled=rank() == 0)
         with explain_errors(out), lock_run_directory(out, description, device), closing(log):
             trainer = Trainer(
@@ -141,7 +144,8 @@ def train(
                 for line in report.lines():
                     log.info(f"{log.name}  {line}")
             trainer.fit()
-    return json.loads((out / "scores.json").read_text())
+    scores_file = out / "scores.json"
+    return read_json(scores_file) if scores_file.exists() else {"step": num_steps}
 
 
 class Trainer:
@@ -168,20 +172,28 @@ class Trainer:
             out, keep=recipe.run.keep, asynchronous=recipe.run.async_save, info=log.info
         )
         self.first_step = 0
+        self.evaluates_first = False
         self.best_score: float | None = None
         self.unreadable: dict[str, set[str]] = {}  # source -> lines about its records
         self.move_batch = partial(to_device, device=device, dtype=get_parameter_dtype(recipe.run))
 
     def resume(self) -> None:
-        """Restores the newest checkpoint, if there is one, and opens the log at its step."""
+        """Restores the newest checkpoint, if there is one, and opens the log at its step.
+
+        A checkpoint is written before the evaluation of its step, so an evaluation that was due
+        then is made again, and its lines are dropped from the log.
+        """
         self.first_step, self.best_score = self.checkpointer.restore(self.task, self.optimizer)
-        self.log.begin(self.first_step)
+        self.evaluates_first = self.first_step > 0 and self.evaluation_is_due(self.first_step)
+        self.log.begin(self.first_step, repeats_evaluation=self.evaluates_first)
 
     def fit(self) -> None:
         """Trains to the last step; then everything that the run leaves is in its directory."""
         run = self.recipe.run
         batches = self.load_micro_batches()
         with StopRequest() as stop, Watchdog(self.log) as watchdog:
+            if self.evaluates_first:
+                self.evaluate(self.first_step)
             for step in range(self.first_step, self.num_steps):
                 num_done = step + 1
 
@@ -211,16 +223,20 @@ class Trainer:
                     self.write_metrics(num_done, values | part_norms, watchdog.pop_timings())
                 self.log.print_progress(num_done, values)
 
-                # Evaluate
-                if self.is_due(num_done, run.eval_every):
-                    self.evaluate(num_done)
-
-                # Save, and stop if asked to
+                # Save, also before every evaluation: it may fail, or be killed
                 stop_signal = stop.agree()
-                if stop_signal or self.is_due(num_done, run.save_every):
-                    self.checkpointer.save(num_done, self.task, self.optimizer, self.best_score)
+                evaluation_is_due = self.evaluation_is_due(num_done)
+                save_is_due = evaluation_is_due or self.is_due(num_done, run.save_every)
+                if stop_signal or save_is_due:
+                    self.save(num_done)
+
+                # Stop if asked to; the resumed run then evaluates
                 if stop_signal and num_done < self.num_steps:
                     self.interrupt(num_done, stop_signal)
+
+                # Evaluate
+                if evaluation_is_due:
+                    self.evaluate(num_done)
         self.checkpointer.wait()
         save_weights(self.task, self.out / "last")
 
@@ -232,6 +248,10 @@ class Trainer:
     def is_due(self, num_done: int, every: int) -> bool:
         """Returns whether something is due after `num_done` steps; always after the last one."""
         return num_done == self.num_steps or (every > 0 and num_done % every == 0)
+
+    def evaluation_is_due(self, num_done: int) -> bool:
+        """Returns whether the run is scored after `num_done` steps."""
+        return bool(self.val_sources) and self.is_due(num_done, self.recipe.run.eval_every)
 
     def load_micro_batches(self) -> Iterator[list[Batch]]:
         """Yields this process's micro-batches of each step that is left."""
@@ -284,13 +304,18 @@ class Trainer:
         memory = {"memory": measure_peak_memory()}
         self.log.write(num_done, {**values, **rates, **memory, **timings})
 
+    def save(self, num_done: int) -> None:
+        """Writes a checkpoint, which holds the best score before the evaluation of this step."""
+        average_batch_norm_statistics(self.task)
+        self.checkpointer.save(num_done, self.task, self.optimizer, self.best_score)
+
     def evaluate(self, num_done: int) -> None:
         """Scores the val split, writes scores.json, and saves the weights as `best/` if they lead.
 
-        Rank 0 writes.
+        The checkpoint of this step is complete by then. Rank 0 writes.
         """
+        self.checkpointer.wait()
         recipe, task = self.recipe, self.task
-        average_batch_norm_statistics(task)
         scores = evaluate(
             task,
             self.val_sources,
@@ -326,6 +351,8 @@ def open_sources(
 ) -> tuple[dict[str, RecordDataset], dict[str, RecordDataset]]:
     """Opens the train and the val split of the sources that `data.batch` names.
 
+    No val split is opened where `run.eval_every` is -1.
+
     Raises ValueError if it names none of the task's sources.
     """
     names = [name for name in task_class.sources if recipe.data.batch.get(name)]
@@ -335,8 +362,24 @@ def open_sources(
             "number of records"
         )
     sources = {name: open_source(root, task_class, name, recipe) for name in names}
-    val_sources = {name: open_source(root, task_class, name, recipe, "val") for name in names}
+    val_sources = {}
+    if recipe.run.eval_every >= 0:
+        val_sources = {name: open_source(root, task_class, name, recipe, "val") for name in names}
     return sources, val_sources
+
+
+def check_run_records(
+    task_class: type[Task],
+    config: TaskConfig,
+    recipe: Recipe,
+    sources: Mapping[str, RecordDataset],
+    val_sources: Mapping[str, RecordDataset],
+) -> None:
+    """Raises ValueError for records that cannot be trained on, or val records without a score."""
+    check = partial(check_records, task_class, config=config, bad_share=recipe.data.bad_share)
+    with show_progress("checking records") as advance:
+        check(sources, "train", progress=advance)
+        check(val_sources, "score", limit=recipe.run.eval_records, progress=advance)
 
 
 def open_training_tokenizer(

@@ -175,7 +175,7 @@ def shard(task: Task, run: RunConfig, device: torch.device) -> None:
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
-    for method in ("outputs", "predict"):
+    for method in ("outputs", "predict", "compute_shared_features"):
         register_fsdp_forward_method(task, method)
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from beit3.data.loader import RecordDataset
 from beit3.data.stores.split_files import find_split_files, locate_split
 from beit3.data.stores.tokens import Tokens
+from beit3.ops.collectives import rank
 from beit3.recipe import DataConfig, Recipe
 from beit3.task import Record, Task, task_name
 from beit3.tokenizer.text import TextTokenizer
@@ -65,7 +66,19 @@ def open_source(
         return RecordDataset(path, root)
     data = recipe.data
     weights = _select_dataset_weights(data, name, task_class.sources)
-    return RecordDataset(path, root, limit=data.limit, window=data.shuffle_window, weights=weights)
+    dataset = RecordDataset(
+        path,
+        root,
+        limit=data.limit,
+        window=data.shuffle_window,
+        weights=weights,
+        # Asking every record takes time; most tasks train on all.
+        keep=None if task_class.trains_on is Task.trains_on else task_class.trains_on,
+    )
+    if dataset.num_left_out and rank() == 0:
+        message = f"{dataset.num_left_out} records of {path} are left out of training"
+        print(f"{message}: {task_class.left_out_reason}", file=sys.stderr)
+    return dataset
 
 
 def _select_dataset_weights(
@@ -129,7 +142,8 @@ def open_tokenizer(recipe: Recipe, root: Path, init: str | Path) -> TextTokenize
 
 def has_raw_text(record: Record) -> bool:
     """Returns whether a record needs the text tokenizer; upstream index files hold token ids."""
-    texts = (record.get("text"), *record.get("captions", ()))
+    captions = record.get("captions")
+    texts = [record.get("text"), *(captions if isinstance(captions, list) else ())]
     return any(isinstance(text, str) for text in texts)
 
 

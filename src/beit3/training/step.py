@@ -49,7 +49,8 @@ def backward(
     """Computes the gradients of the step's loss.
 
     A task whose loss compares all examples of a step uses gradient caching when there are several
-    micro-batches.
+    micro-batches. Features that all micro-batches share are computed once: each micro-batch adds to
+    their gradient, and the last one passes the sum on to the weights.
 
     Args:
         task: The task; gradients are added to those of its parameters.
@@ -66,12 +67,23 @@ def backward(
         return backward_with_cached_gradients(task, micro_batches, totals, autocast, move_batch)
     sums: dict[str, Tensor] = {}
     losses: list[Tensor] = []
-    for index, batch in enumerate(micro_batches):
-        set_gradient_sync(task, index == len(micro_batches) - 1)
+    shared: dict[str, Tensor] = {}
+    if len(micro_batches) > 1:
         with autocast:
-            result = task(move_batch(batch))
+            shared = task.compute_shared_features()
+    leaves = {name: feature.detach().requires_grad_() for name, feature in shared.items()}
+    for index, batch in enumerate(micro_batches):
+        is_last = index == len(micro_batches) - 1
+        set_gradient_sync(task, is_last)
+        with autocast:
+            result = task(move_batch(batch) | (shared if is_last else leaves))
         loss, logged = combine_losses(task, result, totals)
-        loss.backward()
+        objective = loss
+        if is_last:
+            for name, leaf in leaves.items():
+                assert leaf.grad is not None, "every micro-batch uses the shared features"
+                objective = objective + (shared[name] * leaf.grad).sum()
+        objective.backward()
         losses.append(loss.detach())
         for name, value in logged.items():
             sums[name] = sums.get(name, 0) + value

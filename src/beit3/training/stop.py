@@ -20,14 +20,16 @@ class Interrupted(KeyboardInterrupt):
 
 class StopRequest:
     """Turns SIGINT, SIGTERM and SIGUSR1 into a request that the loop answers after the step at
-    hand.
+    hand. Windows has no SIGUSR1, and SIGBREAK instead (Ctrl-Break).
 
     A second Ctrl-C raises KeyboardInterrupt at once. Schedulers announce the end of a machine by
     SIGTERM (Kubernetes, SLURM) or by a signal of the user's choice (SLURM's --signal=USR1@60).
     """
 
     SIGNALS = tuple(
-        getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)
+        getattr(signal, name)
+        for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGBREAK")
+        if hasattr(signal, name)
     )
 
     def __init__(self) -> None:

@@ -17,7 +17,7 @@ from beit3.tokenizer.text import TextTokenizer
 from beit3.weights.loading import load_released, load_weights
 from beit3.weights.matching import abbreviate
 from beit3.weights.release_format import to_released_state, translate
-from beit3.weights.state_dicts import read_state_dict
+from beit3.weights.state_dicts import read_checkpoint
 from beit3.weights.store import find_weights, read_tensors, replace_directory, save_weights
 
 
@@ -44,7 +44,8 @@ def convert_released(
         ValueError: `out` exists, `load_released` refuses the file, or a tensor would be lost.
     """
     check_does_not_exist(out)
-    state = read_state_dict(path, as_stored=True)
+    file = read_checkpoint(path, as_stored=True)
+    state = file.tensors
     try:
         built, report = load_released(
             state,
@@ -54,6 +55,7 @@ def convert_released(
             classes=classes,
             prompt=prompt,
             tokenizer=tokenizer,
+            notes=file.notes,
         )
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
@@ -94,7 +96,7 @@ def export_released(path: str | Path, out: str | Path) -> list[str]:
         with partial.open("wb") as file:  # an open file, whose name torch.save does not record
             torch.save({"model": state}, file)
         flush_to_disk(partial)
-        partial.rename(out)
+        partial.replace(out)
     finally:
         partial.unlink(missing_ok=True)
     dtypes = {str(tensor.dtype).removeprefix("torch.") for tensor in state.values()}

@@ -22,7 +22,7 @@ from beit3.weights.release_format import (
     infer_model_config,
     translate,
 )
-from beit3.weights.state_dicts import read_state_dict
+from beit3.weights.state_dicts import read_checkpoint, read_state_dict
 from beit3.weights.store import TOKENIZER_FILE, find_weights, read_config, read_tensors
 
 NETWORK_FIELDS = (
@@ -122,7 +122,8 @@ def _initialize_from_directory(task: Task, directory: Path) -> LoadReport:
 
 
 def _initialize_from_file(task: Task, path: Path) -> LoadReport:
-    state = read_state_dict(path)
+    file = read_checkpoint(path)
+    state = file.tensors
     checkpoint = identify_checkpoint(state)
     if task.has_tokenizer and has_text_embedding(state):
         check_released_tokenizer(task.tokenizer, task.config)
@@ -140,7 +141,7 @@ def _initialize_from_file(task: Task, path: Path) -> LoadReport:
         raise ValueError(reason) from None
     assign_weights(task, values)
     preprocessing = find_preprocessing(state)
-    notes = describe_copies(task, values, tensors)
+    notes = (*file.notes, *describe_copies(task, values, tensors))
     if preprocessing:
         notes += compare_preprocessing(preprocessing, task.config.image)
     source = f"{path} (a released {checkpoint} file)"

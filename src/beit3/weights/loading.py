@@ -201,6 +201,7 @@ def load_released(
     classes: Sequence[str] = (),
     prompt: str = "",
     tokenizer: TextTokenizer | None = None,
+    notes: Sequence[str] = (),
 ) -> tuple[Task, LoadReport]:
     """Builds a task from a released checkpoint.
 
@@ -216,6 +217,7 @@ def load_released(
             by names.
         prompt: A sentence with `{}` where a class name goes.
         tokenizer: The text tokenizer.
+        notes: Lines about the file for the report.
 
     Raises:
         ValueError: Keys are missing or unknown, shapes disagree, or the number of names is not the
@@ -237,7 +239,8 @@ def load_released(
     tensors, ignored, label = translate(state, built)
     values, fresh = match_tensors(built, tensors, exact=True, label=label)
     load_and_initialize(built, values, fresh)
-    source, notes = f"a released {checkpoint} file", describe_copies(built, values, tensors)
+    notes = (*notes, *describe_copies(built, values, tensors))
+    source = f"a released {checkpoint} file"
     return built, LoadReport(source, tuple(values), ignored, fresh, notes)
 
 

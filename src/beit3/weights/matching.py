@@ -147,6 +147,11 @@ def match_tensors(
             else:
                 missing.append(label(name))
             continue
+        if current.is_floating_point() and not tensors[name].is_floating_point():
+            raise ValueError(
+                f"{label(name)} is of type {tensors[name].dtype}, as quantized weights are: "
+                "give the weights before quantization"
+            )
         value = fit_tensor(task, name, tensors[name], label(name))
         shape, needed = list(value.shape), list(current.shape)
         if shape == needed:

@@ -19,15 +19,19 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from beit3.config import from_dict, to_dict
-from beit3.files import flush_to_disk
+from beit3.files import flush_to_disk, read_json
 from beit3.recipe import TaskConfig
 from beit3.task import FrozenFile, Task, load_task, task_name
+from beit3.tensor_files import check_finite
 from beit3.tokenizer import text
 from beit3.weights.matching import get_weights
 from beit3.weights.state_dicts import to_float32
 
 FORMAT = 1
 MODEL_FILE, CONFIG_FILE, TOKENIZER_FILE = "model.safetensors", "config.json", text.MODEL_FILE
+
+FOREIGN_FILES = ("*.index.json", "*.safetensors", "*.pth", "*.pt", "*.ckpt", "*.bin")
+"""Files of other programs' weights, in the order in which one of them is named."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,9 @@ def find_weights(path: str | Path) -> Path:
     for directory in (path, path / "best", path / "last"):
         if is_weights(directory):
             return directory
+    for pattern in FOREIGN_FILES:
+        if files := sorted(path.glob(pattern)):
+            raise ValueError(f"{path} is a directory: give the file in it, {files[0]}")
     raise ValueError(
         f"{path} holds neither weights nor a run's best or last: give one that beit3 train wrote"
     )
@@ -146,10 +153,7 @@ def read_config(directory: str | Path) -> StoredConfig:
     path = Path(directory) / CONFIG_FILE
     if not path.is_file():
         raise ValueError(f"no weights at {directory}: {CONFIG_FILE} is missing")
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
+    data = read_json(path)
     if isinstance(data, dict) and "teacher" in data:
         raise ValueError(
             f"{directory} holds a {data['teacher']} teacher, no BEiT-3: "
@@ -166,7 +170,17 @@ def read_config(directory: str | Path) -> StoredConfig:
             f"{path} is of format {data['format']!r}, not {FORMAT}: "
             "read it with the version that wrote it"
         )
-    config = from_dict(load_task(data["task"]).Config, data["config"], f"{path}: config")
+    for field, kind in (("task", str), ("tokenizer", str | None), ("frozen", dict)):
+        if not isinstance(data[field], kind):
+            raise ValueError(
+                f"{path}: the field {field!r} is {str(data[field])[:60]!r}: weights as "
+                "`beit3 train` writes them are expected"
+            )
+    try:
+        task_class = load_task(data["task"])
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    config = from_dict(task_class.Config, data["config"], f"{path}: config")
     frozen = {
         name: from_dict(FrozenFile, file, f"{path}: frozen.{name}")
         for name, file in data["frozen"].items()
@@ -186,6 +200,7 @@ def read_tensors(directory: str | Path, *, as_stored: bool = False) -> dict[str,
         raise ValueError(f"no weights at {directory}: {MODEL_FILE} is missing") from None
     except (SafetensorError, OSError):
         raise ValueError(f"{path} is not a complete safetensors file: copy it again") from None
+    check_finite(tensors, path)
     if as_stored:
         return tensors
     return {name: to_float32(tensor) for name, tensor in tensors.items()}

@@ -70,16 +70,22 @@ def assert_refused(reader, raw, *words):
 
 def test_real_images_are_found():
     records = list(read_image_folder(find_sample("imagenet_sample_1k")))
+    left_out = [record for record in records if "left_out" in record]
+    assert sorted(record["left_out"] for record in left_out) == [".md", ".tsv"]
+    records = [record for record in records if "image" in record]
     assert len(records) == 1000 and records[0]["id"] == "images/n01440764_tench.JPEG"
     assert all(Path(record["image"]).is_file() for record in records)
-    split = count_splits(read_images(find_sample("cifar10_mini")))
+    images = read_images(find_sample("cifar10_mini"))
+    split = count_splits(pair for pair in images if "image" in pair[1])
     assert (
         split["test"] == 500 and split["train"] + split["val"] == 2000 and 50 < split["val"] < 160
     )
 
 
 def test_real_texts_become_paragraphs():
-    records = [record for _, record in read_text_files(find_sample("text_corpus"))]
+    records = [
+        record for _, record in read_text_files(find_sample("text_corpus")) if "text" in record
+    ]
     assert len({record["id"] for record in records}) == len(records) > 8000
     assert max(len(record["text"]) for record in records) <= MAX_TEXT_CHARS
     speech = next(record for record in records if record["id"] == "tinyshakespeare/input.txt:1")
@@ -200,6 +206,7 @@ def test_an_image_folder_skips_hidden_files(tmp_path):
     write_files(tmp_path, dict.fromkeys(names, b""))
     (tmp_path / "b" / "again").symlink_to(tmp_path)
     records = list(read_image_folder(tmp_path))
+    assert records.pop(1) == {"id": "notes.txt", "left_out": ".txt"}
     assert [record["id"] for record in records] == ["a.webp", "b/1.jpeg", "b/2.PNG", "b/c/z.gif"]
     assert all(record["image"] == str(tmp_path / record["id"]) for record in records)
     assert_refused(read_image_folder, tmp_path / "absent", "absent")

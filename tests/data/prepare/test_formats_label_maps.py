@@ -10,11 +10,8 @@ import pytest
 from PIL import Image
 
 from beit3.data.loader import RecordDataset
-from beit3.data.prepare.formats.label_maps import (
-    CAMVID_CLASSES,
-    CITYSCAPES_CLASSES,
-    read_label_maps,
-)
+from beit3.data.prepare.formats.detect import read_label_maps
+from beit3.data.prepare.formats.label_maps import CAMVID_CLASSES, CITYSCAPES_CLASSES
 from beit3.data.prepare.splits import write_splits
 from beit3.world.export import write_world
 
@@ -159,6 +156,7 @@ def test_cityscapes_is_read_by_train_ids_or_by_its_ids(tmp_path):
             tmp_path,
             f"gtFine/{split}/{stem}_gtFine_labelIds.png",
             f"gtFine/{split}/{stem}_gtFine_instanceIds.png",
+            numbers=7,
         )
     names, options, pairs = read_label_maps(tmp_path)
     records = dict(pairs)
@@ -247,3 +245,152 @@ def test_folders_of_other_layouts_are_refused(tmp_path):
     write_label_maps(tmp_path, "annotations/training/a.png")
     (tmp_path / "objectInfo150.txt").write_text("Idx\tName\n1\twall\n3\tsky\n")
     assert_refused(tmp_path, "objectInfo150.txt", "again")
+
+
+# Further layouts ----------------------------------------------------------------------------------
+
+
+def write_splits_of(root, image_pattern, map_pattern, *, numbers, splits=("train", "val")):
+    """Writes an image and a label map of random `numbers` for two keys of each split."""
+    rng = np.random.default_rng(0)
+    for split in splits:
+        for key in "ab":
+            write_images(root, image_pattern.format(split=split, key=key))
+            values = rng.permutation(np.resize(np.array(numbers), SIZE[0] * SIZE[1]))
+            path = map_pattern.format(split=split, key=key)
+            write_label_maps(root, path, numbers=values.reshape(SIZE[::-1]))
+    return root
+
+
+MMSEG = ("img_dir/{split}/{key}.jpg", "ann_dir/{split}/{key}.png")
+IMAGES = ("images/{split}/{key}.jpg", "annotations/{split}/{key}.png")
+
+
+@pytest.mark.parametrize(
+    ("folders", "numbers", "listed", "names", "reduce_zero"),
+    [
+        (MMSEG, (0, 1, 2, 255), "", ("0", "1", "2"), False),
+        (MMSEG, (1, 2), "", ("1", "2"), True),
+        (MMSEG, (0, 1, 2), "sky\nsea\nland", ("sky", "sea", "land"), False),
+        (MMSEG, (0, 1, 2), "sea\nland", ("sea", "land"), True),
+        (IMAGES, (0, 1), "sea\nland", ("sea", "land"), False),
+        (IMAGES, (1, 2), "", ("1", "2"), True),
+        (
+            (IMAGES[0], "annotations/{split}/{key}_labelTrainIds.png"),
+            (0, 1, 255),
+            "",
+            ("0", "1"),
+            False,
+        ),
+        ((IMAGES[0], "masks/{split}/{key}_mask.png"), (0, 1), "a\nb", ("a", "b"), False),
+    ],
+)
+def test_mmseg_folders_are_numbered_as_their_lists_say(
+    tmp_path, folders, numbers, listed, names, reduce_zero
+):
+    write_splits_of(tmp_path, *folders, numbers=numbers)
+    if listed:
+        (tmp_path / "classes.txt").write_text(listed)
+    class_names, options, pairs = read_label_maps(tmp_path)
+    records = list(pairs)
+    assert class_names == names and options == {"reduce_zero": reduce_zero, "ignore": 255}
+    assert Counter(split for split, _ in records) == {"train": 2, "val": 2}
+    for _, record in records:
+        assert Path(record["label_map"]).stem.startswith(Path(record["image"]).stem)
+
+
+def test_an_unlisted_0_is_refused_where_it_may_be_unlabeled(tmp_path):
+    write_splits_of(tmp_path, *IMAGES, numbers=(0, 1, 2))
+    assert_refused(tmp_path, "as in mmsegmentation", "as in ADE20K", "3 of them", "or 2 if")
+
+
+def test_voc_label_maps_follow_their_lists(tmp_path):
+    voc = (
+        "JPEGImages/2007_00000{split}_{key}.jpg",
+        "SegmentationClass/2007_00000{split}_{key}.png",
+    )
+    voc = tuple(pattern.replace("{split}_{key}", "{split}") for pattern in voc)
+    raw = tmp_path / "VOCdevkit" / "VOC2012"
+    write_splits_of(raw, *voc, numbers=(0, 15, 255), splits="012")
+    write_images(raw, "JPEGImages/2007_000009.jpg", "JPEGImages/2007_000005.jpg")
+    lists = raw / "ImageSets" / "Segmentation"
+    lists.mkdir(parents=True)
+    (lists / "train.txt").write_text("2007_000000\n2007_000001\n")
+    (lists / "val.txt").write_text("2007_000002\n2007_000008\n")
+    (lists / "test.txt").write_text("2007_000009\n")
+    write_label_maps(raw, "SegmentationClass/2007_000005.png")
+    counts = Counter()
+    names, options, pairs = read_label_maps(tmp_path, counts=counts)
+    records = list(pairs)
+    assert counts == {"label maps that no list names, passed over": 1}
+    assert len(names) == 21 and (names[0], names[15]) == ("background", "person")
+    assert options == {"reduce_zero": False, "ignore": 255}
+    assert [(split, record["id"][-1]) for split, record in records] == [
+        ("train", "0"),
+        ("train", "1"),
+        ("val", "2"),
+        ("val", "8"),
+        ("test", "9"),
+    ]
+    assert "missing" in records[3][1]["fault"] and "label_map" not in records[4][1]
+    (raw / "classes.txt").write_text("\n".join(f"c{number}" for number in range(1, 16)))
+    assert read_label_maps(tmp_path)[0][:2] == ("background", "c1")
+
+
+def test_own_images_in_vocs_folders_do_not_get_vocs_names(tmp_path):
+    write_splits_of(
+        tmp_path,
+        "JPEGImages/{split}{key}.jpg",
+        "SegmentationClass/{split}{key}.png",
+        numbers=(0, 2),
+    )
+    names, _, pairs = read_label_maps(tmp_path)
+    assert names == ("background", "1", "2") and len(list(pairs)) == 4
+
+
+# Numbers that are no class ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("listed", ["", "road\nrest"])
+@pytest.mark.parametrize(
+    ("folders", "splits", "first"),
+    [
+        (IMAGES, ("training", "validation"), 1),
+        (IMAGES, ("train", "val"), 0),
+        (MMSEG, ("train",), 0),
+    ],
+)
+def test_black_and_white_masks_are_refused(tmp_path, folders, splits, first, listed):
+    write_splits_of(tmp_path, *folders, numbers=(0, 255), splits=splits)
+    if listed:
+        (tmp_path / "classes.txt").write_text(listed)
+    assert_refused(
+        tmp_path, "class", "left", "255, which is ignored", f"write {first} and {first + 1}"
+    )
+
+
+def test_label_maps_without_classes_are_refused_or_counted(tmp_path):
+    write_splits_of(tmp_path, *IMAGES, numbers=(255,), splits=("training", "validation"))
+    assert_refused(tmp_path, "no class is left in the 4 label maps")
+    write_label_maps(tmp_path, "annotations/training/a.png", numbers=3)
+    with pytest.raises(ValueError, match=r"none of the 2 label maps of val .*has a labeled pixel"):
+        list(read_label_maps(tmp_path)[2])
+    write_label_maps(tmp_path, "annotations/validation/a.png", numbers=2)
+    counts = Counter()
+    assert len(list(read_label_maps(tmp_path, counts=counts)[2])) == 4
+    assert counts == {"label maps without a labeled pixel": 2}
+
+
+def test_ade20k_with_0_and_1_alone_is_ambiguous(tmp_path):
+    write_splits_of(tmp_path, *IMAGES, numbers=(0, 1), splits=("training", "validation"))
+    assert_refused(tmp_path, "0 may be unlabeled", "or a class", "classes.txt")
+    (tmp_path / "classes.txt").write_text("road\n")
+    assert read_label_maps(tmp_path)[0] == ("road",)
+
+
+def test_numbers_beyond_the_list_are_faults(tmp_path):
+    write_splits_of(tmp_path, *IMAGES, numbers=(1, 2), splits=("training", "validation"))
+    write_label_maps(tmp_path, "annotations/training/b.png", numbers=9)
+    (tmp_path / "classes.txt").write_text("road\nrest\n")
+    faults = [record["fault"] for _, record in read_label_maps(tmp_path)[2] if "fault" in record]
+    assert len(faults) == 1 and "holds 9, but the 2 classes are numbered 1 to 2" in faults[0]

@@ -104,7 +104,17 @@ def test_class_folders_give_labels_and_splits(tmp_path, train, val):
         {f"{train}/n1/notes.txt": "no image", f"{train}/.hidden/x.png": None, "test/t.png": None},
     )
     assert read_all(tmp_path)[0] == ("n1", "n2")
-    assert read_labels(tmp_path) == {
+    left_out = {
+        record["id"]: record["left_out"]
+        for _, record in read_all(tmp_path)[1]
+        if "left_out" in record
+    }
+    assert left_out == {
+        f"{train}/n1/notes.txt": ".txt",
+        f"{train}/stray.png": "images in no class folder",
+    }
+    labels = {id: label for id, label in read_labels(tmp_path).items() if id not in left_out}
+    assert labels == {
         f"{train}/n1/deep/a.png": ("train", 0),
         f"{train}/n2/b.JPEG": ("train", 1),
         f"{val}/n2/c.jpg": ("val", 1),

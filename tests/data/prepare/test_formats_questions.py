@@ -1,12 +1,14 @@
 """OK-VQA, tables of questions and Visual Genome: real samples, small files, and errors of broken
 files."""
 
+import csv
 import json
 from collections import Counter
 from pathlib import Path
 
 import pytest
 
+from beit3.data.prepare.answers import build_answers, make_vqa_record
 from beit3.data.prepare.formats.detect import detect_format, read_extra_questions, read_questions
 from tests.data.prepare.test_formats import assert_refused, count_splits, find_sample, write_files
 
@@ -152,6 +154,58 @@ def test_questions_are_held_out_by_image(tmp_path):
         for split in ("train", "val")
     }
     assert not sides["train"] & sides["val"] and 3 < len(sides["val"]) < 40
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl"])
+def test_cells_hold_one_answer_or_many(tmp_path, suffix):
+    """As Python, JSON and pandas write them; what is empty is left out, and counted."""
+    cells = {
+        "['red', 'red', 'blue']": ["red", "red", "blue"],
+        '["Red", "blue", "blue", "red", "RED "]': ["Red", "blue", "blue", "red", "RED"],
+        "{'no': 0.3, 'yes': 1}": {"no": 0.3, "yes": 1},
+        "['red', None]": ["red"],
+        "[a] or [b]": ["[a] or [b]"],
+        "none": ["none"],
+        "0": ["0"],
+    }
+    rows = [("a.png", "what?", cell) for cell in [*cells, "", "nan", "[]", "[None]"]]
+    with (tmp_path / f"x{suffix}").open("w", newline="") as file:
+        if suffix == ".csv":
+            csv.writer(file).writerows([("image", "question", "answer"), *rows])
+        else:
+            names = ("image", "question", "answers")
+            file.writelines(json.dumps(dict(zip(names, row, strict=True))) + "\n" for row in rows)
+    records = [record for _, record in read_questions(tmp_path)]
+    assert [record["answers"] for record in records[: len(cells)]] == [*cells.values()]
+    assert [record["fault"] for record in records[len(cells) :]] == ["it has no answer"] * 4
+    assert records[0]["multiple_choice_answer"] == "red"
+    assert records[1]["multiple_choice_answer"] == "Red", "three spellings of one answer win"
+    assert records[2]["multiple_choice_answer"] == "yes"
+    assert [record.get("null_answers", 0) for record in records[: len(cells)]] == [0, 0, 0, 1] + [
+        0
+    ] * 3
+
+
+def test_spellings_of_an_answer_are_one_answer(tmp_path):
+    answers = [["Red"], ["red "], ["RED", "red", "blue"], {"Red": 0.3, "red": 0.6}, ["caf\u00e9"]]
+    answers += [["cafe\u0301"], [None], 3.0, "3"]
+    rows = [
+        {"image": "a.png", "question": "x", "answers": value, "split": "train"} for value in answers
+    ]
+    write_files(tmp_path, {"x.jsonl": "\n".join(map(json.dumps, rows))})
+    questions = [question for _, question in read_questions(tmp_path)]
+    vocabulary = build_answers(questions, 1, is_vqa=False)
+    assert vocabulary == ("red", "caf\u00e9", "3")
+    records = [make_vqa_record(question, vocabulary, is_vqa=False) for question in questions]
+    scores = [record.get("answers") for record in records]
+    assert scores[:3] == [{"red": 1.0}, {"red": 1.0}, {"red": 0.6}]
+    assert scores[3] == {"red": pytest.approx(0.9)}
+    assert scores[4:] == [{"caf\u00e9": 1.0}] * 2 + [None] + [{"3": 1.0}] * 2
+
+
+def test_arrays_without_commas_are_refused(tmp_path):
+    write_files(tmp_path, {"x.csv": "image,question,answer\na.png,what?,['red' 'blue']\n"})
+    assert_refused(read_questions, tmp_path, "x.csv line 2", "lacks commas", "JSON")
 
 
 BROKEN = [

@@ -201,6 +201,19 @@ def test_rows_without_image_or_text_are_faults(tmp_path):
     assert [r["fault"] for _, r in read_pairs(tmp_path / "raw/y.jsonl")] == ["it has no text"]
 
 
+def test_a_cell_may_hold_a_list_of_captions(tmp_path):
+    rows = [("a.png", '["a dog", "x, y"]'), ("a.png", "['one']"), ("b.png", "[a dog] sits")]
+    with (tmp_path / "x.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([("image", "caption"), *rows])
+    texts = [(record["id"], record["text"]) for _, record in read_pairs(tmp_path)]
+    assert texts == [
+        ("a.png#0", "a dog"),
+        ("a.png#1", "x, y"),
+        ("a.png#2", "one"),
+        ("b.png#0", "[a dog] sits"),
+    ]
+
+
 REFUSED_TABLES = [
     (
         "x.csv",

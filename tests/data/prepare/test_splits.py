@@ -12,9 +12,12 @@ import pytest
 from PIL import Image
 
 from beit3.cli import main
+from beit3.config import parse_keyword_options
 from beit3.data.prepare.splits import find_fault, find_image_fault, write_splits
-from beit3.data.prepare.statistics import MAX_LISTED_FAULTS
+from beit3.data.prepare.statistics import MAX_LISTED_FAULTS, describe
 from beit3.data.stores.records import Records
+from beit3.task import list_tasks, load_task
+from beit3.tasks.imagenet import ImageNet
 from beit3.tasks.pretrain import Pretrain
 from beit3.tasks.vqa import VQA
 
@@ -61,7 +64,7 @@ def test_faults_within_the_allowed_fraction_are_listed_and_skipped(tmp_path, ima
     missing_fault, empty_fault, unreadable_fault = report["passed_over"]
     assert missing_path in missing_fault and "missing" in missing_fault
     assert "empty" in empty_fault
-    assert "text.png" in unreadable_fault and "cannot be read" in unreadable_fault
+    assert "text.png" in unreadable_fault and "is not an image" in unreadable_fault
     kept_ids = {
         record["id"] for record in Records(tmp_path / "root" / "vqa" / "main" / "train.jsonl")
     }
@@ -76,7 +79,7 @@ def test_the_fraction_is_of_all_records(tmp_path, image_path, count, refused):
         return
     with pytest.raises(
         ValueError,
-        match=r"1 of 99 main records are unusable, 1% are allowed, nothing was written: "
+        match=r"1 of 99 main records are unusable, 1% are allowed .*, nothing was written: "
         r"0: image .*gone\.png",
     ):
         write_splits(tmp_path / "root", "vqa", "main", pairs)
@@ -106,11 +109,22 @@ def test_a_long_list_of_faults_is_cut(tmp_path, image_path):
 def test_a_source_without_usable_records_is_refused(tmp_path):
     with pytest.raises(ValueError, match="no main records found for vqa: check --raw"):
         write_splits(tmp_path / "root", "vqa", "main", [])
-    with pytest.raises(
-        ValueError, match="no main records found for vqa in train or val, only in test: check --raw"
-    ):
-        write_splits(tmp_path / "root", "vqa", "main", [("test", {"id": "1", "text": "a"})])
+    left_out = [("train", {"id": f"{n}.heic", "left_out": ".heic"}) for n in range(3)]
+    with pytest.raises(ValueError, match=r"no main records found for vqa \(3 \.heic left out\)"):
+        write_splits(tmp_path / "root", "vqa", "main", left_out)
+    for bad_share in (-0.1, 1.5, float("nan")):
+        with pytest.raises(ValueError, match="--bad_share .*: give a fraction from 0 to 1"):
+            write_splits(tmp_path / "root", "vqa", "main", [], bad_share=bad_share)
     assert not (tmp_path / "root").exists()
+
+
+def test_a_test_split_alone_is_written_and_the_report_says_what_it_lacks(tmp_path):
+    records = [("test", {"id": "1", "text": "a"}), ("test", {"id": "x", "left_out": ".md"})]
+    report = write_splits(tmp_path / "root", "vqa", "main", records)
+    assert report["records"] == {"test": 1} and report["left_out"] == {".md": 1}
+    assert "--split test" in report["attention"] and "training needs" in report["attention"]
+    report = write_splits(tmp_path / "root", "vqa", "main", [("train", {"id": "1", "text": "a"})])
+    assert "attention" not in report
 
 
 def test_a_reader_that_fails_halfway_leaves_only_existing_records(tmp_path, image_path):
@@ -217,11 +231,11 @@ def test_an_image_with_an_incomplete_header_is_a_fault(tmp_path, image_path):
 
 @pytest.mark.parametrize("kind", [ValueError, SyntaxError, OverflowError, struct.error, OSError])
 def test_any_error_of_pillow_is_a_fault_of_the_image(image_path, monkeypatch, kind):
-    def fail(path: str) -> None:
+    def fail(path: str, formats: list[str]) -> None:
         raise kind("damaged")
 
     monkeypatch.setattr(Image, "open", fail)
-    assert find_image_fault(image_path) == f"image {image_path} cannot be read ({kind.__name__})"
+    assert find_image_fault(image_path) == f"image {image_path} cannot be read: damaged"
 
 
 def test_a_png_with_megabytes_of_compressed_text_is_a_fault(image_path):
@@ -230,7 +244,42 @@ def test_a_png_with_megabytes_of_compressed_text_is_a_fault(image_path):
     content = Path(image_path).read_bytes()
     chunk = struct.pack(">I", len(text) - 4) + text + struct.pack(">I", zlib.crc32(text))
     Path(image_path).write_bytes(content[:33] + chunk + content[33:])
-    assert find_image_fault(image_path) == f"image {image_path} cannot be read (ValueError)"
+    assert f"image {image_path} cannot be read: Decompressed" in find_image_fault(image_path)
+
+
+@pytest.mark.parametrize("name", [name for name in list_tasks() if load_task(name).sources])
+def test_every_task_takes_the_fraction_of_unusable_records(name):
+    prepare = load_task(name).prepare
+    for text, value in (("0.1", 0.1), ("1", 1.0), ("5e-2", 0.05)):
+        assert parse_keyword_options(prepare, ["--bad_share", text]) == {"bad_share": value}
+    for text in ("many", "", "0,1"):
+        with pytest.raises(ValueError, match=f"--bad_share ?{text}: expected a number"):
+            parse_keyword_options(prepare, ["--bad_share", text])
+
+
+def test_classes_without_images_and_files_left_out_are_named(tmp_path):
+    for name in ("cat", "dog", "empty"):
+        (tmp_path / "raw" / name).mkdir(parents=True)
+    for number in range(4):
+        image = Image.new("RGB", (4, 4), (number, 0, 0))
+        image.save(tmp_path / f"raw/cat/{number}.jfif", "JPEG")
+        image.save(tmp_path / f"raw/dog/{number}.png")
+        (tmp_path / f"raw/dog/{number}.HEIC").write_bytes(b"x")
+    report = ImageNet.prepare(tmp_path / "raw", tmp_path / "root", "main")
+    assert sum(report["records"].values()) == 8 and report["left_out"] == {".heic": 4}
+    assert report["classes_without_images"] == ["empty"]
+    text = describe(report)
+    assert "4 .heic" in text and "no images of empty" in " ".join(text.split())
+
+
+def test_questions_of_a_test_split_alone_keep_all_answers(tmp_path):
+    Image.new("RGB", (4, 4)).save(tmp_path / "image1.png")
+    (tmp_path / "qa.test.txt").write_text("what is on the table in the image1 ?\nbook\n")
+    report = VQA.prepare(tmp_path, tmp_path / "root", "main")
+    assert report["records"] == {"test": 1} and "training needs" in report["attention"]
+    (record,) = Records(tmp_path / "root/vqa/main/test.jsonl")
+    assert record["answers"] == {"book": 1.0}
+    assert not (tmp_path / "root/vqa/main/answer2label.txt").exists()
 
 
 # Through a task, on damaged copies of the embedded world -----------------------------------------

@@ -53,7 +53,28 @@ def test_broken_arrays_are_named(predictions, tmp_path):
     with pytest.raises(ValueError, match=r"x\.image\.npy has 1 rows, rows 1 to 2 are needed"):
         list(read_predictions(path))
     (tmp_path / "x.image.npy").unlink()
-    with pytest.raises(ValueError, match=r"cannot read the arrays .*x\.image\.npy"):
+    with pytest.raises(ValueError, match=r"x\.image\.npy cannot be read"):
+        list(read_predictions(path))
+
+
+def test_damaged_arrays_are_named(predictions, tmp_path):
+    """numpy reads a header as Python source, which fails in ways of its own."""
+    path, array_path = tmp_path / "x.jsonl", tmp_path / "x.image.npy"
+    write_predictions(path, predictions)
+    intact = array_path.read_bytes()
+    shape = intact[intact.index(b"'shape'") : intact.index(b"}")]
+    for damaged in (
+        b"'shape': (2, 4, ",
+        b"'shape': (2**70, 4), ",
+        b"'shape': 'x', ",
+        b"'\x00': ((",
+    ):
+        array_path.write_bytes(intact.replace(shape, damaged.ljust(len(shape))))
+        with pytest.raises(ValueError, match=r"x\.image\.npy cannot be read") as error:
+            list(read_predictions(path))
+        assert "\n" not in str(error.value)
+    np.save(array_path, np.zeros((2, 4, 3), np.float32))
+    with pytest.raises(ValueError, match=r"x\.image\.npy holds an array of shape \[2, 4, 3\]"):
         list(read_predictions(path))
 
 

@@ -1,5 +1,6 @@
 """Shards equal a slow reader of tars and the same records in files."""
 
+import json
 import pickle
 import shutil
 from collections import Counter
@@ -286,16 +287,35 @@ def test_a_damaged_index_is_refused(tmp_path, tar_root):
     write_pairs(tmp_path, tar_root)
     path = tmp_path / "pretrain/pairs/train.shards"
     intact = path.read_bytes()
+    line, _, rows = intact.partition(b"\n")
+    header = json.loads(line)
     for content, message in (
         (intact[:-7], "rows: run"),
         (b"", "line of JSON"),
         (b"\x80pickle\n", "line of JSON"),
         (b"[]\n", "line of JSON"),
         (b'{"format": 3}\n', "no index"),
+        (b"[" * 100_000 + b"\n", "line of JSON"),
+        *(
+            (json.dumps(header | change).encode() + b"\n" + rows, "damaged in its first line")
+            for change in (
+                {"width": "x"},
+                {"width": -1},
+                {"width": 10**30},
+                {"captions": None},
+                {"tars": None},
+                {"tars": [header["tars"][0] | {"path": 3}]},
+                {"tars": [header["tars"][0] | {"records": 10**30}]},
+                {"tars": [{}]},
+            )
+        ),
     ):
         path.write_bytes(content)
         with pytest.raises(ValueError, match=message):
             Shards(path, tmp_path)
+    path.write_bytes(line + b"\n" + b"\xff" * len(rows))
+    with pytest.raises(ValueError, match="train.shards is damaged in row 0: run"):
+        Shards(path, tmp_path)[0]
 
 
 def test_members_are_read_as_files_are(tmp_path):

@@ -145,6 +145,9 @@ DAMAGES = {
     "no records at": lambda path, arrays: path.unlink(),
     "is no index of tokens (Exp": lambda path, arrays: path.write_text("{"),
     "is no index of tokens (Tok": lambda path, arrays: path.write_text('{"format": 1}'),
+    "records should be of type int": lambda path, arrays: replace_in(
+        path, '"records": ', '"records": 0.5, "pack": '
+    ),
     "format 9, not 1": lambda path, arrays: replace_in(path, '"format": 1', '"format": 9'),
     "not beside it": lambda path, arrays: replace_in(path, "tokens-1", "../tokens-1"),
     "ids.npy cannot be read ([": lambda path, arrays: (arrays / "train.ids.npy").unlink(),
@@ -164,3 +167,14 @@ def test_damaged_files_are_named(root, message):
     with pytest.raises(ValueError, match=remedy) as error:
         Tokens(path)
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["names", "records"])
+def test_damage_inside_the_arrays_is_named(root, name):
+    path = root / "pretrain/texts/train.tokens"
+    array_path = path.parent / "tokens-1" / f"train.{name}.npy"
+    content = array_path.read_bytes()
+    start = content.index(b"\n") + 1  # behind numpy's header
+    array_path.write_bytes(content[:start] + b"\xff" * (len(content) - start))
+    with pytest.raises(ValueError, match=rf"train\.{name}\.npy.* is damaged at record 0: run"):
+        Tokens(path)[0]

@@ -317,7 +317,9 @@ def test_too_many_faults_leave_existing_records(raw, tokenizer, tmp_path):
         return write_tokens(raw, folder, tokenizer, **{"pack": 64, "workers": 1} | options)
 
     assert_refused(
-        lambda: run(bad_share=0.001), "1 of ", "0% are allowed, nothing was written: d.jsonl line "
+        lambda: run(bad_share=0.001),
+        "1 of ",
+        "0% are allowed (--bad_share), nothing was written: d.jsonl line ",
     )
     assert_refused(
         lambda: run(field="body"), "documents are unusable", "no text 'body' (--field), but text"

@@ -14,10 +14,10 @@ from beit3.data.views.augment import (
     INCREASING_OPERATIONS,
     OPERATIONS,
     SHIFT_PIXELS,
-    auto_augment,
     draw_erasing,
     erase_boxes,
     rand_augment,
+    rand_augment_timm,
 )
 
 
@@ -231,7 +231,7 @@ def record_operations():
         )
         for _ in range(3000):
             seen.append([])
-            auto_augment(pixel, rng)
+            rand_augment_timm(pixel, rng)
     return seen
 
 
@@ -258,11 +258,11 @@ def test_strengths_are_normal_about_nine_tenths_and_cut_at_one(record_operations
     assert abs((strengths > 0).mean() - 0.5) < 0.04
 
 
-def test_auto_augment_is_a_function_of_its_generator():
+def test_rand_augment_timm_is_a_function_of_its_generator():
     image = make_noise(33, 47)
     before, results = image.clone(), []
     for seed in range(60):
-        first, second = (auto_augment(image, np.random.default_rng(seed)) for _ in range(2))
+        first, second = (rand_augment_timm(image, np.random.default_rng(seed)) for _ in range(2))
         assert (
             torch.equal(first, second) and first.shape == image.shape and first.dtype == torch.uint8
         )

@@ -5,7 +5,13 @@ import math
 import numpy as np
 import pytest
 
-from beit3.data.views.masking import IGNORE_INDEX, _add_block, draw_block_mask, mask_text
+from beit3.data.views.masking import (
+    IGNORE_INDEX,
+    NUM_SPECIAL_IDS,
+    _add_block,
+    draw_block_mask,
+    mask_text,
+)
 from beit3.seeding import make_rng
 
 MASK = 64001
@@ -151,3 +157,27 @@ def test_eighty_percent_are_masked_and_ten_replaced_at_random():
     assert seen[random].min() < 400 and seen[random].max() > MASK - 400
     narrow, _ = mask_text(ids, make_rng(0, 0, "fates"), rate=0.5, mask_id=MASK, vocab=(100, 103))
     assert set(narrow.tolist()) == {7, MASK, 100, 101, 102}
+
+
+@pytest.mark.parametrize("min_block", [4, 16, 30])
+def test_the_first_block_has_at_least_the_smallest_area(min_block):
+    """Sides are rounded, so that an area may be a little smaller than the one that was drawn."""
+    areas = []
+    for seed in range(60):
+        mask = np.zeros((14, 14), dtype=bool)
+        added = _add_block(mask, 75, min_block, (0.3, 1 / 0.3), np.random.default_rng(seed))
+        areas.append(added)
+    assert min(areas) > 0.7 * min_block and min(areas) < 1.6 * min_block
+    assert 60 < max(areas) <= 75
+
+
+def test_random_tokens_are_pieces_and_the_first_piece_is_masked():
+    """Ids 0 to 3 are special and ids from the mask token on are none of the text's."""
+    ids, mask_id = np.full(4000, NUM_SPECIAL_IDS), 9
+    masked, targets = mask_text(ids, np.random.default_rng(0), mask_id=mask_id, rate=1.0)
+    assert (targets == NUM_SPECIAL_IDS).all(), "the first piece is masked like others"
+    assert set(masked.tolist()) == set(range(NUM_SPECIAL_IDS, mask_id + 1))
+    random_ids = masked[(masked != mask_id) & (masked != NUM_SPECIAL_IDS)]
+    assert 0.06 < len(random_ids) / 4000 < 0.1, "four of five random pieces are others"
+    within = mask_text(ids, np.random.default_rng(0), mask_id=mask_id, rate=1.0, vocab=(6, 8))[0]
+    assert set(within.tolist()) == {NUM_SPECIAL_IDS, 6, 7, mask_id}

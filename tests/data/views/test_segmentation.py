@@ -203,3 +203,15 @@ def test_distortion_of_gray_changes_only_brightness_and_contrast():
     values = [int(distort_colors(gray, make_rng(seed))[0, 0, 0]) for seed in range(300)]
     assert min(values) >= 0.5 * 68 - 1 and max(values) <= 1.5 * 132 + 1
     assert min(values) < 45 and max(values) > 170
+
+
+def test_hue_turns_by_up_to_a_tenth_of_the_circle():
+    """Brightness, contrast and saturation keep the hue of this red; rounding moves it a little."""
+    red = torch.tensor([80, 20, 20], dtype=torch.uint8)[:, None, None].expand(3, 2, 2)
+    turns = []
+    for seed in range(400):
+        pixels = distort_colors(red, make_rng(seed))[:, 0, 0]
+        hue = colorsys.rgb_to_hsv(*(pixels / 255).tolist())[0]
+        turns.append((hue + 0.5) % 1 - 0.5)
+    assert -0.11 < min(turns) < -0.09 and 0.09 < max(turns) < 0.11
+    assert sum(turn == 0 for turn in turns) > 120, "half of the images keep their hue"

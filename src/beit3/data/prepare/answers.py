@@ -5,6 +5,7 @@ appear, those that are given at least nine times. In VQA's own datasets (`is_vqa
 the annotators' answers as they stand, as upstream does; in other datasets it normalizes them.
 """
 
+import unicodedata
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
@@ -36,8 +37,8 @@ def build_answers(
     counts: Counter[str] = Counter()
     for question in questions:
         if isinstance(question.get("answers"), Mapping):
-            counts.update(_normalize(answer, is_vqa) for answer in question["answers"])
-        elif "fault" not in question:
+            counts.update(dict.fromkeys(_normalize(a, is_vqa) for a in question["answers"]).keys())
+        elif question.get("multiple_choice_answer") is not None:
             counts[_normalize(question["multiple_choice_answer"], is_vqa)] += 1
     answers = tuple(
         answer for answer, count in counts.items() if count >= min_count and (answer or is_vqa)
@@ -54,19 +55,22 @@ def build_answers(
 
 
 def make_vqa_record(
-    question: Question, answer_list: Collection[str], *, is_vqa: bool = True
+    question: Question, answer_list: Collection[str] | None, *, is_vqa: bool = True
 ) -> dict[str, Any]:
     """Returns a question as a record whose `answers` map listed answers to soft scores.
 
     Several annotators' answers are kept as `annotators` besides, for the official score. Answers
-    that come with scores keep them. A question with a fault is returned as it is.
+    that come with scores keep them. Without an `answer_list` (None) all answers are kept. A
+    question with a fault is returned as it is.
     """
-    if "fault" in question:
+    if "answers" not in question:  # a fault, or left out
         return dict(question)
     answers = question["answers"]
+    if answer_list is None:
+        answer_list = {_normalize(answer, is_vqa) for answer in answers}
     has_annotators = len(answers) > 1 and not isinstance(answers, Mapping)
     if isinstance(answers, Mapping):
-        scores = {_normalize(answer, is_vqa): float(score) for answer, score in answers.items()}
+        scores = _merge_spellings(answers, is_vqa)
     elif has_annotators:
         normalized = answers if is_vqa else [_normalize(answer, is_vqa) for answer in answers]
         scores = compute_soft_scores(normalized)
@@ -83,6 +87,21 @@ def make_vqa_record(
     return record
 
 
+def _merge_spellings(answers: Mapping[str, Any], is_vqa: bool) -> dict[str, float]:
+    """Returns normalized answer -> score; spellings of one answer add up, to 1 at most."""
+    scores: dict[str, float] = {}
+    for answer, score in answers.items():
+        key = _normalize(answer, is_vqa)
+        scores[key] = min(1.0, scores.get(key, 0.0) + float(score))
+    return scores
+
+
 def _normalize(answer: str, is_vqa: bool) -> str:
-    """Normalizes an answer for the list. VQA's articles become "", others' stay letters."""
-    return normalize_answer(answer) or ("" if is_vqa else answer.strip().lower())
+    """Normalizes an answer for the list. VQA's articles become "", others' stay letters.
+
+    Of other datasets, a letter and its accent in one character or in two are the same.
+    """
+    if is_vqa:
+        return normalize_answer(answer)
+    answer = unicodedata.normalize("NFC", answer)
+    return normalize_answer(answer) or " ".join(answer.lower().split())

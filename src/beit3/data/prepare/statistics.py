@@ -7,7 +7,7 @@ only.
 
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -196,6 +196,10 @@ def describe(report: Mapping[str, Any]) -> str:
         rows.append(("labels", _describe_labels(report["labels"])))
     if "lengths" in report:
         rows += _make_length_rows(report["lengths"])
+    if "classes_without_images" in report:
+        rows.append(("no images of", describe_names(report["classes_without_images"])))
+    if "left_out" in report:
+        rows.append(("left out", describe_left_out(report["left_out"])))
     faults = report.get("passed_over", [])
     rows.append(("passed over", f"{len(faults):,}"))
     lines = [f"{name:<12} {value}" for name, value in rows]
@@ -205,6 +209,18 @@ def describe(report: Mapping[str, Any]) -> str:
     if "lengths" in report:
         lines += _draw_histogram(report["lengths"])
     return "\n".join(lines)
+
+
+def describe_left_out(left_out: Mapping[str, int]) -> str:
+    """Returns the numbers of files that were left out: "10 .heic, 3 .txt"."""
+    return ", ".join(f"{count:,} {kind}" for kind, count in left_out.items())
+
+
+def describe_names(names: Sequence[str]) -> str:
+    """Returns the first names of a list, and how many there are besides."""
+    listed = ", ".join(names[:MAX_LISTED_FAULTS])
+    num_others = len(names) - MAX_LISTED_FAULTS
+    return f"{listed} and {num_others:,} others" if num_others > 0 else listed
 
 
 def _describe_images(images: Mapping[str, int]) -> str:

@@ -9,7 +9,7 @@ file holds the records of which task, source and split.
 import json
 import mmap
 import operator
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -50,17 +50,32 @@ class Records:
         start, end = offsets[index].tolist()
         try:
             record = json.loads(self._map_file()[start:end])
+        except RecursionError:
+            raise self._make_error(start, "it is nested too deeply") from None
         except ValueError as error:
             raise self._make_error(start, str(error)) from None
         if not isinstance(record, dict):
-            raise self._make_error(start, f"holds a {type(record).__name__}")
+            raise self._make_error(start, f"it holds a {type(record).__name__}")
         return record
+
+    def describe(self, index: int) -> str:
+        """Returns the file and line of a record, for messages."""
+        return self._describe_line(int(self._find_lines()[index, 0]))
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         return (self[index] for index in range(len(self)))
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_mmap": None}
+
+    def leave_out(self, keep: Callable[[dict[str, Any]], bool]) -> int:
+        """Leaves out the records that `keep` is false for, and returns their number.
+
+        Every record is read once.
+        """
+        is_kept = np.array([keep(record) for record in self], dtype=bool)
+        self._offsets = self._find_lines()[is_kept]
+        return int((~is_kept).sum())
 
     def _find_lines(self) -> np.ndarray:
         """Start and end of each line that is not blank: int64 [records, 2]."""
@@ -83,10 +98,14 @@ class Records:
         return self._mmap
 
     def _make_error(self, start: int, reason: str) -> ValueError:
-        line = self._map_file()[:start].count(b"\n") + 1
         return ValueError(
-            f"{self.path} line {line} is not a JSON object ({reason}): run `beit3 prepare` again"
+            f"{self._describe_line(start)} is not a JSON object ({reason}): mend the line, or run "
+            "`beit3 prepare` again"
         )
+
+    def _describe_line(self, start: int) -> str:
+        line = self._map_file()[:start].count(b"\n") + 1
+        return f"{self.path} line {line}"
 
 
 def write_records(path: str | Path, records: Iterable[dict[str, Any]]) -> int:
@@ -94,6 +113,10 @@ def write_records(path: str | Path, records: Iterable[dict[str, Any]]) -> int:
     count = 0
     with atomic_write(Path(path)) as file:
         for record in records:
-            file.write(f"{json.dumps(record, ensure_ascii=False)}\n".encode())
+            try:
+                line = json.dumps(record, ensure_ascii=False).encode()
+            except UnicodeEncodeError:  # a file name that is no UTF-8 keeps its bytes as escapes
+                line = json.dumps(record).encode()
+            file.write(line + b"\n")
             count += 1
     return count

@@ -20,15 +20,17 @@ from beit3.data.prepare.formats.split_names import HELD_OUT_RATE, is_held_out
 from beit3.data.prepare.formats.tars import Sample, find_shards, make_plain_name, read_samples
 from beit3.data.prepare.splits import (
     BAD_SHARE,
+    check_bad_share,
     check_unusable,
     escape_unprintable,
     find_fault,
     open_split_writers,
+    report_splits,
 )
 from beit3.data.prepare.statistics import RecordStatistics, TokenCounter
 from beit3.data.process_pool import run_jobs
 from beit3.data.stores.shards import FORMAT, make_row_dtype, read_header
-from beit3.files import atomic_write
+from beit3.files import atomic_write, make_relative
 from beit3.machine import count_cores
 from beit3.progress import show_progress
 
@@ -81,6 +83,7 @@ def write_shards(
         ValueError: More than `bad_share` of the records are unusable, or there are none. Existing
             index files and the parts of tars stay.
     """
+    check_bad_share(bad_share)
     tars, directory = find_shards(raw), root / task / source
     (directory / PARTS_DIRECTORY).mkdir(parents=True, exist_ok=True)
     paths = [directory / PARTS_DIRECTORY / make_plain_name(name) for _, name, _ in tars]
@@ -122,7 +125,7 @@ def write_shards(
         "passed_over": [*damaged, *faults],
         "images": {"distinct": num_records.total(), "median_uses": 1, "most_uses": 1},
     }
-    return report | statistics.report()
+    return report | report_splits(num_records) | statistics.report()
 
 
 # Reading tars into parts ----------------------------------------------------------------------
@@ -211,7 +214,7 @@ def _write_index(file: BinaryIO, parts: list[ShardPart], split: str, root: Path)
     width = max(part.header["width"] for part in parts)
     tars = [
         {
-            "path": os.path.relpath(os.path.realpath(part.tar), real_root),
+            "path": make_relative(part.tar, real_root),
             "name": part.name,
             "bytes": part.header["of"][2],
             "records": part.num_records,

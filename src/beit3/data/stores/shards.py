@@ -12,7 +12,7 @@ import operator
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 
@@ -23,6 +23,10 @@ FORMAT = "beit3 shards 1"
 
 MAX_HEADER_BYTES = 1 << 28
 """Longest first line that is read: enough for the names of a million tars."""
+
+
+MAX_KEY_BYTES = 1 << 16
+"""Longest key of a record; those that `prepare` writes have at most 109 bytes."""
 
 
 class Shards:
@@ -40,11 +44,7 @@ class Shards:
     def __init__(self, path: str | Path, root: str | Path) -> None:
         self.path, self.root = Path(path), Path(root)
         header, self._rows_start = read_header(self.path)
-        if header.get("format") != FORMAT:
-            raise ValueError(
-                f"{path} is no index of shards of this version ({FORMAT}): "
-                "run `beit3 prepare` again"
-            )
+        check_header(header, self.path)
         self.tars: list[dict[str, Any]] = header["tars"]
         self.run_lengths = np.array([tar["records"] for tar in self.tars], dtype=np.int64)
         """Number of records in each tar: neighbors in a tar are read at about the same time."""
@@ -70,6 +70,8 @@ class Shards:
         tar = self.tars[tar_index]
         tar_path = self._check_tar(tar_index)
         row = self._map_rows()[index]
+        if not self._fits(row, tar["bytes"]):
+            raise ValueError(f"{self.path} is damaged in row {index}: run `beit3 prepare` again")
         record = {
             "id": f"{tar['name']}/{row['key'].decode()}",
             "image": format_tar_member(tar["path"], int(row["image"]), int(row["image_size"])),
@@ -83,6 +85,16 @@ class Shards:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_rows": None}
+
+    def _fits(self, row: np.void, tar_bytes: int) -> bool:
+        """Returns whether a row has a plain key, and spans of bytes that lie in the tar."""
+        spans = [("image", "image_size")]
+        if "text" in (self._row_dtype.names or ()):
+            spans.append(("text", "text_size"))
+        return row["key"].isascii() and all(
+            int(row[start]) >= 0 <= int(row[size]) <= tar_bytes - int(row[start])
+            for start, size in spans
+        )
 
     def _map_rows(self) -> np.ndarray:
         if self._rows is None:
@@ -123,6 +135,38 @@ class Shards:
         return path
 
 
+def check_header(header: dict[str, Any], path: Path) -> None:
+    """Raises ValueError unless the header of an index is of this version and complete."""
+    if header.get("format") != FORMAT:
+        raise ValueError(
+            f"{path} is no index of shards of this version ({FORMAT}): run `beit3 prepare` again"
+        )
+    width, tars = header.get("width"), header.get("tars")
+    if not (
+        is_count(width)
+        and width <= MAX_KEY_BYTES
+        and isinstance(header.get("captions"), bool)
+        and isinstance(tars, list)
+        and all(map(describes_tar, tars))
+    ):
+        raise ValueError(f"{path} is damaged in its first line: run `beit3 prepare` again")
+
+
+def describes_tar(entry: Any) -> bool:
+    """Returns whether an entry of the header tells name, path, size and records of a tar."""
+    return (
+        isinstance(entry, dict)
+        and all(isinstance(entry.get(name), str) for name in ("name", "path"))
+        and not set("\0\n\r") & set(entry["path"])
+        and all(is_count(entry.get(name)) for name in ("bytes", "records"))
+    )
+
+
+def is_count(value: Any) -> TypeGuard[int]:
+    """Returns whether a value is a whole number that numpy can hold, not below 0."""
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 63
+
+
 def make_row_dtype(width: int, *, captions: bool, held_out: bool = False) -> np.dtype:
     """Returns the type of a row.
 
@@ -148,7 +192,7 @@ def read_header(path: Path) -> tuple[dict[str, Any], int]:
         line = file.readline(MAX_HEADER_BYTES)
     try:
         header = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         header = None
     if not isinstance(header, dict):
         raise ValueError(f"{path} does not begin with a line of JSON: run `beit3 prepare` again")

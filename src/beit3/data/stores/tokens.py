@@ -15,6 +15,8 @@ from typing import Any
 
 import numpy as np
 
+from beit3.data.stores.arrays import open_array
+
 SUFFIX = ".tokens"
 FORMAT = 1
 
@@ -83,10 +85,15 @@ class Tokens:
         name, _, _ = (
             self._names[name_start : name_start + MAX_NAME_BYTES].tobytes().partition(b"\0")
         )
-        return {
-            "id": f"{name.decode()}:{number}",
-            "text": self._ids[start : start + size].tolist(),
-        }
+        ids = self._ids[start : start + size].tolist()
+        try:
+            file_name = name.decode()
+        except UnicodeDecodeError:
+            file_name = ""
+        if len(ids) != size or not file_name:
+            paths = " or ".join(str(self._locate_array(name)) for name in ("names", "records"))
+            raise ValueError(f"{paths} is damaged at record {index}: run `beit3 prepare` again")
+        return {"id": f"{file_name}:{number}", "text": ids}
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         return (self[index] for index in range(len(self)))
@@ -104,14 +111,12 @@ class Tokens:
         """Number of records in each run of neighbors that are read at about the same time."""
         return np.diff([*range(0, len(self), RUN_LENGTH), len(self)])
 
+    def _locate_array(self, name: str) -> Path:
+        return self.path.parent / self.header.arrays / f"{self.path.stem}.{name}.npy"
+
     def _open_array(self, name: str) -> np.ndarray:
-        path = self.path.parent / self.header.arrays / f"{self.path.stem}.{name}.npy"
-        try:
-            array = np.load(path, mmap_mode="r", allow_pickle=False)
-        except (OSError, EOFError, ValueError) as error:
-            raise ValueError(
-                f"{path} cannot be read ({error}): run `beit3 prepare` again"
-            ) from None
+        path = self._locate_array(name)
+        array = open_array(path, f"{self.path} needs it; run `beit3 prepare` again")
         expected = self.header.get_dtype(name), (getattr(self.header, name),)
         if (array.dtype, array.shape) != expected:
             raise ValueError(
@@ -125,13 +130,17 @@ def read_tokens_header(path: Path) -> TokensHeader:
     """Reads a `.tokens` file. Raises ValueError when it is absent or malformed."""
     try:
         header = TokensHeader(**json.loads(path.read_text(encoding="utf-8")))
+        for name, value in asdict(header).items():
+            kind = str if name in ("arrays", "tokenizer") else int
+            if type(value) is not kind:
+                raise ValueError(f"{name} should be of type {kind.__name__}")
         if header.format != FORMAT:
             raise ValueError(f"format {header.format}, not {FORMAT}")
         if Path(header.arrays).name != header.arrays:
             raise ValueError(f"arrays {header.arrays!r} are not beside it")
     except OSError:
         raise ValueError(f"no records at {path}: write them with `beit3 prepare`") from None
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(
             f"{path} is no index of tokens ({error}): run `beit3 prepare` again"
         ) from None

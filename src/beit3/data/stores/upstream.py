@@ -73,11 +73,20 @@ class UpstreamIndex:
             record["id"] = f"{record['id']}#{index}"
         return record
 
+    def describe(self, index: int) -> str:
+        """Returns the file and line of a record, or the first line of an image's."""
+        line = index if self.groups is None else self.groups[index][0]
+        for records in self.files:
+            if line < len(records):
+                return records.describe(line)
+            line -= len(records)
+        raise IndexError(f"record {index} beyond {self.path}")
+
     def _read_line(self, index: int) -> tuple[Record, str]:
         """Returns a line and its location for error messages."""
         for records in self.files:
             if index < len(records):
-                return records[index], f"{records.path} line {index + 1}"
+                return records[index], records.describe(index)
             index -= len(records)
         raise IndexError(f"record {index} beyond {self.path}")
 

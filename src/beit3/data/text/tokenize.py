@@ -21,13 +21,16 @@ from typing import Any, Protocol
 import numpy as np
 from filelock import FileLock, Timeout
 
-from beit3.data.prepare.formats.corpora import PART_BYTES, Corpus
+from beit3.data.prepare.formats.corpora import PART_BYTES, Corpus, list_left_out
 from beit3.data.prepare.formats.documents import Fault, Span
 from beit3.data.prepare.splits import (
     BAD_SHARE,
+    check_bad_share,
     check_unusable,
     escape_unprintable,
     open_split_writers,
+    report_left_out,
+    report_splits,
 )
 from beit3.data.prepare.statistics import MAX_LISTED_FAULTS, RecordStatistics, TokenCounter
 from beit3.data.process_pool import run_jobs
@@ -97,6 +100,7 @@ def write_tokens(
             records stay.
     """
     _refuse_joined_words(tokenizer)
+    check_bad_share(bad_share)
     corpus = Corpus.open(raw, field)
     header = TokensHeader("", tokenizer.digest, tokenizer.vocab_size, pack, 0, 0, 0)
     Packer(tokenizer.encode_pieces, pack)  # refuses a length that is too short
@@ -112,7 +116,8 @@ def write_tokens(
                 _, split_header = _read_state(job, split)
                 open_split(split).write(split_header.to_json().encode())
     remove_unused_arrays(folder)
-    return report
+    left_out = Counter(kind for _, kind in list_left_out(raw))
+    return report | report_splits(report["records"]) | report_left_out(left_out)
 
 
 def remove_unused_arrays(folder: Path) -> None:
@@ -291,8 +296,8 @@ def _make_report(job: TokenizeJob, num_parts: int, bad_share: float) -> dict[str
             " ..." if unusable > MAX_LISTED_FAULTS else ""
         )
         raise ValueError(
-            f"{unusable} of {total} documents are unusable, {bad_share:.0%} are allowed, "
-            f"nothing was written: {names}"
+            f"{unusable} of {total} documents are unusable, {bad_share:.0%} are allowed "
+            f"(--bad_share), nothing was written: {names}"
         )
     check_unusable(num_records, [], bad_share, "texts", "for pretrain")
     report: dict[str, Any] = {

@@ -1,6 +1,6 @@
 """Augmentations of fine-tuning: RandAugment and random erasing.
 
-`rand_augment` is the release's RandAugment for VQA and captioning. `auto_augment` and
+`rand_augment` is the release's RandAugment for VQA and captioning. `rand_augment_timm` and
 `draw_erasing` are timm's RandAugment and random erasing, which the release uses for ImageNet.
 Images are uint8 [3, H, W] RGB in and out. All randomness comes from the numpy generator that is
 passed in.
@@ -97,7 +97,7 @@ STRENGTH_MEAN, STRENGTH_STD = 0.9, 0.05
 MEAN_COLOR_FILL = [float(round(255 * mean)) for mean in IMAGENET_MEAN_STD[0]]
 
 
-def auto_augment(image: Tensor, rng: np.random.Generator) -> Tensor:
+def rand_augment_timm(image: Tensor, rng: np.random.Generator) -> Tensor:
     """Applies timm's rand-m9-mstd0.5-inc1: two operations, each with probability one half.
 
     They are drawn from `INCREASING_OPERATIONS` with replacement. Strengths are normal(0.9, 0.05)

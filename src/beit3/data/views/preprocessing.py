@@ -1,5 +1,6 @@
-"""Preprocessing of images for evaluation: resizing and normalization.
+"""The last steps of every image before the network: resizing and normalization.
 
+In evaluation these are the only steps. In training, augmentation comes before them.
 Images stay uint8 until a batch is on its device: bytes are a quarter of the floats to stack, hand
 over between processes and move. Resizing is antialiased, as Pillow's always is.
 """
@@ -39,7 +40,7 @@ INTERPOLATION_MODES = {
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """How evaluation turns an image into the network's input.
+    """How an image becomes the network's input, after augmentation where there is any.
 
     It is saved with the weights as `dataclasses.asdict(preprocessing)`.
     """

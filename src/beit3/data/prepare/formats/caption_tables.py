@@ -3,28 +3,27 @@
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from beit3.data.prepare.formats.split_names import SplitRecord
 from beit3.data.prepare.formats.tables import IMAGE_COLUMNS, TEXT_COLUMNS, read_table_rows
+from beit3.data.stores.literals import list_items
 
 
 def read_caption_tables(raw: str | Path) -> Iterator[SplitRecord]:
     """Yields (split, {id: "image#k", image, text}) of a table, or of all tables in a folder.
 
-    k counts an image's captions. An `id` in JSON lines replaces the image's name in the id. A row
-    without a text, or with too few or too many cells, is a record {id, fault}.
+    A cell holds a caption, or a list of captions as JSON or Python write it. k counts an image's
+    captions. An `id` in JSON lines replaces the image's name in the id. A row without a text, or
+    with too few or too many cells, is a record {id, fault}.
     """
     num_captions: Counter[str] = Counter()
     for row in read_table_rows(raw, {"image": IMAGE_COLUMNS, "text": TEXT_COLUMNS}):
         value = row.cells.get("text", "")
-        texts = value if isinstance(value, list) else [value]
+        texts = _list_texts(value, row.location)
         if row.fault or not texts:
             yield row.split, {"id": row.location, "fault": row.fault or "it has no text"}
             continue
-        if not all(isinstance(text, str) for text in texts):
-            raise ValueError(
-                f"{row.location}: text should be a text or a list of texts, not {str(value)[:60]}"
-            )
         # In a CSV a column `id` counts the rows or captions.
         row_id = str(row.cells["id"]) if row.file.suffix.lower() == ".jsonl" else ""
         key = row_id or row.image_name
@@ -32,3 +31,16 @@ def read_caption_tables(raw: str | Path) -> Iterator[SplitRecord]:
             record_id = f"{key}#{num_captions[key]}"
             yield row.split, {"id": record_id, "image": row.image_path, "text": text.strip()}
             num_captions[key] += 1
+
+
+def _list_texts(value: Any, location: str) -> list[str]:
+    """Returns the captions in a cell; raises ValueError for anything but texts."""
+    try:
+        texts = list_items(value)
+    except ValueError as error:
+        raise ValueError(f"{location}: text {error}") from None
+    if not all(isinstance(text, str) for text in texts):
+        raise ValueError(
+            f"{location}: text should be a text or a list of texts, not {str(value)[:60]}"
+        )
+    return texts

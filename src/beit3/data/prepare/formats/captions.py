@@ -18,6 +18,7 @@ from beit3.data.prepare.formats.files import (
     get_field,
     make_unknown_error,
 )
+from beit3.data.prepare.formats.json_lists import find_lists
 from beit3.data.prepare.formats.split_names import (
     SPLITS,
     Record,
@@ -63,9 +64,9 @@ def read_karpathy_images(raw: str | Path) -> Iterator[SplitRecord]:
 
 
 def is_karpathy(raw: Path) -> bool:
-    """Returns whether `raw` is a JSON file or holds a `dataset_*.json`."""
+    """Returns whether `raw` is a JSON file that is no list, or holds a `dataset_*.json`."""
     if raw.is_file():
-        return raw.suffix == ".json"
+        return raw.suffix == ".json" and not find_lists(raw, set())
     return bool(find_files(raw, "dataset_*.json"))
 
 
@@ -222,7 +223,7 @@ def group_by_image(pairs: Iterable[SplitRecord]) -> Iterator[SplitRecord]:
     """
     images: dict[tuple[str, str], Record] = {}
     for split, record in pairs:
-        if "fault" in record:
+        if "text" not in record:  # a fault, or left out
             yield split, record
             continue
         key = record["id"].rpartition("#")[0]
@@ -238,9 +239,13 @@ def group_by_image(pairs: Iterable[SplitRecord]) -> Iterator[SplitRecord]:
 def split_by_caption(images: Iterable[SplitRecord]) -> Iterator[SplitRecord]:
     """Turns training images into one record per caption.
 
-    Images of other splits stay one record each, with all captions as references.
+    Images of other splits stay one record each, with all captions as references. Images of train
+    and val without a caption can neither be learned nor scored, and become faults.
     """
     for split, image in images:
+        if split in ("train", "val") and image.get("captions") == []:
+            yield split, {"id": image["id"], "fault": f"a {split} image without captions"}
+            continue
         if split != "train" or "captions" not in image:
             yield split, image
             continue

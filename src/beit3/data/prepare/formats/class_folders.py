@@ -3,24 +3,25 @@
 Labels count the sorted class folders from 0, as ImageNet's do.
 """
 
-import csv
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from beit3.data.prepare.formats.class_names import (
+    NAME_FILES,
     ClassifiedImages,
     find_class_names,
     find_files_above,
 )
+from beit3.data.prepare.formats.delimited import open_table
 from beit3.data.prepare.formats.files import (
     find_files,
     find_folder,
     make_unknown_error,
+    name_kind,
     walk_files,
 )
 from beit3.data.prepare.formats.image_folders import is_image
 from beit3.data.prepare.formats.split_names import SPLITS, SplitRecord, choose_split
-from beit3.files import read_lines
 
 KAGGLE_FOLDER = "ILSVRC/Data/CLS-LOC"
 """Where the images of Kaggle's ImageNet lie."""
@@ -153,7 +154,7 @@ def _read_val_classes(raw: Path, split_folders: Mapping[str, Path]) -> dict[str,
 
 def _parse_val_classes(file: Path) -> dict[str, str]:
     """Returns image -> class of lines like `ILSVRC2012_val_00000001,n01440764 1 2 3 4`."""
-    rows = [row for row in csv.reader(read_lines(file)) if row][1:]
+    rows = [cells for _, cells in open_table(file).rows]
     if not all(len(row) == 2 and row[1].split() for row in rows):
         raise ValueError(
             f"{file} has lines that are not `image,class and boxes`: download it again"
@@ -173,8 +174,12 @@ def _read_folders(
     """Yields the images of all splits with their labels."""
     has_val = "val" in split_folders
     for split, folder in split_folders.items():
-        for path in filter(is_image, walk_files(folder)):
+        for path in walk_files(folder):
             record_id = path.relative_to(raw).as_posix()
+            if not is_image(path):
+                if path.name not in NAME_FILES:
+                    yield split, {"id": record_id, "left_out": name_kind(path)}
+                continue
             record = {"id": record_id, "image": str(path)}
             class_name = _find_class(path.relative_to(folder).parts, split, val_classes)
             if class_name:
@@ -184,6 +189,8 @@ def _read_folders(
                 yield split, record
             elif split == "val" and val_classes:
                 yield split, {"id": record_id, "fault": f"{VAL_CLASSES} has no line about it"}
+            else:
+                yield split, {"id": record_id, "left_out": "images in no class folder"}
 
 
 def _find_class(parts: Sequence[str], split: str, val_classes: Mapping[str, str]) -> str:

@@ -1,5 +1,6 @@
 """Readable names of the classes of classified images, from the lists that lie beside the images."""
 
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -7,12 +8,20 @@ from typing import NamedTuple
 
 from beit3.data.prepare.formats.files import find_files
 from beit3.data.prepare.formats.split_names import SplitRecord
-from beit3.files import read_lines
+from beit3.data.stores.label_names import LIST_KEYS, parse_names
+from beit3.files import read_json, read_lines
 
 SYNSET_MAPPING = "LOC_synset_mapping.txt"
 """Kaggle's list of ImageNet's classes."""
 CLASS_LIST = "classes.txt"
-NAME_FILES = (SYNSET_MAPPING, "classes.tsv", CLASS_LIST)
+NAME_FILES = (
+    SYNSET_MAPPING,
+    "classes.tsv",
+    CLASS_LIST,
+    "classes.json",
+    "imagenet_class_index.json",
+    "id2label.json",
+)
 """Files that name the classes, beside their folders; the first that exists counts."""
 
 
@@ -31,8 +40,7 @@ def find_class_names(raw: Path, classes: Sequence[str]) -> tuple[str, ...]:
     It comes from the first of `NAME_FILES` in `raw` or right below it (Kaggle's also up to three
     folders above); a class that is not named there is called as in `classes`.
     """
-    files = [file for name in NAME_FILES for file in find_files(raw, name)]
-    files += find_files_above(raw, SYNSET_MAPPING)
+    files = find_name_lists(raw)
     names = _read_names(files[0], classes) if files else {}
     readable = (" ".join(names.get(name, name).replace("_", " ").split()) for name in classes)
     return tuple(name or original for name, original in zip(readable, classes, strict=True))
@@ -59,43 +67,142 @@ def keep_first_synonyms(names: Sequence[str]) -> list[str]:
     ]
 
 
+def find_name_lists(raw: Path) -> list[Path]:
+    """Returns the files that may name classes, in `raw` or right below it; the first counts.
+
+    Kaggle's also lies up to three folders above.
+    """
+    files = [file for name in NAME_FILES for file in find_files(raw, name)]
+    return files + find_files_above(raw, SYNSET_MAPPING)
+
+
+# Joining names to classes -------------------------------------------------------------------------
+
+
+class NameEntry(NamedTuple):
+    """An entry of a list of names."""
+
+    text: str
+    """The entry as it stands there."""
+    keys: tuple[tuple[str, str], ...]
+    """Pairs of what may be a class, and its name in that case."""
+
+
 def _read_names(file: Path, classes: Sequence[str]) -> dict[str, str]:
-    """Returns class -> name from a list of classes and names, or of names in the classes' order."""
-    lines = [line.strip() for line in read_lines(file) if line.strip()]
-    names = _parse_named_classes(lines, set(classes))
+    """Returns class -> name from a list of classes and names, or of names in the classes' order.
+
+    Raises ValueError where the list can be read in two ways.
+    """
+    if file.suffix == ".json":
+        entries = _read_json_entries(file)
+    else:
+        entries = [_parse_line(line) for line in _read_filled_lines(file)]
+    class_set = set(classes)
+    keyed_names = _find_keyed_names(entries, class_set, file)
     if file.name == SYNSET_MAPPING:
-        return dict(zip(names, keep_first_synonyms([*names.values()]), strict=True))
-    return names or _match_by_order(lines, classes)
+        first_synonyms = keep_first_synonyms([*keyed_names.values()])
+        return dict(zip(keyed_names, first_synonyms, strict=True))
+    if any(_is_class(entry.text, class_set) for entry in entries):
+        return keyed_names
+    if not keyed_names:
+        return _match_by_order([entry.text for entry in entries], classes, file)
+    if len(entries) == len(classes) and len(keyed_names) < len(classes):
+        key = next(iter(keyed_names))
+        raise ValueError(
+            f"{file} can be read in two ways: as one name per class in their order, or by lines "
+            f"that begin with a class, as {key!r} does: begin every line with its class"
+        )
+    return keyed_names
 
 
-def _parse_named_classes(lines: Sequence[str], classes: set[str]) -> dict[str, str]:
-    """Returns class -> name from lines that hold both, "n01440764 tench" or in columns.
+def _read_filled_lines(file: Path) -> list[str]:
+    """Returns the lines that are not blank."""
+    return [line.strip() for line in read_lines(file) if line.strip()]
+
+
+def _read_json_entries(file: Path) -> list[NameEntry]:
+    """Returns the entries of {class: name}, of Keras' {"0": [class, name]}, or of a list."""
+    content = read_json(file)
+    if isinstance(content, dict) and not any(key in content for key in LIST_KEYS):
+        entries = []
+        for key, value in content.items():
+            cells = [key, *(value if isinstance(value, list) else [value])]
+            if not all(isinstance(cell, str) for cell in cells):
+                return [NameEntry(name, ()) for name in parse_names(content, file)]
+            entries.append(NameEntry(cells[-1], tuple((cell, cells[-1]) for cell in cells[:-1])))
+        if all(_is_number(key) for key in content):
+            order = sorted(range(len(entries)), key=lambda index: int([*content][index]))
+            return [entries[index] for index in order]
+        return entries
+    return [NameEntry(name, ()) for name in parse_names(content, file)]
+
+
+def _parse_line(line: str) -> NameEntry:
+    """Parses a line that may hold a class and its name, "n01440764 tench" or in columns.
 
     The class is in the first or second column, the name behind it.
     """
+    cells = line.split("\t") if "\t" in line else line.split(maxsplit=1)
+    return NameEntry(line, tuple(zip(cells[:2], cells[1:3], strict=False)))
+
+
+def _find_keyed_names(
+    entries: Sequence[NameEntry], classes: set[str], file: Path
+) -> dict[str, str]:
+    """Returns class -> name of the entries that hold both.
+
+    Raises ValueError for two names of one class.
+    """
     names: dict[str, str] = {}
-    for line in lines:
-        if _is_class(line, classes):
-            continue  # a line that is a class itself gives no other name
-        cells = line.split("\t") if "\t" in line else line.split(maxsplit=1)
-        named_cells = zip(cells[:2], cells[1:3], strict=False)
-        names |= {cell: name for cell, name in named_cells if cell in classes}
+    for entry in entries:
+        if _is_class(entry.text, classes):
+            continue  # an entry that is a class itself gives no other name
+        for key, name in entry.keys:
+            if key not in classes:
+                continue
+            if names.setdefault(key, name) != name:
+                raise ValueError(f"{file} names class {key!r} twice: remove one of its lines")
     return names
 
 
-def _match_by_order(lines: Sequence[str], classes: Sequence[str]) -> dict[str, str]:
-    """Returns class -> name where there are as many lines as classes and none is a class.
+def _match_by_order(names: Sequence[str], classes: Sequence[str], file: Path) -> dict[str, str]:
+    """Returns class -> name where there are as many names as classes.
 
-    Classes that are numbers are taken in numeric order.
+    Classes that are numbers are taken in numeric order. Raises ValueError where their order as
+    people count, c2 before c10, is not that of the labels.
     """
-    known_classes = set(classes)
-    if len(lines) != len(classes) or any(_is_class(line, known_classes) for line in lines):
+    has_number_classes = all(_is_number(name) for name in classes)
+    if len(names) != len(classes):
+        if has_number_classes:
+            raise ValueError(
+                f"{file} lists {len(names)} names for the {len(classes)} classes "
+                f"{', '.join(classes[:3])} ...: begin every line with its class"
+            )
         return {}
-    if all(name.isdecimal() for name in classes):
-        classes = sorted(classes, key=int)
-    return dict(zip(classes, lines, strict=True))
+    if has_number_classes:
+        return dict(zip(sorted(classes, key=int), names, strict=True))
+    natural_order = sorted(classes, key=_make_natural_key)
+    if natural_order != list(classes):
+        index = next(k for k, name in enumerate(natural_order) if name != classes[k])
+        raise ValueError(
+            f"{file} names the classes by their order, and line {index + 1} may mean "
+            f"{natural_order[index]!r} (as people count) or {classes[index]!r} (as labels are "
+            f"sorted): begin every line with its class, as in '{natural_order[index]} "
+            f"{names[index]}'"
+        )
+    return dict(zip(classes, names, strict=True))
+
+
+def _make_natural_key(name: str) -> list[tuple[int, str]]:
+    """Returns a key that sorts c2 before c10, and without regard to case."""
+    parts = re.split(r"(\d+)", name.casefold())
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in parts]
+
+
+def _is_number(name: str) -> bool:
+    return name.isascii() and name.isdecimal()
 
 
 def _is_class(line: str, classes: set[str]) -> bool:
     """Returns whether a line is the name of a class folder, perhaps written with spaces."""
-    return line.replace(" ", "_") in classes
+    return line.replace(" ", "_") in classes or line in classes

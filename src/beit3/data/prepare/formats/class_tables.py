@@ -8,21 +8,15 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from beit3.data.prepare.formats.class_names import (
-    CLASS_LIST,
-    ClassifiedImages,
-    find_class_names,
-)
-from beit3.data.prepare.formats.files import ImageFinder, find_files, find_folder
+from beit3.data.prepare.formats.class_labels import number_labels, parse_label_cell
+from beit3.data.prepare.formats.class_names import ClassifiedImages, find_class_names
+from beit3.data.prepare.formats.files import ImageFinder, find_folder
 from beit3.data.prepare.formats.image_folders import is_image
 from beit3.data.prepare.formats.split_names import SplitRecord
 from beit3.data.prepare.formats.tables import IMAGE_COLUMNS, TableRow, read_table_rows
 from beit3.files import read_lines
 
 LABEL_COLUMNS = ("label", "class", "category", "label_name", "class_name")
-MAX_CLASSES = 100_000
-"""A larger number in a table is not a label; ImageNet-21k has 21,841 classes."""
-
 
 # A list of images ---------------------------------------------------------------------------------
 
@@ -81,67 +75,34 @@ def read_class_tables(raw: str | Path) -> ClassifiedImages:
     raw = Path(raw).absolute()
     folder = raw if raw.is_dir() else raw.parent
     rows = list(read_table_rows(raw, {"image": IMAGE_COLUMNS, "label": LABEL_COLUMNS}))
-    values = {_get_label_value(row) for row in rows if not row.fault} - {""}
-    if values and all(value.isdecimal() for value in values):
-        classes = _number_classes(folder, rows)
-        labels = {value: int(value) for value in values}
-    else:
-        classes = sorted(values)
-        labels = {value: label for label, value in enumerate(classes)}
-    return ClassifiedImages(find_class_names(folder, classes), _make_records(rows, labels))
+    cells = {
+        row.location: parse_label_cell(row.cells["label"], row.location, row.split)
+        for row in rows
+        if not row.fault
+    }
+    classes, labels = number_labels(cells, folder)
+    names = find_class_names(folder, classes)
+    return ClassifiedImages(names, _make_records(rows, cells, labels))
 
 
-def _get_label_value(row: TableRow) -> str:
-    """Returns the label of a row as the table writes it, or ""."""
-    return str(row.cells.get("label", ""))
-
-
-def _make_records(rows: Sequence[TableRow], labels: Mapping[str, int]) -> Iterator[SplitRecord]:
-    """Yields the records of a table's rows."""
+def _make_records(
+    rows: Sequence[TableRow], cells: Mapping[str, str], labels: Mapping[str, int]
+) -> Iterator[SplitRecord]:
+    """Yields the records of a table's rows, whose label cells are given by location."""
     # By path: the images of train/ and test/ may have the same names.
     num_rows = Counter(os.path.normpath(row.image_path) for row in rows)
     for row in rows:
-        fault = _find_row_fault(row, num_rows[os.path.normpath(row.image_path)])
+        cell = cells.get(row.location, "")
+        fault = row.fault
+        if not fault and cell not in labels and row.split != "test":
+            fault = f"its label is {cell!r}, which stands for none" if cell else "it has no label"
+        if not fault and num_rows[os.path.normpath(row.image_path)] > 1:
+            fault = (
+                f"{row.image_name} has {num_rows[os.path.normpath(row.image_path)]} rows, and can "
+                "have one class"
+            )
         if fault:
             yield row.split, {"id": row.location, "fault": fault}
             continue
         record = {"id": str(row.cells["id"]) or row.image_name, "image": row.image_path}
-        value = _get_label_value(row)
-        yield row.split, record | {"label": labels[value]} if value else record
-
-
-def _find_row_fault(row: TableRow, num_rows: int) -> str:
-    """Returns why a row makes no record, or "". `num_rows` is the number of its image's rows."""
-    if row.fault:
-        return row.fault
-    if not _get_label_value(row) and row.split != "test":
-        return "it has no label"
-    if num_rows > 1:
-        return f"{row.image_name} has {num_rows} rows, and can have one class"
-    return ""
-
-
-def _number_classes(folder: Path, rows: Sequence[TableRow]) -> list[str]:
-    """Returns the classes "0", "1", ... of a table of numbers.
-
-    There are as many as a classes.txt has lines, else up to the largest label.
-    """
-    labels = {
-        row.location: int(_get_label_value(row))
-        for row in rows
-        if not row.fault and _get_label_value(row)
-    }
-    location = max(labels, key=lambda key: labels[key])
-    largest = labels[location]
-    class_lists = find_files(folder, CLASS_LIST)
-    if class_lists:
-        num_classes = sum(1 for line in read_lines(class_lists[0]) if line.strip())
-        limit = f"{class_lists[0]} names {num_classes} classes, 0 to {num_classes - 1}"
-    else:
-        num_classes = min(largest + 1, MAX_CLASSES)
-        limit = f"labels go up to {MAX_CLASSES - 1}"
-    if largest >= num_classes:
-        raise ValueError(
-            f"{location} has label {largest}, but {limit}: number them from 0, or write names"
-        )
-    return [str(label) for label in range(num_classes)]
+        yield row.split, record | {"label": labels[cell]} if cell in labels else record

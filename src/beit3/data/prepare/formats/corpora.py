@@ -11,13 +11,14 @@ from pathlib import Path
 
 from beit3.data.prepare.formats.documents import (
     Document,
+    Fault,
     Span,
     find_row_groups,
     read_json_documents,
     read_parquet_documents,
     read_text_document,
 )
-from beit3.data.prepare.formats.files import find_folder, walk_files
+from beit3.data.prepare.formats.files import find_folder, name_kind, walk_files
 from beit3.data.prepare.formats.split_names import (
     HELD_OUT_RATE,
     choose_split,
@@ -69,6 +70,9 @@ class Corpus:
         damaged gives one fault, after the documents before the damage.
         """
         path = self.raw / span.file
+        if not path.is_file():
+            yield Fault(span.name, "it is a pipe or a device, not a file")
+            return
         suffix = _find_suffix(path)
         if suffix == ".txt":
             yield from read_text_document(path, span)
@@ -82,6 +86,14 @@ class Corpus:
         record_id = f"{span.name}:{number}"
         split = choose_split(span.split, record_id, has_val=self.has_val, held_out=self.held_out)
         return split, record_id
+
+
+def list_left_out(raw: str | Path) -> Iterator[tuple[str, str]]:
+    """Yields (path relative to `raw`, kind) for the files below `raw` that are no corpora."""
+    raw = find_folder(raw)
+    for path in walk_files(raw):
+        if not _find_suffix(path):
+            yield path.relative_to(raw).as_posix(), name_kind(path)
 
 
 def _find_suffix(path: Path) -> str:
@@ -113,6 +125,8 @@ def _find_spans(raw: Path) -> Iterator[Span]:
 
 def _find_cuts(path: Path, suffix: str, size: int) -> list[int]:
     """Returns where a file is cut: bytes of JSON lines, row groups of Parquet, else [0]."""
+    if not path.is_file():
+        return [0]
     if suffix == ".parquet":
         return find_row_groups(path, PART_BYTES)
     if suffix in LINE_SUFFIXES:

@@ -1,11 +1,16 @@
 """Reads DAQUAR: its own text files, or the tables that others made of them."""
 
-import csv
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from beit3.data.prepare.formats.files import ImageFinder, find_folder, make_unknown_error
+from beit3.data.prepare.formats.delimited import open_table
+from beit3.data.prepare.formats.files import (
+    ImageFinder,
+    find_folder,
+    glob_files,
+    make_unknown_error,
+)
 from beit3.data.prepare.formats.questions import make_question
 from beit3.data.prepare.formats.split_names import SPLITS, SplitRecord, is_held_out
 from beit3.files import read_lines
@@ -44,8 +49,8 @@ def is_daquar(raw: Path) -> bool:
 def _find_files(raw: Path) -> dict[str, Path]:
     """Returns split -> file."""
     files: dict[str, Path] = {}
-    tables = [file for file in sorted(raw.glob("data_*.csv")) if _is_daquar_table(file)]
-    for file in [*sorted(raw.glob("qa.*.txt")), *tables]:
+    tables = [file for file in glob_files(raw, "data_*.csv") if _is_daquar_table(file)]
+    for file in [*glob_files(raw, "qa.*.txt"), *tables]:
         split = SPLITS.get(re.split(r"[._]", file.stem)[-1], "")
         if file.suffix == ".txt" and split in files:
             raise ValueError(
@@ -75,15 +80,16 @@ def _read_text(file: Path) -> Iterator[tuple[str, str, str]]:
 
 def _read_csv(file: Path) -> Iterator[tuple[str, str, str]]:
     """Yields (question, answer, image name) of a table."""
-    rows = enumerate(csv.DictReader(read_lines(file)), 2)
-    try:
-        for number, row in rows:
-            question, answer, image = (row.get(name) for name in ("question", "answer", "image_id"))
-            if not (question and answer and image):
-                raise ValueError(f"{file} line {number} lacks question, answer or image_id")
-            yield question, answer, image
-    except csv.Error as error:
-        raise ValueError(f"{file} cannot be read ({error}): check its quotes") from None
+    table = open_table(file)
+    for line_number, cells in table.rows:
+        row = dict(zip(table.columns, cells, strict=False))
+        question, answer, image = (row.get(name) for name in ("question", "answer", "image_id"))
+        if not (question and answer and image) or len(cells) != len(table.columns):
+            raise ValueError(
+                f"{file} line {line_number} lacks question, answer or image_id: put quotes around "
+                f"cells with {table.delimiter!r}"
+            )
+        yield question, answer, image
 
 
 def _clean_question(question: str) -> str:

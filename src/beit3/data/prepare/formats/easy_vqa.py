@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-from beit3.data.prepare.formats.files import find_folder, make_unknown_error
+from beit3.data.prepare.formats.files import find_folder, glob_files, make_unknown_error
 from beit3.data.prepare.formats.questions import make_question
 from beit3.data.prepare.formats.split_names import SplitRecord
 from beit3.files import read_json, read_json_list
@@ -38,4 +38,4 @@ def read_easy_vqa(raw: str | Path) -> Iterator[SplitRecord]:
 
 def is_easy_vqa(raw: Path) -> bool:
     """Returns whether a folder directly in `raw` holds questions as lists."""
-    return any(isinstance(read_json(file), list) for file in raw.glob("*/questions.json"))
+    return any(isinstance(read_json(file), list) for file in glob_files(raw, "*/questions.json"))

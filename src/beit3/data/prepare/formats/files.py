@@ -5,8 +5,9 @@ remedy.
 """
 
 import os
+import unicodedata
 from collections.abc import Iterator, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 FLICKR30K_FOLDERS = ("flickr30k-images", "flickr30k_images")
@@ -38,8 +39,28 @@ def walk_files(raw: Path) -> Iterator[Path]:
 
 
 def find_files(raw: Path, pattern: str) -> list[Path]:
-    """Returns the files in `raw`, then those in the folders right below it, that match a glob."""
-    return sorted(raw.glob(pattern)) + sorted(raw.glob(f"*/{pattern}"))
+    """Returns the files in `raw`, then those in the folders right below it, that match a glob.
+
+    Raises ValueError for a pipe or a device.
+    """
+    return glob_files(raw, pattern) + glob_files(raw, f"*/{pattern}")
+
+
+def glob_files(raw: Path, pattern: str) -> list[Path]:
+    """Returns the files below `raw` that match a glob, sorted; folders of such a name are none.
+
+    Raises ValueError for a pipe or a device, of which reading might never end.
+    """
+    paths = sorted(raw.glob(pattern))
+    for path in paths:
+        if path.exists() and not (path.is_file() or path.is_dir()):
+            raise ValueError(f"{path} is a pipe or a device, not a file: remove it")
+    return [path for path in paths if not path.is_dir()]
+
+
+def name_kind(path: Path) -> str:
+    """Returns the kind of a file that is left out, for the report: its suffix in lower case."""
+    return path.suffix.lower() or "no suffix"
 
 
 def find_single_file(raw: str | Path, pattern: str, content: str) -> Path:
@@ -69,12 +90,14 @@ def get_field(entry: Any, name: str, kind: type, location: str | Path) -> Any:
     Raises ValueError that begins with `location` unless `entry` is a dict with a value of this kind
     under `name`.
     """
-    if not isinstance(entry, dict) or not isinstance(entry.get(name), kind):
-        raise ValueError(
-            f"{location} has no {name} ({kind.__name__}): check that the file is complete and of "
-            "this format"
-        )
-    return entry[name]
+    value = entry.get(name) if isinstance(entry, dict) else None
+    if isinstance(value, kind):
+        return value
+    given = "" if value is None else f", but {str(value)[:60]!r} ({type(value).__name__})"
+    raise ValueError(
+        f"{location} has no {name} ({kind.__name__}){given}: check that the file is complete and "
+        "of this format"
+    )
 
 
 # Images -------------------------------------------------------------------------------------------
@@ -94,6 +117,10 @@ class MissingImagePath(str):
 class ImageFinder:
     """Finds images by name in several folders, each of which is listed once.
 
+    A name may hold folders, also with the backslashes of Windows. A file whose name has the same
+    letters in another Unicode form (é as one character or as two, as macOS writes it) is found
+    where no name is equal.
+
     Args:
         base: Folder below which `folders` lie.
         folders: Folders to search, relative to `base`; the first with a match wins.
@@ -104,6 +131,7 @@ class ImageFinder:
         self.bases = [path.absolute() for path in (base, *also)]
         self.folders = folders
         self._listings: dict[Path, dict[str, str]] = {}
+        self._normalized_listings: dict[Path, dict[str, str]] = {}
         self._search_paths: dict[str, list[Path]] = {}
 
     def find(self, *names: str, folder: str = "") -> str:
@@ -114,19 +142,43 @@ class ImageFinder:
         """
         if folder not in self._search_paths:
             self._search_paths[folder] = self._make_search_paths(folder)
-        for path in self._search_paths[folder]:
+        search_paths = self._search_paths[folder]
+        for path in search_paths:
             listing = self._list(path)
             for name in names:
                 if name in listing:
                     return listing[name]
-        return make_missing_path(self._search_paths[folder], names[0], self.bases[0])
+        for path in search_paths:
+            for name in names:
+                image_path = self._find_other_spelling(path, name)
+                if image_path:
+                    return image_path
+        return make_missing_path(search_paths, names[0], self.bases[0])
 
     def _make_search_paths(self, folder: str) -> list[Path]:
         """Returns the folders to search for an entry's images, in order."""
         # "images" and the folder that an entry names may be nested either way.
         nested = [f"{outer}/{folder}" for outer in self.folders if outer and folder]
         folders = [*([folder] if folder else []), *self.folders, *nested]
-        return [base / name for base in self.bases for name in folders]
+        return [self._find_folder(base, name) for base in self.bases for name in folders]
+
+    def _find_folder(self, base: Path, name: str) -> Path:
+        """Returns a folder below `base`, by another spelling where there is none of this name."""
+        if (base / name).is_dir():
+            return base / name
+        path = base
+        for part in PurePosixPath(name.replace("\\", "/")).parts:
+            entry = self._normalize_listing(path).get(normalize_name(part))
+            path = Path(entry) if entry and not (path / part).is_dir() else path / part
+        return path if path.is_dir() else base / name
+
+    def _find_other_spelling(self, folder: Path, name: str) -> str:
+        """Returns the path of a file whose name holds folders or another Unicode form, else ""."""
+        outer, _, file_name = name.replace("\\", "/").rpartition("/")
+        if outer or name.startswith("/"):
+            folder = self._find_folder(folder, outer or "/")
+        path = self._list(folder).get(file_name, "")
+        return path or self._normalize_listing(folder).get(normalize_name(file_name), "")
 
     def _list(self, folder: Path) -> dict[str, str]:
         """Returns the paths in a folder by file name; empty where there is no such folder."""
@@ -134,6 +186,26 @@ class ImageFinder:
             entries = os.scandir(folder) if folder.is_dir() else ()
             self._listings[folder] = {entry.name: entry.path for entry in entries}
         return self._listings[folder]
+
+    def _normalize_listing(self, folder: Path) -> dict[str, str]:
+        """Returns the paths in a folder by normalized file name."""
+        if folder not in self._normalized_listings:
+            self._normalized_listings[folder] = {
+                normalize_name(name): path for name, path in self._list(folder).items()
+            }
+        return self._normalized_listings[folder]
+
+
+def list_spellings(name: str) -> list[str]:
+    """Returns a file name and its other spellings: with forward slashes, in both Unicode forms."""
+    plain = name.replace("\\", "/")
+    forms = [unicodedata.normalize("NFC", plain), unicodedata.normalize("NFD", plain)]
+    return [*dict.fromkeys([name, plain, *forms])]
+
+
+def normalize_name(name: str) -> str:
+    """Returns a file name in the Unicode form that composes letters with their accents (NFC)."""
+    return unicodedata.normalize("NFC", name)
 
 
 def make_missing_path(folders: Sequence[Path], name: str, base: Path) -> MissingImagePath:

@@ -3,21 +3,23 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-from beit3.data.prepare.formats.files import find_folder, walk_files
+from beit3.data.prepare.formats.files import find_folder, name_kind, walk_files
 from beit3.data.prepare.formats.split_names import Record
-
-IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"})
+from beit3.images import SUFFIXES
 
 
 def read_image_folder(raw: str | Path) -> Iterator[Record]:
     """Yields {id: path relative to `raw`, image} for every image below `raw`, in sorted order.
 
-    `split_names.assign_splits` tells their splits.
+    Other files are {id, left_out: suffix}. `split_names.assign_splits` tells their splits.
     """
     raw = find_folder(raw)
     for path in walk_files(raw):
+        record_id = path.relative_to(raw).as_posix()
         if is_image(path):
-            yield {"id": path.relative_to(raw).as_posix(), "image": str(path)}
+            yield {"id": record_id, "image": str(path)}
+        else:
+            yield {"id": record_id, "left_out": name_kind(path)}
 
 
 def holds_images(raw: Path) -> bool:
@@ -27,4 +29,4 @@ def holds_images(raw: Path) -> bool:
 
 def is_image(path: Path) -> bool:
     """Returns whether a file's name ends like an image's."""
-    return path.suffix.lower() in IMAGE_SUFFIXES
+    return path.suffix.lower() in SUFFIXES

@@ -1,26 +1,31 @@
 """Folders of images and label maps as ADE20K, CamVid and Cityscapes publish them.
 
 A record is {id: path in its split's folder without the ending, image, label_map}. A label map holds
-numbers in one channel, which stay as they are. The options say what they mean:
-
-- `reduce_zero`: 0 is no class, and 1 is label 0.
-- `ignore`: the number of pixels that count nowhere. Where it is not 255, 255 is no class either.
-- `lookup`, if present: the label of each number, `ignore` for none.
+numbers in one channel, which stay as they are. The options say what they mean (label_numbers.py).
+Every label map is read once, so that numbers which are no class are found before training.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from beit3.data.prepare.formats.class_names import keep_first_synonyms
-from beit3.data.prepare.formats.files import find_folder, make_unknown_error, walk_files
+from beit3.data.prepare.formats.files import find_folder, walk_files
 from beit3.data.prepare.formats.image_folders import is_image
+from beit3.data.prepare.formats.label_numbers import (
+    LabelNumbers,
+    Options,
+    check_numbers,
+    find_wrong_number,
+    has_labels,
+    name_by_number,
+    read_all_numbers,
+)
 from beit3.data.prepare.formats.split_names import SPLITS, SplitRecord, choose_split
-from beit3.data.views.label_maps import IGNORE_INDEX, INDEXED_MODES, read_pixel_values
+from beit3.data.views.label_maps import IGNORE_INDEX, INDEXED_MODES
 from beit3.files import read_lines
 from beit3.images import open_with_pillow, read_upright_size
-
-Options = dict[str, Any]
 
 LABEL_MAP_SUFFIXES = (".png", ".bmp", ".tif", ".tiff")
 """Endings of files that keep numbers as they are; JPEG does not."""
@@ -86,72 +91,74 @@ class SplitFolders(NamedTuple):
     """None if they are not published."""
     image_ending: str = ""
     map_ending: str = ""
-
-
-class Layout(NamedTuple):
-    """How a dataset lays out its folders."""
-
-    read: Callable[[Path, list[SplitFolders]], LabelMapDataset]
-    find_splits: Callable[[Path], list[SplitFolders]]
-    """Returns the splits in a folder; empty if the folder has another layout."""
-    description: str
-    """The folders to look for, for error messages."""
-
-
-def read_label_maps(raw: str | Path) -> LabelMapDataset:
-    """Reads a folder in one of `LAYOUTS`.
-
-    Without a val folder, 5 % of the images are held out. An image whose label map is missing, of
-    another size or of several channels is a fault.
-
-    Raises:
-        ValueError: The folder has no known layout, or a list of names breaks its format.
-    """
-    raw = find_folder(raw)
-    for layout in LAYOUTS.values():
-        splits = layout.find_splits(raw)
-        if splits:
-            return layout.read(raw, splits)
-    raise make_unknown_error(
-        raw, "; ".join(f"{layout.description} ({name})" for name, layout in LAYOUTS.items())
-    )
+    keys: frozenset[str] | None = None
+    """The images that belong to the split; None for all in the folder."""
 
 
 # Layouts ------------------------------------------------------------------------------------------
 
 
-def read_ade20k(raw: Path, splits: list[SplitFolders]) -> LabelMapDataset:
+def is_ade20k(raw: Path) -> bool:
+    """Returns whether there are images/training and annotations/training, or validation."""
+    return bool(_find_ade20k_splits(raw))
+
+
+def read_ade20k(raw: str | Path, *, counts: Counter[str] | None = None) -> LabelMapDataset:
     """Reads ADE20K, in which 0 is no class.
 
     Names come from objectInfo150.txt or classes.txt beside the folders. Without them the classes
     are called 1, 2, ... up to the largest number in all label maps.
+
+    Raises:
+        ValueError: The label maps hold no class, or 0 and 1 alone without a list of names.
     """
+    splits = _find_ade20k_splits(find_folder(raw))
     top = splits[0].images.parents[1]
-    names = _read_object_info(top / "objectInfo150.txt") or _read_class_list(top / "classes.txt")
-    if not names:
-        paths = [path for split in splits for path in _find_label_maps(split).values()]
-        num_classes = max(map(_find_largest_number, paths), default=0)
-        names = tuple(str(number) for number in range(1, num_classes + 1))
+    names = _read_object_info(top / "objectInfo150.txt") or read_class_list(top / "classes.txt")
+    numbers = read_split_numbers(splits)
     options = {"reduce_zero": True, "ignore": IGNORE_INDEX}
-    return LabelMapDataset(names, options, _make_records(splits))
+    if not names and numbers.all == {0, 1}:
+        raise ValueError(
+            f"the label maps of {top} hold 0 and 1 alone, and 0 may be unlabeled, as in ADE20K, or "
+            "a class: write 1 and 2 for two classes; or name the one class in classes.txt"
+        )
+    names = names or name_by_number(numbers, start=1)
+    check_numbers(numbers, names, options, top)
+    return LabelMapDataset(names, options, make_records(splits, numbers, names, options, counts))
 
 
-def read_camvid(raw: Path, splits: list[SplitFolders]) -> LabelMapDataset:
+def is_camvid(raw: Path) -> bool:
+    """Returns whether there are train and trainannot, or val and valannot."""
+    return bool(_find_camvid_splits(raw))
+
+
+def read_camvid(raw: str | Path, *, counts: Counter[str] | None = None) -> LabelMapDataset:
     """Reads CamVid with SegNet's eleven classes, or those of a classes.txt.
 
     The number after the last class is unlabelled.
     """
-    names = _read_class_list(raw / "classes.txt") or CAMVID_CLASSES
+    raw = find_folder(raw)
+    splits = _find_camvid_splits(raw)
+    names = read_class_list(raw / "classes.txt") or CAMVID_CLASSES
     options = {"reduce_zero": False, "ignore": len(names)}
-    return LabelMapDataset(names, options, _make_records(splits))
+    numbers = read_split_numbers(splits)
+    check_numbers(numbers, names, options, raw)
+    return LabelMapDataset(names, options, make_records(splits, numbers, names, options, counts))
 
 
-def read_cityscapes(raw: Path, splits: list[SplitFolders]) -> LabelMapDataset:
+def is_cityscapes(raw: Path) -> bool:
+    """Returns whether there are leftImg8bit/train and gtFine/train, or val."""
+    return bool(_find_cityscapes_splits(raw))
+
+
+def read_cityscapes(raw: str | Path, *, counts: Counter[str] | None = None) -> LabelMapDataset:
     """Reads Cityscapes with its 19 trained classes.
 
     *_labelTrainIds.png are read where there are some, else *_labelIds.png with their lookup. The
     published maps of test are empty: its records have none.
     """
+    raw = find_folder(raw)
+    splits = _find_cityscapes_splits(raw)
     options: Options = {"reduce_zero": False, "ignore": IGNORE_INDEX}
     ending = "_gtFine_labelTrainIds"
     if not any((raw / "gtFine").glob("*/*/*_gtFine_labelTrainIds.png")):
@@ -161,7 +168,9 @@ def read_cityscapes(raw: Path, splits: list[SplitFolders]) -> LabelMapDataset:
             labels.get(number, IGNORE_INDEX) for number in range(NUM_CITYSCAPES_IDS)
         ]
     splits = [split._replace(image_ending="_leftImg8bit", map_ending=ending) for split in splits]
-    return LabelMapDataset(tuple(CITYSCAPES_CLASSES), options, _make_records(splits))
+    names, numbers = tuple(CITYSCAPES_CLASSES), read_split_numbers(splits)
+    check_numbers(numbers, names, options, raw)
+    return LabelMapDataset(names, options, make_records(splits, numbers, names, options, counts))
 
 
 def _find_ade20k_splits(raw: Path) -> list[SplitFolders]:
@@ -171,7 +180,7 @@ def _find_ade20k_splits(raw: Path) -> list[SplitFolders]:
     """
     if (raw / "ADEChallengeData2016").is_dir():
         raw = raw / "ADEChallengeData2016"
-    return _keep_existing(
+    return keep_existing(
         SplitFolders(SPLITS[name], raw / "images" / name, raw / "annotations" / name)
         for name in ("training", "validation")
     )
@@ -179,7 +188,7 @@ def _find_ade20k_splits(raw: Path) -> list[SplitFolders]:
 
 def _find_camvid_splits(raw: Path) -> list[SplitFolders]:
     """Finds train and trainannot, and val and test alike; a test may have no label maps."""
-    splits = _keep_existing(
+    splits = keep_existing(
         SplitFolders(name, raw / name, raw / f"{name}annot") for name in ("train", "val", "test")
     )
     return [
@@ -192,7 +201,7 @@ def _find_camvid_splits(raw: Path) -> list[SplitFolders]:
 
 def _find_cityscapes_splits(raw: Path) -> list[SplitFolders]:
     """Finds leftImg8bit/{train,val,test} and gtFine/{train,val}."""
-    splits = _keep_existing(
+    splits = keep_existing(
         SplitFolders(name, raw / "leftImg8bit" / name, raw / "gtFine" / name)
         for name in ("train", "val")
     )
@@ -202,24 +211,7 @@ def _find_cityscapes_splits(raw: Path) -> list[SplitFolders]:
     return splits
 
 
-LAYOUTS = {
-    "ade20k": Layout(
-        read_ade20k,
-        _find_ade20k_splits,
-        "images/{training,validation}/ with annotations/{training,validation}/",
-    ),
-    "camvid": Layout(
-        read_camvid, _find_camvid_splits, "{train,val,test}/ with {train,val,test}annot/"
-    ),
-    "cityscapes": Layout(
-        read_cityscapes,
-        _find_cityscapes_splits,
-        "leftImg8bit/{train,val,test}/<city>/ with gtFine/{train,val}/<city>/",
-    ),
-}
-
-
-def _keep_existing(splits: Iterable[SplitFolders]) -> list[SplitFolders]:
+def keep_existing(splits: Iterable[SplitFolders]) -> list[SplitFolders]:
     """Returns the splits with a folder of images; none if no split has a folder of label maps."""
     existing = [split for split in splits if split.images.is_dir()]
     return existing if any(_is_folder(split.label_maps) for split in existing) else []
@@ -233,21 +225,44 @@ def _is_folder(path: Path | None) -> bool:
 # Records ------------------------------------------------------------------------------------------
 
 
-def _make_records(splits: Sequence[SplitFolders]) -> Iterator[SplitRecord]:
-    """Yields the records of all splits."""
+def read_split_numbers(splits: Sequence[SplitFolders]) -> LabelNumbers:
+    """Reads the numbers of all label maps of all splits."""
+    return read_all_numbers(path for split in splits for path in find_label_maps(split).values())
+
+
+def make_records(
+    splits: Sequence[SplitFolders],
+    numbers: LabelNumbers,
+    class_names: Sequence[str],
+    options: Options,
+    counts: Counter[str] | None = None,
+) -> Iterator[SplitRecord]:
+    """Yields the records of all splits.
+
+    Label maps without a labeled pixel stay, and are counted in `counts`. Raises ValueError where a
+    split for training or evaluation has no other.
+    """
     has_val = any(folders.split == "val" for folders in splits)
     for folders in splits:
-        label_maps = _find_label_maps(folders)
+        label_maps = find_label_maps(folders)
         keys: set[str] = set()
+        num_labeled = num_unlabeled = 0
         for path in filter(is_image, walk_files(folders.images)):
             if not path.stem.endswith(folders.image_ending):
                 continue
             key = _make_key(path, folders.images, folders.image_ending)
+            if folders.keys is not None and key not in folders.keys:
+                continue
             split = choose_split(folders.split, key, has_val=has_val)
             if key in keys:
                 fault = f"{path.name} is another image of this name"
             else:
                 fault = _find_fault(path, key, folders, label_maps)
+            if not fault and key in label_maps:
+                label_map = label_maps[key]
+                map_numbers = numbers.by_path[label_map]
+                fault = numbers.faults.get(label_map, "")
+                fault = fault or find_wrong_number(map_numbers, label_map, class_names, options)
             keys.add(key)
             if fault:
                 yield split, {"id": key, "fault": fault}
@@ -255,18 +270,33 @@ def _make_records(splits: Sequence[SplitFolders]) -> Iterator[SplitRecord]:
             record = {"id": key, "image": str(path)}
             if key in label_maps:
                 record["label_map"] = str(label_maps[key])
+                is_labeled = has_labels(map_numbers, options)
+                num_labeled += is_labeled
+                num_unlabeled += not is_labeled
             yield split, record
+        for key in sorted((folders.keys or frozenset()) - keys):
+            split = choose_split(folders.split, key, has_val=has_val)
+            yield split, {"id": key, "fault": f"image {folders.images / key}.jpg is missing"}
+        if num_unlabeled and counts is not None:
+            counts["label maps without a labeled pixel"] += num_unlabeled
+        if num_unlabeled and not num_labeled and folders.split != "test":
+            raise ValueError(
+                f"none of the {num_unlabeled} label maps of {folders.split} in "
+                f"{folders.label_maps} has a labeled pixel: get them again"
+            )
 
 
-def _find_label_maps(folders: SplitFolders) -> dict[str, Path]:
-    """Returns key of an image -> its label map."""
+def find_label_maps(folders: SplitFolders) -> dict[str, Path]:
+    """Returns key of an image of the split -> its label map."""
     if folders.label_maps is None:
         return {}
-    return {
-        _make_key(path, folders.label_maps, folders.map_ending): path
-        for path in walk_files(folders.label_maps)
-        if path.suffix.lower() in LABEL_MAP_SUFFIXES and path.stem.endswith(folders.map_ending)
-    }
+    label_maps: dict[str, Path] = {}
+    for path in walk_files(folders.label_maps):
+        if path.suffix.lower() in LABEL_MAP_SUFFIXES and path.stem.endswith(folders.map_ending):
+            key = _make_key(path, folders.label_maps, folders.map_ending)
+            if folders.keys is None or key in folders.keys:
+                label_maps[key] = path
+    return label_maps
 
 
 def _make_key(path: Path, folder: Path, ending: str) -> str:
@@ -314,18 +344,6 @@ def _find_fault(
 # Classes ------------------------------------------------------------------------------------------
 
 
-def _find_largest_number(path: Path) -> int:
-    """Returns the largest number in a label map that is a class.
-
-    It is 0 for a map that cannot be read: `_find_fault` reports it.
-    """
-    try:
-        numbers = read_pixel_values(path)
-    except ValueError:
-        return 0
-    return int(numbers[numbers != IGNORE_INDEX].max(initial=0))
-
-
 def _read_object_info(file: Path) -> tuple[str, ...]:
     """Returns the names in ADE20K's objectInfo150.txt, each the first synonym if it is unique.
 
@@ -343,7 +361,7 @@ def _read_object_info(file: Path) -> tuple[str, ...]:
     return tuple(keep_first_synonyms([" ".join(row[-1].split()) for row in rows]))
 
 
-def _read_class_list(file: Path) -> tuple[str, ...]:
+def read_class_list(file: Path) -> tuple[str, ...]:
     """Returns the lines of a classes.txt; empty without the file."""
     if not file.is_file():
         return ()

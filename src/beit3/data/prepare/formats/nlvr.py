@@ -17,6 +17,7 @@ from beit3.data.prepare.formats.files import (
     get_field,
     make_unknown_error,
 )
+from beit3.data.prepare.formats.json_lists import find_lists
 from beit3.data.prepare.formats.split_names import Record, SplitRecord
 from beit3.files import read_json_lines
 
@@ -148,7 +149,8 @@ def _find_statement_files(raw: Path) -> dict[str, Path]:
     """Returns name -> file; raises ValueError for two files of one split."""
     files: dict[str, Path] = {}
     for name in FILE_SPLITS:
-        paths = find_files(raw, f"{name}.json")
+        lists = find_lists(raw, set(), f"{name}.json")
+        paths = [path for path in find_files(raw, f"{name}.json") if path not in lists]
         if len(paths) > 1:
             raise ValueError(f"{' and '.join(map(str, paths))} are both {name}: keep one of them")
         if paths:

@@ -1,8 +1,11 @@
 """The record of a question about an image, as all readers of questions make it."""
 
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from beit3.data.prepare.formats.split_names import Record
+from beit3.metrics.text import normalize_answer
 
 CHOSEN_ANSWER = "multiple_choice_answer"
 
@@ -30,3 +33,18 @@ def make_question(
         "answers": answers,
         CHOSEN_ANSWER: chosen_answer,
     }
+
+
+def choose_answer(answers: Sequence[str] | Mapping[str, float]) -> str:
+    """Returns the most common of the annotators' answers, or that of the highest score.
+
+    "Red" and "red " are one answer here, of which the first spelling is returned.
+    """
+    scores: Counter[str] = Counter()
+    spellings: dict[str, str] = {}
+    pairs = answers.items() if isinstance(answers, Mapping) else ((answer, 1) for answer in answers)
+    for answer, score in pairs:
+        key = normalize_answer(answer) or answer.strip().lower()
+        scores[key] += score  # type: ignore[assignment]
+        spellings.setdefault(key, answer)
+    return spellings[scores.most_common(1)[0][0]]

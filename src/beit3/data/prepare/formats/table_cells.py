@@ -1,11 +1,12 @@
 """Reads the cells of one table (CSV, TSV, JSON lines or a JSON list) by the columns asked for."""
 
-import csv
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from beit3.files import read_json_lines, read_json_list, read_lines
+from beit3.data.prepare.formats.delimited import open_table
+from beit3.files import read_json_lines, read_json_list
+from beit3.images import SUFFIXES
 
 ColumnNames = Mapping[str, tuple[str, ...]]
 """A reader's name of a column -> the names that a table may give it.
@@ -14,7 +15,6 @@ Case is ignored; of several names the first counts.
 """
 
 JSON_SUFFIXES = (".json", ".jsonl")
-DELIMITERS = ",\t|;"
 
 
 class Cells(NamedTuple):
@@ -48,8 +48,7 @@ def may_name_splits(file: Path, needed: ColumnNames, optional: ColumnNames) -> b
     """Returns whether rows of a table may name their splits; of a CSV only the header is read."""
     if file.suffix.lower() in JSON_SUFFIXES:
         return True
-    column_names, _ = _read_header(next(read_lines(file), ""), file)
-    return bool(_match_columns(column_names, needed, optional, file)["split"])
+    return bool(_match_columns(open_table(file).columns, needed, optional, file)["split"])
 
 
 def make_url_error(location: str | Path) -> ValueError:
@@ -69,8 +68,8 @@ def _read_json_cells(file: Path, needed: ColumnNames, optional: ColumnNames) -> 
                 f"{location} holds a {type(entry).__name__}: it should be an object with an "
                 f"{', a '.join(needed)}"
             )
+        column_names = _match_columns([name.lower() for name in entry], needed, optional, location)
         entry = {name.lower(): value for name, value in entry.items()}
-        column_names = _match_columns(entry, needed, optional, location)
         values = {
             column: _clean_json_value(entry[name]) if name else ""
             for column, name in column_names.items()
@@ -79,57 +78,41 @@ def _read_json_cells(file: Path, needed: ColumnNames, optional: ColumnNames) -> 
 
 
 def _clean_json_value(value: Any) -> Any:
-    """Returns a text without surrounding spaces, "" for null, and any other value unchanged."""
-    if value is None:
+    """Returns a text without surrounding spaces, "" for null and NaN, any other value unchanged."""
+    if value is None or value != value:
         return ""
     return value.strip() if isinstance(value, str) else value
 
 
 def _read_csv_cells(file: Path, needed: ColumnNames, optional: ColumnNames) -> Iterator[Cells]:
     """Yields the cells of the rows below a header. A row of another length is a fault."""
-    lines = read_lines(file)
-    header, delimiter = _read_header(next(lines, ""), file)
-    column_names = _match_columns(header, needed, optional, file)
-    reader = csv.reader(lines, delimiter=delimiter)
-    try:
-        for cells in reader:
-            location = f"{file} line {reader.line_num + 1}"
-            row = dict(zip(header, map(str.strip, cells), strict=False))
-            if len(cells) == len(header):
-                # A header may have an empty name, as pandas writes its index: `row[""]` is no value
-                # of a column that the table lacks.
-                values = {
-                    column: row[name] if name else "" for column, name in column_names.items()
-                }
-                yield Cells(location, values)
-            elif any(row.values()):  # Flickr30k's results.csv has one such line
-                fault = (
-                    f"{len(cells)} cells for {len(header)} columns: put quotes around cells with "
-                    f"{delimiter!r}"
-                )
-                yield Cells(location, {}, fault)
-    except csv.Error as error:
-        raise ValueError(
-            f"{file} line {reader.line_num + 1} cannot be read ({error}): check its quotes"
-        ) from None
-
-
-def _read_header(line: str, file: Path) -> tuple[list[str], str]:
-    """Returns the column names of a first line in lower case, and the delimiter."""
-    delimiter = "\t" if file.suffix.lower() == ".tsv" else max(DELIMITERS, key=line.count)
-    names = next(csv.reader([line], delimiter=delimiter), [])
-    return [name.strip().lower() for name in names], delimiter
+    table = open_table(file)
+    column_names = _match_columns(table.columns, needed, optional, file)
+    for line_number, cells in table.rows:
+        location = f"{file} line {line_number}"
+        if len(cells) == len(table.columns):
+            row = dict(zip(table.columns, cells, strict=True))
+            # A header may have an empty name, as pandas writes its index: `row[""]` is no value of
+            # a column that the table lacks.
+            values = {column: row[name] if name else "" for column, name in column_names.items()}
+            yield Cells(location, values)
+        else:  # Flickr30k's results.csv has one such line
+            fault = (
+                f"{len(cells)} cells for {len(table.columns)} columns: put quotes around cells "
+                f"with {table.delimiter!r}"
+            )
+            yield Cells(location, {}, fault)
 
 
 def _match_columns(
-    table_names: Collection[str],
+    table_names: Sequence[str],
     needed: ColumnNames,
     optional: ColumnNames,
     location: str | Path,
 ) -> dict[str, str]:
     """Returns column -> the table's name of it, "" where the table lacks an optional column.
 
-    Raises ValueError for a missing needed column.
+    Raises ValueError for a needed column that is missing, or one that the table has twice.
     """
     column_names = {
         column: next((name for name in accepted if name in table_names), "")
@@ -142,7 +125,15 @@ def _match_columns(
     if not all(column_names[column] for column in needed):
         shown = ", ".join(_shorten(name) for name in list(table_names)[:8]) or "none"
         wanted = " and ".join(_describe_column(accepted) for accepted in needed.values())
+        if any(name.endswith(tuple(SUFFIXES)) for name in table_names):
+            wanted += "; its first line looks like data: put the names of the columns above it"
         raise ValueError(f"{location} has the columns {shown}: name {wanted}")
+    for name in filter(None, column_names.values()):
+        if table_names.count(name) > 1:
+            raise ValueError(
+                f"{location} has {table_names.count(name)} columns {name!r}, and either may be "
+                "meant: rename all but one"
+            )
     return column_names
 
 

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from beit3.data.prepare.formats.files import (
     FLICKR30K_FOLDERS,
     get_field,
+    list_spellings,
     make_missing_path,
     make_unknown_error,
 )
@@ -146,16 +147,18 @@ def is_tables(raw: Path) -> bool:
 def find_image(table: Path, image: str) -> str:
     """Returns the absolute path of an image beside a table or in the folder above.
 
-    A missing image gives a `MissingImagePath`; an absolute path is returned as it is.
+    Backslashes and either Unicode form of its name will do. A missing image gives a
+    `MissingImagePath`; an absolute path is returned as it is.
     """
     if "://" in image:
         raise make_url_error(table)
     base = table.parent
     folders = [*(base / name for name in IMAGE_FOLDERS), base.parent]
-    for folder in folders:
-        path = os.path.join(folder, image)
-        if os.path.isfile(path):
-            return path
+    for spelling in list_spellings(image):
+        for folder in folders:
+            path = os.path.join(folder, spelling)
+            if os.path.isfile(path):
+                return path
     return image if os.path.isabs(image) else make_missing_path(folders, image, base)
 
 

@@ -15,10 +15,13 @@ from pathlib import Path, PurePosixPath
 from typing import BinaryIO, NamedTuple, cast
 
 from beit3.data.prepare.formats.files import find_files, make_unknown_error
-from beit3.data.prepare.formats.image_folders import IMAGE_SUFFIXES
 from beit3.data.prepare.formats.split_names import SplitRecord, choose_split, infer_split
 from beit3.files import format_tar_member
-from beit3.images import MAX_BYTES, find_header_fault
+from beit3.images import MAX_BYTES, SUFFIXES, find_header_fault
+
+COMPRESSED_TAR = re.compile(r".+\.(tar\.(gz|bz2|xz|zst)|tgz|tbz2?|txz)", re.IGNORECASE)
+DECOMPRESSORS = {"gz": "gunzip", "z2": "bunzip2", "bz": "bunzip2", "xz": "unxz", "st": "unzstd"}
+"""Last two letters of a compressed tar's name -> program that writes the tar beside it."""
 
 MAX_TEXT_BYTES = 1 << 20
 """Bytes of a caption or a .json member."""
@@ -82,16 +85,35 @@ def read_webdataset(raw: str | Path, *, captions: bool = True) -> Iterator[Split
 
 
 def is_webdataset(raw: Path) -> bool:
-    """Returns whether `raw` is or holds tar files."""
-    return bool(_find_tars(raw))
+    """Returns whether `raw` is or holds tar files, compressed ones (refused later) included."""
+    return bool(_find_tars(raw) or find_compressed_tars(raw))
+
+
+def find_compressed_tars(raw: Path) -> list[Path]:
+    """Returns the compressed tar files in `raw` or right below it, or `raw` itself."""
+    files = [raw] if raw.is_file() else [*find_files(raw, "*.[tT]*")]
+    return [file for file in files if file.name[0] != "." and COMPRESSED_TAR.fullmatch(file.name)]
+
+
+def refuse_compressed_tars(raw: Path) -> None:
+    """Raises ValueError for compressed tars: their members cannot be read at an offset."""
+    files = find_compressed_tars(raw)
+    if files:
+        program = DECOMPRESSORS.get(files[0].name[-2:].lower(), "gunzip")
+        others = f" and {len(files) - 1} others" if len(files) > 1 else ""
+        raise ValueError(
+            f"{files[0]}{others}: images inside a compressed tar cannot be read where they are; "
+            f"decompress it first, for example `{program} {files[0].name}`"
+        )
 
 
 def find_shards(raw: str | Path) -> list[Shard]:
     """Returns the tar files in `raw` or right below it, or `raw` itself.
 
-    Raises ValueError when there is none.
+    Raises ValueError when there is none, or a compressed one.
     """
     raw = Path(raw).absolute()
+    refuse_compressed_tars(raw)
     tars = _find_tars(raw)
     if not tars:
         raise make_unknown_error(raw, "*.tar (webdataset)")
@@ -128,7 +150,7 @@ def read_samples(file: Path, *, captions: bool) -> Iterator[Sample]:
                     "each other"
                 )
             elif not sample.image and not sample.fault:
-                sample.fault = f"no image ({', '.join(sorted(IMAGE_SUFFIXES))}) among its members"
+                sample.fault = f"no image ({', '.join(sorted(SUFFIXES))}) among its members"
             elif captions and not sample.caption and not sample.fault:
                 sample.fault = sample.caption_fault
             keys.add(sample.key)
@@ -220,16 +242,12 @@ def _add_member(
     sample: Sample, tar: tarfile.TarFile, member: tarfile.TarInfo, ending: str, captions: bool
 ) -> None:
     """Adds a member to its sample; members of other kinds are skipped unread."""
-    is_image = f".{ending}" in IMAGE_SUFFIXES
+    is_image = f".{ending}" in SUFFIXES
     if not is_image and not (captions and ending in ("txt", "json")):
         return
-    name = repr(member.name[-80:])
-    limit = MAX_BYTES if is_image else MAX_TEXT_BYTES
-    if not member.isreg() or member.issparse():
-        sample.fault = f"{name} is a link or a device, not a file"
-        return
-    if member.size > limit:
-        sample.fault = f"{name} has {member.size} bytes, more than {limit}: make it smaller"
+    fault = find_member_fault(member, MAX_BYTES if is_image else MAX_TEXT_BYTES)
+    if fault:
+        sample.fault = fault
         return
     content = tar.extractfile(member)
     assert content is not None
@@ -240,7 +258,17 @@ def _add_member(
     sample.image = span
     fault = find_header_fault(cast(BinaryIO, content))
     if fault:
-        sample.fault = f"{name} {fault}"
+        sample.fault = f"{member.name[-80:]!r} {fault}"
+
+
+def find_member_fault(member: tarfile.TarInfo, limit: int) -> str:
+    """Returns why a member of a tar is no file of at most `limit` bytes, or ""."""
+    name = repr(member.name[-80:])
+    if not member.isreg() or member.issparse():
+        return f"{name} is a link or a device, not a file"
+    if member.size > limit:
+        return f"{name} has {member.size} bytes, more than {limit}: make it smaller"
+    return ""
 
 
 def _add_caption(sample: Sample, span: Span, content: bytes, *, in_json: bool) -> None:

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from textwrap import wrap
 
-from beit3.data.prepare.formats.corpora import Corpus
+from beit3.data.prepare.formats.corpora import Corpus, list_left_out
 from beit3.data.prepare.formats.documents import Fault
 from beit3.data.prepare.formats.files import walk_files
 from beit3.data.prepare.formats.split_names import SplitRecord
@@ -17,10 +17,12 @@ def read_text_files(raw: str | Path, *, field: str = "text") -> Iterator[SplitRe
     """Yields (split, {id: "file:number", text}) for the paragraphs of the corpora below `raw`.
 
     Paragraphs lie between blank lines; long ones are cut. A document that cannot be read is
-    {id, fault}. `field` is the field of JSON lines or the column of Parquet files that holds the
-    text.
+    {id, fault}, other files are {id, left_out: suffix}. `field` is the field of JSON lines or the
+    column of Parquet files that holds the text.
     """
     corpus = Corpus.open(raw, field)
+    for file, kind in list_left_out(raw):
+        yield "train", {"id": file, "left_out": kind}
     for span in corpus.spans:
         number = 0
         for document in corpus.read_documents(span):

@@ -1,6 +1,6 @@
 """Reads Visual Genome's questions, with which VQA's training questions are extended."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from beit3.data.prepare.formats.files import (
@@ -16,12 +16,14 @@ from beit3.data.prepare.formats.vqa import find_question_files, read_questions
 from beit3.files import read_json_list
 
 
-def read_visual_genome(raw: str | Path) -> Iterator[SplitRecord]:
+def read_visual_genome(
+    raw: str | Path, *, trained_ids: Collection[str] = ()
+) -> Iterator[SplitRecord]:
     """Reads question_answers.json as training questions, with images in VG_100K and VG_100K_2.
 
     Yields nothing where there is no such file. Images that VQA's val or test questions in the
-    same folder are about are left out; then image_data.json is needed, which tells the images
-    that come from COCO.
+    same folder are about are left out, but for the questions in `trained_ids`, which are training
+    data; then image_data.json is needed, which tells the images that come from COCO.
     """
     raw = find_folder(raw)
     if not find_files(raw, "question_answers.json"):
@@ -30,7 +32,7 @@ def read_visual_genome(raw: str | Path) -> Iterator[SplitRecord]:
     image_finder = ImageFinder(
         raw, "VG_100K", "VG_100K_2", "images", "images/VG_100K", "images/VG_100K_2"
     )
-    held_out_ids = _find_held_out_ids(raw)
+    held_out_ids = _find_held_out_ids(raw, trained_ids)
     for location, image in read_json_list(file):
         image_id = get_field(image, "id", int, location)
         if image_id in held_out_ids:
@@ -43,7 +45,7 @@ def read_visual_genome(raw: str | Path) -> Iterator[SplitRecord]:
             yield "train", make_question(f"vg-{id}", image_path, text, [answer], answer)
 
 
-def _find_held_out_ids(raw: Path) -> set[int]:
+def _find_held_out_ids(raw: Path, trained_ids: Collection[str]) -> set[int]:
     """Returns Visual Genome's ids of the images of the val and test questions in `raw`."""
     files = [
         file
@@ -54,6 +56,7 @@ def _find_held_out_ids(raw: Path) -> set[int]:
         get_field(question, "image_id", int, file)
         for file in files
         for question in read_questions(file)["questions"]
+        if str(question.get("question_id")) not in trained_ids
     }
     if not coco_ids:
         return set()

@@ -79,7 +79,7 @@ def _read_records(raw: Path, file: Path, questions: list[Record], subtype: str) 
         location = f"{file} questions[{number}]"
         id = get_field(question, "question_id", int, location)
         image_id = get_field(question, "image_id", int, location)
-        image_path = image_finder.find(*_list_image_names(image_id, prefixes))
+        image_path = image_finder.find(*list_image_names(image_id, prefixes))
         answers: list[str] = []
         chosen_answer = None
         if annotations is not None:
@@ -92,7 +92,7 @@ def _read_records(raw: Path, file: Path, questions: list[Record], subtype: str) 
         yield make_question(id, image_path, text, answers, chosen_answer)
 
 
-def _list_image_names(image_id: int, prefixes: list[str]) -> list[str]:
+def list_image_names(image_id: int, prefixes: list[str]) -> list[str]:
     """Returns the names that COCO's image may have: with a subset, as in 2014, or without."""
     stems = [f"COCO_{prefix}_{image_id:012d}" for prefix in prefixes] + [f"{image_id:012d}"]
     return [f"{stem}{suffix}" for stem in stems for suffix in (".jpg", ".png")]

@@ -1,0 +1,1 @@
+"""Numbers that the project recorded itself from torchscale of the package index."""
