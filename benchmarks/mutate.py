@@ -5,10 +5,11 @@
     python -m benchmarks.mutate --show training/optim.py:87
 
 The mutations are drawn with a fixed seed, equally many from each room of `ROOMS`. Each is made in a
-copy of the tree, where the tests of that file run until the first fails. A test that fails or takes
-longer than `--seconds` kills the mutation. The JSON file keeps every mutation; survivors have a
-`reason`, written by hand, which later runs keep. `--again` runs the survivors without a reason,
-after tests were added, and with slower tests; there, a test that takes too long kills nothing.
+copy of the tree, where the tests of that file run until one fails; without a mutation they must
+pass. A test that fails or takes longer than `--seconds` kills the mutation. The JSON file keeps
+every mutation; survivors have a `reason`, written by hand, which later runs keep. `--again` runs
+the survivors without a reason, after tests were added, and with slower tests; there, a test that
+takes too long kills nothing.
 """
 
 import argparse
@@ -344,6 +345,20 @@ def try_mutation(
     }
 
 
+def check_unmutated(tree: Path, files: Sequence[str], seconds: float, *, thorough: bool) -> None:
+    """Runs the tests of each file without a mutation; a test that fails by itself kills anything.
+
+    Raises SystemExit that names the file and the test.
+    """
+    for file in files:
+        tests = list_tests(file, tree, thorough=thorough)
+        status, failure = run_tests(
+            tree, tests, seconds, tree.parent / "log.txt", thorough=thorough
+        )
+        if status:
+            raise SystemExit(f"{file}: its tests fail without a mutation: {failure}")
+
+
 def find_again(result: dict[str, Any]) -> Mutation | None:
     """Returns a stored mutation at its place in today's text; None where its text is gone."""
     source = (ROOT / PACKAGE / result["file"]).read_text()
@@ -420,6 +435,8 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory(prefix="mutate_") as folder:
         tree = copy_tree(Path(folder))
+        files = sorted({mutation.file for _, mutation in todo})
+        check_unmutated(tree, files, options.seconds, thorough=options.again)
         for number, (stored, mutation) in enumerate(todo, 1):
             result = try_mutation(tree, mutation, options.seconds, thorough=options.again)
             if not stored:

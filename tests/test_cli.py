@@ -515,7 +515,10 @@ def test_text_tokenizers_that_do_not_fit(vqa, root, tmp_path, run_failing_cli, i
         (["plan", "vqa", "--price", "-1"], "--price: -1 is no finite number of at least 0"),
         (["plan", "vqa", "--records", "-5"], "--records: -5 is negative"),
         (["train", "vqa", "demo", "--run.steps", "-1"], "run.steps -1: expected at least 0"),
-        (["train", "vqa", "demo", "--run.log_every", "0"], "run.log_every 0: expected at least 1"),
+        (
+            ["train", "vqa", "demo", "--run.log_every", "-1"],
+            "run.log_every -1: expected at least 0",
+        ),
         (["train", "vqa", "demo", "--data.workers", "-1"], "data.workers -1: expected at least 0"),
         (["train", "vqa", "demo", "--data.bad_share", "2"], "data.bad_share 2.0: expected 0 to 1"),
         (["train", "vqa", "demo", "--optim.lr", "nan"], "optim.lr nan: expected at least 0"),
@@ -609,8 +612,8 @@ def test_a_released_file_needs_a_tokenizer_and_its_answers(
         (lambda rows: rows[1:], "of 24 records have no prediction"),
         (lambda rows: [*rows, rows[0]], "two predictions for record"),
         (lambda rows: [row | {"id": "x"} for row in rows[:1]], "a prediction names record x"),
-        (lambda rows: [{"answer": "yes"} for _ in rows], "a prediction has no field 'id'"),
-        (lambda rows: [{"id": row["id"]} for row in rows], "a prediction has no field 'answer'"),
+        (lambda rows: [{"answer": "yes"} for _ in rows], "the prediction has no field 'id'"),
+        (lambda rows: [{"id": row["id"]} for row in rows], "the prediction has no field 'answer'"),
         (lambda rows: [], "24 of 24 records have no prediction"),
         (
             lambda rows: [*rows[:2], {"id": rows[2]["id"], "answer": None}],
@@ -618,7 +621,10 @@ def test_a_released_file_needs_a_tokenizer_and_its_answers(
         ),
         (lambda rows: [row | {"answer": 3} for row in rows], "line 1: the field 'answer' is 3"),
         (lambda rows: [row | {"answer": ["a"]} for row in rows], "the field 'answer' is [\"a\"]"),
-        (lambda rows: [row | {"answer": True} for row in rows], "not hold predictions of vqa"),
+        (
+            lambda rows: [row | {"answer": True} for row in rows],
+            "'answer' is true, expected",
+        ),
         (lambda rows: ["yes"], "p.jsonl line 1 holds a str: a prediction is a JSON object"),
     ],
 )

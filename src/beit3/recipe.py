@@ -180,6 +180,7 @@ class RunConfig:
     GELU, sums), about half of the memory; or all but the block's input."""
     compile: bool = False
     log_every: int = 10
+    """Steps between lines of metrics.jsonl; 0 = the last step alone."""
     eval_every: int = 0
     """Steps between evaluations on the val split; 0 = at the end only; -1 = never, and the run then
     needs no val split and writes no `best/`."""
@@ -194,7 +195,7 @@ class RunConfig:
     state in memory."""
 
     def __post_init__(self) -> None:
-        check_numbers("run", self, steps=0, epochs=0, micro_batch=0, log_every=1, eval_every=-1)
+        check_numbers("run", self, steps=0, epochs=0, micro_batch=0, log_every=0, eval_every=-1)
         check_numbers("run", self, eval_records=0, save_every=0, keep=0)
 
 

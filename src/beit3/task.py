@@ -28,7 +28,7 @@ from beit3.data.batches import (
     trim_padding,
 )
 from beit3.data.prepare.statistics import TokenCounter
-from beit3.data.stores.record_fields import Purpose, RecordField
+from beit3.data.stores.record_fields import FieldKind, Purpose, RecordField
 from beit3.model.backbone import MultiwayBackbone
 from beit3.model.beit3 import BEiT3
 from beit3.model.config import ModelConfig
@@ -67,6 +67,8 @@ class Task(nn.Module):
     record_fields: ClassVar[Mapping[str, RecordField]] = {}
     """What the fields of a record hold and what each is needed for. `id` needs no declaration; a
     task whose sources differ overrides `get_record_fields`."""
+    prediction_fields: ClassVar[Mapping[str, FieldKind]] = {}
+    """What the fields of a prediction hold that `score` needs, beside `id`."""
     left_out_reason: ClassVar[str] = ""
     """Why training leaves out the records that `trains_on` is false for, for messages."""
     names_file: ClassVar[str] = "classes.txt"
@@ -201,7 +203,12 @@ class Task(nn.Module):
         Loader processes are sent it: a network would be copied to each of them, a tensor at a time.
         """
         copy = object.__new__(_find_task_class(type(self)))
-        copy.__dict__.update(self.__dict__, _parameters={}, _buffers={}, _modules={})
+        nn.Module.__init__(copy)
+        for name, value in self.__dict__.items():
+            # Sharding leaves methods bound to the sharded task, and a state under a private name.
+            is_added = inspect.ismethod(value) or name.startswith("__")
+            if name not in copy.__dict__ and not is_added:
+                copy.__dict__[name] = value
         return copy
 
     def normalize_images(self, batch: Batch) -> Tensor:
@@ -273,7 +280,7 @@ class Task(nn.Module):
         return {"losses": {"loss": torch.stack(products).sum()}, "metrics": {}}
 
     def compute_shared_features(self) -> dict[str, Tensor]:
-        """Returns what the loss of every record of a step needs alike, with gradient; {} = nothing.
+        """Returns tensors that the losses of all records of a step share; {} = none.
 
         A step of several micro-batches computes it once, and `forward` finds it in each batch under
         the same names. Batches without it are complete as well.

@@ -122,7 +122,7 @@ def is_torchscript(path: Path) -> bool:
 # Content ------------------------------------------------------------------------------------------
 
 
-def _read_content(path: Path) -> Any:
+def _read_content(path: Path, *, is_shard: bool = False) -> Any:
     """Returns the deserialized file; its first bytes tell the format."""
     with path.open("rb") as file:
         start = file.read(512)
@@ -137,6 +137,8 @@ def _read_content(path: Path) -> Any:
         return _read_safetensors(path)
     text = start.removeprefix(b"\xef\xbb\xbf").lstrip()
     if text.startswith(b"{"):
+        if is_shard:
+            raise ValueError(f"{path} is JSON, an index names files of tensors: download it again")
         return _read_shards(path)
     if text.startswith(b"<"):
         raise ValueError(f"{path} is a web page in place of the file: download it again")
@@ -215,7 +217,7 @@ def _read_shards(index: Path) -> dict[str, Any]:
         shard = index.with_name(file)
         if not shard.is_file():
             raise ValueError(f"{index} names {file}, which is missing: download it too")
-        shards[file] = _read_content(shard)
+        shards[file] = _read_content(shard, is_shard=True)
     for name, file in files.items():
         if not isinstance(shards[file], Mapping) or name not in shards[file]:
             raise ValueError(f"{index.with_name(file)} lacks {name}: download it again")
@@ -244,6 +246,7 @@ def _find_state_dict(
 ) -> tuple[Mapping[Any, Any], list[str]]:
     """Returns the state dict inside a checkpoint, and a note for each average passed over."""
     notes: list[str] = []
+    visited: list[Any] = []
     while True:
         if not isinstance(content, Mapping) or not content:
             kind = type(content).__name__
@@ -266,13 +269,26 @@ def _find_state_dict(
             ]
         else:
             notes.append(f"the weights are the moving average {average_keys[0]!r} of the file")
+        visited.append(content)
         content = content[candidates[0]]
+        if any(content is outer for outer in visited):
+            raise ValueError(
+                f"{path} holds a {type(content).__name__} that contains itself under "
+                f"{candidates[0]!r}: save the network's state_dict()"
+            )
 
 
 def _holds_tensors(value: Any) -> bool:
     """Returns whether a value is a mapping with a tensor or array in it, at any depth."""
-    if isinstance(value, Mapping):
-        return any(isinstance(v, Tensor | np.ndarray) or _holds_tensors(v) for v in value.values())
+    waiting = [value] if isinstance(value, Mapping) else []
+    visited: set[int] = set()
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, Tensor | np.ndarray):
+            return True
+        if isinstance(value, Mapping) and id(value) not in visited:
+            visited.add(id(value))
+            waiting += value.values()
     return False
 
 
@@ -282,12 +298,17 @@ def _select_tensors(state: Mapping[Any, Any], path: Path) -> tuple[dict[str, Ten
     for name, value in state.items():
         kind = type(value).__name__
         if isinstance(value, np.ndarray) and value.dtype.kind in "fiub":
-            value = torch.from_numpy(value)
+            value = _convert_array(value, f"{path}: {name!r}")
         if isinstance(value, Tensor):
             if value.is_complex() or value.is_quantized or value.layout != torch.strided:
                 raise ValueError(
                     f"{path}: {name!r} is a {value.dtype} {value.layout}: "
                     "dense floating tensors are expected"
+                )
+            if value.is_meta:
+                raise ValueError(
+                    f"{path}: {name!r} is a meta tensor, which has a shape and no values: "
+                    "save the network after its weights were loaded"
                 )
             tensors[str(name)] = value
         elif value is None or isinstance(value, int | float | str | np.generic):
@@ -299,6 +320,17 @@ def _select_tensors(state: Mapping[Any, Any], path: Path) -> tuple[dict[str, Ten
     if not tensors:
         raise ValueError(f"{path}: {plain[0]}: a state dict of tensors is expected")
     return tensors, [f"passed over in the file, no tensor: {description}" for description in plain]
+
+
+def _convert_array(array: np.ndarray, location: str) -> Tensor:
+    """Returns a numpy array as a tensor, in the byte order of this machine."""
+    try:
+        return torch.from_numpy(array.astype(array.dtype.newbyteorder("="), copy=False))
+    except TypeError:
+        raise ValueError(
+            f"{location} is an array of {array.dtype}, which torch does not have: "
+            "save it as float32"
+        ) from None
 
 
 def _strip_wrappers(state: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:

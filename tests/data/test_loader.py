@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 
 from beit3.data.loader import (
     SKIPPED,
@@ -281,3 +283,41 @@ def test_a_file_without_records_is_named(tmp_path):
     write_records(tmp_path / "empty.jsonl", [])
     with pytest.raises(ValueError, match=r"empty\.jsonl holds no records"):
         RecordDataset(tmp_path / "empty.jsonl", tmp_path)
+
+
+def test_the_file_is_named_of_which_no_record_is_left(tmp_path):
+    """A file without any record is not said to hold records that are left out, or vice versa."""
+    write_records(tmp_path / "a" / "train.jsonl", [{"id": "1"}, {"id": "2"}])
+    write_records(tmp_path / "b" / "train.jsonl", [])
+    with pytest.raises(ValueError, match=r"b/train\.jsonl holds no records"):
+        RecordDataset(tmp_path / "train", tmp_path, keep=lambda record: record["id"] == "1")
+    with pytest.raises(ValueError, match=r"a/train\.jsonl holds only records that are left out"):
+        RecordDataset(tmp_path / "train", tmp_path, keep=lambda record: False)
+
+
+def test_rank_0_says_which_records_are_kept(tmp_path):
+    """The others read none, and raise what it raises."""
+    write_records(tmp_path / "good.jsonl", [{"id": str(number)} for number in range(5)])
+    (tmp_path / "bad.jsonl").write_text('{"id": "1"}\n{\n')
+    mp.spawn(_leave_out_records, (tmp_path,), nprocs=2)
+    results = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    assert [result.pop("num_read") for result in results] == [6, 0]
+    assert results[0] == results[1]
+    assert results[0]["ids"] == ["2", "4"] and results[0]["num_left_out"] == 3
+    assert "bad.jsonl line 2 is not a JSON object" in results[0]["error"]
+
+
+def _leave_out_records(rank: int, folder: Path) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    read: list[str] = []
+
+    def keep(record: dict) -> bool:
+        read.append(record["id"])
+        return record["id"] in ("2", "4")
+
+    dataset = RecordDataset(folder / "good.jsonl", folder, keep=keep)
+    with pytest.raises(ValueError, match="not a JSON object") as error:
+        RecordDataset(folder / "bad.jsonl", folder, keep=keep)
+    result = {"ids": [record["id"] for record in dataset], "num_left_out": dataset.num_left_out}
+    torch.save(result | {"error": str(error.value), "num_read": len(read)}, folder / f"{rank}.pt")
+    dist.destroy_process_group()

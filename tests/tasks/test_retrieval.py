@@ -117,3 +117,9 @@ def test_records_of_one_batch_have_the_same_fields(task, root):
     ]
     with pytest.raises(ValueError, match=r"record 7 gives no text(_padding)?, record .* does"):
         task.collate(examples)
+
+
+def test_features_of_different_widths_are_refused():
+    predictions = [{"id": 1, "image": [0.1], "texts": [[0.1, 0.2]]}]
+    with pytest.raises(ValueError, match=r"features of different widths \[1, 2\]: predict"):
+        Retrieval.score(predictions, [{"id": 1, "image": "a.jpg"}])

@@ -119,6 +119,13 @@ def test_recomputed_activations_change_no_metric(root, tmp_path, monkeypatch):
 # Files of a run -----------------------------------------------------------------------------------
 
 
+def test_a_run_may_log_its_last_step_alone(root, tmp_path):
+    recipe = make_vqa_recipe(root, steps=3)
+    train(replace(recipe, run=replace(recipe.run, log_every=0)), VQA, out=tmp_path / "run")
+    lines = read_metrics(tmp_path / "run")
+    assert [line["step"] for line in lines if "loss" in line] == [3]
+
+
 def test_a_run_writes_metrics_scores_weights_and_recipe(root, tmp_path):
     recipe = replace(
         make_vqa_recipe(root, steps=5), run=RunConfig(steps=5, log_every=2, eval_every=2)

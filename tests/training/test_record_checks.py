@@ -1,16 +1,19 @@
 """Records are checked before the first step: each wrong one is named by file, line and field."""
 
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch.distributed as dist
+import torch.multiprocessing as mp
 
 from beit3.data.loader import RecordDataset
 from beit3.data.stores.records import write_records
 from beit3.task import load_task, task_name
-from beit3.training.record_checks import check_records
+from beit3.training.record_checks import check_records, find_checked_stores
 from tests.world_root import list_trainable_tasks
 
 VQA = {"id": "1", "image": "1.jpg", "text": "which?", "answers": {"red": 1.0}}
@@ -163,6 +166,72 @@ def test_only_records_within_the_limit_are_checked(tmp_path):
     check("vqa", tmp_path, [VQA, change(VQA, id="2", text=7)], "score", limit=1)
 
 
+def test_fields_that_the_task_does_not_declare_name_no_files(tmp_path):
+    others = {"image2": None, "label_map": ["no.png"]}
+    check("vqa", tmp_path, [change(VQA, **others)], "score")
+    check("vqa", tmp_path, [change(VQA, image2="no.jpg")], "score")
+    with pytest.raises(ValueError, match=r"line 1: field image2 names .*no\.jpg"):
+        check("nlvr2", tmp_path, [change(NLVR2, image2="no.jpg")], "score")
+
+
+def test_no_file_is_looked_for_where_all_may_be_missing(tmp_path, monkeypatch):
+    monkeypatch.setattr("beit3.training.record_checks.measure_file", None)
+    check("vqa", tmp_path, [VQA], "score", bad_share=1.0)
+    check("vqa", tmp_path, [VQA], "train")
+
+
+def test_a_limit_checks_the_records_that_evaluation_reads(tmp_path):
+    """Of two datasets it reads records of both. Tars and token ids are passed over."""
+    (tmp_path / "1.jpg").touch()
+    for name in ("a", "b"):
+        records = [change(VQA, id=str(number)) for number in range(9)]
+        records[5]["text"] = 7
+        write_records(tmp_path / name / "val.jsonl", records)
+    source = RecordDataset(tmp_path / "val", tmp_path)
+    assert source.names == ["a", "b"] and len(source) == 18
+    for limit in (1, 4, 10):
+        checked = {
+            (store.path.parent.name, str(index))
+            for store, count in find_checked_stores(source, limit)
+            for index in range(count)
+        }
+        assert checked == {tuple(source[number]["id"].split("/")) for number in range(limit)}
+    check_records(load_task("vqa"), {"main": source}, "score", limit=10)
+    with pytest.raises(ValueError, match=r"val\.jsonl line 6 .*\(1 more of 12 records"):
+        check_records(load_task("vqa"), {"main": source}, "score", limit=12)
+    source.stores[0] = object()  # as a store of another kind
+    assert find_checked_stores(source, 10) == [(source.stores[1], 5)]
+
+
+def test_every_rank_raises_whatever_stops_the_check(tmp_path):
+    """Also what nobody expects, as an error of the disk: the others do not wait for rank 0."""
+    (tmp_path / "1.jpg").touch()
+    write_records(tmp_path / "split.jsonl", [change(VQA, text=7)])
+    mp.spawn(_check_on_rank, (tmp_path,), nprocs=2)
+    results = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
+    for expected, unexpected in results:
+        assert expected.startswith("ValueError: ") and "line 1 (record 1): field text" in expected
+        assert "OSError" in unexpected and "the disk is gone" in unexpected
+    assert results[1][1].startswith("RuntimeError: rank 0 failed with ")
+
+
+def _check_on_rank(rank: int, folder: Path) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    messages = []
+    source = RecordDataset(folder / "split.jsonl", folder)
+    for progress in (None, _fail):
+        try:
+            check_records(load_task("vqa"), {"main": source}, "train", progress=progress)
+        except Exception as error:
+            messages.append(f"{type(error).__name__}: {error}")
+    (folder / f"{rank}.json").write_text(json.dumps(messages))
+    dist.destroy_process_group()
+
+
+def _fail(done: int, total: int) -> None:
+    raise OSError("the disk is gone")
+
+
 @pytest.mark.parametrize("kind", list_trainable_tasks(), ids=task_name)
 def test_every_task_declares_fields_that_its_own_records_have(root, kind):
     for source in kind.sources:
@@ -173,7 +242,7 @@ def test_every_task_declares_fields_that_its_own_records_have(root, kind):
             check_records(kind, {source: records}, purpose)
 
 
-def test_the_check_of_a_large_file_takes_seconds(tmp_path, monkeypatch):
+def test_the_check_of_a_large_file_takes_seconds(tmp_path):
     """100,000 records are read and checked in far less than a minute."""
     write_records(tmp_path / "train.jsonl", (change(VQA, id=number) for number in range(100_000)))
     calls: list[tuple[int, int]] = []
@@ -181,3 +250,23 @@ def test_the_check_of_a_large_file_takes_seconds(tmp_path, monkeypatch):
     source = RecordDataset(tmp_path / "train.jsonl", tmp_path)
     check_records(load_task("vqa"), {"main": source}, "train", progress=progress)
     assert calls[-1] == (99_000, 100_000)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (7, r"line 1 .*\(99999 more of 100000 records"),
+        ("which?", r"line 1: field image .* the first of 100000 such records"),
+    ],
+)
+def test_faults_in_every_record_take_seconds_too(tmp_path, text, message):
+    """The time grows with the number of records, not with its square: that took minutes."""
+    write_records(
+        tmp_path / "val.jsonl",
+        (VQA | {"id": n, "image": f"no/{n}.jpg", "text": text} for n in range(100_000)),
+    )
+    source = RecordDataset(tmp_path / "val.jsonl", tmp_path)
+    start = time.process_time()
+    with pytest.raises(ValueError, match=message):
+        check_records(load_task("vqa"), {"main": source}, "score")
+    assert time.process_time() - start < 20

@@ -214,3 +214,11 @@ def test_the_nonfinite_micro_batch_is_named():
     with pytest.raises(FloatingPointError, match=r"records a0, a1"):
         check_finite(4, 1.0, float("inf"), batches, losses[:1] * 2)
     check_finite(4, 1.0, 1.0, batches, losses)
+
+
+def test_shared_features_that_no_loss_uses_are_named(pretrain_step, monkeypatch):
+    task, micro_batches = pretrain_step
+    unused = torch.ones(3, requires_grad=True)
+    monkeypatch.setattr(task, "compute_shared_features", lambda: {"names": unused})
+    with pytest.raises(ValueError, match="Pretrain.compute_shared_features returns 'names', which"):
+        compute_gradients(task, micro_batches)

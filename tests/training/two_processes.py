@@ -6,6 +6,7 @@ are stored beside `out`.
 
 import json
 import os
+import pickle
 import runpy
 import signal
 import sys
@@ -45,6 +46,7 @@ def store_targets(out: Path) -> Callable[[Task, list[Batch]], dict[str, int]]:
     count, path = loop.sum_targets, out.with_name(out.name + ".targets.json")
 
     def count_and_store(task: Task, batches: list[Batch]) -> dict[str, int]:
+        pickle.dumps(task.without_network())  # a sharded task's, too, can be sent to a loader
         counts = all_gather_objects([task.targets(batch) for batch in batches])
         if rank() == 0 and not path.exists():
             path.write_text(json.dumps(counts))

@@ -209,3 +209,62 @@ def test_torch_files_without_a_state_dict_are_refused(tmp_path, content, message
     torch.save(content, tmp_path / "a.pth")
     with pytest.raises(ValueError, match=message):
         read_state_dict(tmp_path / "a.pth")
+
+
+def nest(state: dict, key: str) -> dict:
+    """Returns a checkpoint that contains itself under `key`."""
+    content = {**state, "model": {"epoch": 3}}
+    content[key] = content
+    return content
+
+
+def nest_deep(state: dict) -> dict:
+    """Returns a dict with a value that contains itself, and no state dict but its own."""
+    inner: dict = {}
+    inner["inner"] = {"outer": inner}
+    return {"model": inner, "epoch": 3, **state}
+
+
+def nest_by_two(state: dict) -> dict:
+    """Returns a dict that contains itself under two keys in turn."""
+    content: dict = {"model": {**state}}
+    content["model"]["module"] = content
+    return content
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda state: nest(state, "model"), "a dict that contains itself under 'model'"),
+        (lambda state: nest(state, "ema"), "a dict that contains itself under 'ema'"),
+        (nest_by_two, "a dict that contains itself under 'module'"),
+        (nest_deep, "'model' is of type dict: a state dict"),
+        (lambda state: {"a": np.ones(3, np.longdouble)}, "'a' is an array of .*: save it as float"),
+        (lambda state: {"a": torch.ones(3, device="meta")}, "'a' is a meta tensor, .*: save"),
+        (lambda state: {"model": {"a": torch.ones(3, device="meta")}}, "'a' is a meta tensor"),
+    ],
+)
+def test_content_that_is_no_plain_state_dict_is_refused(tmp_path, backbone_state, make, message):
+    torch.save(make(dict(backbone_state)), tmp_path / "a.pth")
+    with pytest.raises(ValueError, match=f"a.pth.*{message}") as error:
+        read_state_dict(tmp_path / "a.pth")
+    assert "\n" not in str(error.value)
+
+
+def test_deep_nests_and_arrays_of_any_byte_order_are_read(tmp_path):
+    content: dict = {"a": np.arange(3, dtype=">f4")}
+    torch.save({"model": content}, tmp_path / "a.pth")
+    assert read_state_dict(tmp_path / "a.pth")["a"].tolist() == [0, 1, 2]
+    for _ in range(300):
+        content = {"model": content}
+    torch.save(content, tmp_path / "a.pth")
+    assert read_state_dict(tmp_path / "a.pth")["a"].tolist() == [0, 1, 2]
+
+
+def test_an_index_that_names_an_index_is_refused(tmp_path):
+    for first, second in (("a", "a"), ("a", "b")):
+        for name, named in ((first, second), (second, first)):
+            text = json.dumps({"weight_map": {"x": f"{named}.index.json"}})
+            (tmp_path / f"{name}.index.json").write_text(text, encoding="utf-8")
+        with pytest.raises(ValueError, match=f"{second}.index.json is JSON, an index names"):
+            read_state_dict(tmp_path / "a.index.json")

@@ -9,6 +9,7 @@ from beit3.cli.options import (
     Count,
     RecordsRoot,
     ReleasedOptions,
+    Size,
     TaskName,
     Word,
     check_task_fields,
@@ -16,6 +17,9 @@ from beit3.cli.options import (
 from beit3.cli.predict import load_predictor
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from beit3.data.loader import RecordDataset
     from beit3.data.stores.record_fields import Purpose
     from beit3.task import Task
     from beit3.training.evaluate import SourcePredictions
@@ -28,6 +32,7 @@ def evaluate(
     split: str = "val",
     root: RecordsRoot = "",
     batch: Count = 32,
+    workers: Size = 0,
     predictions: str = "",
     submission: str = "",
     java: bool = False,
@@ -51,7 +56,9 @@ def evaluate(
         split: train, val or test.
         root: Directory of the records; by default the embedded world.
         batch: Records in a batch.
-        predictions: Also write the predictions to this file of JSON lines.
+        workers: Processes that read and preprocess images; 0 = the same process.
+        predictions: Also write the predictions to this file of JSON lines, also those of records
+            that cannot be scored.
         submission: Instead of scores write the file that the evaluation server takes (vqa,
             captioning).
         java: Also METEOR and SPICE, by the Java programs of pycocoevalcap (captioning; minutes).
@@ -86,11 +93,13 @@ def evaluate(
     purpose: Purpose = "predict" if predictions or submission else "score"
     with show_progress("checking records") as advance:
         check_records(task_class, sources, purpose, config=task.config, progress=advance)
+    fault = find_score_fault(task, sources) if predictions and not submission else ""
     with show_progress("records") as advance:
         predicted = predict_sources(
             task,
             sources,
             batch_size=batch,
+            workers=workers,
             autocast=make_autocast(RunConfig(), device),
             progress=advance,
         )
@@ -106,11 +115,25 @@ def evaluate(
     if submission:
         write_submission(task, predicted, submission)
         return
+    if fault:
+        print(f"not scored: {fault}", file=sys.stderr)
+        return
     scores = score_sources(task_class, predicted)
     if score_by_java is not None:
         for source_predictions, records in predicted.values():
             scores |= score_by_java(source_predictions, records)
     print(json.dumps(scores, indent=1))
+
+
+def find_score_fault(task: "Task", sources: "Mapping[str, RecordDataset]") -> str:
+    """Returns why predictions of these records cannot be scored, "" if they can."""
+    from beit3.training.record_checks import check_records
+
+    try:
+        check_records(type(task), sources, "score", config=task.config)
+    except ValueError as error:
+        return str(error)
+    return ""
 
 
 def write_submission(task: "Task", predicted: "SourcePredictions", path: str) -> None:
@@ -165,23 +188,17 @@ def score(
         )
     check_records(task_class, {source: sources[source]}, "score", bad_share=1.0)
     try:
-        rows = [row for row in read_predictions(predictions) if row.get("source", source) == source]
+        rows = [
+            row
+            for row in read_predictions(predictions, task_class.prediction_fields)
+            if row.get("source", source) == source
+        ]
         records = list(sources[source])
         scores = task_class.score(rows, records)
         if score_by_java is not None:
             scores |= score_by_java(rows, records)
-    except KeyError as error:
-        raise ValueError(
-            f"{predictions}: a prediction has no field {error}: write the file by "
-            "beit3 eval --predictions"
-        ) from None
     except ValueError as error:
         if predictions in str(error):
             raise
         raise ValueError(f"{predictions}: {error}") from None
-    except (TypeError, AttributeError, IndexError) as error:
-        raise ValueError(
-            f"{predictions} does not hold predictions of {task} ({error}): write the file by "
-            f"beit3 eval --predictions with weights of {task}"
-        ) from None
     print(json.dumps(scores, indent=1))

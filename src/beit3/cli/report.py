@@ -19,12 +19,4 @@ def report(run: str, /, *runs: str, out: str = "") -> None:
     from beit3.report.page import write_report
 
     paths = [Path(path) for path in (run, *runs)]
-    try:
-        print(write_report(paths, Path(out or Path(run, "report.html"))))
-    except (TypeError, AttributeError, KeyError, IndexError, OverflowError) as error:
-        # The files of a run have many optional fields, and older versions wrote fewer.
-        raise ValueError(
-            f"recipe.json, metrics.jsonl or scores.json of {' or '.join(map(str, paths))} holds "
-            f"a value of another type than beit3 train writes ({type(error).__name__}: {error}): "
-            "restore it; --debug shows where it is read"
-        ) from error
+    print(write_report(paths, Path(out or Path(run, "report.html"))))

@@ -10,11 +10,12 @@ rank reads its contiguous part of a step's positions, divided into micro-batches
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
+import torch
 from torch.utils.data import DataLoader, Dataset
 
 from beit3.data.sampling import DatasetMixture, WindowShuffle
@@ -23,10 +24,14 @@ from beit3.data.stores.shards import Shards
 from beit3.data.stores.split_files import find_split_files
 from beit3.data.stores.tokens import SUFFIX, Tokens
 from beit3.data.stores.upstream import UpstreamIndex, is_upstream_index
+from beit3.ops.collectives import compute_on_rank_zero
 from beit3.seeding import make_rng
 
 SKIPPED = "skipped"
 """Batch key: one line for every unreadable record that another one replaced."""
+
+MAX_LISTED_RECORDS = 20
+"""Unreadable records that an error lists."""
 
 MAX_FAILURES = 100
 """Number of unreadable records in a row after which the data as a whole is at fault."""
@@ -61,7 +66,8 @@ class RecordDataset:
         limit: Number of records to keep, from the first on; 0 keeps all.
         window: Number of records that are shuffled together, for tars and token ids.
         weights: Dataset name -> weight with which training reads it; {} weights by size.
-        keep: Says which records of .jsonl files to keep; None keeps all.
+        keep: Says which records of .jsonl files to keep; None keeps all. With a function, all
+            ranks must open the records together: rank 0 asks it and tells the others.
     """
 
     def __init__(
@@ -82,15 +88,13 @@ class RecordDataset:
         """Name of each dataset; "" for a source of one."""
         self.num_left_out = 0
         """Number of records that `keep` is false for."""
-        for store in self.stores:
-            if keep is not None and isinstance(store, Records):
-                self.num_left_out += store.leave_out(keep)
         for file, store in zip(files, self.stores, strict=True):
+            content = "only records that are left out of training" if len(store) else "no records"
+            if keep is not None and isinstance(store, Records):
+                self.num_left_out += _leave_out_records(store, keep)
             if not len(store):
-                content = "only records that are left out of training"
                 raise ValueError(
-                    f"{file} holds {content if self.num_left_out else 'no records'}: run beit3 "
-                    "prepare again, or check the raw data"
+                    f"{file} holds {content}: run beit3 prepare again, or check the raw data"
                 )
         store_sizes = [len(store) for store in self.stores]
         self.size = min(limit or sum(store_sizes), sum(store_sizes))
@@ -112,7 +116,7 @@ class RecordDataset:
         """Returns record `index` of a dataset, which is given by its number."""
         record = self.stores[dataset][index]
         if self.names[dataset]:
-            record = record | {"id": f"{self.names[dataset]}/{record['id']}"}
+            record = record | {"id": f"{self.names[dataset]}/{record.get('id', '')}"}
         files = {key: record[key] for key in FILE_FIELDS if isinstance(record.get(key), str)}
         return record | {key: str(self.root / path) for key, path in files.items()}
 
@@ -138,6 +142,13 @@ class RecordDataset:
                 "give each a weight above 0"
             )
         return [weights[name] for name in self.names]
+
+
+def _leave_out_records(store: Records, keep: Callable[[dict[str, Any]], bool]) -> int:
+    """Leaves out the records that `keep` is false for, on every rank, and returns their number."""
+    is_left_out = compute_on_rank_zero(partial(store.find_left_out, keep))
+    store.leave_out(is_left_out)
+    return int(is_left_out.sum())
 
 
 def _open_store(path: Path, root: Path) -> RecordStore:
@@ -339,17 +350,20 @@ def load_evaluation_batches(
 ) -> Iterator[tuple[dict[str, Any] | None, list[str]]]:
     """Yields the batches in their order, made ahead by up to `workers` processes."""
     num_workers = min(workers, len(batches)) if len(batches) > 1 else 0
-    return iter(
-        DataLoader(
-            batches,
-            batch_size=None,
-            collate_fn=_keep_batch,
-            num_workers=num_workers,
-            prefetch_factor=2 if num_workers else None,
-        )
+    if not num_workers:
+        yield from (batches[number] for number in range(len(batches)))
+        return
+    yield from DataLoader(
+        batches,
+        batch_size=None,
+        collate_fn=_keep_batch,
+        num_workers=num_workers,
+        prefetch_factor=2,
+        # Otherwise the loader draws a seed from torch's global generator.
+        generator=torch.Generator(),
     )
 
 
 def _keep_batch(batch: Any) -> Any:
-    """Batches come collated."""
+    """Returns the batch as it is: the dataset makes whole batches."""
     return batch

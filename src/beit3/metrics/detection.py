@@ -175,7 +175,14 @@ def _mask_fields(item: Item, record: Item) -> dict[str, Any]:
             f"the prediction for record {record['id']} has an object without a mask of size "
             f"{size}: compare boxes alone"
         )
-    return {"segmentation": item["mask"], "area": float(mask.area(item["mask"]))}
+    try:
+        area = float(mask.area(item["mask"]))
+    except RuntimeError:  # the run lengths end early, or hold other characters
+        raise ValueError(
+            f"the prediction for record {record['id']} has a mask whose counts are no run lengths "
+            "of COCO: predict again"
+        ) from None
+    return {"segmentation": item["mask"], "area": area}
 
 
 def _number_images(ids: Sequence[str]) -> dict[str, int]:

@@ -4,14 +4,16 @@ Each returns a new tensor, and only `all_gather_with_gradient` carries a gradien
 call them in the same order with tensors of the same shape.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
+
+Value = TypeVar("Value")
 
 
 def rank() -> int:
@@ -77,6 +79,34 @@ def all_gather_objects(value: Any) -> list[Any]:
     values: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+def compute_on_rank_zero(compute: Callable[[], Value]) -> Value:
+    """Returns on every rank the small picklable value that `compute` returns on rank 0.
+
+    If rank 0 raises an exception, so does every other rank: a ValueError with the same message, or
+    else a RuntimeError that names the exception. No rank waits for a value that never comes.
+    """
+    value: Value | None = None
+    error: Exception | None = None
+    if rank() == 0:
+        try:
+            value = compute()
+        except Exception as caught:
+            error = caught
+    error_class: type[Exception] | None = None
+    message = ""
+    if isinstance(error, ValueError):
+        error_class, message = ValueError, str(error)
+    elif error is not None:
+        error_class = RuntimeError
+        message = f"rank 0 failed with {type(error).__name__}: {error}"
+    value, error_class, message = all_gather_objects((value, error_class, message))[0]
+    if error is not None:
+        raise error
+    if error_class is not None:
+        raise error_class(message)
+    return cast(Value, value)
 
 
 @torch.no_grad()

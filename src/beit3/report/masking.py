@@ -64,10 +64,10 @@ def list_masked_sources(run: Run, modality: str) -> list[str]:
 
     The source of that modality alone comes before pairs.
     """
-    batch = run.recipe["data"]["batch"]
+    batch = run.batch
     sources = [name for name in (f"{modality}s", "pairs") if batch.get(name)]
     unmasked_by = {"image": "text_only", "text": "image_only"}[modality]
-    if run.recipe["task"].get("pair_masking") == unmasked_by:
+    if run.recipe.get("task", {}).get("pair_masking") == unmasked_by:
         sources = [name for name in sources if name != "pairs"]
     return sources
 
@@ -168,7 +168,7 @@ def _render_token_cards(run: Run) -> str:
         (f"{_compute_accuracy(with_image, batch):.0%}", "of masked tokens right with the image"),
         (f"{_compute_accuracy(without_image, batch):.0%}", "without it"),
     )
-    trained_on_texts = bool(run.recipe["data"]["batch"].get("texts"))
+    trained_on_texts = bool(run.batch.get("texts"))
     caveat = "" if trained_on_texts else " It was never trained on a text without an image."
     indices = np.unique(np.linspace(0, len(batch["id"]) - 1, NUM_CAPTIONS).round().astype(int))
     cards = "".join(

@@ -80,14 +80,14 @@ def load_run_weights(run: Run, task_class: type[T], *, load_frozen: bool = True)
 def open_run_records(run: Run, source: str, split: str) -> RecordDataset:
     """Opens the records of a run's source and split; ValueError where they no longer exist."""
     task_class = load_task(run.task)
-    root = Path(run.recipe["data"]["root"] or prepare_embedded_world(task_class))
+    root = Path(run.root or prepare_embedded_world(task_class))
     records_task = task_class.records_from.get(source, run.task)
     return RecordDataset(locate_split(root, records_task, source, split), root)
 
 
 def open_held_out_records(run: Run) -> RecordDataset:
     """Opens the held-out records of the first source that the run trained on."""
-    batch = run.recipe["data"]["batch"]
+    batch = run.batch
     trained_sources = [name for name, count in batch.items() if count]
     return open_run_records(run, trained_sources[0] if trained_sources else "main", "val")
 

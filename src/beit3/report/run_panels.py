@@ -40,7 +40,7 @@ def render_run_summary(run: Run, index: int, *, several: bool) -> str:
     Training time, speed and memory follow where they were logged. With `several` runs the label has
     the color and dash of run `index`.
     """
-    batch = run.recipe.get("data", {}).get("batch", {})
+    batch = run.batch
     facts = [f"{run.last_step} steps"]
     facts += [
         f"{count} {SOURCE_NAMES.get(source, source)} a step"

@@ -9,11 +9,14 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
 from beit3.files import read_json, read_lines
+
+MAX_INTEGER = 2**63
+"""Whole numbers in the files of a run are smaller."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,16 @@ class Run:
     scores: dict[str, float]
     inputs: dict[str, Any] = field(default_factory=dict)
     environment: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def batch(self) -> dict[str, float]:
+        """Source -> records a step; empty where the recipe does not say."""
+        return dict(self.recipe.get("data", {}).get("batch", {}))
+
+    @property
+    def root(self) -> str:
+        """Directory of the records; empty for the embedded world."""
+        return str(self.recipe.get("data", {}).get("root", ""))
 
     def get_series(self, name: str) -> tuple[np.ndarray, np.ndarray]:
         """Returns steps [T] and values [T] of a logged name, without values that are not finite."""
@@ -68,7 +81,10 @@ class Run:
         rates = [
             line["samples"] / line["seconds"]
             for line in self.metrics
-            if line.get("seconds") and line.get("samples")
+            if is_finite_number(line.get("samples"))
+            and is_finite_number(line.get("seconds"))
+            and line["samples"] > 0
+            and line["seconds"] > 0
         ]
         return float(np.median(rates)) if rates else 0.0
 
@@ -107,7 +123,9 @@ def shorten_paths(paths: Iterable[str], min_parts: int = 1) -> list[str]:
 
 def is_finite_number(value: Any) -> bool:
     """Returns whether a value is a number, but neither infinite nor NaN."""
-    return isinstance(value, int | float) and math.isfinite(value)
+    if isinstance(value, int):
+        return abs(value) < MAX_INTEGER
+    return isinstance(value, float) and math.isfinite(value)
 
 
 def _find_unique_ending(
@@ -135,25 +153,83 @@ def _read_run(path: Path, label: str) -> Run:
         path=path,
         label=label,
         task=recipe["task"],
-        init=recipe.get("init", ""),
+        init=recipe.get("init") or "",
         recipe=recipe["recipe"],
         metrics=_read_metrics(path / "metrics.jsonl"),
-        scores=_read_optional_json(path / "scores.json") or {},
+        scores=_read_scores(path / "scores.json"),
         inputs=recipe.get("inputs") or {},
         environment=recipe.get("environment") or {},
     )
 
 
 def check_recipe(content: dict[str, Any], path: Path) -> None:
-    """Raises ValueError that names the field of a recipe.json that is not of its type."""
-    empty: dict[str, Any] = {"recipe": {}, "inputs": {}, "environment": {}, "init": "", "task": ""}
-    for name, default in empty.items():
-        value = content.get(name) or default
-        if not isinstance(value, type(default)):
-            raise ValueError(
-                f"{path}: the field {name!r} is {str(value)[:60]!r}: it should be a "
-                f"{type(default).__name__}, as beit3 train writes it"
-            )
+    """Raises ValueError that names the field of a recipe.json that is not of its type.
+
+    Fields that a page does not read are not looked at, and `inputs`, `environment` and `init` may
+    be null.
+    """
+    may_be_null = ("inputs", "environment", "init")
+    fields = {name: content[name] for name in may_be_null if content.get(name) is not None}
+    recipe = fields["recipe"] = content["recipe"]
+    fields["task"] = content["task"]
+    _check_types(fields, RECIPE_TYPES, path)
+    parts = {f"recipe.{name}": recipe[name] for name in ("task", "data", "run") if name in recipe}
+    _check_types(parts, RECIPE_TYPES, path)
+    data = recipe.get("data", {})
+    _check_types(
+        {f"recipe.data.{name}": data[name] for name in ("batch", "root") if name in data},
+        RECIPE_TYPES,
+        path,
+    )
+    for source, count in data.get("batch", {}).items():
+        if not is_finite_number(count):
+            _refuse_field(f"recipe.data.batch.{source}", count, "a number", path)
+    started = (fields.get("environment") or {}).get("started")
+    if started is not None:
+        _check_types({"environment.started": started}, RECIPE_TYPES, path)
+
+
+RECIPE_TYPES: dict[str, type] = {
+    "task": str,
+    "init": str,
+    "recipe": dict,
+    "inputs": dict,
+    "environment": dict,
+    "environment.started": str,
+    "recipe.task": dict,
+    "recipe.data": dict,
+    "recipe.run": dict,
+    "recipe.data.batch": dict,
+    "recipe.data.root": str,
+}
+"""Types of the fields of recipe.json that a page reads."""
+
+
+def _check_types(values: dict[str, Any], types: dict[str, type], path: Path) -> None:
+    """Raises ValueError for the first value that is not of its type, or is a text with a NUL."""
+    names: dict[type, str] = {str: "a text", dict: "an object"}
+    for name, value in values.items():
+        if not isinstance(value, types[name]) or (isinstance(value, str) and "\0" in value):
+            _refuse_field(name, value, names[types[name]], path)
+
+
+def _refuse_field(name: str, value: Any, expected: str, path: Path) -> NoReturn:
+    shown = json.dumps(value, ensure_ascii=False)[:60]
+    raise ValueError(
+        f"{path}: the field {name!r} is {shown}, it should be {expected}, as beit3 train writes it"
+    )
+
+
+def _read_scores(path: Path) -> dict[str, float]:
+    """Returns the scores of scores.json; none where there is no such file."""
+    scores = _read_optional_json(path) or {}
+    if not isinstance(scores, dict):
+        raise ValueError(f"{path} holds no JSON object of scores: delete it")
+    for name, value in scores.items():
+        is_number = is_finite_number(value) or isinstance(value, float)  # NaN and infinity too
+        if value is not None and not is_number:
+            _refuse_field(name, value, "a number", path)
+    return scores
 
 
 def _read_metrics(path: Path) -> list[dict[str, float]]:
@@ -165,11 +241,13 @@ def _read_metrics(path: Path) -> list[dict[str, float]]:
             break
         try:
             values = json.loads(line)
-            int(values["step"])
-        except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
+            json.dumps(values, ensure_ascii=False).encode()  # half of a surrogate pair
+        except (ValueError, RecursionError):
+            values = None
+        if not isinstance(values, dict) or not is_finite_number(values.get("step")):
             raise ValueError(
                 f"{path} line {number} is not a JSON object with a step: delete the line"
-            ) from None
+            )
         metrics.append(values)
     return metrics
 
@@ -179,6 +257,14 @@ def _read_optional_json(path: Path) -> Any:
     if not path.is_file():
         return None
     try:
-        return read_json(path)
+        content = read_json(path)
     except ValueError as error:
         raise ValueError(f"{error}; delete it and run the training again") from None
+    try:
+        json.dumps(content, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{path} holds a text with {error.object[error.start]!r}, which is no character: "
+            "mend it"
+        ) from None
+    return content

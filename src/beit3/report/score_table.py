@@ -88,7 +88,7 @@ def find_scoring_differences(runs: Sequence[Run]) -> list[str]:
 
 def _list_sources(run: Run) -> list[str]:
     """Returns the names of the sources that a run draws records from."""
-    batch = run.recipe.get("data", {}).get("batch", {})
+    batch = run.batch
     return sorted(source for source, count in batch.items() if count)
 
 

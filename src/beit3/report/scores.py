@@ -131,7 +131,7 @@ def format_score(name: str, value: Any) -> str:
 
 def format_column(name: str, values: Sequence[float | None]) -> list[str]:
     """Returns scores of one name as texts with equally many decimals, "" for None."""
-    sizes = [abs(value) for value in values if value is not None]
+    sizes = [abs(value) for value in values if value is not None and math.isfinite(value)]
     largest = max(sizes, default=0)
     decimals = max(0, 3 - math.floor(math.log10(largest))) if largest > 0 else 0
     number_format = choose_format(name, f".{min(decimals, 8)}f")

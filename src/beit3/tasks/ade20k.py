@@ -21,10 +21,12 @@ from torch import Tensor
 from beit3.data.prepare.formats.detect import read_label_maps
 from beit3.data.prepare.splits import BAD_SHARE, write_splits
 from beit3.data.stores.label_names import read_class_names
+from beit3.data.stores.predictions import STRING
 from beit3.data.stores.record_fields import (
     FILE,
     LABEL_MAP_DESCRIPTION,
     PURPOSES,
+    FieldKind,
     RecordField,
 )
 from beit3.data.stores.split_files import locate_split
@@ -205,6 +207,7 @@ class Ade20k(Task):
         "label_map": RecordField(FILE, needed_for=("train", "score")),
         "labels": RecordField(LABEL_MAP_DESCRIPTION, needed_for=("train", "score")),
     }
+    prediction_fields: ClassVar[Mapping[str, FieldKind]] = {"map": STRING}
     headline = "miou"
     names_file = CLASSES_FILE
     unused_parameters: ClassVar[Mapping[str, str]] = {

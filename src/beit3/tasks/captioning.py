@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from beit3.data.prepare.formats.captions import split_by_caption
 from beit3.data.prepare.formats.detect import read_captioned_images
 from beit3.data.prepare.splits import BAD_SHARE, write_splits
+from beit3.data.stores.predictions import STRING
 from beit3.data.stores.record_fields import (
     CAPTIONS,
     FILE,
@@ -26,6 +27,7 @@ from beit3.data.stores.record_fields import (
     PURPOSES,
     TEXT_OR_IDS,
     WORD,
+    FieldKind,
     Purpose,
     RecordField,
 )
@@ -166,6 +168,7 @@ class Captioning(Task):
         "image_id": RecordField(ID),
         "domain": RecordField(WORD),
     }
+    prediction_fields: ClassVar[Mapping[str, FieldKind]] = {"caption": STRING}
     headline = "cider"
     released_names: ClassVar[Mapping[str, str]] = {"text_head": "mlm_head"}
     recipes: ClassVar[Mapping[str, Recipe]] = {

@@ -21,7 +21,8 @@ from torch import Tensor
 
 from beit3.data.prepare.formats.detect import read_instances
 from beit3.data.prepare.splits import BAD_SHARE, write_splits
-from beit3.data.stores.record_fields import FILE, OBJECTS, PURPOSES, Purpose, RecordField
+from beit3.data.stores.predictions import DETECTIONS
+from beit3.data.stores.record_fields import FILE, OBJECTS, PURPOSES, FieldKind, Purpose, RecordField
 from beit3.data.stores.split_files import locate_split
 from beit3.data.views.jitter import large_scale_jitter, pad_to_square
 from beit3.data.views.preprocessing import (
@@ -220,6 +221,7 @@ class Coco(Task):
             OBJECTS, needed_for=("train", "score"), may_be_empty_for=("train", "score")
         ),
     }
+    prediction_fields: ClassVar[Mapping[str, FieldKind]] = {"objects": DETECTIONS}
     headline = "box_ap"
     names_file = CATEGORIES_FILE
     left_out_reason = "they have no objects"

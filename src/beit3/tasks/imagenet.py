@@ -23,7 +23,15 @@ from beit3.data.loader import RecordDataset
 from beit3.data.prepare.formats.detect import read_classified_images
 from beit3.data.prepare.splits import BAD_SHARE, write_splits
 from beit3.data.stores.label_names import CLASSES_FILE, read_class_names, write_class_names
-from beit3.data.stores.record_fields import FILE, LABEL, PURPOSES, RecordField, is_whole_number
+from beit3.data.stores.predictions import CANDIDATES
+from beit3.data.stores.record_fields import (
+    FILE,
+    LABEL,
+    PURPOSES,
+    FieldKind,
+    RecordField,
+    is_whole_number,
+)
 from beit3.data.stores.split_files import locate_split
 from beit3.data.views.augment import draw_erasing, erase_boxes, rand_augment_timm
 from beit3.data.views.mixup import mix_batch
@@ -188,6 +196,7 @@ class ImageNet(Task):
         "image": RecordField(FILE, needed_for=PURPOSES),
         "label": RecordField(LABEL, needed_for=("train", "score"), below="num_classes"),
     }
+    prediction_fields: ClassVar[Mapping[str, FieldKind]] = {"candidates": CANDIDATES}
     headline = "accuracy"
     released_names: ClassVar[Mapping[str, str]] = {
         "fc_norm": "fc_norm",

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from beit3.data.prepare.formats.detect import read_statements
 from beit3.data.prepare.splits import BAD_SHARE, write_splits
+from beit3.data.stores.predictions import STRING
 from beit3.data.stores.record_fields import (
     FILE,
     ID,
@@ -25,6 +26,7 @@ from beit3.data.stores.record_fields import (
     TEXT_OR_IDS,
     TRUTH,
     TWO_BOXES,
+    FieldKind,
     RecordField,
 )
 from beit3.data.views.preprocessing import Preprocessing
@@ -125,6 +127,7 @@ class NLVR2(Task):
         "group": RecordField(ID),
         "boxes": RecordField(TWO_BOXES),
     }
+    prediction_fields: ClassVar[Mapping[str, FieldKind]] = {"answer": STRING}
     headline = "accuracy"
     released_names: ClassVar[Mapping[str, str]] = {"head": "head"}
     recipes: ClassVar[Mapping[str, Recipe]] = {

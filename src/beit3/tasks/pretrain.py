@@ -608,12 +608,24 @@ class Pretrain(Task):
         for modality in ("image", "text"):
             total = sum(prediction.get(f"{modality}_targets", 0) for prediction in joined)
             if total:
+                _check_masked_fields(joined, modality)
                 sum_loss = sum(prediction[f"{modality}_loss"] for prediction in joined)
                 num_correct = sum(prediction[f"{modality}_correct"] for prediction in joined)
                 scores[f"{modality}_loss"] = sum_loss / total
                 scores[f"{modality}_accuracy"] = num_correct / total
         losses = [value for name, value in scores.items() if name.endswith("_loss")]
         return scores | {"negative_loss": -sum(losses)}
+
+
+def _check_masked_fields(predictions: Sequence[Prediction], modality: str) -> None:
+    """Raises ValueError for a prediction that lacks the loss or the correct ones of a modality."""
+    for prediction in predictions:
+        for name in (f"{modality}_loss", f"{modality}_correct"):
+            if name not in prediction:
+                raise ValueError(
+                    f"the prediction for record {prediction['id']} has no field {name!r}: "
+                    "write the file by beit3 eval --predictions"
+                )
 
 
 # Texts of `prepare` -------------------------------------------------------------------------------

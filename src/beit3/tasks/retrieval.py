@@ -22,12 +22,14 @@ from beit3.data.batches import check_same_fields, trim_padding
 from beit3.data.prepare.formats.captions import split_by_caption
 from beit3.data.prepare.formats.detect import read_captioned_images
 from beit3.data.prepare.splits import BAD_SHARE, write_splits
+from beit3.data.stores.predictions import VECTOR, VECTORS
 from beit3.data.stores.record_fields import (
     FILE,
     ID,
     PURPOSES,
     TEXT_OR_IDS,
     TEXTS_OR_IDS,
+    FieldKind,
     RecordField,
 )
 from beit3.data.views.preprocessing import Preprocessing
@@ -152,6 +154,7 @@ class Retrieval(Task):
         ),
         "image_id": RecordField(ID),
     }
+    prediction_fields: ClassVar[Mapping[str, FieldKind]] = {"image": VECTOR, "texts": VECTORS}
     headline = "mean_recall"
     compares_examples = True
     released_names: ClassVar[Mapping[str, str]] = {
@@ -406,4 +409,10 @@ class Retrieval(Task):
             captions = np.asarray(prediction["texts"], dtype=np.float32)
             texts.append(captions)
             owners += [image_indices[image_id]] * len(captions)
+        widths = {features.shape[-1] for features in (*images, *texts)}
+        if len(widths) > 1:
+            raise ValueError(
+                f"image and texts have features of different widths {sorted(widths)}: "
+                "predict all by the same weights"
+            )
         return compute_recall(np.stack(images), np.concatenate(texts), np.array(owners))

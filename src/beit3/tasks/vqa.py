@@ -26,12 +26,14 @@ from beit3.data.prepare.formats.detect import (
 from beit3.data.prepare.splits import BAD_SHARE, find_invalid_character, write_splits
 from beit3.data.prepare.val_images import train_on_val
 from beit3.data.stores.label_names import ANSWERS_FILE, read_answers, write_answers
+from beit3.data.stores.predictions import STRING
 from beit3.data.stores.record_fields import (
     ANSWERS,
     FILE,
     PURPOSES,
     STRINGS,
     TEXT_OR_IDS,
+    FieldKind,
     Purpose,
     RecordField,
 )
@@ -163,6 +165,7 @@ class VQA(Task):
         "answers": RecordField(ANSWERS, needed_for=("train", "score"), may_be_empty_for=("score",)),
         "annotators": RecordField(STRINGS),
     }
+    prediction_fields: ClassVar[Mapping[str, FieldKind]] = {"answer": STRING}
     headline = "accuracy"
     released_names: ClassVar[Mapping[str, str]] = {"pooler": "pooler", "head": "head"}
     recipes: ClassVar[Mapping[str, Recipe]] = {
@@ -395,7 +398,7 @@ class VQA(Task):
         VQA accuracy by leave-one-out with the official normalization, as the test server has it.
         """
         pairs = join_by_id(predictions, records)
-        if not any(record["answers"] for record in records):
+        if not any(record.get("answers") for record in records):
             raise ValueError(
                 "these records hold no answers to compare with: score a split that has them"
             )

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from beit3.data.prepare.formats.detect import holds_pretraining_tars, read_images
 from beit3.data.prepare.splits import BAD_SHARE, write_splits
-from beit3.data.stores.record_fields import FILE, PURPOSES, RecordField
+from beit3.data.stores.predictions import CODES, NUM_CODES
+from beit3.data.stores.record_fields import FILE, PURPOSES, FieldKind, RecordField
 from beit3.data.stores.shard_writer import write_shards
 from beit3.data.views.preprocessing import Preprocessing
 from beit3.data.views.transforms import make_two_views
@@ -152,6 +153,7 @@ class VQKD(Task):
     record_fields: ClassVar[Mapping[str, RecordField]] = {
         "image": RecordField(FILE, needed_for=PURPOSES)
     }
+    prediction_fields: ClassVar[Mapping[str, FieldKind]] = {"codes": CODES, "num_codes": NUM_CODES}
     headline = "score"
     frozen = ("teacher",)
     updates_buffers = True
@@ -342,7 +344,12 @@ class VQKD(Task):
         """
         joined = [prediction for prediction, _ in join_by_id(predictions, records)]
         num_codes = joined[0]["num_codes"]
-        codes = np.concatenate([prediction["codes"] for prediction in joined])
+        codes = np.concatenate([prediction["codes"] for prediction in joined]).astype(int)
+        if codes.max(initial=-1) >= num_codes or not len(codes):
+            raise ValueError(
+                f"the predictions hold {len(codes)} codes up to {codes.max(initial=-1)}, "
+                f"num_codes is {num_codes}: predict again"
+            )
         counts = np.bincount(codes, minlength=num_codes)
         frequencies = counts[counts > 0] / counts.sum()
         scores = {
@@ -350,7 +357,7 @@ class VQKD(Task):
             "perplexity": float(np.exp(-(frequencies * np.log(frequencies)).sum())),
             "num_codes": float(num_codes),
         }
-        if "distance" in joined[0]:
+        if all("distance" in prediction for prediction in joined):
             distances = [prediction["distance"] for prediction in joined]
             scores["distance"] = float(np.mean(distances))
             scores["score"] = 1 - scores["distance"]

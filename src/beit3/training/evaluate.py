@@ -13,13 +13,15 @@ from typing import Any
 
 import torch
 
-from beit3.data.loader import EvaluationBatches, RecordDataset, load_evaluation_batches
+from beit3.data.loader import (
+    MAX_LISTED_RECORDS,
+    EvaluationBatches,
+    RecordDataset,
+    load_evaluation_batches,
+)
 from beit3.ops.collectives import all_gather_objects, rank, world_size
 from beit3.task import Batch, Prediction, Record, Task
 from beit3.training.sources import check_tokenizer, has_raw_text
-
-MAX_LISTED_RECORDS = 20
-"""Unreadable records that an error lists."""
 
 Progress = Callable[[int, int], None]
 """Receives (records done, records in all)."""
@@ -47,18 +49,13 @@ def to_device(batch: Batch, device: torch.device, dtype: torch.dtype = torch.flo
 # Batches ------------------------------------------------------------------------------------------
 
 
-def iterate_batches(
-    task: Task, records: Iterable[Record], size: int, *, workers: int = 0
-) -> Iterator[Batch]:
+def iterate_batches(task: Task, records: Iterable[Record], size: int) -> Iterator[Batch]:
     """Yields the examples of `records`, in order, in batches of `size`.
 
     Raises ValueError for a record that cannot be read.
     """
-    for batch, unreadable in load_batches(task, split_records(list(records), size), workers):
-        if unreadable:
-            raise ValueError(unreadable[0])
-        if batch is not None:
-            yield batch
+    for batch in split_records(list(records), size):
+        yield task.collate([task.example(record, False) for record in batch])
 
 
 def split_records(records: Sequence[Record], size: int) -> list[Sequence[Record]]:
@@ -66,7 +63,7 @@ def split_records(records: Sequence[Record], size: int) -> list[Sequence[Record]
     return [records[start : start + size] for start in range(0, len(records), size)]
 
 
-def load_batches(
+def load_example_batches(
     task: Task, batches: Sequence[Sequence[Record]], workers: int
 ) -> Iterator[tuple[Batch | None, list[str]]]:
     """Yields (examples, descriptions of unreadable records) of each batch of records."""
@@ -99,7 +96,7 @@ def iterate_rank_batches(
     """
     batches = split_records(records, size)
     num_rounds = -(-len(batches) // world_size())
-    own_batches = load_batches(task, batches[rank() :: world_size()], workers)
+    own_batches = load_example_batches(task, batches[rank() :: world_size()], workers)
     for index in range(rank(), num_rounds * world_size(), world_size()):
         batch, unreadable = next(own_batches, (None, []))
         turn = RankBatch(index, batch, batch is not None, unreadable)
@@ -111,7 +108,7 @@ def iterate_rank_batches(
 def _find_readable_batch(task: Task, batches: Sequence[Sequence[Record]]) -> Batch:
     """Returns the first batch that can be read. Raises ValueError if there is none."""
     all_unreadable: list[str] = []
-    for batch, unreadable in load_batches(task, batches, workers=0):
+    for batch, unreadable in load_example_batches(task, batches, workers=0):
         if batch is not None:
             return batch
         all_unreadable += unreadable

@@ -6,17 +6,27 @@ about ten seconds per million. Tars and arrays of token ids, whose records `beit
 composes, are left out.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TypeAlias
 
 from beit3.data.loader import RecordDataset
-from beit3.data.stores.record_fields import GERUNDS, ID_FIELD, Purpose, RecordField, find_fault
-from beit3.data.stores.records import FILE_FIELDS, Records
+from beit3.data.stores.record_fields import (
+    FILE,
+    GERUNDS,
+    ID_FIELD,
+    Purpose,
+    RecordField,
+    find_fault,
+)
+from beit3.data.stores.records import Records
 from beit3.data.stores.upstream import UpstreamIndex
 from beit3.images import measure_file
-from beit3.ops.collectives import all_gather_objects, rank
+from beit3.ops.collectives import compute_on_rank_zero
 from beit3.recipe import TaskConfig
 from beit3.task import Record, Task
+
+CheckedStore: TypeAlias = Records | UpstreamIndex
 
 REMEDY = "mend the record, or run `beit3 prepare` again"
 
@@ -44,53 +54,54 @@ def check_records(
         sources: Source -> the records of one split.
         purpose: What the records are read for.
         config: The task's config, by which labels are checked.
-        limit: Records of each source that are read, the first ones; 0 = all.
-        bad_share: The fraction of the records to score whose images may be missing.
+        limit: Number of records of each source that evaluation reads; 0 = all.
+        bad_share: The fraction of the records to score whose files may be missing. At 1 no file
+            is looked for.
         progress: Receives the progress.
     """
-    fault = ""
-    if rank() == 0:
-        faults = (
-            _find_source_fault(
-                task_class, name, source, purpose, config, limit, bad_share, progress
-            )
-            for name, source in sources.items()
-        )
-        fault = next(filter(None, faults), "")
-    fault = all_gather_objects(fault)[0]
+
+    def find_first_fault() -> str:
+        for name, source in sources.items():
+            fields = {"id": ID_FIELD, **task_class.get_record_fields(name)}
+            checker = SourceChecker(task_class, fields, purpose, config, bad_share)
+            fault = _find_source_fault(checker, source, limit, progress)
+            if fault:
+                return fault
+        return ""
+
+    fault = compute_on_rank_zero(find_first_fault)
     if fault:
         raise ValueError(fault)
 
 
 def _find_source_fault(
-    task_class: type[Task],
-    name: str,
-    source: RecordDataset,
-    purpose: Purpose,
-    config: TaskConfig | None,
-    limit: int,
-    bad_share: float,
-    progress: Progress | None,
+    checker: "SourceChecker", source: RecordDataset, limit: int, progress: Progress | None
 ) -> str:
     """Returns what is wrong with the records of a source, or ""."""
-    fields = {"id": ID_FIELD, **task_class.get_record_fields(name)}
-    checker = SourceChecker(task_class, fields, purpose, config)
-    size = min(limit or len(source), len(source))
-    for number, (store, index) in enumerate(iterate_checked(source)):
-        if number == size:
-            break
-        checker.check(store, index, source.root)
-        if progress and number % 1000 == 0:
-            progress(number, size)
-    return checker.find_fault(bad_share)
+    stores = find_checked_stores(source, limit)
+    size, number = sum(count for _, count in stores), 0
+    for store, count in stores:
+        for index in range(count):
+            checker.check(store, index, source.root)
+            if progress and number % 1000 == 0:
+                progress(number, size)
+            number += 1
+    return checker.find_fault()
 
 
-def iterate_checked(source: RecordDataset) -> Iterator[tuple[Records | UpstreamIndex, int]]:
-    """Yields the records of a source that are checked, as a store and an index in it."""
-    for store, size in zip(source.stores, source.sizes, strict=True):
-        if isinstance(store, Records | UpstreamIndex):
-            for index in range(size):
-                yield store, index
+def find_checked_stores(source: RecordDataset, limit: int) -> list[tuple[CheckedStore, int]]:
+    """Returns the files of a source that are checked, and how many records of each, from the first.
+
+    With a limit they are the records that an evaluation of so many reads: each dataset has its
+    fraction of them.
+    """
+    is_limited = 0 < limit < len(source)
+    counts = source.by_size.count(limit) if is_limited else source.sizes
+    return [
+        (store, count)
+        for store, count in zip(source.stores, counts, strict=True)
+        if isinstance(store, Records | UpstreamIndex)
+    ]
 
 
 class SourceChecker:
@@ -102,9 +113,14 @@ class SourceChecker:
         fields: Mapping[str, RecordField],
         purpose: Purpose,
         config: TaskConfig | None,
+        bad_share: float,
     ) -> None:
         self.task_class, self.fields = task_class, fields
-        self.purpose, self.config = purpose, config
+        self.purpose, self.config, self.bad_share = purpose, config, bad_share
+        self.file_fields = [name for name, field in fields.items() if field.kind is FILE]
+        """Fields whose files are looked for."""
+        if purpose != "score" or bad_share >= 1:
+            self.file_fields = []
         self.first_fault = ""
         self.num_faults = self.num_records = 0
         self.locations: dict[tuple[Path, str], int] = {}
@@ -114,69 +130,74 @@ class SourceChecker:
         }
         """Fields that were empty in all records so far."""
         self.path = Path()
-        self.missing_files: dict[str, str] = {}
-        """Missing file -> where it is named."""
+        self.is_present: dict[str, bool] = {}
+        """File -> whether it is there."""
+        self.first_missing = ""
+        """The first missing file, after where it is named."""
         self.num_missing = 0
-        self.checked_files: set[str] = set()
 
-    def check(self, store: Records | UpstreamIndex, index: int, root: Path) -> None:
+    def check(self, store: CheckedStore, index: int, root: Path) -> None:
         """Checks one record."""
         self.num_records += 1
         self.path = store.path
         try:
             record = store[index]
         except ValueError as error:
-            self._add_fault(str(error))
+            self.first_fault = self.first_fault or str(error)
+            self.num_faults += 1
             return
         fault = find_fault(record, self.fields, self.purpose, self.config)
         fault = fault or self.task_class.find_record_fault(record, self.purpose, self.config)
         if not fault and self.purpose != "train":
             fault = self._find_repeated_id(store, index, str(record["id"]))
         if fault:
-            identifier = f" (record {record['id']})" if record.get("id") is not None else ""
-            self._add_fault(f"{store.describe(index)}{identifier}: {fault}: {REMEDY}")
+            self._add_fault(fault, store, index, record)
             return
         self.empty_fields = {name for name in self.empty_fields if not record.get(name)}
-        if self.purpose == "score":
-            self._look_for_files(store, index, record, root)
+        self._look_for_files(store, index, record, root)
 
-    def _add_fault(self, fault: str) -> None:
-        self.first_fault = self.first_fault or fault
+    def _add_fault(self, fault: str, store: CheckedStore, index: int, record: Record) -> None:
+        if not self.first_fault:
+            identifier = f" (record {record['id']})" if record.get("id") is not None else ""
+            self.first_fault = f"{store.describe(index)}{identifier}: {fault}: {REMEDY}"
         self.num_faults += 1
 
-    def _find_repeated_id(self, store: Records | UpstreamIndex, index: int, id: str) -> str:
+    def _find_repeated_id(self, store: CheckedStore, index: int, id: str) -> str:
         """Returns a fault where an earlier record of the same file has this id."""
         first = self.locations.setdefault((store.path, id), index)
         if first == index:
             return ""
         return f"field id is also that of {store.describe(first)}, and predictions are told by it"
 
-    def _look_for_files(
-        self, store: Records | UpstreamIndex, index: int, record: Record, root: Path
-    ) -> None:
-        """Notes the files of a record that are missing."""
-        is_missing = False
-        for name in FILE_FIELDS:
-            if name not in record:
-                continue
-            file = str(root / record[name])
-            if file not in self.checked_files:
-                self.checked_files.add(file)
-                if not _is_file(file):
-                    self.missing_files[file] = f"{store.describe(index)}: field {name}"
-            is_missing = is_missing or file in self.missing_files
-        self.num_missing += is_missing
+    def _look_for_files(self, store: CheckedStore, index: int, record: Record, root: Path) -> None:
+        """Counts the record if a file that it names is missing."""
+        missing_fields = [
+            name
+            for name in self.file_fields
+            if name in record and not self._is_present(root / record[name])
+        ]
+        if missing_fields and not self.first_missing:
+            name = missing_fields[0]
+            self.first_missing = (
+                f"{store.describe(index)}: field {name} names {root / record[name]}"
+            )
+        self.num_missing += bool(missing_fields)
 
-    def find_fault(self, bad_share: float) -> str:
+    def _is_present(self, file: Path) -> bool:
+        name = str(file)
+        if name not in self.is_present:
+            self.is_present[name] = _is_file(name)
+        return self.is_present[name]
+
+    def find_fault(self) -> str:
         """Returns what is wrong with the records that were checked, or ""."""
         if self.first_fault:
             others = self.num_faults - 1
             more = f" ({others} more of {self.num_records} records are faulty)" if others else ""
             return self.first_fault + more
-        if self.num_missing > bad_share * self.num_records:
-            file, location = next(iter(self.missing_files.items()))
+        if self.num_missing > self.bad_share * self.num_records:
             return (
-                f"{location} names {file}, which is not there; it is the first of "
+                f"{self.first_missing}, which is not there; it is the first of "
                 f"{self.num_missing} such records of {self.num_records}: move the files and the "
                 "records together, or mend the paths"
             )

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from beit3.data.loader import SKIPPED, RecordDataset
+from beit3.data.loader import MAX_LISTED_RECORDS, SKIPPED, RecordDataset
 from beit3.ops.collectives import all_gather_objects, all_reduce, gather_full, world_size
 from beit3.task import Batch, Task
 from beit3.training.log import Log
@@ -22,9 +22,6 @@ MoveBatch = Callable[[Batch], Batch]
 
 MAX_LISTED_IDS = 8
 """Record ids that an error lists."""
-
-MAX_LISTED_RECORDS = 20
-"""Unreadable records that an error lists."""
 
 
 def sum_targets(task: Task, micro_batches: Sequence[Batch]) -> dict[str, int]:
@@ -81,7 +78,11 @@ def backward(
         objective = loss
         if is_last:
             for name, leaf in leaves.items():
-                assert leaf.grad is not None, "every micro-batch uses the shared features"
+                if leaf.grad is None:
+                    raise ValueError(
+                        f"{type(task).__name__}.compute_shared_features returns {name!r}, which "
+                        "the loss of no micro-batch uses: use it in forward, or leave it out"
+                    )
                 objective = objective + (shared[name] * leaf.grad).sum()
         objective.backward()
         losses.append(loss.detach())

@@ -93,6 +93,74 @@ def test_a_cell_has_at_most_so_many_lines(tmp_path):
             assert_refused(read_pairs, table, "a.csv line 4", f"within {MAX_ROW_LINES} lines")
 
 
+LINES = "\n".join(f"line {k}, and more" for k in range(22))
+
+
+@pytest.mark.parametrize(
+    ("header", "row"),
+    [
+        ("image,text", '000123,"line one\nline two, comma"'),
+        ("image,text", '000123,"kitten, one\nkitten, two"'),
+        ("text,image", '"line one, a\nline two, comma",000123'),
+        ("image,text,split", '000123,"one, a\ntwo, b",train'),
+        ("image,text", 'a.png,"see also\nb.png"'),
+        ("image,text", 'a.png,"seen from\nleft, b.png"'),
+        ("text,image", '"two\nof b.png",a.png'),
+        ("image,text", f'a.png,"{LINES}"'),
+        ("image,text", f'007,"{LINES}"'),
+        ("image,text", f'a.png,"{"word " * 40_000}"'),
+    ],
+)
+def test_cells_that_are_quoted_well_are_read_however_long_they_are(tmp_path, header, row):
+    write_files(tmp_path, {"a.csv": f"{header}\n{row}\n{row}\n"})
+    rows = list(open_table(tmp_path / "a.csv").rows)
+    assert len(rows) == 2 and rows[0].cells == rows[1].cells
+    quoted = row.split('"')[1].strip()
+    assert quoted in rows[0].cells and len(rows[0].cells) == len(header.split(","))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        'image,text\n000123,"half\n000124,cat"\n',
+        'text,image\n"half,000123\ncat",000124\n',
+        'image,text,split\n01,"half,train\n02,cat",val\n',
+        'image,text\nimg 1,"half\nimg 2,cat"\n',
+        'text,image\n"half,1.png\na",b,2.png\n',
+        'image,text\n1.png,"half\n2.jpg,cat"\n',
+    ],
+)
+def test_rows_in_a_quoted_cell_are_found_with_and_without_names_of_files(tmp_path, content):
+    write_files(tmp_path, {"a.csv": content})
+    with pytest.raises(ValueError, match="a.csv line 2 opens a quote that takes in"):
+        list(open_table(tmp_path / "a.csv").rows)
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        'image\ttext\nb.jpg\tx\na.jpg\t"first line\nsecond line"\n',
+        'image\ttext\nb.jpg\tx\na.jpg\t"first line\n\nsecond\nthird"\n',
+        'text\timage\nx\tb.jpg\n"first line\nsecond line"\ta.jpg\n',
+        'image\ttext\tsplit\nb.jpg\tx\ttrain\na.jpg\t"first\nsecond"\ttrain\n',
+    ],
+)
+def test_cells_of_several_lines_in_a_tsv_are_refused(tmp_path, rows):
+    """pandas writes them; as text the first line would be trained, with a stray quote."""
+    write_files(tmp_path, {"a.tsv": rows})
+    with pytest.raises(ValueError, match="a.tsv line 3 opens a quote that may be text or begin"):
+        list(open_table(tmp_path / "a.tsv").rows)
+    quoted_header = "\t".join(f'"{name}"' for name in rows.split("\n")[0].split("\t"))
+    write_files(tmp_path, {"a.tsv": quoted_header + rows[rows.index("\n") :]})
+    assert len(list(open_table(tmp_path / "a.tsv").rows)) == 2
+
+
+def test_ragged_rows_of_a_tsv_without_quotes_before_them_stay_faults(tmp_path):
+    write_files(tmp_path, {"a.tsv": 'image\ttext\na.png\t12" of\nb.png\nc.png\t"half\n\n'})
+    rows = [row.cells for row in open_table(tmp_path / "a.tsv").rows]
+    assert rows == [["a.png", '12" of'], ["b.png"], ["c.png", '"half']]
+
+
 @pytest.mark.parametrize(
     "content",
     [

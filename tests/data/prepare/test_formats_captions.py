@@ -192,6 +192,21 @@ def test_two_files_for_one_split(tmp_path):
     )
 
 
+def test_lists_of_images_beside_captions_are_left_out_by_name(tmp_path):
+    parts = ["test2017", "test-dev2017", "unlabeled2017", "val2017"]
+    lists = {
+        f"image_info_{part}.json": {"images": coco(n)["images"]} for n, part in enumerate(parts, 1)
+    }
+    captions = {f"captions_{part}2017.json": coco(n) for n, part in enumerate(("train", "val"), 7)}
+    records = list(read_captioned_images(write_files(tmp_path, lists | captions)))
+    left_out = {record["id"] for _, record in records if "left_out" in record}
+    assert left_out == {f"image_info_{part}.json" for part in parts[1:]}
+    images = [(split, record["id"]) for split, record in records if "image" in record]
+    assert {split for split, _ in images} == {"train", "val", "test"}
+    write_files(tmp_path, {"image_info_test2014.json": coco(1)})
+    assert_refused(read_captioned_images, tmp_path, "image_info_test2014.json", "both test")
+
+
 def test_tables_with_several_rows_per_image(tmp_path):
     write_files(
         tmp_path,

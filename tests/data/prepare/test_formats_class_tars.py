@@ -101,3 +101,14 @@ def test_a_tar_of_a_tar_is_addressed_from_the_beginning_of_the_file():
     file.seek(512)
     with tarfile.open(fileobj=file, mode="r:") as tar:
         assert tar.next().offset_data == 1024
+
+
+def test_a_class_may_be_called_after_a_split_beside_others(tmp_path):
+    for name in ("bullet_train", "dog"):
+        write_tar(tmp_path / f"{name}.tar", make_images(name))
+    assert read_all(tmp_path)[0] == ("bullet train", "dog")
+    write_tar(tmp_path / "val.tar", make_images("val"))
+    assert_refused(read_classified_images, tmp_path, "val.tar", "split")
+    (tmp_path / "val.tar").unlink()
+    (tmp_path / "dog.tar").unlink()
+    assert_refused(read_classified_images, tmp_path, "bullet_train.tar", "split")

@@ -122,8 +122,12 @@ def test_ade20k_takes_names_from_lists_or_numbers(tmp_path, above):
         ("train", "b"),
         ("val", "a"),
     ]
-    (raw / "classes.txt").write_text("wall\n\nlarge  tree\nsky\nsea\n")
+    (raw / "classes.txt").write_text("wall\nlarge  tree\nsky\nsea\n")
     assert read_label_maps(tmp_path)[0] == ("wall", "large tree", "sky", "sea")
+    (raw / "classes.txt").write_text("0 wall\n1 tree\n2 sky\n")
+    assert read_label_maps(tmp_path)[0] == ("wall", "tree", "sky")
+    (raw / "classes.txt").write_text("wall\n\ntree\nsky\n")
+    assert_refused(tmp_path, "classes.txt line 2 is blank")
     (raw / "objectInfo150.txt").write_text(
         "Idx\tRatio\tName\n1\t.1\tscreen, crt \n2\t.1\tscreen, door\n3\t.1\ttree, plant\n"
     )

@@ -7,9 +7,11 @@ import pytest
 
 from beit3.data.prepare.formats import json_lists
 from beit3.data.prepare.formats.detect import (
+    QUESTION_FORMATS,
     detect_format,
     holds_vqa_questions,
     read_captioned_images,
+    read_instances,
     read_pairs,
     read_questions,
     read_statements,
@@ -80,9 +82,9 @@ def test_lavis_captions_become_pairs_and_images(tmp_path):
 
 def test_lavis_files_that_cannot_be_told_apart_are_refused(tmp_path):
     raw = write_lavis_captions(tmp_path)
-    write_files(raw, {"flickr30k_train.json": [{"image": "a.jpg", "caption": "a"}]})
-    assert_refused(read_pairs, raw, "coco_karpathy_train.json", "flickr30k_train.json", "train")
-    (raw / "flickr30k_train.json").unlink()
+    write_files(raw, {"flickr30k_val.json": [{"image": "a.jpg", "caption": "a"}]})
+    assert_refused(read_pairs, raw, "coco_karpathy_val.json", "flickr30k_val.json", "val")
+    (raw / "flickr30k_val.json").unlink()
     write_files(raw, {"dataset_coco.json": {"images": []}})
     assert_refused(read_pairs, raw, "lavis_captions", "karpathy")
     (raw / "dataset_coco.json").unlink()
@@ -259,3 +261,143 @@ def test_a_pipe_is_a_fault_and_hangs_nothing(tmp_path):
     assert len(faults) == 1 and "pipe" in faults[0]
     os.mkfifo(raw / "dataset_coco.json")
     assert_refused(read_pairs, raw, "dataset_coco.json", "pipe")
+
+
+def test_texts_beside_a_few_images_make_no_table_ambiguous(tmp_path):
+    images = [f"images/{n}.jpg" for n in range(4)]
+    table = "".join(f"{name},a cat\n" for name in images)
+    raw = write_files(tmp_path, {**dict.fromkeys(images), "all.csv": f"image,caption\n{table}"})
+    write_files(raw, {"images/logo.png": None, "images/logo.txt": "our logo"})
+    assert detect_format(raw, "tables", "sidecar_captions") == "tables"
+    assert len([r for _, r in read_pairs(raw) if "text" in r]) == 4
+    write_files(raw, {f"images/{n}.txt": "a cat" for n in range(3)})
+    assert_refused(read_pairs, raw, "tables", "sidecar_captions")
+
+
+# Which format a folder is of ----------------------------------------------------------------------
+
+QUESTION = {"question_id": 7, "image_id": 1, "question": "what?"}
+TWO_FORMATS = [
+    (
+        read_questions,
+        {"v2_OpenEnded_mscoco_val2014_questions.json": {"questions": []}},
+        {"aokvqa_v1p0_train.json": [{**QUESTION, "choices": ["a"]}]},
+        ("vqav2", "aokvqa"),
+    ),
+    (
+        read_questions,
+        {"sub/v2_OpenEnded_mscoco_val2014_questions.json": {"questions": []}},
+        {"val.json": [{"image": "a.jpg", "question": "what?", "answers": []}]},
+        ("vqav2", "vizwiz"),
+    ),
+    (
+        read_questions,
+        {"qa.37.raw.train.txt": "a"},
+        {"vqa_val.json": [{**QUESTION, "image": "a.jpg"}]},
+        ("daquar", "lavis_questions"),
+    ),
+    (
+        read_questions,
+        {"train/questions.json": [["what?", "red", 1]]},
+        {"OpenEnded_mscoco_val2014_questions.json": {"questions": []}},
+        ("easy_vqa", "vqav2"),
+    ),
+    (
+        read_captioned_images,
+        {"dataset_flickr30k.json": {"images": []}},
+        {"captions_val2014.json": {}},
+        ("karpathy", "coco_captions"),
+    ),
+    (
+        read_captioned_images,
+        {"dataset_coco.json": {"images": []}},
+        {"captions_val2014.json": {}, "nocaps_val_4500_captions.json": {}},
+        ("karpathy", "coco_captions"),
+    ),
+    (read_instances, {"instances_val2017.json": {}}, {"lvis_v1_val.json": {}}, ("coco", "lvis")),
+    (
+        read_instances,
+        {"instances_val2017.json": {}},
+        {"result.json": {}},
+        ("coco", "label_studio"),
+    ),
+    (
+        read_statements,
+        {"dev.json": '{"sentence": "a"}'},
+        {"nlvr_val.json": [{"images": ["a", "b"], "sentence": "a"}]},
+        ("nlvr2", "lavis_statements"),
+    ),
+]
+
+
+@pytest.mark.parametrize(("reader", "first", "second", "names"), TWO_FORMATS)
+def test_a_folder_of_two_formats_is_refused_with_both(tmp_path, reader, first, second, names):
+    raw = write_files(tmp_path, first | second)
+    assert_refused(lambda raw: reader(raw) or (), raw, *names, "move one of them away")
+
+
+def test_a_folder_may_hold_the_same_data_twice(tmp_path):
+    write_files(tmp_path, {"dataset_coco.json": {"images": []}, "captions_val2014.json": {}})
+    assert list(read_captioned_images(tmp_path)) == []
+    aokvqa = {**QUESTION, "choices": ["a"], "image": "val2014/a.jpg", "direct_answers": ["a"]}
+    raw = write_files(tmp_path / "b", {"aokvqa_v1p0_train.json": [aokvqa]})
+    assert detect_format(raw, *QUESTION_FORMATS) == "aokvqa"
+    raw = write_files(tmp_path / "c", {"train/questions.json": [["what?", "red", 1]]})
+    assert detect_format(raw, *QUESTION_FORMATS) == "easy_vqa"
+
+
+def test_detection_opens_no_file_about_one_image(tmp_path, monkeypatch):
+    names = [f"00000/{n:04d}" for n in range(300)]
+    files = {f"{name}{suffix}": "{}" for name in names for suffix in (".txt", ".json")}
+    raw = write_files(tmp_path, files)
+    for name in [*names, "a"]:
+        (raw / f"{name}.jpg").touch()
+    entry = {"image": "a.jpg", "caption": "a"}
+    write_files(raw, {"a.json": "{}", "annotations/other.json": "{}", "many.json": [entry]})
+    opened = []
+    monkeypatch.setattr(
+        json_lists, "stream_json_list", lambda file: opened.append(file) or iter(())
+    )
+    assert json_lists.find_lists(raw, {"image"}) == []
+    assert opened == [raw / "many.json"]
+    monkeypatch.undo()
+    assert detect_format(raw, "lavis_captions", "sidecar_captions") == "lavis_captions"
+    (raw / "many.json").unlink()
+    assert detect_format(raw, "lavis_captions", "sidecar_captions") == "sidecar_captions"
+
+
+# Several files of train; numbers of images --------------------------------------------------------
+
+
+def test_lavis_trains_on_visual_genome_beside_vqa_and_coco(tmp_path):
+    entry = {"question_id": 7, "question": "what?", "answer": ["cup"]}
+    raw = write_files(
+        tmp_path / "vqa",
+        {
+            "vqa_train.json": [{**entry, "image": "train2014/a.jpg", "dataset": "vqa"}],
+            "vg_qa.json": [{**entry, "image": "VG_100K/7.jpg", "dataset": "vg"}],
+            "vqa_val.json": [{**entry, "image": "val2014/b.jpg", "dataset": "vqa"}],
+            "train2014/a.jpg": None,
+            "images/VG_100K/7.jpg": None,
+            "val2014/b.jpg": None,
+        },
+    )
+    pairs = list(read_questions(raw))
+    assert count_splits(pairs) == {"train": 2, "val": 1} and holds_vqa_questions(raw)
+    assert "vg-7" in {record["id"] for _, record in pairs}
+    assert all(not find_image_fault(record["image"]) for _, record in pairs)
+    captions = write_lavis_captions(tmp_path / "captions")
+    write_files(captions, {"vg_caption.json": [{"image": "VG_100K/7.jpg", "caption": "a"}]})
+    assert count_splits(read_pairs(captions)) == {"train": 5, "val": 2}
+
+
+def test_region_descriptions_name_their_image_in_any_version(tmp_path):
+    regions = [{"region_id": 1, "phrase": "a", "image_id": 5}]
+    entries = [{"regions": [], "image_id": 7}, {"regions": regions}, {"id": 9, "regions": []}]
+    raw = write_files(tmp_path, {"region_descriptions.json": entries, "VG_100K/5.jpg": None})
+    assert [record["id"] for _, record in read_pairs(raw)] == ["vg-1"]
+    for entry in ({"regions": [3]}, {"id": 1, "regions": ["a"]}, {"regions": [{"image_id": "x"}]}):
+        write_files(tmp_path, {"region_descriptions.json": [entry]})
+        assert_refused(read_pairs, raw, "region_descriptions.json [0] regions[0]")
+    write_files(tmp_path, {"region_descriptions.json": [{"regions": []}]})
+    assert_refused(read_pairs, raw, "region_descriptions.json [0]", "id")

@@ -99,6 +99,8 @@ def test_names_are_taken_from_records_lists_and_mappings(tmp_path):
         ("['red', 'red', 'blue']", ["red", "red", "blue"]),
         ('["red", null, "blue"]', ["red", "blue"]),
         ("('red', 'blue')", ["red", "blue"]),
+        ("(3, 4)", ["(3, 4)"]),
+        ("{3, 4}", ["{3, 4}"]),
         ("[a dog]", ["[a dog]"]),
         ("(1) a dog (2)", ["(1) a dog (2)"]),
         (["red", None, float("nan")], ["red"]),

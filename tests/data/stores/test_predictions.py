@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from beit3.data.stores.predictions import read_predictions, write_predictions
+from beit3.task import load_task
 
 
 def is_equal(first: Any, second: Any) -> bool:
@@ -86,3 +87,53 @@ def test_a_line_cannot_name_a_file_elsewhere(predictions, tmp_path):
     line["image"]["file"] = "../../elsewhere/x.image.npy"
     path.write_text(json.dumps(line) + "\n")
     assert is_equal(next(read_predictions(path))["image"], predictions[0]["image"])
+
+
+INTACT = {
+    "vqa": {"answer": "yes"},
+    "nlvr2": {"answer": "true"},
+    "captioning": {"caption": "a dog"},
+    "imagenet": {"candidates": [{"label": 3}]},
+    "coco": {"objects": [{"box": [0, 0, 1, 1], "label": 0, "score": 0.5}]},
+    "ade20k": {"map": "aGk="},
+    "vqkd": {"codes": [1, 2], "num_codes": 4},
+    "retrieval": {"image": [0.1, 0.2], "texts": [[0.1, 0.2]]},
+}
+WRONG = (None, 3.5, True, {}, [None], [[]], [{}], [{"label": "a"}], [{"label": -1}], [["a"]])
+WRONG_OBJECTS = (
+    {"box": "abcd"},
+    {"box": [0, 0, 1]},
+    {"box": [0, 0, 1, 10**400]},
+    {"label": None},
+    {"score": "high"},
+    {"mask": {"size": [1], "counts": "a"}},
+)
+
+
+@pytest.mark.parametrize("name", INTACT)
+def test_fields_that_a_task_cannot_score_are_named_with_their_line(tmp_path, name):
+    fields, path = load_task(name).prediction_fields, tmp_path / "x.jsonl"
+    assert fields.keys() == INTACT[name].keys()
+    intact = {"id": 1, **INTACT[name]}
+    changes = [{field: value} for field in fields for value in WRONG]
+    if name == "coco":
+        changes += [{"objects": [intact["objects"][0] | wrong]} for wrong in WRONG_OBJECTS]
+    for change in [{"id": [1]}, *changes]:
+        path.write_text(f"{json.dumps(intact)}\n{json.dumps(intact | change)}\n")
+        with pytest.raises(ValueError, match=f"x.jsonl line 2: the field '{next(iter(change))}'"):
+            list(read_predictions(path, fields))
+    for field in intact:
+        path.write_text(json.dumps({k: v for k, v in intact.items() if k != field}) + "\n")
+        with pytest.raises(ValueError, match=f"line 1: the prediction has no field '{field}'"):
+            list(read_predictions(path, fields))
+    path.write_text(json.dumps(intact) + "\n")
+    assert list(read_predictions(path, fields)) == [intact]
+
+
+def test_null_is_refused_only_in_fields_that_are_scored(tmp_path):
+    path = tmp_path / "x.jsonl"
+    path.write_text('{"id": 1, "answer": "yes", "note": null, "confidence": NaN}\n')
+    assert next(read_predictions(path))["answer"] == "yes"
+    path.write_text('{"id": 1, "answer": null}\n')
+    with pytest.raises(ValueError, match="line 1: the field 'answer' is null, expected a text"):
+        list(read_predictions(path))

@@ -41,11 +41,11 @@ def test_workers_read_the_same(path):
 
 def test_the_file_is_scanned_once_on_first_use(path):
     records = Records(path)
-    assert records._offsets is None
+    assert records._lines is None
     records[3]
-    offsets = records._offsets
+    lines = records._lines
     records[4], len(records)
-    assert records._offsets is offsets
+    assert records._lines is lines
 
 
 def test_blank_lines_crlf_and_a_missing_final_newline_are_accepted(tmp_path):
@@ -65,6 +65,22 @@ def test_a_malformed_line_is_named(tmp_path, line):
     with pytest.raises(ValueError, match="x.jsonl line 3 is not a JSON object") as error:
         records[1]
     assert "\n" not in str(error.value)
+
+
+def test_lines_are_described_by_their_numbers_in_the_file(tmp_path):
+    path = tmp_path / "x.jsonl"
+    path.write_bytes(b'\n{"a": 1}\n \r\n{"a": 2}\n{"a": 3}\n{')
+    records = pickle.loads(pickle.dumps(Records(path)))
+    assert [records.describe(index) for index in (0, 1, -1)] == [
+        f"{path} line {number}" for number in (2, 4, 6)
+    ]
+    is_left_out = np.array([True, False, False, False])
+    records.leave_out(is_left_out)
+    assert [records.describe(index) for index in range(3)] == [
+        f"{path} line {number}" for number in (4, 5, 6)
+    ]
+    with pytest.raises(ValueError, match="line 6 is not a JSON object"):
+        records.find_left_out(lambda record: record["a"] == 2)
 
 
 def test_an_absent_file_is_named(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import time
 from pathlib import Path
 
 import pytest
@@ -112,6 +113,20 @@ def test_questions_need_the_list_of_answers(vqa):
     assert_refused(vqa, "vqa", "train", message, "put the answer2label.txt")
     write_files(vqa, {"answer2label.txt": "net\nred\n"})
     assert_refused(vqa, "vqa", "train", "answer2label.txt line 1 is not a JSON object")
+
+
+def test_lines_of_answers_are_counted_with_blank_ones(vqa):
+    write_files(vqa, {"answer2label.txt": "\n" + format_json_lines([{"answer": "net"}])})
+    assert_refused(vqa, "vqa", "train", "answer2label.txt line 2 has no label (int)")
+
+
+def test_a_large_file_is_read_in_seconds(vqa):
+    """The time grows with the number of lines, not with its square: that took minutes."""
+    lines = [make_question(qid, labels=[1], scores=[1.0]) for qid in range(100_000)]
+    write_index_files(vqa, {"vqa.train": lines})
+    start = time.process_time()
+    assert len(read(vqa, "vqa", "train")) == 100_000
+    assert time.process_time() - start < 20
 
 
 # Statements and classes -----------------------------------------------------------------------

@@ -23,7 +23,6 @@ LIST_KEYS = ("id2label", "label2id", "classes", "answers", "categories", "names"
 NAME_KEYS = ("name", "answer", "class", "class_name", "text")
 NUMBER_KEYS = ("label", "index")
 """Fields that order the names. `id` is not among them: COCO's categories count as listed."""
-WORDNET_NUMBER = re.compile(r"n\d{8}")
 NUMBERED_LINE = re.compile(r"(\d+)\s*[\s,:;]\s*(\S.*)")
 WORDNET_LINE = re.compile(r"n\d{8}[\s,]+(\S.*)")
 
@@ -73,8 +72,8 @@ def find_names_file(path: Path, name: str, task: str, content: str, remedy: str)
     Raises ValueError where there is none.
     """
     if path.is_dir():
-        places = [path / task / "main" / name, path / "main" / name, path / name]
-        path = next((place for place in places if place.is_file()), places[0])
+        files = [path / task / "main" / name, path / "main" / name, path / name]
+        path = next((file for file in files if file.is_file()), files[0])
     if not path.is_file():
         raise ValueError(f"no {content} at {path}: {remedy}, or give one name per line")
     return path
@@ -234,8 +233,10 @@ def _parse_mapping(mapping: Mapping[Any, Any], location: str | Path) -> tuple[st
                 "write a list of names in the order of the labels"
             )
     pairs = by_key if has_number_keys else by_value
-    named = [(int(number), _get_name(name, f"{location} {number!r}")) for number, name in pairs]
-    return _order_by_number(named, location, "its labels are")
+    numbered_names = [
+        (int(number), _get_name(name, f"{location} {number!r}")) for number, name in pairs
+    ]
+    return _order_by_number(numbered_names, location, "its labels are")
 
 
 def _order_by_number(

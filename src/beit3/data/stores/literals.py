@@ -13,7 +13,8 @@ BRACKETS = {"[": "]", "{": "}", "(": ")"}
 def parse_literal(text: str) -> Any:
     """Returns the list or dict that a text writes as JSON or Python, else the text unchanged.
 
-    `['red', 'blue']` as pandas writes a list is one, `[a dog]` is none. Tuples become lists.
+    `['red', 'blue']` as pandas writes a list is one, `[a dog]` is none. Tuples and sets of texts
+    become lists; `(3, 4)` may be a point, and stays a text.
 
     Raises:
         ValueError: It is a list without commas, as NumPy writes its arrays.
@@ -22,7 +23,7 @@ def parse_literal(text: str) -> Any:
     if not stripped or BRACKETS.get(stripped[0]) != stripped[-1]:
         return text
     value = _evaluate(stripped)
-    if isinstance(value, tuple | set | frozenset):
+    if isinstance(value, tuple | set) and all(isinstance(item, str) for item in value):
         value = list(value)
     if not isinstance(value, list | dict):
         return text

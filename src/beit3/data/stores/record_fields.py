@@ -58,8 +58,10 @@ def is_whole_number(value: Any) -> bool:
 
 
 def is_number(value: Any) -> bool:
-    """Returns whether a JSON value is a finite number."""
-    return is_whole_number(value) or (isinstance(value, float) and math.isfinite(value))
+    """Returns whether a JSON value is a finite number, and a whole one within 64 bits."""
+    if is_whole_number(value):
+        return bool(abs(value) < 2**63)
+    return isinstance(value, float) and math.isfinite(value)
 
 
 def is_string(value: Any) -> bool:

@@ -9,6 +9,7 @@ file holds the records of which task, source and split.
 import json
 import mmap
 import operator
+from array import array
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ class Records:
         self.path = Path(path)
         if not self.path.is_file():
             raise ValueError(f"no records at {self.path}: write them with `beit3 prepare`")
-        self._offsets: np.ndarray | None = None
+        self._lines: np.ndarray | None = None
         self._mmap: mmap.mmap | None = None
 
     def __len__(self) -> int:
@@ -43,24 +44,24 @@ class Records:
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """Returns a record; raises ValueError naming file and line if it is not a JSON object."""
-        offsets, index = self._find_lines(), operator.index(index)
-        count = len(offsets)
+        lines, index = self._find_lines(), operator.index(index)
+        count = len(lines)
         if not -count <= index < count:
             raise IndexError(f"record {index} of {count} in {self.path}")
-        start, end = offsets[index].tolist()
+        start, end, number = lines[index].tolist()
         try:
             record = json.loads(self._map_file()[start:end])
         except RecursionError:
-            raise self._make_error(start, "it is nested too deeply") from None
+            raise self._make_error(number, "it is nested too deeply") from None
         except ValueError as error:
-            raise self._make_error(start, str(error)) from None
+            raise self._make_error(number, str(error)) from None
         if not isinstance(record, dict):
-            raise self._make_error(start, f"it holds a {type(record).__name__}")
+            raise self._make_error(number, f"it holds a {type(record).__name__}")
         return record
 
     def describe(self, index: int) -> str:
         """Returns the file and line of a record, for messages."""
-        return self._describe_line(int(self._find_lines()[index, 0]))
+        return self._describe_line(int(self._find_lines()[index, 2]))
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         return (self[index] for index in range(len(self)))
@@ -68,28 +69,27 @@ class Records:
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_mmap": None}
 
-    def leave_out(self, keep: Callable[[dict[str, Any]], bool]) -> int:
-        """Leaves out the records that `keep` is false for, and returns their number.
+    def find_left_out(self, keep: Callable[[dict[str, Any]], bool]) -> np.ndarray:
+        """Returns whether `keep` is false for each record, bool [records]; reads each once."""
+        return np.array([not keep(record) for record in self], dtype=bool)
 
-        Every record is read once.
-        """
-        is_kept = np.array([keep(record) for record in self], dtype=bool)
-        self._offsets = self._find_lines()[is_kept]
-        return int((~is_kept).sum())
+    def leave_out(self, is_left_out: np.ndarray) -> None:
+        """Leaves out the records that the mask, bool [records], is true for."""
+        self._lines = self._find_lines()[~is_left_out]
 
     def _find_lines(self) -> np.ndarray:
-        """Start and end of each line that is not blank: int64 [records, 2]."""
-        if self._offsets is None:
-            offsets: list[tuple[int, int]] = []
+        """Start, end and number of each line that is not blank: int64 [records, 3]."""
+        if self._lines is None:
+            lines = array("q")
             start = 0
-            with self.path.open("rb") as lines:
-                for line in lines:
+            with self.path.open("rb") as file:
+                for number, line in enumerate(file, 1):
                     end = start + len(line)
                     if not line.isspace():
-                        offsets.append((start, end))
+                        lines.extend((start, end, number))
                     start = end
-            self._offsets = np.array(offsets, dtype=np.int64).reshape(-1, 2)
-        return self._offsets
+            self._lines = np.array(lines, dtype=np.int64).reshape(-1, 3)
+        return self._lines
 
     def _map_file(self) -> mmap.mmap:
         if self._mmap is None:
@@ -97,15 +97,14 @@ class Records:
                 self._mmap = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         return self._mmap
 
-    def _make_error(self, start: int, reason: str) -> ValueError:
+    def _make_error(self, number: int, reason: str) -> ValueError:
         return ValueError(
-            f"{self._describe_line(start)} is not a JSON object ({reason}): mend the line, or run "
+            f"{self._describe_line(number)} is not a JSON object ({reason}): mend the line, or run "
             "`beit3 prepare` again"
         )
 
-    def _describe_line(self, start: int) -> str:
-        line = self._map_file()[:start].count(b"\n") + 1
-        return f"{self.path} line {line}"
+    def _describe_line(self, number: int) -> str:
+        return f"{self.path} line {number}"
 
 
 def write_records(path: str | Path, records: Iterable[dict[str, Any]]) -> int:

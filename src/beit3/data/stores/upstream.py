@@ -202,8 +202,11 @@ def _get_text(line: Record, location: str) -> str | list[int]:
 def _read_answers(path: Path) -> dict[int, str]:
     """Returns label -> answer, empty where the file is absent."""
     answers: dict[int, str] = {}
-    for number, line in enumerate(Records(path) if path.is_file() else (), 1):
-        location = f"{path} line {number}"
+    if not path.is_file():
+        return answers
+    records = Records(path)
+    for index, line in enumerate(records):
+        location = records.describe(index)
         label = get_field(line, "label", int, location)
         answers[label] = get_field(line, "answer", str, location)
     return answers

@@ -1,13 +1,12 @@
 """Reads A-OKVQA: aokvqa_v1p0_{train,val,test}.json, questions about COCO's images."""
 
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 from beit3.data.prepare.formats.files import ImageFinder, get_field, make_unknown_error
 from beit3.data.prepare.formats.json_lists import find_lists, stream_json_list
 from beit3.data.prepare.formats.lavis import find_split_files, get_id
-from beit3.data.prepare.formats.questions import make_question
+from beit3.data.prepare.formats.questions import choose_answer, make_question
 from beit3.data.prepare.formats.split_names import Record, SplitRecord, choose_split
 from beit3.data.prepare.formats.vqa import IMAGE_SUBSETS, list_image_names
 
@@ -47,7 +46,7 @@ def read_aokvqa(raw: str | Path) -> Iterator[SplitRecord]:
             if not answers and split != "test":
                 yield split, {"id": id, "fault": "it has no direct_answers"}
                 continue
-            chosen_answer = Counter(answers).most_common(1)[0][0] if answers else None
+            chosen_answer = choose_answer(answers) if answers else None
             text = get_field(entry, "question", str, location)
             path = image_finder.find(*image_names)
             yield split, make_question(id, path, text, answers, chosen_answer)

@@ -26,6 +26,7 @@ from beit3.data.prepare.formats.split_names import (
     choose_split,
     infer_split,
     infer_subset,
+    make_split_error,
     parse_split,
 )
 from beit3.files import read_json, read_lines
@@ -152,9 +153,11 @@ def read_coco_captions(raw: str | Path) -> Iterator[SplitRecord]:
     annotations. Without a val file, 5 % of the images are held out.
     """
     raw = find_folder(raw)
-    files = _find_coco_splits(raw)
+    files, left_out = _find_coco_splits(raw)
     if not files:
         raise make_unknown_error(raw, f"{', '.join(COCO_FILES)} (coco_captions)")
+    for file in left_out:
+        yield "test", {"id": file.name, "left_out": f"{file.name} (images without captions)"}
     for split, file in files.items():
         content = read_json(file)
         images = get_field(content, "images", list, file)
@@ -162,9 +165,9 @@ def read_coco_captions(raw: str | Path) -> Iterator[SplitRecord]:
         if split != "test" or "annotations" in content:
             captions = group_captions(content, file)
         subset = infer_subset(file)
-        image_finder = ImageFinder(
-            raw, subset, split, f"images/{subset}", f"images/{split}", "images", ""
-        )
+        folders = [subset, subset.replace("-dev", ""), split]
+        folders += [f"images/{folder}" for folder in folders]
+        image_finder = ImageFinder(raw, *dict.fromkeys(folders), "images", "")
         for number, image in enumerate(images):
             location = f"{file} images[{number}]"
             id = get_field(image, "id", int, location)
@@ -196,17 +199,26 @@ def group_captions(content: Any, file: Path) -> dict[int, list[str]]:
     return captions
 
 
-def _find_coco_splits(raw: Path) -> dict[str, Path]:
-    """Returns split -> file; raises ValueError for two files of one split."""
+def _find_coco_splits(raw: Path) -> tuple[dict[str, Path], list[Path]]:
+    """Returns split -> file, and the files left out: those that list other images than tests, and
+    test-dev, which is a part of test, beside it.
+
+    Raises ValueError for two files of one split.
+    """
     files: dict[str, Path] = {}
-    for file in _find_coco_files(raw):
+    left_out = []
+    all_files = _find_coco_files(raw)
+    names = {file.name for file in all_files}
+    for file in all_files:
         split = infer_split(file, raw) or "train"
+        is_list = file.name.startswith("image_info_")
+        if is_list and (split != "test" or file.name.replace("-dev", "") in names - {file.name}):
+            left_out.append(file)
+            continue
         if split in files:
-            raise ValueError(
-                f"{files[split].name} and {file.name} in {raw} are both {split}: keep one of them"
-            )
+            raise make_split_error(files[split], file, raw, split)
         files[split] = file
-    return files
+    return files, left_out
 
 
 def _find_coco_files(raw: Path) -> list[Path]:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from beit3.data.prepare.formats.files import find_files
 from beit3.data.prepare.formats.split_names import SplitRecord
-from beit3.data.stores.label_names import LIST_KEYS, parse_names
+from beit3.data.stores.label_names import LIST_KEYS, parse_names, read_class_names
 from beit3.files import read_json, read_lines
 
 SYNSET_MAPPING = "LOC_synset_mapping.txt"
@@ -42,8 +42,18 @@ def find_class_names(raw: Path, classes: Sequence[str]) -> tuple[str, ...]:
     """
     files = find_name_lists(raw)
     names = _read_names(files[0], classes) if files else {}
-    readable = (" ".join(names.get(name, name).replace("_", " ").split()) for name in classes)
-    return tuple(name or original for name, original in zip(readable, classes, strict=True))
+    return tuple(_make_readable(names.get(name, name)) or name for name in classes)
+
+
+def read_name_list(file: Path) -> tuple[str, ...]:
+    """Returns the readable names in one of `NAME_FILES`, whose order is that of the labels.
+
+    Raises ValueError where it is no list of names, or their order is not clear.
+    """
+    names: Sequence[str] = read_class_names(file)
+    if file.name == SYNSET_MAPPING:
+        names = keep_first_synonyms(names)
+    return tuple(_make_readable(name) or name for name in names)
 
 
 def find_files_above(raw: Path, name: str) -> list[Path]:
@@ -99,6 +109,8 @@ def _read_names(file: Path, classes: Sequence[str]) -> dict[str, str]:
         entries = [_parse_line(line) for line in _read_filled_lines(file)]
     class_set = set(classes)
     keyed_names = _find_keyed_names(entries, class_set, file)
+    if file.name == SYNSET_MAPPING and not keyed_names and all(map(_is_decimal, classes)):
+        return _match_by_order(read_name_list(file), classes, file)
     if file.name == SYNSET_MAPPING:
         first_synonyms = keep_first_synonyms([*keyed_names.values()])
         return dict(zip(keyed_names, first_synonyms, strict=True))
@@ -130,9 +142,9 @@ def _read_json_entries(file: Path) -> list[NameEntry]:
             if not all(isinstance(cell, str) for cell in cells):
                 return [NameEntry(name, ()) for name in parse_names(content, file)]
             entries.append(NameEntry(cells[-1], tuple((cell, cells[-1]) for cell in cells[:-1])))
-        if all(_is_number(key) for key in content):
-            order = sorted(range(len(entries)), key=lambda index: int([*content][index]))
-            return [entries[index] for index in order]
+        if all(_is_decimal(key) for key in content):
+            numbered = zip(map(int, content), entries, strict=True)
+            return [entry for _, entry in sorted(numbered, key=lambda pair: pair[0])]
         return entries
     return [NameEntry(name, ()) for name in parse_names(content, file)]
 
@@ -171,7 +183,7 @@ def _match_by_order(names: Sequence[str], classes: Sequence[str], file: Path) ->
     Classes that are numbers are taken in numeric order. Raises ValueError where their order as
     people count, c2 before c10, is not that of the labels.
     """
-    has_number_classes = all(_is_number(name) for name in classes)
+    has_number_classes = all(_is_decimal(name) for name in classes)
     if len(names) != len(classes):
         if has_number_classes:
             raise ValueError(
@@ -199,7 +211,13 @@ def _make_natural_key(name: str) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in parts]
 
 
-def _is_number(name: str) -> bool:
+def _make_readable(name: str) -> str:
+    """Returns a name with single spaces, also for underscores."""
+    return " ".join(name.replace("_", " ").split())
+
+
+def _is_decimal(name: str) -> bool:
+    """Returns whether the name of a class consists of digits."""
     return name.isascii() and name.isdecimal()
 
 

@@ -8,11 +8,11 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from beit3.data.prepare.formats.class_labels import number_labels, parse_label_cell
 from beit3.data.prepare.formats.class_names import ClassifiedImages, find_class_names
 from beit3.data.prepare.formats.files import ImageFinder, find_folder
 from beit3.data.prepare.formats.image_folders import is_image
 from beit3.data.prepare.formats.split_names import SplitRecord
+from beit3.data.prepare.formats.table_labels import number_labels, parse_label_cell
 from beit3.data.prepare.formats.tables import IMAGE_COLUMNS, TableRow, read_table_rows
 from beit3.files import read_lines
 
@@ -80,8 +80,7 @@ def read_class_tables(raw: str | Path) -> ClassifiedImages:
         for row in rows
         if not row.fault
     }
-    classes, labels = number_labels(cells, folder)
-    names = find_class_names(folder, classes)
+    names, labels = number_labels(cells, folder)
     return ClassifiedImages(names, _make_records(rows, cells, labels))
 
 

@@ -54,16 +54,17 @@ def read_class_tars(raw: str | Path) -> ClassifiedImages:
     raw = Path(raw).absolute()
     folder = raw if raw.is_dir() else raw.parent
     tars = [tar for shard in find_shards(raw) for tar in _list_class_tars(shard, folder)]
+    _refuse_split_names(tars, folder)
     train_classes = {tar.class_name for tar in tars if tar.split == "train"}
     classes = sorted(train_classes or {tar.class_name for tar in tars})
     if not classes:
         raise make_unknown_error(raw, "<class>.tar with images (class_tars)")
+    labels = {name: label for label, name in enumerate(classes)}
     for tar in tars:
-        if tar.class_name not in classes:
+        if tar.class_name not in labels:
             raise ValueError(
                 f"{tar.path} is not a class of the training tars: remove it, or add it there"
             )
-    labels = {name: label for label, name in enumerate(classes)}
     return ClassifiedImages(find_class_names(folder, classes), _read_tars(tars, labels))
 
 
@@ -85,13 +86,33 @@ def _list_class_tars(shard: Shard, raw: Path) -> list[ClassTar]:
     if inner_tars:
         split = split or shard.split
         return [ClassTar(shard.path, name, split, start) for name, start in inner_tars.items()]
-    name = shard.path.stem
-    if not split and any(word in SPLITS for word in re.split("[._-]", name.lower())):
+    return [ClassTar(shard.path, shard.path.stem, split or "train")]
+
+
+def _refuse_split_names(tars: list[ClassTar], raw: Path) -> None:
+    """Raises ValueError for tars that are called after splits instead of classes.
+
+    One that is called train.tar is; bullet_train.tar may be a class if others are called otherwise.
+    """
+    named_tars = [
+        tar for tar in tars if tar.class_name == tar.path.stem and not _is_in_split(tar.path, raw)
+    ]
+    words = {tar: re.split("[._-]", tar.class_name.lower()) for tar in named_tars}
+    suspects = [tar for tar in named_tars if not SPLITS.keys().isdisjoint(words[tar])]
+    certain = [tar for tar in suspects if tar.class_name.lower() in SPLITS]
+    if len(suspects) == len(tars):
+        certain = suspects
+    if certain:
         raise ValueError(
-            f"{shard.path} is called after a split, and its images are in no class: unpack it into "
-            "class folders, or call it after its class and put it into a folder train or val"
+            f"{certain[0].path} is called after a split, and its images are in no class: unpack "
+            "it into class folders, or call it after its class and put it into a folder train or "
+            "val"
         )
-    return [ClassTar(shard.path, name, split or "train")]
+
+
+def _is_in_split(path: Path, raw: Path) -> bool:
+    """Returns whether a file's folder, below `raw`, is called after a split."""
+    return path.parent != raw and path.parent.name.lower() in SPLITS
 
 
 def _list_members(path: Path) -> tuple[list[PurePosixPath], dict[str, int]]:

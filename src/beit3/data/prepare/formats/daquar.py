@@ -12,7 +12,12 @@ from beit3.data.prepare.formats.files import (
     make_unknown_error,
 )
 from beit3.data.prepare.formats.questions import make_question
-from beit3.data.prepare.formats.split_names import SPLITS, SplitRecord, is_held_out
+from beit3.data.prepare.formats.split_names import (
+    SPLITS,
+    SplitRecord,
+    is_held_out,
+    make_split_error,
+)
 from beit3.files import read_lines
 
 IMAGE_NAME = re.compile(r"image ?(\d+)")
@@ -53,9 +58,7 @@ def _find_files(raw: Path) -> dict[str, Path]:
     for file in [*glob_files(raw, "qa.*.txt"), *tables]:
         split = SPLITS.get(re.split(r"[._]", file.stem)[-1], "")
         if file.suffix == ".txt" and split in files:
-            raise ValueError(
-                f"{files[split].name} and {file.name} in {raw} are both {split}: keep one of them"
-            )
+            raise make_split_error(files[split], file, raw, split)
         # The original text files come before the tables made of them.
         if split:
             files.setdefault(split, file)

@@ -1,7 +1,8 @@
 """Splits delimited text (CSV, TSV) into rows of cells, without losing a row to a stray quote.
 
-In a TSV quotes are part of the text. In a CSV a cell in quotes may hold delimiters and a few line
-ends; a quote that is never closed, or closed in a later row, is an error that names its line.
+In a TSV quotes are part of the text; a cell of several lines there is an error that names its line.
+In a CSV a cell in quotes may hold delimiters and line ends; a quote that is never closed, or closed
+in a later row, is such an error too.
 """
 
 import csv
@@ -14,10 +15,13 @@ from beit3.files import read_lines
 from beit3.images import SUFFIXES
 
 DELIMITERS = ",\t|;"
-MAX_ROW_LINES = 20
-"""Lines that the row of a CSV may have; captions and answers have one or a few."""
+MAX_ROW_LINES = 1000
+"""Lines that the row of a CSV may have; captions and answers have one or a few, machines' more."""
 FILE_SUFFIX = re.compile(r"(?<=[^\s.])\.[A-Za-z][A-Za-z0-9]{1,4}$")
 """The ending of a file's name."""
+CHARACTER_KINDS = (("0", re.compile(r"\d+")), ("a", re.compile(r"[^\W\d_]+")))
+
+csv.field_size_limit(2**31 - 1)  # 131,072 characters at first, which documents exceed
 
 
 class Row(NamedTuple):
@@ -65,9 +69,7 @@ def open_table(file: Path) -> Table:
     while columns and not columns[-1]:
         columns.pop()
     if is_tsv and not has_quoted_header:
-        rows: Iterable[Row] = (
-            Row(number, _split_tsv_line(line, delimiter)) for number, line in lines
-        )
+        rows: Iterable[Row] = _read_tsv_rows(file, lines, delimiter, len(columns))
     else:
         rows = _CsvRows(file, lines, delimiter, len(columns))
     return Table(columns, delimiter, _clean_rows(rows, len(columns)))
@@ -93,11 +95,17 @@ def _number_lines(file: Path) -> Iterator[tuple[int, str]]:
 def _clean_rows(rows: Iterable[Row], num_columns: int) -> Iterator[Row]:
     """Strips cells, drops empty ones beyond the header, and skips rows that hold nothing."""
     for number, cells in rows:
-        cells = [cell.strip() for cell in cells]
-        while len(cells) > num_columns and not cells[-1]:
-            cells.pop()
+        cells = _drop_empty_end([cell.strip() for cell in cells], num_columns)
         if any(cells):
             yield Row(number, cells)
+
+
+def _drop_empty_end(cells: list[str], num_columns: int) -> list[str]:
+    """Returns the cells without empty ones beyond the header at the end."""
+    num_cells = len(cells)
+    while num_cells > num_columns and not cells[num_cells - 1].strip():
+        num_cells -= 1
+    return cells[:num_cells]
 
 
 # Delimiters ---------------------------------------------------------------------------------------
@@ -151,6 +159,42 @@ def _find_suffix(cell: str) -> str:
     """Returns ".png" for a cell that ends like the name of a file, "" for other cells."""
     match = FILE_SUFFIX.search(cell.strip(' "\n'))
     return match[0].lower() if match and "\n" not in cell.strip() else ""
+
+
+# Rows of TSV --------------------------------------------------------------------------------------
+
+
+def _read_tsv_rows(
+    file: Path, lines: Iterable[tuple[int, str]], delimiter: str, num_columns: int
+) -> Iterator[Row]:
+    """Yields the rows of a TSV, of one line each.
+
+    Raises ValueError where a cell seems to have several lines, as pandas writes them: it opens a
+    quote that stays open, and this line or the next has not the cells of the header.
+    """
+    open_line = 0
+    for number, line in lines:
+        if not line.strip():
+            continue
+        cells = _drop_empty_end(line.rstrip("\r\n").split(delimiter), num_columns)
+        is_open = _is_quote_open(cells, delimiter)
+        if len(cells) != num_columns and (is_open or open_line):
+            raise ValueError(
+                f"{file} line {open_line or number} opens a quote that may be text or begin a cell "
+                f"of several lines, and line {number} has {len(cells)} cells for {num_columns} "
+                "columns: write each row on one line, or put quotes around the names in the "
+                "header too"
+            )
+        open_line = number if is_open else 0
+        yield Row(number, _split_tsv_line(line, delimiter))
+
+
+def _is_quote_open(cells: list[str], delimiter: str) -> bool:
+    """Returns whether one of the cells begins with a quote that the line does not close."""
+    for k, cell in enumerate(cells):
+        if cell.lstrip().startswith('"') and delimiter.join(cells[k:]).count('"') % 2:
+            return True
+    return False
 
 
 # Rows of CSV --------------------------------------------------------------------------------------
@@ -215,18 +259,26 @@ class _CsvRows:
     def _check_swallowed(self, cells: list[str]) -> None:
         """Raises ValueError where a cell of several lines holds what looks like further rows.
 
-        That is more names of images than the row has cells of them. Where names of images have no
-        endings, it is a second line with as many cells as the header.
+        That is a second line with as many cells as the header, of which those beside the long cell
+        look like the row's own: names of images where there are some, else ids and words.
         """
-        suffixes = SUFFIXES | set(map(_find_suffix, cells)) - {""}
-        num_images = sum(_find_suffix(cell) in suffixes for cell in cells)
-        split_lines = [line.split(self.delimiter) for _, line in self._row_lines]
-        if num_images:
-            num_found = sum(_find_suffix(cell) in suffixes for line in split_lines for cell in line)
-            is_swallowed = num_found > num_images
-        else:
-            is_swallowed = [len(line) for line in split_lines].count(self.num_columns) > 1
-        if is_swallowed:
+        columns = _find_telling_columns(cells)
+        num_rows = 0
+        for _, line in self._row_lines:
+            line_cells = line.split(self.delimiter)
+            if len(line_cells) < self.num_columns:
+                continue
+            # Counted from the left and from the right: a text may hold delimiters.
+            shift = len(line_cells) - len(cells)
+            num_rows += any(
+                all(
+                    0 <= k + offset < len(line_cells)
+                    and _is_alike(line_cells[k + offset], cells[k])
+                    for k in columns
+                )
+                for offset in (0, shift)
+            )
+        if num_rows > 1:
             raise self._make_quote_error("takes in the rows below it")
 
     def _make_quote_error(self, fault: str) -> ValueError:
@@ -240,3 +292,30 @@ class _CsvRows:
             f"{self.file} line {opened} opens a quote that {fault}: check its quotes; one that is "
             'part of a text is written twice, in a cell in quotes ("a ""red"" dog")'
         )
+
+
+def _find_telling_columns(cells: list[str]) -> list[int]:
+    """Returns the columns by which a row is known: names of images, else of files, else words."""
+    short = [k for k, cell in enumerate(cells) if cell.strip() and "\n" not in cell.strip()]
+    images = [k for k in short if _find_suffix(cells[k]) in SUFFIXES]
+    files = [k for k in short if _find_suffix(cells[k])]
+    return images or files or [k for k in short if len(cells[k].split()) == 1]
+
+
+def _is_alike(cell: str, other: str) -> bool:
+    """Returns whether two cells may be of one column: "003" and "12", "a.png" and "b.jpg"."""
+    cell, other = cell.strip(' "\n'), other.strip(' "\n')
+    suffix, other_suffix = _find_suffix(cell), _find_suffix(other)
+    if other_suffix:
+        return suffix == other_suffix or {suffix, other_suffix} <= SUFFIXES
+    is_code = len(cell) == len(other) and all(
+        re.search(r"\d", text) and len(text.split()) == 1 for text in (cell, other)
+    )
+    return is_code or _describe_characters(cell) == _describe_characters(other)
+
+
+def _describe_characters(cell: str) -> str:
+    """Returns a cell with "a" for each run of letters and "0" for digits: "a_0" for "img_007"."""
+    for kind, characters in CHARACTER_KINDS:
+        cell = characters.sub(kind, cell)
+    return cell

@@ -10,7 +10,7 @@ A new reader is a file of its own beside this one and a line in `FORMATS`.
 """
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,7 +36,7 @@ from beit3.data.prepare.formats.class_tables import (
 from beit3.data.prepare.formats.class_tars import is_class_tars, read_class_tars
 from beit3.data.prepare.formats.daquar import is_daquar, read_daquar
 from beit3.data.prepare.formats.easy_vqa import is_easy_vqa, read_easy_vqa
-from beit3.data.prepare.formats.files import find_folder, make_unknown_error
+from beit3.data.prepare.formats.files import find_files, find_folder, make_unknown_error
 from beit3.data.prepare.formats.image_folders import holds_images, read_image_folder
 from beit3.data.prepare.formats.instances import is_coco_instances, read_coco_instances
 from beit3.data.prepare.formats.label_maps import (
@@ -74,6 +74,7 @@ from beit3.data.prepare.formats.region_descriptions import (
 )
 from beit3.data.prepare.formats.roboflow import is_roboflow, read_roboflow
 from beit3.data.prepare.formats.sidecar_captions import (
+    are_most_captioned,
     is_sidecar_captions,
     read_sidecar_captions,
 )
@@ -207,15 +208,28 @@ QUESTION_FORMATS = (
 STATEMENT_FORMATS = ("nlvr1", "nlvr2", "lavis_statements", "statement_tables")
 CLASS_FORMATS = ("class_list", "class_folders", "class_tables", "class_tars")
 
-AMBIGUOUS_FORMATS = {
-    "tables": "sidecar_captions",
-    "lavis_questions": "vqav2",
-    "lavis_captions": "karpathy",
-    "nlvr2": "lavis_statements",
-}
-"""Format -> another that a folder may match besides, so that half of it would be passed over."""
 INSTANCE_FORMATS = ("coco", "lvis", "roboflow", "label_studio", "voc")
 LABEL_MAP_FORMATS = ("ade20k", "camvid", "cityscapes", "mmseg", "voc_label_maps")
+
+NAMED_FORMATS = (
+    {"lavis_captions", "karpathy", "flickr8k", "region_descriptions", "coco_captions"},
+    {"soft_labels", "aokvqa", "lavis_questions", "easy_vqa", "vqav2", "vizwiz", "daquar"},
+    {"nlvr1", "nlvr2", "lavis_statements"},
+    set(INSTANCE_FORMATS),
+)
+"""Kinds of data: formats of which a folder should hold one, as the others would be passed over."""
+SAME_DATA = {
+    ("lavis_captions", "coco_captions"): ("*coco*.json", "nocaps_*.json"),
+    ("karpathy", "coco_captions"): ("dataset_coco*.json", "nocaps_*.json"),
+    ("karpathy", "flickr8k"): ("dataset_flickr8k*.json", ""),
+    ("soft_labels", "vqav2"): ("*soft_labels.json", "v2_*questions.json"),
+    ("easy_vqa", "vqav2"): ("questions.json", "*_questions.json"),
+    ("nlvr1", "nlvr2"): ("dev.json", "test1.json"),
+}
+"""Format that is read -> one with the same data, or of the same names, in other files.
+
+With them, a file that is there then and one that is not.
+"""
 
 
 def detect_format(raw: str | Path, *names: str) -> str:
@@ -229,12 +243,7 @@ def detect_format(raw: str | Path, *names: str) -> str:
     names = names or tuple(FORMATS)
     for name in names:
         if FORMATS[name].matches(raw):
-            other = AMBIGUOUS_FORMATS.get(name)
-            if other in names and FORMATS[other].matches(raw):
-                raise ValueError(
-                    f"{raw} holds {FORMATS[name].description} ({name}) and also "
-                    f"{FORMATS[other].description} ({other}): move one of them away"
-                )
+            _refuse_second_format(raw, name, names)
             return name
     if "coco_captions" in names and is_region_descriptions(raw):
         raise ValueError(
@@ -243,6 +252,35 @@ def detect_format(raw: str | Path, *names: str) -> str:
         )
     descriptions = (f"{FORMATS[name].description} ({name})" for name in names)
     raise make_unknown_error(raw, "; ".join(descriptions))
+
+
+def _refuse_second_format(raw: Path, name: str, names: Sequence[str]) -> None:
+    """Raises ValueError where a folder of one format is also of another that would be read."""
+    if not raw.is_dir():
+        return
+    others = [
+        other
+        for kind in NAMED_FORMATS
+        if name in kind
+        for other in names
+        if other in kind and other != name and not _hold_same_data(raw, name, other)
+    ]
+    found = [other for other in others if FORMATS[other].matches(raw)]
+    if name == "tables" and "sidecar_captions" in names and are_most_captioned(raw):
+        found = ["sidecar_captions"]
+    if found:
+        raise ValueError(
+            f"{raw} holds {FORMATS[name].description} ({name}) and also "
+            f"{FORMATS[found[0]].description} ({found[0]}): move one of them away"
+        )
+
+
+def _hold_same_data(raw: Path, name: str, other: str) -> bool:
+    """Returns whether a folder of two formats has the same data in both, as `SAME_DATA` tells."""
+    if (name, other) not in SAME_DATA:
+        return False
+    needed, excluded = SAME_DATA[name, other]
+    return bool(find_files(raw, needed)) and not (excluded and find_files(raw, excluded))
 
 
 def read_images(raw: str | Path) -> Iterator[SplitRecord]:

@@ -23,7 +23,13 @@ def find_folder(raw: str | Path) -> Path:
 
 
 def walk_files(raw: Path) -> Iterator[Path]:
-    """Yields the files below `raw`, sorted.
+    """Yields the files below `raw`, sorted, as `walk_folders` finds them."""
+    for folder, names in walk_folders(raw):
+        yield from (Path(folder) / name for name in names)
+
+
+def walk_folders(raw: Path) -> Iterator[tuple[str, list[str]]]:
+    """Yields (folder, the sorted names of its files) for `raw` and the folders below it, sorted.
 
     Links are followed once. Hidden files and folders and what macOS leaves behind are skipped.
     """
@@ -35,7 +41,7 @@ def walk_files(raw: Path) -> Iterator[Path]:
             continue
         visited.add(real_path)
         subfolders[:] = sorted(name for name in subfolders if name[0] not in "._")
-        yield from (Path(folder) / name for name in sorted(names) if name[0] != ".")
+        yield folder, sorted(name for name in names if name[0] != ".")
 
 
 def find_files(raw: Path, pattern: str) -> list[Path]:
@@ -54,8 +60,13 @@ def glob_files(raw: Path, pattern: str) -> list[Path]:
     paths = sorted(raw.glob(pattern))
     for path in paths:
         if path.exists() and not (path.is_file() or path.is_dir()):
-            raise ValueError(f"{path} is a pipe or a device, not a file: remove it")
+            raise make_pipe_error(path)
     return [path for path in paths if not path.is_dir()]
+
+
+def make_pipe_error(path: str | Path) -> ValueError:
+    """Returns the error for what is neither a file nor a folder, for the caller to raise."""
+    return ValueError(f"{path} is a pipe or a device, not a file: remove it")
 
 
 def name_kind(path: Path) -> str:
@@ -93,9 +104,9 @@ def get_field(entry: Any, name: str, kind: type, location: str | Path) -> Any:
     value = entry.get(name) if isinstance(entry, dict) else None
     if isinstance(value, kind):
         return value
-    given = "" if value is None else f", but {str(value)[:60]!r} ({type(value).__name__})"
+    found = "" if value is None else f", but {str(value)[:60]!r} ({type(value).__name__})"
     raise ValueError(
-        f"{location} has no {name} ({kind.__name__}){given}: check that the file is complete and "
+        f"{location} has no {name} ({kind.__name__}){found}: check that the file is complete and "
         "of this format"
     )
 
@@ -133,6 +144,8 @@ class ImageFinder:
         self._listings: dict[Path, dict[str, str]] = {}
         self._normalized_listings: dict[Path, dict[str, str]] = {}
         self._search_paths: dict[str, list[Path]] = {}
+        self._places: dict[tuple[str, ...], list[tuple[Path, ...]]] = {}
+        self._searched: dict[str, str] = {}
 
     def find(self, *names: str, folder: str = "") -> str:
         """Returns the absolute path of the first of `names` that exists.
@@ -143,17 +156,40 @@ class ImageFinder:
         if folder not in self._search_paths:
             self._search_paths[folder] = self._make_search_paths(folder)
         search_paths = self._search_paths[folder]
-        for path in search_paths:
-            listing = self._list(path)
-            for name in names:
-                if name in listing:
+        keys = [_split_name(name) for name in names]
+        places = self._find_places(folder, *(outer for outer, _ in keys))
+        for paths in places:
+            for path, name, (_, file_name) in zip(paths, names, keys, strict=True):
+                listing = self._listings[path]
+                if file_name in listing:
+                    return listing[file_name]
+                if name in listing:  # a name may hold a backslash
                     return listing[name]
-        for path in search_paths:
-            for name in names:
-                image_path = self._find_other_spelling(path, name)
+        for paths in places:
+            for path, (_, file_name) in zip(paths, keys, strict=True):
+                image_path = self._normalize_listing(path).get(normalize_name(file_name))
                 if image_path:
                     return image_path
-        return make_missing_path(search_paths, names[0], self.bases[0])
+        if folder not in self._searched:
+            self._searched[folder] = describe_searched(search_paths, self.bases[0])
+        return MissingImagePath(str(search_paths[0] / names[0]), self._searched[folder])
+
+    def _find_places(self, folder: str, *outers: str) -> list[tuple[Path, ...]]:
+        """Returns the folders in which names may lie whose own folders are `outers`.
+
+        There is a tuple for each of the search paths of `folder`, with a folder for each name, but
+        for those that hold no file.
+        """
+        key = (folder, *outers)
+        if key not in self._places:
+            places = [
+                tuple(self._find_folder(path, outer) if outer else path for outer in outers)
+                for path in self._search_paths[folder]
+            ]
+            for path in {path for paths in places for path in paths}:
+                self._list(path)
+            self._places[key] = [paths for paths in places if any(map(self._listings.get, paths))]
+        return self._places[key]
 
     def _make_search_paths(self, folder: str) -> list[Path]:
         """Returns the folders to search for an entry's images, in order."""
@@ -172,14 +208,6 @@ class ImageFinder:
             path = Path(entry) if entry and not (path / part).is_dir() else path / part
         return path if path.is_dir() else base / name
 
-    def _find_other_spelling(self, folder: Path, name: str) -> str:
-        """Returns the path of a file whose name holds folders or another Unicode form, else ""."""
-        outer, _, file_name = name.replace("\\", "/").rpartition("/")
-        if outer or name.startswith("/"):
-            folder = self._find_folder(folder, outer or "/")
-        path = self._list(folder).get(file_name, "")
-        return path or self._normalize_listing(folder).get(normalize_name(file_name), "")
-
     def _list(self, folder: Path) -> dict[str, str]:
         """Returns the paths in a folder by file name; empty where there is no such folder."""
         if folder not in self._listings:
@@ -196,6 +224,12 @@ class ImageFinder:
         return self._normalized_listings[folder]
 
 
+def _split_name(name: str) -> tuple[str, str]:
+    """Returns the folder that a name holds, or "", and the file name."""
+    outer, slash, file_name = name.replace("\\", "/").rpartition("/")
+    return outer or slash, file_name
+
+
 def list_spellings(name: str) -> list[str]:
     """Returns a file name and its other spellings: with forward slashes, in both Unicode forms."""
     plain = name.replace("\\", "/")
@@ -209,12 +243,14 @@ def normalize_name(name: str) -> str:
 
 
 def make_missing_path(folders: Sequence[Path], name: str, base: Path) -> MissingImagePath:
-    """Returns the path of a missing image in the first of `folders`.
+    """Returns the path of a missing image in the first of `folders`; `base` is for the message."""
+    return MissingImagePath(str(folders[0] / name), describe_searched(folders, base))
 
-    Folders below `base` are named relative to it in `searched`.
-    """
+
+def describe_searched(folders: Sequence[Path], base: Path) -> str:
+    """Returns the names of folders for a message; those below `base` are relative to it."""
     shown = [
         os.path.relpath(folder, base) if folder.is_relative_to(base) else str(folder)
         for folder in folders
     ]
-    return MissingImagePath(str(folders[0] / name), f"{', '.join(dict.fromkeys(shown))} of {base}")
+    return f"{', '.join(dict.fromkeys(shown))} of {base}"

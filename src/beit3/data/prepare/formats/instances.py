@@ -32,6 +32,7 @@ from beit3.data.prepare.formats.split_names import (
     choose_split,
     infer_split,
     infer_subset,
+    make_split_error,
 )
 from beit3.data.stores.rle import MAX_COORDINATE
 from beit3.files import read_json
@@ -116,7 +117,7 @@ def _find_splits(raw: Path) -> dict[str, Path]:
     for file in (file for pattern in FILE_PATTERNS for file in find_files(raw, pattern)):
         split = "test-dev" if "test-dev" in file.stem else infer_split(file, raw) or "train"
         if split in files:
-            raise ValueError(f"{files[split]} and {file} are both {split}: keep one of them")
+            raise make_split_error(files[split], file, raw, split)
         files[split] = file
     return files
 

@@ -1,8 +1,9 @@
 """Folders of images and label maps as ADE20K, CamVid and Cityscapes publish them.
 
 A record is {id: path in its split's folder without the ending, image, label_map}. A label map holds
-numbers in one channel, which stay as they are. The options say what they mean (label_numbers.py).
-Every label map is read once, so that numbers which are no class are found before training.
+numbers in one channel, which stay as they are. What they mean, the options say
+(label_map_numbers.py). Every label map is read once, so that numbers which are no class are found
+before training.
 """
 
 from collections import Counter
@@ -13,7 +14,7 @@ from typing import NamedTuple
 from beit3.data.prepare.formats.class_names import keep_first_synonyms
 from beit3.data.prepare.formats.files import find_folder, walk_files
 from beit3.data.prepare.formats.image_folders import is_image
-from beit3.data.prepare.formats.label_numbers import (
+from beit3.data.prepare.formats.label_map_numbers import (
     LabelNumbers,
     Options,
     check_numbers,
@@ -23,12 +24,15 @@ from beit3.data.prepare.formats.label_numbers import (
     read_all_numbers,
 )
 from beit3.data.prepare.formats.split_names import SPLITS, SplitRecord, choose_split
+from beit3.data.stores.label_names import read_class_names
 from beit3.data.views.label_maps import IGNORE_INDEX, INDEXED_MODES
 from beit3.files import read_lines
 from beit3.images import open_with_pillow, read_upright_size
 
 LABEL_MAP_SUFFIXES = (".png", ".bmp", ".tif", ".tiff")
 """Endings of files that keep numbers as they are; JPEG does not."""
+CLASS_LISTS = ("classes.txt", "class_names.txt", "labels.txt")
+"""Lists of the classes' names beside the folders; the first that exists counts."""
 
 
 # SegNet's selection of CamVid, in the order of its labels; 11 is unlabelled.
@@ -106,15 +110,15 @@ def is_ade20k(raw: Path) -> bool:
 def read_ade20k(raw: str | Path, *, counts: Counter[str] | None = None) -> LabelMapDataset:
     """Reads ADE20K, in which 0 is no class.
 
-    Names come from objectInfo150.txt or classes.txt beside the folders. Without them the classes
-    are called 1, 2, ... up to the largest number in all label maps.
+    Names come from objectInfo150.txt or one of `CLASS_LISTS` beside the folders. Without them the
+    classes are called 1, 2, ... up to the largest number in all label maps.
 
     Raises:
         ValueError: The label maps hold no class, or 0 and 1 alone without a list of names.
     """
     splits = _find_ade20k_splits(find_folder(raw))
     top = splits[0].images.parents[1]
-    names = _read_object_info(top / "objectInfo150.txt") or read_class_list(top / "classes.txt")
+    names = _read_object_info(top / "objectInfo150.txt") or read_listed_names(top)
     numbers = read_split_numbers(splits)
     options = {"reduce_zero": True, "ignore": IGNORE_INDEX}
     if not names and numbers.all == {0, 1}:
@@ -133,13 +137,13 @@ def is_camvid(raw: Path) -> bool:
 
 
 def read_camvid(raw: str | Path, *, counts: Counter[str] | None = None) -> LabelMapDataset:
-    """Reads CamVid with SegNet's eleven classes, or those of a classes.txt.
+    """Reads CamVid with SegNet's eleven classes, or those of a list beside its folders.
 
     The number after the last class is unlabelled.
     """
     raw = find_folder(raw)
     splits = _find_camvid_splits(raw)
-    names = read_class_list(raw / "classes.txt") or CAMVID_CLASSES
+    names = read_listed_names(raw) or CAMVID_CLASSES
     options = {"reduce_zero": False, "ignore": len(names)}
     numbers = read_split_numbers(splits)
     check_numbers(numbers, names, options, raw)
@@ -361,8 +365,8 @@ def _read_object_info(file: Path) -> tuple[str, ...]:
     return tuple(keep_first_synonyms([" ".join(row[-1].split()) for row in rows]))
 
 
-def read_class_list(file: Path) -> tuple[str, ...]:
-    """Returns the lines of a classes.txt; empty without the file."""
-    if not file.is_file():
-        return ()
-    return tuple(" ".join(line.split()) for line in read_lines(file) if line.strip())
+def read_listed_names(folder: Path) -> tuple[str, ...]:
+    """Returns the names in the first of `CLASS_LISTS` in a folder; empty without a list."""
+    files = [folder / name for name in CLASS_LISTS if (folder / name).is_file()]
+    names = read_class_names(files[0]) if files else ()
+    return tuple(" ".join(name.split()) for name in names)

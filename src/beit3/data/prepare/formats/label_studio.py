@@ -11,7 +11,7 @@ from pathlib import Path
 from beit3.data.prepare.formats.files import find_files, find_folder
 from beit3.data.prepare.formats.instances import InstanceFile, read_instance_files
 from beit3.data.prepare.formats.objects import Instances
-from beit3.data.prepare.formats.split_names import infer_split
+from beit3.data.prepare.formats.split_names import infer_split, make_split_error
 from beit3.files import read_json
 
 FILE_NAMES = ("result.json", "result_coco.json")
@@ -35,7 +35,7 @@ def read_label_studio(raw: str | Path, *, repaired: Counter[str] | None = None) 
     for path in (path for name in FILE_NAMES for path in find_files(raw, name)):
         split = "train" if path.parent == raw else infer_split(path, raw) or "train"
         if split in files:
-            raise ValueError(f"{files[split].path} and {path} are both {split}: keep one of them")
+            raise make_split_error(files[split].path, path, raw, split)
         content = read_json(path)
         if isinstance(content, dict) and isinstance(content.get("images"), list):
             content["images"] = [_shorten_local_url(image) for image in content["images"]]

@@ -6,7 +6,7 @@ entry names its image as a path below the folder of all images.
 
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +14,23 @@ from beit3.data.prepare.formats.captions import group_by_image
 from beit3.data.prepare.formats.files import ImageFinder, get_field, make_unknown_error
 from beit3.data.prepare.formats.json_lists import find_lists, stream_json_list
 from beit3.data.prepare.formats.nlvr import parse_label
-from beit3.data.prepare.formats.questions import make_question
+from beit3.data.prepare.formats.questions import choose_answer, make_question
 from beit3.data.prepare.formats.split_names import (
     SPLITS,
     Record,
     SplitRecord,
     choose_split,
     infer_split,
+    make_split_error,
 )
 
 CAPTION_FIELDS = {"image", "caption"}
 QUESTION_FIELDS = {"image", "question", "question_id"}
 STATEMENT_FIELDS = {"images", "sentence"}
+VISUAL_GENOME = "vg"
+"""`dataset` of Visual Genome's questions."""
+SOFT_LABELS = "*soft_labels.json"
+"""Names of lists of questions that another reader reads."""
 
 COCO_IMAGE = re.compile(r"COCO_\w+_(\d{12})\.")
 NLVR2_IMAGE = re.compile(r"(\w+-\d+)-\d+-img0\.")
@@ -88,12 +93,14 @@ def read_lavis_questions(raw: str | Path) -> Iterator[SplitRecord]:
 
     `answer` is one answer or a list with one per annotator; it is missing in tests.
     """
-    files = _find_split_files(raw, QUESTION_FIELDS)
+    files = _assign_splits(raw, _find_question_lists(Path(raw).absolute()), QUESTION_FIELDS)
     image_finder = _make_image_finder(raw, files)
     for file, file_split in files.items():
         for location, entry in stream_json_list(file):
             name = get_field(entry, "image", str, location)
             id = get_id(entry, "question_id", location)
+            if entry.get("dataset") == VISUAL_GENOME:  # its numbers may be VQA's as well
+                id = f"vg-{id}"
             text = get_field(entry, "question", str, location)
             answers = entry.get("answer", [])
             answers = [answers] if isinstance(answers, str) else answers
@@ -106,21 +113,30 @@ def read_lavis_questions(raw: str | Path) -> Iterator[SplitRecord]:
             if not answers and split != "test":
                 yield split, {"id": location, "fault": "it has no answer"}
                 continue
-            chosen_answer = Counter(answers).most_common(1)[0][0] if answers else None
+            chosen_answer = choose_answer(answers) if answers else None
             path = image_finder.find(name)
             yield split, make_question(id, path, text, answers, chosen_answer)
 
 
 def is_lavis_questions(raw: Path) -> bool:
     """Returns whether `raw` is or holds a list of {question_id, question, image}."""
-    return bool(find_lists(raw, QUESTION_FIELDS))
+    return bool(_find_question_lists(raw))
 
 
 def is_lavis_vqa(raw: Path) -> bool:
-    """Returns whether the lists in `raw` say that they are VQA's own (`dataset` is "vqa")."""
-    files = find_lists(raw, QUESTION_FIELDS)
-    entries = [next(stream_json_list(file))[1] for file in files]
-    return bool(entries) and all(entry.get("dataset") == "vqa" for entry in entries)
+    """Returns whether the lists in `raw` say that they are VQA's own (`dataset` is "vqa").
+
+    Visual Genome's questions beside them ("vg") extend their training data.
+    """
+    entries = [next(stream_json_list(file))[1] for file in _find_question_lists(raw)]
+    datasets = {str(entry.get("dataset")) for entry in entries} - {VISUAL_GENOME}
+    return datasets == {"vqa"}
+
+
+def _find_question_lists(raw: Path) -> list[Path]:
+    """Returns the lists of questions that are neither A-OKVQA's nor soft labels."""
+    others = {*find_lists(raw, {"choices"}), *find_lists(raw, QUESTION_FIELDS, SOFT_LABELS)}
+    return [file for file in find_lists(raw, QUESTION_FIELDS) if file not in others]
 
 
 # Statements ---------------------------------------------------------------------------------------
@@ -172,27 +188,34 @@ def get_id(entry: Record, name: str, location: str) -> int | str:
     return id
 
 
-def find_split_files(files: list[Path], raw: Path) -> dict[Path, str]:
-    """Returns file -> split; raises ValueError for two files of one split."""
+def find_split_files(
+    files: list[Path], raw: Path, *, repeatable: Collection[str] = ()
+) -> dict[Path, str]:
+    """Returns file -> split.
+
+    Raises ValueError for two files of one split, unless it is one of `repeatable`.
+    """
     splits: dict[Path, str] = {}
     for file in files:
         split = infer_split(file, raw) or "train"
         for other, other_split in splits.items():
-            if split == other_split:
-                raise ValueError(
-                    f"{other.name} and {file.name} in {raw} are both {split}: keep one of them"
-                )
+            if split == other_split and split not in repeatable:
+                raise make_split_error(other, file, raw, split)
         splits[file] = split
     return splits
 
 
 def _find_split_files(raw: str | Path, fields: set[str]) -> dict[Path, str]:
+    return _assign_splits(raw, find_lists(Path(raw).absolute(), fields), fields)
+
+
+def _assign_splits(raw: str | Path, files: list[Path], fields: set[str]) -> dict[Path, str]:
+    """Returns file -> split; several files may be train, as Visual Genome's beside COCO's."""
     raw = Path(raw).absolute()
-    files = find_lists(raw, fields)
     if not files:
         description = f".json with a list of objects with {', '.join(sorted(fields))} (lavis)"
         raise make_unknown_error(raw, description)
-    return find_split_files(files, raw)
+    return find_split_files(files, raw, repeatable={"train"})
 
 
 def _make_image_finder(raw: str | Path, files: dict[Path, str]) -> ImageFinder:

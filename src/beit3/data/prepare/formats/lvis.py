@@ -12,6 +12,7 @@ from pathlib import Path
 from beit3.data.prepare.formats.files import find_files, find_folder
 from beit3.data.prepare.formats.instances import InstanceFile, read_instance_files
 from beit3.data.prepare.formats.objects import Instances
+from beit3.data.prepare.formats.split_names import make_split_error
 from beit3.files import read_json
 
 FILE_PATTERN = "lvis_*.json"
@@ -36,7 +37,7 @@ def read_lvis(raw: str | Path, *, repaired: Counter[str] | None = None) -> Insta
     for path in find_files(raw, FILE_PATTERN):
         split = _infer_lvis_split(path)
         if split in paths:
-            raise ValueError(f"{paths[split]} and {path} are both {split}: keep one of them")
+            raise make_split_error(paths[split], path, raw, split)
         paths[split] = path
     folders = ["", *IMAGE_FOLDERS, *(f"images/{name}" for name in IMAGE_FOLDERS), "images"]
     files = [

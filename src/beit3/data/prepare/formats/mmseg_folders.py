@@ -14,16 +14,16 @@ from pathlib import Path
 
 from beit3.data.prepare.formats.files import find_folder, walk_files
 from beit3.data.prepare.formats.image_folders import is_image
+from beit3.data.prepare.formats.label_map_numbers import LabelNumbers, check_numbers, name_by_number
 from beit3.data.prepare.formats.label_maps import (
     LABEL_MAP_SUFFIXES,
     LabelMapDataset,
     SplitFolders,
     keep_existing,
     make_records,
-    read_class_list,
+    read_listed_names,
     read_split_numbers,
 )
-from beit3.data.prepare.formats.label_numbers import LabelNumbers, check_numbers, name_by_number
 from beit3.data.prepare.formats.split_names import find_folder_splits
 from beit3.data.views.label_maps import IGNORE_INDEX
 
@@ -47,7 +47,6 @@ MAP_ENDINGS = (
 """What the names of label maps end in, beyond those of their images; the first that fits counts."""
 NUMBERED_FROM_0 = ("_labelTrainIds", "_instance_color_RGB")
 """Endings of which it is known that 0 is a class."""
-CLASS_LISTS = ("classes.txt", "class_names.txt", "labels.txt")
 
 
 def is_mmseg(raw: Path) -> bool:
@@ -65,7 +64,7 @@ def read_mmseg(raw: str | Path, *, counts: Counter[str] | None = None) -> LabelM
     raw = find_folder(raw)
     splits = _find_splits(raw)
     numbers = read_split_numbers(splits)
-    names = next(filter(None, (read_class_list(raw / name) for name in CLASS_LISTS)), ())
+    names = read_listed_names(raw)
     reduce_zero = _is_zero_unlabeled(raw, splits, numbers, names)
     options = {"reduce_zero": reduce_zero, "ignore": IGNORE_INDEX}
     names = names or name_by_number(numbers, start=int(reduce_zero))

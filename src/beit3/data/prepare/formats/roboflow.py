@@ -12,7 +12,7 @@ from typing import Any
 from beit3.data.prepare.formats.files import find_files, find_folder
 from beit3.data.prepare.formats.instances import InstanceFile, read_instance_files
 from beit3.data.prepare.formats.objects import Instances
-from beit3.data.prepare.formats.split_names import infer_split
+from beit3.data.prepare.formats.split_names import infer_split, make_split_error
 from beit3.files import read_json
 
 FILE_NAME = "_annotations.coco.json"
@@ -36,7 +36,7 @@ def read_roboflow(raw: str | Path, *, repaired: Counter[str] | None = None) -> I
         if not split:
             raise ValueError(f"folder {path.parent} is none of train, valid and test: rename it")
         if split in paths:
-            raise ValueError(f"{paths[split]} and {path} are both {split}: keep one of them")
+            raise make_split_error(paths[split], path, raw, split)
         paths[split] = path
     files = [
         InstanceFile(path, read_json(path), split, [path.parent.relative_to(raw).as_posix()])

@@ -3,16 +3,21 @@
 img2dataset's `files` output and the trainers of diffusion models have this layout.
 """
 
+import os
 from collections import defaultdict
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
-from beit3.data.prepare.formats.files import find_folder, name_kind, walk_files
+from beit3.data.prepare.formats.files import find_folder, name_kind, walk_files, walk_folders
 from beit3.data.prepare.formats.image_folders import is_image
 from beit3.data.prepare.formats.split_names import Record, SplitRecord, assign_splits
 from beit3.files import read_lines
+from beit3.images import SUFFIXES
 
 CAPTION_SUFFIXES = (".txt", ".caption")
+NUM_CHECKED_IMAGES = 1000
+"""Images by which `are_most_captioned` decides."""
 
 
 def read_sidecar_captions(raw: str | Path) -> Iterator[SplitRecord]:
@@ -30,12 +35,25 @@ def read_sidecar_captions(raw: str | Path) -> Iterator[SplitRecord]:
 
 def is_sidecar_captions(raw: Path) -> bool:
     """Returns whether an image below `raw` has a caption beside it."""
-    return raw.is_dir() and any(
-        path.with_suffix(suffix).is_file()
-        for path in walk_files(raw)
-        if is_image(path)
-        for suffix in CAPTION_SUFFIXES
-    )
+    return any(_find_captioned(raw))
+
+
+def are_most_captioned(raw: Path) -> bool:
+    """Returns whether most of the first images below `raw` have a caption beside them."""
+    found = [*islice(_find_captioned(raw), NUM_CHECKED_IMAGES)]
+    return 2 * sum(found) > len(found)
+
+
+def _find_captioned(raw: Path) -> Iterator[bool]:
+    """Yields for each image below `raw`, by the names of files alone, whether it has a caption."""
+    for _, names in walk_folders(raw):
+        stems = {
+            os.path.splitext(name)[0] for name in names if name.lower().endswith(CAPTION_SUFFIXES)
+        }
+        for name in names:
+            stem, suffix = os.path.splitext(name)
+            if suffix.lower() in SUFFIXES:
+                yield stem in stems
 
 
 def _read_pairs(raw: Path) -> Iterator[Record]:

@@ -52,6 +52,15 @@ def infer_split(file: Path, raw: Path) -> str:
     return next((SPLITS[word.lower()] for word in words if word.lower() in SPLITS), "")
 
 
+def make_split_error(first: Path, second: Path, raw: Path, split: str) -> ValueError:
+    """Returns the error for two files in `raw` that both are of one split, for the caller to raise.
+
+    The second is named relative to `raw`.
+    """
+    other = second.relative_to(raw).as_posix()
+    return ValueError(f"{first} and {other} are both {split}: keep one of them")
+
+
 def infer_subset(file: Path) -> str:
     """Returns the part of a file's name that names a split, as it stands there, else "train".
 

@@ -1,13 +1,12 @@
 """Reads VizWiz: {train,val,test}.json, lists of an image, a question and ten people's answers."""
 
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 from beit3.data.prepare.formats.files import ImageFinder, get_field, make_unknown_error
 from beit3.data.prepare.formats.json_lists import find_lists, stream_json_list
 from beit3.data.prepare.formats.lavis import QUESTION_FIELDS, find_split_files
-from beit3.data.prepare.formats.questions import make_question
+from beit3.data.prepare.formats.questions import choose_answer, make_question
 from beit3.data.prepare.formats.split_names import SplitRecord, choose_split
 
 
@@ -39,7 +38,7 @@ def read_vizwiz(raw: str | Path) -> Iterator[SplitRecord]:
             if not answers and split != "test":
                 yield split, {"id": location, "fault": "it has no answers"}
                 continue
-            chosen_answer = Counter(answers).most_common(1)[0][0] if answers else None
+            chosen_answer = choose_answer(answers) if answers else None
             path = image_finder.find(name)
             yield split, make_question(Path(name).stem, path, text, answers, chosen_answer)
 

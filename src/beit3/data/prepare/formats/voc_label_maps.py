@@ -9,15 +9,15 @@ folders, with or without the background, or are called by their numbers.
 from collections import Counter
 from pathlib import Path
 
+from beit3.data.prepare.formats.label_map_numbers import LabelNumbers, check_numbers, name_by_number
 from beit3.data.prepare.formats.label_maps import (
     LabelMapDataset,
     SplitFolders,
     find_label_maps,
     make_records,
-    read_class_list,
+    read_listed_names,
     read_split_numbers,
 )
-from beit3.data.prepare.formats.label_numbers import LabelNumbers, check_numbers, name_by_number
 from beit3.data.prepare.formats.voc import (
     IMAGE_FOLDERS,
     VOC_CLASSES,
@@ -29,7 +29,6 @@ from beit3.data.prepare.formats.voc import (
 from beit3.data.views.label_maps import IGNORE_INDEX
 
 LABEL_MAP_FOLDERS = ("SegmentationClass", "SegmentationClassPNG")
-CLASS_LISTS = ("classes.txt", "class_names.txt", "labels.txt")
 BACKGROUND_NAMES = ("background", "_background_", "__background__")
 IGNORED_NAME = "__ignore__"
 """labelme's name for 255, in the first line of its lists."""
@@ -64,10 +63,11 @@ def _find_splits(folder: Path) -> list[SplitFolders]:
     maps = next(folder / name for name in LABEL_MAP_FOLDERS if (folder / name).is_dir())
     images = next(folder / name for name in IMAGE_FOLDERS if (folder / name).is_dir())
     splits: list[SplitFolders] = []
-    stem_splits = read_split_lists(folder, "Segmentation")
-    for split in dict.fromkeys(stem_splits.values()):
-        stems = frozenset(stem for stem, of in stem_splits.items() if of == split)
-        splits.append(SplitFolders(split, images, maps, keys=stems))
+    keys_by_split: dict[str, set[str]] = {}
+    for stem, split in read_split_lists(folder, "Segmentation").items():
+        keys_by_split.setdefault(split, set()).add(stem)
+    for split, stems in keys_by_split.items():
+        splits.append(SplitFolders(split, images, maps, keys=frozenset(stems)))
     if not splits:
         train = SplitFolders("train", images, maps)
         return [train._replace(keys=frozenset(find_label_maps(train)))]
@@ -83,8 +83,7 @@ def _name_classes(
     folder: Path, splits: list[SplitFolders], numbers: LabelNumbers
 ) -> tuple[str, ...]:
     """Returns the names of the classes from 0, the background, on."""
-    listed = next(filter(None, (read_class_list(folder / name) for name in CLASS_LISTS)), ())
-    names = tuple(name for name in listed if name != IGNORED_NAME)
+    names = tuple(name for name in read_listed_names(folder) if name != IGNORED_NAME)
     if names:
         has_background = names[0].lower() in BACKGROUND_NAMES or numbers.largest < len(names)
         return names if has_background else ("background", *names)

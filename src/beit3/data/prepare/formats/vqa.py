@@ -1,6 +1,5 @@
 """Reads VQA v1 and v2 and OK-VQA, which have one format: files of questions and of annotations."""
 
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,8 +10,14 @@ from beit3.data.prepare.formats.files import (
     get_field,
     make_unknown_error,
 )
-from beit3.data.prepare.formats.questions import CHOSEN_ANSWER, make_question
-from beit3.data.prepare.formats.split_names import Record, SplitRecord, infer_subset, parse_split
+from beit3.data.prepare.formats.questions import CHOSEN_ANSWER, choose_answer, make_question
+from beit3.data.prepare.formats.split_names import (
+    Record,
+    SplitRecord,
+    infer_subset,
+    make_split_error,
+    parse_split,
+)
 from beit3.files import read_json
 
 IMAGE_SUBSETS = ("train2014", "val2014", "test2015")
@@ -36,7 +41,7 @@ def read_vqav2(raw: str | Path) -> Iterator[SplitRecord]:
         subtype = str(content.get("data_subtype") or infer_subset(file))
         split = parse_split(subtype, str(file))
         if files.setdefault(split, file) != file:
-            raise ValueError(f"{files[split]} and {file} are both {split}: keep one of them")
+            raise make_split_error(files[split], file, raw, split)
         for record in _read_records(raw, file, content["questions"], subtype):
             yield split, record
 
@@ -118,7 +123,7 @@ def _read_annotations(raw: Path, question_file: Path) -> dict[int, tuple[list[st
         if CHOSEN_ANSWER in row:
             chosen_answer = get_field(row, CHOSEN_ANSWER, str, location)
         else:  # OK-VQA chooses none
-            chosen_answer = Counter(answers).most_common(1)[0][0]
+            chosen_answer = choose_answer(answers)
         annotations[get_field(row, "question_id", int, location)] = answers, chosen_answer
     return annotations
 

@@ -1,9 +1,11 @@
 """Labels in tables and names beside them: numbers, names, missing ones, and what is unclear."""
 
 import json
+import time
 
 import pytest
 
+from beit3.data.prepare.formats.class_names import find_class_names
 from tests.data.prepare.test_formats import write_files
 from tests.data.prepare.test_formats_labels import assert_refused, read_all
 
@@ -54,6 +56,8 @@ def test_booleans_and_lists_of_one_are_names(tmp_path):
         ([0.5, 1, 0, 1], ["x.jsonl line 1 has label 0.5, which is no class"]),
         (["Cat", "cat", "dog", "dog"], ["'Cat'", "'cat'", "one class or two"]),
         ([["cat", "dog"], "cat", "cat", "dog"], ["line 1 has label", "one class"]),
+        (["(1, 2)", "0", "1", "2"], ["line 1 has label '(1, 2)'", "one class"]),
+        (["{1, 2}", "0", "1", "2"], ["line 1 has label '{1, 2}'", "one class"]),
         ([{"id": 1}, "cat", "cat", "dog"], ["line 1 has label", "one class"]),
     ],
 )
@@ -69,6 +73,27 @@ def test_a_list_of_names_makes_numbers_clear(tmp_path):
     assert [record["label"] for _, record in pairs] == [1, 2, 3, 1]
     names = {"classes.json": ["a", "b", "c"]}
     assert_refused(write_labels(tmp_path, [1, 2, 3, 1], **names), "names 3 classes, 0 to 2")
+
+
+@pytest.mark.parametrize("is_table", [True, False])
+def test_numbers_beside_kaggles_list_get_its_first_synonyms(tmp_path, is_table):
+    mapping = "n01440764 tench, Tinca tinca\nn01443537 goldfish\nn01484850 white_shark, shark\n"
+    if is_table:
+        write_labels(tmp_path, [1, 2, 0, 1], **{"LOC_synset_mapping.txt": mapping})
+    else:
+        images = {f"train/{k}/1.png": None for k in range(3)}
+        write_files(tmp_path, {"LOC_synset_mapping.txt": mapping, **images})
+    assert read_all(tmp_path)[0] == ("tench", "goldfish", "white shark")
+
+
+def test_a_long_list_of_numbered_names_is_ordered_fast(tmp_path):
+    """It took 3 s for ImageNet-21k, and with the square of the number."""
+    names = {str(k): [f"n{k:08}", f"name {k}"] for k in reversed(range(60_000))}
+    write_files(tmp_path, {"imagenet_class_index.json": names})
+    classes = [f"n{k:08}" for k in range(60_000)]
+    start = time.perf_counter()
+    assert find_class_names(tmp_path, classes)[-1] == "name 59999"
+    assert time.perf_counter() - start < 5
 
 
 # Names beside folders -----------------------------------------------------------------------------

@@ -10,8 +10,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from beit3.data.prepare.formats.class_names import find_name_lists
-from beit3.data.stores.label_names import read_class_names
+from beit3.data.prepare.formats.class_names import (
+    find_class_names,
+    find_name_lists,
+    read_name_list,
+)
 from beit3.data.stores.literals import list_items
 
 MAX_CLASSES = 100_000
@@ -21,6 +24,9 @@ NULL_CELLS = frozenset({"nan", "NaN", "NAN", "<NA>", "NaT"})
 NULL_NUMBERS = NULL_CELLS | {"None", "none", "null", "NULL", "NA", "N/A", "n/a", "-", "?"}
 """Texts that stand for none among numbers; among names they may be classes."""
 NUMBER = re.compile(r"[+-]?\d+(\.\d*)?([eE][+-]?\d+)?", re.ASCII)
+
+SEVERAL_NUMBERS = re.compile(r"[({][\d\s.+-]+,[\d\s.,+-]*[)}]", re.ASCII)
+"""A tuple or set of numbers, as Python writes them."""
 
 
 def parse_label_cell(value: Any, location: str, split: str) -> str:
@@ -33,7 +39,8 @@ def parse_label_cell(value: Any, location: str, split: str) -> str:
         ValueError: The cell holds several labels, or an object; or -1 in another split.
     """
     labels = list_items(value)
-    if isinstance(value, dict) or len(labels) > 1 or any(isinstance(x, dict) for x in labels):
+    is_several = len(labels) > 1 or SEVERAL_NUMBERS.fullmatch(str(value).strip())
+    if is_several or isinstance(value, dict) or any(isinstance(x, dict) for x in labels):
         raise ValueError(
             f"{location} has label {str(value)[:40]!r}: an image can have one class, a name or a "
             "number from 0"
@@ -49,8 +56,8 @@ def parse_label_cell(value: Any, location: str, split: str) -> str:
     return label
 
 
-def number_labels(cells: Mapping[str, str], folder: Path) -> tuple[list[str], dict[str, int]]:
-    """Returns the classes in the order of the labels, and cell -> label.
+def number_labels(cells: Mapping[str, str], folder: Path) -> tuple[tuple[str, ...], dict[str, int]]:
+    """Returns the readable names of the classes in the order of the labels, and cell -> label.
 
     Args:
         cells: Location -> label as it is written, "" for none. Those that are not in the result
@@ -69,7 +76,8 @@ def number_labels(cells: Mapping[str, str], folder: Path) -> tuple[list[str], di
         )
     classes = sorted(values - NULL_CELLS)
     _check_spellings(cells, classes)
-    return classes, {name: label for label, name in enumerate(classes)}
+    labels = {name: label for label, name in enumerate(classes)}
+    return find_class_names(folder, classes), labels
 
 
 def _check_spellings(cells: Mapping[str, str], classes: list[str]) -> None:
@@ -86,10 +94,12 @@ def _check_spellings(cells: Mapping[str, str], classes: list[str]) -> None:
             )
 
 
-def _number_numbers(cells: Mapping[str, str], folder: Path) -> tuple[list[str], dict[str, int]]:
-    """Returns the classes "0", "1", ... of labels that are numbers, and cell -> label.
+def _number_numbers(
+    cells: Mapping[str, str], folder: Path
+) -> tuple[tuple[str, ...], dict[str, int]]:
+    """Returns the names of classes whose labels are numbers, and cell -> label.
 
-    There are as many as a list of names beside the table has, else up to the largest label.
+    They are those of a list beside the table, else "0", "1", ... up to the largest label.
     """
     labels: dict[str, int] = {}
     for location, cell in cells.items():
@@ -105,10 +115,12 @@ def _number_numbers(cells: Mapping[str, str], folder: Path) -> tuple[list[str], 
     largest = max(numbers)
     files = find_name_lists(folder)
     if files:
-        num_classes = len(read_class_names(files[0]))
+        names = read_name_list(files[0])
+        num_classes = len(names)
         limit = f"{files[0]} names {num_classes} classes, 0 to {num_classes - 1}"
     else:
         num_classes = min(largest + 1, MAX_CLASSES)
+        names = tuple(map(str, range(num_classes)))
         limit = f"labels go up to {MAX_CLASSES - 1}"
     if largest >= num_classes:
         raise ValueError(
@@ -117,7 +129,7 @@ def _number_numbers(cells: Mapping[str, str], folder: Path) -> tuple[list[str], 
         )
     if not files:
         _check_clear(numbers, locations)
-    return [str(label) for label in range(num_classes)], labels
+    return names, labels
 
 
 def _check_clear(numbers: set[int], locations: Mapping[int, str]) -> None:
