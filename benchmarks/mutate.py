@@ -61,7 +61,6 @@ OWN_TESTS = {
     "model/cache.py": "tests/model/test_generation.py",
     "model/attention_mask.py": "tests/model/test_generation.py",
     "ops/deformable.py": "tests/segmentation/test_adapter.py",
-    "ops/batch_norm.py": "tests/segmentation/test_adapter.py",
     "data/views/preprocessing.py": "tests/data/views/test_transforms.py",
 }
 """Files whose tests have another name."""

@@ -8,10 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 from beit3.data.loader import RecordDataset
 from beit3.data.stores.split_files import locate_split
+from beit3.model.beit3 import BEiT3
+from beit3.model.config import TINY
 from beit3.predict import load
+from beit3.tasks import vqkd
 from beit3.tasks.vqkd import VQKD, VQKDConfig
 from beit3.tokenizer.teacher import Gradients
 from beit3.training.evaluate import evaluate
@@ -100,6 +104,22 @@ def test_a_teacher_of_another_width_is_refused(root):
         ValueError, match=r"task\.model\.teacher_dim is 44, the gradients teacher has 45"
     ):
         task(batch)
+
+
+def test_a_backbone_as_teacher_gets_images_with_the_grid_of_the_tokenizer(monkeypatch):
+    """The tokenizer's patches of 8 pixels become the backbone's of 4."""
+    backbone = BEiT3(replace(TINY, dim=32, depth=1, num_heads=2, ffn_dim=48, patch_size=4)).eval()
+    backbone.init_weights(0)
+    monkeypatch.setattr(vqkd, "load_backbone", lambda path: backbone)
+    config: Any = VQKD.recipes["demo"].task
+    model = replace(config.model, image_size=32, patch_size=8, teacher_dim=32)
+    task = VQKD(replace(config, teacher="beit3", model=model))
+    image = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    features = task.extract_teacher_features(image)
+    small = F.interpolate(image, size=(16, 16), mode="bicubic", antialias=True).clamp(0, 1)
+    expected = backbone(image=small * 2 - 1).of("image")[:, 1:]
+    assert features.shape == (2, 16, 32)
+    torch.testing.assert_close(features, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_the_recipe_has_the_published_numbers():

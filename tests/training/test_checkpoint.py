@@ -343,9 +343,18 @@ def test_the_error_for_a_full_disk_names_the_last_good_checkpoint(
     assert_same_run(out, finished_runs["vqa"])
 
 
-def test_asynchronous_checkpoints_equal_synchronous_ones(recipes, finished_runs, tmp_path):
-    recipe = recipes["vqa"]
+def test_asynchronous_checkpoints_equal_synchronous_ones(
+    recipes, finished_runs, tmp_path, monkeypatch
+):
+    recipe, save, written = recipes["vqa"], checkpoint.dcp.async_save, []
+
+    def note_and_save(*arguments: Any, **options: Any) -> Any:
+        written.append(Path(options["storage_writer"].path).stem)
+        return save(*arguments, **options)
+
+    monkeypatch.setattr(checkpoint.dcp, "async_save", note_and_save)
     train(replace(recipe, run=replace(recipe.run, async_save=True)), VQA, out=tmp_path / "run")
+    assert written == [f"step_{step:08d}" for step in (2, 3, 4, 6)], "with the evaluation's"
     assert not list((tmp_path / "run/checkpoints").glob("*.part"))
     for folder in ("step_00000004", "step_00000006"):
         assert_equal(

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 from beit3.data.loader import ExampleDataset, RecordDataset
 from beit3.data.stores.records import write_records
+from beit3.data.text.tokenize import write_tokens
 from beit3.model.layers import Block
 from beit3.recipe import DataConfig, OptimConfig, Recipe, RunConfig
 from beit3.task import grow_vocabulary
@@ -392,6 +393,26 @@ def test_too_many_unreadable_records_end_the_run(damaged_root, tmp_path):
         train(
             replace(recipe, data=replace(recipe.data, bad_share=0.05)), VQKD, out=tmp_path / "run"
         )
+
+
+def test_ids_of_another_text_tokenizer_are_refused_before_anything_is_written(
+    vqkd_weights, tmp_path
+):
+    raw, data = tmp_path / "raw", tmp_path / "root"
+    for split in ("train", "val"):
+        (raw / split).mkdir(parents=True)
+        (raw / split / "a.txt").write_text("One two three. " * 90)
+    tokenizers = [
+        TextTokenizer.train([text], vocab_size=24, model_type="bpe")
+        for text in ("One two three. " * 9, "Four five six seven. " * 9)
+    ]
+    write_tokens(raw, data / "pretrain/texts", tokenizers[0], pack=16, workers=1)
+    tokenizers[1].save(data / "text.model")
+    recipe = make_pretrain_recipe(data, vqkd_weights, steps=1)
+    recipe = replace(recipe, data=replace(recipe.data, batch={"texts": 4}))
+    with pytest.raises(ValueError, match=r"train\.tokens holds ids of another text tokenizer"):
+        train(recipe, Pretrain, out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_root_without_records_is_named(tmp_path):

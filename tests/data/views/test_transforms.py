@@ -224,6 +224,14 @@ def test_random_resized_crops(photo):
     assert 0.4 < np.mean([(view[:, 0] > view[:, -1]).all().item() for view in flips]) < 0.6
 
 
+def test_a_crop_of_the_whole_has_a_ratio_of_three_to_four_unless_told():
+    """Of 40 x 10 pixels that is the 13 x 10 in the middle."""
+    tall = (6 * torch.arange(40, dtype=torch.uint8))[:, None].expand(3, 40, 10)
+    for image, box in ((tall, tall[:, 13:26]), (tall.mT, tall.mT[..., 13:26])):
+        view = random_resized_crop(image, make_rng(0, 0, 0), image_size=13, scale=(1, 1), hflip=0)
+        assert torch.equal(view, transforms.resize(box, 13, 13))
+
+
 def test_transforms_do_not_write_into_the_image(photo):
     before = photo.clone()
     square = photo[:, :, :60].contiguous()
