@@ -458,6 +458,7 @@ def test_text_tokenizers_that_do_not_fit(vqa, root, tmp_path, run_failing_cli, i
         (["plan", "vqa", "--gpus", "1.5"], "'1.5' is no whole number"),
         (["train", "vqaa"], "unknown task 'vqaa'; did you mean vqa? (known: "),
         (["train", "json.decoder"], "module json.decoder defines 0 Task classes"),
+        (["train", "../../x"], "unknown task '../../x': give a task's name, or a module"),
         (["train", "no.such.module"], "unknown task 'no.such.module': there is no module no"),
         (["recipes", "vqaa"], "unknown task 'vqaa'; did you mean vqa?"),
         (["recipes", "vqa", "--show", "base_48"], "no recipe base_48; did you mean base_480?"),

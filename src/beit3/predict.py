@@ -346,9 +346,10 @@ def _load_directory(
             prompt=prompt,
             fixed=config.head_sizes,
         )
+        built = loading.load_weights(directory, text_model=text_model, config=config)
     except ValueError as error:
-        raise ValueError(f"{directory}: {error}") from None
-    built = loading.load_weights(directory, text_model=text_model, config=config)
+        is_named = str(directory) in str(error)
+        raise ValueError(str(error) if is_named else f"{directory}: {error}") from None
     return built, LoadReport(f"{directory} ({description.task})", tuple(get_weights(built)), {}, {})
 
 

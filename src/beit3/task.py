@@ -10,6 +10,7 @@ Inference:  record -> example -> batch -> prediction (JSON) -> score
 import importlib
 import inspect
 import pkgutil
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -489,6 +490,8 @@ def load_task(name: str) -> type[Task]:
         raise ValueError(
             f"unknown task {name!r}{suggest(name, list_tasks())} (known: {', '.join(list_tasks())})"
         )
+    if not re.fullmatch(r"[\w-]+(\.[\w-]+)*", path):
+        raise ValueError(f"unknown task {name!r}: give a task's name, or a module as a.b.c")
     try:
         module = importlib.import_module(path)
     except ModuleNotFoundError as error:

@@ -58,6 +58,16 @@ def test_broken_arrays_are_named(predictions, tmp_path):
         list(read_predictions(path))
 
 
+@pytest.mark.parametrize("rows", [[0, float("inf")], [0, 1.5], [0], [0, 1, 2], "0", None])
+def test_rows_that_are_no_numbers_are_named(predictions, tmp_path, rows):
+    write_predictions(tmp_path / "x.jsonl", predictions)
+    lines = [json.loads(line) for line in (tmp_path / "x.jsonl").read_text().splitlines()]
+    lines[0]["texts"]["rows"] = rows
+    (tmp_path / "x.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    with pytest.raises(ValueError, match=r"rows .* of .*x\.texts\.npy are no row"):
+        list(read_predictions(tmp_path / "x.jsonl"))
+
+
 def test_damaged_arrays_are_named(predictions, tmp_path):
     """numpy reads a header as Python source, which fails in ways of its own."""
     path, array_path = tmp_path / "x.jsonl", tmp_path / "x.image.npy"

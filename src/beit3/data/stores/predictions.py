@@ -232,10 +232,10 @@ def _check_needed_fields(
 
 def _read_rows(path: Path, rows: int | list[int], arrays: dict[str, np.ndarray]) -> np.ndarray:
     """Returns rows of an array. `arrays` keeps the arrays that are open."""
-    try:
-        start, end = (rows, rows + 1) if isinstance(rows, int) else map(int, rows)
-    except (TypeError, ValueError):
-        raise ValueError(f"rows {rows} of {path} are no row and no [start, end]") from None
+    span = [rows, rows + 1] if isinstance(rows, int) else rows
+    if not is_list_of(is_whole_number)(span) or len(span) != 2:
+        raise ValueError(f"rows {rows} of {path} are no row and no [start, end]")
+    start, end = span
     if path.name not in arrays:
         arrays[path.name] = open_array(path, "write the predictions again")
     array = arrays[path.name]
