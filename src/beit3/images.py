@@ -1,7 +1,8 @@
 """Opening images: every image becomes uint8 [3, H, W] RGB, or a ValueError that names it.
 
 No byte of a file crashes the process. Pillow decodes all formats but JPEG, the common case, which
-torchvision decodes 1.7 times as fast to the same pixels; that decoder survived the damaged files
+torchvision decodes 1.3 times as fast to the same pixels (`benchmarks/image_decoding.py`); that
+decoder survived the damaged files
 of `benchmarks/fuzz.py`. torchvision's PNG decoder did not, and is not used.
 """
 

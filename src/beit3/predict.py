@@ -346,10 +346,9 @@ def _load_directory(
             prompt=prompt,
             fixed=config.head_sizes,
         )
-        built = loading.load_weights(directory, text_model=text_model, config=config)
     except ValueError as error:
-        is_named = str(directory) in str(error)
-        raise ValueError(str(error) if is_named else f"{directory}: {error}") from None
+        raise ValueError(f"{directory}: {error}") from None
+    built = loading.load_weights(directory, text_model=text_model, config=config)
     return built, LoadReport(f"{directory} ({description.task})", tuple(get_weights(built)), {}, {})
 
 

@@ -25,18 +25,20 @@ def assert_equal_tensors(state: State, expected: State) -> None:
         ), name
 
 
+BACKBONE = replace(
+    TINY_RELEASE,
+    dim=64,
+    num_heads=1,
+    depth=2,
+    ffn_dim=32,
+    image_size=16,
+    vocab_size=30,
+    text_positions=12,
+)
+
+
 def make_backbone(**changes) -> Backbone:
-    config = replace(
-        TINY_RELEASE,
-        dim=64,
-        num_heads=1,
-        depth=2,
-        ffn_dim=32,
-        image_size=16,
-        vocab_size=30,
-        text_positions=12,
-    )
-    task = Backbone(TaskConfig(model=replace(config, **changes)))
+    task = Backbone(TaskConfig(model=replace(BACKBONE, **changes)))
     task.init_weights(0)
     return task
 

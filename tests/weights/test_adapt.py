@@ -14,12 +14,12 @@ from beit3.tasks.pretrain import Pretrain, PretrainConfig
 from beit3.tasks.retrieval import Retrieval, RetrievalConfig
 from beit3.tasks.vqa import VQA, VQAConfig
 from beit3.tasks.vqkd import VQKD, VQKDConfig
-from beit3.tokenizer.visual import VisualTokenizerConfig
 from beit3.weights.adapt import adapt_config, add_names
 from beit3.weights.initialization import initialize_from
 from beit3.weights.loading import load_weights_as
 from beit3.weights.release_format import to_released_state
 from beit3.weights.store import save_weights
+from tests.weights.tasks import VISUAL
 
 PAPER = replace(TINY, dim=32, depth=2, ffn_dim=48, image_size=16, vocab_size=64, text_positions=20)
 RELEASE = replace(
@@ -123,21 +123,9 @@ def test_a_missing_final_norm_is_fresh(tmp_path):
 
 
 def test_weights_of_another_kind_of_network_are_refused(tmp_path):
-    visual = VisualTokenizerConfig(
-        image_size=16,
-        patch_size=8,
-        dim=16,
-        depth=1,
-        num_heads=2,
-        ffn_dim=32,
-        decoder_depth=1,
-        code_dim=4,
-        num_codes=9,
-        teacher_dim=12,
-    )
     save_weights(
         initialize(
-            VQKD(VQKDConfig(model=visual, image=replace(VQKDConfig().image, image_size=16)))
+            VQKD(VQKDConfig(model=VISUAL, image=replace(VQKDConfig().image, image_size=16)))
         ),
         tmp_path / "codes",
     )

@@ -8,7 +8,7 @@ import torch
 
 from beit3.data.views.preprocessing import IMAGENET_MEAN_STD, VL_MEAN_STD
 from beit3.model.beit3 import BEiT3
-from beit3.model.config import TINY, TINY_RELEASE
+from beit3.model.config import TINY
 from beit3.model.generation import Decoding
 from beit3.recipe import TaskConfig
 from beit3.task import Task, task_name
@@ -19,6 +19,7 @@ from beit3.weights.loading import load_released
 from beit3.weights.release_format import identify_checkpoint, infer_model_config, to_released_state
 from tests.golden import find_fixture, load_tensors
 from tests.weights.states import (
+    BACKBONE,
     add_pretraining_heads,
     assert_equal_tensors,
     load_released_shapes,
@@ -46,22 +47,12 @@ def test_released_models_are_identified_by_their_keys():
 
 
 def test_sizes_are_inferred_from_shapes(backbone_state):
-    config = replace(
-        TINY_RELEASE,
-        dim=64,
-        num_heads=1,
-        depth=2,
-        ffn_dim=32,
-        image_size=16,
-        vocab_size=30,
-        text_positions=12,
-    )
-    assert infer_model_config(backbone_state) == config
+    assert infer_model_config(backbone_state) == BACKBONE
     assert infer_model_config(
         {key.removeprefix("beit3."): tensor for key, tensor in backbone_state.items()}, 2
-    ) == replace(config, num_heads=2)
+    ) == replace(BACKBONE, num_heads=2)
     plain = to_released_state(make_backbone(sub_ln=False, final_norm=False))
-    assert infer_model_config(plain) == replace(config, sub_ln=False, final_norm=False)
+    assert infer_model_config(plain) == replace(BACKBONE, sub_ln=False, final_norm=False)
     assert_equal_tensors(to_released_state(load_released(plain)[0]), plain)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from functools import partial
 from typing import TYPE_CHECKING
 
 from beit3.cli.options import (
@@ -17,10 +18,6 @@ from beit3.cli.options import (
 from beit3.cli.predict import load_predictor
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    from beit3.data.loader import RecordDataset
-    from beit3.data.stores.record_fields import Purpose
     from beit3.task import Task
     from beit3.training.evaluate import SourcePredictions
 
@@ -90,10 +87,16 @@ def evaluate(
     with rank_zero_first():
         sources = open_split(task_class, root, split)
     predictor.match_class_names(next(iter(sources.values())).path.with_name(task.names_file))
-    purpose: Purpose = "predict" if predictions or submission else "score"
     with show_progress("checking records") as advance:
-        check_records(task_class, sources, purpose, config=task.config, progress=advance)
-    fault = find_score_fault(task, sources) if predictions and not submission else ""
+        check = partial(check_records, task_class, sources, config=task.config, progress=advance)
+        score_fault = ""
+        try:
+            check("score")
+        except ValueError as error:
+            if not (predictions or submission):
+                raise
+            score_fault = str(error)
+            check("predict")
     with show_progress("records") as advance:
         predicted = predict_sources(
             task,
@@ -115,25 +118,14 @@ def evaluate(
     if submission:
         write_submission(task, predicted, submission)
         return
-    if fault:
-        print(f"not scored: {fault}", file=sys.stderr)
+    if score_fault:
+        print(f"not scored: {score_fault}", file=sys.stderr)
         return
     scores = score_sources(task_class, predicted)
     if score_by_java is not None:
         for source_predictions, records in predicted.values():
             scores |= score_by_java(source_predictions, records)
     print(json.dumps(scores, indent=1))
-
-
-def find_score_fault(task: "Task", sources: "Mapping[str, RecordDataset]") -> str:
-    """Returns why predictions of these records cannot be scored, "" if they can."""
-    from beit3.training.record_checks import check_records
-
-    try:
-        check_records(type(task), sources, "score", config=task.config)
-    except ValueError as error:
-        return str(error)
-    return ""
 
 
 def write_submission(task: "Task", predicted: "SourcePredictions", path: str) -> None:
@@ -187,18 +179,16 @@ def score(
             f"--source {source} has no {split} records: there are {', '.join(sources)}"
         )
     check_records(task_class, {source: sources[source]}, "score", bad_share=1.0)
+    rows = [
+        row
+        for row in read_predictions(predictions, task_class.prediction_fields)
+        if row.get("source", source) == source
+    ]
+    records = list(sources[source])
     try:
-        rows = [
-            row
-            for row in read_predictions(predictions, task_class.prediction_fields)
-            if row.get("source", source) == source
-        ]
-        records = list(sources[source])
         scores = task_class.score(rows, records)
         if score_by_java is not None:
             scores |= score_by_java(rows, records)
     except ValueError as error:
-        if predictions in str(error):
-            raise
         raise ValueError(f"{predictions}: {error}") from None
     print(json.dumps(scores, indent=1))

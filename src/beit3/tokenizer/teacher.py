@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping
 from math import isqrt
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -178,8 +178,8 @@ class BackboneTeacher(Teacher):
     def __init__(self, backbone: nn.Module, *, patch_size: int):
         super().__init__()
         self.backbone, self.patch_size = backbone.requires_grad_(False), patch_size
-        self.backbone_patch_size = int(backbone.config.patch_size)  # type: ignore[union-attr, arg-type]
-        self.dim = int(backbone.config.dim)  # type: ignore[union-attr, arg-type]
+        config: Any = backbone.config
+        self.backbone_patch_size, self.dim = config.patch_size, config.dim
         self.eval()
 
     @torch.no_grad()

@@ -65,7 +65,10 @@ def load_weights(
     stored = read_config(directory)
     tokenizer = _load_tokenizer(directory, stored, text_model)
     config = _find_frozen_files(config or stored.config, stored.frozen)
-    task = load_task(stored.task)(config, tokenizer=tokenizer)
+    try:
+        task = load_task(stored.task)(config, tokenizer=tokenizer)
+    except ValueError as error:
+        raise ValueError(f"{directory}: {error}") from None
     for name, file in task.frozen_files.items():
         if name in stored.frozen and stored.frozen[name].sha256 != file.sha256:
             raise ValueError(
