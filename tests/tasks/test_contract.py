@@ -234,6 +234,18 @@ def test_every_parameter_gets_a_gradient_or_is_declared_unused(case):
         assert not is_frozen or parameter.grad is None, name
 
 
+def test_building_leaves_no_memory_undefined(case):
+    """In deterministic mode torch fills memory that nothing was written to with NaN."""
+    tokenizer = case.task.tokenizer if case.task.has_tokenizer else None
+    torch.use_deterministic_algorithms(True)
+    try:
+        task = type(case.task)(case.task.config, tokenizer=tokenizer)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for name, tensor in (*task.named_parameters(), *task.named_buffers()):
+        assert not tensor.is_floating_point() or tensor.isfinite().all(), name
+
+
 def test_eight_records_can_be_learned(case):
     config = OptimConfig(lr=1e-3, weight_decay=0.0, warmup_steps=20, clip=3.0)
     optimizer = make_optimizer(case.task.train(), config)

@@ -56,7 +56,7 @@ def build_decoders(
     )
     pixel_decoder = Mask2FormerPixelDecoder(settings, [dim] * (NUM_LEVELS + 1))
     query_decoder = Mask2FormerTransformerModule(config.hidden_dim, settings)
-    pixel_decoder.level_embed = nn.Parameter(torch.empty(NUM_LEVELS, config.hidden_dim))
+    pixel_decoder.level_embed = nn.Parameter(torch.zeros(NUM_LEVELS, config.hidden_dim))
     # Called alike, but of another class than transformers declares.
     positions: Any = SinePositions(config.hidden_dim), SinePositions(config.hidden_dim)
     pixel_decoder.position_embedding, query_decoder.position_embedder = positions

@@ -290,7 +290,7 @@ class ImageNet(Task):
             self.image_projection = nn.Linear(dim, dim, bias=False)
             self.text_projection = nn.Linear(dim, dim, bias=False)
             # Of one dimension, because FSDP2 shards no scalars.
-            self.logit_scale = nn.Parameter(torch.empty(1))
+            self.logit_scale = nn.Parameter(torch.zeros(1))
         self._cached_features: dict[Prompts, Tensor] = {}
         self._cached_prompts: dict[Prompts, tuple[Tensor, Tensor]] = {}
 

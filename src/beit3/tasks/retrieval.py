@@ -259,7 +259,7 @@ class Retrieval(Task):
         self.image_projection = nn.Linear(dim, dim, bias=False)
         self.text_projection = nn.Linear(dim, dim, bias=False)
         # Of one dimension, because FSDP2 shards no scalars.
-        self.logit_scale = nn.Parameter(torch.empty(1))
+        self.logit_scale = nn.Parameter(torch.zeros(1))
 
     @property
     def unused_parameters(self) -> Mapping[str, str]:  # type: ignore[override]
