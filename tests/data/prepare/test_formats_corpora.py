@@ -6,9 +6,11 @@ import io
 import json
 from pathlib import Path
 
+import pyarrow as arrow
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pyarrow import parquet
 
 from beit3.data.prepare.formats import corpora, documents
 from beit3.data.prepare.formats.corpora import Corpus
@@ -172,23 +174,10 @@ def test_a_smaller_fraction_of_large_corpora_is_held_out(tmp_path, monkeypatch):
     assert Corpus.open(tmp_path).held_out == 0.05
 
 
-def test_a_missing_package_is_reported(tmp_path, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
-    (tmp_path / "a.parquet").write_bytes(b"PAR1")
-    with pytest.raises(
-        ValueError,
-        match=r"a.parquet needs a package that is not installed: pip install 'beit3\[parquet\]'",
-    ):
-        Corpus.open(tmp_path)
-
-
-# With pyarrow -------------------------------------------------------------------------------------
+# Parquet, Zstandard -------------------------------------------------------------------------------
 
 
 def test_parquet_rows_are_documents(tmp_path, monkeypatch):
-    arrow = pytest.importorskip("pyarrow", reason="pyarrow reads Parquet")
-    from pyarrow import parquet
-
     table = arrow.table({"n": [*range(9)], "text": [*TEXTS, None]})
     parquet.write_table(table, tmp_path / "a.parquet", row_group_size=2)
     raw = [("b", "data"), ("c", "data")]
@@ -228,7 +217,7 @@ def test_parquet_rows_are_documents(tmp_path, monkeypatch):
 
 
 def test_zstandard_lines_are_documents(tmp_path):
-    arrow = pytest.importorskip("pyarrow", reason="pyarrow reads Zstandard")
+
     expected = encode_lines([f"{n} words" for n in range(5000)])
     packed = arrow.compress(expected[:9000], "zstd", asbytes=True) + arrow.compress(
         expected[9000:], "zstd", asbytes=True

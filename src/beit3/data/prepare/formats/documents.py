@@ -14,6 +14,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, TextIO
 
+import pyarrow
+from pyarrow.parquet import ParquetFile
+
 MAX_DOCUMENT_BYTES = 1 << 26
 """Bytes of a line or cell, which is read at once: no book is so long."""
 SKIP_BYTES = 1 << 20
@@ -111,7 +114,7 @@ def _open_binary(path: Path) -> Iterator[BinaryIO]:
         with gzip.open(path) as file:
             yield file  # type: ignore[misc]
     elif name.endswith(".zst"):
-        stream = import_pyarrow(path).input_stream(str(path), compression="zstd")
+        stream = pyarrow.input_stream(str(path), compression="zstd")
         with io.BufferedReader(stream) as file:
             yield file
     else:
@@ -141,7 +144,7 @@ def read_parquet_documents(path: Path, span: Span, field: str) -> Iterator[Docum
     """Yields the column `field` of the row groups in `span`, a document per row."""
     number = 0
     try:
-        with import_pyarrow(path).parquet.ParquetFile(path) as file:
+        with ParquetFile(path) as file:
             columns = file.schema_arrow.names
             if field not in columns:
                 yield Fault(
@@ -169,12 +172,8 @@ def find_row_groups(path: Path, part_bytes: int) -> list[int]:
     [0]; `read_parquet_documents` then says why.
     """
     try:
-        metadata = import_pyarrow(path).parquet.ParquetFile(path).metadata
-    except OSError:
-        return [0]
-    except ValueError as error:
-        if not type(error).__module__.startswith("pyarrow"):
-            raise
+        metadata = ParquetFile(path).metadata
+    except (OSError, ValueError):
         return [0]
     cuts, size = [0], 0
     for group in range(metadata.num_row_groups):
@@ -183,21 +182,6 @@ def find_row_groups(path: Path, part_bytes: int) -> list[int]:
             cuts.append(group + 1)
             size = 0
     return cuts
-
-
-def import_pyarrow(path: Path) -> Any:
-    """Returns pyarrow, which reads Parquet and Zstandard.
-
-    Raises ValueError with the remedy when it is not installed; `path` is the file that needs it.
-    """
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError:
-        raise ValueError(
-            f"{path} needs a package that is not installed: pip install 'beit3[parquet]'"
-        ) from None
-    return pyarrow
 
 
 def _read_cell(cell: Any, field: str) -> dict[str, Any]:
