@@ -33,6 +33,7 @@ FLOOR = {
     "tasks": 3,
     "training": 4,
     "quantize": 5,
+    "precision": 5,
     "predict": 5,
     "export": 5,
     "search": 5,
@@ -57,7 +58,9 @@ SIDEWAYS = {
     ("tasks", "recipe"),
     ("tasks", "task"),
     ("tasks", "weights"),
-    ("predict", "quantize"),
+    ("precision", "quantize"),
+    ("predict", "precision"),
+    ("search", "predict"),
     ("demo", "report"),
     ("__main__", "cli"),
 }

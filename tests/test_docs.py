@@ -43,8 +43,14 @@ CONTRIBUTING = PROJECT / "CONTRIBUTING.md"
 FENCE = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"(?<!!)\[[^\]]*\]\(([^)\s]+)\)")
 SHELLS = {"", "bash", "sh", "shell", "console"}
-FILE_READING_CALLS = {"load", "train", "read_file", "TextTokenizer"}
-"""Blocks with these calls are compiled and their imports are run, but not the rest."""
+FILE_READING_CALLS = {"load", "train", "read_file", "TextTokenizer"} | {
+    "predictor",
+    "embed_pairs",
+    "embed_patches",
+    "inspect",
+}
+"""Blocks with these calls are compiled and their imports are run, but not the rest. Those of
+docs/predict.md are run by tests/predict/test_page.py."""
 
 
 def relative_name(path: Path) -> str:

@@ -10,6 +10,7 @@ import io
 import os
 import re
 import stat
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
@@ -72,6 +73,9 @@ OTHER_FILES = (
 SWAPPING_ORIENTATIONS = (5, 6, 7, 8)
 """EXIF orientations that exchange width and height."""
 
+_LOADING = tuple(threading.Lock() for _ in range(61))
+"""Locks by an image's identity: Pillow reads a file that is opened lazily in one thread only."""
+
 
 # One image ------------------------------------------------------------------------------------
 
@@ -108,6 +112,8 @@ def open_image(image: ImageInput) -> Tensor:
         orientation = read_orientation(image) if is_from_file else 1
         file_name = getattr(image, "filename", "") or f"of mode {image.mode}"
         with explain_faults(f"Pillow image {file_name}"):
+            with _LOADING[id(image) % len(_LOADING)]:
+                image.load()
             return _turn_upright(_convert(image), orientation)
     if isinstance(image, np.ndarray):
         return _convert_array(image)

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 from beit3.cli import main
 from beit3.recipe import Recipe, RunConfig
-from beit3.task import Task, load_task
+from beit3.task import Task, task_name
 from beit3.tasks.captioning import Captioning
 from beit3.tasks.imagenet import ImageNet
 from beit3.tasks.nlvr2 import NLVR2
@@ -47,11 +47,14 @@ TASKS: dict[str, type[Task]] = {
     "nlvr2": NLVR2,
     "captioning": Captioning,
     "retrieval": Retrieval,
+    "matching": Retrieval,
     "imagenet": ImageNet,
 }
 NUM_STEPS = 5
 BY_NAMES = {"model": MODEL, "head": "names", "names_per_pass": 3}
 """Ten class names are divided over two processes and encoded three at a time."""
+MATCHING = {"model": MODEL, "matching": True}
+"""In micro-batches of two each pair has the other as its negative, so that none are drawn."""
 
 
 def torchrun(*arguments: str, options: Sequence[str] = ()) -> subprocess.CompletedProcess[str]:
@@ -127,6 +130,7 @@ def make_recipes(root: Path, visual: Path, precision: str) -> dict[str, Recipe]:
         "retrieval": make_finetuning_recipe(
             "retrieval", root, micro_batch=3, **run
         ),  # features are collected first
+        "matching": make_finetuning_recipe("retrieval", root, task=MATCHING, micro_batch=2, **run),
         "imagenet": make_finetuning_recipe("imagenet", root, task=BY_NAMES, micro_batch=3, **run),
     }
 
@@ -141,7 +145,7 @@ def runs(root, vqkd_weights, tmp_path_factory) -> Path:
     jobs: list[tuple[str, dict, str, bool]] = []
 
     def add_job(name: str, recipe: Recipe, out: Path, *, record: bool = False) -> None:
-        jobs.append((name, recipe.to_dict(), str(out), record))
+        jobs.append((task_name(TASKS[name]), recipe.to_dict(), str(out), record))
 
     for precision in ("float64", "float32"):
         for name, recipe in make_recipes(root, vqkd_weights, precision).items():
@@ -386,7 +390,7 @@ def test_frozen_parts_keep_their_weights_when_a_task_is_materialized(root, vqkd_
 def test_a_task_built_on_meta_has_the_usual_initial_values(root, vqkd_weights):
     """All parameters and the buffers of a codebook equal those of a task built on CPU."""
     for name, recipe in make_recipes(root, vqkd_weights, "float32").items():
-        config = load_task(name).configure(recipe.task, root)
+        config = TASKS[name].configure(recipe.task, root)
         task = build_task(TASKS[name], config, None, recipe.run, torch.device("cpu"))
         materialize(task, torch.device("cpu"), recipe.run.seed)
         plain = TASKS[name](config)

@@ -4,7 +4,7 @@ import math
 import pkgutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from cyclopts import App, Group, Parameter, Token
 
@@ -82,6 +82,7 @@ Fraction = Annotated[float, Parameter(converter=read_fraction, allow_leading_hyp
 """A number of 0 to 1."""
 Word = Annotated[str, Parameter(allow_leading_hyphen=True)]
 """A word that may also be an option of the recipe or the task, which the verb reads itself."""
+PrecisionName = Literal["auto", "float32", "bfloat16", "float16", "int8"]
 RecordsRoot = Annotated[str, Parameter(name="--data.root")]
 
 

@@ -5,7 +5,7 @@ One call covers every use of the paper's figure 3: an image alone (vision encode
 both with `make_image_to_text_mask` (image-to-text generation). Other modalities work alike.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -20,6 +20,9 @@ from beit3.model.embeddings import Embedding, make_embedding
 from beit3.model.layers import Block
 from beit3.model.layout import Layout, Parts, Spans
 from beit3.model.multiway import make_norm
+
+Observer = Callable[[int, Parts, Layout, Tensor | None], None]
+"""Receives the number of a block, its input, the layout and the attention mask."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +88,7 @@ class BEiT3(MultiwayBackbone):
         text_position_ids: Tensor | None = None,
         cache: Cache | None = None,
         read: Literal["all", "real", "first", "last"] = "all",
+        observe: Observer | None = None,
     ) -> Encoded:
         """Encodes an image, a text, or several modalities fused in one sequence.
 
@@ -103,6 +107,8 @@ class BEiT3(MultiwayBackbone):
             read: which states the caller reads: of all tokens; of all but the padding, whose states
                 are then arbitrary; or of each modality's first or last token alone. Less is
                 computed for what is not read.
+            observe: called before each block with (number of the block, its input, the layout, the
+                mask), for those who look inside. With `read` "all" the input is padded.
 
         Raises:
             ValueError: no input, padding together with a cache, a text beyond the position table,
@@ -127,6 +133,8 @@ class BEiT3(MultiwayBackbone):
                 parts, layout = layout.fuse(parts)
             if read in ("first", "last") and layer == self.config.depth - 1:
                 parts, layout = layout.select(parts, read)
+            if observe is not None:
+                observe(layer, parts, layout, mask)
             parts = block(parts, layout, mask, layer_cache)
 
         layout = layout.without_unselected()

@@ -41,9 +41,7 @@ class Attention(nn.Module):
             mask: bool, broadcast to [B, H, queries, keys], True = may attend.
             cache: keys and values of earlier tokens, extended by this call's.
         """
-        qkv = concatenate(layout.pad(self.qkv(parts, layout.experts)))  # [B, N, 3D]
-        batch, length, width = qkv.shape
-        query, key, value = qkv.view(batch, length, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+        query, key, value = self.project(parts, layout)
         if layout.selection:
             rows = layout.selected_indices()
             query = query[:, :, rows]  # [B, H, selected, D/H]
@@ -52,11 +50,29 @@ class Attention(nn.Module):
         if cache is not None:
             key, value = cache.extend(key, value)
         states = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
-        states = states.transpose(1, 2).reshape(batch, -1, width // 3)  # [B, N or selected, D]
+        states = states.transpose(1, 2).flatten(2)  # [B, N or selected, D]
         parts = layout.unpad(states.split(layout.lengths, 1))
         if self.norm is not None:
             parts = self.norm(parts, layout.experts)
         return self.out(parts, layout.experts)
+
+    def project(self, parts: Parts, layout: Layout) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns queries, keys and values of all tokens, each [B, H, N, D/H]."""
+        qkv = concatenate(layout.pad(self.qkv(parts, layout.experts)))  # [B, N, 3D]
+        batch, length, _ = qkv.shape
+        query, key, value = qkv.view(batch, length, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+        return query, key, value
+
+    def compute_weights(self, parts: Parts, layout: Layout, mask: Tensor | None = None) -> Tensor:
+        """Returns the fraction [B, H, N, N] of each value that goes into each output of a head.
+
+        `forward` never forms it. The arguments are those of `forward`; rows sum to one.
+        """
+        query, key, _ = self.project(parts, layout)
+        scores = query.float() @ key.float().transpose(-1, -2) / query.shape[-1] ** 0.5
+        if mask is not None:
+            scores = scores.masked_fill(~mask, -torch.inf)
+        return scores.softmax(-1)
 
 
 class FeedForward(nn.Module):

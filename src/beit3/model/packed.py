@@ -28,11 +28,16 @@ class PackedLinear(nn.Module):
         """Takes over the parameters of `linear`."""
         super().__init__()
         self.weight, self.bias = linear.weight, linear.bias
-        self.packed_weight: Tensor | None = None
-        self.packed_rows = 0
-        """Rows that `packed_weight` is for; 0: there is none yet."""
+        self.packed: tuple[int, Tensor] | None = None
+        """Number of rows and the weights that are laid out for it. One value, which is replaced as
+        a whole: another thread may do so at any time."""
         self.last_rows = 0
         self._register()
+
+    @property
+    def packed_rows(self) -> int:
+        """Number of rows that the packed weights are for; 0: there are none yet."""
+        return 0 if self.packed is None else self.packed[0]
 
     def forward(self, states: Tensor) -> Tensor:
         """Maps states [..., in] -> [..., out]."""
@@ -45,15 +50,14 @@ class PackedLinear(nn.Module):
         rows = states.numel() // states.shape[-1]
         if torch.is_grad_enabled() or not 0 < rows <= MAX_ROWS:
             return F.linear(states, self.weight, self.bias)
-        if rows == self.last_rows != self.packed_rows:
-            self.packed_weight = torch.ops.mkl._mkl_reorder_linear_weight(
-                self.weight.detach(), rows
-            )
-            self.packed_rows = rows
+        packed = self.packed
+        if rows == self.last_rows and (packed is None or packed[0] != rows):
+            weight = torch.ops.mkl._mkl_reorder_linear_weight(self.weight.detach(), rows)
+            packed = self.packed = (rows, weight)
         self.last_rows = rows
-        if rows != self.packed_rows:
+        if packed is None or packed[0] != rows:
             return F.linear(states, self.weight, self.bias)
-        return torch.ops.mkl._mkl_linear(states, self.packed_weight, self.weight, self.bias, rows)
+        return torch.ops.mkl._mkl_linear(states, packed[1], self.weight, self.bias, rows)
 
     def _register(self) -> None:
         """Gives the layer a handle by which compiled programs find it."""
@@ -63,7 +67,7 @@ class PackedLinear(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """A copy is a layer of its own: its weights may change without the original's."""
         super().__setstate__(state)
-        self.packed_weight, self.packed_rows, self.last_rows = None, 0, 0
+        self.packed, self.last_rows = None, 0
         self._register()
 
 
@@ -116,3 +120,111 @@ def _multiply_in_program(
 @_multiply_in_program.register_fake
 def _(states: Tensor, weight: Tensor, bias: Tensor | None, handle: int) -> Tensor:
     return states.new_empty(*states.shape[:-1], weight.shape[0])
+
+
+# Half precision -----------------------------------------------------------------------------------
+
+
+class HalfLinear(nn.Module):
+    """A linear layer in half precision that on CPU keeps bfloat16 weights in oneDNN's layout.
+
+    That layout serves any number of rows. A plain product reads twice the bytes for a few rows,
+    because it lays the weights out anew in every call.
+    """
+
+    def __init__(self, linear: nn.Linear, dtype: torch.dtype):
+        """Takes over the parameters of `linear`, rounded to `dtype`."""
+        super().__init__()
+        self.weight = nn.Parameter(linear.weight.detach().to(dtype), requires_grad=False)
+        self.bias: nn.Parameter | None = None
+        if linear.bias is not None:
+            self.bias = nn.Parameter(linear.bias.detach().to(dtype), requires_grad=False)
+        self.packed_weight: Tensor | None = None
+
+    def forward(self, states: Tensor) -> Tensor:
+        """Maps states [..., in] of any floating-point dtype -> [..., out] in half precision."""
+        states = states.to(self.weight.dtype)
+        if torch.compiler.is_compiling() or not can_pack_half(self.weight) or not states.numel():
+            return F.linear(states, self.weight, self.bias)
+        if self.packed_weight is None:
+            self.packed_weight = torch.ops.mkldnn._reorder_linear_weight(self.weight.detach())
+        return torch.ops.mkldnn._linear_pointwise(
+            states, self.packed_weight, self.bias, "none", [], ""
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies lay their weights out themselves."""
+        return self.__dict__ | {"packed_weight": None}
+
+
+class HalfSharedLinear(HalfLinear):
+    """The half-precision form of a linear layer for the parts of all experts."""
+
+    def forward(self, parts: Parts, experts: tuple[str, ...]) -> Parts:  # type: ignore[override]
+        return tuple(super(HalfSharedLinear, self).forward(part) for part in parts)
+
+
+def can_pack_half(weight: Tensor) -> bool:
+    """Returns whether oneDNN takes a weight in its own layout: bfloat16 on a CPU that has it."""
+    return (
+        weight.dtype == torch.bfloat16
+        and weight.device.type == "cpu"
+        and not torch.is_grad_enabled()
+        and torch.backends.mkldnn.is_available()
+        and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    )
+
+
+class HalfHead(nn.Linear):
+    """A head over a vocabulary whose weights are read as float16 where rows are few, on x86 CPUs.
+
+    Inputs, sums and logits stay in float32, and each weight is rounded to 11 bits. A word of a
+    caption reads half the bytes then. Other calls use the float32 weights.
+    """
+
+    MAX_ROWS = 32
+    """With more rows the float32 product is as fast."""
+
+    def __init__(self, linear: nn.Linear):
+        """Takes over the parameters of `linear`."""
+        super().__init__(linear.in_features, linear.out_features, device="meta")
+        self.weight, self.bias = linear.weight, linear.bias
+        self.packed_weight: torch.ScriptObject | None = None
+
+    def forward(self, states: Tensor) -> Tensor:
+        """Maps states [..., in] -> logits [..., out]."""
+        rows = states.numel() // states.shape[-1]
+        if (
+            torch.compiler.is_compiling()
+            or torch.is_grad_enabled()
+            or not 0 < rows <= self.MAX_ROWS
+            or states.device.type != "cpu"
+            or "fbgemm" not in torch.backends.quantized.supported_engines
+        ):
+            return super().forward(states)
+        if self.packed_weight is None:
+            self.packed_weight = torch.ops.quantized.linear_prepack_fp16(
+                self.weight.detach(), self.bias
+            )
+        return torch.ops.quantized.linear_dynamic_fp16(states.float(), self.packed_weight)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies lay their weights out themselves."""
+        return self.__dict__ | {"packed_weight": None}
+
+
+def halve(network: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Changes every linear layer and layer norm of `network` to `dtype`; returns the network."""
+    for name, module in list(network.named_modules()):
+        if isinstance(module, nn.LayerNorm):
+            module.to(dtype)
+        if not isinstance(module, nn.Linear):
+            continue
+        is_shared = isinstance(module, SharedLinear)
+        half = HalfSharedLinear(module, dtype) if is_shared else HalfLinear(module, dtype)
+        half.train(module.training)
+        if not name:
+            return half
+        parent, _, child = name.rpartition(".")
+        setattr(network.get_submodule(parent), child, half)
+    return network

@@ -105,7 +105,7 @@ def test_what_is_no_image_is_named(predictor, task_name, photo, tmp_path):
         "an image cannot be a": (
             torch.zeros(3, 20, 20),
             np.zeros((20, 20, 3)),
-            torch.zeros(1, 3, 9, 9, dtype=torch.uint8),
+            torch.zeros(2, 3, 9, dtype=torch.uint8),
             7,
             {"a": 1},
         ),

@@ -502,7 +502,11 @@ def test_unavailable_features_are_refused(
             {"images": [image_path]},
             "the head of retrieval is untrained",
         ),
-        (load(**retrieval_weights), {"texts": ["red", ""]}, r"texts\[1\] is empty: leave it out"),
+        (
+            load(**retrieval_weights),
+            {"texts": ["red", ""]},
+            r"texts\[1\]: the text is empty: leave it out",
+        ),
         (
             load(**retrieval_weights),
             {"images": [image_path, tmp_path / "absent.png"]},
