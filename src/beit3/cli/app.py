@@ -16,12 +16,15 @@ from cyclopts import App, CycloptsError, Group
 from beit3.cli.convert import convert_clip, convert_official, convert_vqkd
 from beit3.cli.demo import demo, world
 from beit3.cli.doctor import doctor
+from beit3.cli.embed import embed
 from beit3.cli.evaluate import evaluate, score
+from beit3.cli.index import index
 from beit3.cli.options import DEFAULTS
 from beit3.cli.predict import predict
 from beit3.cli.prepare import prepare
 from beit3.cli.recipes import recipes
 from beit3.cli.report import report
+from beit3.cli.search import search
 from beit3.cli.tokenizer import decode, encode, train_tokenizer
 from beit3.cli.train import plan, train
 
@@ -53,6 +56,7 @@ VERBS: dict[str, dict[str, Verb | SubVerbs]] = {
     "Start": {"demo": demo, "doctor": doctor},
     "Data": {"prepare": prepare, "tokenizer": TOKENIZER, "world": world},
     "Training": {"recipes": recipes, "plan": plan, "train": train, "report": report},
+    "Search": {"embed": embed, "index": index, "search": search},
     "Weights": {"eval": evaluate, "predict": predict, "score": score, "convert": CONVERT},
 }
 """Group in the help -> name -> verb."""

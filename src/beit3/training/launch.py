@@ -3,6 +3,7 @@
 import atexit
 import os
 import time
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -18,11 +19,14 @@ tensors. Without them one run in ten aborted at its very end, its work done (tor
 then asks for an interpreter that no longer exists)."""
 
 
-def init_device(run: RunConfig) -> torch.device:
-    """Joins the process group if torchrun launched this process, and returns its device."""
+def init_device(run: RunConfig, *, timeout: timedelta | None = None) -> torch.device:
+    """Joins the process group if torchrun launched this process, and returns its device.
+
+    `timeout` is how long a collective waits for other processes; None takes torch's default.
+    """
     launched_by_torchrun = "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1
     if launched_by_torchrun and not dist.is_initialized():
-        join_process_group()
+        join_process_group(timeout)
     device = _select_device(run.device)
     if device.type == "cuda":
         if not torch.cuda.is_available():
@@ -47,7 +51,7 @@ def _select_device(name: str) -> torch.device:
         ) from None
 
 
-def join_process_group() -> None:
+def join_process_group(timeout: timedelta | None = None) -> None:
     """Initializes the process group from torchrun's environment.
 
     After a restart torchrun's store may still hold the addresses of the processes that died, and
@@ -57,7 +61,7 @@ def join_process_group() -> None:
     store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
     # Counts are reduced on the CPU.
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
     atexit.register(time.sleep, EXIT_DELAY)
 
 

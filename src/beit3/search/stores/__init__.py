@@ -1,0 +1,1 @@
+"""Stores of vectors behind one interface: exact, FAISS, Milvus."""
