@@ -272,13 +272,26 @@ class Task(nn.Module):
         if "features" in batch:
             return self.compare(batch["features"])
         features = self.outputs(batch)
-        if "feature_gradients" not in batch:
-            return self.compare(features)
-        products = [
-            (features[name] * gradient).sum()
-            for name, gradient in batch["feature_gradients"].items()
-        ]
-        return {"losses": {"loss": torch.stack(products).sum()}, "metrics": {}}
+        if "feature_gradients" in batch:
+            products = [
+                (features[name] * gradient).sum()
+                for name, gradient in batch["feature_gradients"].items()
+            ]
+            result = {"losses": {"loss": torch.stack(products).sum()}, "metrics": {}}
+        else:
+            result = self.compare(features)
+        further = self.compute_further_losses(batch, features)
+        return {kind: values | further.get(kind, {}) for kind, values in result.items()}
+
+    def compute_further_losses(
+        self, batch: Batch, features: Mapping[str, Tensor]
+    ) -> dict[str, dict[str, Tensor]]:
+        """Returns, as `forward` does, losses of a task that compares examples beside `compare`'s.
+
+        They need the batch itself, and are computed where the loop has it: from one micro-batch
+        and its `features`. They may not be called `loss`.
+        """
+        return {}
 
     def compute_shared_features(self) -> dict[str, Tensor]:
         """Returns tensors that the losses of all records of a step share; {} = none.

@@ -265,31 +265,56 @@ NLVR2 = {
 
 _COCO_RUN = run(3072, epochs=15) | optim(warmup_epochs=3)
 _FLICKR_RUN = run(3072, epochs=20) | optim(warmup_epochs=5)
-_RETRIEVAL = TRAINER | size(384) | model(drop_path_rate=0.2)
+_NO_MATCHING = task(matching=False, matching_negatives=1, matching_hardness=1, matching_weight=1)
+_MATCHING = task(matching=True)  # ours
+_SMALL_MATCHING = task(matching=True, matching_hardness=0.5, matching_weight=5)
+_RETRIEVAL = TRAINER | _NO_MATCHING | size(384) | model(drop_path_rate=0.2)
 _GIANT_RETRIEVAL = (
-    TRAINER | GIANT | size(420) | model(drop_path_rate=0.3) | optim(lr=1e-5, layer_decay=0.95)
+    TRAINER
+    | _NO_MATCHING
+    | GIANT
+    | size(420)
+    | model(drop_path_rate=0.3)
+    | optim(lr=1e-5, layer_decay=0.95)
 )
 _ITC = (
     TRAINER
+    | _NO_MATCHING
     | size(224)
     | model(drop_path_rate=0.3)
     | run({"pairs": 16384}, epochs=5)
     | optim(lr=3e-5, warmup_epochs=1, layer_decay=0.95)
 )
-RETRIEVAL = {
-    "demo": DEMO
+_RETRIEVAL_DEMO = (
+    DEMO
+    | _NO_MATCHING
     | task(text_length=20)
     | run(64, steps=200)
-    | optim(lr=5e-4, weight_decay=0.05, warmup_steps=20),
-    "laptop": LAPTOP
+    | optim(lr=5e-4, weight_decay=0.05, warmup_steps=20)
+)
+_RETRIEVAL_LAPTOP = (
+    LAPTOP
+    | _NO_MATCHING
     | task(text_length=32)
     | run(64, steps=200)
-    | optim(lr=3e-4, weight_decay=0.05, warmup_steps=20),
+    | optim(lr=3e-4, weight_decay=0.05, warmup_steps=20)
+)
+RETRIEVAL = {
+    "demo": _RETRIEVAL_DEMO,
+    "demo_matching": _RETRIEVAL_DEMO | _SMALL_MATCHING | optim(lr=1e-3),
+    "laptop": _RETRIEVAL_LAPTOP,
+    "laptop_matching": _RETRIEVAL_LAPTOP | _SMALL_MATCHING | optim(lr=5e-4),
     "laptop_itc": LAPTOP
+    | _NO_MATCHING
     | task(text_length=32)
     | run({"pairs": 64}, steps=400)
     | optim(lr=5e-4, weight_decay=0.05, warmup_steps=40),
     "base_384_coco": _RETRIEVAL | BASE | _COCO_RUN | optim(lr=2e-4, layer_decay=0.65),
+    "base_384_coco_matching": _RETRIEVAL
+    | BASE
+    | _COCO_RUN
+    | _MATCHING
+    | optim(lr=2e-4, layer_decay=0.65),
     "large_384_coco": _RETRIEVAL | LARGE | _COCO_RUN | optim(lr=5e-5, layer_decay=0.85),
     "giant_420_coco": _GIANT_RETRIEVAL | _COCO_RUN,
     "base_384_flickr30k": _RETRIEVAL | BASE | _FLICKR_RUN | optim(lr=1e-4, layer_decay=0.65),

@@ -107,6 +107,7 @@ def backward_with_cached_gradients(
     computes the features of every micro-batch without gradients, then the loss of all features and
     its gradients with respect to them, then each micro-batch again with those gradients. Both
     passes start from the same random states, so that stochastic depth drops the same blocks.
+    Losses beside the comparison belong to the last pass, which has the micro-batch at hand.
     """
     device = next(task.parameters()).device
     rng_states: list[list[Tensor]] = []
@@ -130,14 +131,23 @@ def backward_with_cached_gradients(
         if feature.grad is not None
     }
 
+    losses: list[Tensor] = []
     for index, batch in enumerate(micro_batches):
         set_rng_state(device, rng_states[index])
         set_gradient_sync(task, index == len(micro_batches) - 1)
         feature_gradients = {name: pieces[index] for name, pieces in gradients.items()}
         with autocast:
             result = task(move_batch(batch) | {"feature_gradients": feature_gradients})
-        result["losses"]["loss"].backward()
-    return sum_over_ranks(sums), [loss.detach()] * len(micro_batches)
+        objective = result["losses"].pop("loss")
+        losses.append(loss.detach())
+        if result["losses"]:  # of this micro-batch alone
+            further_loss, logged = combine_losses(task, result, totals)
+            objective = objective + further_loss
+            losses[-1] = losses[-1] + further_loss.detach()
+            for name, value in logged.items():
+                sums[name] = sums.get(name, 0) + value
+        objective.backward()
+    return sum_over_ranks(sums), losses
 
 
 def get_rng_state(device: torch.device) -> list[Tensor]:
