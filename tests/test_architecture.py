@@ -22,6 +22,7 @@ FLOOR = {
     "metrics": 0,
     "world": 0,
     "progress": 0,
+    "download": 0,
     "model": 1,
     "tokenizer": 1,
     "data": 1,
@@ -51,6 +52,7 @@ FLOOR = {
 SIDEWAYS = {
     ("images", "files"),
     ("tensor_files", "files"),
+    ("download", "files"),
     ("tokenizer", "model"),
     ("task", "recipe"),
     ("weights", "recipe"),
@@ -60,6 +62,7 @@ SIDEWAYS = {
     ("tasks", "weights"),
     ("precision", "quantize"),
     ("predict", "precision"),
+    ("predict", "export"),
     ("search", "predict"),
     ("demo", "report"),
     ("__main__", "cli"),

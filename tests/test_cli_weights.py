@@ -133,7 +133,10 @@ def write_short_list(names: Path) -> Path:
             ["official", "beit3_base_itc_patch16_224.pth"],
             "that is the release's base network for retrieval (224 px",
         ),
-        (["vqkd", "vqkd_encoder_base_decoder_3x768x12_clip-d5036aa7.pth"], "in its folder beit2"),
+        (
+            ["vqkd", "vqkd_encoder_base_decoder_3x768x12_clip-d5036aa7.pth"],
+            "get it with beit3 download vqkd_",
+        ),
         (["clip", "ViT-B-16.pt"], "no teacher weights at ViT-B-16.pt"),
         (["dino", "x.pth"], 'unknown command "dino"'),
     ],

@@ -26,6 +26,7 @@ _HOMES = {
     "Preprocessing": "beit3.data.views.preprocessing",
     "train": "beit3.training.loop",
     "load": "beit3.predict",
+    "from_pretrained": "beit3.predict",
     "Predictor": "beit3.predict",
 }
 """Public names and where they live; each is imported when it is first asked for, so `import beit3`
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
     from beit3.model.config import TINY_RELEASE as TINY_RELEASE
     from beit3.model.config import ModelConfig as ModelConfig
     from beit3.predict import Predictor as Predictor
+    from beit3.predict import from_pretrained as from_pretrained
     from beit3.predict import load as load
     from beit3.recipe import DataConfig as DataConfig
     from beit3.recipe import OptimConfig as OptimConfig

@@ -95,6 +95,8 @@ class Task(nn.Module):
     backbone: nn.Module
     frozen_files: Mapping[str, FrozenFile] = {}
     """Name of a frozen child -> the file that it was loaded from."""
+    stored_fingerprint: Mapping[str, str] = {}
+    """Of an export, which holds no weights: what decides the features of those it was made of."""
 
     def __init__(self, config: TaskConfig, *, tokenizer: TextTokenizer | None = None):
         super().__init__()

@@ -140,7 +140,5 @@ def test_the_error_for_a_missing_file_describes_the_released_one(tmp_path, name,
         and message in error
         and "\n" not in error
     )
-    assert ("download it yourself, the README of github.com/microsoft/unilm lists it" in error) == (
-        "release's" in error
-    )
+    assert ("get it with beit3 download " in error) == ("release's" in error)
     assert ("release's" in error) == describe_file(name).startswith("that is")

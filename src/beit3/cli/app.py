@@ -13,11 +13,13 @@ from typing import Any
 
 from cyclopts import App, CycloptsError, Group
 
-from beit3.cli.convert import convert_clip, convert_official, convert_vqkd
+from beit3.cli.convert import convert_clip, convert_official, convert_timm, convert_vqkd
 from beit3.cli.demo import demo, world
 from beit3.cli.doctor import doctor
+from beit3.cli.download import download
 from beit3.cli.embed import embed
 from beit3.cli.evaluate import evaluate, score
+from beit3.cli.export import export
 from beit3.cli.index import index
 from beit3.cli.options import DEFAULTS
 from beit3.cli.predict import predict
@@ -49,7 +51,12 @@ TOKENIZER = SubVerbs(
 )
 CONVERT = SubVerbs(
     "Convert released files to weights directories, and back.",
-    {"official": convert_official, "vqkd": convert_vqkd, "clip": convert_clip},
+    {
+        "official": convert_official,
+        "vqkd": convert_vqkd,
+        "clip": convert_clip,
+        "timm": convert_timm,
+    },
 )
 
 VERBS: dict[str, dict[str, Verb | SubVerbs]] = {
@@ -57,7 +64,14 @@ VERBS: dict[str, dict[str, Verb | SubVerbs]] = {
     "Data": {"prepare": prepare, "tokenizer": TOKENIZER, "world": world},
     "Training": {"recipes": recipes, "plan": plan, "train": train, "report": report},
     "Search": {"embed": embed, "index": index, "search": search},
-    "Weights": {"eval": evaluate, "predict": predict, "score": score, "convert": CONVERT},
+    "Weights": {
+        "eval": evaluate,
+        "predict": predict,
+        "score": score,
+        "convert": CONVERT,
+        "export": export,
+        "download": download,
+    },
 }
 """Group in the help -> name -> verb."""
 

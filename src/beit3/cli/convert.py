@@ -1,7 +1,5 @@
 """`beit3 convert`: released files become weights directories, and go back into files."""
 
-from pathlib import Path
-
 from beit3.cli.options import NOT_RELEASED, Count, ReleasedOptions
 
 
@@ -20,13 +18,15 @@ def convert_official(
         out: A directory for a file, a .pth file for a directory.
     """
     from beit3.weights.convert import convert_released, export_released
+    from beit3.weights.names import find_path
 
-    if not Path(weights).is_dir():
-        lines = convert_released(weights, out, **read_released(released))
+    path = find_path(weights)
+    if not path.is_dir():
+        lines = convert_released(path, out, **read_released(released))
     elif given := released.list_given():
         raise ValueError(f"{given[0]} is not for directories: leave it out")
     else:
-        lines = export_released(weights, out)
+        lines = export_released(path, out)
     print(*lines, sep="\n")
 
 
@@ -43,8 +43,32 @@ def convert_vqkd(weights: str, /, *, out: str, num_heads: Count | None = None) -
         num_heads: Attention heads; by default 64 channels make one.
     """
     from beit3.weights.convert import convert_released
+    from beit3.weights.names import find_path
 
-    print(*convert_released(weights, out, task="vqkd", num_heads=num_heads), sep="\n")
+    lines = convert_released(find_path(weights), out, task="vqkd", num_heads=num_heads)
+    print(*lines, sep="\n")
+
+
+def convert_timm(
+    weights: str, /, *, out: str, num_heads: Count | None = None, classes: str | None = None
+) -> None:
+    """Convert timm's BEiT-3, the image half of the released networks, to a weights directory.
+
+    ```
+    beit3 convert timm beit3_base_patch16_224.in22k_ft_in1k.safetensors --out weights
+    ```
+
+    Args:
+        weights: A file, a folder with timm's model.safetensors, or hf:owner/name.
+        out: The directory to write.
+        num_heads: Attention heads; by default those of timm's network of this width.
+        classes: Names of the head's outputs, one per line.
+    """
+    from beit3.predict import read_classes
+    from beit3.weights.convert import convert_timm as convert
+
+    lines = convert(weights, out, num_heads=num_heads, classes=read_classes(classes))
+    print(*lines, sep="\n")
 
 
 def convert_clip(weights: str, /, *, out: str) -> None:

@@ -101,7 +101,8 @@ class TextEmbedding(Embedding):
             self.check_length(stop)
             positions = self.positions[POSITION_OFFSET + start : POSITION_OFFSET + stop]
         else:
-            self.check_length(int(position_ids.max()) + 1)
+            if not torch.compiler.is_compiling():  # reading a value would end an exported graph
+                self.check_length(int(position_ids.max()) + 1)
             positions = self.positions[POSITION_OFFSET + position_ids]
         return self.tokens(text) + positions
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from beit3.model.cache import LayerCache
 from beit3.model.config import ModelConfig
-from beit3.model.layout import Layout, Parts, concatenate
+from beit3.model.layout import Layout, Parts, concatenate, take
 from beit3.model.multiway import Multiway, make_linear, make_norm
 
 
@@ -44,8 +44,9 @@ class Attention(nn.Module):
         query, key, value = self.project(parts, layout)
         if layout.selection:
             rows = layout.selected_indices()
-            query = query[:, :, rows]  # [B, H, selected, D/H]
-            mask = mask[..., rows, :] if mask is not None and mask.shape[-2] > 1 else mask
+            query = take(query, rows, 2)  # [B, H, selected, D/H]
+            if mask is not None and mask.shape[-2] > 1:
+                mask = take(mask, rows, mask.ndim - 2)
             layout = layout.without_unselected()
         if cache is not None:
             key, value = cache.extend(key, value)

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from beit3.model.config import FUSION
+from beit3.ops.symbolic import is_symbolic
 
 Parts = tuple[Tensor, ...]
 """The tensors of a sequence: one [B, n, D] per span, or [1, T, D] where the part is unpadded."""
@@ -98,7 +99,7 @@ class Layout(NamedTuple):
         if padded is None:
             return None
         visible = [
-            padded.new_ones(len(padded), length) if padding is None else ~padding
+            padded.new_ones(padded.shape[0], length) if padding is None else ~padding
             for padding, (_, length) in zip(self.padding, self.modalities, strict=True)
         ]
         return concatenate(visible)[:, None, None, :]
@@ -174,7 +175,7 @@ class Layout(NamedTuple):
         """Drops the tokens that are not selected; a no-op where nothing is."""
         if self.selection:
             parts = tuple(
-                part[:, list(rows)] for part, rows in zip(parts, self.selection, strict=True)
+                take(part, rows, 1) for part, rows in zip(parts, self.selection, strict=True)
             )
         return parts, self.without_unselected()
 
@@ -203,6 +204,16 @@ class Layout(NamedTuple):
 def concatenate(parts: Sequence[Tensor]) -> Tensor:
     """Returns one tensor [B, N, ...] of all parts; a single part is not copied."""
     return parts[0] if len(parts) == 1 else torch.cat(tuple(parts), 1)
+
+
+def take(states: Tensor, positions: Sequence[int], dim: int) -> Tensor:
+    """Returns the states at some positions of a dimension, in their order.
+
+    A graph that is exported for any length knows a position as a formula, which no index takes.
+    """
+    if is_symbolic(positions):
+        return torch.cat([states.narrow(dim, position, 1) for position in positions], dim)
+    return states[(slice(None),) * dim + (list(positions),)]
 
 
 def look_up(states: Tensor, rows: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from beit3.model.embeddings import ImageEmbedding
 from beit3.model.layers import Block
 from beit3.model.layout import Layout
 from beit3.model.multiway import make_norm
+from beit3.ops.symbolic import is_symbolic
 
 
 class ImageTrunk(MultiwayBackbone):
@@ -112,7 +113,7 @@ def split_windows(states: Tensor, window: int) -> Tensor:
     to like any token.
     """
     batch, height, width, dim = states.shape
-    if height % window or width % window:
+    if is_symbolic((height, width)) or height % window or width % window:
         states = F.pad(states, (0, 0, 0, -width % window, 0, -height % window))
     rows, columns = states.shape[1] // window, states.shape[2] // window
     states = states.view(batch, rows, window, columns, window, dim).transpose(2, 3)

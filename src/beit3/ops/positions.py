@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from beit3.ops.symbolic import is_symbolic
+
 
 def resample_positions(
     table: Tensor, old: tuple[int, int], new: tuple[int, int], *, keep: int
@@ -12,7 +14,8 @@ def resample_positions(
 
     Interpolation is bicubic in float32, with corners not aligned and without antialiasing: the
     release's rule for its image table, whose first three rows are two unused ones and the class
-    token's. Equal grids return the table itself.
+    token's. Equal grids return the table itself. A graph that is exported for any size always
+    interpolates, which leaves a table of an equal grid as it is.
 
     Args:
         table: [keep + old rows * columns, D].
@@ -20,7 +23,7 @@ def resample_positions(
         new: Rows and columns of the result, any rectangle.
         keep: Leading rows that are not positions and stay as they are.
     """
-    if old == new:
+    if not is_symbolic(new) and old == new:
         return table
     if table.shape[0] != keep + old[0] * old[1]:
         raise ValueError(

@@ -22,7 +22,7 @@ CALCULATION_FIELDS = ("num_heads", "norm_eps", "patch_size", "fusion_layers")
 
 
 def compute_fingerprint(task: Task) -> dict[str, str]:
-    """Returns the fingerprint of a task whose weights are in float32.
+    """Returns the fingerprint of a task whose weights are in float32, or that an export stores.
 
     Returns:
         task: Its name.
@@ -30,6 +30,8 @@ def compute_fingerprint(task: Task) -> dict[str, str]:
         image: The preprocessing as JSON with sorted keys.
         text: SHA-256 of the text tokenizer and the length of a text; "" without a tokenizer.
     """
+    if task.stored_fingerprint:
+        return dict(task.stored_fingerprint)
     config: Any = task.config
     text = f"{task.tokenizer.digest} {config.text_length}" if task.has_tokenizer else ""
     return {

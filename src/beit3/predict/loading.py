@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from beit3.export.runtime import is_exported, load_exported
 from beit3.precision import Precision
 from beit3.predict.names import Names, read_answers, read_classes
 from beit3.predict.predictor import Predictor
@@ -14,6 +15,8 @@ from beit3.tokenizer.text import TextTokenizer
 from beit3.weights import loading, state_dicts, store
 from beit3.weights.adapt import add_names
 from beit3.weights.matching import LoadReport, get_weights
+from beit3.weights.names import find_path, find_pretrained
+from beit3.weights.released import find_text_model
 
 
 def load(
@@ -34,7 +37,9 @@ def load(
     """Loads weights of any kind, ready to use.
 
     Args:
-        path: A weights directory, a run directory with `best` or `last` in it, or a released file.
+        path: A weights directory, a run directory with `best` or `last` in it, a released file or
+            an export; or a name: of weights that ship (`world/vqa`), of a released file that was
+            downloaded, or `hf:owner/name` (docs/weights.md).
         task: Name of the task to build, by default the one of the weights. Parts that the weights
             do not have are at their initial values then, and the predictor refuses to use them.
         num_heads: Number of attention heads, where 64 units per head is wrong.
@@ -55,25 +60,80 @@ def load(
     Raises:
         ValueError: The weights cannot be loaded in this way; the message is one line.
     """
-    path = Path(path)
+    path = find_path(path)
     if int8 and precision not in ("float32", "int8"):
         raise ValueError(f"int8 and precision {precision} exclude each other: leave one out")
+    if is_exported(path):
+        options: dict[str, object] = {"task": task, "num_heads": num_heads, "int8": int8}
+        options |= {"text_model": text_model, "answers": answers, "classes": classes}
+        options |= {"prompt": prompt, "packed": packed, "compiled": compiled}
+        options["precision"] = "" if precision in ("float32", "auto") else precision
+        options["device"] = "" if torch.device(device).type == "cpu" else device
+        return Predictor(*load_exported(path, options=options))
     answer_names, class_names = read_answers(answers), read_classes(classes)
     if path.is_dir():
-        directory = store.find_weights(path)
+        path = store.find_weights(path)
         built, report = _load_directory(
-            directory, task, num_heads, text_model, answer_names, class_names, prompt
+            path, task, num_heads, text_model, answer_names, class_names, prompt
         )
     else:
         built, report = _load_file(
             path, task, num_heads, text_model, answer_names, class_names, prompt
         )
-    return Predictor(
+    predictor = Predictor(
         built.to(_check_device(device)),
         report,
         precision="int8" if int8 else precision,
         packed=packed,
         compiled=compiled,
+    )
+    predictor.source = path
+    return predictor
+
+
+def from_pretrained(
+    name: str | Path,
+    *,
+    revision: str | None = None,
+    token: str | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
+    task: str | None = None,
+    text_model: str | Path | None = None,
+    classes: Names = None,
+    prompt: str = "",
+    device: torch.device | str = "cpu",
+    precision: Precision = "float32",
+) -> Predictor:
+    """Loads weights from a folder or from a repository of the Hugging Face hub.
+
+    Args:
+        name: What `load` takes, or a repository as owner/name. A path of that form that does not
+            exist is asked for on the hub.
+        revision: A branch, tag or commit of the repository.
+        token: Access token; by default the one that `hf auth login` stored.
+        cache_dir: The hub's cache; by default its own.
+        local_files_only: Take what the cache holds and do not use the network.
+        task, text_model, classes, prompt, device, precision: As for `load`.
+
+    Raises:
+        ValueError: There are no such weights, or they cannot be fetched or loaded.
+    """
+    folder = find_pretrained(
+        name,
+        revision=revision,
+        token=token,
+        cache_dir=cache_dir,
+        local_files_only=local_files_only,
+    )
+    return load(
+        folder,
+        task=task,
+        text_model=text_model,
+        classes=classes,
+        prompt=prompt,
+        device=device,
+        precision=precision,
     )
 
 
@@ -98,6 +158,7 @@ def _load_file(
     prompt: str,
 ) -> tuple[Task, LoadReport]:
     """Loads a released file, as its own task or another."""
+    text_model = text_model or find_text_model(path)
     tokenizer = None if text_model is None else TextTokenizer(text_model)
     file = state_dicts.read_checkpoint(path)
     try:

@@ -34,6 +34,7 @@ from beit3.training.evaluate import to_device
 from beit3.training.parallel import wrap_blocks
 from beit3.weights.adapt import add_names
 from beit3.weights.matching import LoadReport, serves_text
+from beit3.weights.pretrained import save_folder
 
 COMPILED_CALLS = threading.Lock()
 """Held while a compiled network runs: compilation is no work for two threads of a process."""
@@ -80,6 +81,8 @@ class Predictor:
                 f"{precision} lays weights out in its own way: leave packed out, or take float32"
             )
         self.report = report
+        self.source: Path | None = None
+        """The weights directory or file that `load` read."""
         self._follows_device = precision == "auto"
         choice = PrecisionChoice(precision)
         if precision == "auto":
@@ -145,6 +148,36 @@ class Predictor:
         return self
 
     # Checks ---------------------------------------------------------------------------------------
+
+    def save_pretrained(
+        self, folder: str | Path, *, license: str = "", push_to: str = "", private: bool = False
+    ) -> Path:
+        """Writes the weights as a folder to share: weights directory and model card; returns it.
+
+        Args:
+            folder: Where to write. It may hold an earlier save, whose card is kept.
+            license: The license's identifier for the card, such as "mit".
+            push_to: Repository of the Hugging Face hub to upload the folder to, as owner/name.
+            private: Whether a new repository is visible to its owner alone.
+
+        Raises:
+            ValueError: The weights are not in float32, packed or in part untrained, the folder
+                holds other files, or the upload failed.
+        """
+        if self.precision != "float32" or self.packed:
+            raise ValueError(
+                f"{'packed' if self.packed else self.precision} weights cannot be saved: load them "
+                "in float32, without packed"
+            )
+        return save_folder(
+            self.task,
+            folder,
+            report=self.report,
+            source=self.source,
+            license=license,
+            push_to=push_to,
+            private=private,
+        )
 
     def check_trained(self) -> None:
         """Raises ValueError where parts of the task are at their initial values.

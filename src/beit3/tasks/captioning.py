@@ -293,14 +293,15 @@ class Captioning(Task):
 
     def encode_captions(self, batch: Batch, read: Literal["real", "all"]) -> Tensor:
         """Returns the text's last states [B, L, D]; `read="real"` leaves out those of padding."""
-        text = batch["text"]
-        num_image_tokens = 1 + self.config.model.num_patches
+        text, image = batch["text"], self.normalize_images(batch)
+        patch_size = self.config.model.patch_size
+        num_patches = (image.shape[2] // patch_size) * (image.shape[3] // patch_size)
         encoded = self.backbone(
-            self.normalize_images(batch),
+            image,
             text,
             text_padding=batch.get("text_padding"),
             attention_mask=make_image_to_text_mask(
-                num_image_tokens, text.shape[1], device=text.device
+                1 + num_patches, text.shape[1], device=text.device
             ),
             read=read,
         )

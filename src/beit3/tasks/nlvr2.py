@@ -242,7 +242,7 @@ class NLVR2(Task):
         padding = batch["text_padding"].repeat(2, 1) if "text_padding" in batch else None
         encoded = self.backbone(images, text, text_padding=padding, read="first")
         pair_states = torch.cat((encoded.first("image"), encoded.first("text")), 1)  # [2B, 2D]
-        first_pairs, second_pairs = pair_states.chunk(2)
+        first_pairs, second_pairs = pair_states.unflatten(0, (2, -1)).unbind()
         return {"logits": self.head(torch.cat((first_pairs, second_pairs), 1))}
 
     def forward(self, batch: Batch) -> dict[str, dict[str, Tensor]]:

@@ -52,6 +52,7 @@ from beit3.task import (
 from beit3.tokenizer.text import MODEL_FILE, TextTokenizer
 from beit3.tokenizer.visual import VisualTokenizer
 from beit3.weights.loading import load_frozen
+from beit3.weights.names import is_there
 
 
 @dataclass(frozen=True)
@@ -274,7 +275,7 @@ class Pretrain(Task):
         self.frozen_files: Mapping[str, FrozenFile] = {}
         self._cached_codes: dict[tuple[str, str], Tensor] = {}
         # Pretrained weights may be used where the visual tokenizer is not at hand.
-        if config.visual_tokenizer and Path(config.visual_tokenizer).exists():
+        if config.visual_tokenizer and is_there(config.visual_tokenizer):
             self._load_visual_tokenizer()
 
     def _load_visual_tokenizer(self) -> None:
@@ -343,7 +344,7 @@ class Pretrain(Task):
     def configure(config: TaskConfig, root: Path) -> TaskConfig:
         """Returns `config` as it is; ValueError for a run whose visual tokenizer is missing."""
         assert isinstance(config, PretrainConfig)
-        if config.visual_tokenizer and not Path(config.visual_tokenizer).exists():
+        if config.visual_tokenizer and not is_there(config.visual_tokenizer):
             raise ValueError(
                 f"task.visual_tokenizer: {config.visual_tokenizer} is not there (beit3 train vqkd "
                 "writes one)"

@@ -3,6 +3,7 @@ tokenizer."""
 
 import sys
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from beit3.data.loader import RecordDataset
@@ -14,6 +15,7 @@ from beit3.task import Record, Task, task_name
 from beit3.tokenizer.text import TextTokenizer
 from beit3.training.embedded_world import prepare_embedded_world
 from beit3.weights import store
+from beit3.weights.names import find_path
 
 
 def find_records_root(
@@ -129,10 +131,14 @@ def open_tokenizer(recipe: Recipe, root: Path, init: str | Path) -> TextTokenize
     name under which it was released, beit3.spm. Returns None where there is none.
     """
     candidates = [Path(recipe.data.text_model)] if recipe.data.text_model else []
-    if init and Path(init).is_dir():
-        candidates.append(store.find_weights(init) / store.TOKENIZER_FILE)
-    elif init:
-        candidates.append(Path(init).with_name("beit3.spm"))
+    init_path = None
+    if init:
+        with suppress(ValueError):  # where there are none, starting from them says so
+            init_path = find_path(init)
+    if init_path is not None and init_path.is_dir():
+        candidates.append(store.find_weights(init_path) / store.TOKENIZER_FILE)
+    elif init_path is not None:
+        candidates.append(init_path.with_name("beit3.spm"))
     candidates.append(root / store.TOKENIZER_FILE)
     for path in candidates:
         if path.exists() or str(path) == recipe.data.text_model:

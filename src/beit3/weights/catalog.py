@@ -1,7 +1,8 @@
 """The catalog of files that were released with BEiT-3, and of BEiT v2's visual tokenizers.
 
 Names, sizes and scores are those of the release's README; parameters are counted from the networks.
-Nothing is downloaded. The giant network of the paper was never released.
+`beit3.weights.released` downloads a file when it is asked to. The giant network of the paper was
+never released.
 """
 
 from dataclasses import dataclass
@@ -12,8 +13,36 @@ from beit3.config import suggest
 LAST_COLUMN_WIDTH = 60
 """Characters of the table's last column."""
 
-LISTED_IN = "the README of github.com/microsoft/unilm lists it"
-"""Where users find a file. Its links have moved twice, so none is kept here."""
+BASE_URLS = {
+    "beit3": "https://github.com/addf400/files/releases/download/beit3",
+    "beit2": "https://github.com/addf400/files/releases/download/BEiT-v2",
+}
+"""Folder of github.com/microsoft/unilm -> where the files that its README lists lie since 2024."""
+
+NUM_BYTES = {
+    "beit3.spm": 1_356_293,
+    "beit3_large_patch16_384_coco_retrieval.pth": 1_350_590_595,
+}
+"""Sizes that are known. Of the other files none was at hand."""
+
+SHA256 = {
+    "beit3.spm": "6f5e2fefcf793761a76a6bfb8ad35489f9c203b25557673284b6d032f41043f4",
+    "beit3_base_patch16_384_coco_retrieval.pth": (
+        "df39666a88508ccd356567616582bc62cd56fa86ad6a8f8e50471b35217c8629"
+    ),
+    "beit3_large_patch16_224.pth": (
+        "b76916cb3008d5e27519884b256dd1698faeb45ea7ab3950f319353e5051bd60"
+    ),
+    "vqkd_encoder_base_decoder_3x768x12_clip-d5036aa7.pth": "d5036aa7",
+    "vqkd_encoder_base_decoder_1x768x12_clip-d93179da.pth": "d93179da",
+    "vqkd_encoder_base_decoder_1x768x12_dino-663c55d7.pth": "663c55d7",
+}
+"""Digests that are known, in whole or by their first characters. The release states none but those
+in the visual tokenizers' names, which its code checks. The others are written down in public
+projects that download these files."""
+
+MAX_BYTES_PER_PARAMETER = 16
+"""A file may hold an optimizer and a teacher beside float32 weights, but no more than this."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +64,31 @@ class ReleasedFile:
     """What may be trained from it, or with its codes: a task and its recipe."""
     score: str = ""
     """As the release reports it."""
+
+    @property
+    def stem(self) -> str:
+        """The name that users type: without its ending, but for the text tokenizer's."""
+        return self.name if self.task == "text" else self.name.removesuffix(".pth")
+
+    @property
+    def url(self) -> str:
+        """Where the file was in 2024."""
+        return f"{BASE_URLS[self.folder]}/{self.name}"
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the file; 0 where it is not known."""
+        return NUM_BYTES.get(self.name, 0)
+
+    @property
+    def max_bytes(self) -> int:
+        """Largest plausible size of the file."""
+        return self.num_bytes or int(self.parameters * 1e6 * MAX_BYTES_PER_PARAMETER)
+
+    @property
+    def sha256(self) -> str:
+        """Digest of the file or its first characters; empty where it is not known."""
+        return SHA256.get(self.name, "")
 
 
 def _list_pretrained(
@@ -156,23 +210,36 @@ RELEASED_FILES = (
 ones (`itc`)."""
 
 
-def describe_file(name: str) -> str:
-    """Returns what a released file of this name is and where the release lists it, as a sentence.
+def find_file(name: str) -> ReleasedFile | None:
+    """Returns the released file of this name, or None.
 
     The ending of the name plays no part (browsers save these files as .zip), nor does the digest in
-    a visual tokenizer's name. Returns a suggestion for names that look like misspelled ones, and an
-    empty string for others.
+    a visual tokenizer's name.
     """
-    files = {_get_stem(file.name): file for file in RELEASED_FILES}
-    stem = _get_stem(name)
-    if stem not in files:
-        looks_released = stem.startswith(("beit3_", "vqkd_"))
-        return suggest(stem, list(files)).removeprefix("; ") if looks_released else ""
-    file = files[stem]
+    return _get_files_by_stem().get(_get_stem(name))
+
+
+def describe_file(name: str) -> str:
+    """Returns what a released file of this name is and how to get it, as a sentence.
+
+    Names are compared as `find_file` does. Returns a suggestion for names that look like
+    misspelled ones, and an empty string for others.
+    """
+    file = find_file(name)
+    if file is None:
+        return suggest_file(name) if _get_stem(name).startswith(("beit3_", "vqkd_")) else ""
     return (
-        f"that is the release's {_describe_content(file)}; "
-        f"download it yourself, {LISTED_IN} in its folder {file.folder}"
+        f"that is the release's {_describe_content(file)}; get it with beit3 download {file.stem}"
     )
+
+
+def suggest_file(name: str) -> str:
+    """Returns "did you mean ...?" for a name close to that of a released file, else ''."""
+    return suggest(_get_stem(name), list(_get_files_by_stem())).removeprefix("; ")
+
+
+def _get_files_by_stem() -> dict[str, ReleasedFile]:
+    return {_get_stem(file.name): file for file in RELEASED_FILES}
 
 
 def _describe_content(file: ReleasedFile) -> str:
@@ -211,7 +278,7 @@ def format_table(task: str | None = None) -> list[str]:
         "BEiT-3 files start a task with --init, vqkd files give pretrain its codes with "
         "--task.visual_tokenizer.",
         "Listed in the READMEs of github.com/microsoft/unilm, folders beit3 and beit2 (vqkd). "
-        "Nothing is downloaded for you.",
+        "beit3 download NAME gets one.",
     ]
 
 

@@ -14,8 +14,10 @@ from beit3.files import flush_to_disk
 from beit3.task import task_name
 from beit3.tokenizer.teacher import CLIPTeacher, load_teacher, save_clip
 from beit3.tokenizer.text import TextTokenizer
+from beit3.weights import timm_format
 from beit3.weights.loading import load_released, load_weights
-from beit3.weights.matching import abbreviate
+from beit3.weights.matching import LoadReport, abbreviate
+from beit3.weights.names import find_path
 from beit3.weights.release_format import to_released_state, translate
 from beit3.weights.state_dicts import read_checkpoint
 from beit3.weights.store import find_weights, read_tensors, replace_directory, save_weights
@@ -106,6 +108,41 @@ def export_released(path: str | Path, out: str | Path) -> list[str]:
         "a released file holds no preprocessing, text tokenizer or names of answers: "
         "keep the directory",
     ]
+
+
+def convert_timm(
+    path: str | Path,
+    out: str | Path,
+    *,
+    num_heads: int | None = None,
+    classes: Sequence[str] = (),
+) -> list[str]:
+    """Converts timm's BEiT-3 weights to a weights directory that reads images alone.
+
+    Args:
+        path: The file, a folder with timm's `model.safetensors`, or `hf:owner/name`.
+        out: The directory to write, which must not exist.
+        num_heads: Attention heads; by default those of timm's network of this width.
+        classes: Names of the head's outputs.
+
+    Returns:
+        A report, as lines.
+
+    Raises:
+        ValueError: `out` exists, or the file holds other weights.
+    """
+    check_does_not_exist(out)
+    path = timm_format.find_model_file(find_path(path))
+    file = read_checkpoint(path, as_stored=True)
+    try:
+        built, tensors, ignored = timm_format.build_task(
+            file.tensors, num_heads=num_heads, classes=tuple(classes)
+        )
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    save_weights(built, out, tensors={name: tensor.clone() for name, tensor in tensors.items()})
+    report = LoadReport(f"timm's file {path}", tuple(tensors), ignored, {}, tuple(file.notes))
+    return [*report.lines(), f"{task_name(type(built))}, image side alone, at {out}"]
 
 
 def convert_clip(path: str | Path, out: str | Path) -> list[str]:

@@ -14,6 +14,7 @@ from beit3.weights.matching import (
     explain_unused,
     match_tensors,
 )
+from beit3.weights.names import find_path
 from beit3.weights.release_format import (
     check_released_tokenizer,
     find_preprocessing,
@@ -57,8 +58,8 @@ def initialize_from(task: Task, path: str | Path) -> LoadReport:
     Raises ValueError with the differences of the networks and the tensors that do not fit, and
     where the text tokenizers differ.
     """
-    path = Path(path)
     try:
+        path = find_path(path)
         if path.is_dir():
             return _initialize_from_directory(task, find_weights(path))
         return _initialize_from_file(task, path)
@@ -75,10 +76,11 @@ def find_recipe(task_class: type[Task], init: str | Path) -> str:
     if not init:
         return "demo"
     try:
-        if Path(init).is_dir():
-            model: Any = read_config(find_weights(init)).config.model
+        path = find_path(init)
+        if path.is_dir():
+            model: Any = read_config(find_weights(path)).config.model
         else:
-            model = infer_model_config(read_state_dict(init))
+            model = infer_model_config(read_state_dict(path))
     except ValueError:  # the run that starts from them reports the reason
         return "demo"
     for name, recipe in task_class.recipes.items():

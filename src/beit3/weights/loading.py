@@ -26,6 +26,7 @@ from beit3.weights.matching import (
     load_and_initialize,
     match_tensors,
 )
+from beit3.weights.names import find_path
 from beit3.weights.release_format import (
     HEAD_SIZES,
     check_released_tokenizer,
@@ -261,15 +262,15 @@ def load_frozen(path: str, kind: str) -> tuple[Task, FrozenFile]:
         The task in evaluation mode without gradients, and the file with its digest.
     """
     with torch.device("cpu"):  # the task around it may be built on the meta device
-        if Path(path).is_dir():
-            directory = find_weights(path)
+        file = find_path(path)
+        if file.is_dir():
+            directory = find_weights(file)
             file, task = directory / MODEL_FILE, load_weights(directory)
         else:
-            file = Path(path)
-            task, _ = load_released(read_state_dict(path), kind)
+            task, _ = load_released(read_state_dict(file), kind)
     if task_name(type(task)) != kind:
         raise ValueError(f"{path} holds weights of {task_name(type(task))}, {kind} is needed here")
-    frozen_file = FrozenFile(str(Path(path).resolve()), compute_sha256(file))
+    frozen_file = FrozenFile(str(find_path(path).resolve()), compute_sha256(file))
     return task.eval().requires_grad_(False), frozen_file
 
 
@@ -280,10 +281,11 @@ def load_backbone(path: str) -> BEiT3:
     """
     if not path:
         raise ValueError("no weights given: name a directory of weights or a released file")
-    if Path(path).is_dir():
-        task = load_weights(find_weights(path))
+    weights_path = find_path(path)
+    if weights_path.is_dir():
+        task = load_weights(find_weights(weights_path))
     else:
-        task, _ = load_released(read_state_dict(path))
+        task, _ = load_released(read_state_dict(weights_path))
     if not isinstance(task.backbone, BEiT3):
         raise ValueError(f"{path} holds a {task_name(type(task))}, a BEiT-3 is needed here")
     return task.backbone

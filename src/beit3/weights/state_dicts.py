@@ -7,7 +7,7 @@ from torch import Tensor
 
 from beit3 import tensor_files
 from beit3.tensor_files import TensorFile
-from beit3.weights.catalog import describe_file
+from beit3.weights.names import explain_missing
 
 
 def read_checkpoint(path: str | Path, *, as_stored: bool = False) -> TensorFile:
@@ -27,8 +27,7 @@ def read_checkpoint(path: str | Path, *, as_stored: bool = False) -> TensorFile:
     if path.is_dir():
         raise ValueError(f"{path} is a directory, a released file is needed here: give a .pth file")
     if not path.is_file():
-        remedy = describe_file(path.name) or "give a released .pth file or a directory of weights"
-        raise ValueError(f"no weights at {path}: {remedy}")
+        raise ValueError(explain_missing(path))
     file = tensor_files.read_tensors(path)
     if as_stored:
         return file

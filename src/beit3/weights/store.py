@@ -91,17 +91,24 @@ def save_weights(
             raise ValueError(
                 f"{directory} exists and does not hold weights: give another directory"
             )
+    with replace_directory(directory) as new:
+        write_weights_files(task, new, tensors=tensors)
+
+
+def write_weights_files(
+    task: Task, directory: Path, *, tensors: Mapping[str, Tensor] | None = None
+) -> None:
+    """Writes the three files of a weights directory; the arguments are those of `save_weights`."""
     values = get_weights(task) if tensors is None else tensors
     values = {name: tensor.detach().cpu().contiguous() for name, tensor in values.items()}
-    with replace_directory(directory) as new:
-        try:
-            save_file(values, new / MODEL_FILE)
-        except SafetensorError as error:  # raised where the disk is full or gone
-            raise OSError(f"{new / MODEL_FILE} cannot be written: {error}") from error
-        description = json.dumps(_describe(task), indent=1, ensure_ascii=False)
-        (new / CONFIG_FILE).write_text(description + "\n", encoding="utf-8")
-        if task.has_tokenizer:
-            task.tokenizer.save(new / TOKENIZER_FILE)
+    try:
+        save_file(values, directory / MODEL_FILE)
+    except SafetensorError as error:  # raised where the disk is full or gone
+        raise OSError(f"{directory / MODEL_FILE} cannot be written: {error}") from error
+    description = json.dumps(describe_task(task), indent=1, ensure_ascii=False)
+    (directory / CONFIG_FILE).write_text(description + "\n", encoding="utf-8")
+    if task.has_tokenizer:
+        task.tokenizer.save(directory / TOKENIZER_FILE)
 
 
 @contextmanager
@@ -131,7 +138,7 @@ def replace_directory(directory: Path) -> Iterator[Path]:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _describe(task: Task) -> dict[str, Any]:
+def describe_task(task: Task) -> dict[str, Any]:
     """Returns the content of `config.json`."""
     return {
         "format": FORMAT,
