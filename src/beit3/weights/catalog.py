@@ -137,7 +137,15 @@ RELEASED_FILES = (
         "imagenet 224",
         "pretrain 224_indomain",
     ),
-    _list_pretrained("base", "_itc", "retrieval", 222.2, *RETRIEVAL_RECIPES, "imagenet 224"),
+    _list_pretrained(
+        "base",
+        "_itc",
+        "retrieval",
+        222.2,
+        *RETRIEVAL_RECIPES,
+        "retrieval 384_coco_matching",
+        "imagenet 224",
+    ),
     _list_pretrained(
         "large",
         "",
