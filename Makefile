@@ -4,7 +4,7 @@ VENV := .venv
 # Windows has the environment's programs in another folder.
 RUN := $(VENV)/$(if $(filter Windows_NT,$(OS)),Scripts,bin)
 
-.PHONY: demo test install check clean
+.PHONY: demo test install check weights clean
 
 demo: $(VENV)/.package
 	$(RUN)/beit3 demo
@@ -20,6 +20,11 @@ check: install
 	$(RUN)/ruff format --check .
 	$(RUN)/codespell
 	$(RUN)/mypy
+
+# The weights that ship (src/beit3/shipped), anew: about a quarter of an hour on two free cores.
+# README.md beside them has the steps and the scores.
+weights: install
+	OMP_NUM_THREADS=1 $(RUN)/python -m beit3.demo.shipping
 
 $(RUN)/python:
 	$(PYTHON) -m venv $(VENV)

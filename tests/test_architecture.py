@@ -64,6 +64,8 @@ SIDEWAYS = {
     ("predict", "precision"),
     ("predict", "export"),
     ("search", "predict"),
+    ("serve", "predict"),
+    ("serve", "search"),
     ("demo", "report"),
     ("__main__", "cli"),
 }

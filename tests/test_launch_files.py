@@ -1,9 +1,11 @@
 """The scripts of launch/ start valid commands and handle signals and exit statuses."""
 
+import json
 import os
 import re
 import shlex
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -158,3 +160,135 @@ def test_kubernetes_pods_connect_to_the_first():
     )
     assert container["command"][0] == "launch/torchrun.sh" and pod["restartPolicy"] == "Never"
     check_training(container["command"][1:])
+
+
+# The server ---------------------------------------------------------------------------------------
+
+
+def read_serve_options(arguments: list[str]) -> dict:
+    """Parses the arguments of `beit3 serve` as the command line does."""
+    from beit3.cli.serve import serve
+
+    verb, options = read_command(["serve", *arguments])
+    assert verb is serve
+    return options
+
+
+def read_serve_resources() -> dict[str, dict]:
+    yaml = pytest.importorskip("yaml", reason="PyYAML reads launch/serve.yaml: pip install pyyaml")
+    documents = list(yaml.safe_load_all((LAUNCH / "serve.yaml").read_text()))
+    return {document["kind"]: document for document in documents}
+
+
+def test_kubernetes_serves_with_valid_options_and_time_to_end():
+    resources = read_serve_resources()
+    assert set(resources) == {"Deployment", "Service", "HorizontalPodAutoscaler"}
+    deployment = resources["Deployment"]["spec"]
+    pod = deployment["template"]["spec"]
+    (container,) = pod["containers"]
+    assert container["command"] == ["beit3", "serve"]
+    options = read_serve_options(container["args"])
+    (port,) = container["ports"]
+    assert options["port"] == port["containerPort"] and options["host"] == "0.0.0.0"
+    assert pod["terminationGracePeriodSeconds"] > options["drain"] + options["timeout"]
+    period = container["readinessProbe"]["periodSeconds"]
+    assert options["drain"] > 2 * period, "probes see that a pod drains before it stops accepting"
+    mounts = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
+    assert {volume["name"] for volume in pod["volumes"]} == set(mounts)
+    assert options["token_file"].startswith(mounts["token"])
+    assert all(word.partition("=")[2].startswith("/weights/") for word in options["weights"])
+    (threads,) = [variable["value"] for variable in container["env"]]
+    assert threads == container["resources"]["limits"]["cpu"]
+
+
+def test_kubernetes_names_and_ports_agree():
+    resources = read_serve_resources()
+    deployment = resources["Deployment"]
+    labels = deployment["spec"]["template"]["metadata"]["labels"]
+    assert deployment["spec"]["selector"]["matchLabels"] == labels
+    service = resources["Service"]["spec"]
+    (container,) = deployment["spec"]["template"]["spec"]["containers"]
+    assert service["selector"] == labels
+    assert service["ports"][0]["targetPort"] == container["ports"][0]["name"]
+    scaler = resources["HorizontalPodAutoscaler"]["spec"]
+    assert scaler["scaleTargetRef"]["name"] == deployment["metadata"]["name"]
+    assert scaler["scaleTargetRef"]["kind"] == "Deployment"
+    assert scaler["minReplicas"] == deployment["spec"]["replicas"] < scaler["maxReplicas"]
+
+
+def test_kubernetes_probes_ask_paths_that_the_server_answers():
+    pytest.importorskip("fastapi", reason="pip install 'beit3[serve]'")
+    from beit3.serve.app import Endpoints
+    from beit3.serve.service import Service
+
+    service = Service()
+    paths = {
+        path for path, method, _ in Endpoints(service, object).list_routes() if method == "GET"
+    }
+    service.stop()
+    deployment = read_serve_resources()["Deployment"]["spec"]["template"]
+    (container,) = deployment["spec"]["containers"]
+    for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
+        assert container[probe]["httpGet"]["path"] in paths
+        assert container[probe]["httpGet"]["port"] == container["ports"][0]["name"]
+    assert deployment["metadata"]["annotations"]["prometheus.io/path"] in paths
+
+
+def read_dockerfile() -> list[tuple[str, str]]:
+    """Returns the instructions of the Dockerfile with their arguments."""
+    text = (LAUNCH.parent / "Dockerfile").read_text().replace("\\\n", " ")
+    lines = [line for line in text.splitlines() if line and not line.startswith("#")]
+    return [(line.partition(" ")[0], line.partition(" ")[2].strip()) for line in lines]
+
+
+def test_the_image_copies_what_is_there_and_starts_a_valid_command():
+    instructions = read_dockerfile()
+    assert instructions[0][0] == "FROM"
+    for name, argument in instructions:
+        if name == "COPY":
+            *sources, _ = argument.split()
+            assert all((LAUNCH.parent / source).exists() for source in sources)
+    by_name = dict(instructions)
+    program, verb, *words = json.loads(by_name["ENTRYPOINT"]) + json.loads(by_name["CMD"])
+    assert (program, verb) == ("beit3", "serve")
+    options = read_serve_options(words)
+    assert str(options["port"]) == by_name["EXPOSE"] and options["host"] == "0.0.0.0"
+    assert by_name["USER"] != "root" and by_name["STOPSIGNAL"] == "SIGTERM"
+    assert '".[serve]"' in by_name["RUN"]
+    assert subprocess.run(["bash", "-n", "-c", by_name["RUN"]]).returncode == 0
+
+
+def test_the_commands_of_the_image_run(root, tmp_path):
+    """The entry point serves weights, and the health check tells whether it does."""
+    pytest.importorskip("uvicorn", reason="pip install 'beit3[serve]'")
+    from beit3.serve.server import open_socket
+    from beit3.weights.store import save_weights
+    from tests.predict.networks import make_task
+
+    save_weights(make_task("captioning", root), tmp_path / "captions")
+    with open_socket("127.0.0.1", 0) as listener:
+        port = listener.getsockname()[1]
+    by_name = dict(read_dockerfile())
+    entry = json.loads(by_name["ENTRYPOINT"])
+    words = [word.replace("8000", str(port)) for word in json.loads(by_name["CMD"])]
+    program = [sys.executable, "-m", entry[0], *entry[1:], str(tmp_path / "captions"), *words]
+    check = json.loads(by_name["HEALTHCHECK"].partition("CMD ")[2])
+    check = [sys.executable, check[1], check[2].replace("8000", str(port))]
+    environment = os.environ | {"PYTHONPATH": str(LAUNCH.parent / "src")}
+    assert subprocess.run(check, capture_output=True, timeout=60).returncode != 0
+    server = subprocess.Popen(program, env=environment, stderr=subprocess.PIPE, text=True)
+    try:
+        assert server.stderr is not None
+        lines = []
+        for line in server.stderr:
+            lines.append(line)
+            if "ready at" in line:
+                break
+        assert any("--token-file" in line for line in lines), "it is open to others"
+        assert subprocess.run(check, capture_output=True, timeout=60).returncode == 0
+        server.terminate()
+        assert server.wait(30) == 0
+    finally:
+        server.kill()
+        server.wait()
+        server.stderr.close()

@@ -8,7 +8,7 @@ from beit3.weights import names
 from beit3.weights.initialization import initialize_from
 from beit3.weights.loading import load_backbone, load_frozen
 from beit3.weights.matching import get_weights
-from beit3.weights.names import explain_missing, find_path, is_there, list_shipped
+from beit3.weights.names import explain_missing, find_path, find_pretrained, is_there, list_shipped
 from beit3.weights.store import save_weights
 from tests.weights.states import make_backbone
 
@@ -35,6 +35,15 @@ def test_a_path_goes_before_a_name(shipped, tmp_path):
     save_weights(make_backbone(), tmp_path / "world" / "vqa")
     assert find_path("world/vqa").resolve() == tmp_path / "world" / "vqa"
     assert find_path(tmp_path / "world" / "vqa") == tmp_path / "world" / "vqa"
+
+
+def test_a_folder_without_weights_does_not_hide_a_name(shipped, tmp_path):
+    """`beit3 world --out world` writes the raw files of VQA to world/vqa."""
+    (tmp_path / "world" / "vqa").mkdir(parents=True)
+    assert find_path("world/vqa") == shipped / "world" / "vqa"
+    assert find_pretrained("world/vqa") == shipped / "world" / "vqa"
+    save_weights(make_backbone(), tmp_path / "world" / "vqa" / "last")  # a run
+    assert find_path("world/vqa").resolve() == tmp_path / "world" / "vqa"
 
 
 def test_a_downloaded_file_is_found_with_and_without_its_ending(shipped, tmp_path):

@@ -27,6 +27,7 @@ from beit3.cli.prepare import prepare
 from beit3.cli.recipes import recipes
 from beit3.cli.report import report
 from beit3.cli.search import search
+from beit3.cli.serve import serve
 from beit3.cli.tokenizer import decode, encode, train_tokenizer
 from beit3.cli.train import plan, train
 
@@ -69,6 +70,7 @@ VERBS: dict[str, dict[str, Verb | SubVerbs]] = {
         "predict": predict,
         "score": score,
         "convert": CONVERT,
+        "serve": serve,
         "export": export,
         "download": download,
     },

@@ -45,7 +45,7 @@ def export(
 
     if is_exported(weights):
         raise ValueError(f"{weights} is an export already: give the weights")
-    predictor = load_predictor(weights, released, int8=False, fields=())
+    predictor = load_predictor(weights, released, precision=None, fields=())
     written = export_task(
         predictor.task,
         out,

@@ -275,8 +275,8 @@ class Predictor:
         self.check_text_side(records)
         results = run_in_batches(
             records,
-            self._make_example,
-            self._predict,
+            self.make_example,
+            self.predict_examples,
             batch_size=batch_size,
             workers=workers,
             on_error="raise" if is_one else on_error,
@@ -284,11 +284,18 @@ class Predictor:
         )
         return results[0] if is_one else results
 
-    def _make_example(self, record: Record) -> Example:
+    def make_example(self, record: Record) -> Example:
+        """Converts a record to tensors. Several threads may call it at once.
+
+        Raises ValueError where the record cannot be read.
+        """
         return self.task.example(record, False)
 
-    def _predict(self, examples: list[Example]) -> list[list[Prediction]]:
-        """Returns the candidates of each example."""
+    def predict_examples(self, examples: Sequence[Example]) -> list[list[Prediction]]:
+        """Predicts from examples of `make_example` that have the same keys, as one batch.
+
+        Returns the candidates of each example, as a call of the predictor does for each record.
+        """
         predictions = self.compute(self.task.predict, self.task.collate(examples))
         candidates = []
         for prediction in predictions:
@@ -356,7 +363,7 @@ class Predictor:
             def prepare(record: Record, modality: str = modality) -> Example:
                 if modality not in record:
                     raise ValueError(f"the {modality} is empty: leave it out")
-                return self._make_example(record)
+                return self.make_example(record)
 
             def run(examples: list[Example], modality: str = modality) -> np.ndarray:
                 return self.encode(self.task.collate(examples))[modality]

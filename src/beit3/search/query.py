@@ -12,6 +12,7 @@ from beit3.images import ImageInput
 from beit3.search.filters import Filter, parse_filter
 from beit3.search.manifest import check_fingerprint
 from beit3.search.stores.store import Store
+from beit3.weights.names import is_there
 
 if TYPE_CHECKING:
     import torch
@@ -130,7 +131,7 @@ class Searcher:
         if self._predictor is None:
             from beit3.predict import load
 
-            if not self.weights or not Path(self.weights).exists():
+            if not self.weights or not is_there(self.weights):
                 raise ValueError(
                     f"{self.store.uri} was made by the weights {self.weights or '(not named)'}, "
                     "which are not there: name them (--weights)"

@@ -2,7 +2,8 @@
 
 In this order, a name is
 
-1. a path that exists: a weights directory, a run, or a file;
+1. a path that exists: a weights directory, a run, or a file (a folder without weights is no
+   obstacle to a name: `beit3 world --out world` makes a folder world/vqa);
 2. `hf:owner/name` or `hf:owner/name@revision`: a repository of the Hugging Face hub;
 3. the name of weights that ship with this package, such as `world/vqa`;
 4. the name of a released file that `beit3 download` has fetched, with or without its ending.
@@ -38,10 +39,16 @@ def find_path(name: str | Path) -> Path:
 
 def find_local(name: str | Path) -> Path | None:
     """Returns the path of weights that are on this machine, as `find_path` does, or None."""
-    path = Path(name)
-    if path.exists():
+    path, shipped = Path(name), find_shipped(name)
+    if path.exists() and (shipped is None or holds_weights(path)):
         return path
-    return find_shipped(name) or (find_downloaded(str(name)) if is_bare(name) else None)
+    return shipped or (find_downloaded(str(name)) if is_bare(name) else None)
+
+
+def holds_weights(path: Path) -> bool:
+    """Returns whether a path is a file, a weights directory, a run or an export."""
+    files = ("model.safetensors", "best/model.safetensors", "last/model.safetensors", "export.json")
+    return path.is_file() or any((path / file).is_file() for file in files)
 
 
 def is_there(name: str | Path) -> bool:
@@ -64,7 +71,7 @@ def find_pretrained(
     Raises ValueError where there are no such weights, and for a revision of what is no repository.
     """
     text = str(name).removeprefix(HUB_PREFIX)
-    is_local = Path(name).exists() or find_shipped(name) is not None or is_bare(name)
+    is_local = find_local(name) is not None or is_bare(name)
     if is_local or not hub.REPOSITORY.fullmatch(text.partition("@")[0]):
         if revision is not None:
             raise ValueError(f"{name} is no repository of the hub: leave revision out")
