@@ -131,7 +131,7 @@ class ReleasedNetwork(nn.Module):
         """Returns the scores [B] of the best captions, by the released beam search."""
         count, image = len(image), image.repeat_interleave(BEAMS, 0)
         state: dict[int, dict[str, Tensor]] = {layer: {} for layer in range(12)}
-        num_image = 197
+        num_image = 1 + (image.shape[-1] // BASE.patch_size) ** 2
         text = torch.tensor([[SPECIAL_TOKENS.bos, SPECIAL_TOKENS.mask]]).repeat(len(image), 1)
         scores = torch.tensor([[0.0] + [-1e9] * (BEAMS - 1)]).repeat(count, 1)
         best = torch.full((count,), -torch.inf)

@@ -445,6 +445,7 @@ def test_packed_weights_give_the_same_features(retrieval_weights, image_path):
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="compilation needs a C++ compiler")
+@pytest.mark.parametrize("retrieval_weights", ["directory"], indirect=True)  # it takes seconds
 def test_compiled_blocks_give_the_same_features(retrieval_weights, image_path):
     compiled, plain = (
         load(**retrieval_weights, packed=True, compiled=True),

@@ -12,7 +12,7 @@ from beit3.predict import Predictor
 from beit3.quantize import check_support
 from tests.predict.networks import assert_same, make_pixels, make_predictor
 
-ROUNDS, THREADS = 24, 4
+ROUNDS, THREADS = 12, 4
 TEXTS = ["red", "how many red circles are left of the blue square", "is it a ball", "what"]
 
 

@@ -16,11 +16,16 @@ from beit3.weights.store import save_weights
 MODEL = replace(TINY, dim=32, depth=1, ffn_dim=32, image_size=16, vocab_size=64, text_positions=66)
 
 
-def write_weights(path: Path, *, seed: int = 0, image_size: int = 16) -> Path:
+def write_weights(
+    path: Path, *, seed: int = 0, image_size: int = 16, matching: bool = False
+) -> Path:
     """Writes weights of retrieval with one layer."""
     tokenizer = TextTokenizer.train(["how many red cubes are left of the blue ball"], vocab_size=60)
     config = RetrievalConfig(
-        model=replace(MODEL, image_size=image_size), image=Preprocessing(image_size), text_length=12
+        model=replace(MODEL, image_size=image_size),
+        image=Preprocessing(image_size),
+        text_length=12,
+        matching=matching,
     )
     task = Retrieval(config, tokenizer=tokenizer)
     task.init_weights(seed)

@@ -1,6 +1,7 @@
 """`beit3 embed`: vectors, broken and duplicate files, changed inputs, wrong input."""
 
 import csv
+import errno
 import os
 import shutil
 from collections.abc import Mapping
@@ -13,6 +14,7 @@ from PIL import Image
 
 from beit3.data.views.preprocessing import Preprocessing
 from beit3.predict import load
+from beit3.search import preparing
 from beit3.search.embed import embed
 from beit3.search.finishing import EmbedReport
 from beit3.search.folder import open_folder
@@ -196,6 +198,63 @@ def test_a_copy_of_a_broken_file_is_broken(weights, images, tmp_path):
 # Changes between runs -----------------------------------------------------------------------------
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no pipes")
+def test_a_pipe_is_not_waited_for(weights, images, tmp_path):
+    os.mkfifo(images / "pipe.png")
+    assert embed_folder(weights, images, tmp_path / "v").broken == 1
+    assert read_skipped(tmp_path / "v")[0]["detail"].endswith("pipe.png: it is no file")
+
+
+@pytest.mark.parametrize("is_removed", [True, False])
+def test_an_image_that_changes_while_it_is_embedded(
+    weights, images, tmp_path, monkeypatch, is_removed
+):
+    """Its hash is that of the content before, so a vector of the new content would be wrong."""
+    victim = images / "0" / "0000.png"
+    content = (images / "1" / "0001.png").read_bytes()
+    write_worklist = preparing.write_worklist
+
+    def change(*args: object, **kwargs: object) -> object:
+        victim.unlink()
+        if not is_removed:
+            victim.write_bytes(content)
+        return write_worklist(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(preparing, "write_worklist", change)
+        with pytest.raises(ValueError, match=r"0000.png was changed or removed while it was embed"):
+            embed_folder(weights, images, tmp_path / "v")
+    embed_folder(weights, images, tmp_path / "v", update=True)
+    expected = tmp_path / "expected"
+    embed_folder(weights, images, expected)
+    assert read_vectors(tmp_path / "v").keys() == read_vectors(expected).keys()
+    for name, vector in read_vectors(expected).items():
+        np.testing.assert_array_equal(read_vectors(tmp_path / "v")[name], vector)
+
+
+def test_options_that_differ_are_refused_before_weights_are_loaded(weights, images, tmp_path):
+    embed_folder(weights, images, tmp_path / "v")
+    with pytest.raises(ValueError, match="was made with --precision float32, and int8 is given"):
+        embed_folder(tmp_path / "no weights", images, tmp_path / "v", precision="int8")
+
+
+def test_a_folder_that_cannot_be_made(weights, images, tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    with pytest.raises(ValueError, match=r"--out .*v: nothing can be written to .*: name a folder"):
+        embed_folder(weights, images, tmp_path / "v")
+
+
+def test_a_full_disk_is_one_line_and_the_run_goes_on(weights, images, tmp_path, monkeypatch):
+    def fill(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("beit3.search.folder.flush_to_disk", fill)
+        with pytest.raises(ValueError, match=r"v cannot be written \(No space left on device\)"):
+            embed_folder(weights, images, tmp_path / "v")
+    assert embed_folder(weights, images, tmp_path / "v").rows == 20
+
+
 def test_a_complete_folder_stays_as_it_is(weights, images, tmp_path, run_cli):
     embed_folder(weights, images, tmp_path / "v")
     before = read_files(tmp_path / "v")
@@ -336,7 +395,7 @@ def test_wrong_inputs_are_one_line(weights, images, tmp_path, run_failing_cli):
         (other / "notes.md",): "is no folder and no list",
         (table, "--caption-column", "title"): "has no column 'title', it has image, year",
         (table, "--image-column", "photo"): "has no column 'photo'",
-        (images, images): "two items have the id '0/0000.png'",
+        (images, images): "the image 0/0000.png is named twice",
     }
     for words, message in cases.items():
         line = run_failing_cli("embed", weights, *words, "--out", out)

@@ -249,6 +249,10 @@ def test_fingerprints_that_differ_name_what_differs():
         check_fingerprint(stored, {"weights": "2", "image": "b", "text": "t"}, "V")
     with pytest.raises(ValueError, match="use runs/x"):
         check_fingerprint(stored, {"weights": "1", "image": "a"}, "V", weights="runs/x")
+    for without_tokenizer in (stored | {"text": ""}, stored):
+        check_fingerprint(without_tokenizer, stored | {"text": ""}, "V")
+        with pytest.raises(ValueError, match="the weights differ"):
+            check_fingerprint(without_tokenizer, {"weights": "2", "image": "a", "text": ""}, "V")
 
 
 def test_a_second_writer_is_refused_at_once(tmp_path):

@@ -1,6 +1,8 @@
 """What `beit3 embed` reads: folders, lists, tables, tar files, Parquet, key frames of videos."""
 
 import io
+import os
+import sys
 import tarfile
 from pathlib import Path
 
@@ -58,6 +60,25 @@ def test_several_inputs_share_a_root(images, tmp_path):
     assert len(items) == 8 and items.root == str(tmp_path)
     assert get_column(items, "id")[-1] == "more/1/0001.png"
     check_readable(items)
+
+
+def test_an_image_that_is_named_twice(images):
+    with pytest.raises(ValueError, match=r"0000.png is named twice: name it once, or give"):
+        list_items([images, images])
+
+
+def test_a_single_image_is_no_list(images):
+    with pytest.raises(ValueError, match=r"0000.png is one image: give its folder, or a list"):
+        list_items([images / "0" / "0000.png"])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names are Unicode elsewhere")
+def test_names_that_no_table_can_hold_are_faults(images):
+    with open(os.fsencode(images) + b"/bad\xff.png", "wb") as file:
+        file.write((images / "0" / "0000.png").read_bytes())
+    items = list_items([images])
+    assert len(items) == 6
+    assert items.faults == [(r"bad\xff.png", "the name is not UTF-8: rename the file")]
 
 
 def test_a_list_of_paths(images, tmp_path):
@@ -158,7 +179,7 @@ def test_double_ids_are_named(images):
     with pytest.raises(ValueError, match="two items have the id 'a'"):
         list_items([images / "t.csv"])
     (images / "t.csv").write_text("image,caption\n0/0000.png,x\n0/0000.png,y\n")
-    with pytest.raises(ValueError, match="the id '0/0000.png'.*in a column id"):
+    with pytest.raises(ValueError, match="0/0000.png is named twice.*in a column id"):
         list_items([images / "t.csv"])
 
 

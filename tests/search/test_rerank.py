@@ -12,6 +12,7 @@ from beit3.data.loader import RecordDataset
 from beit3.images import open_image
 from beit3.model.attention_mask import make_image_to_text_mask
 from beit3.search import rerank as module
+from beit3.search.input_tables import open_any_image
 from beit3.search.rerank import (
     CaptioningReranker,
     MaskedReranker,
@@ -148,7 +149,9 @@ def test_one_image_with_many_texts_is_read_once_and_a_text_alone_is_read_once(
     texts, images = pairs
     reranker = MaskedReranker(build_task("pretrain", root), batch_size=2)
     read, alone = [], []
-    monkeypatch.setattr(module, "open_image", lambda image: read.append(image) or open_image(image))
+    monkeypatch.setattr(
+        module, "open_any_image", lambda image: read.append(image) or open_any_image(image)
+    )
     score_texts = reranker.score_texts
     monkeypatch.setattr(
         reranker,

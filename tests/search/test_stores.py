@@ -7,10 +7,12 @@ import pyarrow as pa
 import pytest
 import torch
 
+from beit3.search import sketch
 from beit3.search.filters import parse_filter
 from beit3.search.folder import write_shard
 from beit3.search.manifest import Manifest, write_manifest
-from beit3.search.stores import scan
+from beit3.search.sketch import rotate
+from beit3.search.stores import passes, scan
 from beit3.search.stores.uri import is_milvus_uri, open_store
 from tests.search.filter_cases import make_filter, make_rows, make_table
 
@@ -40,30 +42,47 @@ def make_folder(path, metadata: pa.Table, shards=1, *, dtype="float16", equal=Tr
     write_manifest(path, manifest)
 
 
-def rank_slowly(store, query, k, *, keep=lambda row: True, offset=0, modality="image"):
-    """Returns the ids that a loop over all rows finds."""
-    folder = store.folder
-    vectors = np.concatenate(folder.get_vectors(modality)).astype(np.float64)
-    metadata = folder.read_rows(np.arange(len(vectors))).to_pylist()
-    scores = [float(np.float32(vector @ query.astype(np.float64))) for vector in vectors]
-    rows = [row for row in range(len(vectors)) if folder.alive[row] and keep(metadata[row])]
-    ranked = sorted(rows, key=lambda row: (-scores[row], row))[offset : offset + k]
-    return [metadata[row]["id"] for row in ranked], [scores[row] for row in ranked]
+class SlowSearch:
+    """An obvious search of a store: all scores, sorted."""
+
+    def __init__(self, store, queries, modality="image"):
+        self.alive = store.folder.alive
+        vectors = np.concatenate(store.folder.get_vectors(modality)).astype(np.float64)
+        self.scores = (queries.astype(np.float64) @ vectors.T).astype(np.float32).tolist()
+        self.metadata = store.folder.read_rows(np.arange(len(vectors))).to_pylist()
+
+    def rank(self, query: int, k: int, *, keep=lambda row: True, offset=0):
+        """Returns ids and scores of the best rows that are alive and kept."""
+        scores = self.scores[query]
+        rows = [i for i, row in enumerate(self.metadata) if self.alive[i] and keep(row)]
+        ranked = sorted(rows, key=lambda row: (-scores[row], row))[offset : offset + k]
+        return [self.metadata[row]["id"] for row in ranked], [scores[row] for row in ranked]
 
 
 @pytest.fixture
 def small_chunks(monkeypatch):
     """Makes chunks, candidates and thresholds change often, and queries come in several passes."""
-    monkeypatch.setattr(scan, "CHUNK_ROWS", 37)
+    monkeypatch.setattr(passes, "MAX_CHUNK_ROWS", 80)
+    monkeypatch.setattr(passes.FloatPass, "chunk_rows", 37)
+    monkeypatch.setattr(scan, "FIRST_ROWS", 7)
+    monkeypatch.setattr(scan, "BLOCK_ROWS", 16)
     monkeypatch.setattr(scan, "QUERY_ROWS", 3)
     monkeypatch.setattr(scan, "MAX_CANDIDATES", 20)
     monkeypatch.setattr(scan, "PENDING_PER_QUERY", 4)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.fixture(params=["int8", "float32", "bfloat16"])
+def first_pass(request, monkeypatch):
+    """Chooses the number format of the first pass."""
+    monkeypatch.setattr(sketch, "MIN_ROWS", 1)
+    monkeypatch.setattr(passes, "can_multiply_codes", lambda: request.param == "int8")
+    dtype = torch.float32 if request.param == "int8" else getattr(torch, request.param)
+    monkeypatch.setattr(passes, "choose_float_dtype", lambda *_: dtype)
+    return request.param
+
+
 @pytest.mark.parametrize("stored", ["float16", "float32"])
-def test_exact_search_equals_a_loop(tmp_path, monkeypatch, small_chunks, dtype, stored):
-    monkeypatch.setattr(scan, "choose_pass_dtype", lambda *_: dtype)
+def test_exact_search_equals_a_loop(tmp_path, small_chunks, first_pass, stored):
     rng = random.Random(0)
     rows = make_rows(400, rng)
     make_folder(tmp_path, make_table(rows), shards=3, dtype=stored)
@@ -71,7 +90,9 @@ def test_exact_search_equals_a_loop(tmp_path, monkeypatch, small_chunks, dtype, 
     store.delete([row["id"] for row in rng.sample(rows, 50)])
     queries = np.concatenate([make_vectors(5, seed=9), store.get_vectors(["row0001"])])
     queries[1] *= 7
-    for _ in range(12):
+    queries[2] = 0
+    slow = SlowSearch(store, queries)
+    for _ in range(8):
         text, evaluate = make_filter(rng)
         k, offset = rng.choice([1, 3, 10, 500]), rng.choice([0, 0, 2, 30])
         for where, keep in (
@@ -79,24 +100,46 @@ def test_exact_search_equals_a_loop(tmp_path, monkeypatch, small_chunks, dtype, 
             (parse_filter(text), lambda row: evaluate(row) is True),  # noqa: B023
         ):
             hits = store.search(queries, k, where=where, offset=offset)
-            for query, ids, scores in zip(queries, hits.ids, hits.scores, strict=True):
-                expected = rank_slowly(store, query, k, keep=keep, offset=offset)
+            for query, (ids, scores) in enumerate(zip(hits.ids, hits.scores, strict=True)):
+                expected = slow.rank(query, k, keep=keep, offset=offset)
                 assert (ids, scores.tolist()) == expected
 
 
-def test_the_bound_of_the_first_pass_holds():
-    vectors = make_vectors(2000, seed=1).astype(np.float16)
-    queries = make_vectors(50, seed=2) * np.linspace(0.1, 9, 50, dtype=np.float32)[:, None]
+def make_hard_vectors(kind: str, number: int, dim: int) -> np.ndarray:
+    """Returns vectors of which some are rounded badly by one common scale."""
+    rng = np.random.default_rng(3)
+    vectors = rng.normal(size=(number, dim))
+    if kind == "outlier":
+        vectors[:, 3] = 40
+    elif kind == "one of the rotation":
+        vectors[0] = rotate(np.eye(dim)[:1])[0]
+    elif kind == "zeros":
+        vectors[1::2] = 0
+    lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
+    lengths[::5] *= 3  # shorter than unit vectors
+    return (vectors / np.maximum(lengths, 1e-9)).astype(np.float16)
+
+
+@pytest.mark.parametrize("dim", [7, 24, 768])
+@pytest.mark.parametrize("kind", ["plain", "outlier", "one of the rotation", "zeros"])
+def test_the_bounds_of_the_first_pass_hold(kind, dim):
+    vectors = make_hard_vectors(kind, 300, dim)
+    queries = make_hard_vectors("plain", 40, dim).astype(np.float32)
+    queries[::3] *= np.linspace(0.01, 9, 14, dtype=np.float32)[:, None]
+    queries[1] = vectors[0]
     exact = queries.astype(np.float64) @ vectors.astype(np.float64).T
-    for dtype in (torch.float32, torch.bfloat16):
-        pass_ = scan._Scan([vectors], queries, 3)
-        pass_.dtype, pass_.torch_queries = dtype, torch.from_numpy(queries).to(dtype)
-        pass_.rounded = torch.empty(scan.CHUNK_ROWS, DIM, dtype=dtype)
-        errors = np.abs(pass_.multiply(torch.from_numpy(vectors)).numpy() - exact)
-        bounds = scan._bound_errors(queries, dtype)
-        assert (errors.max(axis=1) <= bounds).all()
-        # The bound is of use: it is not a hundred times larger than the errors.
-        assert bounds.max() < 100 * errors.max()
+    made = [passes.SketchPass(sketch.make_sketch(vectors), passes.encode_queries(queries))]
+    made += [passes.FloatPass(vectors, queries, dtype) for dtype in (torch.float32, torch.bfloat16)]
+    for pass_ in made:
+        products = pass_.multiply(np.arange(300))
+        errors = np.abs(products.double().numpy() * pass_.scales - exact.T)
+        assert (errors.max(axis=0) <= pass_.errors).all()
+        # The bound is of use: it is not a thousand times larger than the errors.
+        assert pass_.errors.max() < 1000 * errors.max()
+        # Every row whose score is at least the threshold reaches the limit.
+        thresholds = np.quantile(exact, 0.9, axis=1).astype(np.float32)
+        reached = (products >= pass_.compute_limits(thresholds)).numpy()
+        assert reached[(exact.astype(np.float32) >= thresholds[:, None]).T].all()
 
 
 def test_equal_vectors_come_in_the_order_of_their_rows(tmp_path, small_chunks):
@@ -115,9 +158,8 @@ def test_texts_take_part_where_there_is_a_caption(tmp_path):
     store = open_store(str(tmp_path))
     query = make_vectors(1, seed=5)
     hits = store.search(query, 20, modality="text")
-    expected = rank_slowly(
-        store, query[0], 20, keep=lambda row: bool(row["caption"]), modality="text"
-    )
+    slow = SlowSearch(store, query, "text")
+    expected = slow.rank(0, 20, keep=lambda row: bool(row["caption"]))
     assert hits.ids[0] == expected[0] and len(hits.ids[0]) == 10
     assert len(store.search(query, 20).ids[0]) == 20
 

@@ -2,15 +2,19 @@
 
 import json
 import random
+import shutil
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
 import pytest
 
 from beit3.search.filters import parse_filter
+from beit3.search.folder import write_shard
+from beit3.search.manifest import Manifest, write_manifest
 from beit3.search.stores.uri import open_store
-from tests.search.filter_cases import make_filter, make_rows, make_table
-from tests.search.test_stores import make_folder, make_vectors
+from tests.search.filter_cases import make_rows, make_table
+from tests.search.test_stores import DIM, make_folder, make_vectors
 
 pytest.importorskip("faiss")
 
@@ -19,16 +23,23 @@ from beit3.search.stores import faiss as faiss_store
 NUM_ROWS = 1500
 
 
-@pytest.fixture(params=["hnsw", "ivf"])
-def folder(request, tmp_path, monkeypatch):
-    """Makes a folder with an index of either kind, which small selections use as well."""
-    monkeypatch.setattr(faiss_store, "HNSW_ROWS", 10_000 if request.param == "hnsw" else 100)
+@pytest.fixture(scope="module", params=["hnsw", "ivf"])
+def built(request, tmp_path_factory):
+    """Makes a folder with an index of either kind."""
+    path = tmp_path_factory.mktemp(request.param)
     table = make_table(make_rows(NUM_ROWS, random.Random(0)))
-    make_folder(tmp_path, table, shards=2, equal=False)
-    facts = faiss_store.build_faiss_index(tmp_path)
+    make_folder(path, table, shards=2, equal=False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(faiss_store, "HNSW_ROWS", 10_000 if request.param == "hnsw" else 100)
+        facts = faiss_store.build_faiss_index(path)
     assert facts["image"].kind == facts["text"].kind == request.param
-    monkeypatch.setattr(faiss_store, "EXACT_ROWS", 10)
-    return tmp_path
+    return path
+
+
+@pytest.fixture
+def folder(built, tmp_path):
+    """Returns a copy of the folder that a test may change."""
+    return shutil.copytree(built, tmp_path / "V")
 
 
 def open_both(path):
@@ -51,16 +62,60 @@ def measure_overlap(expected, hits) -> float:
     return float(np.mean(overlap))
 
 
-def test_measured_recall_is_that_of_a_search(folder):
-    exact, approximate = open_both(folder)
+def test_measured_recall_is_that_of_a_search(built):
+    exact, approximate = open_both(built)
     for seed, modality in enumerate(("image", "text")):
-        # Recall is measured with vectors of the index, and holds for queries like them.
-        queries = make_vectors(NUM_ROWS, seed, equal=False)[::25] + 0.02
-        expected = exact.search(queries, 10, modality=modality)
-        overlap = measure_overlap(expected, approximate.search(queries, 10, modality=modality))
-        assert overlap >= 0.95
-        assert approximate.facts[modality].recall >= 0.95
-    assert approximate.facts["image"].queries == 400
+        facts = approximate.facts[modality]
+        near = make_vectors(NUM_ROWS, seed, equal=False)[::25] + 0.02
+        far = make_vectors(NUM_ROWS, 1 - seed, equal=False)[::25]
+        for queries, recall in ((near, facts.recall), (far, facts.far_recall)):
+            expected = exact.search(queries, 10, modality=modality)
+            hits = approximate.search(queries, 10, modality=modality)
+            assert measure_overlap(expected, hits) >= 0.95
+            assert recall >= 0.95
+        assert facts.queries == 200
+
+
+def test_queries_unlike_the_index_are_searched_with_more_effort(built, monkeypatch):
+    exact, approximate = open_both(built)
+    facts = approximate.facts["image"]
+    # Effort 1 misses neighbors; only queries that are told to be far get more.
+    facts = replace(facts, effort=1, far_effort=256, near_score=0.9)
+    approximate.facts = {"image": facts}
+    efforts = []
+    find_with = faiss_store._Proposals.find_with
+
+    def record(self, queries, effort):
+        efforts.append((len(queries), effort))
+        return find_with(self, queries, effort)
+
+    monkeypatch.setattr(faiss_store._Proposals, "find_with", record)
+    near = make_vectors(NUM_ROWS, equal=False)[:3]
+    far = make_vectors(1, seed=77) * 0.2
+    queries = np.concatenate([near, far])
+    expected = exact.search(queries, 10)
+    monkeypatch.setattr(faiss_store._Proposals, "is_costly", lambda *_: False)
+    hits = approximate.search(queries, 10)
+    assert efforts == [(4, 1), (1, 256)]
+    assert hits.ids[3] == expected.ids[3]
+    # Where that would cost more than exact search, it is exact.
+    monkeypatch.setattr(faiss_store._Proposals, "is_costly", lambda *_: True)
+    hits = approximate.search(queries, 10)
+    assert efforts[2:] == [(4, 1)]
+    assert hits.ids[3] == expected.ids[3]
+
+
+def test_a_folder_of_images_only_is_measured_with_noisy_queries(tmp_path):
+    vectors = make_vectors(300, equal=False)
+    table = pa.table({"id": [f"{row}" for row in range(300)]})
+    shard = write_shard(tmp_path, 0, {"image": vectors}, table)
+    write_manifest(tmp_path, Manifest(dim=DIM, shards=(shard,)))
+    facts = faiss_store.build_faiss_index(tmp_path)["image"]
+    assert facts.far_recall >= 0.95 and facts.recall >= 0.95
+    scores = open_store(str(tmp_path), index="exact").search(vectors, 2).scores
+    others = np.array([score[1] for score in scores])
+    assert np.mean(others > facts.near_score) > 0.95
+    assert facts.near_score > 0.5 * np.median(others)
 
 
 def test_rows_that_came_and_went_later_are_respected(folder):
@@ -80,24 +135,38 @@ def test_rows_that_came_and_went_later_are_respected(folder):
     assert len(approximate.search(query, 5000).ids[0]) == NUM_ROWS
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_filtered_searches_find_what_exact_search_finds(folder, seed):
-    rng = random.Random(seed)
-    exact, approximate = open_both(folder)
-    queries = make_vectors(10, seed=seed)
-    for _ in range(10):
-        where = parse_filter(make_filter(rng)[0])
+def test_filtered_searches_are_exact(built, monkeypatch):
+    monkeypatch.setattr(faiss_store, "_Proposals", None)
+    exact, approximate = open_both(built)
+    queries = make_vectors(10, seed=8)
+    for text in ("id starts with 'row'", "year > 0 or city contains 'a'", "year == 2019"):
+        where = parse_filter(text)
         expected = exact.search(queries, 10, where=where)
-        assert measure_overlap(expected, approximate.search(queries, 10, where=where)) >= 0.9
+        assert approximate.search(queries, 10, where=where).ids == expected.ids
 
 
-def test_small_selections_are_searched_exactly(folder, monkeypatch):
-    monkeypatch.setattr(faiss_store, "EXACT_ROWS", 50_000)
-    monkeypatch.setattr(faiss_store, "_propose_rows", None)
+def test_mostly_deleted_rows_are_searched_exactly(folder, monkeypatch):
+    store = open_store(str(folder), read_only=False)
+    store.delete([f"row{row:04d}" for row in range(1300)])
+    monkeypatch.setattr(faiss_store, "_Proposals", None)
     exact, approximate = open_both(folder)
-    queries, where = make_vectors(10, seed=8), parse_filter("year > 0 or city contains 'a'")
-    expected = exact.search(queries, 10, where=where)
-    assert approximate.search(queries, 10, where=where).ids == expected.ids
+    queries = make_vectors(4, seed=8)
+    assert approximate.search(queries, 10).ids == exact.search(queries, 10).ids
+
+
+def test_half_deleted_rows_are_found_by_the_index(folder):
+    open_store(str(folder), read_only=False).delete([f"row{row:04d}" for row in range(0, 1500, 2)])
+    exact, approximate = open_both(folder)
+    queries = make_vectors(NUM_ROWS, equal=False)[::25] + 0.02
+    expected = exact.search(queries, 10)
+    assert measure_overlap(expected, approximate.search(queries, 10)) >= 0.95
+
+
+@pytest.mark.parametrize("k", [1, 10, 200])
+def test_recall_holds_for_many_hits_as_well(built, k):
+    exact, approximate = open_both(built)
+    queries = make_vectors(NUM_ROWS, equal=False)[::25] + 0.02
+    assert measure_overlap(exact.search(queries, k), approximate.search(queries, k)) >= 0.95
 
 
 def test_a_second_build_replaces_the_first(folder):
@@ -131,6 +200,8 @@ def test_a_damaged_index_is_named_in_one_line(tmp_path, name, content):
         open_store(str(tmp_path))
     assert "\n" not in str(error.value)
     open_store(str(tmp_path), index="exact")
+    faiss_store.build_faiss_index(tmp_path)
+    open_store(str(tmp_path), index="faiss")
 
 
 def test_an_index_of_other_vectors_is_refused(tmp_path):

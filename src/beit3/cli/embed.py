@@ -37,7 +37,7 @@ def embed(
     torchrun --nproc-per-node 4 -m beit3 embed runs/retrieval-demo shards --out vectors
     ```
 
-    A run that was killed goes on with the same command.
+    A run that was killed goes on with the same command. docs/search.md is the page of this command.
 
     Args:
         weights: A weights directory, a run or a released file, of retrieval or another task with

@@ -84,8 +84,10 @@ def build_faiss(uri: str) -> None:
         raise ValueError(f"--faiss builds an index in a folder of vectors, {uri} is of Milvus")
     for modality, facts in build_faiss_index(uri).items():
         report(
-            f"{modality} vectors: {facts.kind} {facts.parameters}, effort {facts.effort}: recall@10"
-            f" {facts.recall:.3f} against exact search ({facts.queries} vectors as queries)"
+            f"{modality} vectors: {facts.kind} {facts.parameters}: recall@10 against exact search "
+            f"{facts.recall:.3f} for queries like the index (effort {facts.effort}), "
+            f"{facts.far_recall:.3f} for others, such as texts among images (effort "
+            f"{facts.far_effort}); {facts.queries} queries of each kind"
         )
 
 
@@ -140,6 +142,8 @@ def describe(uri: str) -> dict[str, Any]:
                 "parameters": facts.parameters,
                 "effort": facts.effort,
                 "recall@10": facts.recall,
+                "far_effort": facts.far_effort,
+                "far_recall@10": facts.far_recall,
                 "rows": sum(rows for _, rows in facts.shards),
             }
             for modality, facts in read_facts(uri).items()

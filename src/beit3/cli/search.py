@@ -65,7 +65,7 @@ def search(
     beit3 search vectors --queries queries.csv --scores scores.parquet
     ```
 
-    Prints a table on a terminal and JSON elsewhere.
+    Prints a table on a terminal and JSON elsewhere. docs/search.md explains queries and filters.
 
     Args:
         uri: A folder of vectors, a Milvus Lite file, or http:// of a Milvus server.

@@ -5,6 +5,8 @@ first one writes the manifest. Each step can be repeated: a run that was killed 
 same command, and its files are the same bytes.
 """
 
+import errno
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -27,6 +29,8 @@ from beit3.training.launch import init_device
 
 POLL_INTERVAL = 0.2
 """Seconds between two looks for shards of other processes."""
+
+WRITE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
 def embed(
@@ -71,7 +75,7 @@ def embed(
         has_work, changes = prepare(out, settings, items, options)
         return has_work, predictor.precision, changes
 
-    with ExitStack() as stack:
+    with ExitStack() as stack, _explain_full_disk(out):
         has_work, precision, changes = compute_on_rank_zero(lambda: prepare_first(stack))
         if has_work:
             worklist = Worklist(out)
@@ -85,6 +89,19 @@ def embed(
         return make_report(out, changes, is_unchanged=not has_work)
 
 
+@contextmanager
+def _explain_full_disk(out: Path) -> Iterator[None]:
+    """Raises ValueError in place of the system's error when nothing more can be written."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in WRITE_ERRORS:
+            raise
+        raise ValueError(
+            f"{out} cannot be written ({error.strerror or error}): make room and repeat the command"
+        ) from None
+
+
 def _encode(
     worklist: Worklist,
     weights: str,
@@ -94,6 +111,7 @@ def _encode(
     predictors: list[Predictor],
 ) -> None:
     """Encodes this process's part of the open shards, and waits for the other processes."""
+    launcher = os.getppid()
     distinct = worklist.list_shards(duplicates=False)
     duplicates = worklist.list_shards(duplicates=True)
     # Every process has to see the same open shards.
@@ -113,11 +131,11 @@ def _encode(
         )
     own = [number for number in duplicates if number in open_shards][rank() :: world_size()]
     if own:
-        _wait_for(worklist, distinct)
+        _wait_for(worklist, distinct, launcher)
         encode_duplicates(predictor, worklist, own, threads=options.threads)
     # The first process writes the manifest and removes the marks; the others wait for that.
     if rank() == 0:
-        _wait_for(worklist, [*distinct, *duplicates])
+        _wait_for(worklist, [*distinct, *duplicates], launcher)
 
 
 def load_predictor(
@@ -127,12 +145,15 @@ def load_predictor(
     return load(weights, device=device, precision=precision, **options.load)  # type: ignore[arg-type]
 
 
-def _wait_for(worklist: Worklist, numbers: Sequence[int]) -> None:
+def _wait_for(worklist: Worklist, numbers: Sequence[int], launcher: int) -> None:
     """Waits until all of these shards are complete, whichever process encodes them.
 
-    Were another process dead, torchrun would end this one.
+    Were another process dead, torchrun, the process `launcher`, would end this one. Raises
+    ValueError when torchrun itself is dead.
     """
     while worklist.list_open(numbers):
+        if world_size() > 1 and os.getppid() != launcher:
+            raise ValueError("torchrun has ended before its processes: repeat the command")
         time.sleep(POLL_INTERVAL)
 
 

@@ -32,6 +32,7 @@ from beit3.search.input_tables import (
     read_image,
 )
 from beit3.search.manifest import Shard
+from beit3.search.survey import Measurement, measure_image
 from beit3.search.worklist import Worklist
 from beit3.task import Batch, Example, Record, Task
 
@@ -102,8 +103,26 @@ def encode_shards(
             rows = [row for part in parts for row in part.rows]
             faults = {row: fault for part in parts for row, fault in part.faults.items()}
             vectors = np.concatenate([part.vectors for part in parts])
+            _check_unchanged(worklist, batch.shard)
             _finish_shard(predictor, worklist, batch.shard, rows, vectors, faults, threads)
             parts = []
+
+
+def _check_unchanged(worklist: Worklist, number: int) -> None:
+    """Raises ValueError for an image of a shard that is not what it was in the survey.
+
+    Its hash is that of the survey, and copies of it would get its vector.
+    """
+    items = worklist.items.take(pa.array(worklist.get_rows(number)))
+    columns = [items[name].to_pylist() for name in (IMAGE_PATH, *Measurement._fields)]
+    for image_path, *values in zip(*columns, strict=True):
+        path = os.path.join(worklist.settings.image_root, image_path)
+        measured = Measurement(*values)
+        if measure_image(path, measured).hash != measured.hash:
+            raise ValueError(
+                f"image {path} was changed or removed while it was embedded: repeat the command "
+                "with --update"
+            )
 
 
 def encode_duplicates(

@@ -14,6 +14,7 @@ from beit3.files import atomic_write, flush_to_disk, write_text
 from beit3.search.folder import get_vectors_path, open_folder, write_deleted
 from beit3.search.input_tables import HASH, ID, IMAGE_PATH
 from beit3.search.manifest import Manifest, Shard, commit
+from beit3.search.sketch import remove_sketch
 from beit3.search.survey import compare_surveys
 from beit3.search.worklist import INPUTS, Mark, Worklist
 
@@ -146,6 +147,7 @@ def _remove_strays(worklist: Worklist, shards: tuple[Shard, ...]) -> None:
             path.unlink()
             for modality in ("image", "text"):
                 get_vectors_path(worklist.out, int(number), modality).unlink(missing_ok=True)
+                remove_sketch(worklist.out, int(number), modality)
 
 
 # What became of the inputs ------------------------------------------------------------------------

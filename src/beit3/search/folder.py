@@ -19,6 +19,7 @@ from filelock import FileLock, Timeout
 from beit3.files import atomic_write, flush_to_disk
 from beit3.search.manifest import MANIFEST, Manifest, Shard, commit, read_manifest
 from beit3.search.metadata import ID, join_tables, normalize_metadata, unify_schemas
+from beit3.search.sketch import Sketch, open_sketch, write_sketch
 
 VECTOR_DIRECTORIES = {"image": "img_emb", "text": "text_emb"}
 LOCK = "write.lock"
@@ -75,10 +76,12 @@ def write_shard(
                 f"{folder} shard {number}: {modality} vectors should have the length 1, row "
                 f"{int(np.flatnonzero(~(norms <= MAX_NORM))[0])} has {np.max(norms):.4g}"
             )
+        stored = np.ascontiguousarray(rows, dtype=dtype)
         with atomic_write(get_vectors_path(folder, number, modality)) as file:
-            np.save(file, np.ascontiguousarray(rows, dtype=dtype))
+            np.save(file, stored)
             file.flush()
             os.fsync(file.fileno())
+        write_sketch(folder, number, modality, stored)
     with atomic_write(get_metadata_path(folder, number)) as file:
         pq.write_table(metadata, file)
         file.flush()
@@ -115,6 +118,13 @@ class VectorFolder:
             modality: [_map_vectors(self.path, manifest, shard, modality) for shard in self.shards]
             for modality in manifest.modalities
         }
+        self._sketches = {
+            modality: [
+                open_sketch(self.path, shard.number, modality, vectors)
+                for shard, vectors in zip(self.shards, self._vectors[modality], strict=True)
+            ]
+            for modality in manifest.modalities
+        }
         self._metadata = [_open_metadata(self.path, shard) for shard in self.shards]
         self.schema = unify_schemas([file.schema_arrow for file in self._metadata])
         self.deleted = _read_deleted(self.path, manifest)
@@ -136,6 +146,10 @@ class VectorFolder:
                 f"{self.path} holds no {modality} vectors, only {' and '.join(self._vectors)} ones"
             )
         return self._vectors[modality]
+
+    def get_sketches(self, modality: str = "image") -> list[Sketch | None]:
+        """Returns the 8-bit copy of each shard's vectors, None where a shard has none."""
+        return self._sketches[modality]
 
     def gather_vectors(self, rows: np.ndarray, modality: str = "image") -> np.ndarray:
         """Returns the vectors [len(rows), dim] of some rows, as float32."""

@@ -15,12 +15,12 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pyarrow.types as types
+from torch import Tensor
 
 from beit3.data.prepare.formats.delimited import open_table
-from beit3.data.prepare.formats.table_cells import make_url_error
 from beit3.data.prepare.formats.tables import IMAGE_COLUMNS, TEXT_COLUMNS, find_image
 from beit3.files import read_json_lines
-from beit3.images import read_image_bytes
+from beit3.images import ImageInput, open_image, read_image_bytes
 
 ID, IMAGE_PATH, CAPTION = "id", "image_path", "caption"
 HASH, WIDTH, HEIGHT = "hash", "width", "height"
@@ -80,7 +80,7 @@ def read_input_table(
     image = _find_column(file, names, image_column, IMAGE_COLUMNS)
     if not image:
         if any(name.endswith("url") for name in names):
-            raise make_url_error(file)
+            raise _make_url_error(file)
         raise ValueError(
             f"{file} has the columns {', '.join(names[:8]) or 'none'}: name one image, or give "
             "--image-column"
@@ -139,9 +139,16 @@ def find_image_path(file: Path, base: Path, name: str) -> str:
     the path where it was expected: reading it tells so.
     """
     if "://" in name:
-        raise make_url_error(file)
+        raise _make_url_error(file)
     path = os.path.join(base, name)
     return path if os.path.exists(path) else str(find_image(base / file.name, name))
+
+
+def _make_url_error(file: Path) -> ValueError:
+    return ValueError(
+        f"{file} names images by url: download them first, for example with img2dataset, and embed "
+        "its tar files"
+    )
 
 
 def _find_path(file: Path, base: Path, value: Any) -> str:
@@ -321,6 +328,11 @@ def read_image(path: str) -> str | bytes:
     if match is None:
         return path
     return _read_parquet_image(match[1], match[2], int(match[3]))
+
+
+def open_any_image(image: ImageInput) -> Tensor:
+    """Opens an image as `open_image` does, which may also be a row of a Parquet file."""
+    return open_image(read_image(str(image)) if isinstance(image, str | Path) else image)
 
 
 def read_bytes(path: str) -> bytes:

@@ -32,6 +32,8 @@ VIDEO, FRAME, TIME = "video", "frame", "time"
 FRAME_NUMBER = re.compile(r"\d+(?=\D*$)")
 """The last number in the name of a frame's file."""
 
+BAD_NAME = "the name is not UTF-8: rename the file"
+
 
 @dataclass(frozen=True)
 class InputOptions:
@@ -136,6 +138,8 @@ def _read_part(path: Path, options: InputOptions) -> _Part:
         return _read_table(path, options)
     if suffix == ".txt":
         return _read_table(path, options) if _is_table(path) else _read_list(path, options)
+    if suffix in SUFFIXES:
+        raise ValueError(f"{path} is one image: give its folder, or a list of images (.txt)")
     raise ValueError(
         f"{path} is no folder and no list: give .txt, {', '.join(TABLE_SUFFIXES)} or .tar"
     )
@@ -170,6 +174,11 @@ def _check_ids(ids: Sequence[str], image_paths: Sequence[str]) -> None:
     for item_id, path in zip(ids, image_paths, strict=True):
         if not item_id:
             raise ValueError(f"the item of image {path} has no id: fill the column of ids")
+        if item_id in seen and item_id == path == seen[item_id]:
+            raise ValueError(
+                f"the image {path} is named twice: name it once, or give each row an id of its "
+                "own, in a column id"
+            )
         if item_id in seen:
             raise ValueError(
                 f"two items have the id {item_id!r} (images {seen[item_id]} and {path}): give each "
@@ -183,15 +192,29 @@ def _check_ids(ids: Sequence[str], image_paths: Sequence[str]) -> None:
 
 def _read_folder(folder: Path) -> _Part:
     """Lists the images below a folder, sorted by folder and name."""
-    paths = [str(path) for path in walk_files(folder) if path.suffix.lower() in SUFFIXES]
-    if not paths:
+    found = [str(path) for path in walk_files(folder) if path.suffix.lower() in SUFFIXES]
+    paths = [path for path in found if _is_unicode(path)]
+    faults = [
+        (os.fsencode(os.path.relpath(path, folder)).decode("utf-8", "backslashreplace"), BAD_NAME)
+        for path in sorted(set(found) - set(paths))
+    ]
+    if not found:
         names = [path.name for path in walk_files(folder)][:3]
         content = f"only other files ({', '.join(names)})" if names else "no files"
         raise ValueError(
             f"{folder} holds {content}: give a folder with images ({' '.join(sorted(SUFFIXES)[:9])}"
             " and others), a list or tar files"
         )
-    return _Part(str(folder), paths)
+    return _Part(str(folder), paths, faults=faults)
+
+
+def _is_unicode(path: str) -> bool:
+    """Returns whether a path can be written into a table, which bytes of other encodings cannot."""
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _is_table(path: Path) -> bool:

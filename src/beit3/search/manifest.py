@@ -121,6 +121,18 @@ def _make_manifest(content: dict[str, Any]) -> Manifest:
     return manifest
 
 
+def find_differences(stored: Mapping[str, str], current: Mapping[str, str]) -> list[str]:
+    """Returns the names of what differs between two fingerprints.
+
+    Weights without a tokenizer, whose `text` is "", make no vectors of texts. So they differ from
+    the same weights with a tokenizer in nothing that is stored.
+    """
+    keys = [key for key in FINGERPRINT_NAMES if key in stored or key in current]
+    if "" in (stored.get("text"), current.get("text")):
+        keys.remove("text")
+    return [FINGERPRINT_NAMES[key] for key in keys if stored.get(key) != current.get(key)]
+
+
 def check_fingerprint(
     stored: Mapping[str, str], current: Mapping[str, str], uri: str, *, weights: str = ""
 ) -> None:
@@ -132,8 +144,7 @@ def check_fingerprint(
         uri: The index, for the message.
         weights: Path of the weights that the index names, for the message.
     """
-    keys = [key for key in FINGERPRINT_NAMES if key in stored or key in current]
-    different = [FINGERPRINT_NAMES[key] for key in keys if stored.get(key) != current.get(key)]
+    different = find_differences(stored, current)
     if not different:
         return
     remedy = f"use {weights}" if weights else "use the weights that made it"

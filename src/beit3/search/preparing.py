@@ -18,9 +18,9 @@ from beit3.search.input_tables import HASH, ID, get_metadata_names
 from beit3.search.inputs import InputOptions, Items, list_items
 from beit3.search.manifest import (
     DTYPES,
-    FINGERPRINT_NAMES,
     MANIFEST,
     Manifest,
+    find_differences,
     read_manifest,
 )
 from beit3.search.metadata import normalize_column, unify_schemas
@@ -90,6 +90,11 @@ def check_out(out: Path) -> None:
     """Raises ValueError unless a folder of vectors is, or can be, at `out`."""
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {out} is a file: name a folder for the vectors")
+    above = next(path for path in (out, *out.absolute().parents) if path.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+        raise ValueError(
+            f"--out {out}: nothing can be written to {above}: name a folder that can be written"
+        )
     if not out.is_dir() or has_worklist(out):
         return
     names = [path.name for path in out.iterdir() if path.name not in (LOCK, UNFINISHED)]
@@ -127,7 +132,8 @@ def read_inputs(
     items = list_items(inputs, reading)
     stored = _read_stored(out)
     precision = options.precision
-    if stored is not None and precision == "auto":
+    if stored is not None:
+        _check_given_options(stored, options, out)
         precision = stored.precision
     predictor = load(weights, device=device, precision=precision, **options.load)  # type: ignore[arg-type]
     is_cpu = device.type == "cpu"
@@ -144,7 +150,7 @@ def read_inputs(
         first_shard=0,
     )
     if stored is not None:
-        settings = _follow(settings, stored, options, out)
+        settings = _follow(settings, stored, out)
     return items, settings, predictor
 
 
@@ -155,27 +161,9 @@ def _measure_dim(predictor: Predictor, *, has_captions: bool) -> int:
     return int(features["image"].shape[1])
 
 
-def _follow(
-    settings: Settings, stored: Settings | Manifest, options: EmbedOptions, out: Path
-) -> Settings:
-    """Returns settings that agree with those of a folder.
-
-    Raises ValueError where weights or preprocessing differ, or options that were given.
-    """
-    different = [
-        name
-        for key, name in FINGERPRINT_NAMES.items()
-        if settings.fingerprint.get(key) != stored.fingerprint.get(key)
-    ]
-    if different:
-        raise ValueError(
-            f"{out} was made with {stored.weights}, and {' and '.join(different)} of "
-            f"{settings.weights} are different: use the same weights, or another --out"
-        )
-    names = ["precision", "dtype"]
-    if isinstance(stored, Settings):
-        names += ["batch_size", "shard_size"]
-    for name in names:
+def _check_given_options(stored: Settings | Manifest, options: EmbedOptions, out: Path) -> None:
+    """Raises ValueError for an option that is not what a folder was made with."""
+    for name in _list_kept(stored):
         given, kept = getattr(options, name), getattr(stored, name)
         if given not in ("", 0, "auto") and given != kept:
             option = name.replace("_", "-")
@@ -183,14 +171,34 @@ def _follow(
                 f"{out} was made with --{option} {kept}, and {given} is given: leave --{option} "
                 "out, or use another --out"
             )
-        settings = replace(settings, **{name: kept})
+
+
+def _list_kept(stored: Settings | Manifest) -> list[str]:
+    """Returns the names of the options that stay as they were when a folder was begun."""
+    sizes = ["batch_size", "shard_size"] if isinstance(stored, Settings) else []
+    return ["precision", "dtype", *sizes]
+
+
+def _follow(settings: Settings, stored: Settings | Manifest, out: Path) -> Settings:
+    """Returns settings that agree with those of a folder.
+
+    Raises ValueError where weights, preprocessing or kinds of vectors differ.
+    """
+    different = find_differences(stored.fingerprint, settings.fingerprint)
+    if different:
+        raise ValueError(
+            f"{out} was made with {stored.weights}, and {' and '.join(different)} of "
+            f"{settings.weights} are different: use the same weights, or another --out"
+        )
+    kept: dict[str, Any] = {name: getattr(stored, name) for name in _list_kept(stored)}
+    settings = replace(settings, **kept)
     if isinstance(stored, Manifest) and settings.modalities != stored.modalities:
         given = "captions" if "text" in settings.modalities else "no captions"
         raise ValueError(
             f"{out} holds {' and '.join(stored.modalities)} vectors, and the inputs have {given}: "
             "use another --out"
         )
-    return replace(settings, weights=stored.weights)
+    return replace(settings, weights=stored.weights, fingerprint=stored.fingerprint)
 
 
 # The worklist -------------------------------------------------------------------------------------

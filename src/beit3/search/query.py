@@ -10,6 +10,7 @@ import numpy as np
 from beit3.config import suggest
 from beit3.images import ImageInput
 from beit3.search.filters import Filter, parse_filter
+from beit3.search.input_tables import read_image
 from beit3.search.manifest import check_fingerprint
 from beit3.search.stores.store import Store
 from beit3.weights.names import is_there
@@ -347,7 +348,10 @@ class Searcher:
         if not images:
             return np.empty((0, self.store.dim), np.float32)
         self._check_space("image", modality)
-        return self.predictor.embed(images=images)["image"]
+        opened = [
+            read_image(str(image)) if isinstance(image, str | Path) else image for image in images
+        ]
+        return self.predictor.embed(images=opened)["image"]
 
     def _check_space(self, query_modality: str, modality: str) -> None:
         """Raises ValueError where vectors of the two modalities do not lie in one space."""

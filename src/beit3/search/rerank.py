@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from beit3.data.batches import trim_padding
-from beit3.images import open_image
 from beit3.model.attention_mask import make_image_to_text_mask
 from beit3.ops.losses import chunked_vocabulary_loss, token_cross_entropy
 from beit3.predict import load
+from beit3.search.input_tables import open_any_image
 from beit3.task import Batch, Task, task_name
 from beit3.tasks.captioning import Captioning
 from beit3.tasks.pretrain import Pretrain
@@ -63,7 +63,7 @@ class Reranker(ABC):
 
         Args:
             texts: N texts. Each distinct one is tokenized once.
-            images: N images of any kind that `beit3.images.open_image` reads.
+            images: N images of any kind that `open_any_image` reads.
 
         Raises:
             ValueError: The numbers differ, a text is empty, or an image cannot be read.
@@ -128,7 +128,7 @@ class Reranker(ABC):
             if key in known_pixels:
                 pixels[key] = known_pixels[key]
             elif key not in pixels:
-                pixels[key] = self.task.config.image.preprocess(open_image(image))
+                pixels[key] = self.task.config.image.preprocess(open_any_image(image))
         return pixels
 
     def _move(self, batch: Batch) -> Batch:

@@ -13,7 +13,7 @@ from typing import Any
 from PIL import Image
 
 from beit3.files import write_text
-from beit3.images import open_image
+from beit3.search.input_tables import open_any_image
 from beit3.search.query import Result
 from beit3.search.sequence import SequenceResult
 
@@ -119,7 +119,7 @@ def render_thumbnail(path: str, alt: str) -> str:
     if not path:
         return '<p class="missing">no image</p>'
     try:
-        pixels = open_image(path).movedim(0, -1).numpy()
+        pixels = open_any_image(path).movedim(0, -1).numpy()
     except (ValueError, OSError) as error:
         # The path stands below.
         reason = str(error).rpartition(path)[2].strip(" :") or "it cannot be read"

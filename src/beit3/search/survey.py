@@ -8,6 +8,7 @@ read) and `digest` (of hash, caption and metadata).
 
 import json
 import os
+import stat
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -105,6 +106,8 @@ def measure_image(path: str, earlier: Measurement | None = None) -> Measurement:
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         return Measurement(0, 0, None, None, None, f"cannot read image {path}: {reason}")
+    if not stat.S_ISREG(status.st_mode):  # reading a pipe would wait for ever
+        return Measurement(0, 0, None, None, None, f"cannot read image {path}: it is no file")
     if earlier is not None and (earlier.size, earlier.mtime) == (
         status.st_size,
         status.st_mtime_ns,

@@ -49,16 +49,27 @@ class ExactStore:
         modality: str = "image",
     ) -> Hits:
         """Finds the best rows, see `Store`."""
+        find_rows = self.find_rows if where is None else self.find_rows_exactly
         where = check_search(self, queries, k, offset, where, modality)
-        rows = self.select_rows(where)
-        best_rows, scores = self.find_rows(queries, k + offset, rows, modality)
+        best_rows, scores = find_rows(queries, k + offset, self.select_rows(where), modality)
         return self.make_hits([row[offset:] for row in best_rows], [row[offset:] for row in scores])
 
     def find_rows(
         self, queries: np.ndarray, k: int, selected: np.ndarray | None, modality: str
     ) -> tuple[list[np.ndarray], list[np.ndarray]]:
-        """Returns the numbers and scores of the k best rows among those selected, best first."""
-        return find_best_rows(self.folder.get_vectors(modality), queries, k, selected)
+        """Returns the numbers and scores of the k best rows among those selected, best first.
+
+        It serves searches without a filter; an approximate store overrides it.
+        """
+        return self.find_rows_exactly(queries, k, selected, modality)
+
+    def find_rows_exactly(
+        self, queries: np.ndarray, k: int, selected: np.ndarray | None, modality: str
+    ) -> tuple[list[np.ndarray], list[np.ndarray]]:
+        """Returns what `find_rows` does, by exact search."""
+        folder = self.folder
+        sketches = folder.get_sketches(modality)
+        return find_best_rows(folder.get_vectors(modality), queries, k, selected, sketches)
 
     def make_hits(self, rows: list[np.ndarray], scores: list[np.ndarray]) -> Hits:
         """Returns hits with ids instead of row numbers."""

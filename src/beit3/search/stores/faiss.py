@@ -2,13 +2,17 @@
 
 The index proposes rows, which are then scored exactly, so that scores equal those of exact search.
 Rows that were added after the index was built are searched exactly and merged; deleted ones are
-passed over. Small selections of rows are searched exactly.
+passed over. A search with a filter is exact: it compares all rows that pass.
+
+Queries unlike the index, such as texts among images, have their neighbors in more lists than
+queries like it. They are told by their best score, and searched again with more effort; exactly,
+where so many of them come at once that this is faster.
 """
 
 import json
 import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,30 +22,33 @@ from beit3.files import flush_to_disk, read_json, write_text
 from beit3.progress import Advance, show_progress
 from beit3.search.folder import VectorFolder, lock_for_writing, open_folder
 from beit3.search.stores.exact import ExactStore
-from beit3.search.stores.scan import find_best_rows, rank_rows, score_rows
+from beit3.search.stores.scan import find_best_rows, rank_rows
 
 FACTS = "faiss.json"
 HNSW_ROWS = 20_000
 """Fewer rows get a graph (HNSW), more get inverted lists (IVF), which are built much faster."""
 
-EXACT_ROWS = 50_000
-"""Selections of at most so many rows are searched exactly."""
-
 EXACT_FRACTION = 0.2
-"""Selections of at most this fraction of the rows are searched exactly: the index would miss some
-of their neighbors."""
+"""Where at most this fraction of the rows has vectors and is not deleted, search is exact: the
+index would miss some of their neighbors."""
 
 SAMPLE_QUERIES = 200
 RECALL_K = 10
 WANTED_RECALL = 0.98
-EFFORTS = {"hnsw": (32, 64, 128, 256, 512), "ivf": (8, 16, 32, 64, 128)}
-"""efSearch or nprobe: the first that reaches the wanted recall is kept, else the last one.
+EFFORTS = {"hnsw": (32, 64, 128, 256, 512), "ivf": (2, 4, 8, 16, 32, 64, 128, 256)}
+"""efSearch or nprobe: the first that reaches the wanted recall is kept, else the last one."""
 
-Queries by text lie farther from images than images from each other, so that the smallest nprobe is
-larger than what images alone need.
-"""
+LIST_ROWS = 8
+"""The inverted lists that are read hold at least so many rows for each one that is proposed."""
+
+FAR_COSINE = 0.3
+"""Cosine of a row and the query unlike the index that is made of it, if no other vectors can serve
+as queries: about that of a photograph and its caption."""
 
 CHUNK_ROWS = 16_384
+SCORED_ROWS = 4096
+"""Proposed rows that are scored at a time."""
+
 TRAIN_POINTS = 40
 """Vectors per inverted list from which the lists' centers are computed."""
 
@@ -55,17 +62,24 @@ class IndexFacts:
         kind: hnsw or ivf.
         parameters: How it was built.
         effort: efSearch or nprobe of a search.
+        near_score: Queries whose best score is lower are searched again with `far_effort`: the
+            middle between the best scores that are usual for queries like the index and for others.
+        far_effort: efSearch or nprobe for queries unlike the index.
         shards: [number, rows] of the shards that it covers.
-        recall: Fraction of the 10 nearest neighbors that it finds, over sampled vectors.
-        queries: Number of the sampled vectors.
+        recall: Fraction of the 10 nearest neighbors that it finds for queries like the index.
+        far_recall: The same for queries unlike it.
+        queries: Number of queries of each kind.
     """
 
     file: str
     kind: str
     parameters: dict[str, int]
     effort: int
+    near_score: float
+    far_effort: int
     shards: list[list[int]]
     recall: float
+    far_recall: float
     queries: int
 
 
@@ -121,50 +135,111 @@ class FaissStore(ExactStore):
     ) -> tuple[list[np.ndarray], list[np.ndarray]]:
         """Returns the k best rows of each query, as `ExactStore.find_rows`."""
         if modality not in self._indexes:
-            return super().find_rows(queries, k, selected, modality)
+            return self.find_rows_exactly(queries, k, selected, modality)
         index, facts = self._indexes[modality], self.facts[modality]
         covered = index.ntotal
-        fraction = 1.0
+        chosen = None
+        count = covered
         if selected is not None:
             count = int(np.count_nonzero(selected[:covered]))
-            fraction = count / covered
-            if fraction < 1 and (count <= EXACT_ROWS or fraction <= EXACT_FRACTION):
-                return super().find_rows(queries, k, selected, modality)
-        chosen = selected[:covered] if selected is not None and fraction < 1 else None
-        proposed = _propose_rows(index, facts, queries, k, chosen)
-        if (np.count_nonzero(proposed >= 0, axis=1) < min(k, round(fraction * covered))).any():
-            return super().find_rows(queries, k, selected, modality)
+            if count <= EXACT_FRACTION * covered:
+                return self.find_rows_exactly(queries, k, selected, modality)
+            chosen = selected[:covered] if count < covered else None
         shards = self.folder.get_vectors(modality)
-        later = shards[len(facts.shards) :]
-        later_selected = None if selected is None else selected[covered:]
-        later_rows, later_scores = find_best_rows(later, queries, k, later_selected)
-        ranked = []
-        for number, query in enumerate(queries):
-            rows = np.sort(proposed[number][proposed[number] >= 0])
-            scores = score_rows(shards, query.astype(np.float32), rows)
-            all_rows = np.concatenate([rows, later_rows[number] + covered])
-            ranked.append(rank_rows(all_rows, np.concatenate([scores, later_scores[number]]), k))
-        return [rows for rows, _ in ranked], [scores for _, scores in ranked]
+        proposals = _Proposals(index, facts, shards, k, chosen)
+        rows, scores, is_far = proposals.find(queries)
+        num_shards = len(facts.shards)
+        later_rows, later_scores = find_best_rows(
+            shards[num_shards:],
+            queries,
+            k,
+            None if selected is None else selected[covered:],
+            self.folder.get_sketches(modality)[num_shards:],
+        )
+        found_rows, found_scores = [], []
+        for number in range(len(queries)):
+            found = rows[number] >= 0
+            all_rows = np.concatenate([rows[number][found], later_rows[number] + covered])
+            all_scores = np.concatenate([scores[number][found], later_scores[number]])
+            best_rows, best_scores = rank_rows(all_rows, all_scores, k)
+            found_rows.append(best_rows)
+            found_scores.append(best_scores)
+        is_short = np.count_nonzero(rows >= 0, axis=1) < min(k, count)
+        unsure = np.flatnonzero(is_far | is_short)
+        if len(unsure):
+            exact = self.find_rows_exactly(queries[unsure], k, selected, modality)
+            for position, best_rows, best_scores in zip(unsure, *exact, strict=True):
+                found_rows[position], found_scores[position] = best_rows, best_scores
+        return found_rows, found_scores
 
 
-def _propose_rows(
-    index: Any, facts: IndexFacts, queries: np.ndarray, k: int, selected: np.ndarray | None
-) -> np.ndarray:
-    """Returns rows [queries, more than k] that can be the best ones, -1 where there are none."""
-    faiss = import_faiss()
-    effort = facts.effort
-    options: dict[str, Any] = {}
-    if selected is not None:
-        options["sel"] = faiss.IDSelectorBitmap(np.packbits(selected, bitorder="little"))
-        effort = math.ceil(effort * len(selected) / np.count_nonzero(selected))
-    # Vectors are stored in 8 bits there, and more proposals make up for it.
-    number = min(index.ntotal, max(4 * k, k + 32))
-    if facts.kind == "ivf":
-        parameters = faiss.SearchParametersIVF(nprobe=min(effort, index.nlist), **options)
-    else:
-        parameters = faiss.SearchParametersHNSW(efSearch=max(effort, number), **options)
-    queries = np.ascontiguousarray(queries, dtype=np.float32)
-    return index.search(queries, number, params=parameters)[1]
+@dataclass(frozen=True)
+class _Proposals:
+    """Rows of an index that can be the k best ones among those selected."""
+
+    index: Any
+    facts: IndexFacts
+    shards: list[np.ndarray]
+    k: int
+    selected: np.ndarray | None = None
+
+    def find(self, queries: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Returns rows [queries, more than k], -1 where there are none, and their exact scores.
+
+        Also, which queries are so unlike the index, and so many, that exact search is faster.
+        """
+        facts = self.facts
+        rows, scores = self.find_with(queries, facts.effort)
+        is_far = scores.max(axis=1) < facts.near_score
+        if facts.far_effort <= facts.effort:
+            is_far[:] = False
+        elif is_far.any() and not self.is_costly(int(is_far.sum())):
+            rows[is_far], scores[is_far] = self.find_with(queries[is_far], facts.far_effort)
+            is_far[:] = False
+        return rows, scores, is_far
+
+    def is_costly(self, num_far: int) -> bool:
+        """Tells whether far queries read more vectors than there are, which exact search reads."""
+        return self.facts.kind == "ivf" and num_far * self.facts.far_effort > self.index.nlist
+
+    def find_with(self, queries: np.ndarray, effort: int) -> tuple[np.ndarray, np.ndarray]:
+        """Returns what `find` does, with the same effort for all queries."""
+        faiss = import_faiss()
+        index = self.index
+        queries = np.ascontiguousarray(queries, dtype=np.float32)
+        # Vectors are stored in 8 bits there, and more proposals make up for it.
+        number = min(index.ntotal, max(4 * self.k, self.k + 32))
+        options: dict[str, Any] = {}
+        if self.facts.kind == "ivf":
+            effort = max(effort, math.ceil(LIST_ROWS * number * index.nlist / index.ntotal))
+        if self.selected is not None:
+            bits = np.packbits(self.selected, bitorder="little")
+            options["sel"] = faiss.IDSelectorBitmap(bits)
+            effort = math.ceil(effort * len(self.selected) / np.count_nonzero(self.selected))
+        if self.facts.kind == "ivf":
+            parameters = faiss.SearchParametersIVF(nprobe=min(effort, index.nlist), **options)
+        else:
+            parameters = faiss.SearchParametersHNSW(efSearch=max(effort, number), **options)
+        rows = index.search(queries, number, params=parameters)[1]
+        return rows, score_proposals(self.shards, queries, rows)
+
+
+def score_proposals(shards: list[np.ndarray], queries: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """Returns the exact scores of rows [queries, N], -inf where a row is -1."""
+    scores = np.empty(rows.shape, dtype=np.float32)
+    starts = np.cumsum([0, *(len(shard) for shard in shards)])
+    step = max(1, SCORED_ROWS // rows.shape[1])
+    for first in range(0, len(rows), step):
+        part = rows[first : first + step]
+        vectors = np.empty((*part.shape, queries.shape[1]), dtype=np.float64)
+        shard_of_row = np.searchsorted(starts, part, side="right") - 1
+        for number in np.unique(shard_of_row[part >= 0]):
+            found = shard_of_row == number
+            vectors[found] = np.asarray(shards[number])[part[found] - starts[number]]
+        products = vectors @ queries[first : first + step, :, None].astype(np.float64)
+        scores[first : first + step] = products[:, :, 0]
+    scores[rows < 0] = -np.inf
+    return scores
 
 
 def _open_index(folder: VectorFolder, facts: IndexFacts) -> Any:
@@ -197,9 +272,9 @@ def _open_index(folder: VectorFolder, facts: IndexFacts) -> Any:
 def build_faiss_index(path: str | Path) -> dict[str, IndexFacts]:
     """Builds the indexes of a folder, replaces older ones, and returns what is known of them.
 
-    The kind follows from the number of rows. Recall is measured against exact search. Queries are
-    sampled vectors, each without itself; in a folder of images and texts, as many vectors of the
-    other modality as well, because texts lie elsewhere than images.
+    The kind follows from the number of rows. Recall is measured against exact search: for sampled
+    vectors, each without itself, and for queries that lie elsewhere, which are vectors of the other
+    modality or, in a folder of one, sampled vectors far from which noise has moved them.
     """
     faiss = import_faiss()
     path = Path(path)
@@ -208,7 +283,6 @@ def build_faiss_index(path: str | Path) -> dict[str, IndexFacts]:
         if folder.manifest.num_rows == 0:
             raise ValueError(f"{path} has no rows: embed something first")
         generation = folder.manifest.generation
-        older = read_facts(path)
         facts = {}
         for modality in folder.manifest.modalities:
             name = f"faiss_{modality}_{generation}.index"
@@ -221,9 +295,9 @@ def build_faiss_index(path: str | Path) -> dict[str, IndexFacts]:
         content = {modality: asdict(entry) for modality, entry in facts.items()}
         write_text(path / FACTS, json.dumps(content, indent=1) + "\n")
         kept = {entry.file for entry in facts.values()}
-        for entry in older.values():
-            if entry.file not in kept:
-                (path / entry.file).unlink(missing_ok=True)
+        for older in path.glob("faiss_*.index"):
+            if older.name not in kept:
+                older.unlink()
     return facts
 
 
@@ -271,49 +345,82 @@ def _tune(
     parameters: dict[str, int],
     file: str,
 ) -> IndexFacts:
-    """Measures recall with growing effort until it suffices."""
-    queries, rows = _sample_queries(folder, modality)
-    shards = folder.get_vectors(modality)
-    exact = [set(found) for found in find_best_rows(shards, queries, RECALL_K + 1)[0]]
+    """Measures recall with growing effort until it suffices, for queries like the index and not."""
+    sample = _sample_rows(folder.manifest.num_rows, SAMPLE_QUERIES)
+    near = folder.gather_vectors(sample, modality)
+    given = near.any(axis=1)  # Rows without a caption have zeros as their text vector.
+    near, sample = near[given], sample[given]
+    far = _make_far_queries(folder, modality, near)
+    near_neighbors, near_best = _find_neighbors(folder, modality, near, sample)
+    no_rows = np.full(len(far), -1)
+    far_neighbors, far_best = _find_neighbors(folder, modality, far, no_rows)
     covered = [[shard.number, shard.rows] for shard in folder.shards]
-    for effort in EFFORTS[kind]:
-        facts = IndexFacts(file, kind, parameters, effort, covered, 0.0, len(rows))
-        proposed = _propose_rows(index, facts, queries, RECALL_K + 1, None)
-        recall = _measure_recall(shards, queries, rows, exact, proposed)
-        facts = IndexFacts(file, kind, parameters, effort, covered, recall, len(rows))
+    near_score = (near_best + far_best) / 2
+    facts = IndexFacts(
+        file, kind, parameters, 0, near_score, 0, covered, 0.0, 0.0, queries=len(near)
+    )
+    proposals = _Proposals(index, facts, folder.get_vectors(modality), RECALL_K + 1)
+    effort, recall = _choose_effort(proposals, near, sample, near_neighbors)
+    far_effort, far_recall = _choose_effort(proposals, far, no_rows, far_neighbors)
+    return replace(
+        facts, effort=effort, far_effort=far_effort, recall=recall, far_recall=far_recall
+    )
+
+
+def _make_far_queries(folder: VectorFolder, modality: str, near: np.ndarray) -> np.ndarray:
+    """Returns queries unlike the index: vectors of the other modality, or rows mixed with noise."""
+    others = [name for name in folder.manifest.modalities if name != modality]
+    if others:
+        sample = _sample_rows(folder.manifest.num_rows, SAMPLE_QUERIES)
+        vectors = folder.gather_vectors(sample, others[0])
+        vectors = vectors[vectors.any(axis=1)]
+        if len(vectors):
+            return vectors
+    noise = np.random.default_rng(1).standard_normal(near.shape).astype(np.float32)
+    noise /= np.linalg.norm(noise, axis=1, keepdims=True)
+    return FAR_COSINE * near + math.sqrt(1 - FAR_COSINE**2) * noise
+
+
+def _find_neighbors(
+    folder: VectorFolder, modality: str, queries: np.ndarray, rows: np.ndarray
+) -> tuple[list[np.ndarray], float]:
+    """Returns the nearest rows of queries without the row that each is, and the median best score.
+
+    The latter is 0 where there are no neighbors.
+    """
+    shards, sketches = folder.get_vectors(modality), folder.get_sketches(modality)
+    found, scores = find_best_rows(shards, queries, RECALL_K + 1, sketches=sketches)
+    kept = [part != row for part, row in zip(found, rows, strict=True)]
+    neighbors = [part[keep] for part, keep in zip(found, kept, strict=True)]
+    best = [part[keep].max() for part, keep in zip(scores, kept, strict=True) if keep.any()]
+    return neighbors, float(np.median(best)) if best else 0.0
+
+
+def _choose_effort(
+    proposals: _Proposals, queries: np.ndarray, rows: np.ndarray, neighbors: list[np.ndarray]
+) -> tuple[int, float]:
+    """Returns the least effort at which recall suffices, or the greatest, and recall with it."""
+    for effort in EFFORTS[proposals.facts.kind]:
+        recall = _measure_recall(proposals, queries, rows, neighbors, effort)
         if recall >= WANTED_RECALL:
             break
-    return facts
-
-
-def _sample_queries(folder: VectorFolder, modality: str) -> tuple[np.ndarray, np.ndarray]:
-    """Returns query vectors and the row that each is, -1 for those of the other modality."""
-    sample = _sample_rows(folder.manifest.num_rows, SAMPLE_QUERIES)
-    queries, rows = [], []
-    for name in folder.manifest.modalities:
-        vectors = folder.gather_vectors(sample, name)
-        # Rows without a caption have zeros as their text vector.
-        given = vectors.any(axis=1)
-        queries.append(vectors[given])
-        rows.append(sample[given] if name == modality else np.full(int(given.sum()), -1))
-    return np.concatenate(queries), np.concatenate(rows)
+    return effort, recall
 
 
 def _measure_recall(
-    shards: list[np.ndarray],
+    proposals: _Proposals,
     queries: np.ndarray,
     rows: np.ndarray,
-    exact: list[set[int]],
-    proposed: np.ndarray,
+    neighbors: list[np.ndarray],
+    effort: int,
 ) -> float:
-    """Returns the fraction of the exact neighbors among the best proposed rows."""
+    """Returns the fraction of the nearest neighbors among the best proposed rows."""
     num_hits = num_neighbors = 0
-    for query, row, neighbors, candidates in zip(queries, rows, exact, proposed, strict=True):
-        candidates = np.sort(candidates[candidates >= 0])
-        scores = score_rows(shards, query, candidates)
-        best = set(rank_rows(candidates, scores, RECALL_K + 1)[0]) - {row}
-        num_hits += len(best & (neighbors - {row}))
-        num_neighbors += len(neighbors - {row})
+    proposed = zip(rows, neighbors, *proposals.find_with(queries, effort), strict=True)
+    for row, nearest, found, scores in proposed:
+        best, _ = rank_rows(found[found >= 0], scores[found >= 0], RECALL_K + 1)
+        num_hits += len({*best} & {*nearest} - {row})
+        num_neighbors += len(nearest)
     return round(num_hits / max(1, num_neighbors), 4)
 
 

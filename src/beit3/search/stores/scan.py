@@ -1,35 +1,29 @@
-"""Exact search by reading all vectors once, chunk by chunk.
+"""Exact search by reading all vectors once, chunk by chunk, in as many threads as there are cores.
 
-A first pass computes approximate products in bfloat16 or float32, whichever is faster on the
-processor. Its error is bounded, so that the rows that can be among the best are known; they are
-scored again in float64. The result does not depend on the number format of the first pass, on
-chunks or on threads.
-
-Bound: for vectors x, q and their roundings x', q' with relative error u of each element,
-|x'q' - xq| <= (2u + u^2) |x| |q| by the Cauchy-Schwarz inequality. The sum in float32 adds at most
-2 dim 2^-24 |x| |q|, the rounding of the result u |x| |q|.
+A first pass computes approximate products: with the shard's 8-bit sketch where it has one, else in
+bfloat16 or float32, whichever is faster on the processor. Its error is bounded (`passes.py`), so
+that the rows that can be among the best are known; they are scored again in float64. The result
+does not depend on the number format of the first pass, on chunks or on threads.
 """
 
-import time
-import warnings
-from collections.abc import Iterator, Sequence
-from functools import lru_cache
+from collections.abc import Sequence
+from threading import Lock
 
 import numpy as np
 import torch
 
-from beit3.search.folder import MAX_NORM
-
-CHUNK_ROWS = 2048
-"""Rows of a chunk. Its float32 copy (6 MB at 768 dimensions) should stay in the cache."""
+from beit3.search.sketch import Sketch
+from beit3.search.stores.passes import Pass, choose_passes
+from beit3.search.stores.threads import map_in_threads
 
 QUERY_ROWS = 256
 """Queries that are compared in one pass over the vectors."""
 
-MEASURE_ROWS = 50_000
-MEASURE_QUERIES = 16
-"""From so many rows and queries on, the first pass is in bfloat16 where that is faster. For fewer
-queries the rounding of the vectors costs more than the products."""
+FIRST_ROWS = 256
+"""Rows that are read before all others."""
+
+BLOCK_ROWS = 64
+"""Rows of which the largest product is compared with a threshold first."""
 
 PENDING_PER_QUERY = 256
 """Rows that reach the threshold, per query, before thresholds are raised."""
@@ -37,9 +31,19 @@ PENDING_PER_QUERY = 256
 MAX_CANDIDATES = 4096
 """Candidates of a query before they are scored to keep the best ones only."""
 
+Chunk = tuple[Pass, int, np.ndarray]
+"""The pass over a shard, number of the shard's first row, rows."""
+
+Reached = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
+"""Queries, rows, and the lowest and highest score that each can have."""
+
 
 def find_best_rows(
-    shards: Sequence[np.ndarray], queries: np.ndarray, k: int, selected: np.ndarray | None = None
+    shards: Sequence[np.ndarray],
+    queries: np.ndarray,
+    k: int,
+    selected: np.ndarray | None = None,
+    sketches: Sequence[Sketch | None] | None = None,
 ) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """Finds the k rows with the largest inner product for each query, among those selected.
 
@@ -48,6 +52,7 @@ def find_best_rows(
         queries: [queries, dim].
         k: Number of rows for a query.
         selected: Which rows take part, bool [all rows]; None for all.
+        sketches: 8-bit copy of each shard, None for a shard without one.
 
     Returns:
         Row numbers and float32 scores of each query, by falling score; equal ones by row.
@@ -55,24 +60,25 @@ def find_best_rows(
     rows: list[np.ndarray] = []
     scores: list[np.ndarray] = []
     for start in range(0, len(queries), QUERY_ROWS):
-        scan = _Scan(shards, queries[start : start + QUERY_ROWS].astype(np.float32), k)
+        part = queries[start : start + QUERY_ROWS].astype(np.float32)
+        scan = _Scan(shards, sketches or [None] * len(shards), part, k)
         scan.run(selected)
-        for number in range(len(scan.queries)):
-            best_rows, best_scores = scan.rank(number)
-            rows.append(best_rows)
-            scores.append(best_scores)
+        ranked = map_in_threads(scan.rank, range(len(part)))
+        rows.extend(best_rows for best_rows, _ in ranked)
+        scores.extend(best_scores for _, best_scores in ranked)
     return rows, scores
 
 
 def score_rows(shards: Sequence[np.ndarray], query: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """Returns the exact scores of some rows for one query: float64 products as float32."""
+    """Returns the exact scores of sorted rows for one query: float64 products as float32."""
     starts = np.cumsum([0, *(len(shard) for shard in shards)])
-    shard_of_row = np.searchsorted(starts, rows, side="right") - 1
+    bounds = np.searchsorted(rows, starts)
     scores = np.empty(len(rows), dtype=np.float32)
-    for number in np.unique(shard_of_row):
-        positions = np.flatnonzero(shard_of_row == number)
-        vectors = shards[number][rows[positions] - starts[number]].astype(np.float64)
-        scores[positions] = vectors @ query.astype(np.float64)
+    query = query.astype(np.float64)
+    for shard, start, first, last in zip(shards, starts, bounds, bounds[1:], strict=False):
+        if first < last:
+            vectors = np.asarray(shard)[rows[first:last] - start]
+            scores[first:last] = vectors.astype(np.float64) @ query
     return scores
 
 
@@ -85,87 +91,127 @@ def rank_rows(rows: np.ndarray, scores: np.ndarray, k: int) -> tuple[np.ndarray,
 class _Scan:
     """One pass over all vectors: keeps, for each query, the rows that can be among the k best."""
 
-    def __init__(self, shards: Sequence[np.ndarray], queries: np.ndarray, k: int):
+    def __init__(
+        self,
+        shards: Sequence[np.ndarray],
+        sketches: Sequence[Sketch | None],
+        queries: np.ndarray,
+        k: int,
+    ):
         self.shards = shards
         self.queries = queries
         self.k = k
-        self.dtype = choose_pass_dtype(sum(len(shard) for shard in shards), len(queries))
-        self.torch_queries = torch.from_numpy(queries).to(self.dtype)
-        self.errors = _bound_errors(queries, self.dtype)
+        self.passes = choose_passes(shards, sketches, queries)
         self.candidates = [_Candidates() for _ in queries]
-        self.thresholds = torch.full((len(queries),), -torch.inf)
-        self.pending: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+        self.thresholds = np.full(len(queries), -np.inf, dtype=np.float32)
+        self.pending: list[Reached] = []
         self.num_pending = 0
-        self.buffer = torch.empty(CHUNK_ROWS, queries.shape[1])
-        self.rounded = torch.empty(CHUNK_ROWS, queries.shape[1], dtype=self.dtype)
+        self.lock = Lock()
 
     def run(self, selected: np.ndarray | None) -> None:
         """Reads the vectors, and collects candidates."""
-        for vectors, rows in _iterate_chunks(self.shards, selected):
-            products = self.multiply(vectors)
-            reached, positions = (products >= self.thresholds[:, None]).nonzero(as_tuple=True)
-            scores = products[reached, positions].numpy()
-            self.pending.append((reached.numpy(), rows[positions.numpy()], scores))
-            self.num_pending += len(scores)
-            if self.num_pending > PENDING_PER_QUERY * len(self.queries):
-                self.raise_thresholds()
+        chunks: list[Chunk] = []
+        first = 0
+        for pass_ in self.passes:
+            for start in range(0, pass_.num_rows, pass_.chunk_rows):
+                end = min(start + pass_.chunk_rows, pass_.num_rows)
+                rows = np.arange(first + start, first + end)
+                if selected is not None:
+                    rows = rows[selected[rows]]
+                if len(rows):
+                    chunks.append((pass_, first, rows))
+            first += pass_.num_rows
+        if chunks:
+            # A few rows first: of all others only those that exceed them are looked at.
+            pass_, first, rows = chunks[0]
+            self.read_chunk((pass_, first, rows[:FIRST_ROWS]))
+            self.raise_thresholds()
+            if len(rows) > FIRST_ROWS:
+                chunks[0] = (pass_, first, rows[FIRST_ROWS:])
+            else:
+                del chunks[0]
+        map_in_threads(self.read_chunk, chunks)
         self.raise_thresholds()
 
-    def multiply(self, vectors: torch.Tensor) -> torch.Tensor:
-        """Returns the approximate products [queries, rows] of a chunk as float32."""
-        buffer = self.buffer[: len(vectors)]
-        buffer.copy_(vectors)
-        if self.dtype == torch.float32:
-            return self.torch_queries @ buffer.t()
-        # PyTorch converts float16 to bfloat16 four times slower than by way of float32.
-        rounded = self.rounded[: len(vectors)]
-        rounded.copy_(buffer)
-        return (self.torch_queries @ rounded.t()).float()
+    def read_chunk(self, chunk: Chunk) -> None:
+        """Adds the rows of a chunk that reach the thresholds; runs in several threads."""
+        pass_, first, rows = chunk
+        products = pass_.multiply(rows - first)
+        limits = pass_.compute_limits(self.thresholds)
+        positions, queries = find_reached(products, limits)
+        scores = products.numpy()[positions, queries] * pass_.scales[queries]
+        errors = pass_.errors[queries]
+        lowest, highest = (scores - errors, scores + errors)
+        with self.lock:
+            self.pending.append(
+                (queries, rows[positions], lowest.astype(np.float32), highest.astype(np.float32))
+            )
+            self.num_pending += len(queries)
+            if self.num_pending > PENDING_PER_QUERY * len(self.queries):
+                self.raise_thresholds()
 
     def raise_thresholds(self) -> None:
         """Adds the rows that reached the thresholds to the candidates, and raises the former."""
         if not self.pending:
             return
-        queries, rows, scores = (np.concatenate(parts) for parts in zip(*self.pending, strict=True))
+        queries, *values = (np.concatenate(parts) for parts in zip(*self.pending, strict=True))
         self.pending, self.num_pending = [], 0
         order = np.argsort(queries, kind="stable")
         ends = np.cumsum(np.bincount(queries, minlength=len(self.queries)))
         for query, positions in enumerate(np.split(order, ends[:-1])):
-            self.candidates[query].add(rows[positions], scores[positions], self.errors[query])
-            self.raise_threshold(query)
+            self.candidates[query].add(*(value[positions] for value in values))
+            self.thresholds[query] = self.prune(query)
 
-    def raise_threshold(self, query: int) -> None:
-        """Drops candidates of a query that cannot be among the best, and raises its threshold."""
+    def prune(self, query: int) -> float:
+        """Drops candidates that cannot be among the best; returns the score that k rows reach."""
         candidates = self.candidates[query]
         least = candidates.prune(self.k)
         if len(candidates.rows) > max(MAX_CANDIDATES, 4 * self.k):
-            best_rows, scores = self.rank(query)
-            candidates.rows = best_rows
-            candidates.lowest = candidates.highest = scores
+            rows, scores = self.rank(query)
+            self.candidates[query] = _Candidates(rows, scores, scores)
             least = float(scores[-1])
-        # Rounded down: the threshold is a float32.
-        threshold = np.nextafter(np.float32(least - self.errors[query]), np.float32(-np.inf))
-        self.thresholds[query] = float(threshold)
+        return least
 
     def rank(self, query: int) -> tuple[np.ndarray, np.ndarray]:
-        """Returns the k best candidates of a query and their exact scores."""
-        rows = np.sort(self.candidates[query].rows)
-        return rank_rows(rows, score_rows(self.shards, self.queries[query], rows), self.k)
+        """Returns the k best candidates of a query and their exact scores.
+
+        Those that can be best are scored first, until no other can be among the k best.
+        """
+        candidates = self.candidates[query]
+        order = np.argsort(-candidates.highest)
+        rows, highest = candidates.rows[order], candidates.highest[order]
+        best_rows, scores = rows[:0], highest[:0]
+        start, end = 0, max(64, 4 * self.k)
+        while start < len(rows):
+            part = np.sort(rows[start:end])
+            part_scores = score_rows(self.shards, self.queries[query], part)
+            best_rows, scores = rank_rows(
+                np.concatenate([best_rows, part]), np.concatenate([scores, part_scores]), self.k
+            )
+            start, end = end, 2 * end
+            if len(scores) == self.k and start < len(rows) and highest[start] < scores[-1]:
+                break
+        return best_rows, scores
 
 
 class _Candidates:
-    """Rows that can be among the best of a query, and between which limits their scores are."""
+    """Rows that can be among the best of a query, and between which limits their scores are.
 
-    def __init__(self) -> None:
-        self.rows = np.zeros(0, dtype=np.int64)
-        self.lowest = np.zeros(0, dtype=np.float32)
-        self.highest = np.zeros(0, dtype=np.float32)
+    Limits are rounded to float32 as scores are: a row below a limit is below it as a score, too.
+    """
 
-    def add(self, rows: np.ndarray, scores: np.ndarray, error: float) -> None:
-        """Adds rows whose scores are known up to an error."""
+    def __init__(self, rows: np.ndarray | None = None, *limits: np.ndarray) -> None:
+        empty = np.zeros(0, dtype=np.float32)
+        self.rows: np.ndarray = np.zeros(0, dtype=np.int64) if rows is None else rows
+        self.lowest: np.ndarray
+        self.highest: np.ndarray
+        self.lowest, self.highest = limits or (empty, empty)
+
+    def add(self, rows: np.ndarray, lowest: np.ndarray, highest: np.ndarray) -> None:
+        """Adds rows."""
         self.rows = np.concatenate([self.rows, rows])
-        self.lowest = np.concatenate([self.lowest, scores - error])
-        self.highest = np.concatenate([self.highest, scores + error])
+        self.lowest = np.concatenate([self.lowest, lowest])
+        self.highest = np.concatenate([self.highest, highest])
 
     def prune(self, k: int) -> float:
         """Drops rows that k others surely exceed; returns the score that k rows surely reach."""
@@ -173,66 +219,20 @@ class _Candidates:
             return -np.inf
         least = np.partition(self.lowest, -k)[-k]
         kept = self.highest >= least
-        self.rows, self.lowest, self.highest = (
-            self.rows[kept],
-            self.lowest[kept],
-            self.highest[kept],
-        )
+        self.rows = self.rows[kept]
+        self.lowest, self.highest = self.lowest[kept], self.highest[kept]
         return float(least)
 
 
-def _bound_errors(queries: np.ndarray, dtype: torch.dtype) -> np.ndarray:
-    """Returns the largest error of a product of the first pass, for each query (see the top)."""
-    rounding = torch.finfo(dtype).eps / 2 if dtype != torch.float32 else 0.0
-    summing = 2 * queries.shape[1] * 2.0**-24
-    relative = 3 * rounding + rounding**2 + summing
-    return np.linalg.norm(queries.astype(np.float64), axis=1) * MAX_NORM * relative
+def find_reached(products: torch.Tensor, limits: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """Returns positions and queries at which products [rows, queries] reach the queries' limits.
 
-
-def _iterate_chunks(
-    shards: Sequence[np.ndarray], selected: np.ndarray | None
-) -> Iterator[tuple[torch.Tensor, np.ndarray]]:
-    """Yields the selected vectors of each chunk and their row numbers."""
-    first = 0
-    for shard in shards:
-        vectors = _share_memory(shard)
-        for start in range(0, len(shard), CHUNK_ROWS):
-            chunk = vectors[start : start + CHUNK_ROWS]
-            rows = np.arange(first + start, first + start + len(chunk))
-            if selected is not None:
-                passed = selected[rows[0] : rows[-1] + 1]
-                if not passed.any():
-                    continue
-                if not passed.all():
-                    chunk, rows = chunk[torch.from_numpy(passed)], rows[passed]
-            yield chunk, rows
-        first += len(shard)
-
-
-def _share_memory(vectors: np.ndarray) -> torch.Tensor:
-    """Returns a tensor over the same memory. It is only read, of which PyTorch warns."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return torch.from_numpy(vectors)
-
-
-def choose_pass_dtype(num_rows: int, num_queries: int) -> torch.dtype:
-    """Returns the number format of the first pass: float32 for little work, else the faster one."""
-    if num_rows < MEASURE_ROWS or num_queries < MEASURE_QUERIES:
-        return torch.float32
-    return _measure_pass_dtype()
-
-
-@lru_cache(maxsize=1)
-def _measure_pass_dtype() -> torch.dtype:
-    """Measures products of both formats for some milliseconds."""
-    seconds = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        queries, vectors = torch.ones(64, 512, dtype=dtype), torch.ones(512, 512, dtype=dtype)
-        durations = []
-        for _ in range(4):
-            start = time.perf_counter()
-            torch.mm(queries, vectors.t())
-            durations.append(time.perf_counter() - start)
-        seconds[dtype] = min(durations)
-    return min(seconds, key=seconds.__getitem__)
+    The largest products of blocks are compared first, which is much less work than all of them.
+    """
+    whole = len(products) // BLOCK_ROWS * BLOCK_ROWS
+    blocks = products[:whole].view(-1, BLOCK_ROWS, products.shape[1])
+    block, query = (blocks.amax(dim=1) >= limits).nonzero(as_tuple=True)
+    found, position = (blocks[block, :, query] >= limits[query, None]).nonzero(as_tuple=True)
+    rest, rest_query = (products[whole:] >= limits).nonzero(as_tuple=True)
+    positions = torch.cat([block[found] * BLOCK_ROWS + position, rest + whole])
+    return positions.numpy(), torch.cat([query[found], rest_query]).numpy()
