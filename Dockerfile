@@ -15,5 +15,6 @@ ENV BEIT3_CACHE=/tmp/beit3
 EXPOSE 8000
 STOPSIGNAL SIGTERM
 HEALTHCHECK --interval=10s --start-period=60s CMD ["python", "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:8000/healthz', timeout=5)"]
-ENTRYPOINT ["beit3", "serve"]
-CMD ["--host", "0.0.0.0", "--port", "8000"]
+# Arguments of `docker run` take the place of CMD alone: the server stays reachable from outside.
+ENTRYPOINT ["beit3", "serve", "--host", "0.0.0.0"]
+CMD ["--port", "8000"]

@@ -226,6 +226,14 @@ def test_addresses_of_other_schemes_are_refused(tmp_path):
     assert list_names(tmp_path) == set()
 
 
+@pytest.mark.parametrize("url", ["http://host/a b", "http://host:port/x", "http://host/a\nb"])
+def test_an_address_that_cannot_be_used_is_refused_without_waiting(tmp_path, url):
+    started = time.monotonic()
+    with pytest.raises(ValueError, match="address cannot be used") as caught:
+        download_file(url, tmp_path / "x")
+    assert "\n" not in str(caught.value) and time.monotonic() - started < download.FIRST_WAIT
+
+
 def test_a_missing_server_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr(download, "MAX_TRIES", 2)
     with serve(Behavior()) as address:

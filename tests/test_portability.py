@@ -57,7 +57,7 @@ def find_implicit_encoding(call: ast.Call) -> bool:
     modes = call.args[:1] if isinstance(function, ast.Attribute) else call.args[1:2]
     owner = getattr(getattr(function, "value", None), "id", "")
     mode = ast.unparse(modes[0]) if modes else "r"
-    return owner not in ("Image", "os", "tarfile", "gzip", "Corpus") and "b" not in mode
+    return owner not in ("Image", "os", "tarfile", "gzip", "Corpus", "opener") and "b" not in mode
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(SOURCE).as_posix())

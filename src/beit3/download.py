@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from email.message import Message
-from http.client import HTTPException
+from http.client import HTTPException, InvalidURL
 from pathlib import Path
 from typing import IO, Any
 from urllib.error import HTTPError, URLError
@@ -269,6 +269,8 @@ def _open(request: Request) -> Any:
                 raise _BrokenOffError(f"the server answers {error.code} {error.reason}") from None
             reason = " ".join(str(error.reason).split())
             raise ValueError(f"{url}: the server answers {error.code} {reason}") from None
+    except InvalidURL as error:
+        raise ValueError(f"this address cannot be used: {error}") from None
     except (URLError, HTTPException, OSError) as error:
         cause = error.reason if isinstance(error, URLError) else error
         raise _BrokenOffError(f"no connection ({cause})") from None

@@ -1,11 +1,13 @@
-"""Reads named tensors from files: pickles of `torch.save`, safetensors, and shards of both.
+"""Named tensors in files: reads pickles of `torch.save`, safetensors, and shards of both.
 
-The content decides how a file is read, not its ending. Nothing in a file is executed.
+The content decides how a file is read, not its ending. Nothing in a file is executed. Tensors are
+written as safetensors.
 """
 
 import argparse
 import pickle
 import re
+import stat
 import types
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from beit3.files import read_json
@@ -109,6 +111,18 @@ def check_finite(tensors: Mapping[str, Tensor], path: Path) -> None:
             f"{path}: {name} holds NaN or infinite values: "
             "the training that wrote it diverged, or it is damaged; give other weights"
         )
+
+
+def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Writes tensors as a safetensors file, which the users may read that the umask allows.
+
+    safetensors 0.8 writes to a temporary file that its owner alone may read, and renames it.
+    """
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(dict(tensors), path)
+    if path.stat().st_mode != mode:  # some file systems have one mode and refuse chmod
+        path.chmod(stat.S_IMODE(mode))
 
 
 def is_torchscript(path: Path) -> bool:

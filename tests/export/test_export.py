@@ -3,6 +3,7 @@
 import json
 import shutil
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,8 @@ from beit3.data.views.preprocessing import Preprocessing
 from beit3.export import export as export_module
 from beit3.export import extra
 from beit3.export.export import export_task
-from beit3.export.modes import choose_modes, list_modes
+from beit3.export.modes import choose_modes, list_modes, make_mode
+from beit3.export.parity import compare
 from beit3.export.runtime import is_exported
 from beit3.model.config import TINY, TINY_RELEASE
 from beit3.model.generation import Decoding
@@ -182,6 +184,32 @@ def test_a_graph_stands_for_its_directory(exported, images):
     assert is_exported(out) and is_exported(out / "pair.onnx")
     loaded = load(out / "pair.onnx")
     assert_close(predictor(images[1], TEXTS[1]), loaded(images[1], TEXTS[1]))
+
+
+def test_a_directory_may_be_called_like_a_graph(exported, images, tmp_path):
+    predictor, out = exported.get("vqa")
+    shutil.copytree(out, tmp_path / "vqa.onnx")
+    loaded = load(tmp_path / "vqa.onnx")
+    assert_close(predictor(images[1], TEXTS[1]), loaded(images[1], TEXTS[1]))
+
+
+def test_an_export_cannot_be_saved_as_weights(exported, tmp_path):
+    with pytest.raises(ValueError, match=r"\(export\) holds no weights"):
+        load(exported.get("vqa")[1]).save_pretrained(tmp_path / "weights")
+    assert not list(tmp_path.iterdir())
+
+
+def test_values_that_are_no_numbers_are_never_close(tokenizer):
+    """Wherever they are: Python's max([0.0, nan]) is 0.0."""
+    mode = make_mode(make_task("captioning", tokenizer), "step")
+    zeros = [torch.zeros(2, 3) for _ in mode.output_names]
+    for broken in range(len(zeros)):
+        outputs = list(zeros)
+        outputs[broken] = torch.tensor([[0.0, 0.0, float("nan")], [0.0, 0.0, 0.0]])
+        for program in ("onnxruntime", "onnxruntime int8"):
+            for values, expected in ((outputs, zeros), (zeros, outputs), (outputs, outputs)):
+                run = partial(lambda values, inputs: values, values)
+                assert not compare(mode, program, run, {}, expected).is_close
 
 
 def test_embedding_and_scores_of_an_export(exported, images):
@@ -413,6 +441,10 @@ def test_a_directory_of_something_else_is_left_alone(tmp_path, tokenizer):
         export_task(make_task("retrieval", tokenizer), tmp_path)
     with pytest.raises(ValueError, match="is a file"):
         export_task(make_task("retrieval", tokenizer), tmp_path / "notes.txt")
+    (tmp_path / "export.json").write_text("{}")  # an older export, and a file of the user's in it
+    with pytest.raises(ValueError, match=r"holds notes\.txt, which is no part of an export"):
+        export_task(make_task("retrieval", tokenizer), tmp_path)
+    assert (tmp_path / "notes.txt").read_text() == "mine"
 
 
 def test_damaged_exports_are_refused_in_one_line(exported, tmp_path, images):
@@ -455,6 +487,8 @@ def test_damaged_exports_are_refused_in_one_line(exported, tmp_path, images):
         load(tmp_path / "alone.onnx")
     with pytest.raises(ValueError):
         load(tmp_path / "absent.onnx")
+    with pytest.raises(ValueError, match="device nonsense cannot be used"):
+        load(source, device="nonsense")
     for option in ({"task": "vqa"}, {"int8": True}, {"answers": ["yes"]}):
         with pytest.raises(ValueError, match=f"leave {next(iter(option))} out"):
             load(source, **option)

@@ -61,6 +61,7 @@ def test_a_packed_network_keeps_its_states_and_parameter_names(config):
     assert network.blocks[0].ffn.image.fc1.weight.grad is not None
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="compilation needs a C++ compiler")
 def test_compiled_blocks_use_the_packed_weights_of_their_own_layer():
     torch.manual_seed(0)

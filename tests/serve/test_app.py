@@ -12,7 +12,7 @@ from beit3.images import open_image
 from beit3.search.query import Searcher
 from beit3.search.stores.exact import ExactStore
 from beit3.serve.limits import GuardSettings
-from beit3.serve.service import Service, format_prediction, parse_weights
+from beit3.serve.service import Service, Settings, format_prediction, parse_weights
 from beit3.serve.uploads import Limits
 from beit3.weights.store import save_weights
 from tests.predict.networks import assert_same, make_pixels, make_predictor, make_task, write_image
@@ -119,8 +119,6 @@ def test_attention_of_words_comes_where_it_is_asked_for(served):
 
 
 def test_images_of_a_named_folder_can_be_named(root, tmp_path):
-    from beit3.serve.service import Settings
-
     (tmp_path / "photos" / "deep").mkdir(parents=True)
     path = write_image(tmp_path / "photos" / "deep" / "a.png", 7)
     limits = Limits(folders={"photos": tmp_path / "photos"})
@@ -328,6 +326,14 @@ def test_searches_are_answered_as_by_the_searcher(searching, index):
     assert "year" in described["columns"] and str(folder) not in json.dumps(described)
 
 
+def test_a_query_waits_with_the_file_of_its_image_not_its_pixels(searching):
+    from beit3.serve.searching import read_query
+
+    data = make_png()
+    _, query = read_query({"image": to_base64(data)}, searching.service.find_index(), Limits())
+    assert query.image == data
+
+
 def test_images_of_results_are_fetched_by_id(searching, index):
     folder, _ = index
     (result,) = searching.post("/search", json={"text": "red", "k": 1}).json()["results"]
@@ -335,6 +341,8 @@ def test_images_of_results_are_fetched_by_id(searching, index):
     number = int(result["metadata"]["image_path"][0])
     assert answer.headers["content-type"] == "image/png"
     assert answer.headers["x-content-type-options"] == "nosniff"
+    assert answer.headers["cache-control"] == "private, max-age=3600"
+    assert searching.get("/images/nothing").headers["cache-control"] == "no-store"
     assert (read_pixels(answer.content) == make_pixels(number)).all()
     for path in ("/images/0.png", "/images/../0.png", "/images/%2e%2e%2fetc%2fpasswd", "/images/"):
         check_refusal(searching.get(path), 404)
@@ -378,8 +386,8 @@ def test_an_image_of_the_index_that_lies_elsewhere_is_not_sent(root, tmp_path, i
         ({"text": "red", "k": 1.5}, "whole number"),
         ({"text": "red", "offset": -1}, "0 to"),
         ({"text": "red", "where": "year >="}, "year"),
-        ({"text": "red", "where": "colour = 'red'"}, "colour"),
-        ({"text": "red", "group_by": "colour"}, "no column 'colour'"),
+        ({"text": "red", "where": "shade = 'red'"}, "shade"),
+        ({"text": "red", "group_by": "shade"}, "no column 'shade'"),
         ({"text": "red", "modality": "text"}, "text vectors"),
         ({"text": "red", "modality": "sound"}, "sound"),
         ({"id": "nothing"}, "nothing"),
@@ -552,9 +560,54 @@ def test_errors_of_ours_are_not_described(root, monkeypatch):
     answer = client.post("/v1/captioning", json={"image": to_base64(make_png())})
     message = check_refusal(answer, 500)
     assert "secret" not in message
+    assert "content-security-policy" in answer.headers
+    metrics = client.get("/metrics").text
+    assert 'beit3_requests_total{endpoint="/v1/captioning",status="500"} 1.0' in metrics
     monkeypatch.undo()
     answer = client.post("/v1/captioning", json={"image": to_base64(make_png())})
     assert answer.status_code == 200
+    service.stop()
+
+
+def test_an_answer_that_is_no_json_is_not_blamed_on_the_request(root, monkeypatch):
+    service = make_service(root, "captioning")
+    client = Client(service)
+    prediction = [{"caption": "a", "score": float("nan")}]
+    monkeypatch.setattr(
+        service.models["captioning"].predictor, "predict_examples", lambda items: [prediction]
+    )
+    check_refusal(client.post("/v1/captioning", json={"image": to_base64(make_png())}), 500)
+    service.stop()
+
+
+def test_a_caption_without_words_has_attention_without_maps(root, monkeypatch):
+    service = make_service(root, "captioning")
+    monkeypatch.setattr(
+        service.models["captioning"].predictor,
+        "predict_examples",
+        lambda items: [[{"caption": ""}] for _ in items],
+    )
+    body = {"image": to_base64(make_png())}
+    answer = Client(service).post("/v1/captioning?attention=true", json=body)
+    assert answer.status_code == 200, answer.text
+    assert answer.json()["attention"] == {"words": [], "maps": []}
+    service.stop()
+
+
+def test_attention_has_what_is_left_of_the_time(root, monkeypatch):
+    service = make_service(root, "vqa", settings=Settings(timeout=1.0))
+    batcher = service.models["vqa"].batcher
+    timeouts = []
+    submit = batcher.submit
+
+    async def remember(prepare, *, timeout=None):
+        timeouts.append(timeout)
+        return await submit(prepare, timeout=timeout)
+
+    monkeypatch.setattr(batcher, "submit", remember)
+    body = {"image": to_base64(make_png()), "question": QUESTION}
+    Client(service).post("/v1/vqa?attention=true", json=body)
+    assert timeouts[0] is None and 0 <= timeouts[1] < 1.0
     service.stop()
 
 

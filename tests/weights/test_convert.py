@@ -290,8 +290,8 @@ def test_a_failed_conversion_leaves_no_files(tmp_path, write_released_file, monk
             target.write(b"half")
         raise OSError("disk full")
 
-    monkeypatch.setattr("beit3.weights.store.save_file", fail_half_way)
-    monkeypatch.setattr("beit3.tokenizer.teacher_files.save_file", fail_half_way)
+    monkeypatch.setattr("beit3.weights.store.write_tensors", fail_half_way)
+    monkeypatch.setattr("beit3.tensor_files.write_tensors", fail_half_way)
     monkeypatch.setattr("torch.save", fail_half_way)
     for call, source, out in (
         (convert_released, path, "a"),

@@ -53,9 +53,20 @@ def test_a_downloaded_file_is_found_with_and_without_its_ending(shipped, tmp_pat
     assert not is_there("beit3_large_patch16_224") and not is_there("hf:me/vqa")
     for name in ("beit3_base_patch16_224", "beit3_base_patch16_224.pth"):
         assert find_path(name) == file and is_there(name)
+    (tmp_path / "beit3_base_patch16_224").mkdir()  # holds no weights
+    assert find_path("beit3_base_patch16_224") == file
+    # Names that only begin alike are other files: a network of timm's, one of the user's.
+    for name in ("beit3_base_patch16_224.in22k_ft_in1k", "beit3_base_patch16_224-mine.pth"):
+        assert not is_there(name)
     # A path that leads elsewhere is not the downloaded file.
     with pytest.raises(ValueError, match="no weights at other/beit3_base_patch16_224.pth"):
         find_path("other/beit3_base_patch16_224.pth")
+
+
+def test_relative_paths_are_no_repositories(shipped):
+    for name in ("./absent", "../absent"):
+        with pytest.raises(ValueError, match=f"no weights at {name}"):
+            find_pretrained(name)
 
 
 @pytest.mark.parametrize(

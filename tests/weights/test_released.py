@@ -12,7 +12,7 @@ from beit3.data.views.preprocessing import Preprocessing
 from beit3.predict import load
 from beit3.tasks.retrieval import Retrieval, RetrievalConfig
 from beit3.weights import catalog
-from beit3.weights.catalog import RELEASED_FILES, find_file
+from beit3.weights.catalog import RELEASED_FILES, find_by_name, find_file
 from beit3.weights.release_format import to_released_state
 from beit3.weights.released import (
     download_released,
@@ -45,6 +45,30 @@ def write_checkpoint(task) -> bytes:
     file = io.BytesIO()
     torch.save({"model": to_released_state(task)}, file)
     return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "beit3.spm",
+        "beit3_base_patch16_224",
+        "beit3_base_patch16_224.pth",
+        "vqkd_encoder_base_decoder_1x768x12_dino",
+        "vqkd_encoder_base_decoder_1x768x12_dino.pth",
+        "vqkd_encoder_base_decoder_1x768x12_dino-663c55d7.pth",
+    ],
+)
+def test_names_come_with_and_without_digest_and_ending(name):
+    file = find_by_name(name)
+    assert file is not None and file.name.startswith(name.removesuffix(".pth"))
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["beit3", "beit3_base_patch16_224-mine.pth", "vqkd_encoder_base_decoder_1x768x12_dino-0.pth"],
+)
+def test_names_that_go_on_in_another_way_are_other_files(name):
+    assert find_file(name) is not None and find_by_name(name) is None
 
 
 def test_known_facts_belong_to_listed_files():
@@ -138,6 +162,8 @@ def test_a_file_that_is_there_is_checked_and_not_fetched_again(cache, task, tmp_
 def test_unknown_names_are_refused(cache):
     with pytest.raises(ValueError, match=r"no file beit3_huge.* did you mean beit3_large"):
         download_released("beit3_huge_patch16_224")
+    with pytest.raises(ValueError, match=r"did you mean beit3_base_patch16_224\?"):
+        download_released("beit3_base_patch16_224.in22k_ft_in1k")  # timm's
     with pytest.raises(ValueError, match="beit3 recipes --released lists them"):
         download_released("resnet50")
 

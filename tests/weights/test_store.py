@@ -1,6 +1,8 @@
 """Directories of weights are written whole or not at all."""
 
 import json
+import os
+import stat
 
 import pytest
 import torch
@@ -26,6 +28,20 @@ def test_a_task_without_tokenizer_is_saved_without_one(tmp_path):
     save_weights(task, tmp_path / "w")
     assert not (tmp_path / "w" / "text.model").exists()
     assert_same_weights(load_weights(tmp_path / "w"), task)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no modes of files")
+@pytest.mark.parametrize("umask", [0o022, 0o027])
+def test_files_can_be_read_by_those_whom_the_umask_allows(tmp_path, tokenizer, umask):
+    previous = os.umask(umask)
+    try:
+        save_weights(make_vqa(tokenizer=tokenizer), tmp_path / "w")
+    finally:
+        os.umask(previous)
+    modes = {file.name: stat.S_IMODE(file.stat().st_mode) for file in (tmp_path / "w").iterdir()}
+    assert modes == dict.fromkeys(
+        ("model.safetensors", "config.json", "text.model"), 0o666 & ~umask
+    )
 
 
 def test_saving_replaces_older_weights(tmp_path, tokenizer):
@@ -54,7 +70,7 @@ def test_a_failed_save_leaves_the_older_weights(tmp_path, monkeypatch):
         tmp_path / ".w.old"
     )  # where a save that dies between its two renames leaves them
     monkeypatch.setattr(
-        "beit3.weights.store.save_file", lambda *_: (_ for _ in ()).throw(OSError("disk full"))
+        "beit3.weights.store.write_tensors", lambda *_: (_ for _ in ()).throw(OSError("disk full"))
     )
     with pytest.raises(OSError, match="disk full"):
         save_weights(initialize(Backbone(TaskConfig(model=PAPER)), 1), tmp_path / "w")

@@ -54,7 +54,7 @@ def export(
         programs=torch,
         fixed_size=fixed_size,
         report=predictor.report,
-        fingerprint=getattr(predictor, "fingerprint", None),
+        fingerprint=predictor.fingerprint,
         show=print,
     )
     print(*written.lines(), sep="\n")

@@ -66,7 +66,7 @@ def serve(
         timeout: Seconds after which a request is given up.
         drain: Seconds that requests are still taken after SIGTERM.
     """
-    from beit3.serve.server import ServerSettings, is_loopback, read_token, serve
+    from beit3.serve.server import ServerSettings, read_token, serve
     from beit3.serve.service import Settings, parse_weights
     from beit3.serve.uploads import Limits, name_folders
     from beit3.weights.names import list_shipped
@@ -95,14 +95,6 @@ def serve(
             limits=limits,
         ),
     )
-    if not is_loopback(host) and not token_file:
-        import sys
-
-        print(
-            f"beit3: {host} is open to others, and no --token-file was given: anyone who reaches "
-            "it may use it",
-            file=sys.stderr,
-        )
     load_options = {
         "precision": precision,
         "device": device,

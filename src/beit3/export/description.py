@@ -97,9 +97,9 @@ def read_description(directory: Path) -> Description:
     path = directory / EXPORT_FILE
     data = read_json(path)
     if not isinstance(data, dict) or data.get("format") != FORMAT:
-        found = data.get("format") if isinstance(data, dict) else type(data).__name__
+        version = data.get("format") if isinstance(data, dict) else type(data).__name__
         raise ValueError(
-            f"{path} is of format {found!r}, not {FORMAT}: read it with the version that wrote it"
+            f"{path} is of format {version!r}, not {FORMAT}: read it with the version that wrote it"
         )
     try:
         graphs = {

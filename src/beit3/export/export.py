@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch.export import ExportedProgram
 
 from beit3.config import to_dict
@@ -43,8 +42,12 @@ from beit3.export.parity import (
 )
 from beit3.export.sessions import open_session, run_session
 from beit3.task import Task, task_name
+from beit3.tensor_files import write_tensors
 from beit3.weights.matching import LoadReport, get_weights, serves_text
 from beit3.weights.store import CONFIG_FILE, TOKENIZER_FILE, describe_task, replace_directory
+
+GRAPH_ENDINGS = (".onnx", ".onnx.data", ".pt2")
+OTHER_FILES = (EXPORT_FILE, CONFIG_FILE, TOKENIZER_FILE, HEAD_FILE, REPORT_FILE, TABLE_FILE)
 
 
 @dataclass(frozen=True)
@@ -149,11 +152,16 @@ def export_task(
 
 
 def check_target(out: Path) -> None:
-    """Raises ValueError where `out` holds something else than an export."""
+    """Raises ValueError where `out` holds something else than an export, or more than one."""
     if out.is_file():
         raise ValueError(f"{out} is a file: give a directory")
     if out.exists() and not (out / EXPORT_FILE).is_file() and any(out.iterdir()):
         raise ValueError(f"{out} exists and holds no export: give another directory")
+    names = [file.name for file in out.iterdir()] if out.exists() else []
+    others = sorted(name for name in names if not name.endswith(GRAPH_ENDINGS))
+    others = [name for name in others if name not in OTHER_FILES]
+    if others:
+        raise ValueError(f"{out} holds {others[0]}, which is no part of an export: give another")
 
 
 def check_parts(task: Task, modes: Sequence[str], report: LoadReport) -> None:
@@ -263,4 +271,4 @@ def write_other_files(
             for name, tensor in get_weights(task).items()
             if not name.startswith("backbone.")
         }
-        save_file(head, directory / HEAD_FILE)
+        write_tensors(head, directory / HEAD_FILE)

@@ -68,7 +68,10 @@ def compare(
         difference = float((output.double() - value.double()).abs().max())
         errors.append(difference / max(1.0, float(value.abs().max())))
         cosines.append(compute_cosine(output, value))
-    return Comparison(mode.name, program, shapes, max(errors), min(cosines))
+    # Python's max and min pass over NaN, which no output may hold; torch's return it.
+    error = float(torch.tensor(errors, dtype=torch.float64).max())
+    cosine = float(torch.tensor(cosines, dtype=torch.float64).min())
+    return Comparison(mode.name, program, shapes, error, cosine)
 
 
 def compute_cosine(left: Tensor, right: Tensor) -> float:

@@ -62,7 +62,7 @@ def load_exported(
                 f"{path} is an export, which was made for one task: leave {name} out, or give it "
                 "to beit3 export"
             )
-    directory = path.parent if path.suffix == ".onnx" else path
+    directory = path if path.is_dir() else path.parent
     if not path.exists():
         raise ValueError(f"no export at {path}: give a directory that beit3 export wrote")
     if not (directory / EXPORT_FILE).is_file():

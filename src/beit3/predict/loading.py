@@ -68,7 +68,7 @@ def load(
         options |= {"text_model": text_model, "answers": answers, "classes": classes}
         options |= {"prompt": prompt, "packed": packed, "compiled": compiled}
         options["precision"] = "" if precision in ("float32", "auto") else precision
-        options["device"] = "" if torch.device(device).type == "cpu" else device
+        options["device"] = "" if _check_device(device).type == "cpu" else device
         return Predictor(*load_exported(path, options=options))
     answer_names, class_names = read_answers(answers), read_classes(classes)
     if path.is_dir():

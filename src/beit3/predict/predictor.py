@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from beit3.data.batches import TEXT_KEYS
+from beit3.export.runtime import Weightless
 from beit3.model.packed import pack
 from beit3.precision import (
     HALF_DTYPES,
@@ -161,9 +162,11 @@ class Predictor:
             private: Whether a new repository is visible to its owner alone.
 
         Raises:
-            ValueError: The weights are not in float32, packed or in part untrained, the folder
-                holds other files, or the upload failed.
+            ValueError: The weights are not in float32, packed or in part untrained, the predictor
+                is an export, the folder holds other files, or the upload failed.
         """
+        if isinstance(self.task.backbone, Weightless):
+            raise ValueError(f"{self.report.source} holds no weights: save those it was made of")
         if self.precision != "float32" or self.packed:
             raise ValueError(
                 f"{'packed' if self.packed else self.precision} weights cannot be saved: load them "

@@ -2,23 +2,19 @@
 
 import asyncio
 import json
-import logging
 import re
 import time
 from collections.abc import Awaitable, Callable
 from importlib.resources import files
 from typing import Any
 
-from beit3 import __version__
 from beit3.serve import embeddings, searching
-from beit3.serve.description import describe_api, render_docs
+from beit3.serve.description import describe_api, get_version, render_docs
 from beit3.serve.extra import import_extra
 from beit3.serve.limits import ENDPOINT, Guard, GuardSettings
 from beit3.serve.refusal import Refusal
 from beit3.serve.service import Service
 from beit3.serve.uploads import read_body, read_json
-
-LOGGER = logging.getLogger("beit3.serve")
 
 PAGE = files("beit3") / "serve" / "page"
 
@@ -52,7 +48,7 @@ def build_app(service: Service, guard: GuardSettings | None = None) -> Any:
     responses = import_extra("starlette.responses")
     exceptions = import_extra("starlette.exceptions")
     app = fastapi.FastAPI(
-        title="BEiT-3", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False
+        title="BEiT-3", version=get_version(), docs_url=None, redoc_url=None, redirect_slashes=False
     )
     app.state.service = service
     endpoints = Endpoints(service, responses.Response)
@@ -62,7 +58,8 @@ def build_app(service: Service, guard: GuardSettings | None = None) -> Any:
     async def refuse(request: Any, error: Exception) -> Any:
         return endpoints.answer_error(error)
 
-    for kind in (Refusal, ValueError, exceptions.HTTPException, Exception):
+    # All other exceptions reach the guard, which logs them and answers 500.
+    for kind in (Refusal, ValueError, exceptions.HTTPException):
         app.add_exception_handler(kind, refuse)
     app.openapi = lambda: describe_api(service)
     app.add_middleware(
@@ -179,7 +176,7 @@ class Endpoints:
     async def get_health(self, request: Any) -> Any:
         """Says that the process lives."""
         request.scope[ENDPOINT] = "/healthz"
-        return self._json({"status": "ok", "version": __version__})
+        return self._json({"status": "ok", "version": get_version()})
 
     async def get_readiness(self, request: Any) -> Any:
         """Says whether requests should be sent here."""
@@ -213,17 +210,14 @@ class Endpoints:
 
     # Answers --------------------------------------------------------------------------------------
 
-    def answer_error(self, error: Exception) -> Any:
-        """Returns the answer for an exception; unknown ones are logged and not described."""
+    def answer_error(self, error: Any) -> Any:
+        """Returns the answer for a Refusal, a ValueError or an HTTPException."""
         if isinstance(error, Refusal):
             refusal = error
         elif isinstance(error, ValueError):
             refusal = Refusal(422, self.service.clean(str(error)))
-        elif hasattr(error, "status_code"):
-            refusal = Refusal(error.status_code, str(getattr(error, "detail", "")))
         else:
-            LOGGER.error("an endpoint failed", exc_info=error)
-            refusal = Refusal(500, "the server failed; its log says why")
+            refusal = Refusal(error.status_code, str(error.detail))
         answer = self._json(refusal.content, status=refusal.status)
         answer.headers.update(refusal.headers)
         for name, value in (getattr(error, "headers", None) or {}).items():
@@ -231,7 +225,10 @@ class Endpoints:
         return answer
 
     def _json(self, content: Any, status: int = 200) -> Any:
-        text = json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+        try:
+            text = json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+        except ValueError as error:  # not the fault of the request
+            raise RuntimeError("an answer holds a number that is not finite") from error
         return self._response(
             text.encode("utf-8", "backslashreplace"),
             status_code=status,

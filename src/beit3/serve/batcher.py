@@ -93,7 +93,7 @@ class Batcher:
     ) -> Any:
         """Prepares a request, queues it and returns its result.
 
-        If the caller is cancelled, because its client hung up, the request leaves the queue.
+        If the caller is canceled, because its client hung up, the request leaves the queue.
 
         Args:
             prepare: Returns the request's key and item. Only items of one key share a batch. It
@@ -124,7 +124,7 @@ class Batcher:
             ) from None
         finally:
             self.count -= 1
-            if entry is not None and not (entry.future.done() and not entry.future.cancelled()):
+            if entry is not None:
                 self._discard(key, entry)
 
     def check_room(self, count: int) -> None:

@@ -3,12 +3,20 @@
 import html
 import json
 from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from beit3 import __version__
 from beit3.serve import embeddings, searching
 from beit3.serve.schemas import ERROR_SCHEMA, describe_errors, make_operation
 from beit3.serve.service import Service
+
+
+def get_version() -> str:
+    """Returns the version of this package, "0" where it is not installed."""
+    try:
+        return version("beit3")
+    except PackageNotFoundError:
+        return "0"
 
 
 def describe_api(service: Service) -> dict[str, Any]:
@@ -41,7 +49,7 @@ def describe_api(service: Service) -> dict[str, Any]:
         "openapi": "3.1.0",
         "info": {
             "title": "BEiT-3",
-            "version": __version__,
+            "version": get_version(),
             "description": "Predictions, features and search. Images are sent as files or base64.",
         },
         "paths": paths,

@@ -31,8 +31,8 @@ def read_request(fields: Mapping[str, Any], limits: Limits) -> EmbeddingRequest:
     check_names(fields, FIELDS)
     if "input" not in fields:
         raise Refusal(422, "input is missing: give a text, an image or a list", field="input")
-    given = fields["input"]
-    listed = given if isinstance(given, list) else [given]
+    value = fields["input"]
+    listed = value if isinstance(value, list) else [value]
     if not 1 <= len(listed) <= MAX_INPUTS:
         raise Refusal(422, f"input has {len(listed)} items: give 1 to {MAX_INPUTS}", field="input")
     model = fields.get("model") or ""

@@ -6,6 +6,7 @@ memory; afterwards a client that hangs up cancels its request.
 
 import asyncio
 import json
+import logging
 import re
 import time
 from collections.abc import Awaitable, Callable, MutableMapping
@@ -15,6 +16,8 @@ from typing import Any
 
 from beit3.serve.metrics import Metrics
 from beit3.serve.refusal import Refusal
+
+LOGGER = logging.getLogger("beit3.serve")
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -26,7 +29,7 @@ ENDPOINT = "beit3.endpoint"
 """Key of the scope under which an endpoint leaves its name for the metrics."""
 
 PUBLIC_PATHS = re.compile(r"/|/page/[\w.-]+|/docs|/healthz|/readyz")
-"""Paths that need no token: nothing of the networks or the index is behind them."""
+"""Paths that need no token. Of the networks they tell the names and the inputs, in `/docs`."""
 
 CONTENT_POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; "
@@ -39,6 +42,7 @@ SECURITY_HEADERS = {
     "x-frame-options": "DENY",
     "referrer-policy": "no-referrer",
     "cross-origin-resource-policy": "same-origin",
+    "cache-control": "no-store",
 }
 
 
@@ -102,17 +106,22 @@ class Guard:
             headers = _read_headers(scope)
             self._check_host(headers)
             self._check_token(scope["path"], headers)
-            body = bytearray()
+            received = bytearray()
             async for chunk in self._read_body(headers, receive):
                 size += len(chunk)
                 self.num_buffered += len(chunk)
-                body += chunk
+                received += chunk
+            body = bytes(received)
+            received.clear()
             started = time.perf_counter()
-            await self._run(scope, bytes(body), receive, answer)
+            await self._run(scope, body, receive, answer)
         except Refusal as refusal:
             await answer.refuse(refusal)
         except _HungUp:
             self.metrics.hang_ups.inc()
+        except Exception:
+            LOGGER.exception("an endpoint failed")
+            await answer.refuse(Refusal(500, "the server failed; its log says why"))
         finally:
             self.num_buffered -= size
             endpoint = scope.get(ENDPOINT, "other")
@@ -135,8 +144,8 @@ class Guard:
         token = self.settings.token
         if not token or PUBLIC_PATHS.fullmatch(path):
             return
-        scheme, _, given = headers.get("authorization", "").partition(" ")
-        is_right = compare_digest(given.strip().encode("latin-1"), token.encode("utf-8"))
+        scheme, _, sent = headers.get("authorization", "").partition(" ")
+        is_right = compare_digest(sent.strip().encode("latin-1"), token.encode("utf-8"))
         if scheme.lower() != "bearer" or not is_right:
             raise Refusal(401, "send the token of this server: Authorization: Bearer TOKEN")
 
@@ -182,12 +191,12 @@ class Guard:
         watching = asyncio.ensure_future(_wait_for_hang_up(receive))
         try:
             await asyncio.wait((running, watching), return_when=asyncio.FIRST_COMPLETED)
-            if not running.done() and not answer.is_complete:
+            if running.done() or answer.is_complete:
+                await running
+            else:
                 self.metrics.hang_ups.inc()
                 running.cancel()
                 await asyncio.wait((running,))
-            if not running.cancelled():
-                await running
         finally:
             for task in (running, watching):
                 task.cancel()
@@ -219,9 +228,9 @@ class _Answer:
         if message["type"] == "http.response.start":
             self.status = message["status"]
             headers = list(message.get("headers", ()))
-            given = {name.lower() for name, _ in headers}
+            present = {name.lower() for name, _ in headers}
             for name, value in SECURITY_HEADERS.items():
-                if name.encode() not in given:
+                if name.encode() not in present:
                     headers.append((name.encode(), value.encode()))
             if self._is_draining():
                 headers.append((b"connection", b"close"))

@@ -134,6 +134,7 @@ ERROR_SCHEMA: dict[str, Any] = {
 STATUSES = {
     400: "The body or a parameter cannot be read.",
     401: "The token is missing or wrong.",
+    403: "The header Host names another machine than this one.",
     404: "There is nothing of that name.",
     408: "The body came too slowly.",
     413: "The body, an image or a text is too large.",

@@ -35,7 +35,8 @@ def read_query(fields: Mapping[str, Any], index: Index, limits: Limits) -> tuple
     modality = texts["modality"] or "image"
     image = None
     if fields.get("image") is not None and fields["image"] != "":
-        image = open_image(read_image(fields["image"], "image", limits))
+        # It is decoded with its batch: a queue of decoded images would fill the memory.
+        image = read_image(fields["image"], "image", limits)
     if not texts["text"].strip() and image is None and not texts["id"]:
         raise Refusal(422, "there is nothing to search for: give text, image or id")
     searcher = index.searcher

@@ -77,6 +77,8 @@ def serve(
     address = format_address(listener)
     app = build_app(service, make_guard_settings(settings))
     server = make_server(app, service, settings)
+    if not is_loopback(settings.host) and not settings.token:
+        show(f"{settings.host} is open to others, and there is no --token-file: anyone may use it")
     show(f"listening at {address}, loading {', '.join(weights) or 'the index'} ...")
     loader = Loader(service, server, show, address)
     thread = threading.Thread(
@@ -95,7 +97,8 @@ def serve(
             service.stop()
     if loader.error is not None:
         raise loader.error
-    show("stopped; all accepted requests were answered")
+    was_forced = server.force_exit
+    show("stopped at once" if was_forced else "stopped; all accepted requests were answered")
 
 
 class Loader:
@@ -182,10 +185,12 @@ def make_server(app: Any, service: Service, settings: ServerSettings) -> Any:
     uvicorn: Any = import_extra("uvicorn")
 
     class Server(uvicorn.Server):  # type: ignore[misc, name-defined]
-        """Ends with status 0 after a signal; requests are taken for a while after it."""
+        """Ends with status 0 after a signal; once ready, it takes requests for a while after it."""
+
+        should_exit: bool
 
         def handle_exit(self, number: int, frame: Any) -> None:
-            if service.state == "draining" or settings.drain <= 0:
+            if service.state != "ready" or settings.drain <= 0:
                 service.drain()
                 self.force_exit = self.should_exit and number == signal.SIGINT
                 self.should_exit = True
@@ -214,12 +219,11 @@ def make_server(app: Any, service: Service, settings: ServerSettings) -> Any:
 
 
 def make_protocol() -> type:
-    """Returns uvicorn's protocol with a time limit for the headers of a request."""
-    try:
-        module = import_extra("uvicorn.protocols.http.httptools_impl")
-        base: Any = module.HttpToolsProtocol
-    except ValueError:
-        base = import_extra("uvicorn.protocols.http.h11_impl").H11Protocol
+    """Returns uvicorn's protocol with a time limit for the headers of a request.
+
+    It is that of h11, which limits the size of headers; that of httptools does not.
+    """
+    base: Any = import_extra("uvicorn.protocols.http.h11_impl").H11Protocol
 
     class Protocol(base):  # type: ignore[misc, valid-type]
         """Closes a connection whose next request does not come in time."""

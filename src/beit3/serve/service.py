@@ -2,6 +2,7 @@
 
 import logging
 import re
+import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -203,7 +204,7 @@ class Index:
             return None
         try:
             return read_tar_member(str(path), start, size)
-        except OSError:
+        except (OSError, ValueError):
             return None
 
 
@@ -220,6 +221,7 @@ class Service:
         self.models: dict[str, Model] = {}
         self.index: Index | None = None
         self.state: State = "loading"
+        self.metrics.ready.set_function(lambda: float(self.state == "ready"))
         self.pool = ThreadPoolExecutor(max(2, count_cores()), thread_name_prefix="beit3-prepare")
         self._batchers: list[Batcher] = []
         self._private_words: dict[str, str] = {}
@@ -250,7 +252,6 @@ class Service:
         """Takes requests from now on."""
         if self.state == "loading":
             self.state = "ready"
-            self.metrics.ready.set(1)
 
     def add(self, name: str, predictor: Predictor, path: str = "") -> Model:
         """Serves a network under a name. Raises ValueError for a name that cannot be one."""
@@ -314,7 +315,6 @@ class Service:
     def drain(self) -> None:
         """Says that no more requests should come. Those that come are still answered."""
         self.state = "draining"
-        self.metrics.ready.set(0)
 
     def stop(self) -> None:
         """Computes what was accepted, and ends all threads."""
@@ -414,12 +414,18 @@ class Service:
                 record = {}  # its bytes are needed no more
             return prepared
 
+        started = time.monotonic()
         predictions = await model.batcher.submit(prepare)
         answer = {"predictions": [format_prediction(value) for value in predictions]}
         if attention:
             text = ATTENTION_TEXTS[model.task_name](record, predictions[0])
+            if not text:  # a caption without words
+                return answer | {"attention": {"words": [], "maps": []}}
             item = (record["image"], text)
-            answer["attention"] = await model.batcher.submit(lambda: (("attention",), item))
+            remaining = max(0.0, self.settings.timeout - (time.monotonic() - started))
+            answer["attention"] = await model.batcher.submit(
+                lambda: (("attention",), item), timeout=remaining
+            )
         return answer
 
     async def embed(self, model: Model, modality: str, value: Any) -> tuple[np.ndarray, int]:

@@ -26,6 +26,10 @@ MAX_PARTS = 64
 """Most parts of a form."""
 MAX_NAME_BYTES = 4096
 """Longest name of a file in a folder, and longest header of a part of a form."""
+MAX_HEADERS = 8
+"""Most headers of a part of a form."""
+MAX_JSON_ITEMS = 500_000
+"""Most commas and brackets of a JSON body: small values take far more memory than their text."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +73,8 @@ def read_body(body: bytes, content_type: str) -> dict[str, Any]:
 
 def read_json(body: bytes) -> dict[str, Any]:
     """Returns the JSON object that a body holds. Raises Refusal 400 for anything else."""
+    if sum(body.count(mark) for mark in (b",", b"[", b"{")) > MAX_JSON_ITEMS:
+        raise Refusal(400, f"the JSON has more than {MAX_JSON_ITEMS} commas and brackets")
     try:
         value = json.loads(body.decode("utf-8"), parse_constant=_refuse_constant)
     except UnicodeDecodeError:
@@ -140,14 +146,21 @@ class _PartCollector:
 
     def _add_name(self, data: bytes, start: int, end: int) -> None:
         self._name += data[start:end]
+        self._check_header()
 
     def _add_value(self, data: bytes, start: int, end: int) -> None:
         self._value += data[start:end]
-        if len(self._value) > MAX_NAME_BYTES:
+        self._check_header()
+
+    def _check_header(self) -> None:
+        if len(self._name) + len(self._value) > MAX_NAME_BYTES:
             raise Refusal(400, "a part of the form has too long a header")
 
     def _end_header(self) -> None:
-        self.parts[-1][0][bytes(self._name).lower()] = bytes(self._value)
+        headers = self.parts[-1][0]
+        if len(headers) >= MAX_HEADERS:
+            raise Refusal(400, f"a part of the form has more than {MAX_HEADERS} headers")
+        headers[bytes(self._name).lower()] = bytes(self._value)
         self._name, self._value = bytearray(), bytearray()
 
     def _end(self) -> None:
@@ -173,14 +186,14 @@ def _read_part(headers: dict[bytes, bytes], data: bytearray, parse_options: Any)
         ) from None
 
 
-def check_names(fields: Mapping[str, Any], known: Sequence[str]) -> None:
+def check_names(fields: Mapping[str, Any], field_names: Sequence[str]) -> None:
     """Raises Refusal for a field that there is not."""
     for name in fields:
-        if name not in known:
-            hint = suggest(name[:60], list(known))
+        if name not in field_names:
+            hint = suggest(name[:60], list(field_names))
             raise Refusal(
                 422,
-                f"there is no field {name[:60]!r}{hint}; the fields are {', '.join(known)}",
+                f"there is no field {name[:60]!r}{hint}; the fields are {', '.join(field_names)}",
                 field=name[:60],
             )
 

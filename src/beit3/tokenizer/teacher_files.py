@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from beit3 import tensor_files
@@ -147,7 +147,7 @@ def write_teacher(tensors: Mapping[str, Tensor], directory: Path, name: str) -> 
     copies = {
         key: tensor.clone(memory_format=torch.contiguous_format) for key, tensor in tensors.items()
     }
-    save_file(copies, directory / MODEL_FILE)
+    tensor_files.write_tensors(copies, directory / MODEL_FILE)
     digest = compute_sha256(directory / MODEL_FILE)
     config = {"format": FORMAT, "teacher": name, "sha256": digest}
     (directory / CONFIG_FILE).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")

@@ -123,8 +123,9 @@ def _describe_network(task: Task) -> list[tuple[str, Any]]:
     model, weights = task.config.model, get_weights(task)
     dtypes = {str(tensor.dtype).removeprefix("torch.") for tensor in weights.values()}
     experts = [*getattr(model, "modality_names", ())]
-    if getattr(model, "fusion_layers", 0):
-        experts.append(f"fusion in the last {model.fusion_layers} layers")
+    if num_layers := getattr(model, "fusion_layers", 0):
+        last = "last layer" if num_layers == 1 else f"last {num_layers} layers"
+        experts.append(f"fusion in the {last}")
     labels = {
         "dim": "width",
         "depth": "layers",

@@ -227,6 +227,24 @@ def find_file(name: str) -> ReleasedFile | None:
     return _get_files_by_stem().get(_get_stem(name))
 
 
+def find_by_name(name: str) -> ReleasedFile | None:
+    """Returns the released file that has this name, with or without its ending, or None.
+
+    A visual tokenizer's digest may be left out. Unlike `find_file`, this takes no name that goes on
+    in another way: `beit3_base_patch16_224-mine.pth` and timm's
+    `beit3_base_patch16_224.in22k_ft_in1k` are other files.
+    """
+    file = find_file(name)
+    if file is None:
+        return None
+    stem, dot, ending = file.name.rpartition(".")
+    without_digest = stem.partition("-")[0]
+    names = {file.stem, file.name, without_digest, f"{without_digest}{dot}{ending}"}
+    if file.task == "text":  # its name is always with the ending
+        names = {file.name}
+    return file if name.lower() in names else None
+
+
 def describe_file(name: str) -> str:
     """Returns what a released file of this name is and how to get it, as a sentence.
 

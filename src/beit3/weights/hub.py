@@ -8,7 +8,8 @@ import re
 from pathlib import Path
 from types import ModuleType
 
-REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
+REPOSITORY = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+"""owner/name. `./weights` and `../weights` are paths."""
 FETCHED = ("*.safetensors", "*.json", "*.spm", "text.model")
 """Patterns of the files that are fetched: weights, configs and text tokenizers."""
 PUSHED = (*FETCHED, "README.md")

@@ -39,10 +39,11 @@ def find_path(name: str | Path) -> Path:
 
 def find_local(name: str | Path) -> Path | None:
     """Returns the path of weights that are on this machine, as `find_path` does, or None."""
-    path, shipped = Path(name), find_shipped(name)
-    if path.exists() and (shipped is None or holds_weights(path)):
+    path = Path(name)
+    named = find_shipped(name) or (find_downloaded(str(name)) if is_bare(name) else None)
+    if path.exists() and (named is None or holds_weights(path)):
         return path
-    return shipped or (find_downloaded(str(name)) if is_bare(name) else None)
+    return named
 
 
 def holds_weights(path: Path) -> bool:

@@ -1,13 +1,20 @@
 """Downloads the files released with BEiT-3 and BEiT v2, when asked to, and finds them again."""
 
 import zipfile
+import zlib
 from pathlib import Path
 
 from beit3.download import FIRST_WAIT, Expected, check_digest, download_file
 from beit3.files import cache_directory
 from beit3.progress import show_progress
 from beit3.tokenizer.text import TextTokenizer
-from beit3.weights.catalog import RELEASED_FILES, ReleasedFile, find_file, suggest_file
+from beit3.weights.catalog import (
+    RELEASED_FILES,
+    ReleasedFile,
+    find_by_name,
+    find_file,
+    suggest_file,
+)
 
 MEGABYTE = 1_000_000
 PICKLE_START = b"\x80"
@@ -24,9 +31,9 @@ def get_download_directory() -> Path:
 def find_downloaded(name: str) -> Path | None:
     """Returns the path of a released file in the download directory, or None.
 
-    The ending of the name plays no part.
+    Its name may come without its ending.
     """
-    file = find_file(name)
+    file = find_by_name(name)
     path = get_download_directory() / file.name if file is not None else None
     return path if path is not None and path.is_file() else None
 
@@ -60,7 +67,7 @@ def download_released(
             not the released one.
         OSError: The connection kept breaking off, or the file cannot be written.
     """
-    file = find_file(name)
+    file = find_by_name(name)
     if file is None:
         hint = suggest_file(name) or "beit3 recipes --released lists them"
         raise ValueError(f"no file {name} was released; {hint}")
@@ -105,7 +112,7 @@ def check_content(path: Path, file: ReleasedFile) -> None:
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
-    except (zipfile.BadZipFile, NotImplementedError, RuntimeError) as error:
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
         raise ValueError(f"its archive is damaged ({error})") from None
     if damaged is not None:
         raise ValueError(f"its archive is damaged (checksum of {damaged})")

@@ -15,14 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from beit3.config import from_dict, to_dict
 from beit3.files import flush_to_disk, read_json
 from beit3.recipe import TaskConfig
 from beit3.task import FrozenFile, Task, load_task, task_name
-from beit3.tensor_files import check_finite
+from beit3.tensor_files import check_finite, write_tensors
 from beit3.tokenizer import text
 from beit3.weights.matching import get_weights
 from beit3.weights.state_dicts import to_float32
@@ -102,7 +102,7 @@ def write_weights_files(
     values = get_weights(task) if tensors is None else tensors
     values = {name: tensor.detach().cpu().contiguous() for name, tensor in values.items()}
     try:
-        save_file(values, directory / MODEL_FILE)
+        write_tensors(values, directory / MODEL_FILE)
     except SafetensorError as error:  # raised where the disk is full or gone
         raise OSError(f"{directory / MODEL_FILE} cannot be written: {error}") from error
     description = json.dumps(describe_task(task), indent=1, ensure_ascii=False)

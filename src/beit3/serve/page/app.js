@@ -56,13 +56,13 @@ const panels = new Map();
 
 function makeAnswerTool(models) {
   const { task } = models[0];
-  const known = ANSWERS[task] ?? {
+  const words = ANSWERS[task] ?? {
     title: task,
     lead: `Runs the task ${task}.`,
     action: "Run",
     busy: "Running …",
   };
-  return [known.title, new AnswerPanel(context, { ...known, models })];
+  return [words.title, new AnswerPanel(context, { ...words, models })];
 }
 
 /** Asks for the server's tasks and builds the page; with a wrong token asks for the right one. */

@@ -151,13 +151,13 @@ export class ObjectsPanel extends Panel {
 }
 
 function makeBox({ box: { x1, y1, x2, y2 }, label }) {
-  const place = { x: x1, y: y1, width: Math.max(x2 - x1, 0), height: Math.max(y2 - y1, 0) };
+  const frame = { x: x1, y: y1, width: Math.max(x2 - x1, 0), height: Math.max(y2 - y1, 0) };
   // A dark line under the colored one: it stands out on pictures of any brightness.
   return createSvg(
     "g",
     {},
-    createSvg("rect", { class: "edge", ...place }),
-    createSvg("rect", { class: "box", stroke: getColor(label), ...place }),
+    createSvg("rect", { class: "edge", ...frame }),
+    createSvg("rect", { class: "box", stroke: getColor(label), ...frame }),
   );
 }
 
