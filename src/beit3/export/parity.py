@@ -69,9 +69,9 @@ def compare(
         errors.append(difference / max(1.0, float(value.abs().max())))
         cosines.append(compute_cosine(output, value))
     # Python's max and min pass over NaN, which no output may hold; torch's return it.
-    error = float(torch.tensor(errors, dtype=torch.float64).max())
-    cosine = float(torch.tensor(cosines, dtype=torch.float64).min())
-    return Comparison(mode.name, program, shapes, error, cosine)
+    largest_error = float(torch.tensor(errors, dtype=torch.float64).max())
+    lowest_cosine = float(torch.tensor(cosines, dtype=torch.float64).min())
+    return Comparison(mode.name, program, shapes, largest_error, lowest_cosine)
 
 
 def compute_cosine(left: Tensor, right: Tensor) -> float:
