@@ -95,6 +95,8 @@ class Task(nn.Module):
     backbone: nn.Module
     frozen_files: Mapping[str, FrozenFile] = {}
     """Name of a frozen child -> the file that it was loaded from."""
+    has_matching_head: bool = False
+    """Whether the task also tells if an image and a text belong together."""
     stored_fingerprint: Mapping[str, str] = {}
     """Of an export, which holds no weights: what decides the features of those it was made of."""
 

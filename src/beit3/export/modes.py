@@ -80,8 +80,7 @@ def list_modes(task: Task) -> tuple[str, ...]:
     """Returns the modes of a task; those of a task of your own follow from its raw inputs."""
     name = task_name(type(task))
     if name in TASK_MODES:
-        has_matching_head = getattr(task, "matching_head", None) is not None
-        return (*TASK_MODES[name], MATCH_MODE) if has_matching_head else TASK_MODES[name]
+        return (*TASK_MODES[name], MATCH_MODE) if task.has_matching_head else TASK_MODES[name]
     if set(task.input_names) == {"image"} and isinstance(task.backbone, BEiT3):
         return (IMAGE_MODE,)
     return ()

@@ -16,14 +16,21 @@ from pathlib import Path
 import torch
 
 from beit3.ops.collectives import compute_on_rank_zero, rank, world_size
-from beit3.predict import Predictor, load
+from beit3.predict import Predictor
 from beit3.progress import show_progress
 from beit3.recipe import RunConfig
 from beit3.search.encoding import encode_duplicates, encode_shards
 from beit3.search.finishing import EmbedReport, finish, make_report
 from beit3.search.folder import lock_for_writing
 from beit3.search.inputs import InputOptions
-from beit3.search.preparing import EmbedOptions, check_options, check_out, prepare, read_inputs
+from beit3.search.preparing import (
+    EmbedOptions,
+    check_options,
+    check_out,
+    load_predictor,
+    prepare,
+    read_inputs,
+)
 from beit3.search.worklist import Worklist
 from beit3.training.launch import init_device
 
@@ -136,13 +143,6 @@ def _encode(
     # The first process writes the manifest and removes the marks; the others wait for that.
     if rank() == 0:
         _wait_for(worklist, [*distinct, *duplicates], launcher)
-
-
-def load_predictor(
-    weights: str, precision: str, options: EmbedOptions, device: torch.device
-) -> Predictor:
-    """Loads the weights onto a device."""
-    return load(weights, device=device, precision=precision, **options.load)  # type: ignore[arg-type]
 
 
 def _wait_for(worklist: Worklist, numbers: Sequence[int], launcher: int) -> None:

@@ -135,7 +135,7 @@ def read_inputs(
     if stored is not None:
         _check_given_options(stored, options, out)
         precision = stored.precision
-    predictor = load(weights, device=device, precision=precision, **options.load)  # type: ignore[arg-type]
+    predictor = load_predictor(weights, precision, options, device)
     is_cpu = device.type == "cpu"
     settings = Settings(
         weights=weights,
@@ -152,6 +152,14 @@ def read_inputs(
     if stored is not None:
         settings = _follow(settings, stored, out)
     return items, settings, predictor
+
+
+def load_predictor(
+    weights: str, precision: str, options: EmbedOptions, device: torch.device
+) -> Predictor:
+    """Loads the weights onto a device, in a number format that `load` checks."""
+    arguments: dict[str, Any] = {**options.load, "precision": precision}
+    return load(weights, device=device, **arguments)
 
 
 def _measure_dim(predictor: Predictor, *, has_captions: bool) -> int:

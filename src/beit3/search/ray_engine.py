@@ -13,7 +13,7 @@ import torch
 
 from beit3.machine import count_cores
 from beit3.search.encoding import encode_duplicates, encode_shards
-from beit3.search.preparing import EmbedOptions
+from beit3.search.preparing import EmbedOptions, load_predictor
 from beit3.search.worklist import Worklist
 
 CORES_PER_WORKER = 2
@@ -26,12 +26,10 @@ class ShardEncoder:
     def __init__(self, out: str, weights: str, options: EmbedOptions, threads: int) -> None:
         from pathlib import Path
 
-        from beit3.predict import load
-
         self.worklist = Worklist(Path(out))
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        precision: Any = self.worklist.settings.precision
-        self.predictor = load(weights, device=device, precision=precision, **options.load)
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        precision = self.worklist.settings.precision
+        self.predictor = load_predictor(weights, precision, options, device)
         self.workers, self.threads = options.workers, threads
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:

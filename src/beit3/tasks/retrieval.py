@@ -319,6 +319,7 @@ class Retrieval(Task):
         self.text_projection = nn.Linear(dim, dim, bias=False)
         # Of one dimension, because FSDP2 shards no scalars.
         self.logit_scale = nn.Parameter(torch.zeros(1))
+        self.has_matching_head = config.matching
         self.matching_head = nn.Linear(dim, 1) if config.matching else None
 
     @property
