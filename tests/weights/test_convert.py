@@ -14,14 +14,14 @@ from beit3.tasks.backbone import Backbone
 from beit3.tasks.vqa import VQA
 from beit3.tasks.vqkd import VQKD, VQKDConfig
 from beit3.tensor_files import TensorFile
-from beit3.tokenizer.teacher import load_teacher
+from beit3.tokenizer.teacher_loading import load_teacher
 from beit3.weights.convert import convert_clip, convert_released, export_released
 from beit3.weights.initialization import initialize_from
 from beit3.weights.loading import load_frozen, load_released, load_weights
 from beit3.weights.release_format import to_released_state
 from beit3.weights.store import read_config, read_tensors, save_weights
 from tests.golden import find_fixture, load_config, load_tensors
-from tests.tokenizer.test_teacher import GRID, PATCH, hugging_face_state, openai_state, pixels
+from tests.tokenizer.test_teacher_vit import GRID, PATCH, hugging_face_state, openai_state, pixels
 from tests.weights.states import (
     State,
     add_pretraining_heads,

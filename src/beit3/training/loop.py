@@ -140,8 +140,8 @@ def train(
                 warmup=warmup,
             )
             trainer.resume()
-            if report and not trainer.first_step:
-                for line in report.lines():
+            if not trainer.first_step:
+                for line in (*(report.lines() if report else ()), *task.training_notes):
                     log.info(f"{log.name}  {line}")
             trainer.fit()
     scores_file = out / "scores.json"

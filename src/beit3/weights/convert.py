@@ -12,7 +12,8 @@ import torch
 
 from beit3.files import flush_to_disk
 from beit3.task import task_name
-from beit3.tokenizer.teacher import CLIPTeacher, load_teacher, save_clip
+from beit3.tokenizer.teacher_loading import load_teacher
+from beit3.tokenizer.teacher_vit import CLIPTeacher, save_clip
 from beit3.tokenizer.text import TextTokenizer
 from beit3.weights import timm_format
 from beit3.weights.loading import load_released, load_weights
