@@ -29,18 +29,37 @@ def test_objects_are_inside_the_image_and_do_not_overlap():
 def test_sizes_are_never_ambiguous():
     small = [item.radius for scene in SCENES for item in scene.objects if item.size == "small"]
     large = [item.radius for scene in SCENES for item in scene.objects if item.size == "large"]
-    assert max(small) < 0.16 and min(large) > 0.21
-    assert len(large) > 0.3 * (len(small) + len(large))
+    assert max(small) < 0.17 and min(large) > 0.21
+
+
+def test_the_number_of_objects_does_not_tell_their_size():
+    sizes = Counter(
+        (len(scene.objects), item.size)
+        for scene in map(make_scene, range(3000))
+        for item in scene.objects
+    )
+    for count in (1, 2, 3):
+        large, small = sizes[count, "large"], sizes[count, "small"]
+        assert large / (large + small) == pytest.approx(0.5, abs=0.06)
+
+
+def test_some_objects_of_a_scene_differ_in_one_attribute_only():
+    num_differences = Counter(
+        sum(getattr(a, key) != getattr(b, key) for key in ("color", "shape", "size", "texture"))
+        for scene in SCENES
+        for a, b in combinations(scene.objects, 2)
+    )
+    assert num_differences[1] > 0.08 * num_differences.total()
 
 
 def test_attributes_have_the_expected_frequencies():
     num_objects = Counter(len(scene.objects) for scene in SCENES)
     assert [num_objects[k] / len(SCENES) for k in (1, 2, 3)] == pytest.approx(
-        [0.4, 0.45, 0.15], abs=0.06
+        [0.6, 0.32, 0.08], abs=0.06
     )
     objects = [item for scene in SCENES for item in scene.objects]
     plain = sum(item.texture == "plain" for item in objects) / len(objects)
-    assert plain == pytest.approx(0.7, abs=0.06)
+    assert plain == pytest.approx(0.8, abs=0.06)
     for key, values in (("color", COLORS), ("shape", SHAPES)):
         counts = Counter(getattr(item, key) for item in objects)
         assert set(counts) == set(values)

@@ -18,11 +18,11 @@ from beit3.task import Task, load_task, task_name
 from beit3.tokenizer.text import TextTokenizer
 from beit3.world.export import write_world
 
-VERSION = 3
+VERSION = 4
 """Version of the cached worlds; a change of their content gets the next number."""
 
 WORLDS = {
-    "default": {"num_train": 6000, "num_val": 500, "num_test": 500, "num_questions": 9000},
+    "default": {"num_train": 16_000, "num_val": 1000, "num_test": 500, "num_questions": 9000},
     "small": {"num_train": 600, "num_val": 120, "num_test": 60, "num_questions": 1500},
 }
 """Scenes of each kind: the demo's world, and one for a quick look."""

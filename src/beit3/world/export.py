@@ -41,6 +41,8 @@ from beit3.world.scene import NUM_OBJECTS, SHAPES, Object, Scene, make_scene
 IMAGENET_CLASSES = tuple(f"{color}_{shape}" for color in ("blue", "red") for shape in SHAPES)
 CAPTIONS_PER_IMAGE = 3
 QUESTIONS_PER_IMAGE = 3
+MAX_LABELED = 600
+"""Labeled images of ImageNet, COCO and ADE20K: few, as labels are where pretraining matters."""
 DOCUMENTS_PER_FILE = 1000
 PAIRS_PER_SHARD = 300
 SEEDS_PER_STREAM = 2**32
@@ -65,13 +67,14 @@ class WorldSizes:
     @property
     def nlvr2(self) -> tuple[int, int]:
         """Number of statements, each about two images, of NLVR2's train and dev."""
-        return max(1, self.num_train // 6), max(1, self.num_val // 2)
+        return max(1, self.num_train // 4), self.num_val
 
     @property
     def small(self) -> tuple[int, int]:
         """Number of images of ImageNet, COCO and ADE20K, train and val; the tars have the first."""
         minimum = len(IMAGENET_CLASSES)
-        return max(minimum, self.num_train // 10), max(minimum, self.num_val // 5)
+        num_train = min(self.num_train // 10, MAX_LABELED)
+        return max(minimum, num_train), max(minimum, self.num_val // 5)
 
     def count_steps(self) -> int:
         """Returns the number of steps that `progress` counts: one per image or document."""
@@ -84,8 +87,8 @@ class WorldSizes:
 def write_world(
     out: str | Path,
     *,
-    num_train: int = 6000,
-    num_val: int = 500,
+    num_train: int = 16_000,
+    num_val: int = 1000,
     num_test: int = 500,
     num_questions: int = 9000,
     image_size: int = 32,

@@ -205,10 +205,10 @@ def _ask_attribute(
 
 
 def _ask_texture(scene: Scene, rng: Generator) -> Question | None:
-    # Most objects are plain. Without this rule "plain" would be the answer 70 % of the time.
+    # Most objects are plain. Without this rule "plain" would be the answer 80 % of the time.
     item = pick(rng, scene.objects)
     references = _refer(scene, item, hidden="texture")
-    if not references or (item.texture == "plain" and rng.random() < 0.75):
+    if not references or (item.texture == "plain" and rng.random() < 0.85):
         return None
     return Question(f"what texture is the {pick(rng, references)} ?", item.texture, "texture")
 

@@ -24,7 +24,9 @@ def render(scene: Scene, image_size: int = 32) -> Image.Image:
     Raises ValueError for an `image_size` below 8.
     """
     side = _get_canvas_size(image_size)
-    canvas = _render_background(scene, side)
+    # The background is smooth: one value per pixel of the image is enough.
+    background = _render_background(scene, image_size)
+    canvas = background.repeat(SUPERSAMPLING, 0).repeat(SUPERSAMPLING, 1)
     for item in scene.objects:
         rows, columns, inside = _rasterize(item, side)
         has_texture = inside & _render_texture(item, rows, columns, side)
@@ -73,17 +75,20 @@ def compute_outline(item: Object) -> NDArray[np.float64]:
 
 
 def _make_unit_outlines() -> dict[str, NDArray[np.float64]]:
-    """Returns outlines in the square from -1 to 1, distinct enough for a few pixels."""
+    """Returns outlines in the square from -1 to 1, distinct enough for a few pixels.
+
+    They cover 1.0 (square), .79, .46, .44 and .32 (bar) of that square.
+    """
     angles = np.arange(24) * np.pi / 12
-    arm = 0.3  # half the width of the cross's arms
+    arm = 0.25  # half the width of the cross's arms
     cross = [(-arm, -1), (arm, -1), (arm, -arm), (1, -arm), (1, arm), (arm, arm)]
     cross += [(arm, 1), (-arm, 1), (-arm, arm), (-1, arm), (-1, -arm), (-arm, -arm)]
     return {
         "circle": np.stack([np.cos(angles), np.sin(angles)], axis=1),
-        "square": 0.9 * np.array([(-1.0, -1.0), (1.0, -1.0), (1.0, 1.0), (-1.0, 1.0)]),
+        "square": np.array([(-1.0, -1.0), (1.0, -1.0), (1.0, 1.0), (-1.0, 1.0)]),
         "triangle": np.array([(0.0, -1.0), (1.0, 0.85), (-1.0, 0.85)]),
         "cross": np.array(cross, dtype=np.float64),
-        "bar": np.array([(-1.0, -0.42), (1.0, -0.42), (1.0, 0.42), (-1.0, 0.42)]),
+        "bar": np.array([(-1.0, -0.32), (1.0, -0.32), (1.0, 0.32), (-1.0, 0.32)]),
     }
 
 

@@ -2,11 +2,12 @@
 
 Positions and lengths are fractions of the image, x to the right and y downward, so a scene renders
 at any size. Two objects of a scene never share both color and shape: "the red circle" names at most
-one object.
+one object. Objects are as large and as different in outline as a network needs that is to name
+their shapes after some hundred steps (docs/decisions.md, 2026-11-29).
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeAlias, TypeVar
 
 import numpy as np
@@ -40,11 +41,12 @@ TONES: tuple[RGB, ...] = (
     (152, 144, 172),
     (112, 116, 126),
 )
-RADIUS = {"small": 0.15, "large": 0.22}
-RADIUS_JITTER = 0.03  # relative: a small object stays below 0.155 and a large one above 0.213
+RADIUS = {"small": 0.16, "large": 0.225}
+RADIUS_JITTER = 0.03  # relative: a small object stays below 0.165 and a large one above 0.218
 MIN_DISTANCE = 0.25  # a relation is stated only where positions differ by more than this
-NUM_OBJECTS = (0.45, 0.45, 0.1)  # probabilities of 1, 2 and 3 objects
-PLAIN_RATE = 0.7
+NUM_OBJECTS = (0.6, 0.32, 0.08)  # probabilities of 1, 2 and 3 objects
+PLAIN_RATE = 0.8
+SIMILAR_RATE = 0.25  # of the objects beside another: these share its texture, and color or shape
 LARGE_RATE = 0.5  # of the objects
 HORIZON_RATE = 0.4
 
@@ -100,10 +102,7 @@ def make_scene(seed: int, *, num_objects: tuple[float, float, float] = NUM_OBJEC
     rng = np.random.default_rng(seed)
     count = int(np.searchsorted(np.cumsum(num_objects)[:2], rng.random(), side="right")) + 1
     background = _make_background(rng)
-    objects = _make_objects(rng, count)
-    while objects is None:  # there was no space: draw other ones
-        objects = _make_objects(rng, count)
-    return Scene(seed, objects, background)
+    return Scene(seed, _make_objects(rng, count), background)
 
 
 def find_relation(first: Object, second: Object) -> str | None:
@@ -138,19 +137,33 @@ def _make_background(rng: np.random.Generator) -> Background:
     return Background(tones[0], tones[1], float(rng.uniform(0, 2 * np.pi)), horizon, tones[2])
 
 
-def _make_objects(rng: np.random.Generator, count: int) -> tuple[Object, ...] | None:
-    """Returns `count` objects that do not overlap; None where 100 attempts at one have failed."""
+def _make_objects(rng: np.random.Generator, count: int) -> tuple[Object, ...]:
+    """Returns `count` objects that do not overlap.
+
+    Sizes are drawn once and kept: if objects that find no space were drawn anew, a scene of many
+    would be one of small ones, and their number would tell their size without the image.
+    """
     sizes = ["large" if rng.random() < LARGE_RATE else "small" for _ in range(count)]
+    objects = _place_objects(rng, sizes)
+    while objects is None:
+        objects = _place_objects(rng, sizes)
+    return tuple(objects[index] for index in rng.permutation(count))
+
+
+def _place_objects(rng: np.random.Generator, sizes: list[str]) -> list[Object] | None:
+    """Returns objects of these sizes; None where 100 attempts at one have failed."""
     objects: list[Object] = []
     for size in sorted(sizes):  # large ones first, while there is space
         for _ in range(100):
             candidate = _make_object(rng, size)
+            if objects and rng.random() < SIMILAR_RATE:
+                candidate = _make_similar(rng, candidate, pick(rng, objects))
             if all(_can_coexist(candidate, item) for item in objects):
                 objects.append(candidate)
                 break
         else:
             return None
-    return tuple(objects[index] for index in rng.permutation(count))
+    return objects
 
 
 def _make_object(rng: np.random.Generator, size: str) -> Object:
@@ -158,6 +171,12 @@ def _make_object(rng: np.random.Generator, size: str) -> Object:
     texture = "plain" if rng.random() < PLAIN_RATE else pick(rng, TEXTURES[1:])
     x, y = (float(value) for value in rng.uniform(radius, 1 - radius, size=2))
     return Object(pick(rng, SHAPES), pick(rng, tuple(COLORS)), size, texture, x, y, radius)
+
+
+def _make_similar(rng: np.random.Generator, item: Object, model: Object) -> Object:
+    """Returns `item` with the texture of `model` and either its color or its shape."""
+    shared = pick(rng, ("color", "shape"))
+    return replace(item, texture=model.texture, **{shared: getattr(model, shared)})
 
 
 def _can_coexist(first: Object, second: Object) -> bool:
