@@ -126,8 +126,11 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """AdamW with linear warmup, then decay, both per optimizer step."""
+    """AdamW, or Muon with it; linear warmup, then decay, both per optimizer step."""
 
+    name: Literal["adamw", "muon"] = "adamw"
+    """`muon` updates the matrices of the blocks by Muon and everything else by AdamW: small
+    pretrainings learn twice as fast (docs/decisions.md, 2026-11-29). The paper has AdamW."""
     lr: float = 1e-3
     min_lr: float = 1e-6
     betas: tuple[float, float] = (0.9, 0.999)

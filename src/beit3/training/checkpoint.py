@@ -273,12 +273,13 @@ def load_checkpoint(
 def _allocate_optimizer_state(
     task: Task, optimizer: torch.optim.Optimizer, stored_names: set[str]
 ) -> None:
-    """Creates the tensors of AdamW for every parameter of which the checkpoint holds some."""
+    """Creates the optimizer's tensors for every parameter of which the checkpoint holds some."""
     for name, parameter in task.trainable_parameters():
         state = {
             "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
             "exp_avg": torch.zeros_like(parameter).detach(),
             "exp_avg_sq": torch.zeros_like(parameter).detach(),
+            "momentum_buffer": torch.zeros_like(parameter).detach(),
         }
         stored = {
             key: value for key, value in state.items() if f"optimizer.{name}.{key}" in stored_names

@@ -1,4 +1,4 @@
-"""AdamW over named parameter groups, the learning rate of a step, and how many steps a run has."""
+"""Optimizer over named parameter groups, learning rate of a step, and how many steps a run has."""
 
 import math
 from collections.abc import Iterable, Mapping
@@ -10,34 +10,49 @@ from torch import Tensor, nn
 from beit3.ops.collectives import gather_full
 from beit3.recipe import OptimConfig, Recipe
 from beit3.task import Task
+from beit3.training.muon import MuonWithAdamW
 
 
-def make_optimizer(task: Task, config: OptimConfig) -> torch.optim.AdamW:
-    """Returns fused AdamW; each parameter group keeps its learning-rate factor as `lr_scale`."""
+def make_optimizer(task: Task, config: OptimConfig) -> torch.optim.Optimizer:
+    """Returns fused AdamW, alone or beside Muon; each group's learning-rate factor is `lr_scale`.
+
+    Raises ValueError where Muon or AdamW would have nothing to update.
+    """
     groups = make_parameter_groups(task, config)
-    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
+    if config.name == "adamw":
+        return torch.optim.AdamW(
+            groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True
+        )
+    matrices = [group for group in groups if group["muon"]]
+    others = [group for group in groups if not group["muon"]]
+    if not matrices or not others:
+        raise ValueError("optim.name: muon needs blocks with matrices that are trained; give adamw")
+    return MuonWithAdamW(matrices, others, config)
 
 
 def make_parameter_groups(task: Task, config: OptimConfig) -> list[dict[str, Any]]:
-    """Groups the trainable parameters by learning-rate factor and weight decay.
+    """Groups the trainable parameters by learning-rate factor, weight decay and optimizer.
 
     With layer decay a group's label is `layer_<n>` or `head`, else `x<factor>`; groups without
-    weight decay end in `_no_decay`.
+    weight decay end in `_no_decay`, those that Muon updates in `_muon`.
     """
-    groups: dict[tuple[float, bool], dict[str, Any]] = {}
+    groups: dict[tuple[float, bool, bool], dict[str, Any]] = {}
     for name, parameter in task.trainable_parameters():
         scale = get_lr_scale(task, name, config)
         decay = has_weight_decay(name, parameter, config.no_decay)
-        if (scale, decay) not in groups:
-            groups[scale, decay] = {
+        muon = config.name == "muon" and is_block_matrix(task, name, parameter)
+        if (scale, decay, muon) not in groups:
+            ending = ("" if decay else "_no_decay") + ("_muon" if muon else "")
+            groups[scale, decay, muon] = {
                 "params": [],
                 "names": [],
                 "lr_scale": scale,
                 "weight_decay": config.weight_decay if decay else 0.0,
-                "label": _make_label(task, name, scale, config) + ("" if decay else "_no_decay"),
+                "muon": muon,
+                "label": _make_label(task, name, scale, config) + ending,
             }
-        groups[scale, decay]["params"].append(parameter)
-        groups[scale, decay]["names"].append(name)
+        groups[scale, decay, muon]["params"].append(parameter)
+        groups[scale, decay, muon]["names"].append(name)
     return list(groups.values())
 
 
@@ -47,6 +62,12 @@ def _make_label(task: Task, name: str, scale: float, config: OptimConfig) -> str
         return f"x{scale:g}"
     layer, head = task.layer_of(name)
     return "head" if layer == head else f"layer_{layer}"
+
+
+def is_block_matrix(task: Task, name: str, parameter: Tensor) -> bool:
+    """Returns whether a parameter is a matrix of a block, neither of embeddings nor of the head."""
+    layer, head = task.layer_of(name)
+    return parameter.ndim == 2 and 0 < layer < head
 
 
 def has_weight_decay(name: str, parameter: Tensor, no_decay: Iterable[str]) -> bool:

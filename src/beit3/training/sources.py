@@ -39,8 +39,10 @@ def find_records_root(
         return prepare_embedded_world(task, progress=progress)
     directory, name = Path(root), task_name(task)
     own_sources = [source for source in task.sources if source not in task.records_from]
+    if len(own_sources) != 1:
+        return directory
     source = own_sources[0]
-    if len(own_sources) > 1 or source not in sources or (directory / name / source).exists():
+    if source not in sources or (directory / name / source).exists():
         return directory
     try:
         locate_split(directory, name, source, split)
