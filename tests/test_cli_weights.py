@@ -27,7 +27,7 @@ from beit3.weights.loading import load_weights
 from beit3.weights.release_format import to_released_state
 from beit3.weights.store import read_config, save_weights
 from tests.golden import find_fixture
-from tests.tokenizer.test_teacher import hugging_face_state, openai_state
+from tests.tokenizer.test_teacher_vit import hugging_face_state, openai_state
 
 
 def make_backbone(**changes) -> Backbone:

@@ -70,7 +70,7 @@ class PretrainConfig(TaskConfig):
     both networks see the same grid."""
     image_mask_rate: float = 0.4
     min_mask_block: int = 16
-    """Patches of the smallest block that is masked at once."""
+    """Patches of the smallest block that is masked at once; 0 = patches are masked one by one."""
     text_mask_rate: float = 0.15
     pair_text_mask_rate: float = 0.5
     pair_masking: Literal["both", "text_only", "image_only", "alternate"] = "both"

@@ -159,6 +159,17 @@ def test_eighty_percent_are_masked_and_ten_replaced_at_random():
     assert set(narrow.tolist()) == {7, MASK, 100, 101, 102}
 
 
+def test_without_blocks_patches_are_masked_one_by_one():
+    """Neighbors are then masked independently: 26/64 * 25/63 of all pairs of them, .161."""
+    rng = np.random.default_rng(0)
+    masks = np.stack([draw_block_mask((8, 8), 26, rng, min_block=0) for _ in range(400)])
+    assert (masks.sum((1, 2)) == 26).all() and masks.any(0).all()
+    both_masked = (masks[:, :, 1:] & masks[:, :, :-1]).mean()
+    assert abs(both_masked - 26 / 64 * 25 / 63) < 0.01
+    blocks = np.stack([draw_block_mask((8, 8), 26, rng, min_block=4) for _ in range(400)])
+    assert (blocks[:, :, 1:] & blocks[:, :, :-1]).mean() > 0.2
+
+
 @pytest.mark.parametrize("min_block", [4, 16, 30])
 def test_the_first_block_has_at_least_the_smallest_area(min_block):
     """Sides are rounded, so that an area may be a little smaller than the one that was drawn."""

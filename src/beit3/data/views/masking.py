@@ -34,7 +34,8 @@ def draw_block_mask(
         grid: Rows and columns of patches (h, w).
         num_masked: Number of masked patches.
         rng: Random generator.
-        min_block: Smallest area of a block in patches, where it fits.
+        min_block: Smallest area of a block in patches, where it fits; 0 = no blocks, all patches
+            are drawn one by one.
         aspect: Range of a block's height / width, which is drawn log-uniformly.
 
     Returns:
@@ -51,7 +52,7 @@ def draw_block_mask(
         )
     mask = np.zeros(grid, dtype=bool)
     remaining = num_masked
-    while remaining:
+    while remaining and min_block:
         num_added = _add_block(mask, remaining, min_block, aspect, rng)
         if not num_added:
             break
