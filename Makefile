@@ -30,7 +30,7 @@ $(RUN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.package: pyproject.toml | $(RUN)/python
-	$(RUN)/pip install --quiet --editable '.[dense]'
+	$(RUN)/pip install --quiet --editable '.[dense,serve]'
 	touch $@
 
 $(VENV)/.development: pyproject.toml | $(RUN)/python

@@ -8,7 +8,8 @@ serve uniform noise. Queries are other vectors of the same clusters; far queries
 with noise to a cosine of 0.3, as a text and a picture have it. Each store is measured in a process
 of its own, so that its peak memory is its own; before every search of all queries the memory-mapped
 vectors are read once, which is the time that exact search is held against. A million rows are not
-copied to Milvus Lite, which takes a quarter of an hour and more, unless `--stores` asks for it.
+copied to Milvus Lite, which takes 22 minutes and then 11 GB of memory, unless `--stores` asks for
+it.
 """
 
 import argparse

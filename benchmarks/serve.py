@@ -18,13 +18,14 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import Image
@@ -106,7 +107,7 @@ def make_weights(name: str, out: Path) -> Path:
         image=Preprocessing(size),
         answers=answers,
         num_answers=len(answers),
-        text_length=32,
+        text_length=48,
     )
     task = VQA(grow_vocabulary(config, tokenizer), tokenizer=tokenizer)
     task.init_weights(0)
@@ -161,13 +162,24 @@ def run_server(weights: Path | str, **options: object) -> Iterator[Server]:
             break
     if not port:
         raise RuntimeError(f"the server did not start: {''.join(lines)[-2000:]}")
+    # A full pipe would stop a server that writes to its log.
+    drain = threading.Thread(target=forward_lines, args=(process.stderr,), daemon=True)
+    drain.start()
     try:
         yield Server(process, port)
     finally:
         if process.poll() is None:
             process.send_signal(signal.SIGTERM)
         process.wait(60)
+        drain.join(10)
         process.stderr.close()
+
+
+def forward_lines(source: BinaryIO) -> None:
+    """Passes on what a server writes, but for its last line."""
+    for line in source:
+        if not line.startswith(b"stopped; all"):
+            sys.stderr.write(line.decode(errors="replace"))
 
 
 # The client ---------------------------------------------------------------------------------------

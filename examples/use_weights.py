@@ -148,7 +148,7 @@ plt.show()
 # `inspect` gives the states between the blocks, and how much each word attends to each patch.
 
 # %%
-question = "what color is the square ?"
+question = "what color is the triangle ?"
 inspection = vqa.inspect(pictures[0], question, attention=True)
 maps = inspection.get_word_attention()  # [words, rows, columns], mean of heads and layers
 print(vqa(pictures[0], question)[0])

@@ -22,6 +22,8 @@ class Behavior:
     """Bytes of its first, second, ... answer after which the connection ends."""
     statuses: list[int] = field(default_factory=list)
     """Status of the first, second, ... answer, in place of the file."""
+    retry_after: str = ""
+    """`Retry-After` of such an answer."""
     announced: int = -1
     """Content-Length, where it is a lie."""
     redirect: str = ""
@@ -47,6 +49,8 @@ class Handler(BaseHTTPRequestHandler):
             return
         if behavior.statuses and (status := behavior.statuses.pop(0)) != 200:
             self.send_response(status)
+            if behavior.retry_after:
+                self.send_header("Retry-After", behavior.retry_after)
             self.send_header("Content-Length", "0")
             self.end_headers()
             return

@@ -38,7 +38,7 @@ class Handler(BaseHTTPRequestHandler):
             ]
             self.answer(json.dumps(entries).encode())
         elif path.startswith(f"/{self.repository}/resolve/"):
-            name = path.rpartition("/")[2]
+            name = path.split("/", 5)[5]
             self.answer(self.files.get(name))
             if self.command == "GET":
                 self.fetched.append(name)
@@ -68,7 +68,11 @@ def serve_repository(repository: str, folder: Path, monkeypatch) -> Iterator[lis
     from huggingface_hub import constants
 
     fetched: list[str] = []
-    files = {path.name: path.read_bytes() for path in folder.iterdir()}
+    files = {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
     members = {"repository": repository, "files": files, "fetched": fetched}
     server = ThreadingHTTPServer(("127.0.0.1", 0), type("BoundHandler", (Handler,), members))
     thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)

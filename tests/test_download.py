@@ -6,6 +6,8 @@ import subprocess
 import sys
 import threading
 import time
+from email.message import Message
+from email.utils import formatdate
 from pathlib import Path
 
 import pytest
@@ -217,6 +219,57 @@ def test_passing_errors_of_a_server_are_tried_again_and_others_are_not(base, beh
     with pytest.raises(ValueError, match="the server answers 404 Not Found"):
         fetch(base, tmp_path / "other.bin")
     assert len(behavior.requests) == 4
+
+
+@pytest.mark.parametrize("status", [429, 503])
+def test_a_server_is_left_alone_for_as_long_as_it_asks(
+    base, behavior, tmp_path, monkeypatch, status
+):
+    waits = []
+    monkeypatch.setattr(download.time, "sleep", waits.append)
+    behavior.statuses = [status] * 3
+    behavior.retry_after = "70"
+    fetch(base, tmp_path / "file.bin")
+    assert (tmp_path / "file.bin").read_bytes() == CONTENT
+    assert waits == [70, 70, 70]
+
+
+@pytest.mark.parametrize(
+    ("text", "low", "high"),
+    [
+        ("7", 7, 7),
+        (formatdate(time.time() + 3600, usegmt=True), 3300, 3600),
+        (formatdate(time.time() - 3600, usegmt=True), 0, 0),
+        *((text, 0, 0) for text in ("", "-5", "soon", "1.5", "Wed, 99 Mar 2023 00:00:00 GMT")),
+    ],
+)
+def test_the_wait_is_a_number_of_seconds_or_a_date(text, low, high):
+    headers = Message()
+    headers["Retry-After"] = text
+    assert low <= download._read_retry_after(headers) <= high
+
+
+def test_a_short_wait_asked_for_does_not_shorten_the_own_one(base, behavior, tmp_path, monkeypatch):
+    waits = []
+    monkeypatch.setattr(download.time, "sleep", waits.append)
+    behavior.statuses = [503] * 3
+    behavior.retry_after = "1"
+    download_file(f"{base}/file.bin", tmp_path / "file.bin", first_wait=0.5)
+    assert waits == [1, 1, 2]
+
+
+@pytest.mark.parametrize("text", ["3600", "9" * 400])
+def test_a_wait_that_is_too_long_ends_the_download_and_keeps_what_has_come(
+    base, behavior, tmp_path, text
+):
+    behavior.stop_after = [1_000_000]
+    behavior.statuses = [200, 429]
+    behavior.retry_after = text
+    with pytest.raises(OSError, match=r"429 .* asks to wait .* s; 1,000,000 bytes are kept"):
+        fetch(base, tmp_path / "file.bin")
+    assert len(behavior.requests) == 2
+    fetch(base, tmp_path / "file.bin")
+    assert behavior.requests[-1]["Range"] == "bytes=1000000-"
 
 
 def test_addresses_of_other_schemes_are_refused(tmp_path):

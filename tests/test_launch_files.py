@@ -4,8 +4,10 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -256,6 +258,36 @@ def test_the_image_copies_what_is_there_and_starts_a_valid_command():
     assert by_name["USER"] != "root" and by_name["STOPSIGNAL"] == "SIGTERM"
     assert '".[serve]"' in by_name["RUN"]
     assert subprocess.run(["bash", "-n", "-c", by_name["RUN"]]).returncode == 0
+
+
+def test_the_package_is_built_from_what_the_image_copies(tmp_path):
+    """As pip does in the image; the extra that it asks for exists, and its Python suffices."""
+    project = tmp_path / "project"
+    project.mkdir()
+    instructions = read_dockerfile()
+    for words in (argument.split() for name, argument in instructions if name == "COPY"):
+        for source in map(LAUNCH.parent.joinpath, words[:-1]):
+            if source.is_dir():
+                ignored = shutil.ignore_patterns("__pycache__", "*.egg-info")
+                shutil.copytree(source, project / words[-1], ignore=ignored)
+            else:
+                shutil.copy(source, project / words[-1])
+    code = f"from setuptools import build_meta; build_meta.build_wheel({str(tmp_path)!r})"
+    subprocess.run([sys.executable, "-c", code], cwd=project, check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+        (metadata,) = [name for name in names if name.endswith(".dist-info/METADATA")]
+        lines = archive.read(metadata).decode("utf-8").splitlines()
+    assert "beit3/shipped/world/vqa/model.safetensors" in names
+    assert "beit3/serve/page/index.html" in names
+    by_name = dict(instructions)
+    (extra,) = re.findall(r'"\.\[(\w+)\]"', by_name["RUN"])
+    assert f"Provides-Extra: {extra}" in lines
+    (version,) = re.findall(r"^python:3\.(\d+)-slim$", by_name["FROM"])
+    (needed,) = [line.rpartition(".")[2] for line in lines if line.startswith("Requires-Python: ")]
+    assert int(version) >= int(needed)
+    assert by_name["ENV"].startswith("BEIT3_CACHE=/tmp/"), "the user may write there"
 
 
 def test_the_commands_of_the_image_run(root, tmp_path):

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from email.message import Message
+from email.utils import mktime_tz, parsedate_tz
 from http.client import HTTPException, InvalidURL
 from pathlib import Path
 from typing import IO, Any
@@ -42,6 +43,8 @@ MAX_TRIES = 5
 """Tries that bring no new byte, one after the other, before a download gives up."""
 FIRST_WAIT = 0.5
 """Seconds before the second try; each further wait is twice as long."""
+MAX_WAIT = 120.0
+"""Longest wait in seconds that a server may ask for by `Retry-After`; beyond it a download ends."""
 RETRIED_STATUS = (408, 425, 429, 500, 502, 503, 504)
 
 Advance = Callable[[int, int], None]
@@ -75,6 +78,11 @@ class _Source:
 class _BrokenOffError(OSError):
     """The connection ended, or the server cannot answer now; another try may help."""
 
+    def __init__(self, message: str, wait: float = 0.0):
+        super().__init__(message)
+        self.wait = wait
+        """Seconds that the server asks to wait."""
+
 
 class _RangeRefusedError(_BrokenOffError):
     """The server has fewer bytes than were downloaded: its file is another one now."""
@@ -102,7 +110,8 @@ def download_file(
     Raises:
         ValueError: The address or the server's answer is refused, the file is not the expected
             one (it is removed), or another process is downloading it.
-        OSError: The connection kept breaking off (what has come is kept), or the disk is full.
+        OSError: The connection kept breaking off, or the server asks to wait for longer than
+            `MAX_WAIT` (what has come is kept), or the disk is full.
     """
     expected = expected or Expected()
     _check_scheme(url)
@@ -165,12 +174,12 @@ def _fetch(url: str, part: Path, expected: Expected, advance: Advance, first_wai
             done = _get_size(part)
             failures = 1 if done > most else failures + 1
             most = max(done, most)
-            if failures == MAX_TRIES:
+            if failures == MAX_TRIES or error.wait > MAX_WAIT:
                 raise OSError(
                     f"{url}: {error}; {done:,} bytes are kept in {part}, "
                     "the same command goes on from there"
                 ) from None
-            time.sleep(first_wait * 2 ** (failures - 1))
+            time.sleep(max(first_wait * 2 ** (failures - 1), error.wait))
 
 
 def _fetch_once(url: str, part: Path, expected: Expected, advance: Advance) -> None:
@@ -266,7 +275,7 @@ def _open(request: Request) -> Any:
             if error.code == 416:
                 raise _RangeRefusedError("the server's file is shorter now") from None
             if error.code in RETRIED_STATUS:
-                raise _BrokenOffError(f"the server answers {error.code} {error.reason}") from None
+                raise _describe_refusal(error) from None
             reason = " ".join(str(error.reason).split())
             raise ValueError(f"{url}: the server answers {error.code} {reason}") from None
     except InvalidURL as error:
@@ -274,6 +283,25 @@ def _open(request: Request) -> Any:
     except (URLError, HTTPException, OSError) as error:
         cause = error.reason if isinstance(error, URLError) else error
         raise _BrokenOffError(f"no connection ({cause})") from None
+
+
+def _describe_refusal(error: HTTPError) -> _BrokenOffError:
+    """Returns the error of a server that cannot answer now, with the wait that it asks for."""
+    wait = _read_retry_after(error.headers)
+    asked = f" and asks to wait {wait:,.0f} s" if wait else ""
+    return _BrokenOffError(f"the server answers {error.code} {error.reason}{asked}", wait)
+
+
+def _read_retry_after(headers: Message) -> float:
+    """Returns the seconds that `Retry-After` asks to wait, a number or a date; 0 without one."""
+    text = headers.get("Retry-After", "").strip()
+    if text.isascii() and text.isdigit():
+        return float(text)
+    try:
+        date = parsedate_tz(text)
+        return max(0.0, mktime_tz(date) - time.time()) if date else 0.0
+    except (ValueError, OverflowError):  # a day or year that no calendar has
+        return 0.0
 
 
 def _check_scheme(url: str) -> None:

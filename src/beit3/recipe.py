@@ -69,6 +69,11 @@ class TaskConfig:
         return ()
 
     @property
+    def output_names(self) -> tuple[str, ...]:
+        """Names of what the head tells apart, labels or answers; empty as for `class_names`."""
+        return self.class_names
+
+    @property
     def num_classes(self) -> int:
         """Number of labels; 0 for tasks without labels."""
         return 0

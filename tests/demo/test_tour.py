@@ -3,7 +3,9 @@ training."""
 
 import os
 import re
+import shlex
 import signal
+import sys
 import threading
 import time
 from pathlib import Path
@@ -11,6 +13,11 @@ from pathlib import Path
 import pytest
 
 from beit3 import cli
+from beit3.cli.app import read_command
+from beit3.cli.serve import serve
+from beit3.demo import tour
+from beit3.demo.tables import TASK_SCORES
+from beit3.serve.service import parse_weights
 from tests.training.runs import find_newest_checkpoint
 
 
@@ -54,6 +61,12 @@ def test_ctrl_c_leaves_a_run_that_can_be_resumed(out, capsys):
 def test_the_same_command_resumes_and_finishes(out, capsys):
     assert cli.main(["demo", "--fast", "--out", str(out)]) == 0
     printed = capsys.readouterr().out
+    words = shlex.split(printed.splitlines()[-1])
+    verb, options = read_command(words[1:])
+    assert words[0] == "beit3" and verb is serve
+    weights = parse_weights(options["weights"])
+    assert weights["vqa"] == str(out / "vqa") and {"retrieval", "coco"} <= set(weights)
+    assert set(weights) <= {"vqa", *TASK_SCORES}
     assert "held-out records" in printed and "most frequent" in printed and "report.html" in printed
     page = (out / "report.html").read_text()
     assert len(page) > 50_000
@@ -71,6 +84,31 @@ def test_the_same_command_resumes_and_finishes(out, capsys):
         "statements",
     ):
         assert phrase in page
+
+
+def test_the_command_that_serves_starts_the_program_that_ran(tmp_path, monkeypatch):
+    """It is one line for a shell; of an environment that is not active it names the path."""
+    runs = [Path("runs/my demo/vqa"), Path("runs/my demo/coco")]
+    programs = []
+    for folder in ("active", "other"):
+        program = tmp_path / folder / "beit3"
+        program.parent.mkdir()
+        program.write_text("#!/bin/sh\n")
+        program.chmod(0o755)
+        programs.append(str(program))
+    monkeypatch.setenv("PATH", str(tmp_path / "active"))
+    for started, named in ((programs[0], "beit3"), (programs[1], programs[1])):
+        monkeypatch.setattr(sys, "argv", [started, "demo"])
+        words = shlex.split(tour.format_serve_command(runs))
+        assert words == [named, "serve", "runs/my demo/vqa", "runs/my demo/coco"]
+    monkeypatch.setattr(sys, "argv", ["/site-packages/beit3/__main__.py", "demo"])
+    assert tour.format_serve_command(runs).startswith("beit3 serve ")
+
+
+def test_make_demo_installs_what_its_last_line_needs():
+    makefile = (Path(__file__).parents[2] / "Makefile").read_text()
+    (extras,) = re.findall(r"^\$\(VENV\)/\.package:.*\n.*'\.\[(.*)\]'$", makefile, re.M)
+    assert set(extras.split(",")) == {"dense", "serve"}
 
 
 def test_finished_stages_are_not_run_again(out, capsys):

@@ -14,8 +14,8 @@ from beit3.data.views.preprocessing import Preprocessing
 from beit3.export import export as export_module
 from beit3.export import extra
 from beit3.export.export import export_task
-from beit3.export.modes import choose_modes, list_modes, make_mode
-from beit3.export.parity import compare
+from beit3.export.modes import TASK_MODES, choose_modes, list_modes, make_mode
+from beit3.export.parity import Comparison, compare
 from beit3.export.runtime import is_exported
 from beit3.model.config import TINY, TINY_RELEASE
 from beit3.model.generation import Decoding
@@ -392,6 +392,49 @@ def test_a_graph_that_differs_is_refused_and_an_older_export_stays(tmp_path, tok
         export_task(task, tmp_path / "out", modes=("image",))
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()} == before
+
+
+def test_small_outputs_that_differ_are_refused_by_their_cosine(tmp_path, tokenizer):
+    """Values around 1e-6 are within the limit on the error, whatever they are."""
+    task = make_task("retrieval", tokenizer)
+    outputs = task.outputs
+
+    def shrink(batch):
+        shift = 1.0 if torch.compiler.is_compiling() else 0.0
+        return {name: 1e-6 * (value + shift) for name, value in outputs(batch).items()}
+
+    task.outputs = shrink
+    with pytest.raises(ValueError, match=r"differs .* beyond error 0.0001 and cosine 0.99999"):
+        export_task(task, tmp_path / "out", modes=("image",))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("program", "error", "cosine", "is_close"),
+    [
+        ("onnxruntime", 1e-4, 0.99999, True),
+        ("onnxruntime", 1e-4, 0.9999, False),
+        ("onnxruntime", 2e-4, 1.0, False),
+        ("torch.export", 0.0, float("nan"), False),
+        ("onnxruntime int8", 0.1, 0.98, True),
+        ("onnxruntime int8", 0.0, 0.97, False),
+    ],
+)
+def test_float32_has_limits_on_error_and_cosine_and_int8_on_the_cosine(
+    program, error, cosine, is_close
+):
+    assert Comparison("image", program, {}, error, cosine).is_close == is_close
+
+
+def test_the_published_table_has_every_task_within_the_limits():
+    """benchmarks/export.py measures it."""
+    path = Path(__file__).parents[2] / "benchmarks" / "export.json"
+    rows = json.loads(path.read_text())["figures"]["parity"]
+    modes = {(row["task"], row["mode"]) for row in rows}
+    tasks_and_modes = {(task, mode) for task, modes in TASK_MODES.items() for mode in modes}
+    assert modes == {*tasks_and_modes, ("retrieval", "match")}
+    for row in rows:
+        assert Comparison(row["mode"], row["program"], {}, row["error"], row["cosine"]).is_close
 
 
 def test_unknown_modes_and_tasks_without_modes_are_refused(tokenizer):

@@ -92,3 +92,26 @@ def test_codes_are_not_multiplied_where_products_are_wrong(monkeypatch, multiply
 
 def test_what_is_measured_runs_in_a_thread_of_search():
     assert run_in_thread(torch.get_num_threads) == 1
+
+
+def test_rows_that_are_scored_first_spare_most_others(monkeypatch):
+    num_reached: list[int] = []
+    find_reached = scan.find_reached
+
+    def count_reached(products, limits):
+        reached = find_reached(products, limits)
+        num_reached.append(len(reached[0]))
+        return reached
+
+    monkeypatch.setattr(scan, "find_reached", count_reached)
+    scan.find_best_rows([make_vectors(4000, 0)], make_vectors(10, 1), 1)
+    assert sum(num_reached) < 0.05 * 4000 * 10
+
+
+def test_rows_scored_first_are_distinct_and_sorted():
+    for num_rows in (0, 1, 255, 256, 600, 20_000, 1_000_003):
+        rows = scan.sample_rows(num_rows)
+        assert len(rows) <= min(scan.SAMPLE_ROWS, num_rows / 8)
+        assert (np.diff(rows) > 0).all()
+        assert len(rows) == 0 or (rows[0] >= 0 and rows[-1] < num_rows)
+    assert len(rows) == scan.SAMPLE_ROWS

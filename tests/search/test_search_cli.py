@@ -194,6 +194,20 @@ def test_fusion(folder, run_cli):
     assert read_ids(run_cli("search", "v", "a dog", *options, "0,1")) == second
 
 
+def test_the_sheet_of_a_fusion_shows_the_images_of_every_index(folder, run_cli):
+    (folder / "others").mkdir()
+    for index in range(4):
+        Image.new("RGB", (40, 30), (0, 60 * index, 0)).save(folder / f"others/s{index}.jpg")
+    metadata = {
+        "id": [f"s{index}" for index in range(4)],
+        "image_path": [f"s{index}.jpg" for index in range(4)],
+    }
+    vectors = make_unit_vectors(np.random.default_rng(2), 4)
+    write_index(folder / "v2", vectors, metadata, image_root=str(folder / "others"))
+    run_cli("search", "v", "a dog", "--fuse", "v2", "-k", 28, "--out", "hits.html")
+    assert len(Page((folder / "hits.html").read_text()).images) == 28
+
+
 class ToyReranker:
     """Prefers images of large numbers."""
 

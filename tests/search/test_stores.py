@@ -63,8 +63,9 @@ class SlowSearch:
 def small_chunks(monkeypatch):
     """Makes chunks, candidates and thresholds change often, and queries come in several passes."""
     monkeypatch.setattr(passes, "MAX_CHUNK_ROWS", 80)
+    monkeypatch.setattr(passes, "COPIED_ROWS", 33)
     monkeypatch.setattr(passes.FloatPass, "chunk_rows", 37)
-    monkeypatch.setattr(scan, "FIRST_ROWS", 7)
+    monkeypatch.setattr(scan, "RUN_ROWS", 3)
     monkeypatch.setattr(scan, "BLOCK_ROWS", 16)
     monkeypatch.setattr(scan, "QUERY_ROWS", 3)
     monkeypatch.setattr(scan, "MAX_CANDIDATES", 20)

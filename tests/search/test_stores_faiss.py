@@ -204,6 +204,20 @@ def test_a_damaged_index_is_named_in_one_line(tmp_path, name, content):
     open_store(str(tmp_path), index="faiss")
 
 
+def test_an_index_of_another_version_is_told_from_a_damaged_one(tmp_path):
+    make_folder(tmp_path, make_table(make_rows(50, random.Random(0))))
+    faiss_store.build_faiss_index(tmp_path)
+    path = tmp_path / "faiss.json"
+    facts = json.loads(path.read_text())
+    del facts["image"]["far_recall"]
+    path.write_text(json.dumps(facts))
+    with pytest.raises(ValueError, match="of another version of beit3: run `beit3 index .* exact"):
+        open_store(str(tmp_path))
+    path.write_text("[]")
+    with pytest.raises(ValueError, match="is damaged: run `beit3 index"):
+        open_store(str(tmp_path))
+
+
 def test_an_index_of_other_vectors_is_refused(tmp_path):
     make_folder(tmp_path, make_table(make_rows(50, random.Random(0))))
     with pytest.raises(ValueError, match="has no FAISS index: run `beit3 index"):

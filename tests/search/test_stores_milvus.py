@@ -175,6 +175,29 @@ def test_an_interrupted_copy_goes_on_and_is_not_searched_before(uri, folder, mon
         copying.copy_to_milvus(str(folder), uri)
 
 
+def test_no_connection_is_left_open(tmp_path, folder, monkeypatch):
+    clients = []
+
+    def connect_and_keep(address):
+        clients.append(connect(address))
+        return clients[-1]
+
+    connect = milvus.connect
+    for module in (milvus, copying):
+        monkeypatch.setattr(module, "connect", connect_and_keep)
+    uri = str(tmp_path / "x.db")
+    copying.copy_to_milvus(str(folder), uri)
+    copying.add_folder(uri, str(folder), replace=True)
+    with pytest.raises(ValueError, match="already"):
+        copying.copy_to_milvus(str(folder), uri)
+    with pytest.raises(ValueError, match="no collection"):
+        open_store(f"{uri}#other")
+    assert len(clients) >= 6
+    for client in clients:
+        with pytest.raises(Exception, match="create connection first"):
+            client.list_collections()
+
+
 def test_a_copy_of_a_changed_folder_does_not_go_on(tmp_path, folder, monkeypatch):
     uri = str(tmp_path / "x.db")
     with monkeypatch.context() as patch:

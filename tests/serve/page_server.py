@@ -171,6 +171,8 @@ class Handler(BaseHTTPRequestHandler):
             self.send_page(path.removeprefix("/page/") if path != "/" else "index.html")
         elif not self.check_token():
             return
+        elif path == "/docs":
+            self.send(200, PAGE_TYPES["html"], b"<title>API</title><h1>All endpoints</h1>")
         elif path == "/v1/models" and self.behavior.loading:
             self.behavior.loading -= 1
             self.send_error_json(503, "the server is loading its weights")

@@ -537,6 +537,8 @@ class TestErrors:
         expect(image).to_have_attribute("src", re.compile("^blob:"))
         page.reload()
         expect(page.get_by_role("tab").first).to_be_visible()
+        page.get_by_role("link", name="API").click()
+        expect(page.get_by_role("heading", name="All endpoints")).to_be_visible()
 
 
 # With the server itself ---------------------------------------------------------------------------

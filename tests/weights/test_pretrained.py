@@ -11,13 +11,15 @@ import torch
 import beit3
 from beit3.data.views.preprocessing import Preprocessing
 from beit3.predict import from_pretrained, load
+from beit3.recipe import TaskConfig
+from beit3.task import load_task
 from beit3.tasks.vqa import VQA, VQAConfig
 from beit3.weights import hub
 from beit3.weights.card import read_run, write_card
 from beit3.weights.convert import convert_released
 from beit3.weights.names import find_pretrained
 from beit3.weights.release_format import to_released_state
-from beit3.weights.store import save_weights
+from beit3.weights.store import CONFIG_FILE, MODEL_FILE, TOKENIZER_FILE, save_weights
 from tests.hub_server import COMMIT, serve_repository
 from tests.weights.states import BACKBONE
 
@@ -92,6 +94,10 @@ def test_a_released_file_our_folder_and_a_hub_folder_give_equal_outputs(
     }
     (folder / "evil.py").write_text("raise SystemExit")
     (folder / "pytorch_model.bin").write_bytes(b"pickle")
+    (folder / "optimizer.safetensors").write_bytes(b"large")
+    (folder / "checkpoints").mkdir()
+    for file in ("model.safetensors", "config.json", "text.model", "beit3.spm"):
+        (folder / "checkpoints" / file).write_bytes(b"large")
     with serve_repository("me/vqa", folder, monkeypatch) as fetched:
         cached = from_pretrained("me/vqa", cache_dir=tmp_path / "hub")
         assert sorted(fetched) == ["config.json", "model.safetensors", "text.model"]
@@ -120,6 +126,20 @@ def test_what_the_hub_does_not_have_is_one_line(tmp_path, task, monkeypatch):
             assert "\n" not in str(caught.value)
     with pytest.raises(ValueError, match="^me/vqa on the hub: "):
         from_pretrained("me/vqa", cache_dir=tmp_path / "empty", local_files_only=True)
+
+
+def test_a_repository_without_weights_is_one_line(tmp_path, monkeypatch):
+    pytest.importorskip("huggingface_hub")
+    (tmp_path / "other" / "deep").mkdir(parents=True)
+    (tmp_path / "other" / "deep" / "model.safetensors").write_bytes(b"large")
+    with serve_repository("me/other", tmp_path / "other", monkeypatch) as fetched:
+        with pytest.raises(ValueError, match="^me/other on the hub has no model.safetensors: "):
+            from_pretrained("me/other", cache_dir=tmp_path / "hub")
+    assert fetched == []
+
+
+def test_the_files_of_a_weights_directory_are_fetched():
+    assert set(hub.FETCHED) == {MODEL_FILE, CONFIG_FILE, TOKENIZER_FILE}
 
 
 def test_the_hub_is_never_asked_unless_a_repository_is_named(tmp_path, monkeypatch):
@@ -212,6 +232,33 @@ def test_names_cannot_break_the_table(task):
     assert "a\\|b, c d, e |" in card
     task.config = replace(task.config, answers=tuple("abcdefghijklmnopqrstuvwxyz"))
     assert "26: a, b, c" in (card := write_card(task, title="x")) and "t and 6 more |" in card
+
+
+@pytest.mark.parametrize(
+    ("name", "call"),
+    [
+        ("backbone", 'predictor.embed(images=["picture.jpg"])'),
+        ("retrieval", 'predictor.embed(images=["picture.jpg"], texts=["a red car"])'),
+        ("nlvr2", 'predictor("left.jpg", "right.jpg", "both show a car")'),
+        ("imagenet", 'predictor("picture.jpg")'),
+        ("vqkd", "predictor.task  # takes tensors"),
+    ],
+)
+def test_the_example_is_of_the_task_and_the_sizes_are_those_of_its_network(name, call):
+    task_class = load_task(name)
+    recipe = task_class.recipes.get("demo")
+    config = recipe.task if recipe else TaskConfig(model=BACKBONE, image=Preprocessing(16))
+    card = write_card(task_class(config), title="x")
+    assert f"\n{call}\n```\n" in card
+    assert f"| width | {config.model.dim} |" in card
+    # A visual tokenizer has neither experts nor tokens of texts.
+    for row in ("| experts |", "| rows of the token embedding |"):
+        assert (row in card) == (name != "vqkd")
+
+
+def test_an_example_can_have_inputs_of_its_own(task):
+    card = write_card(task, title="x", example_inputs=('a "b".png', "what?"))
+    assert '\npredictor("a \\"b\\".png", "what?")\n' in card and "car" not in card
 
 
 # Saving -------------------------------------------------------------------------------------------

@@ -9,13 +9,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from beit3 import load
+from beit3 import cli, load
 from beit3.cli.app import read_command
 from beit3.cli.train import read_recipe
-from beit3.demo.shipping import NETWORK, PAIRS, RUNS, STAGES, measure
+from beit3.demo.shipping import DRAWINGS, NETWORK, PAIRS, RUNS, STAGES, format_card, measure
 from beit3.recipe import Recipe
 from beit3.task import load_task
 from beit3.training.embedded_world import prepare_world_records
+from beit3.weights.card import RunRecord
+from beit3.weights.loading import load_weights
 from beit3.weights.names import SHIPPED, list_shipped
 from beit3.world.export import write_world
 
@@ -35,6 +37,12 @@ def read_scores(name: str) -> dict[str, float]:
     """Returns the table of scores of a model card."""
     section = read_card(name).partition("## Scores")[2].partition("##")[0]
     return {key: float(value) for key, value in re.findall(r"^\| (\S+) \| (\S+) \|", section, re.M)}
+
+
+def read_settings(name: str) -> dict[str, str]:
+    """Returns the table of a model card's training settings."""
+    section = read_card(name).partition("## Training")[2].partition("##")[0]
+    return dict(re.findall(r"^\| (.+?) \| (.+?) \|$", section, re.M))
 
 
 def read_commands(name: str) -> list[list[str]]:
@@ -92,6 +100,41 @@ def test_the_commands_of_a_card_are_what_make_weights_runs(name):
     assert load(name).task.config.model == recipe.task.model
     assert f"| steps | {recipe.run.steps} |" in read_card(name)
     assert f"| seed | {recipe.run.seed} |" in read_card(name)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_card_is_what_the_code_writes_of_these_weights(name):
+    task = load_weights(SHIPPED / name).half()
+    record = RunRecord(read_settings(name))
+    card = format_card(task, name.partition("/")[2], read_scores(name), record)
+    assert card == read_card(name)
+
+
+@pytest.fixture(scope="module")
+def drawings(tmp_path_factory):
+    """A folder in which the command of the cards has drawn the images of their examples."""
+    folder = tmp_path_factory.mktemp("drawings")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        assert cli.main(shlex.split(DRAWINGS)[1:]) == 0
+    return folder
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_example_of_a_card_is_of_the_drawings_and_runs(name, drawings, monkeypatch):
+    monkeypatch.chdir(drawings)
+    assert f"`{DRAWINGS}`" in read_card(name)
+    (code,) = re.findall(r"^```python\n(.*?)^```", read_card(name), re.M | re.S)
+    *statements, call = code.splitlines()
+    variables: dict = {}
+    exec("\n".join(statements), variables)
+    assert eval(call, variables)
+    texts = [text for text in re.findall(r'"(.*?)"', call) if not text.endswith(".png")]
+    files = ("pairs/dataset_world.json", "vqa/v2_OpenEnded_mscoco_train2014_questions.json")
+    sentences = [(drawings / "shapes" / file).read_text() for file in files]
+    for text in texts:
+        assert any(text in written for written in sentences), "the world has no such sentence"
+    assert bool(texts) == (name in ("world/vqa", "world/retrieval"))
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,7 @@ import io
 import json
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -19,6 +20,33 @@ if TYPE_CHECKING:
     from beit3.search.sequence import SequenceResult
 
 OUT_SUFFIXES = (".json", ".csv", ".html")
+
+
+@dataclass(frozen=True)
+class Output:
+    """Where results go, and what a contact sheet says above them.
+
+    Raises ValueError for a file that is written in no known form.
+    """
+
+    path: str
+    """A .json, .csv or .html file; "" prints them."""
+    as_json: bool
+    """Whether a terminal is given JSON too."""
+    lead: str
+
+    def __post_init__(self) -> None:
+        if self.path and self.suffix not in OUT_SUFFIXES:
+            raise ValueError(f"--out {self.path}: results are written as {', '.join(OUT_SUFFIXES)}")
+
+    @property
+    def suffix(self) -> str:
+        return Path(self.path).suffix.lower()
+
+    @property
+    def prints_table(self) -> bool:
+        """Whether results become a table on a terminal."""
+        return not self.path and not self.as_json and sys.stdout.isatty()
 
 
 def search(
@@ -101,15 +129,23 @@ def search(
         json: Print JSON also on a terminal.
         out: Write the results to this .json, .csv or .html file (a contact sheet).
     """
-    from beit3.recipe import RunConfig
-    from beit3.search.fusion import FusedSearcher
-    from beit3.search.query import Query, Searcher
-    from beit3.search.stores.uri import open_store
-    from beit3.training.launch import init_device
+    from beit3.search.query import Query
 
-    suffix = Path(out).suffix.lower()
-    if out and suffix not in OUT_SUFFIXES:
-        raise ValueError(f"--out {out}: results are written as {', '.join(OUT_SUFFIXES)}")
+    check_combination(
+        {
+            "--queries": bool(queries),
+            "--then": bool(then),
+            "--fuse": bool(fuse),
+            "a query": bool(text or image or id or not_ or not_image),
+            "--rerank": bool(rerank),
+            "--out": bool(out),
+            "--offset": bool(offset),
+            "--group-by": bool(group_by),
+            "--in text": in_ == "text",
+            "--scores": bool(scores),
+            "--fuse-weights": bool(fuse_weights),
+        }
+    )
     query = Query(
         text=text,
         image=image or None,
@@ -120,80 +156,31 @@ def search(
         image_weight=image_weight,
         negative_weight=not_weight,
     )
-    has_query = bool(text or image or id or not_ or not_image)
-    check_combination(
-        {
-            "--queries": bool(queries),
-            "--then": bool(then),
-            "--fuse": bool(fuse),
-            "a query": has_query,
-            "--rerank": bool(rerank),
-            "--out": bool(out),
-            "--offset": bool(offset),
-            "--group-by": bool(group_by),
-            "--in text": in_ == "text",
-            "--scores": bool(scores),
-            "--fuse-weights": bool(fuse_weights),
-        }
+    uris = (uri, *fuse)
+    output = Output(out, json, make_lead(uris, where))
+    searchers = open_searchers(
+        uris,
+        index=index,
+        weights=weights,
+        image_root=image_root,
+        refuse_long_texts=not queries,
+        load_options=make_load_options(released),
     )
-    device = init_device(RunConfig())
-    searchers = [
-        Searcher(
-            open_store(name, index=index),
-            weights=weights if position == 0 else "",
-            image_root=image_root,
-            device=device,
-            refuse_long_texts=not queries,
-            load_options=make_load_options(released),
-        )
-        for position, name in enumerate((uri, *fuse))
-    ]
-    searcher: Searcher | FusedSearcher = searchers[0]
-    locate_image = searcher.locate_image
-    lead = " · ".join(filter(None, [", ".join((uri, *fuse)), where and f"where {where}"]))
+    rows: dict[str, Any] = {"where": where, "group_by": group_by, "modality": in_}
+    reranking: dict[str, Any] = {"rerank": rerank, "rerank_k": rerank_k}
+    page: dict[str, Any] = {"k": k or 10, "offset": offset}
     if queries:
-        dump_queries(
-            searchers[0],
-            queries,
-            scores,
-            k=k or 0,
-            where=where,
-            group_by=group_by,
-            modality=in_,
-            rerank=rerank,
-            rerank_k=rerank_k,
-        )
-        return
-    if then:
+        dump_queries(searchers[0], queries, scores, k=k or 0, **rows, **reranking)
+    elif then:
         steps = [query, *(Query(text=step) for step in then)]
-        videos = find_videos(
-            searchers[0],
-            steps,
-            within=within,
-            k=k or 10,
-            offset=offset,
-            where=where,
-            video_column=video_column,
-            time_column=time_column,
-        )
-        write_videos(videos, [step.describe() for step in steps], out, locate_image, json, lead)
-        return
-    if fuse:
-        searcher = FusedSearcher(
-            searchers, method=fuse_by, weights=read_weights(fuse_weights, len(searchers))
-        )
-    results = find_results(
-        searcher,
-        query,
-        k=k or 10,
-        offset=offset,
-        where=where,
-        group_by=group_by,
-        modality=in_,
-        rerank=rerank,
-        rerank_k=rerank_k,
-    )
-    write_results(results, query.describe(), out, locate_image, json, lead)
+        columns = {"video_column": video_column, "time_column": time_column}
+        videos = find_videos(searchers[0], steps, within=within, where=where, **columns, **page)
+        names = [step.describe() for step in steps]
+        write_videos(videos, names, output, searchers[0].locate_image)
+    else:
+        searcher = fuse_searchers(searchers, fuse_by, fuse_weights)
+        results = find_results(searcher, query, **rows, **reranking, **page)
+        write_results(results, query.describe(), output, searcher.locate_image)
 
 
 EXCLUSIVE = {
@@ -233,6 +220,38 @@ def read_weights(text: str, count: int) -> list[float]:
 
 
 # Searching ----------------------------------------------------------------------------------------
+
+
+def open_searchers(
+    uris: Sequence[str], *, index: str, weights: str, **options: Any
+) -> list["Searcher"]:
+    """Opens indexes; `weights` replaces those that the first one names."""
+    from beit3.recipe import RunConfig
+    from beit3.search.query import Searcher
+    from beit3.search.stores.uri import open_store
+    from beit3.training.launch import init_device
+
+    device = init_device(RunConfig())
+    return [
+        Searcher(
+            open_store(uri, index=index),
+            weights=weights if position == 0 else "",
+            device=device,
+            **options,
+        )
+        for position, uri in enumerate(uris)
+    ]
+
+
+def fuse_searchers(
+    searchers: Sequence["Searcher"], method: Literal["rank", "score"], weights: str
+) -> "Searcher | FusedSearcher":
+    """Returns what searches all indexes together; the index itself where there is one."""
+    from beit3.search.fusion import FusedSearcher
+
+    if len(searchers) == 1:
+        return searchers[0]
+    return FusedSearcher(searchers, method=method, weights=read_weights(weights, len(searchers)))
 
 
 def find_results(
@@ -322,40 +341,43 @@ def dump_queries(
 # Output -------------------------------------------------------------------------------------------
 
 
+def make_lead(uris: Sequence[str], where: str) -> str:
+    """Returns the line that says in which rows was searched."""
+    indexes = ", ".join(uris)
+    return f"{indexes} · where {where}" if where else indexes
+
+
 def write_results(
     results: Sequence["Result"],
     title: str,
-    out: str,
+    output: Output,
     locate_image: Callable[[dict[str, Any]], str],
-    as_json: bool,
-    lead: str,
 ) -> None:
     """Writes results to a file, or prints them."""
     from beit3.search.sheet import write_sheet
 
-    rows = [result.to_row() for result in results]
-    if out.lower().endswith(".html"):
-        print(write_sheet(Path(out), results, locate_image, title=title, lead=lead))
+    if output.suffix == ".html":
+        path = Path(output.path)
+        print(write_sheet(path, results, locate_image, title=title, lead=output.lead))
     else:
-        write_rows(rows, out, as_json)
+        write_rows([result.to_row() for result in results], output)
 
 
 def write_videos(
     videos: Sequence["SequenceResult"],
     steps: Sequence[str],
-    out: str,
+    output: Output,
     locate_image: Callable[[dict[str, Any]], str],
-    as_json: bool,
-    lead: str,
 ) -> None:
     """Writes the videos of a sequence to a file, or prints them."""
     from beit3.search.sheet import write_sequence_sheet
 
-    if out.lower().endswith(".html"):
-        print(write_sequence_sheet(Path(out), videos, locate_image, steps=steps, lead=lead))
+    if output.suffix == ".html":
+        path = Path(output.path)
+        print(write_sequence_sheet(path, videos, locate_image, steps=steps, lead=output.lead))
         return
     rows = [video.to_row() for video in videos]
-    if out.lower().endswith(".csv") or not (out or as_json or not sys.stdout.isatty()):
+    if output.suffix == ".csv" or output.prints_table:
         # A table has a row for every frame.
         rows = [
             {name: row[name] for name in ("rank", "video", "score")}
@@ -363,23 +385,21 @@ def write_videos(
             for row in rows
             for frame in row["frames"]
         ]
-    write_rows(rows, out, as_json)
+    write_rows(rows, output)
 
 
-def write_rows(rows: Sequence[dict[str, Any]], out: str, as_json: bool) -> None:
+def write_rows(rows: Sequence[dict[str, Any]], output: Output) -> None:
     """Writes rows to a .json or .csv file; without one prints a table or JSON."""
     from beit3.files import write_text
 
-    if out.lower().endswith(".csv"):
-        write_text(out, format_csv(rows))
-        print(out)
-    elif out:
-        write_text(out, json.dumps(rows, indent=1, ensure_ascii=False) + "\n")
-        print(out)
-    elif as_json or not sys.stdout.isatty():
-        print(json.dumps(rows, indent=1, ensure_ascii=False))
-    else:
+    as_json = json.dumps(rows, indent=1, ensure_ascii=False)
+    if output.path:
+        write_text(output.path, format_csv(rows) if output.suffix == ".csv" else as_json + "\n")
+        print(output.path)
+    elif output.prints_table:
         print_table(rows)
+    else:
+        print(as_json)
 
 
 def format_csv(rows: Sequence[dict[str, Any]]) -> str:

@@ -28,6 +28,7 @@ def serve(
     max_bytes: Count = 33_554_432,
     max_pixels: Count = 50_000_000,
     max_text: Count = 4_000,
+    max_connections: Count = 512,
     timeout: Amount = 30,
     drain: Amount = 1,
 ) -> None:
@@ -44,8 +45,10 @@ def serve(
 
     Args:
         weights: Weights directories, runs, released files or names of weights that ship, each as
-            WEIGHTS or NAME=WEIGHTS; by default all that ship.
-        index: A folder of vectors or another index, for searches.
+            WEIGHTS or NAME=WEIGHTS; by default all that ship, beside an index too.
+            text_model, answers and classes are not for those that ship.
+        index: A folder of vectors or another index, for searches. The weights that made it are
+            served as well.
         host: Address to listen at.
         port: Port to listen at; 0 takes a free one.
         token_file: A file with the token that clients must send.
@@ -62,7 +65,9 @@ def serve(
         max_queue: Most requests that wait for one network; more are refused with status 503.
         max_bytes: Most bytes of a request.
         max_pixels: Most pixels of an image.
-        max_text: Most characters of a text.
+        max_text: Most characters of a text. One of more tokens than the weights read is refused
+            as well.
+        max_connections: Most open connections.
         timeout: Seconds after which a request is given up.
         drain: Seconds that requests are still taken after SIGTERM.
     """
@@ -72,9 +77,9 @@ def serve(
     from beit3.weights.names import list_shipped
 
     words = list(weights)
-    if not words and not index:
+    if not words:
         words = list_shipped()
-        if not words:
+        if not words and not index:
             raise ValueError("no weights to serve: give a run, a weights directory or a file")
     limits = Limits(
         max_bytes=max_bytes,
@@ -87,6 +92,7 @@ def serve(
         port=port,
         token=read_token(token_file) if token_file else "",
         drain=drain,
+        max_connections=max_connections,
         service=Settings(
             max_batch=max_batch,
             max_wait=max_wait / 1000,

@@ -67,6 +67,17 @@ STAGES = {
 }
 """Name of shipped weights -> how they are trained."""
 
+DRAWINGS = "beit3 world --out shapes --scenes 48 --seed 1"
+"""The command that draws the images of the examples in the model cards."""
+
+EXAMPLES: Mapping[str, tuple[str, ...]] = {
+    "vqa": ("shapes/pairs/images/000000.png", "what color is the triangle ?"),
+    "captioning": ("shapes/pairs/images/000000.png",),
+    "retrieval": ("shapes/pairs/images/000000.png", "a large green triangle"),
+    "coco": ("shapes/coco/val/000000000003.png",),
+}
+"""Name of shipped weights -> inputs of the example in its model card."""
+
 RUNS = "runs/world"
 """Directory of the runs in the model cards, and of `make weights`."""
 
@@ -125,7 +136,12 @@ def format_card(task: Task, name: str, scores: Mapping[str, float], run: RunReco
     settings = run.settings if run else {}
     title = f"{WORLD}/{name}"
     known = write_card(
-        task, title=title, license="mit", run=RunRecord(settings, scores), example=title
+        task,
+        title=title,
+        license="mit",
+        run=RunRecord(settings, scores),
+        example=title,
+        example_inputs=EXAMPLES[name],
     )
     commands = [PAIRS.format_command(RUNS, "pairs"), STAGES[name].format_command(RUNS, name)]
     return known + "\n".join(
@@ -137,10 +153,11 @@ def format_card(task: Task, name: str, scores: Mapping[str, float], run: RunReco
             "```\n",
             "The records are the embedded world's: drawings of 32 x 32 pixels with one to three",
             "colored shapes, and sentences, questions and answers made from a small grammar. The",
-            "weights know these and nothing else: they are for trying the package, not for",
-            "photographs. They are stored in float16 and computed in float32, and the scores are",
-            "of the stored weights. Other machines round differently; there the weights differ",
-            "slightly.",
+            f"example's image is one of them: `{DRAWINGS}`",
+            "draws it. The weights know these and nothing else: they are for trying the package,",
+            "not for photographs. They are stored in float16 and computed in float32, and the",
+            "scores are of the stored weights. Other machines round differently; there the",
+            "weights differ slightly.",
             "",
         ]
     )

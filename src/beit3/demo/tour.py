@@ -3,9 +3,13 @@
 The stages are: embedded world, text tokenizer, visual tokenizer, pretraining, VQA from those
 weights and from scratch, a short run of every other task from those weights, one table and
 report.html. Every stage is a run of its own below the demo's directory. If the demo is stopped, the
-same command resumes it, and finished stages are not run again.
+same command resumes it, and finished stages are not run again. At the end it names the command that
+serves the trained tasks.
 """
 
+import shlex
+import shutil
+import sys
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -195,7 +199,26 @@ def run(out: Path, *, fast: bool = False) -> Path:
         table=rows,
     )
     console.print(f"report: {report.resolve()}   ({format_duration(time.monotonic() - started)})")
+    command = format_serve_command([out / name for name in ("vqa", *task_names)])
+    console.print("to try it in a browser:")
+    console.print(command, soft_wrap=True, markup=False)  # one line, which can be copied
     return report
+
+
+def format_serve_command(runs: Iterable[Path]) -> str:
+    """Returns the command that serves the weights of runs, as a shell takes it."""
+    return shlex.join([find_program(), "serve", *(run.as_posix() for run in runs)])
+
+
+def find_program() -> str:
+    """Returns what starts this program: `beit3`, or its path where the shell does not find it.
+
+    `make demo` runs it in an environment that is not active.
+    """
+    started, on_path = Path(sys.argv[0]), shutil.which("beit3")
+    if started.stem != "beit3" or (on_path and Path(on_path).resolve() == started.resolve()):
+        return "beit3"
+    return started.as_posix()
 
 
 def export_world(task_names: Iterable[str], world: str) -> Path:

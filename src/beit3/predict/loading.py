@@ -70,16 +70,12 @@ def load(
         options["precision"] = "" if precision in ("float32", "auto") else precision
         options["device"] = "" if _check_device(device).type == "cpu" else device
         return Predictor(*load_exported(path, options=options))
-    answer_names, class_names = read_answers(answers), read_classes(classes)
     if path.is_dir():
         path = store.find_weights(path)
-        built, report = _load_directory(
-            path, task, num_heads, text_model, answer_names, class_names, prompt
-        )
-    else:
-        built, report = _load_file(
-            path, task, num_heads, text_model, answer_names, class_names, prompt
-        )
+    load_path = _load_directory if path.is_dir() else _load_file
+    built, report = load_path(
+        path, task, num_heads, text_model, read_answers(answers), read_classes(classes), prompt
+    )
     predictor = Predictor(
         built.to(_check_device(device)),
         report,

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -32,22 +33,20 @@ def copy_to_milvus(path: str, uri: str) -> int:
     complete already, or was begun from another state of the folder.
     """
     folder = open_folder(path)
-    store = _open_collection(folder, uri)
     rows = np.flatnonzero(folder.alive)
-    with show_progress("copied") as advance:
-        for start in range(0, len(rows), BATCH_ROWS):
-            _copy_rows(folder, store, rows[start : start + BATCH_ROWS])
-            advance(min(start + BATCH_ROWS, len(rows)), len(rows))
-    store.set_facts(copied=True)
-    store.close()
+    with closing(_open_collection(folder, uri)) as store:
+        with show_progress("copied") as advance:
+            for start in range(0, len(rows), BATCH_ROWS):
+                _copy_rows(folder, store, rows[start : start + BATCH_ROWS])
+                advance(min(start + BATCH_ROWS, len(rows)), len(rows))
+        store.set_facts(copied=True)
     return len(rows)
 
 
 def _open_collection(folder: VectorFolder, uri: str) -> MilvusStore:
     """Makes the collection, or opens the one that an interrupted copy has left."""
     address, collection = split_uri(uri)
-    client = connect(address)
-    with explain_errors(uri):
+    with closing(connect(address)) as client, explain_errors(uri):
         present = client.has_collection(collection)
     manifest = folder.manifest
     if not present:
@@ -56,14 +55,26 @@ def _open_collection(folder: VectorFolder, uri: str) -> MilvusStore:
             uri, manifest, columns, copied=False, generation=manifest.generation
         )
     store = MilvusStore(uri, read_only=False, unfinished=True)
-    if store.facts.get("copied", True):
-        raise ValueError(f"{uri} has that collection already: name another one, or use --add")
-    check_fingerprint(store.fingerprint, manifest.fingerprint, uri, weights=store.weights)
-    if store.facts.get("generation") != manifest.generation:
-        raise ValueError(
-            f"{folder.path} has changed since its copy to {uri} was begun: name another collection"
-        )
+    try:
+        _check_copy(store, folder)
+    except ValueError:
+        store.close()
+        raise
     return store
+
+
+def _check_copy(store: MilvusStore, folder: VectorFolder) -> None:
+    """Raises ValueError unless a collection is an interrupted copy of a folder as it is now."""
+    if store.facts.get("copied", True):
+        raise ValueError(f"{store.uri} has that collection already: name another one, or use --add")
+    check_fingerprint(
+        store.fingerprint, folder.manifest.fingerprint, store.uri, weights=store.weights
+    )
+    if store.facts.get("generation") != folder.manifest.generation:
+        raise ValueError(
+            f"{folder.path} has changed since its copy to {store.uri} was begun: name another "
+            "collection"
+        )
 
 
 def _copy_rows(folder: VectorFolder, store: MilvusStore, rows: np.ndarray) -> None:
@@ -91,15 +102,19 @@ def add_folder(uri: str, path: str, *, replace: bool = False) -> int:
     """
     source = open_folder(path)
     store = open_store(uri, index="auto" if is_milvus_uri(uri) else "exact", read_only=False)
-    check_fingerprint(
-        store.fingerprint, source.manifest.fingerprint, f"{uri} (beside {path})", weights=""
-    )
-    if is_milvus_uri(uri):
-        for vectors, metadata in _iterate_batches(source, store, BATCH_ROWS):
-            write = store.replace if replace else store.add
-            write(vectors, metadata)
-    else:
-        change_rows(uri, _iterate_batches(source, store, SHARD_ROWS), replace=replace)
+    try:
+        check_fingerprint(
+            store.fingerprint, source.manifest.fingerprint, f"{uri} (beside {path})", weights=""
+        )
+        if is_milvus_uri(uri):
+            for vectors, metadata in _iterate_batches(source, store, BATCH_ROWS):
+                write = store.replace if replace else store.add
+                write(vectors, metadata)
+        else:
+            change_rows(uri, _iterate_batches(source, store, SHARD_ROWS), replace=replace)
+    finally:
+        if isinstance(store, MilvusStore):
+            store.close()
     return source.num_rows
 
 

@@ -5,6 +5,7 @@ the manifest, so that a reader sees a write whole or not at all.
 """
 
 import os
+import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -129,6 +130,7 @@ class VectorFolder:
         self.schema = unify_schemas([file.schema_arrow for file in self._metadata])
         self.deleted = _read_deleted(self.path, manifest)
         self._columns: dict[str, pa.ChunkedArray] = {}
+        self._reading = threading.Lock()
 
     @property
     def shards(self) -> tuple[Shard, ...]:
@@ -174,10 +176,16 @@ class VectorFolder:
         return alive
 
     def read_column(self, name: str) -> pa.ChunkedArray:
-        """Returns a metadata column of all rows, deleted ones included. It is read once."""
+        """Returns a metadata column of all rows, deleted ones included. It is read once.
+
+        Several threads may call it: a Parquet file is read by one thread at a time.
+        """
         if name not in self._columns:
-            table = join_tables([self._read_shard(i, [name]) for i in range(len(self.shards))])
-            self._columns[name] = table.column(name)
+            with self._reading:
+                if name not in self._columns:
+                    shards = range(len(self.shards))
+                    table = join_tables([self._read_shard(shard, [name]) for shard in shards])
+                    self._columns[name] = table.column(name)
         return self._columns[name]
 
     def read_columns(self, names: Sequence[str]) -> pa.Table:
@@ -328,7 +336,10 @@ def delete_rows(folder: str | Path, ids: Sequence[str]) -> int:
         rows = current.find_rows(ids)
         missing = [item for item, row in zip(ids, rows, strict=True) if row < 0]
         if missing:
-            raise ValueError(f"{folder} has no row with id {missing[0]!r} ({len(missing)} in all)")
+            raise ValueError(
+                f"{folder} has no row with id {missing[0]!r} ({len(missing)} in all): give ids as "
+                "`beit3 search` prints them"
+            )
         rows = np.unique(rows)
         if len(rows):
             commit(folder, current.manifest, deleted=write_deleted(current, rows))
@@ -380,12 +391,16 @@ def _find_present(
     ids = metadata.column(ID).to_pylist()
     rows = current.find_rows(ids)
     double = [name for name in ids if name in earlier]
-    if not replace:
-        double += [name for name, row in zip(ids, rows, strict=True) if row >= 0]
     if double:
         raise ValueError(
-            f"{current.path} has a row with id {double[0]!r} ({len(double)} such ids): replace "
-            "them instead"
+            f"several of the rows that are added to {current.path} have the id {double[0]!r} "
+            f"({len(double)} such ids): give each row an id of its own"
+        )
+    present = [name for name, row in zip(ids, rows, strict=True) if row >= 0]
+    if present and not replace:
+        raise ValueError(
+            f"{current.path} has a row with id {present[0]!r} ({len(present)} such ids): use "
+            "`beit3 index --replace` or the store's `replace`"
         )
     earlier.update(ids)
     return rows[rows >= 0]

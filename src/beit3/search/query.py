@@ -12,7 +12,7 @@ from beit3.images import ImageInput
 from beit3.search.filters import Filter, parse_filter
 from beit3.search.input_tables import read_image
 from beit3.search.manifest import check_fingerprint
-from beit3.search.stores.store import Store
+from beit3.search.stores.store import QueryError, Store
 from beit3.weights.names import is_there
 
 if TYPE_CHECKING:
@@ -286,7 +286,7 @@ class Searcher:
                 if len(chosen) >= wanted or are_all:
                     found[index] = [ids[position] for position in chosen], scores[chosen]
                 elif num_candidates == limit:
-                    raise ValueError(
+                    raise QueryError(
                         f"{self.store.uri}: the best {limit} rows, the most that are returned, "
                         f"hold only {len(chosen)} of {wanted} groups: ask for fewer, or add a "
                         "filter"
@@ -340,20 +340,20 @@ class Searcher:
         """Returns the vectors of texts [T, D]."""
         if not texts:
             return np.empty((0, self.store.dim), np.float32)
-        self._check_space("text", modality)
+        self.check_space("text", modality)
         self.check_texts(texts)
         return self.predictor.embed(texts=texts)["text"]
 
     def _encode_images(self, images: list[ImageInput], modality: str) -> np.ndarray:
         if not images:
             return np.empty((0, self.store.dim), np.float32)
-        self._check_space("image", modality)
+        self.check_space("image", modality)
         opened = [
             read_image(str(image)) if isinstance(image, str | Path) else image for image in images
         ]
         return self.predictor.embed(images=opened)["image"]
 
-    def _check_space(self, query_modality: str, modality: str) -> None:
+    def check_space(self, query_modality: str, modality: str) -> None:
         """Raises ValueError where vectors of the two modalities do not lie in one space."""
         task = self.store.fingerprint.get("task", "retrieval")
         if task == "backbone" and query_modality != modality:

@@ -1,6 +1,5 @@
 """The endpoints: predictions of every task, embeddings, search, images of the index, the page."""
 
-import asyncio
 import json
 import re
 import time
@@ -14,7 +13,7 @@ from beit3.serve.extra import import_extra
 from beit3.serve.limits import ENDPOINT, Guard, GuardSettings
 from beit3.serve.refusal import Refusal
 from beit3.serve.service import Service
-from beit3.serve.uploads import read_body, read_json
+from beit3.serve.uploads import names_files, read_body, read_json
 
 PAGE = files("beit3") / "serve" / "page"
 
@@ -58,8 +57,8 @@ def build_app(service: Service, guard: GuardSettings | None = None) -> Any:
     async def refuse(request: Any, error: Exception) -> Any:
         return endpoints.answer_error(error)
 
-    # All other exceptions reach the guard, which logs them and answers 500.
-    for kind in (Refusal, ValueError, exceptions.HTTPException):
+    # All other exceptions are faults of the server: the guard logs them and answers 500.
+    for kind in (Refusal, exceptions.HTTPException):
         app.add_exception_handler(kind, refuse)
     app.openapi = lambda: describe_api(service)
     app.add_middleware(
@@ -67,6 +66,7 @@ def build_app(service: Service, guard: GuardSettings | None = None) -> Any:
         settings=guard or GuardSettings(max_bytes=service.settings.limits.max_bytes),
         metrics=service.metrics,
         is_draining=lambda: service.state == "draining",
+        admit=lambda scope: admit(service, scope),
     )
     return app
 
@@ -113,7 +113,10 @@ class Endpoints:
         body, content_type = await request.body(), request.headers.get("content-type", "")
         started = time.perf_counter()
         answer = await self.service.predict(
-            model, lambda: read_body(body, content_type), attention=attention
+            model,
+            lambda: read_body(body, content_type),
+            attention=attention,
+            reads_files=names_files(body, content_type, self.service.settings.limits),
         )
         seconds = round(time.perf_counter() - started, 6)
         return self._json(
@@ -126,7 +129,9 @@ class Endpoints:
         self.service.check_ready()
         body = await self._read_json_body(request)
         limits = self.service.settings.limits
-        asked = await self._in_pool(lambda: embeddings.read_request(read_json(body), limits))
+        asked = await self.service.bodies.run(
+            lambda: embeddings.read_request(read_json(body), limits)
+        )
         return self._json(await embeddings.embed(self.service, asked))
 
     async def search(self, request: Any) -> Any:
@@ -136,7 +141,9 @@ class Endpoints:
         body, content_type = await request.body(), request.headers.get("content-type", "")
         limits = self.service.settings.limits
         results = await self.service.search(
-            index, lambda: searching.read_query(read_body(body, content_type), index, limits)
+            index,
+            lambda: searching.read_query(read_body(body, content_type), index, limits),
+            reads_files=names_files(body, content_type, limits),
         )
         return self._json({"results": [searching.format_result(result) for result in results]})
 
@@ -145,7 +152,7 @@ class Endpoints:
         request.scope[ENDPOINT] = "/images"
         index, id = self.service.find_index(), request.path_params["id"]
         limits = self.service.settings.limits
-        data, kind = await self._in_pool(lambda: searching.load_picture(index, id, limits))
+        data, kind = await self.service.files.run(lambda: searching.load_picture(index, id, limits))
         return self._response(data, media_type=kind, headers={"Cache-Control": IMAGE_CACHE})
 
     async def list_models(self, request: Any) -> Any:
@@ -167,9 +174,6 @@ class Endpoints:
         if kind != "application/json":
             raise Refusal(415, "send application/json")
         return await request.body()
-
-    async def _in_pool(self, call: Callable[[], Any]) -> Any:
-        return await asyncio.get_running_loop().run_in_executor(self.service.pool, call)
 
     # The server -----------------------------------------------------------------------------------
 
@@ -211,13 +215,14 @@ class Endpoints:
     # Answers --------------------------------------------------------------------------------------
 
     def answer_error(self, error: Any) -> Any:
-        """Returns the answer for a Refusal, a ValueError or an HTTPException."""
-        if isinstance(error, Refusal):
-            refusal = error
-        elif isinstance(error, ValueError):
-            refusal = Refusal(422, self.service.clean(str(error)))
-        else:
+        """Returns the answer for a Refusal or an HTTPException."""
+        if not isinstance(error, Refusal):
             refusal = Refusal(error.status_code, str(error.detail))
+        elif error.is_quoted:
+            message = self.service.clean(error.message)
+            refusal = Refusal(error.status, message, field=error.field)
+        else:
+            refusal = error
         answer = self._json(refusal.content, status=refusal.status)
         answer.headers.update(refusal.headers)
         for name, value in (getattr(error, "headers", None) or {}).items():
@@ -234,6 +239,17 @@ class Endpoints:
             status_code=status,
             media_type="application/json",
         )
+
+
+def admit(service: Service, scope: Any) -> None:
+    """Raises Refusal 503 before the body is read where a network has no room for one more."""
+    if scope["method"] != "POST":
+        return
+    batcher = service.batchers_by_path.get(scope["path"])
+    if batcher is not None:
+        task = scope["path"].rpartition("/")[2]
+        scope[ENDPOINT] = "/search" if scope["path"] == "/search" else f"/v1/{task}"
+        batcher.check_room(1)
 
 
 def read_flag(text: str, name: str) -> bool:

@@ -89,7 +89,11 @@ class Batcher:
     # In the event loop ----------------------------------------------------------------------------
 
     async def submit(
-        self, prepare: Callable[[], tuple[Hashable, Any]], *, timeout: float | None = None
+        self,
+        prepare: Callable[[], tuple[Hashable, Any]],
+        *,
+        timeout: float | None = None,
+        pool: Executor | None = None,
     ) -> Any:
         """Prepares a request, queues it and returns its result.
 
@@ -99,6 +103,7 @@ class Batcher:
             prepare: Returns the request's key and item. Only items of one key share a batch. It
                 runs in the pool; what it raises is raised here.
             timeout: Seconds after which it is given up, by default those of the batcher.
+            pool: Threads to prepare it in, by default those of the batcher.
 
         Raises:
             Refusal: 503 where the queue is full or closed, 504 after the timeout.
@@ -109,7 +114,7 @@ class Batcher:
         key: Hashable = None
         try:
             async with asyncio.timeout(self.timeout if timeout is None else timeout):
-                key, item = await self._prepare(prepare)
+                key, item = await self._prepare(prepare, pool or self._pool)
                 future = asyncio.get_running_loop().create_future()
                 entry = Entry(item, future, time.monotonic())
                 with self._changed:
@@ -137,12 +142,14 @@ class Batcher:
                 503, f"the queue is full ({self.count} requests)", retry_after=max(1.0, wait)
             )
 
-    async def _prepare(self, prepare: Callable[[], tuple[Hashable, Any]]) -> tuple[Hashable, Any]:
+    async def _prepare(
+        self, prepare: Callable[[], tuple[Hashable, Any]], pool: Executor
+    ) -> tuple[Hashable, Any]:
         """Runs `prepare` in the pool, and lets the network's thread know that one is under way."""
         with self._changed:
             self._num_preparing += 1
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._pool, prepare)
+            return await asyncio.get_running_loop().run_in_executor(pool, prepare)
         finally:
             with self._changed:
                 self._num_preparing -= 1
@@ -157,12 +164,16 @@ class Batcher:
                 if not waiting:
                     del self._queue[key]
 
-    def close(self) -> None:
-        """Takes no more requests, computes those that wait, and ends the thread."""
+    def close(self, *, wait: bool = True) -> None:
+        """Takes no more requests, computes those that wait, and ends the thread.
+
+        With `wait` it returns when the thread has ended.
+        """
         with self._changed:
             self._is_closing = True
             self._changed.notify()
-        self._thread.join()
+        if wait:
+            self._thread.join()
 
     # In the network's thread ----------------------------------------------------------------------
 
@@ -220,6 +231,8 @@ class Batcher:
         except Exception as error:
             if len(items) == 1:
                 return [error]
+            if not isinstance(error, Refusal):
+                LOGGER.warning("a batch of %d failed, each is computed alone", len(items))
             return [self._run_safely(key, [item])[0] for item in items]
 
 

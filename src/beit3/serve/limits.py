@@ -28,8 +28,14 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 ENDPOINT = "beit3.endpoint"
 """Key of the scope under which an endpoint leaves its name for the metrics."""
 
-PUBLIC_PATHS = re.compile(r"/|/page/[\w.-]+|/docs|/healthz|/readyz")
-"""Paths that need no token. Of the networks they tell the names and the inputs, in `/docs`."""
+PUBLIC_PATHS = re.compile(r"/|/page/[\w.-]+|/healthz|/readyz")
+"""Paths that need no token: they tell nothing about the networks."""
+
+MIN_RATE = 16_384.0
+"""Bytes per second at which clients must send bodies and read answers."""
+
+MAX_DISCARDED = 1 << 20
+"""Largest body that is received and thrown away, so that a refused client keeps its connection."""
 
 CONTENT_POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; "
@@ -63,7 +69,7 @@ class GuardSettings:
     max_bytes: int = 32 << 20
     max_buffered: int = 256 << 20
     patience: float = 10.0
-    min_rate: float = 16_384.0
+    min_rate: float = MIN_RATE
     token: str = ""
     local_hosts_only: bool = False
 
@@ -76,6 +82,7 @@ class Guard:
         settings: The limits.
         metrics: Where requests are counted.
         is_draining: Whether the server is about to stop: clients are told to close then.
+        admit: Raises Refusal for a request that is refused whatever its body holds.
     """
 
     def __init__(
@@ -84,11 +91,13 @@ class Guard:
         settings: GuardSettings,
         metrics: Metrics,
         is_draining: Callable[[], bool],
+        admit: Callable[[Scope], None] = lambda scope: None,
     ) -> None:
         self.app = app
         self.settings = settings
         self.metrics = metrics
         self.is_draining = is_draining
+        self.admit = admit
         self.num_buffered = 0
         """Bytes of bodies that are in memory."""
 
@@ -106,6 +115,11 @@ class Guard:
             headers = _read_headers(scope)
             self._check_host(headers)
             self._check_token(scope["path"], headers)
+            try:
+                self.admit(scope)
+            except Refusal as refusal:
+                await answer.refuse(refusal, keep=has_small_body(headers))
+                return
             received = bytearray()
             async for chunk in self._read_body(headers, receive):
                 size += len(chunk)
@@ -119,6 +133,11 @@ class Guard:
             await answer.refuse(refusal)
         except _HungUp:
             self.metrics.hang_ups.inc()
+        except asyncio.CancelledError:
+            if not self.is_draining():
+                raise
+            message = "the server stopped before the answer was ready"
+            await answer.refuse(Refusal(503, message, retry_after=1))
         except Exception:
             LOGGER.exception("an endpoint failed")
             await answer.refuse(Refusal(500, "the server failed; its log says why"))
@@ -211,6 +230,14 @@ async def _wait_for_hang_up(receive: Receive) -> None:
         pass
 
 
+def has_small_body(headers: dict[str, str]) -> bool:
+    """Returns whether a body may be received only to be thrown away."""
+    declared = headers.get("content-length", "0")
+    if "transfer-encoding" in headers or "expect" in headers or not declared.isdecimal():
+        return False
+    return int(declared[:20]) <= MAX_DISCARDED
+
+
 def _read_headers(scope: Scope) -> dict[str, str]:
     return {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
 
@@ -239,14 +266,18 @@ class _Answer:
             self.is_complete = True
         await self._send(message)
 
-    async def refuse(self, refusal: Refusal) -> None:
-        """Answers with an error. The rest of the body is not read: the connection is closed."""
+    async def refuse(self, refusal: Refusal, *, keep: bool = False) -> None:
+        """Answers with an error. The rest of the body is not read: the connection is closed.
+
+        With `keep` it stays open, and the server throws away what still comes of the body.
+        """
         if self.status:
             return
         body = json.dumps(refusal.content, ensure_ascii=False).encode()
         headers = {"content-type": "application/json", "content-length": str(len(body))}
         headers |= {name.lower(): value for name, value in refusal.headers.items()}
-        headers["connection"] = "close"
+        if not keep:
+            headers["connection"] = "close"
         pairs = [(name.encode(), value.encode()) for name, value in headers.items()]
         await self.send({"type": "http.response.start", "status": refusal.status, "headers": pairs})
         await self.send({"type": "http.response.body", "body": body})

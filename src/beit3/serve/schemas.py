@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from beit3.data.stores.record_fields import FILE, FieldKind
-from beit3.serve.refusal import Refusal
+from beit3.serve.refusal import Refusal, refuse_value_errors
 from beit3.serve.uploads import Limits, check_names, read_image, read_text
 from beit3.task import Record, Task, task_name
 
@@ -24,12 +24,14 @@ class InputField:
         kind: "image", "text" or "value".
         required: Whether `record` has no default for it.
         accepts: Kind of a value.
+        record_field: The field of records that it becomes.
     """
 
     name: str
     kind: str
     required: bool
     accepts: FieldKind | None = None
+    record_field: str = ""
 
     def to_json(self) -> dict[str, Any]:
         return {"name": self.name, "kind": self.kind, "required": self.required}
@@ -60,7 +62,7 @@ def list_inputs(task: Task) -> tuple[InputField, ...]:
             kind = "value"
         required = parameter.default is inspect.Parameter.empty
         accepts = declared.kind if declared is not None and kind == "value" else None
-        fields.append(InputField(name, kind, required, accepts))
+        fields.append(InputField(name, kind, required, accepts, field_name))
     return tuple(fields)
 
 
@@ -85,7 +87,8 @@ def read_record(
             values[field.name] = text
         else:
             values[field.name] = read_value(value, field)
-    record = task.record(**values)
+    with refuse_value_errors():
+        record = task.record(**values)
     if not record.keys() - {"id"}:
         names = " or ".join(field.name for field in inputs)
         raise Refusal(422, f"all inputs are empty: give {names}")

@@ -9,9 +9,9 @@ from PIL import Image
 
 from beit3.images import open_image, open_with_pillow
 from beit3.search.query import Query, Result, check_column, read_filter
-from beit3.serve.refusal import Refusal
+from beit3.serve.refusal import Refusal, refuse_value_errors
 from beit3.serve.schemas import IMAGE_SCHEMA, describe_errors
-from beit3.serve.service import Index
+from beit3.serve.service import Index, check_text_length
 from beit3.serve.uploads import Limits, check_header, check_names, read_image, read_text
 
 FIELDS = ("text", "image", "id", "k", "offset", "where", "group_by", "modality")
@@ -24,7 +24,7 @@ SHOWN_FORMATS = frozenset({"JPEG", "PNG", "WEBP", "GIF", "BMP", "AVIF"})
 
 
 def read_query(fields: Mapping[str, Any], index: Index, limits: Limits) -> tuple[Hashable, Query]:
-    """Returns the batch key and the query of a request. Raises Refusal or ValueError."""
+    """Returns the batch key and the query of a request. Raises Refusal."""
     check_names(fields, FIELDS)
     texts = {
         name: read_text(fields[name], name, limits) if fields.get(name) is not None else ""
@@ -40,17 +40,24 @@ def read_query(fields: Mapping[str, Any], index: Index, limits: Limits) -> tuple
     if not texts["text"].strip() and image is None and not texts["id"]:
         raise Refusal(422, "there is nothing to search for: give text, image or id")
     searcher = index.searcher
-    searcher.check_request(k, offset, "", modality)
+    with refuse_value_errors("modality"):
+        searcher.check_request(k, offset, "", modality)
     if texts["group_by"]:
-        check_column(index.store, texts["group_by"])
-    condition = read_filter(texts["where"])
-    if condition is not None:
-        condition.check(index.store.columns)
+        with refuse_value_errors("group_by"):
+            check_column(index.store, texts["group_by"])
+    with refuse_value_errors("where"):
+        condition = read_filter(texts["where"])
+        if condition is not None:
+            condition.check(index.store.columns)
     query = Query(text=texts["text"].strip(), image=image, id=texts["id"])
-    if index.model:
-        searcher.check_texts(query.list_texts())
-    elif query.text or image is not None:
+    if not index.model and (query.text or image is not None):
         raise Refusal(422, "the weights of the index are not there: search by id alone")
+    for name, value in (("text", query.text), ("image", image)):
+        if value:
+            with refuse_value_errors(name):
+                searcher.check_space(name, modality)
+    if query.text:
+        check_text_length(searcher.predictor, query.text, "text")
     key = ("search", k, offset, texts["where"], texts["group_by"], modality)
     return key, query
 

@@ -1,6 +1,5 @@
 """Runs the application with uvicorn: loads in the background, and loses no request at the end."""
 
-import asyncio
 import signal
 import socket
 import sys
@@ -15,10 +14,8 @@ from typing import Any
 from beit3.serve.app import build_app
 from beit3.serve.extra import import_extra
 from beit3.serve.limits import GuardSettings
+from beit3.serve.protocol import make_protocol
 from beit3.serve.service import Service, Settings
-
-HEADER_SECONDS = 10.0
-"""How long the headers of a request may take."""
 
 KEEP_ALIVE_SECONDS = 30
 
@@ -33,7 +30,9 @@ class ServerSettings:
         token: What clients must send; "" = nothing.
         drain: Seconds that requests are still taken after SIGTERM, while load balancers learn of
             it and connections are closed after their next answer.
-        patience: Seconds that a body may take in any case.
+        patience: Seconds that a body and an answer may take in any case.
+        max_connections: Largest number of open connections.
+        grace: Seconds beyond the time limit of requests that answers may take at the end.
         service: How to batch, and what to refuse.
     """
 
@@ -42,6 +41,8 @@ class ServerSettings:
     token: str = ""
     drain: float = 1.0
     patience: float = 10.0
+    max_connections: int = 512
+    grace: float = 5.0
     service: Settings = field(default_factory=Settings)
 
 
@@ -94,11 +95,10 @@ def serve(
     finally:
         listener.close()
         if not thread.is_alive():
-            service.stop()
+            service.stop(wait=not server.num_cut)
     if loader.error is not None:
         raise loader.error
-    was_forced = server.force_exit
-    show("stopped at once" if was_forced else "stopped; all accepted requests were answered")
+    show(describe_end(server))
 
 
 class Loader:
@@ -121,6 +121,8 @@ class Loader:
             self.error = error
             self.server.should_exit = True
             return
+        for line in self.service.describe():
+            self.show(line)
         seconds = time.monotonic() - started
         self.show(f"ready at {self.address} after {seconds:.1f} s")
 
@@ -188,6 +190,8 @@ def make_server(app: Any, service: Service, settings: ServerSettings) -> Any:
         """Ends with status 0 after a signal; once ready, it takes requests for a while after it."""
 
         should_exit: bool
+        num_cut = 0
+        """Requests that had no complete answer when the time for the end was over."""
 
         def handle_exit(self, number: int, frame: Any) -> None:
             if service.state != "ready" or settings.drain <= 0:
@@ -203,9 +207,18 @@ def make_server(app: Any, service: Service, settings: ServerSettings) -> Any:
         def _stop(self) -> None:
             self.should_exit = True
 
+        async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+            await super().shutdown(sockets)
+            unread = [
+                connection
+                for connection in self.server_state.connections
+                if connection.transport.get_write_buffer_size() and connection.has_answered
+            ]
+            self.num_cut = len(self.server_state.tasks) + len(unread)
+
     config = uvicorn.Config(
         app,
-        http=make_protocol(),
+        http=make_protocol(settings.max_connections, settings.patience),
         ws="none",
         lifespan="off",
         log_level="warning",
@@ -213,50 +226,16 @@ def make_server(app: Any, service: Service, settings: ServerSettings) -> Any:
         server_header=False,
         proxy_headers=False,
         timeout_keep_alive=KEEP_ALIVE_SECONDS,
-        timeout_graceful_shutdown=int(settings.service.timeout) + 5,
+        timeout_graceful_shutdown=settings.service.timeout + settings.grace,
     )
     return Server(config)
 
 
-def make_protocol() -> type:
-    """Returns uvicorn's protocol with a time limit for the headers of a request.
-
-    It is that of h11, which limits the size of headers; that of httptools does not.
-    """
-    base: Any = import_extra("uvicorn.protocols.http.h11_impl").H11Protocol
-
-    class Protocol(base):  # type: ignore[misc, valid-type]
-        """Closes a connection whose next request does not come in time."""
-
-        _header_timer: asyncio.TimerHandle | None = None
-
-        def connection_made(self, transport: Any) -> None:
-            super().connection_made(transport)
-            self._start_timer()
-
-        def data_received(self, data: bytes) -> None:
-            super().data_received(data)
-            if self.cycle is None or self.cycle.response_complete:
-                self._start_timer()
-            else:
-                self._stop_timer()
-
-        def connection_lost(self, error: Exception | None) -> None:
-            self._stop_timer()
-            super().connection_lost(error)
-
-        def _start_timer(self) -> None:
-            if self._header_timer is None:
-                self._header_timer = self.loop.call_later(HEADER_SECONDS, self._close_slow)
-
-        def _stop_timer(self) -> None:
-            if self._header_timer is not None:
-                self._header_timer.cancel()
-                self._header_timer = None
-
-        def _close_slow(self) -> None:
-            self._header_timer = None
-            if self.cycle is None or self.cycle.response_complete:
-                self.transport.close()
-
-    return Protocol
+def describe_end(server: Any) -> str:
+    """Returns the last line of a server: whether all accepted requests were answered."""
+    if server.num_cut:
+        how = "at once" if server.force_exit else "after the time limit"
+        return f"stopped {how}; {server.num_cut} requests were cut off without an answer"
+    return (
+        "stopped at once" if server.force_exit else "stopped; all accepted requests were answered"
+    )

@@ -12,22 +12,28 @@ from typing import Any, Literal
 import numpy as np
 
 from beit3.files import parse_tar_member, read_tar_member
+from beit3.images import open_image
 from beit3.machine import count_cores
 from beit3.model.beit3 import BEiT3
 from beit3.predict import Predictor, load
 from beit3.search.manifest import check_fingerprint
 from beit3.search.query import Query, Result, Searcher
-from beit3.search.stores.store import Store
+from beit3.search.stores.store import QueryError, Store, UnknownIdError
 from beit3.search.stores.uri import open_store
 from beit3.serve.batcher import Batcher, round_length
+from beit3.serve.bounded_pool import BoundedPool
 from beit3.serve.metrics import Metrics
-from beit3.serve.refusal import Refusal
+from beit3.serve.refusal import Refusal, refuse_value_errors
 from beit3.serve.schemas import InputField, list_inputs, read_record
 from beit3.serve.uploads import Limits, find_inside, read_image, read_inside
 from beit3.task import Example, task_name
 from beit3.weights.names import find_path, find_shipped, is_there
 
 LOGGER = logging.getLogger("beit3.serve")
+
+FILE_THREADS = 4
+
+OPTIONS_OF_RELEASED_FILES = ("text_model", "answers", "classes")
 
 State = Literal["loading", "ready", "draining", "failed"]
 
@@ -107,16 +113,31 @@ class Model:
     # In threads of the pool -----------------------------------------------------------------------
 
     def prepare(self, record: dict[str, Any]) -> tuple[Hashable, Example]:
-        """Returns the batch key and the example of a record."""
-        self.predictor.check_text_side([record])
-        example = self.predictor.make_example(record)
+        """Returns the batch key and the example of a record. Raises Refusal."""
+        names = {field.record_field: field.name for field in self.inputs}
+        example = self._make_example(record, names)
         return ("predict", *describe_shape(example)), example
 
     def prepare_features(self, record: dict[str, Any], modality: str) -> tuple[Hashable, Example]:
         """Returns the batch key and the example of an image or a text to encode by itself."""
-        self.predictor.check_text_side([record])
-        example = self.predictor.make_example(record)
+        example = self._make_example(record, dict.fromkeys(record, "input"))
         return ("encode", modality, *describe_shape(example)), example
+
+    def _make_example(self, record: dict[str, Any], names: Mapping[str, str]) -> Example:
+        """Returns the example of a record, whose fields have other `names` in the request."""
+        if "text" in record:
+            field = names.get("text", "text")
+            with refuse_value_errors(field):
+                self.predictor.check_text_side([record])
+            check_text_length(self.predictor, record["text"], field)
+        try:
+            return self.predictor.make_example(record)
+        except ValueError:
+            for input_field in self.inputs:
+                if input_field.kind == "image":
+                    image = record.get(input_field.record_field)
+                    check_image(image, names.get(input_field.record_field, input_field.name))
+            raise
 
     # In the network's thread ----------------------------------------------------------------------
 
@@ -159,12 +180,41 @@ def describe_shape(example: Example) -> tuple[Hashable, ...]:
     return tuple(shape)
 
 
+def check_text_length(predictor: Predictor, text: str, field: str) -> None:
+    """Raises Refusal 413 for a text of which the weights would read only the beginning."""
+    task = predictor.task
+    with refuse_value_errors(field):
+        num_ids = len(task.tokenizer.encode(text))
+    limit = task.config.text_length
+    if num_ids > limit:
+        raise Refusal(
+            413,
+            f"{field} has {num_ids} token ids, and the weights read {limit}: shorten it",
+            field=field,
+        )
+
+
+def check_image(image: Any, field: str) -> None:
+    """Raises Refusal 422 for an image that cannot be decoded."""
+    if image is not None:
+        with refuse_value_errors(field):
+            open_image(image)
+
+
 def run_search(searcher: Searcher, key: Any, queries: list[Query]) -> list[list[Result]]:
-    """Answers queries that share the options in their key."""
+    """Answers queries that share the options in their key. Raises Refusal for a wrong query."""
     _, k, offset, where, group_by, modality = key
-    return searcher.search_many(
-        queries, k=k, offset=offset, where=where, group_by=group_by, modality=modality
-    )
+    try:
+        return searcher.search_many(
+            queries, k=k, offset=offset, where=where, group_by=group_by, modality=modality
+        )
+    except QueryError as error:
+        field = "id" if isinstance(error, UnknownIdError) else ""
+        raise Refusal(422, str(error), field=field, is_quoted=True) from error
+    except ValueError:
+        for query in queries:
+            check_image(query.image, "image")
+        raise
 
 
 class Index:
@@ -190,7 +240,7 @@ class Index:
         """Returns the file of a row's image, None where there is none inside the index's root."""
         try:
             (row,) = self.store.fetch([id])
-        except ValueError:
+        except UnknownIdError:
             return None
         inside = row.get("image_path") or ""
         root = self.searcher.image_root
@@ -223,6 +273,14 @@ class Service:
         self.state: State = "loading"
         self.metrics.ready.set_function(lambda: float(self.state == "ready"))
         self.pool = ThreadPoolExecutor(max(2, count_cores()), thread_name_prefix="beit3-prepare")
+        """Prepares requests of the networks: nothing else may keep it busy."""
+        timeout, num_waiting = self.settings.timeout, self.settings.max_queue
+        self.files = BoundedPool("beit3-files", FILE_THREADS, num_waiting, timeout)
+        """Reads images of the index and of the named folders, which may be on a slow disk."""
+        self.bodies = BoundedPool("beit3-bodies", 1, num_waiting, timeout)
+        """Reads bodies before it is known which network they are for."""
+        self.batchers_by_path: dict[str, Batcher] = {}
+        """Path of a request -> the batcher that it will wait for, where the path tells."""
         self._batchers: list[Batcher] = []
         self._private_words: dict[str, str] = {}
         """Paths of this machine -> what messages say in their place."""
@@ -240,7 +298,7 @@ class Service:
         """Loads weights by name, and the index. Raises ValueError where that is not possible."""
         try:
             for name, path in weights.items():
-                self.add(name, load(path, **(load_options or {})), path)
+                self.add(name, load(path, **choose_options(path, load_options)), path)
             if index:
                 self.open_index(index, image_root=image_root, load_options=load_options)
         except BaseException:
@@ -263,6 +321,8 @@ class Service:
             self.hide(word, f"the weights {name}")
         model = Model(name, predictor, self._make_batcher)
         self.models[name] = model
+        self.batchers_by_path.setdefault(f"/v1/{model.task_name}", model.batcher)
+        self.batchers_by_path[model.path] = model.batcher
         return model
 
     def open_index(
@@ -285,20 +345,28 @@ class Service:
             name = name_weights(store.weights)
             if name in self.models:
                 name = f"{name}-of-index"
-            model = self.add(name, load(store.weights, **(load_options or {})), store.weights)
+            model = self.add(
+                name,
+                load(store.weights, **choose_options(store.weights, load_options)),
+                store.weights,
+            )
         predictor = model.predictor if model is not None else None
         searcher = Searcher(store, predictor, image_root=image_root)
         self.hide(searcher.image_root, "the images")
         if model is not None:
             model.searcher = searcher
-            self.index = Index(store, searcher, model.batcher, model.name)
+            self._add_index(Index(store, searcher, model.batcher, model.name))
             return
         LOGGER.warning("the weights of the index are not there: it is searched by id alone")
 
         def run(key: Hashable, items: list[Any]) -> Sequence[Any]:
             return run_search(searcher, key, items)
 
-        self.index = Index(store, searcher, self._make_batcher(run, "index"), "")
+        self._add_index(Index(store, searcher, self._make_batcher(run, "index"), ""))
+
+    def _add_index(self, index: Index) -> None:
+        self.index = index
+        self.batchers_by_path["/search"] = index.batcher
 
     def _find_model_of(self, store: Store) -> Model | None:
         """Returns the served network that made an index."""
@@ -316,12 +384,27 @@ class Service:
         """Says that no more requests should come. Those that come are still answered."""
         self.state = "draining"
 
-    def stop(self) -> None:
-        """Computes what was accepted, and ends all threads."""
+    def stop(self, *, wait: bool = True) -> None:
+        """Computes what was accepted, and ends all threads.
+
+        With `wait` it returns when that is done.
+        """
         self.drain()
         for batcher in self._batchers:
-            batcher.close()
-        self.pool.shutdown(wait=True, cancel_futures=True)
+            batcher.close(wait=wait)
+        self.pool.shutdown(wait=wait, cancel_futures=True)
+        self.files.stop()
+        self.bodies.stop()
+
+    def describe(self) -> list[str]:
+        """Returns a line on each network and on the index: what it is, and its path."""
+        lines = [
+            f"{model.name}: {model.task_name} at {model.path}" for model in self.models.values()
+        ]
+        if self.index is not None:
+            by = f"by {self.index.model}" if self.index.model else "by id alone"
+            lines.append(f"index: {self.index.store.num_rows} rows at /search, {by}")
+        return lines
 
     def _make_batcher(self, run: Callable[..., Any], name: str) -> Batcher:
         settings, metrics = self.settings, self.metrics
@@ -395,7 +478,12 @@ class Service:
     # Answers --------------------------------------------------------------------------------------
 
     async def predict(
-        self, model: Model, read: Callable[[], dict[str, Any]], *, attention: bool = False
+        self,
+        model: Model,
+        read: Callable[[], dict[str, Any]],
+        *,
+        attention: bool = False,
+        reads_files: bool = False,
     ) -> dict[str, Any]:
         """Returns `predictions` of a request, and `attention` where it is asked for.
 
@@ -403,6 +491,7 @@ class Service:
             model: The network.
             read: Returns the fields of the request, in a thread of the pool.
             attention: Whether to add the attention of words over patches.
+            reads_files: Whether the request may name files in folders.
         """
         record: dict[str, Any] = {}
 
@@ -415,7 +504,7 @@ class Service:
             return prepared
 
         started = time.monotonic()
-        predictions = await model.batcher.submit(prepare)
+        predictions = await model.batcher.submit(prepare, pool=self._choose_pool(reads_files))
         answer = {"predictions": [format_prediction(value) for value in predictions]}
         if attention:
             text = ATTENTION_TEXTS[model.task_name](record, predictions[0])
@@ -447,14 +536,22 @@ class Service:
                 num_tokens = int((~example["text_padding"]).sum())
             return key, example
 
-        features = await model.batcher.submit(prepare)
+        pool = self._choose_pool(reads_files=isinstance(value, dict))
+        features = await model.batcher.submit(prepare, pool=pool)
         return features, num_tokens
 
     async def search(
-        self, index: Index, prepare: Callable[[], tuple[Hashable, Query]]
+        self,
+        index: Index,
+        prepare: Callable[[], tuple[Hashable, Query]],
+        *,
+        reads_files: bool = False,
     ) -> list[Result]:
         """Returns the results of a query; `prepare` returns the batch key and the query."""
-        return await index.batcher.submit(prepare)
+        return await index.batcher.submit(prepare, pool=self._choose_pool(reads_files))
+
+    def _choose_pool(self, reads_files: bool) -> ThreadPoolExecutor:
+        return self.files.executor if reads_files else self.pool
 
 
 def format_prediction(prediction: dict[str, Any]) -> dict[str, Any]:
@@ -467,6 +564,16 @@ def format_prediction(prediction: dict[str, Any]) -> dict[str, Any]:
         x, y, width, height = item["box"]
         served.append(item | {"box": [x, y, x + width, y + height]})
     return prediction | {"objects": served}
+
+
+def choose_options(path: str, options: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Returns the options of `load` for weights; those that ship have names of their own."""
+    is_shipped = not Path(path).exists() and find_shipped(path) is not None
+    return {
+        name: value
+        for name, value in (options or {}).items()
+        if not (is_shipped and name in OPTIONS_OF_RELEASED_FILES)
+    }
 
 
 # Names --------------------------------------------------------------------------------------------

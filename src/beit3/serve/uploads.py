@@ -30,6 +30,11 @@ MAX_HEADERS = 8
 """Most headers of a part of a form."""
 MAX_JSON_ITEMS = 500_000
 """Most commas and brackets of a JSON body: small values take far more memory than their text."""
+MAX_SCANS = 100
+"""Most scans of a JPEG. A progressive one usually has 10, and libtiff allows 100. A scan of a few
+bytes goes over all blocks of the image, so that a small file can take minutes."""
+JPEG_MARKER = re.compile(rb"\xff+([^\x00\xff\xd0-\xd7])", re.DOTALL)
+"""The next marker. In the data of a scan a 0xff is followed by 0 or is a restart marker."""
 
 
 @dataclass(frozen=True)
@@ -265,6 +270,7 @@ def check_header(data: bytes, name: str, limits: Limits) -> None:
         with open_with_pillow(data, f"{name} (a file of {len(data)} bytes)") as header:
             num_pixels = header.width * header.height
             fault = find_mode_fault(header)
+            is_jpeg = header.format in ("JPEG", "MPO")
     except ValueError as error:
         if "pixels: make it smaller" in str(error):
             raise Refusal(413, str(error), field=name) from None
@@ -275,8 +281,40 @@ def check_header(data: bytes, name: str, limits: Limits) -> None:
             f"{name} has {num_pixels} pixels, more than {limits.max_pixels}: make it smaller",
             field=name,
         )
+    if is_jpeg and count_scans(data, MAX_SCANS + 1) > MAX_SCANS:
+        raise Refusal(
+            413,
+            f"{name} is a JPEG of more than {MAX_SCANS} scans: save it again, not progressive",
+            field=name,
+        )
     if fault or not num_pixels:
         raise Refusal(422, f"{name} {fault or 'is empty'}", field=name)
+
+
+def count_scans(data: bytes, limit: int) -> int:
+    """Returns the number of scans of a JPEG's first image, at most `limit`, without decoding it.
+
+    Damaged places are passed over as decoders do: to the next marker.
+    """
+    count, position = 0, 2
+    while count < limit:
+        match = JPEG_MARKER.search(data, position)
+        if match is None or match[1] == b"\xd9":  # end of the image
+            break
+        position = match.end()
+        if match[1] in (b"\x01", b"\xd8"):  # markers without content
+            continue
+        count += match[1] == b"\xda"
+        position += max(2, int.from_bytes(data[position : position + 2], "big"))
+    return count
+
+
+def names_files(body: bytes, content_type: str, limits: Limits) -> bool:
+    """Returns whether a body may name files in folders: only an object inside JSON can.
+
+    Its files are read by threads of their own, since a disk may be slow.
+    """
+    return bool(limits.folders) and "json" in content_type.lower() and body.count(b"{") > 1
 
 
 def _describe(value: Any) -> str:

@@ -85,6 +85,10 @@ class VQAConfig(TaskConfig):
     """Whether two random operations change each training image, as in the release."""
 
     @property
+    def output_names(self) -> tuple[str, ...]:
+        return self.answers
+
+    @property
     def head_sizes(self) -> Mapping[str, int]:
         return {"num_answers": self.num_answers}
 

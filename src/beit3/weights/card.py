@@ -4,12 +4,14 @@ Sizes come from the network, preprocessing from its config, settings and scores 
 trained it, where there is one. What is not known has no line.
 """
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from beit3.files import read_json, read_json_lines
+from beit3.model.config import ModelConfig
 from beit3.task import Task, task_name
 from beit3.weights.matching import get_weights
 
@@ -37,6 +39,13 @@ PURPOSES = {
     "vqkd": "turns patches of images into codes, the targets of pretraining",
 }
 
+EXAMPLE_INPUTS: Mapping[str, tuple[str, ...]] = {
+    "vqa": ("picture.jpg", "what color is the car?"),
+    "nlvr2": ("left.jpg", "right.jpg", "both show a car"),
+    "retrieval": ("picture.jpg", "a red car"),
+}
+"""Task -> inputs of the example in a card; an image alone for other tasks."""
+
 MAX_NAMES = 20
 """Names of classes or answers that a card lists."""
 
@@ -54,7 +63,13 @@ class RunRecord:
 
 
 def write_card(
-    task: Task, *, title: str, license: str = "", run: RunRecord | None = None, example: str = ""
+    task: Task,
+    *,
+    title: str,
+    license: str = "",
+    run: RunRecord | None = None,
+    example: str = "",
+    example_inputs: Sequence[str] = (),
 ) -> str:
     """Returns a model card as Markdown with a YAML header.
 
@@ -64,6 +79,8 @@ def write_card(
         license: The license's identifier, such as "mit"; without one the card names none.
         run: The run that trained the weights.
         example: What an example loads: a path, or `owner/name` of the hub.
+        example_inputs: Files and texts that the example gives to the network, by default those of
+            `EXAMPLE_INPUTS`. Weights that know only some images and texts have an example of them.
     """
     name, run = task_name(type(task)), run or RunRecord()
     purpose = PURPOSES.get(name, f"was trained for the task {name}")
@@ -71,7 +88,7 @@ def write_card(
         _format_header(name, license),
         f"# {title}",
         f"Weights for the package `beit3`: the network {purpose}.",
-        _format_example(name, example or title),
+        _format_example(name, example or title, example_inputs),
         "## Network\n\n" + _format_table(_describe_network(task)),
         "## Inputs and outputs\n\n" + _format_table(_describe_inputs(task)),
     ]
@@ -96,14 +113,14 @@ def _format_header(name: str, license: str) -> str:
     return "\n".join(lines)
 
 
-def _format_example(name: str, source: str) -> str:
-    inputs = {
-        "vqa": '"picture.jpg", "what color is the car?"',
-        "nlvr2": '"left.jpg", "right.jpg", "both show a car"',
-    }.get(name, '"picture.jpg"')
-    call = f"predictor({inputs})"
-    if name in ("retrieval", "backbone"):
-        call = 'predictor.embed(images=["picture.jpg"])'
+def _format_example(name: str, source: str, inputs: Sequence[str]) -> str:
+    inputs = inputs or EXAMPLE_INPUTS.get(name, ("picture.jpg",))
+    literals = [json.dumps(text, ensure_ascii=False) for text in inputs]
+    call = f"predictor({', '.join(literals)})"
+    if name == "retrieval":
+        call = f"predictor.embed(images=[{literals[0]}], texts=[{', '.join(literals[1:])}])"
+    if name == "backbone":  # its weights may read images alone
+        call = f"predictor.embed(images=[{literals[0]}])"
     if name in ("pretrain", "vqkd"):
         call = "predictor.task  # takes tensors"
     return f'```python\nimport beit3\n\npredictor = beit3.from_pretrained("{source}")\n{call}\n```'
@@ -122,24 +139,28 @@ def _describe_network(task: Task) -> list[tuple[str, Any]]:
     """Returns names and values of the network's sizes."""
     model, weights = task.config.model, get_weights(task)
     dtypes = {str(tensor.dtype).removeprefix("torch.") for tensor in weights.values()}
-    experts = [*getattr(model, "modality_names", ())]
-    if num_layers := getattr(model, "fusion_layers", 0):
-        last = "last layer" if num_layers == 1 else f"last {num_layers} layers"
-        experts.append(f"fusion in the {last}")
-    labels = {
-        "dim": "width",
-        "depth": "layers",
-        "num_heads": "attention heads",
-        "ffn_dim": "width of feed-forward layers",
-        "patch_size": "patch size in pixels",
-        "vocab_size": "rows of the token embedding",
-    }
-    rows = [("task", task_name(type(task)))]
-    rows += [(label, getattr(model, name, "")) for name, label in labels.items()]
-    rows.append(("experts", ", ".join(experts)))
+    rows: list[tuple[str, Any]] = [
+        ("task", task_name(type(task))),
+        ("width", model.dim),
+        ("layers", model.depth),
+        ("attention heads", model.num_heads),
+        ("width of feed-forward layers", model.ffn_dim),
+        ("patch size in pixels", model.patch_size),
+    ]
+    if isinstance(model, ModelConfig):  # a visual tokenizer has neither texts nor experts
+        rows.append(("rows of the token embedding", model.vocab_size))
+        rows.append(("experts", _list_experts(model)))
     rows.append(("parameters", f"{sum(tensor.numel() for tensor in weights.values()):,}"))
     rows.append(("precision", ", ".join(sorted(dtypes))))
     return rows
+
+
+def _list_experts(model: ModelConfig) -> str:
+    experts = [*model.modality_names]
+    if num_layers := model.fusion_layers:
+        last = "last layer" if num_layers == 1 else f"last {num_layers} layers"
+        experts.append(f"fusion in the {last}")
+    return ", ".join(experts)
 
 
 def _describe_inputs(task: Task) -> list[tuple[str, Any]]:
@@ -161,8 +182,7 @@ def _describe_inputs(task: Task) -> list[tuple[str, Any]]:
                 f"tokenizer SHA-256 {task.tokenizer.digest}",
             )
         )
-    names = tuple(getattr(task.config, "answers", ())) or task.class_names
-    if names:
+    if names := task.config.output_names:
         more = f" and {len(names) - MAX_NAMES} more" if len(names) > MAX_NAMES else ""
         rows.append(("outputs", f"{len(names)}: {', '.join(names[:MAX_NAMES])}{more}"))
     return rows

@@ -1,7 +1,8 @@
 """Weights directories as repositories of the Hugging Face hub (extra `hub`).
 
 A repository holds the files of a weights directory (`beit3.weights.store`) and a model card. Only
-these files are fetched, no code and no pickles, and only when a repository is named.
+these files are fetched, no code, no pickles and nothing in subfolders, and only when a repository
+is named.
 """
 
 import re
@@ -10,8 +11,10 @@ from types import ModuleType
 
 REPOSITORY = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 """owner/name. `./weights` and `../weights` are paths."""
-FETCHED = ("*.safetensors", "*.json", "*.spm", "text.model")
-"""Patterns of the files that are fetched: weights, configs and text tokenizers."""
+MODEL_FILE = "model.safetensors"
+FETCHED = (MODEL_FILE, "config.json", "text.model")
+"""The files that are fetched: those of a weights directory. The hub takes them for patterns whose
+`*` stands for `/` too, so that `*.json` would fetch every subfolder's."""
 PUSHED = (*FETCHED, "README.md")
 
 
@@ -35,7 +38,7 @@ def fetch_folder(
         local_files_only: Take what the cache holds and do not use the network.
 
     Raises:
-        ValueError: There is no such repository, or it cannot be fetched.
+        ValueError: There is no such repository, it holds no weights, or it cannot be fetched.
     """
     check_name(name)
     huggingface_hub = _import_hub()
@@ -51,6 +54,10 @@ def fetch_folder(
     # The library raises its own errors, those of its HTTP client, OSError and ValueError.
     except Exception as error:
         raise ValueError(_explain(name, error)) from None
+    if not (Path(folder) / MODEL_FILE).is_file():
+        raise ValueError(
+            f"{name} on the hub has no {MODEL_FILE}: give a repository that save_pretrained wrote"
+        )
     return Path(folder)
 
 

@@ -104,10 +104,17 @@ def read_facts(path: str | Path) -> dict[str, IndexFacts]:
     if not has_faiss_index(path):
         return {}
     content = read_json(Path(path) / FACTS)
+    if not isinstance(content, dict) or not all(
+        isinstance(item, dict) for item in content.values()
+    ):
+        raise ValueError(f"{Path(path) / FACTS} is damaged: {make_remedy(path)}")
     try:
         return {modality: IndexFacts(**facts) for modality, facts in content.items()}
-    except (TypeError, AttributeError):
-        raise ValueError(f"{Path(path) / FACTS} is damaged: {make_remedy(path)}") from None
+    except TypeError:
+        raise ValueError(
+            f"{Path(path) / FACTS} is of another version of beit3: {make_remedy(path)}, or search "
+            "with the exact index"
+        ) from None
 
 
 def make_remedy(path: str | Path) -> str:

@@ -10,7 +10,7 @@ import logging
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,13 @@ import pyarrow as pa
 from beit3.search.filters import Filter
 from beit3.search.manifest import Manifest
 from beit3.search.metadata import ID, describe_type, normalize_metadata
-from beit3.search.stores.store import Hits, check_search, check_writable, make_unknown_id_error
+from beit3.search.stores.store import (
+    Hits,
+    QueryError,
+    check_search,
+    check_writable,
+    make_unknown_id_error,
+)
 
 DEFAULT_COLLECTION = "beit3"
 FACTS = "beit3.index"
@@ -48,14 +54,26 @@ class MilvusStore:
         if is_file(self.address) and not Path(self.address).exists():
             raise ValueError(f"{self.address} does not exist: make it with `beit3 index V --to`")
         self.client = connect(self.address)
-        with explain_errors(uri):
+        try:
+            self._open_collection()
+            if not (self.facts.get("copied", True) or unfinished):
+                raise ValueError(
+                    f"{uri} is a copy that was interrupted: repeat `beit3 index V --to`"
+                )
+        except ValueError:
+            self.close()
+            raise
+
+    def _open_collection(self) -> None:
+        """Makes the collection ready for searches, and reads what is stored about it."""
+        with explain_errors(self.uri):
             if not self.client.has_collection(self.collection):
                 names = ", ".join(self.client.list_collections()) or "none"
-                raise ValueError(f"{uri} has no collection {self.collection!r}; it has {names}")
+                raise ValueError(
+                    f"{self.uri} has no collection {self.collection!r}; it has {names}"
+                )
             self.client.load_collection(self.collection)
         self._read_facts()
-        if not (self.facts.get("copied", True) or unfinished):
-            raise ValueError(f"{uri} is a copy that was interrupted: repeat `beit3 index V --to`")
 
     def _read_facts(self) -> None:
         """Reads what the collection's description and properties say."""
@@ -100,7 +118,7 @@ class MilvusStore:
         """Finds the best rows, see `Store`."""
         where = check_search(self, queries, k, offset, where, modality)
         if k + offset > MAX_HITS:
-            raise ValueError(f"k {k} and offset {offset}: Milvus returns at most {MAX_HITS} hits")
+            raise QueryError(f"k {k} and offset {offset}: Milvus returns at most {MAX_HITS} hits")
         expression = where.to_milvus(self.columns) if where is not None else ""
         ids: list[list[str]] = []
         scores: list[np.ndarray] = []
@@ -185,8 +203,8 @@ class MilvusStore:
         present = self.find_ids([row[ID] for row in rows])
         if present:
             raise ValueError(
-                f"{self.uri} has a row with id {min(present)!r} ({len(present)} such ids): replace "
-                "them instead"
+                f"{self.uri} has a row with id {min(present)!r} ({len(present)} such ids): use "
+                "`beit3 index --replace` or the store's `replace`"
             )
         self._write(self.client.insert, rows)
 
@@ -353,7 +371,6 @@ def create_collection(
     from pymilvus import DataType
 
     address, collection = split_uri(uri)
-    client = connect(address)
     kinds = {
         "string": DataType.VARCHAR,
         "null": DataType.VARCHAR,
@@ -365,7 +382,7 @@ def create_collection(
     for name in columns:
         if not COLUMN_NAME.fullmatch(name) or name in fields:
             raise ValueError(f"{uri}: Milvus takes no column {name!r}: rename it (letters, _)")
-    with explain_errors(uri):
+    with closing(connect(address)) as client, explain_errors(uri):
         schema = client.create_schema(auto_id=False, enable_dynamic_field=False)
         for name, kind in columns.items():
             length = {"max_length": MAX_TEXT_BYTES} if kinds[kind] == DataType.VARCHAR else {}
@@ -393,4 +410,4 @@ def create_collection(
             consistency_level="Strong",
             properties={FACTS: json.dumps(content)},
         )
-    return MilvusStore(uri, read_only=False, unfinished=True)
+        return MilvusStore(uri, read_only=False, unfinished=True)

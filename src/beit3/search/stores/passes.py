@@ -19,7 +19,7 @@ import torch
 
 from beit3.search.folder import MAX_NORM
 from beit3.search.sketch import LEVELS, Sketch, find_scale, rotate, round_to_codes
-from beit3.search.stores.threads import run_in_thread
+from beit3.search.stores.threads import reuse_memory, run_in_thread
 
 MEASURE_ROWS = 50_000
 MEASURE_QUERIES = 16
@@ -29,8 +29,14 @@ queries the rounding of the vectors costs more than the products."""
 MEASURE_REPEATS = 12
 
 MAX_CHUNK_ROWS = 16_384
-MAX_PRODUCTS = 2**18
-"""Largest chunk of codes, and how many products of it stay in the cache."""
+MAX_PRODUCTS = 2**19
+"""Largest chunk of codes, and how many products of it stay in the cache. Chunks of fewer products
+let threads wait for each other more often."""
+
+COPIED_ROWS = 4096
+"""Rows of codes that are copied before they are multiplied. Products of a copy in the cache are
+faster than those of memory-mapped codes: for a million rows, with the copying, 64 queries take 285
+milliseconds of a core instead of 343, one query 54 instead of 84."""
 
 
 class Pass(Protocol):
@@ -109,7 +115,13 @@ class SketchPass:
 
     def multiply(self, rows: np.ndarray) -> torch.Tensor:
         """Returns products, see `Pass`."""
-        return torch._int_mm(take_rows(self.codes, rows), self.query_codes)
+        products = torch.empty(len(rows), len(self.scales), dtype=torch.int32)
+        for start in range(0, len(rows), COPIED_ROWS):
+            part = rows[start : start + COPIED_ROWS]
+            codes = reuse_memory(len(part), self.codes.shape[1])
+            codes.copy_(take_rows(self.codes, part))
+            torch._int_mm(codes, self.query_codes, out=products[start : start + len(part)])
+        return products
 
     def compute_limits(self, thresholds: np.ndarray) -> torch.Tensor:
         """Returns limits, see `Pass`."""
@@ -152,7 +164,7 @@ def take_rows(tensor: torch.Tensor, rows: np.ndarray) -> torch.Tensor:
     first, last = int(rows[0]), int(rows[-1])
     if last - first + 1 == len(rows):
         return tensor[first : last + 1]
-    return tensor[torch.from_numpy(rows)]
+    return tensor.index_select(0, torch.from_numpy(rows))
 
 
 def share_memory(array: np.ndarray) -> torch.Tensor:
@@ -201,8 +213,11 @@ def _choose_fast_dtype() -> torch.dtype:
 
 
 def _measure_float_products(dtype: torch.dtype) -> float:
-    vectors, queries = torch.ones(512, 512, dtype=dtype), torch.ones(512, 64, dtype=dtype)
-    return _measure_products(vectors, queries, torch.mm)
+    """Measures what `FloatPass` does with vectors as they are stored: it converts them first."""
+    vectors, queries = torch.ones(512, 512, dtype=torch.float16), torch.ones(512, 64, dtype=dtype)
+    return _measure_products(
+        vectors, queries, lambda first, second: first.float().to(dtype) @ second
+    )
 
 
 def _measure_products(

@@ -121,7 +121,17 @@ def check_writable(uri: str, read_only: bool) -> None:
         raise ValueError(f"{uri} is open for reading: open it with read_only=False to change it")
 
 
-def make_unknown_id_error(uri: str, ids: Sequence[str]) -> ValueError:
+class QueryError(ValueError):
+    """A query is wrong in a way that only the search finds out."""
+
+
+class UnknownIdError(QueryError):
+    """A store has no row of an id."""
+
+
+def make_unknown_id_error(uri: str, ids: Sequence[str]) -> UnknownIdError:
     """Returns the error for ids that are not in a store."""
     more = f" ({len(ids)} such ids)" if len(ids) > 1 else ""
-    return ValueError(f"{uri} has no row with the id {ids[0]!r}{more}")
+    return UnknownIdError(
+        f"{uri} has no row with the id {ids[0]!r}{more}: give ids as `beit3 search` prints them"
+    )

@@ -144,6 +144,22 @@ function showWeights(models) {
   document.getElementById("weights").hidden = !models.length;
 }
 
+/** Shows the description of the endpoints, which a link alone cannot fetch with the token. */
+async function showDocs(event) {
+  if (!api.token) return;
+  event.preventDefault();
+  const error = document.getElementById("page-error");
+  try {
+    const text = await (await api.request("docs")).text();
+    const docs = new DOMParser().parseFromString(text, "text/html");
+    document.title = docs.title;
+    document.body.replaceChildren(...docs.body.children);
+    window.scrollTo(0, 0);
+  } catch (problem) {
+    error.textContent = problem.message;
+  }
+}
+
 async function loadExamples() {
   try {
     const response = await fetch("page/examples.json");
@@ -159,5 +175,6 @@ document.getElementById("token-form").addEventListener("submit", (event) => {
   api.setToken(document.getElementById("token").value.trim());
   connect();
 });
+document.querySelector('nav a[href="docs"]').addEventListener("click", showDocs);
 loadExamples();
 connect();

@@ -66,7 +66,8 @@ export class SearchPanel extends Panel {
       if (document.activeElement === document.body) heading.focus();
       await this.#append(results);
       const nothing = where ? "Nothing found with this filter." : "Nothing found.";
-      this.say(results.length ? `${formatCount(results.length, "picture")} found.` : nothing);
+      const shown = `${formatCount(results.length, "picture")} shown, the nearest first.`;
+      this.say(results.length ? shown : nothing);
     });
   }
 
@@ -76,7 +77,7 @@ export class SearchPanel extends Panel {
       const { results } = await this.api.postJson("search", { ...this.query, offset }, options);
       const first = await this.#append(results);
       this.say(
-        results.length ? `${formatCount(results.length, "more picture")} found.` : "That is all.",
+        results.length ? `${formatCount(results.length, "more picture")} shown.` : "That is all.",
       );
       first?.querySelector("button").focus();
     });
