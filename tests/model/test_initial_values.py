@@ -36,8 +36,11 @@ GAIN = math.sqrt(math.log(2 * DEPTH))
 """Magneto's, for encoders of `DEPTH` layers (arXiv:2210.06423)."""
 
 
-def compute_deviation(name: str, part: str, config: ModelConfig) -> float:
+def compute_deviation(name: str, part: str, shape: torch.Size, config: ModelConfig) -> float:
     """Returns the deviation that the published scheme gives a weight; `part` is q, k, v or ""."""
+    if config.init == "torch" and name.endswith(".weight"):
+        inputs = math.prod(shape[1:])
+        return 1.0 if name.endswith("tokens.weight") else 1 / math.sqrt(3 * inputs)
     if not name.startswith("blocks."):
         return CUT_NORMAL
     layer = int(name.split(".")[1]) + 1
@@ -48,7 +51,7 @@ def compute_deviation(name: str, part: str, config: ModelConfig) -> float:
     return xavier if part in ("q", "k") else GAIN * xavier
 
 
-@pytest.mark.parametrize("init", ["beit", "magneto"])
+@pytest.mark.parametrize("init", ["beit", "magneto", "torch"])
 @pytest.mark.parametrize("form", FORMS)
 def test_every_weight_has_the_deviation_of_its_scheme(form, init):
     config = replace(FORMS[form], init=init)
@@ -63,14 +66,17 @@ def test_every_weight_has_the_deviation_of_its_scheme(form, init):
         is_qkv = ".qkv." in name
         parts = dict(zip("qkv", parameter.chunk(3), strict=True)) if is_qkv else {"": parameter}
         for part, values in parts.items():
-            expected, count = compute_deviation(name, part, config), values.numel()
+            expected, count = compute_deviation(name, part, parameter.shape, config), values.numel()
             tolerance = 5 / math.sqrt(2 * count)
             assert values.std(correction=0).item() == pytest.approx(expected, rel=tolerance), name
             assert abs(values.mean().item()) < 5 * expected / math.sqrt(count), name
-            uniform = init == "magneto" and name.startswith("blocks.")
+            parts_seen.add(part)
+            if init == "torch" and name.endswith("tokens.weight"):
+                continue  # normal, without a limit
+            uniform = init != "beit" and name.startswith("blocks.")
+            uniform |= init == "torch" and name.endswith(".weight")
             limit = expected * (math.sqrt(3) if uniform else 0.02 / CUT_NORMAL)
             assert 0.8 * limit < values.abs().max() <= limit * (1 + 1e-6), name
-            parts_seen.add(part)
     assert parts_seen == {"", "q", "k", "v"}
 
 

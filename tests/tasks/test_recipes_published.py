@@ -83,11 +83,11 @@ GIANT = (  # table 2
     | model(dim=1408, depth=40, num_heads=16, ffn_dim=6144, patch_size=14)
     | model(fusion_layers=3, init="beit")
 )
-# Ours: the paper's form with Magneto's values (docs/decisions.md).
+# Ours: the paper's form with PyTorch's values or Magneto's (docs/decisions.md).
 TINY = (
     PAPER
     | model(dim=128, depth=4, num_heads=4, ffn_dim=512, patch_size=8, fusion_layers=1)
-    | model(init="magneto", norm_eps=1e-5, vocab_size=512, text_positions=130, final_norm=True)
+    | model(init="torch", norm_eps=1e-5, vocab_size=512, text_positions=130, final_norm=True)
     | model(drop_path_rate=0)
 )
 SMALL = (
@@ -111,6 +111,7 @@ IMAGENET = {
     "task.image.std": [0.229, 0.224, 0.225],
 }
 ADAMW = optim(
+    name="adamw",
     betas=[0.9, 0.999],
     eps=1e-8,
     min_lr=1e-6,
@@ -569,6 +570,7 @@ _PRETRAIN = (
     ADAMW
     | SQUASHED
     | task(image_mask_rate=0.4, text_mask_rate=0.15, pair_text_mask_rate=0.5)
+    | task(mask_token_rate=0.8)
     | task(pair_masking="both", min_mask_block=16, num_codes=8192, token_size=224)
     | task(text_length=64, monomodal_text_length=512)
     | task(image_crop=[0.2, 1.0], pair_crop=[0.5, 1.0], image_flip=0.5, pair_flip=0.5)
@@ -589,12 +591,13 @@ _PRETRAIN_DEMO = (
     | task(num_codes=64, token_size=32, min_mask_block=1, text_length=20)
     | task(monomodal_text_length=48, image_crop=[1.0, 1.0], pair_crop=[1.0, 1.0])
     | task(image_flip=0, pair_flip=0)
-    | optim(warmup_steps=50)
+    | task(mask_token_rate=1)
+    | optim(name="muon", lr=1.5e-3, warmup_steps=50)
 )
 _PRETRAIN_PHOTOS = _PRETRAIN | _TEXT_ONLY | task(image_crop=[0.4, 1.0], pair_crop=[0.6, 1.0])
 PRETRAIN = {
     "demo": _PRETRAIN_DEMO | run({"images": 32, "texts": 32, "pairs": 64}, steps=600),
-    "demo_pairs": _PRETRAIN_DEMO | run({"pairs": 64}, steps=2500) | optim(lr=1.5e-3),
+    "demo_pairs": _PRETRAIN_DEMO | run({"pairs": 64}, steps=1600) | optim(lr=3e-3),
     "laptop": _PRETRAIN_PHOTOS
     | SMALL
     | size(112)

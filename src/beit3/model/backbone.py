@@ -29,6 +29,10 @@ class MultiwayBackbone(nn.Module):
         | mask, class token, tables | normal .02, cut at one deviation | the same                  |
         | qkv, out, fc1, fc2        | same; out, fc2 / sqrt(2 * layer) | Xavier; value, out, fc1,  |
         |                           |                                  | fc2 * sqrt(ln(2 * depth)) |
+
+        `torch` has PyTorch's own values for patches, token table (normal 1) and blocks (uniform up
+        to 1 / sqrt(inputs)), and beit's for everything else: tokens start as large as what
+        the first block adds to them.
         """
         for name, parameter in self.named_parameters():
             self.init_parameter(name, parameter, make_generator(seed, name))
@@ -41,6 +45,9 @@ class MultiwayBackbone(nn.Module):
             nn.init.constant_(parameter, float("norm" in name and kind == "weight"))
             return
         in_block = name.startswith("blocks.")
+        if config.init == "torch" and (in_block or kind == "weight"):
+            _init_like_torch(name, parameter, generator)
+            return
         if config.init == "beit" or not in_block:
             trunc_normal(parameter, generator)
             if in_block and (".out." in name or ".fc2." in name):
@@ -64,3 +71,13 @@ class MultiwayBackbone(nn.Module):
         if "embedding." in name:
             return 0
         return int(name.split(".")[1]) + 1 if name.startswith("blocks.") else self.config.depth + 1
+
+
+def _init_like_torch(name: str, parameter: Tensor, generator: torch.Generator) -> None:
+    """Writes PyTorch's initial values of a table of tokens, a convolution or a linear layer."""
+    values = torch.empty(parameter.shape, dtype=parameter.dtype)
+    if name.endswith("tokens.weight"):
+        values.normal_(generator=generator)
+    else:
+        nn.init.kaiming_uniform_(values, a=math.sqrt(5), generator=generator)
+    parameter.copy_(values)

@@ -5,8 +5,8 @@ every layer once per modality, with sub-LN and without a vision-language expert.
 shares self-attention and has vision-language experts in its top three layers (section 2.1 and
 table 2).
 
-`TINY`, `SMALL` and `MEDIUM` are neither: they pair the paper's form with the release's initial
-values (Magneto's), which the paper's giant does not have.
+`TINY`, `SMALL` and `MEDIUM` are neither: they pair the paper's form with other initial values,
+PyTorch's own and the release's (Magneto's).
 """
 
 from dataclasses import dataclass, replace
@@ -67,7 +67,7 @@ class ModelConfig:
     norm_eps: float = 1e-5
     drop_path_rate: float = 0.0
     """Stochastic depth rate of the last layer; it grows linearly from 0 at the first layer."""
-    init: Literal["beit", "magneto"] = "magneto"
+    init: Literal["beit", "magneto", "torch"] = "magneto"
     """Scheme of the initial values, see `MultiwayBackbone.init_weights`."""
     modalities: tuple[Modality, ...] = (IMAGE_MODALITY, TEXT_MODALITY)
     """What the network can read, in the order in which a sequence holds them."""
@@ -140,10 +140,10 @@ TINY = ModelConfig(
     shared_norms=True,
     sub_ln=False,
     fusion_layers=1,
-    init="magneto",
+    init="torch",
 )
 """The paper's architecture, small enough to train in minutes on a laptop. Its initial values are
-Magneto's, not BEiT's as in `GIANT`; at this size they learned faster (docs/decisions.md)."""
+PyTorch's, not BEiT's as in `GIANT`; at this size they learned faster (docs/decisions.md)."""
 
 TINY_RELEASE = ModelConfig(
     dim=128,
@@ -159,6 +159,7 @@ TINY_RELEASE = ModelConfig(
 
 SMALL = replace(
     TINY,
+    init="magneto",
     dim=192,
     depth=6,
     num_heads=3,
@@ -173,6 +174,7 @@ up to 512 tokens."""
 
 MEDIUM = replace(
     TINY,
+    init="magneto",
     dim=512,
     depth=12,
     num_heads=8,

@@ -73,6 +73,9 @@ class PretrainConfig(TaskConfig):
     """Patches of the smallest block that is masked at once; 0 = patches are masked one by one."""
     text_mask_rate: float = 0.15
     pair_text_mask_rate: float = 0.5
+    mask_token_rate: float = 0.8
+    """Fraction of the masked tokens that become `<mask>`. Of the others one half become a random
+    piece and one half stay, as in BERT."""
     pair_masking: Literal["both", "text_only", "image_only", "alternate"] = "both"
     """What is masked in a pair: text and patches at once, one of them, or one of them by the toss
     of a coin."""
@@ -132,6 +135,7 @@ _DEMO = Recipe(
         min_mask_block=1,
         text_length=20,
         monomodal_text_length=48,
+        mask_token_rate=1.0,
         pair_masking="text_only",
         image_crop=(1.0, 1.0),
         pair_crop=(1.0, 1.0),
@@ -140,7 +144,7 @@ _DEMO = Recipe(
         color_jitter=0.0,
     ),
     data=DataConfig(batch={"images": 32, "texts": 32, "pairs": 64}),
-    optim=replace(_OPTIM, warmup_steps=50),
+    optim=replace(_OPTIM, name="muon", lr=1.5e-3, warmup_steps=50),
     run=RunConfig(steps=600, log_every=10, save_every=200, eval_records=500),
     note="the embedded world on a laptop CPU; in pairs only the text is masked, "
     "which grounds words far sooner here",
@@ -149,8 +153,8 @@ _DEMO = Recipe(
 _DEMO_PAIRS = replace(
     _DEMO,
     data=DataConfig(batch={"pairs": 64}),
-    optim=replace(_DEMO.optim, lr=1.5e-3),
-    run=replace(_DEMO.run, steps=2500),
+    optim=replace(_DEMO.optim, lr=3e-3),
+    run=replace(_DEMO.run, steps=1600),
     note="the first part of the demo's pretraining: pairs alone, until words follow the image",
 )
 
@@ -451,6 +455,7 @@ class Pretrain(Task):
                 rate=config.pair_text_mask_rate if is_pair else config.text_mask_rate,
                 mask_id=tokenizer.mask,
                 vocab=(tokenizer.first_piece, tokenizer.mask),
+                mask_token_rate=config.mask_token_rate,
             )
         text, padding = pad_token_ids(token_ids.tolist(), length, tokenizer.pad)
         example: Example = {"text": text, "text_padding": padding}

@@ -159,6 +159,15 @@ def test_eighty_percent_are_masked_and_ten_replaced_at_random():
     assert set(narrow.tolist()) == {7, MASK, 100, 101, 102}
 
 
+def test_all_masked_tokens_can_become_the_mask_token():
+    ids = np.arange(10, 1010)
+    masked_ids, targets = mask_text(
+        ids, np.random.default_rng(0), mask_id=2000, rate=0.5, mask_token_rate=1.0
+    )
+    assert ((targets >= 0) == (masked_ids == 2000)).all() and (targets >= 0).sum() == 500
+    assert (masked_ids[targets < 0] == ids[targets < 0]).all()
+
+
 def test_without_blocks_patches_are_masked_one_by_one():
     """Neighbors are then masked independently: 26/64 * 25/63 of all pairs of them, .161."""
     rng = np.random.default_rng(0)

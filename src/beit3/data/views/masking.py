@@ -72,8 +72,9 @@ def mask_text(
     count: int = 0,
     vocab: tuple[int, int] | None = None,
     keep: np.ndarray | None = None,
+    mask_token_rate: float = 0.8,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Masks tokens of a text: 80 % become the mask token, 10 % a random token, 10 % stay.
+    """Masks tokens of a text: BERT's 80 % become the mask token, 10 % a random token, 10 % stay.
 
     Args:
         ids: Token ids, int64 [L].
@@ -83,6 +84,8 @@ def mask_text(
         count: Number of tokens to mask instead.
         vocab: Range of random ids, without the upper one; by default all pieces.
         keep: bool [L], True where a token is never masked; by default special tokens.
+        mask_token_rate: Fraction of the masked tokens that become the mask token. Of the others one
+            half become a random token and one half stay.
 
     Returns:
         The masked ids [L], and the targets [L] with `IGNORE_INDEX` where nothing is masked. Without
@@ -98,8 +101,9 @@ def mask_text(
     chosen = rng.choice(maskable, size=count, replace=False)
     targets[chosen] = ids[chosen]
     draw = rng.random(count)
-    replacement = np.where(draw < 0.8, mask_id, rng.integers(low, high, size=count))
-    masked_ids[chosen] = np.where(draw < 0.9, replacement, ids[chosen])
+    random_ids = rng.integers(low, high, size=count)
+    replacement = np.where(draw < mask_token_rate, mask_id, random_ids)
+    masked_ids[chosen] = np.where(draw < (1 + mask_token_rate) / 2, replacement, ids[chosen])
     return masked_ids, targets
 
 
