@@ -246,8 +246,8 @@ _NLVR2 = (
 NLVR2 = {
     "demo": DEMO
     | task(text_length=28)
-    | run(32, steps=200)
-    | optim(lr=5e-4, weight_decay=0.01, warmup_steps=20),
+    | run(32, steps=600)
+    | optim(name="muon", lr=1e-3, weight_decay=0.01, warmup_steps=20),
     "laptop": LAPTOP
     | task(text_length=32, crop=[0.9, 1.0], flip=0)
     | run(32, steps=400)
@@ -291,7 +291,7 @@ _RETRIEVAL_DEMO = (
     | _NO_MATCHING
     | task(text_length=20)
     | run(64, steps=200)
-    | optim(lr=5e-4, weight_decay=0.05, warmup_steps=20)
+    | optim(name="muon", lr=2e-3, weight_decay=0.05, warmup_steps=20)
 )
 _RETRIEVAL_LAPTOP = (
     LAPTOP
@@ -302,7 +302,8 @@ _RETRIEVAL_LAPTOP = (
 )
 RETRIEVAL = {
     "demo": _RETRIEVAL_DEMO,
-    "demo_matching": _RETRIEVAL_DEMO | _SMALL_MATCHING | optim(lr=1e-3),
+    "demo_itc": _RETRIEVAL_DEMO | run({"pairs": 64}, steps=300) | optim(warmup_steps=30),
+    "demo_matching": _RETRIEVAL_DEMO | _SMALL_MATCHING | optim(name="adamw", lr=1e-3),
     "laptop": _RETRIEVAL_LAPTOP,
     "laptop_matching": _RETRIEVAL_LAPTOP | _SMALL_MATCHING | optim(lr=5e-4),
     "laptop_itc": LAPTOP
@@ -355,7 +356,7 @@ _IMAGENET_SMALL = (
 _NAMES = task(head="names") | model(final_norm=True)
 _IMAGENET_LAPTOP = LAPTOP | _IMAGENET_SMALL | task(crop=[0.6, 1.0]) | run(64, steps=400)
 IMAGENET_RECIPES = {
-    "demo": DEMO | _IMAGENET_SMALL | run(64, steps=200),
+    "demo": DEMO | _IMAGENET_SMALL | run(64, steps=200) | optim(name="muon", lr=3e-3),
     "demo_names": DEMO | _IMAGENET_SMALL | _NAMES | run(64, steps=200),
     "laptop": _IMAGENET_LAPTOP,
     "laptop_names": _IMAGENET_LAPTOP | _NAMES,

@@ -54,11 +54,11 @@ class TourConfig:
 
 USUAL = TourConfig(
     tokenizer_steps=400,
-    pair_steps=1400,
-    pretraining_steps=450,
+    pair_steps=800,
+    pretraining_steps=350,
     vqa_steps=300,
     task_steps={
-        "nlvr2": 120,
+        "nlvr2": 400,
         "captioning": 120,
         "retrieval": 120,
         "imagenet": 120,

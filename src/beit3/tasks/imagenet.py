@@ -112,6 +112,9 @@ class ImageNetConfig(TaskConfig):
 # Recipes ------------------------------------------------------------------------------------------
 
 
+_SMALL_OPTIM = OptimConfig(lr=5e-4, betas=(0.9, 0.98), weight_decay=0.05, warmup_steps=20, clip=3.0)
+
+
 def _make_small_recipe(
     model: ModelConfig,
     image_size: int,
@@ -120,6 +123,7 @@ def _make_small_recipe(
     crop: float,
     steps: int,
     note: str,
+    optim: OptimConfig = _SMALL_OPTIM,
 ) -> Recipe:
     return Recipe(
         task=ImageNetConfig(
@@ -136,7 +140,7 @@ def _make_small_recipe(
             cutmix=0.0,
         ),
         data=DataConfig(batch={"main": 64}),
-        optim=OptimConfig(lr=5e-4, betas=(0.9, 0.98), weight_decay=0.05, warmup_steps=20, clip=3.0),
+        optim=optim,
         run=RunConfig(steps=steps, log_every=10, save_every=100),
         note=note,
     )
@@ -212,7 +216,9 @@ class ImageNet(Task):
             "linear",
             crop=1.0,
             steps=200,
-            note="the embedded world's ten kinds of objects",
+            note="the embedded world's ten kinds of objects, best from the weights of retrieval "
+            "demo_itc",
+            optim=replace(_SMALL_OPTIM, name="muon", lr=3e-3),
         ),
         "demo_names": _make_small_recipe(
             TINY, 32, "names", crop=1.0, steps=200, note="the same by their names"

@@ -73,8 +73,10 @@ _DEMO = Recipe(
         model=TINY, image=Preprocessing(32), text_length=28, crop=(1.0, 1.0), flip=0.0
     ),
     data=DataConfig(batch={"main": 32}),
-    optim=OptimConfig(lr=5e-4, betas=(0.9, 0.98), weight_decay=0.01, warmup_steps=20, clip=3.0),
-    run=RunConfig(steps=200, log_every=10, save_every=100),
+    optim=OptimConfig(
+        name="muon", lr=1e-3, betas=(0.9, 0.98), weight_decay=0.01, warmup_steps=20, clip=3.0
+    ),
+    run=RunConfig(steps=600, log_every=10, save_every=100),
     note="the embedded world's statements on two pictures",
 )
 

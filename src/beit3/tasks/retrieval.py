@@ -15,7 +15,7 @@ are drawn by the features' own similarities, as in ALBEF (Li et al. 2021, arXiv:
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -144,13 +144,24 @@ def _make_itc_recipe(model: ModelConfig, note: str) -> Recipe:
 
 
 def _make_small_recipe(
-    task: RetrievalConfig, source: str, *, lr: float, steps: int, note: str
+    task: RetrievalConfig,
+    source: str,
+    *,
+    lr: float,
+    steps: int,
+    note: str,
+    optimizer: Literal["adamw", "muon"] = "adamw",
 ) -> Recipe:
     return Recipe(
         task=task,
         data=DataConfig(batch={source: 64}),
         optim=OptimConfig(
-            lr=lr, betas=(0.9, 0.98), weight_decay=0.05, warmup_steps=steps // 10, clip=3.0
+            name=optimizer,
+            lr=lr,
+            betas=(0.9, 0.98),
+            weight_decay=0.05,
+            warmup_steps=steps // 10,
+            clip=3.0,
         ),
         run=RunConfig(steps=steps, log_every=10, save_every=max(1, steps // 3)),
         note=note,
@@ -201,9 +212,18 @@ class Retrieval(Task):
         "demo": _make_small_recipe(
             _DEMO_TASK,
             "main",
-            lr=5e-4,
+            lr=2e-3,
             steps=200,
             note="the embedded world's captioned pictures",
+            optimizer="muon",
+        ),
+        "demo_itc": _make_small_recipe(
+            _DEMO_TASK,
+            "pairs",
+            lr=2e-3,
+            steps=300,
+            note="the contrastive stage on pretraining's pairs, from the weights of pretrain demo",
+            optimizer="muon",
         ),
         "laptop": _make_small_recipe(
             _LAPTOP_TASK,
