@@ -108,7 +108,7 @@ show(pictures[:4], [f"{ranked[0]['answer']}  ({ranked[0]['score']:.0%})" for ran
 # folders of any size.
 
 # %%
-query = "a large green triangle"
+query = "a small orange square"
 features = retrieval.embed(images=pictures, texts=[query])
 similarities = features["text"][0] @ features["image"].T
 best = np.argsort(-similarities)[:4]
@@ -148,7 +148,7 @@ plt.show()
 # `inspect` gives the states between the blocks, and how much each word attends to each patch.
 
 # %%
-question = "what color is the triangle ?"
+question = "what color is the square ?"
 inspection = vqa.inspect(pictures[0], question, attention=True)
 maps = inspection.get_word_attention()  # [words, rows, columns], mean of heads and layers
 print(vqa(pictures[0], question)[0])
