@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from beit3.demo.comparison import run_in_parallel
+from beit3.demo.parallel import run_in_parallel
 from beit3.demo.tables import format_markdown, format_spread, make_row
 from beit3.demo.tour import set_visual_tokenizer
 from beit3.files import write_text

@@ -12,13 +12,14 @@ def test_rows_become_lines_of_markdown():
     assert format_markdown([make_row("a", "1", "b")]).splitlines()[-1] == "| a | 1 | b |"
 
 
-def test_a_task_is_compared_with_the_most_frequent_answer_where_there_is_one():
-    row = make_task_row("nlvr2", {"accuracy": 0.75, "most_frequent": 0.5})
-    assert list(row.values())[1:] == ["75.0%", "50.0% for the most frequent answer"]
-    assert list(make_task_row("captioning", {"cider": 1.25}).values())[1:] == [
-        "1.25",
-        "a short run",
+def test_a_task_is_compared_with_scratch_and_with_the_most_frequent_answer():
+    row = make_task_row("nlvr2", {"accuracy": 0.75, "most_frequent": 0.5}, {"accuracy": 0.25})
+    assert list(row.values())[1:] == [
+        "75.0%",
+        "25.0% from scratch, 50.0% for the most frequent answer",
     ]
+    row = make_task_row("captioning", {"cider": 1.25}, {"cider": 0.5})
+    assert list(row.values())[1:] == ["1.25", "0.50 from scratch"]
 
 
 def test_learning_rates_name_their_folders():

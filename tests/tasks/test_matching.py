@@ -225,7 +225,7 @@ def test_the_head_has_no_name_in_the_release(root):
         to_released_state(build_task(root, model=release))
 
 
-def test_recipes_with_the_head_differ_from_those_without_in_its_fields_and_the_rate():
+def test_recipes_with_the_head_differ_from_those_without_in_its_fields_and_the_optimizer():
     for name, recipe in Retrieval.recipes.items():
         if name.endswith("_matching"):
             plain = Retrieval.recipes[name.removesuffix("_matching")]
@@ -235,7 +235,8 @@ def test_recipes_with_the_head_differ_from_those_without_in_its_fields_and_the_r
                 for field in fields(recipe.task)
                 if field.name.startswith("matching")
             }
-            task, optim = replace(recipe.task, **defaults), replace(recipe.optim, lr=plain.optim.lr)
+            task = replace(recipe.task, **defaults)
+            optim = replace(recipe.optim, name=plain.optim.name, lr=plain.optim.lr)
             assert replace(recipe, task=task, optim=optim, note=plain.note) == plain
 
 

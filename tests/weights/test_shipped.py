@@ -141,7 +141,7 @@ def test_the_example_of_a_card_is_of_the_drawings_and_runs(name, drawings, monke
 def val_root(tmp_path_factory):
     """The val records of the demo's world: its scenes do not depend on the number of others."""
     folder = tmp_path_factory.mktemp("world")
-    write_world(folder / "raw", num_train=1, num_val=500, num_test=1, num_questions=3)
+    write_world(folder / "raw", num_train=1, num_val=1000, num_test=1, num_questions=3)
     for name in TOLERANCE:
         prepare_world_records(folder / "raw", folder / "records", load_task(name))
     return folder / "records"

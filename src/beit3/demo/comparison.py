@@ -10,13 +10,10 @@ results.json and results.md hold the numbers, one row each, with their spread ov
 
 import json
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Sequence
 from itertools import product
-from multiprocessing import get_context
 from pathlib import Path
 
-import torch
 from rich.console import Console
 
 from beit3.demo.comparison_runs import (
@@ -28,17 +25,14 @@ from beit3.demo.comparison_runs import (
     pretrain_seed,
 )
 from beit3.demo.comparison_table import make_pretraining_rows, make_task_rows, make_vqa_rows
+from beit3.demo.parallel import Job, run_in_parallel
 from beit3.demo.tables import format_markdown
 from beit3.demo.tour import list_trainable_tasks
 from beit3.files import write_text
-from beit3.machine import count_cores
 from beit3.report.page import write_report
 from beit3.task import load_task
 from beit3.training.embedded_world import prepare_embedded_world
 from beit3.training.log import format_duration
-
-Job = tuple[Callable[..., dict], tuple]
-"""A function and its arguments."""
 
 
 def run(out: Path) -> Path:
@@ -92,21 +86,3 @@ def train_all(out: Path, task_names: Sequence[str]) -> dict:
 def merge_results(results: Sequence[dict[str, dict]]) -> dict[str, dict]:
     """Returns the results of several jobs as one dictionary by run name."""
     return {name: scores for job_results in results for name, scores in job_results.items()}
-
-
-def run_in_parallel(jobs: Sequence[Job]) -> list[dict]:
-    """Runs jobs, as many at a time as there are cores, each on one thread; returns their results in
-    order.
-
-    Networks this small use two cores badly: two runs in parallel were measured to train on 700
-    records a second, one run on two threads on 400 to 550.
-    """
-    num_workers = min(count_cores(), len(jobs))
-    with ProcessPoolExecutor(
-        num_workers,
-        mp_context=get_context("spawn"),
-        initializer=torch.set_num_threads,
-        initargs=(1,),
-    ) as pool:
-        futures = [pool.submit(function, *arguments) for function, arguments in jobs]
-        return [future.result() for future in futures]

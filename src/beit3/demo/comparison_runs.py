@@ -10,7 +10,7 @@ from pathlib import Path
 from beit3.data.loader import RecordDataset
 from beit3.data.stores.split_files import locate_split
 from beit3.demo.probes import measure_pretraining
-from beit3.demo.tour import set_visual_tokenizer
+from beit3.demo.tour import CONTRASTIVE, STARTS, set_visual_tokenizer
 from beit3.recipe import Recipe
 from beit3.task import Task, load_task
 from beit3.tasks.vqa import VQA
@@ -51,7 +51,8 @@ LEARNING_RATES = (
 
 
 def pretrain_seed(out: Path, seed: int) -> dict:
-    """Trains one seed's visual tokenizer and pretraining at full length; returns their measures."""
+    """Trains one seed's visual tokenizer, pretraining and contrastive stage at full length; returns
+    their measures."""
     vqkd, pretrain, folder = load_task("vqkd"), load_task("pretrain"), out / f"seed{seed}"
     tokenizer_scores = train(
         prepare_recipe(vqkd.recipes["demo"], vqkd, seed),
@@ -65,6 +66,9 @@ def pretrain_seed(out: Path, seed: int) -> dict:
         recipe = set_visual_tokenizer(recipe, folder / "vqkd" / "last")
         train(recipe, pretrain, out=folder / stage, init=init, label=f"seed{seed} {stage}")
         init = str(folder / stage / "last")
+    retrieval = load_task("retrieval")
+    recipe = prepare_recipe(retrieval.recipes["demo_itc"], retrieval, seed)
+    train(recipe, retrieval, out=folder / CONTRASTIVE, init=init, label=f"seed{seed} {CONTRASTIVE}")
     measures = measure_pretraining(folder / "pretrain", cache=folder / "figures.json")
     tokenizer_keys = ("codebook_use", "perplexity", "num_codes")
     return measures | {key: tokenizer_scores[key] for key in tokenizer_keys}
@@ -106,16 +110,16 @@ def fine_tune_task(out: Path, name: str, variant: str) -> dict[str, dict]:
         label = f"{name}-{variant}-seed{seed}"
         recipe = prepare_recipe(task.recipes["demo"], task, seed)
         recipe = replace(recipe, run=replace(recipe.run, save_every=0))
-        init = find_initial_weights(out, variant, seed)
+        init = find_initial_weights(out, variant, seed, name)
         results[label] = train(recipe, task, out=out / "tasks" / label, init=init, label=label)
     return results
 
 
-def find_initial_weights(out: Path, variant: str, seed: int) -> str:
-    """Returns the weights directory that a variant starts from; empty for `scratch`."""
+def find_initial_weights(out: Path, variant: str, seed: int, name: str = "vqa") -> str:
+    """Returns the weights directory that a variant of a task starts from; empty for `scratch`."""
     if variant == "scratch":
         return ""
-    return str(out / f"seed{seed}" / "pretrain" / "last")
+    return str(out / f"seed{seed}" / STARTS.get(name, "pretrain") / "last")
 
 
 def make_vqa_recipe(num_labels: int, rate: LearningRate, *, steps: int, seed: int) -> Recipe:

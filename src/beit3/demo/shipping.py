@@ -15,7 +15,7 @@ from pathlib import Path
 from rich.console import Console
 
 from beit3.config import override
-from beit3.demo.comparison import run_in_parallel
+from beit3.demo.parallel import run_in_parallel
 from beit3.task import Task, load_task
 from beit3.training.embedded_world import prepare_embedded_world
 from beit3.training.evaluate import evaluate

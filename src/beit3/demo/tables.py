@@ -17,6 +17,9 @@ TASK_SCORES = {
 """For each task besides pretraining and VQA: what the tables call its score, and its key among the
 scores."""
 
+TOUR_SCORES = {"vqa": ("questions answered", "accuracy"), **TASK_SCORES}
+"""The same with VQA."""
+
 ATTRIBUTES = ("color", "shape", "size")
 """Kinds of words that name an attribute of an object of the embedded world."""
 
@@ -66,7 +69,7 @@ def make_tour_rows(
         scores: Final scores of each stage, by the name of its folder.
         pretraining: What `measure_pretraining` returns.
     """
-    tokenizer, tuned, scratch = scores["vqkd"], scores["vqa"], scores["vqa-scratch"]
+    tokenizer = scores["vqkd"]
     return [
         make_row("visual tokenizer: codes in use", f"{tokenizer['codebook_use']:.1%}", ""),
         make_row(
@@ -97,25 +100,22 @@ def make_tour_rows(
             )
             for attribute in ATTRIBUTES
         ),
-        make_row(
-            "questions answered, pretrained",
-            f"{tuned['accuracy']:.1%}",
-            f"{tuned['most_frequent']:.1%} for the most frequent answer",
+        *(
+            make_task_row(name, scores[name], scores[f"{name}-scratch"])
+            for name in TOUR_SCORES
+            if name in scores
         ),
-        make_row(
-            "questions answered, from scratch",
-            f"{scratch['accuracy']:.1%}",
-            "same network, same steps",
-        ),
-        *(make_task_row(name, scores[name]) for name in TASK_SCORES if name in scores),
     ]
 
 
-def make_task_row(name: str, scores: Mapping[str, float]) -> dict[str, str]:
-    """Returns the row of a short run of a task, with the score of the most frequent answer where
-    there is one."""
-    metric, score = TASK_SCORES[name]
-    reference = "a short run"
-    if "most_frequent" in scores:
-        reference = f"{scores['most_frequent']:.1%} for the most frequent answer"
-    return make_row(metric, f"{scores[score]:{get_score_format(score)}}", reference)
+def make_task_row(
+    name: str, pretrained: Mapping[str, float], scratch: Mapping[str, float]
+) -> dict[str, str]:
+    """Returns the row of a task: its score from pretrained weights, beside that from scratch and
+    that of the most frequent answer where there is one."""
+    metric, score = TOUR_SCORES[name]
+    form = get_score_format(score)
+    reference = f"{scratch[score]:{form}} from scratch"
+    if "most_frequent" in pretrained:
+        reference += f", {pretrained['most_frequent']:.1%} for the most frequent answer"
+    return make_row(metric, f"{pretrained[score]:{form}}", reference)

@@ -1,10 +1,9 @@
 """`beit3 demo`: every stage of BEiT-3 on the embedded world, in minutes on two cores.
 
-The stages are: embedded world, text tokenizer, visual tokenizer, pretraining, VQA from those
-weights and from scratch, a short run of every other task from those weights, one table and
-report.html. Every stage is a run of its own below the demo's directory. If the demo is stopped, the
-same command resumes it, and finished stages are not run again. At the end it names the command that
-serves the trained tasks.
+The stages are: embedded world, text tokenizer, visual tokenizer, pretraining, contrastive stage,
+every task from those weights and from scratch, one table and report.html. Every stage is a run of
+its own below the demo's directory. If the demo is stopped, the same command resumes it, and
+finished stages are not run again. At the end it names the command that serves what it has trained.
 """
 
 import shlex
@@ -17,6 +16,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from beit3.demo.parallel import Job, run_in_parallel
 from beit3.demo.probes import measure_pretraining
 from beit3.demo.tables import TASK_SCORES, make_tour_rows, print_table
 from beit3.progress import show_progress
@@ -36,6 +36,15 @@ NUM_QUESTIONS = 1000
 visible."""
 
 
+CONTRASTIVE = "contrastive"
+"""Folder of the contrastive stage."""
+STARTS = {"imagenet": CONTRASTIVE}
+"""Task -> folder of the weights it starts from, where that is not `pretrain`: classes of images
+gain most from masked pretraining and the contrastive stage together (docs/lab_notes.md)."""
+SCRATCH = "-scratch"
+"""What the folders of runs without pretraining end in."""
+
+
 @dataclass(frozen=True)
 class TourConfig:
     """Training steps of each stage, and the size of the world."""
@@ -45,6 +54,7 @@ class TourConfig:
     """Steps on pairs alone, with only text masked."""
     pretraining_steps: int
     """Steps on images, texts and pairs."""
+    contrastive_steps: int
     vqa_steps: int
     task_steps: Mapping[str, int]
     """Steps of each task of `TASK_SCORES`."""
@@ -56,6 +66,7 @@ USUAL = TourConfig(
     tokenizer_steps=400,
     pair_steps=800,
     pretraining_steps=350,
+    contrastive_steps=250,
     vqa_steps=300,
     task_steps={
         "nlvr2": 400,
@@ -71,6 +82,7 @@ FAST = TourConfig(
     tokenizer_steps=60,
     pair_steps=50,
     pretraining_steps=20,
+    contrastive_steps=8,
     vqa_steps=30,
     task_steps=dict.fromkeys(TASK_SCORES, 8),
     world="small",
@@ -138,41 +150,47 @@ class Tour:
         )
         return self.out / "pretrain" / "last"
 
-    def fine_tune_vqa(self, weights: Path) -> dict[str, dict]:
-        """Fine-tunes VQA from the pretrained weights and from scratch; returns the scores by
-        folder."""
-        task = load_task("vqa")
-        recipe = task.recipes["demo"]
-        recipe = replace(recipe, data=replace(recipe.data, limit=NUM_QUESTIONS))
-        steps = self.config.vqa_steps
-        tuned = self.train_stage(
-            f"{NUM_QUESTIONS} questions, from the pretrained weights",
+    def train_contrastive(self, weights: Path) -> None:
+        """Trains the contrastive stage on the pretraining pairs."""
+        task = load_task("retrieval")
+        self.train_stage(
+            "contrastive stage: images and captions that find each other",
             task,
-            recipe,
-            steps=steps,
-            folder="vqa",
+            task.recipes["demo_itc"],
+            steps=self.config.contrastive_steps,
+            folder=CONTRASTIVE,
             init=weights,
         )
-        scratch = self.train_stage(
-            f"{NUM_QUESTIONS} questions, from scratch",
-            task,
-            recipe,
-            steps=steps,
-            folder="vqa-scratch",
-        )
-        return {"vqa": tuned, "vqa-scratch": scratch}
 
-    def fine_tune_task(self, name: str, weights: Path) -> dict:
-        """Fine-tunes another task from the pretrained weights and returns its scores."""
-        task = load_task(name)
-        return self.train_stage(
-            f"{name}, from the pretrained weights",
-            task,
-            task.recipes["demo"],
-            steps=self.config.task_steps[name],
-            folder=name,
-            init=weights,
-        )
+    def fine_tune(self, task_names: Iterable[str]) -> dict[str, dict]:
+        """Fine-tunes all tasks from pretrained weights and from scratch, side by side; returns the
+        scores by folder."""
+        names = ["vqa", *task_names]
+        folders = [folder for name in names for folder in (name, f"{name}{SCRATCH}")]
+        self.console.print("[bold]every task, from the pretrained weights and from scratch[/bold]")
+        steps = {"vqa": self.config.vqa_steps, **self.config.task_steps}
+        jobs: list[Job] = [
+            (fine_tune_task, (self.out, self.root, folder, steps[folder.removesuffix(SCRATCH)]))
+            for folder in folders
+        ]
+        return dict(zip(folders, run_in_parallel(jobs), strict=True))
+
+
+def fine_tune_task(out: Path, root: Path, folder: str, steps: int) -> dict:
+    """Trains or resumes the run in `folder`, the task's name, with `SCRATCH` behind it where it
+    starts without pretraining; returns its final scores."""
+    name = folder.removesuffix(SCRATCH)
+    task = load_task(name)
+    recipe = task.recipes["demo"]
+    limit = NUM_QUESTIONS if name == "vqa" else recipe.data.limit
+    recipe = replace(
+        recipe,
+        data=replace(recipe.data, root=str(root), limit=limit),
+        run=replace(recipe.run, steps=steps),
+    )
+    start = out / STARTS.get(name, "pretrain") / "last"
+    init = "" if folder.endswith(SCRATCH) else str(start)
+    return train(recipe, task, out=out / folder, init=init, label=folder)
 
 
 def run(out: Path, *, fast: bool = False) -> Path:
@@ -184,14 +202,20 @@ def run(out: Path, *, fast: bool = False) -> Path:
     tour = Tour(out, root, config, console)
     scores = {"vqkd": tour.train_tokenizer()}
     weights = tour.pretrain()
-    scores |= tour.fine_tune_vqa(weights)
-    scores |= {name: tour.fine_tune_task(name, weights) for name in task_names}
+    tour.train_contrastive(weights)
+    scores |= tour.fine_tune(task_names)
 
     console.print("[bold]measuring what pretraining learned[/bold]")
     pretraining = measure_pretraining(out / "pretrain", cache=out / "figures.json")
     rows = make_tour_rows(scores, pretraining)
     print_table(console, rows, title="BEiT-3 on the embedded world, held-out records")
-    folders = ("vqkd", "pairs", "pretrain", "vqa", "vqa-scratch", *task_names)
+    folders = (
+        "vqkd",
+        "pairs",
+        "pretrain",
+        CONTRASTIVE,
+        *(name for name in scores if name != "vqkd"),
+    )
     report = write_report(
         [out / folder for folder in folders],
         out / "report.html",
