@@ -57,24 +57,24 @@ class TourConfig:
     contrastive_steps: int
     vqa_steps: int
     task_steps: Mapping[str, int]
-    """Steps of each task of `TASK_SCORES`."""
+    """Steps of each task beside VQA. Statements on two images need more steps than a demo has
+    before pretraining shows (docs/lab_notes.md)."""
     world: str
     """Which embedded world: `default` or `small`."""
 
 
 USUAL = TourConfig(
-    tokenizer_steps=400,
-    pair_steps=800,
-    pretraining_steps=350,
-    contrastive_steps=250,
+    tokenizer_steps=300,
+    pair_steps=700,
+    pretraining_steps=250,
+    contrastive_steps=200,
     vqa_steps=300,
     task_steps={
-        "nlvr2": 400,
         "captioning": 120,
         "retrieval": 120,
         "imagenet": 120,
-        "coco": 150,
-        "ade20k": 150,
+        "coco": 120,
+        "ade20k": 120,
     },
     world="default",
 )
@@ -84,7 +84,7 @@ FAST = TourConfig(
     pretraining_steps=20,
     contrastive_steps=8,
     vqa_steps=30,
-    task_steps=dict.fromkeys(TASK_SCORES, 8),
+    task_steps=dict.fromkeys(USUAL.task_steps, 8),
     world="small",
 )
 
@@ -197,7 +197,7 @@ def run(out: Path, *, fast: bool = False) -> Path:
     """Runs or resumes the tour in `out`; returns the path of the report."""
     started, config = time.monotonic(), FAST if fast else USUAL
     console = Console(highlight=False)
-    task_names = list_trainable_tasks(console)
+    task_names = [name for name in list_trainable_tasks(console) if name in config.task_steps]
     root = export_world(["vqkd", "pretrain", "vqa", *task_names], config.world)
     tour = Tour(out, root, config, console)
     scores = {"vqkd": tour.train_tokenizer()}
