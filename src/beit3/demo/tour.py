@@ -79,12 +79,12 @@ USUAL = TourConfig(
     world="default",
 )
 FAST = TourConfig(
-    tokenizer_steps=60,
-    pair_steps=50,
-    pretraining_steps=20,
-    contrastive_steps=8,
-    vqa_steps=30,
-    task_steps=dict.fromkeys(USUAL.task_steps, 8),
+    tokenizer_steps=30,
+    pair_steps=20,
+    pretraining_steps=10,
+    contrastive_steps=4,
+    vqa_steps=10,
+    task_steps=dict.fromkeys(USUAL.task_steps, 4),
     world="small",
 )
 
