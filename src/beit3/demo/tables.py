@@ -20,6 +20,9 @@ scores."""
 TOUR_SCORES = {"vqa": ("questions answered", "accuracy"), **TASK_SCORES}
 """The same with VQA."""
 
+SCRATCH = "-scratch"
+"""What the folders of the tour's runs without pretraining end in."""
+
 ATTRIBUTES = ("color", "shape", "size")
 """Kinds of words that name an attribute of an object of the embedded world."""
 
@@ -101,7 +104,7 @@ def make_tour_rows(
             for attribute in ATTRIBUTES
         ),
         *(
-            make_task_row(name, scores[name], scores[f"{name}-scratch"])
+            make_task_row(name, scores[name], scores[f"{name}{SCRATCH}"])
             for name in TOUR_SCORES
             if name in scores
         ),

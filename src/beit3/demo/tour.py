@@ -18,7 +18,7 @@ from rich.console import Console
 
 from beit3.demo.parallel import Job, run_in_parallel
 from beit3.demo.probes import measure_pretraining
-from beit3.demo.tables import TASK_SCORES, make_tour_rows, print_table
+from beit3.demo.tables import SCRATCH, TASK_SCORES, make_tour_rows, print_table
 from beit3.progress import show_progress
 from beit3.recipe import Recipe
 from beit3.report.page import write_report
@@ -41,8 +41,6 @@ CONTRASTIVE = "contrastive"
 STARTS = {"imagenet": CONTRASTIVE}
 """Task -> folder of the weights it starts from, where that is not `pretrain`: classes of images
 gain most from masked pretraining and the contrastive stage together (docs/lab_notes.md)."""
-SCRATCH = "-scratch"
-"""What the folders of runs without pretraining end in."""
 
 
 @dataclass(frozen=True)
