@@ -15,7 +15,7 @@ from beit3.serve import embeddings, searching, uploads
 from beit3.serve.bounded_pool import BoundedPool
 from beit3.serve.limits import GuardSettings
 from beit3.serve.refusal import Refusal
-from beit3.serve.service import Service, Settings, choose_options
+from beit3.serve.service import Service, Settings, check_options, choose_options
 from beit3.serve.uploads import MAX_SCANS, Limits, count_scans, names_files
 from tests.predict.networks import make_predictor, write_image
 from tests.search.toy_index import write_index
@@ -298,3 +298,12 @@ def test_an_index_alone_is_served_beside_the_weights_that_ship(monkeypatch):
     options = {"text_model": "a.spm", "precision": "float32"}
     assert choose_options("world/vqa", options) == {"precision": "float32"}
     assert choose_options("elsewhere/file.pth", options) == options
+
+
+def test_options_that_no_served_weights_would_take_are_refused():
+    options = {"text_model": "a.spm", "precision": "float32"}
+    with pytest.raises(ValueError, match="text_model: the weights that ship"):
+        check_options({"vqa": "world/vqa"}, "", options)
+    check_options({"vqa": "world/vqa"}, "", {"precision": "float32", "text_model": None})
+    check_options({"vqa": "world/vqa", "file": "elsewhere/file.pth"}, "", options)
+    check_options({"vqa": "world/vqa"}, "an index", options)  # its weights may take them

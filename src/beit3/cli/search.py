@@ -392,14 +392,19 @@ def write_rows(rows: Sequence[dict[str, Any]], output: Output) -> None:
     """Writes rows to a .json or .csv file; without one prints a table or JSON."""
     from beit3.files import write_text
 
-    as_json = json.dumps(rows, indent=1, ensure_ascii=False)
     if output.path:
-        write_text(output.path, format_csv(rows) if output.suffix == ".csv" else as_json + "\n")
+        is_csv = output.suffix == ".csv"
+        write_text(output.path, format_csv(rows) if is_csv else format_json(rows) + "\n")
         print(output.path)
     elif output.prints_table:
         print_table(rows)
     else:
-        print(as_json)
+        print(format_json(rows))
+
+
+def format_json(rows: Sequence[dict[str, Any]]) -> str:
+    """Returns rows as readable JSON."""
+    return json.dumps(rows, indent=1, ensure_ascii=False)
 
 
 def format_csv(rows: Sequence[dict[str, Any]]) -> str:

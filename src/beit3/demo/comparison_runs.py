@@ -93,7 +93,7 @@ def fine_tune_vqa(out: Path, num_labels: int, variant: str) -> dict[str, dict]:
     for factor, seed in product(STEP_FACTORS, SEEDS):
         name = f"{num_labels}-{variant}-{factor}x-seed{seed}"
         recipe = make_vqa_recipe(num_labels, rate, steps=VQA_STEPS * factor, seed=seed)
-        init = find_initial_weights(out, variant, seed)
+        init = find_initial_weights(out, variant, seed, "vqa")
         scores = train(recipe, VQA, out=out / "vqa" / name, init=init, label=name)
         results[name] = {
             "accuracy": scores["accuracy"],
@@ -115,7 +115,7 @@ def fine_tune_task(out: Path, name: str, variant: str) -> dict[str, dict]:
     return results
 
 
-def find_initial_weights(out: Path, variant: str, seed: int, name: str = "vqa") -> str:
+def find_initial_weights(out: Path, variant: str, seed: int, name: str) -> str:
     """Returns the weights directory that a variant of a task starts from; empty for `scratch`."""
     if variant == "scratch":
         return ""
@@ -145,7 +145,7 @@ def tune_learning_rate(out: Path, num_labels: int, variant: str) -> LearningRate
     for rate in LEARNING_RATES:
         folder = out / "tune" / f"{num_labels}-{variant}-{rate}"
         recipe = make_vqa_recipe(num_labels, rate, steps=VQA_STEPS, seed=TUNING_SEED)
-        init = find_initial_weights(out, variant, SEEDS[0])
+        init = find_initial_weights(out, variant, SEEDS[0], "vqa")
         train(recipe, VQA, out=folder, init=init, label=f"tune {folder.name}")
         task = loading.load_weights(folder / "last")
         scores = VQA.score(predict(task, questions, batch_size=100), questions)

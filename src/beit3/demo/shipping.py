@@ -71,9 +71,9 @@ DRAWINGS = "beit3 world --out shapes --scenes 48 --seed 1"
 """The command that draws the images of the examples in the model cards."""
 
 EXAMPLES: Mapping[str, tuple[str, ...]] = {
-    "vqa": ("shapes/pairs/images/000000.png", "what color is the triangle ?"),
+    "vqa": ("shapes/pairs/images/000000.png", "what color is the square ?"),
     "captioning": ("shapes/pairs/images/000000.png",),
-    "retrieval": ("shapes/pairs/images/000000.png", "a large green triangle"),
+    "retrieval": ("shapes/pairs/images/000000.png", "a small orange square"),
     "coco": ("shapes/coco/val/000000000003.png",),
 }
 """Name of shipped weights -> inputs of the example in its model card."""

@@ -1,7 +1,7 @@
 """`beit3 demo`: every stage of BEiT-3 on the embedded world, in minutes on two cores.
 
 The stages are: embedded world, text tokenizer, visual tokenizer, pretraining, contrastive stage,
-every task from those weights and from scratch, one table and report.html. Every stage is a run of
+the tasks from those weights and from scratch, one table and report.html. Every stage is a run of
 its own below the demo's directory. If the demo is stopped, the same command resumes it, and
 finished stages are not run again. At the end it names the command that serves what it has trained.
 """
@@ -161,11 +161,13 @@ class Tour:
         )
 
     def fine_tune(self, task_names: Iterable[str]) -> dict[str, dict]:
-        """Fine-tunes all tasks from pretrained weights and from scratch, side by side; returns the
-        scores by folder."""
+        """Fine-tunes VQA and these tasks from pretrained weights and from scratch, side by side.
+
+        Returns the scores by folder.
+        """
         names = ["vqa", *task_names]
         folders = [folder for name in names for folder in (name, f"{name}{SCRATCH}")]
-        self.console.print("[bold]every task, from the pretrained weights and from scratch[/bold]")
+        self.console.print("[bold]the tasks, from the pretrained weights and from scratch[/bold]")
         steps = {"vqa": self.config.vqa_steps, **self.config.task_steps}
         jobs: list[Job] = [
             (fine_tune_task, (self.out, self.root, folder, steps[folder.removesuffix(SCRATCH)]))

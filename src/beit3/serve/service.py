@@ -296,6 +296,7 @@ class Service:
         load_options: Mapping[str, Any] | None = None,
     ) -> None:
         """Loads weights by name, and the index. Raises ValueError where that is not possible."""
+        check_options(weights, index, load_options or {})
         try:
             for name, path in weights.items():
                 self.add(name, load(path, **choose_options(path, load_options)), path)
@@ -566,14 +567,25 @@ def format_prediction(prediction: dict[str, Any]) -> dict[str, Any]:
     return prediction | {"objects": served}
 
 
+def check_options(weights: Mapping[str, str], index: str, options: Mapping[str, Any]) -> None:
+    """Raises ValueError for options of released files where only weights that ship are served."""
+    given = [name for name in OPTIONS_OF_RELEASED_FILES if options.get(name)]
+    if given and not index and all(is_shipped(path) for path in weights.values()):
+        raise ValueError(
+            f"{', '.join(given)}: the weights that ship have their own; name the released file "
+            "that these are for"
+        )
+
+
 def choose_options(path: str, options: Mapping[str, Any] | None) -> dict[str, Any]:
     """Returns the options of `load` for weights; those that ship have names of their own."""
-    is_shipped = not Path(path).exists() and find_shipped(path) is not None
-    return {
-        name: value
-        for name, value in (options or {}).items()
-        if not (is_shipped and name in OPTIONS_OF_RELEASED_FILES)
-    }
+    dropped = OPTIONS_OF_RELEASED_FILES if is_shipped(path) else ()
+    return {name: value for name, value in (options or {}).items() if name not in dropped}
+
+
+def is_shipped(path: str) -> bool:
+    """Returns whether a name is that of weights that ship, and not a path."""
+    return not Path(path).exists() and find_shipped(path) is not None
 
 
 # Names --------------------------------------------------------------------------------------------

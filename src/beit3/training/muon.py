@@ -1,6 +1,6 @@
 """Muon for the matrices of the blocks and AdamW for everything else, as one optimizer."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -37,7 +37,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
         self.parts = (muon, adamw)
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """Updates all parameters; there is no closure."""
+    def step(self) -> None:  # type: ignore[override]
+        """Updates all parameters."""
         for part in self.parts:
             part.step()

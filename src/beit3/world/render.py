@@ -19,12 +19,12 @@ PERIODS = {"striped": 0.16, "dotted": 0.125}
 
 
 def render(scene: Scene, image_size: int = 32) -> Image.Image:
-    """Returns the image, rendered at 4 times its size and averaged.
+    """Returns the image. Objects are rendered at 4 times its size and averaged.
 
     Raises ValueError for an `image_size` below 8.
     """
     side = _get_canvas_size(image_size)
-    # The background is smooth: one value per pixel of the image is enough.
+    # The background has one value per pixel: it is smooth, and its horizon lies between two rows.
     background = _render_background(scene, image_size)
     canvas = background.repeat(SUPERSAMPLING, 0).repeat(SUPERSAMPLING, 1)
     for item in scene.objects:

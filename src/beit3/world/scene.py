@@ -2,8 +2,8 @@
 
 Positions and lengths are fractions of the image, x to the right and y downward, so a scene renders
 at any size. Two objects of a scene never share both color and shape: "the red circle" names at most
-one object. Objects are as large and as different in outline as a network needs that is to name
-their shapes after some hundred steps (docs/decisions.md, 2026-11-29).
+one object. Sizes and outlines are chosen so that a small network learns shapes within a thousand
+steps (docs/decisions.md, 2026-11-29).
 """
 
 from collections.abc import Sequence
