@@ -15,21 +15,13 @@ from beit3.task import load_task
 from beit3.training.sources import find_records_root
 from benchmarks.learning import contrastive
 from benchmarks.learning.drawing import draw_results, make_table
+from benchmarks.learning.jobs import Job, execute_all
 from benchmarks.learning.one_ffn import OneFFN
 from benchmarks.learning.pixels import Pixels
-from benchmarks.learning.runs import (
-    Job,
-    Row,
-    Run,
-    compute_digest,
-    execute_all,
-    fit_classifier,
-    make_contrastive,
-    make_pretraining,
-    make_recipe,
-    make_training_jobs,
-    run_program,
-)
+from benchmarks.learning.probes import fit_classifier
+from benchmarks.learning.runs import Run, compute_digest, make_recipe, make_training_jobs
+from benchmarks.learning.study import Row, run_program
+from benchmarks.learning.world_runs import make_contrastive, make_pretraining
 
 VALUES = {
     "pretrained": {
@@ -98,7 +90,8 @@ def test_another_network_is_that_of_all_runs_but_the_visual_tokenizer():
 
 
 @pytest.mark.parametrize(
-    "name", ["pretrained", "sources", "architecture", "codes", "masking", "contrastive"]
+    "name",
+    ["every_task", "pretrained", "sources", "architecture", "codes", "masking", "contrastive"],
 )
 def test_programs_state_a_guess_and_their_recipes_can_be_made(name):
     program = __import__(f"benchmarks.learning.{name}", fromlist=["STUDY"])

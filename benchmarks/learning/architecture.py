@@ -16,7 +16,9 @@ to experts on pairs.
 
 from dataclasses import replace
 
-from benchmarks.learning.runs import Row, Run, Study, Tuning, make_pretraining, run_program
+from benchmarks.learning.runs import Run
+from benchmarks.learning.study import Row, Study, Tuning, run_program
+from benchmarks.learning.world_runs import make_pretraining
 
 NETWORKS = {
     "shared attention, experts, fusion on top": "",

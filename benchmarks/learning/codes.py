@@ -14,17 +14,14 @@ never seen. Pixels are last on shapes. On photographs the order of the last thre
 
 from beit3.model.config import TINY
 from beit3.tokenizer.teacher_efficientnet import is_installed
-from benchmarks.learning.runs import (
+from benchmarks.learning.runs import Run
+from benchmarks.learning.study import Row, Study, Tuning, run_program
+from benchmarks.learning.world_runs import (
     PAIR_STEPS,
-    Row,
-    Run,
-    Study,
-    Tuning,
     make_contrastive,
     make_images_only,
     make_pairs,
     make_tokenizer,
-    run_program,
 )
 
 EFFICIENTNET = "--task.teacher efficientnet --task.model.teacher_dim 304"

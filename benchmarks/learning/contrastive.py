@@ -11,18 +11,15 @@ it gives words a start, because patches already tell shapes apart, and retrieval
 gain. The contrastive stage alone is close on retrieval and behind on questions.
 """
 
-from benchmarks.learning.runs import (
+from benchmarks.learning.runs import Run
+from benchmarks.learning.study import Row, Study, Tuning, run_program
+from benchmarks.learning.world_runs import (
     PAIR_STEPS,
     PRETRAINING_STEPS,
-    Row,
-    Run,
-    Study,
-    Tuning,
     make_contrastive,
     make_pairs,
     make_pretraining,
     make_tokenizer,
-    run_program,
 )
 
 STEPS = 300

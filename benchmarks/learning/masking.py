@@ -12,15 +12,8 @@ the words that tell the objects apart are gone. Masking patches of pairs too slo
 did before (docs/pretraining.md).
 """
 
-from benchmarks.learning.runs import (
-    Row,
-    Study,
-    Tuning,
-    make_images_only,
-    make_pairs,
-    make_tokenizer,
-    run_program,
-)
+from benchmarks.learning.study import Row, Study, Tuning, run_program
+from benchmarks.learning.world_runs import make_images_only, make_pairs, make_tokenizer
 
 SMALL_PATCHES = "--task.model.patch_size 4"
 IMAGE_MASKS = {

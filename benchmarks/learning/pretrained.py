@@ -13,15 +13,12 @@ it names whole images, and no better than scratch on statements and captions, si
 fused the two modalities.
 """
 
-from benchmarks.learning.runs import (
+from benchmarks.learning.study import Row, Study, Tuning, run_program
+from benchmarks.learning.world_runs import (
     PAIR_STEPS,
     PRETRAINING_STEPS,
-    Row,
-    Study,
-    Tuning,
     make_contrastive,
     make_pretraining,
-    run_program,
 )
 
 LENGTHS = {

@@ -11,7 +11,8 @@ little anywhere, since the world's captions say what its texts say; words follow
 less than with pairs alone, because the steps are shared.
 """
 
-from benchmarks.learning.runs import Row, Study, Tuning, make_pretraining, run_program
+from benchmarks.learning.study import Row, Study, Tuning, run_program
+from benchmarks.learning.world_runs import make_pretraining
 
 BATCHES = {
     "pairs": {"pairs": 64},
