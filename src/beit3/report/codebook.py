@@ -1,8 +1,8 @@
 """Panels of the visual tokenizer: how often its codes are used, and what they look like."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from itertools import islice
 
 import numpy as np
@@ -56,6 +56,10 @@ class CodeStatistics:
     """Patches with this code [K]."""
 
 
+TokenizerFunction = Callable[[], tuple[VQKD, CodeStatistics]]
+"""Returns what `load_tokenizer` returns, which is computed once for both panels of a run."""
+
+
 @torch.no_grad()
 def compute_code_statistics(
     tokenizer: VisualTokenizer, task: Task, records: Iterable[Record]
@@ -83,23 +87,34 @@ def make_vqkd_panels(runs: Sequence[Run]) -> Iterator[Panel]:
     """Yields for each run a panel of its codebook, and one of images in mean patches of codes."""
     for run in runs:
         suffix = make_title_suffix(run, runs)
+        get_tokenizer = cache(partial(load_tokenizer, run))
         lead = (
             "How often each code is given to held-out images, and what its patches look like on "
             "average."
         )
-        yield make_panel(f"The codebook{suffix}", lead, partial(_render_codebook, run))
+        yield make_panel(
+            f"The codebook{suffix}", lead, partial(_render_codebook, run, get_tokenizer)
+        )
         lead = (
             "Held-out images, and below each the same image with every patch replaced by the "
             "average patch of its code."
         )
-        yield make_panel(f"Images in codes{suffix}", lead, partial(_render_code_images, run))
+        yield make_panel(
+            f"Images in codes{suffix}", lead, partial(_render_code_images, run, get_tokenizer)
+        )
 
 
-def _render_codebook(run: Run) -> str:
-    """Returns usage of the codebook on held-out images and the mean patches of training images."""
+def load_tokenizer(run: Run) -> tuple[VQKD, CodeStatistics]:
+    """Loads a run's visual tokenizer and computes its statistics over training images."""
     task = load_run_weights(run, VQKD)
+    records = open_run_records(run, "main", "train")
+    return task, compute_code_statistics(task.backbone, task, records)
+
+
+def _render_codebook(run: Run, get_tokenizer: TokenizerFunction) -> str:
+    """Returns usage of the codebook on held-out images and the mean patches of training images."""
+    task, training = get_tokenizer()
     held_out = compute_code_statistics(task.backbone, task, open_run_records(run, "main", "val"))
-    training = compute_code_statistics(task.backbone, task, open_run_records(run, "main", "train"))
     order = np.argsort(-training.counts, kind="stable")[:MAX_TILES]
     used_fraction, perplexity = compute_usage(held_out.counts)
     numbers = render_number_line(
@@ -119,12 +134,9 @@ def _render_codebook(run: Run) -> str:
 
 
 @torch.no_grad()
-def _render_code_images(run: Run) -> str:
+def _render_code_images(run: Run, get_tokenizer: TokenizerFunction) -> str:
     """Returns pairs of an image and the same image in mean patches of its codes."""
-    task = load_run_weights(run, VQKD)
-    statistics = compute_code_statistics(
-        task.backbone, task, open_run_records(run, "main", "train")
-    )
+    task, statistics = get_tokenizer()
     records = pick_evenly(open_run_records(run, "main", "val"), NUM_IMAGES)
     batch = task.collate([task.example(record, False) for record in records])
     codes = task.outputs(batch)["codes"].numpy()
