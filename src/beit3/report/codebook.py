@@ -1,13 +1,13 @@
 """Panels of the visual tokenizer: how often its codes are used, and what they look like."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
-from itertools import islice
 
 import numpy as np
 import torch
 
+from beit3.data.loader import RecordDataset
 from beit3.report.bars import compute_usage, draw_usage_bars
 from beit3.report.cards import render_number_line
 from beit3.report.images import (
@@ -26,7 +26,7 @@ from beit3.report.panel_inputs import (
     pick_evenly,
 )
 from beit3.report.runs import Run
-from beit3.task import Record, Task
+from beit3.task import Task
 from beit3.tasks.vqkd import VQKD
 from beit3.tokenizer.visual import VisualTokenizer
 from beit3.training.evaluate import iterate_batches
@@ -62,9 +62,9 @@ TokenizerFunction = Callable[[], tuple[VQKD, CodeStatistics]]
 
 @torch.no_grad()
 def compute_code_statistics(
-    tokenizer: VisualTokenizer, task: Task, records: Iterable[Record]
+    tokenizer: VisualTokenizer, task: Task, dataset: RecordDataset
 ) -> CodeStatistics:
-    """Computes mean patches and counts of codes over the first `MAX_PATCHES` patches of records.
+    """Computes mean patches and counts of codes over some `MAX_PATCHES` patches, evenly spaced.
 
     `task` makes the examples; their field `token_image` goes into the visual tokenizer.
     """
@@ -72,7 +72,7 @@ def compute_code_statistics(
     max_images = max(1, MAX_PATCHES // tokenizer.config.encoder.num_patches)
     sums = np.zeros((num_codes, patch_size, patch_size, 3))
     counts = np.zeros(num_codes, dtype=np.int64)
-    for batch in iterate_batches(task, islice(iter(records), max_images), BATCH_SIZE):
+    for batch in iterate_batches(task, pick_evenly(dataset, max_images), BATCH_SIZE):
         images = to_channels_last(batch["token_image"])
         patches = np.concatenate([cut_into_patches(image, patch_size) for image in images])
         codes = tokenizer.tokenize(batch["token_image"]).numpy().reshape(-1)
