@@ -116,7 +116,8 @@ class DataConfig:
     """Fraction of a source's records that may be unreadable. They are counted, named and skipped;
     more of them end the run."""
     limit: int = 0
-    """Use only the first `limit` training records of each source; 0 = all."""
+    """Train on only so many records of each source, spread evenly over its files and the same for
+    every seed; 0 = all. A smaller limit takes some of a larger one's records."""
     weights: Mapping[str, float] = field(default_factory=dict)
     """Sampling weight of each dataset in a source of several, by source/dataset: pairs/coco 1
     pairs/cc12m 3. A source that is not named here goes by the sizes of its datasets."""
@@ -193,7 +194,7 @@ class RunConfig:
     """Steps between evaluations on the val split; 0 = at the end only; -1 = never, and the run then
     needs no val split and writes no `best/`."""
     eval_records: int = 0
-    """Evaluate on the first `eval_records` records of each source; 0 = all."""
+    """Evaluate on only so many records of each source, spread as `data.limit` says; 0 = all."""
     save_every: int = 0
     """Steps between checkpoints; 0 = at the end only."""
     keep: int = 2

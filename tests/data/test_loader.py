@@ -1,6 +1,7 @@
 """Batches are a pure function of (seed, step, rank); unreadable records are replaced."""
 
 import pickle
+from collections import Counter
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
@@ -261,9 +262,9 @@ def test_a_damaged_image_file_is_named(tmp_path, root):
 # Record datasets ------------------------------------------------------------------------------
 
 
-def test_image_paths_become_absolute_and_limit_takes_the_first(tmp_path):
+def test_image_paths_become_absolute(tmp_path):
     write_records(tmp_path / "a.jsonl", ({"id": i, "image": f"x/{i}.png"} for i in range(5)))
-    source = RecordDataset(tmp_path / "a.jsonl", tmp_path, limit=3)
+    source = RecordDataset(tmp_path / "a.jsonl", tmp_path)
     write_records(
         tmp_path / "b.jsonl",
         [{"id": "1", "image": "x/1.png", "image2": "../2.png"}, {"id": "2", "text": "a"}],
@@ -274,9 +275,33 @@ def test_image_paths_become_absolute_and_limit_takes_the_first(tmp_path):
         and pair["image"] == str(tmp_path / "x/1.png")
         and "image" not in text
     )
-    assert [record["id"] for record in source] == [0, 1, 2] and len(source) == 3
+    assert [record["id"] for record in source] == [0, 1, 2, 3, 4] and len(source) == 5
     assert source[1]["image"] == str(tmp_path / "x/1.png")
-    assert len(RecordDataset(tmp_path / "a.jsonl", tmp_path, limit=9)) == 5
+
+
+def test_a_limit_keeps_records_of_each_class_of_a_sorted_file(tmp_path):
+    """They are the same for every seed, an epoch reads each once, and a larger limit keeps them."""
+    path = tmp_path / "a.jsonl"
+    write_records(path, ({"id": str(i), "label": i // 60} for i in range(600)))
+    limited, larger, full = (RecordDataset(path, tmp_path, limit=limit) for limit in (60, 90, 900))
+    ids = [record["id"] for record in limited]
+    assert len(limited) == len(set(ids)) == 60 and len(full) == 600
+    assert ids == sorted(ids, key=int) and set(ids) < {record["id"] for record in larger}
+    counts = Counter(record["label"] for record in limited)
+    assert len(counts) == 10 and min(counts.values()) >= 4
+    for seed in (0, 1):
+        examples = ExampleDataset({"main": limited}, lambda r, train, rng: r, seed=seed)
+        for start in (0, 60):
+            epoch = [examples["main", position]["id"] for position in range(start, start + 60)]
+            assert sorted(epoch, key=int) == ids != epoch
+
+
+def test_a_limit_counts_the_records_that_are_kept(tmp_path):
+    path = tmp_path / "a.jsonl"
+    write_records(path, ({"id": str(i)} for i in range(100)))
+    source = RecordDataset(path, tmp_path, limit=20, keep=lambda record: int(record["id"]) % 2 == 0)
+    ids = [int(record["id"]) for record in source]
+    assert len(ids) == 20 and all(number % 2 == 0 for number in ids) and max(ids) > 90
 
 
 def test_a_file_without_records_is_named(tmp_path):

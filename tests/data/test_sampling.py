@@ -1,12 +1,13 @@
 """The order of reading equals lists that are shuffled and counted step by step."""
 
+import math
 import random
 from fractions import Fraction
 
 import numpy as np
 import pytest
 
-from beit3.data.sampling import DatasetMixture, WindowShuffle
+from beit3.data.sampling import DatasetMixture, WindowShuffle, spread_indices
 from beit3.seeding import make_rng
 
 RUN_LENGTHS = np.array([5, 1, 9, 4, 0, 7])
@@ -115,3 +116,38 @@ def test_large_positions_are_exact():
     assert mixture.count(123_461_790 * 50) == [123_456_789 * 50, 5_000 * 50, 50]
     dataset, own_position = mixture.locate(123_461_790 * 50)
     assert own_position == [123_456_789 * 50, 5_000 * 50, 50][dataset]
+
+
+# A part of the records ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [1, 2, 9, 10, 64, 600, 997])
+def test_fewer_indices_are_some_of_more(size):
+    previous: set[int] = set()
+    for count in range(1, size + 2):
+        indices = [int(index) for index in spread_indices(size, count)]
+        assert indices == sorted(set(indices)) and len(indices) == min(count, size)
+        assert previous <= set(indices) <= set(range(size))
+        previous = set(indices)
+
+
+@pytest.mark.parametrize(("size", "num_classes"), [(600, 12), (997, 7), (50_000, 1000)])
+def test_indices_are_spread_over_classes_one_after_the_other_or_in_turn(size, num_classes):
+    """Random numbers give a class of 5 expected records one to ten of them."""
+    for count in (5 * num_classes, size // 7, size // 3, size // 2):
+        indices = np.asarray(spread_indices(size, count))
+        for classes in (indices * num_classes // size, indices % 2, indices % 3):
+            counts = np.bincount(classes)
+            assert abs(counts - count / len(counts)).max() <= 4, (count, counts)
+
+
+def test_no_gap_is_much_wider_than_another():
+    for size, count in ((10**6, 10), (10**6, 1000), (10**6, 12_345), (600, 60), (50_000, 1000)):
+        gaps = np.diff(np.asarray(spread_indices(size, count)))
+        assert gaps.max() <= 2.7 * gaps.min() + 1  # the golden section squared is 2.62
+
+
+def test_indices_of_a_hundred_million_records_are_found_at_once():
+    indices = np.asarray(spread_indices(10**8 + 7, 1000))
+    assert len(indices) == 1000 and math.isclose(indices.mean(), 5e7, rel_tol=0.01)
+    assert spread_indices(10**12, 10**12) == range(10**12)

@@ -11,6 +11,7 @@ from beit3.plan.estimate import Estimate
 from beit3.recipe import Recipe
 from beit3.task import list_tasks, load_task
 from beit3.tasks.vqa import VQA
+from beit3.training.optim import make_optimizer
 from benchmarks.memory import Case, estimate_case, measure_case
 
 H100 = DEVICES["h100"]
@@ -180,6 +181,29 @@ def test_weights_by_hand():
     assert memory.weights == 4 * count and memory.optimizer == 8 * (count - unused)
     assert 0 < unused < count
     assert memory.frozen == memory.reserve == 0
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_moments_are_those_of_the_optimizer_after_a_step(name):
+    """Muon keeps one for the matrices of the blocks; parameters without gradients have none."""
+    recipe = VQA.recipes["demo"]
+    recipe = replace(recipe, optim=replace(recipe.optim, name=name))
+    planned = Estimate(VQA, recipe, find_device("cpu"), 1)
+    task = VQA(planned.recipe.task)
+    task.init_weights(0)
+    optimizer = make_optimizer(task, recipe.optim)
+    batch = task.collate([planned.make_example("main")])
+    sum(task(batch | {"step": 0, "steps": 1})["losses"].values()).backward()
+    optimizer.step()
+    num_kept = sum(
+        value.numel()
+        for state in optimizer.state.values()
+        for value in state.values()
+        if value.ndim > 0  # AdamW counts its steps in a tensor without dimensions
+    )
+    assert planned.sizes.moments == num_kept
+    assert planned.estimate_memory(8).optimizer == 4 * num_kept
+    assert (num_kept < 2 * planned.sizes.used) == (name == "muon")
 
 
 def test_frozen_parts_count_without_their_weights():

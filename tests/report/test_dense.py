@@ -7,6 +7,7 @@ from beit3.data.stores.records import write_records
 from beit3.report import dense
 from beit3.report.dense import predict_held_out
 from beit3.report.page import write_report
+from beit3.report.panel_inputs import load_run_weights
 from beit3.report.panels import make_panels
 from beit3.report.runs import read_runs
 from beit3.tasks.coco import Coco
@@ -37,6 +38,15 @@ def test_all_runs_predict_for_the_same_shuffled_records(coco, monkeypatch):
     assert ids == [record["id"] for record in predict_held_out([run], Coco).records]
     predicted_ids = [[item["id"] for item in predictions] for predictions in held_out.predictions]
     assert predicted_ids == [ids, ids]
+
+
+def test_small_images_are_predicted_in_larger_batches(coco):
+    task = load_run_weights(read_runs([coco])[0], Coco)
+    counts = []
+    for size in (32, 512, 1024, 4096):
+        task.config = replace(task.config, image=replace(task.config.image, image_size=size))
+        counts.append(dense.count_batch_images(task))
+    assert counts == [8, 8, 2, 1]
 
 
 def test_missing_records_leave_one_line(coco, tmp_path):

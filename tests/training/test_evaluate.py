@@ -11,7 +11,7 @@ from beit3.data.loader import RecordDataset
 from beit3.data.stores.records import write_records
 from beit3.predict import load
 from beit3.tasks.vqkd import VQKD
-from beit3.training.evaluate import evaluate, predict, predict_sources, score_sources
+from beit3.training.evaluate import evaluate, predict, score_sources
 from beit3.training.loop import train
 from tests.world_root import make_vqkd_recipe
 
@@ -68,15 +68,6 @@ def test_prediction_restores_training_mode(task, records):
         predict(task, records[:1], batch_size=1)
         assert task.training == training
     assert torch.is_grad_enabled()
-
-
-def test_a_limit_takes_the_first_records(task, records, tmp_path):
-    results = predict_sources(
-        task, {"main": write_source(tmp_path, records)}, batch_size=2, limit=3
-    )
-    assert [record["id"] for record in results["main"][1]] == [
-        record["id"] for record in records[:3]
-    ]
 
 
 def test_few_unreadable_records_are_left_out_of_the_score(task, records, tmp_path):

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from beit3.data.loader import ExampleDataset, RecordDataset
+from beit3.data.sampling import spread_indices
 from beit3.data.stores.records import write_records
 from beit3.data.text.tokenize import write_tokens
 from beit3.model.layers import Block
@@ -169,7 +170,7 @@ def test_evaluation_changes_no_training_step(root, tmp_path):
     assert without_evaluation == with_evaluation
 
 
-def test_limits_take_the_first_records(root, tmp_path, monkeypatch):
+def test_limits_take_records_of_the_whole_split(root, tmp_path, monkeypatch):
     seen = set()
     example = VQA.example
 
@@ -188,8 +189,11 @@ def test_limits_take_the_first_records(root, tmp_path, monkeypatch):
         split: [record["id"] for record in RecordDataset(root / f"vqa/main/{split}.jsonl", root)]
         for split in ("train", "val")
     }
-    assert {record_id for is_train, record_id in seen if is_train} == set(records["train"][:5])
-    assert {record_id for is_train, record_id in seen if not is_train} == set(records["val"][:3])
+    for split, count in (("train", 5), ("val", 3)):
+        read_ids = {record_id for is_train, record_id in seen if is_train == (split == "train")}
+        size = len(records[split])
+        assert read_ids == {records[split][index] for index in spread_indices(size, count)}
+        assert len(read_ids) == count < size and read_ids != set(records[split][:count])
 
 
 def test_an_epoch_is_one_of_the_largest_source():

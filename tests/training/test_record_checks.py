@@ -24,13 +24,15 @@ CAPTIONS = {"id": "1", "image": "1.jpg", "image_id": 7, "captions": ["a cat"]}
 PAIR = {"id": "1", "image": "1.jpg", "text": "a cat"}
 
 
-def check(task: str, folder: Path, lines: list[Any], purpose: str, **options: Any) -> None:
+def check(
+    task: str, folder: Path, lines: list[Any], purpose: str, *, limit: int = 0, **options: Any
+) -> None:
     """Checks the lines, records or raw text, as the records of a task."""
     (folder / "1.jpg").touch()
     texts = [line if isinstance(line, str) else json.dumps(line) for line in lines]
     (folder / "split.jsonl").write_text("".join(text + "\n" for text in texts))
-    sources = {load_task(task).sources[-1]: RecordDataset(folder / "split.jsonl", folder)}
-    check_records(load_task(task), sources, purpose, **options)
+    source = RecordDataset(folder / "split.jsonl", folder, limit=limit)
+    check_records(load_task(task), {load_task(task).sources[-1]: source}, purpose, **options)
 
 
 def change(record: dict, **fields: Any) -> dict:
@@ -180,27 +182,31 @@ def test_no_file_is_looked_for_where_all_may_be_missing(tmp_path, monkeypatch):
     check("vqa", tmp_path, [VQA], "train")
 
 
-def test_a_limit_checks_the_records_that_evaluation_reads(tmp_path):
-    """Of two datasets it reads records of both. Tars and token ids are passed over."""
+def test_the_records_within_a_limit_are_checked(tmp_path):
+    """Of two datasets it keeps records of both. Tars and token ids are passed over."""
     (tmp_path / "1.jpg").touch()
     for name in ("a", "b"):
         records = [change(VQA, id=str(number)) for number in range(9)]
         records[5]["text"] = 7
         write_records(tmp_path / name / "val.jsonl", records)
-    source = RecordDataset(tmp_path / "val", tmp_path)
-    assert source.names == ["a", "b"] and len(source) == 18
-    for limit in (1, 4, 10):
+    for limit in (2, 4, 10, 0):
+        source = RecordDataset(tmp_path / "val", tmp_path, limit=limit)
+        assert source.names == ["a", "b"] and len(source) == (limit or 18)
         checked = {
             (store.path.parent.name, str(index))
-            for store, count in find_checked_stores(source, limit)
-            for index in range(count)
+            for store, indices in find_checked_stores(source)
+            for index in indices
         }
-        assert checked == {tuple(source[number]["id"].split("/")) for number in range(limit)}
-    check_records(load_task("vqa"), {"main": source}, "score", limit=10)
-    with pytest.raises(ValueError, match=r"val\.jsonl line 6 .*\(1 more of 12 records"):
-        check_records(load_task("vqa"), {"main": source}, "score", limit=12)
+        assert checked == {tuple(record["id"].split("/")) for record in source}
+    source = RecordDataset(tmp_path / "val", tmp_path, limit=10)
+    check_records(load_task("vqa"), {"main": source}, "score")
+    with pytest.raises(ValueError, match=r"val\.jsonl line 6 .*\(1 more of 18 records"):
+        check_records(
+            load_task("vqa"), {"main": RecordDataset(tmp_path / "val", tmp_path)}, "score"
+        )
     source.stores[0] = object()  # as a store of another kind
-    assert find_checked_stores(source, 10) == [(source.stores[1], 5)]
+    ((store, indices),) = find_checked_stores(source)
+    assert store is source.stores[1] and len(indices) == 5
 
 
 def test_every_rank_raises_whatever_stops_the_check(tmp_path):

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from beit3.data.sampling import DatasetMixture, WindowShuffle
+from beit3.data.sampling import DatasetMixture, WindowShuffle, spread_indices
 from beit3.data.stores.records import FILE_FIELDS, Records
 from beit3.data.stores.shards import Shards
 from beit3.data.stores.split_files import find_split_files
@@ -63,7 +63,8 @@ class RecordDataset:
     Args:
         path: The split as `locate_split` returns it.
         root: Directory that paths in records are relative to.
-        limit: Number of records to keep, from the first on; 0 keeps all.
+        limit: Number of records to keep, spread evenly over each dataset, for files are often
+            sorted by class; 0 keeps all. A smaller limit keeps some of a larger one's.
         window: Number of records that are shuffled together, for tars and token ids.
         weights: Dataset name -> weight with which training reads it; {} weights by size.
         keep: Says which records of .jsonl files to keep; None keeps all. With a function, all
@@ -99,7 +100,12 @@ class RecordDataset:
         store_sizes = [len(store) for store in self.stores]
         self.size = min(limit or sum(store_sizes), sum(store_sizes))
         self.by_size = DatasetMixture(store_sizes)
-        self.sizes = [max(1, count) for count in self.by_size.count(self.size)]
+        self.indices = [
+            spread_indices(store_size, max(1, count))
+            for store_size, count in zip(store_sizes, self.by_size.count(self.size), strict=True)
+        ]
+        """Indices of each dataset's records within the limit, ascending."""
+        self.sizes = [len(indices) for indices in self.indices]
         """Number of records of each dataset within the limit."""
         self.mixture = DatasetMixture(self._check_weights(weights or {}))
 
@@ -113,8 +119,8 @@ class RecordDataset:
         return (self[index] for index in range(len(self)))
 
     def read_record(self, dataset: int, index: int) -> dict[str, Any]:
-        """Returns record `index` of a dataset, which is given by its number."""
-        record = self.stores[dataset][index]
+        """Returns record `index`, within the limit, of a dataset, which is given by its number."""
+        record = self.stores[dataset][int(self.indices[dataset][index])]
         if self.names[dataset]:
             record = record | {"id": f"{self.names[dataset]}/{record.get('id', '')}"}
         files = {key: record[key] for key in FILE_FIELDS if isinstance(record.get(key), str)}
@@ -128,7 +134,9 @@ class RecordDataset:
         store, size = self.stores[dataset], self.sizes[dataset]
         if not isinstance(store, Shards | Tokens):
             return get_rng("").permutation(size)
-        run_ends = np.minimum(np.cumsum(store.run_lengths), size)
+        run_ends, indices = np.cumsum(store.run_lengths), self.indices[dataset]
+        if isinstance(indices, np.ndarray):
+            run_ends = np.searchsorted(indices, run_ends)
         return WindowShuffle(np.diff(run_ends, prepend=0), self.window, get_rng)
 
     def _check_weights(self, weights: Mapping[str, float]) -> list[float]:

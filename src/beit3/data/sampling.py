@@ -2,7 +2,8 @@
 
 Nothing is saved, so a resumed run reads exactly what it would have read. `WindowShuffle` is an
 epoch of a large dataset: shuffled within bounds, so that it can be entered anywhere at low cost.
-`DatasetMixture` assigns positions to several datasets by weight.
+`DatasetMixture` assigns positions to several datasets by weight. `spread_indices` says which
+records a limit keeps.
 """
 
 from collections.abc import Callable, Sequence
@@ -10,6 +11,25 @@ from fractions import Fraction
 from functools import lru_cache
 
 import numpy as np
+
+
+def spread_indices(size: int, count: int) -> range | np.ndarray:
+    """Returns `count` of the indices below `size`, spread evenly over them, in ascending order.
+
+    All of them are a range, fewer an int64 array [count]. A smaller count's are among those of a
+    larger one. They are the multiples of a Fibonacci number modulo the next one, as far as they lie
+    below `size`: multiples of the golden section leave even gaps at every count, and follow no
+    period of the records, as every tenth record would. So a file sorted by class gives each class
+    its fraction.
+    """
+    if count >= size:
+        return range(size)
+    step, modulus = 1, 2
+    while modulus < size:
+        step, modulus = modulus, step + modulus
+    # A fraction of .618 to 1 of the multiples lies below `size`: twice `count` are enough.
+    multiples = np.arange(min(modulus, 2 * count + 64)) * step % modulus
+    return np.sort(multiples[multiples < size][:count])
 
 
 class WindowShuffle:

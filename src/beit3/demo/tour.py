@@ -20,7 +20,7 @@ from beit3.demo.parallel import Job, run_in_parallel
 from beit3.demo.probes import measure_pretraining
 from beit3.demo.tables import SCRATCH, TASK_SCORES, make_tour_rows, print_table
 from beit3.progress import show_progress
-from beit3.recipe import Recipe
+from beit3.recipe import Recipe, RunConfig
 from beit3.report.page import write_report
 from beit3.segmentation.head import check_transformers
 from beit3.task import Task, load_task
@@ -59,6 +59,8 @@ class TourConfig:
     before pretraining shows (docs/lab_notes.md)."""
     world: str
     """Which embedded world: `default` or `small`."""
+    eval_records: int = 0
+    """Held-out records that a run is scored on; 0 = those of its recipe."""
 
 
 USUAL = TourConfig(
@@ -84,6 +86,7 @@ FAST = TourConfig(
     vqa_steps=10,
     task_steps=dict.fromkeys(USUAL.task_steps, 4),
     world="small",
+    eval_records=32,
 )
 
 
@@ -113,7 +116,7 @@ class Tour:
         recipe = replace(
             recipe,
             data=replace(recipe.data, root=str(self.root)),
-            run=replace(recipe.run, steps=steps),
+            run=limit_run(recipe.run, steps, self.config.eval_records),
         )
         return train(recipe, task, out=self.out / folder, init=str(init), label=folder)
 
@@ -170,13 +173,27 @@ class Tour:
         self.console.print("[bold]the tasks, from the pretrained weights and from scratch[/bold]")
         steps = {"vqa": self.config.vqa_steps, **self.config.task_steps}
         jobs: list[Job] = [
-            (fine_tune_task, (self.out, self.root, folder, steps[folder.removesuffix(SCRATCH)]))
+            (
+                fine_tune_task,
+                (
+                    self.out,
+                    self.root,
+                    folder,
+                    steps[folder.removesuffix(SCRATCH)],
+                    self.config.eval_records,
+                ),
+            )
             for folder in folders
         ]
         return dict(zip(folders, run_in_parallel(jobs), strict=True))
 
 
-def fine_tune_task(out: Path, root: Path, folder: str, steps: int) -> dict:
+def limit_run(run: RunConfig, steps: int, eval_records: int) -> RunConfig:
+    """Returns a run of so many steps, scored on so many records; 0 = as many as it says."""
+    return replace(run, steps=steps, eval_records=eval_records or run.eval_records)
+
+
+def fine_tune_task(out: Path, root: Path, folder: str, steps: int, eval_records: int) -> dict:
     """Trains or resumes the run in `folder`, the task's name, with `SCRATCH` behind it where it
     starts without pretraining; returns its final scores."""
     name = folder.removesuffix(SCRATCH)
@@ -186,7 +203,7 @@ def fine_tune_task(out: Path, root: Path, folder: str, steps: int) -> dict:
     recipe = replace(
         recipe,
         data=replace(recipe.data, root=str(root), limit=limit),
-        run=replace(recipe.run, steps=steps),
+        run=limit_run(recipe.run, steps, eval_records),
     )
     start = out / STARTS.get(name, "pretrain") / "last"
     init = "" if folder.endswith(SCRATCH) else str(start)

@@ -2,7 +2,7 @@
 fits, FLOPs per step.
 
 The estimate follows the training loop (training/parallel.py, training/step.py): weights, their
-gradients and AdamW's two moments are sharded, blocks are gathered one by one, the rest stays
+gradients and the optimizer's moments are sharded, blocks are gathered one by one, the rest stays
 gathered during a step. The gradients of all micro-batches but the last accumulate unsharded on
 every process. All sizes are in bytes.
 """
@@ -20,6 +20,7 @@ from beit3.plan.trace import Trace, trace_step
 from beit3.recipe import Recipe
 from beit3.task import Example, Task
 from beit3.tokenizer.visual import VisualTokenizerConfig
+from beit3.training.optim import count_moments, make_parameter_groups
 from beit3.training.parallel import find_blocks, get_parameter_dtype, uses_bfloat16
 
 GATHERED_BLOCKS = 3
@@ -71,6 +72,8 @@ class ParameterCounts:
     """Trained parameters outside of blocks."""
     rest_used: int
     frozen: int
+    moments: int
+    """Numbers that the optimizer keeps for the used parameters."""
 
 
 class Estimate:
@@ -163,6 +166,12 @@ class Estimate:
             for name, parameter in trained.items()
             if not name.startswith(unused_prefixes)
         }
+        num_moments = sum(
+            count_moments(group) * parameter.numel()
+            for group in make_parameter_groups(self.task, self.recipe.optim)
+            for parameter in group["params"]
+            if id(parameter) in used_ids
+        )
         num_trained = sum(parameter.numel() for parameter in trained.values())
         num_used = sum(p.numel() for p in trained.values() if id(p) in used_ids)
         in_blocks, used_in_blocks = [], []
@@ -178,6 +187,7 @@ class Estimate:
             rest=num_trained - sum(in_blocks),
             rest_used=num_used - sum(used_in_blocks),
             frozen=sum(parameter.numel() for parameter in self.task.parameters()) - num_trained,
+            moments=num_moments,
         )
 
     # Traces ------------------------------------------------------------------------------------
@@ -268,7 +278,7 @@ class Estimate:
         memory = Memory(
             weights=counts.trained * itemsize / self.processes,
             gradients=gradients,
-            optimizer=2 * counts.used * itemsize / self.processes,
+            optimizer=counts.moments * itemsize / self.processes,
             frozen=counts.frozen * itemsize,
             gathered=self._estimate_gathered(itemsize),
             activations=activations,

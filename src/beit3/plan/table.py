@@ -13,7 +13,7 @@ Row = tuple[str, list[str]]
 MEMORY_LABELS = {
     "weights": "weights",
     "gradients": "gradients",
-    "optimizer": "AdamW's two moments",
+    "optimizer": "the optimizer's moments",
     "frozen": "frozen parts, not sharded",
     "gathered": "gathered: 3 blocks, the rest",
     "activations": "activations and temporary tensors",

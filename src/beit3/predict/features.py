@@ -4,10 +4,10 @@ Weights of any task with a BEiT-3 backbone serve, whatever their head. An image 
 are one sequence, in which all tokens attend to all.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -21,10 +21,7 @@ from beit3.model.layers import Block
 from beit3.model.layout import Layout, Parts
 from beit3.predict.inputs import OnError, align_inputs, is_list, list_inputs, run_in_batches
 from beit3.task import Batch, Example, Record, Task, make_record, task_name
-from beit3.weights.matching import serves_text
-
-if TYPE_CHECKING:
-    from beit3.predict.predictor import Predictor
+from beit3.weights.matching import LoadReport, serves_text
 
 ImageSize = int | tuple[int, int] | None
 """Side of a square in pixels, (height, width), or None for the size of the weights."""
@@ -104,11 +101,24 @@ class Inspection:
         return values[number]
 
 
+class LoadedTask(Protocol):
+    """What the functions below need of a `Predictor`, which has them as methods."""
+
+    task: Task
+    report: LoadReport
+
+    def check_text_side(self, records: Iterable[Record]) -> None:
+        """Raises ValueError for texts that the weights cannot read."""
+
+    def compute(self, function: Callable[[Batch], Any], batch: Batch) -> Any:
+        """Calls a function of the network on a batch."""
+
+
 # Public functions, as methods of Predictor --------------------------------------------------------
 
 
 def embed_pairs(
-    predictor: "Predictor",
+    predictor: LoadedTask,
     images: Any,
     texts: Any,
     *,
@@ -149,7 +159,7 @@ def embed_pairs(
 
 
 def embed_patches(
-    predictor: "Predictor",
+    predictor: LoadedTask,
     images: Any,
     *,
     layer: int,
@@ -193,7 +203,7 @@ def embed_patches(
 
 
 def inspect(
-    predictor: "Predictor",
+    predictor: LoadedTask,
     image: Any,
     text: str | None,
     *,
@@ -281,7 +291,7 @@ def encode_layers(
     return states, weights
 
 
-def check_backbone(predictor: "Predictor") -> BEiT3:
+def check_backbone(predictor: LoadedTask) -> BEiT3:
     """Returns the backbone. Raises ValueError where it is no BEiT-3, or is not loaded."""
     task = predictor.task
     if not isinstance(task.backbone, BEiT3):

@@ -1,13 +1,13 @@
 """Panels of the visual tokenizer: how often its codes are used, and what they look like."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
-from itertools import islice
+from functools import cache, partial
 
 import numpy as np
 import torch
 
+from beit3.data.loader import RecordDataset
 from beit3.report.bars import compute_usage, draw_usage_bars
 from beit3.report.cards import render_number_line
 from beit3.report.images import (
@@ -26,7 +26,7 @@ from beit3.report.panel_inputs import (
     pick_evenly,
 )
 from beit3.report.runs import Run
-from beit3.task import Record, Task
+from beit3.task import Task
 from beit3.tasks.vqkd import VQKD
 from beit3.tokenizer.visual import VisualTokenizer
 from beit3.training.evaluate import iterate_batches
@@ -56,11 +56,15 @@ class CodeStatistics:
     """Patches with this code [K]."""
 
 
+TokenizerFunction = Callable[[], tuple[VQKD, CodeStatistics]]
+"""Returns what `load_tokenizer` returns, which is computed once for both panels of a run."""
+
+
 @torch.no_grad()
 def compute_code_statistics(
-    tokenizer: VisualTokenizer, task: Task, records: Iterable[Record]
+    tokenizer: VisualTokenizer, task: Task, dataset: RecordDataset
 ) -> CodeStatistics:
-    """Computes mean patches and counts of codes over the first `MAX_PATCHES` patches of records.
+    """Computes mean patches and counts of codes over some `MAX_PATCHES` patches, evenly spaced.
 
     `task` makes the examples; their field `token_image` goes into the visual tokenizer.
     """
@@ -68,7 +72,7 @@ def compute_code_statistics(
     max_images = max(1, MAX_PATCHES // tokenizer.config.encoder.num_patches)
     sums = np.zeros((num_codes, patch_size, patch_size, 3))
     counts = np.zeros(num_codes, dtype=np.int64)
-    for batch in iterate_batches(task, islice(iter(records), max_images), BATCH_SIZE):
+    for batch in iterate_batches(task, pick_evenly(dataset, max_images), BATCH_SIZE):
         images = to_channels_last(batch["token_image"])
         patches = np.concatenate([cut_into_patches(image, patch_size) for image in images])
         codes = tokenizer.tokenize(batch["token_image"]).numpy().reshape(-1)
@@ -83,23 +87,34 @@ def make_vqkd_panels(runs: Sequence[Run]) -> Iterator[Panel]:
     """Yields for each run a panel of its codebook, and one of images in mean patches of codes."""
     for run in runs:
         suffix = make_title_suffix(run, runs)
+        get_tokenizer = cache(partial(load_tokenizer, run))
         lead = (
             "How often each code is given to held-out images, and what its patches look like on "
             "average."
         )
-        yield make_panel(f"The codebook{suffix}", lead, partial(_render_codebook, run))
+        yield make_panel(
+            f"The codebook{suffix}", lead, partial(_render_codebook, run, get_tokenizer)
+        )
         lead = (
             "Held-out images, and below each the same image with every patch replaced by the "
             "average patch of its code."
         )
-        yield make_panel(f"Images in codes{suffix}", lead, partial(_render_code_images, run))
+        yield make_panel(
+            f"Images in codes{suffix}", lead, partial(_render_code_images, run, get_tokenizer)
+        )
 
 
-def _render_codebook(run: Run) -> str:
-    """Returns usage of the codebook on held-out images and the mean patches of training images."""
+def load_tokenizer(run: Run) -> tuple[VQKD, CodeStatistics]:
+    """Loads a run's visual tokenizer and computes its statistics over training images."""
     task = load_run_weights(run, VQKD)
+    records = open_run_records(run, "main", "train")
+    return task, compute_code_statistics(task.backbone, task, records)
+
+
+def _render_codebook(run: Run, get_tokenizer: TokenizerFunction) -> str:
+    """Returns usage of the codebook on held-out images and the mean patches of training images."""
+    task, training = get_tokenizer()
     held_out = compute_code_statistics(task.backbone, task, open_run_records(run, "main", "val"))
-    training = compute_code_statistics(task.backbone, task, open_run_records(run, "main", "train"))
     order = np.argsort(-training.counts, kind="stable")[:MAX_TILES]
     used_fraction, perplexity = compute_usage(held_out.counts)
     numbers = render_number_line(
@@ -119,12 +134,9 @@ def _render_codebook(run: Run) -> str:
 
 
 @torch.no_grad()
-def _render_code_images(run: Run) -> str:
+def _render_code_images(run: Run, get_tokenizer: TokenizerFunction) -> str:
     """Returns pairs of an image and the same image in mean patches of its codes."""
-    task = load_run_weights(run, VQKD)
-    statistics = compute_code_statistics(
-        task.backbone, task, open_run_records(run, "main", "train")
-    )
+    task, statistics = get_tokenizer()
     records = pick_evenly(open_run_records(run, "main", "val"), NUM_IMAGES)
     batch = task.collate([task.example(record, False) for record in records])
     codes = task.outputs(batch)["codes"].numpy()

@@ -26,8 +26,8 @@ MAX_RECORDS = 200
 MAX_SECONDS = 60.0
 """Time that the first run may take to predict."""
 
-BATCH_SIZE = 2
-"""Images predicted at once; eight at 1024 pixels would take several GB."""
+BATCH_PIXELS = 2 * 1024**2
+"""Pixels of the images predicted at once; eight images at 1024 pixels would take several GB."""
 
 CardFunction = Callable[[Task, Record, Sequence[str], Sequence[Prediction]], str]
 """(task, record, labels of the runs, prediction of each run) -> HTML of a card."""
@@ -61,7 +61,7 @@ def predict_held_out(runs: Sequence[Run], task_class: type[Task]) -> HeldOutPred
         task = first_task if is_first else load_run_weights(run, task_class)
         start_time = time.monotonic()
         predictions: list[Prediction] = []
-        for batch in iterate_batches(task, records, BATCH_SIZE):
+        for batch in iterate_batches(task, records, count_batch_images(task)):
             predictions += task.predict(batch)
             is_late = time.monotonic() - start_time > MAX_SECONDS
             if is_first and is_late and len(predictions) >= NUM_CARDS:
@@ -69,6 +69,12 @@ def predict_held_out(runs: Sequence[Run], task_class: type[Task]) -> HeldOutPred
         records = records[: len(predictions)]
         predictions_by_run.append(predictions)
     return HeldOutPredictions(first_task, records, predictions_by_run)
+
+
+def count_batch_images(task: Task) -> int:
+    """Returns how many images are predicted at once, at most as many as are drawn."""
+    num_pixels = task.config.image.image_size**2
+    return max(1, min(NUM_CARDS, BATCH_PIXELS // num_pixels))
 
 
 def render_cards(

@@ -8,7 +8,6 @@ its own repeats an earlier one, and its predictions are dropped.
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from itertools import islice
 from typing import Any
 
 import torch
@@ -176,7 +175,6 @@ def predict_sources(
     sources: Mapping[str, RecordDataset],
     *,
     batch_size: int,
-    limit: int = 0,
     bad_share: float = 0.0,
     workers: int = 0,
     autocast: torch.autocast | None = None,
@@ -188,7 +186,6 @@ def predict_sources(
         task: The task.
         sources: Source -> its records.
         batch_size: Records of a batch on one process.
-        limit: Records of each source, the first ones; 0 = all.
         bad_share: The fraction of a source's records that may be unreadable; they are skipped.
         workers: As for `predict`.
         autocast: As for `predict`.
@@ -201,7 +198,7 @@ def predict_sources(
     check_tokenizer(task, sources)
     for name, source in sources.items():
         unreadable: list[str] = []
-        records = list(islice(source, limit or None))
+        records = list(source)
         if has_raw_text(records[0]):
             # Raises without a tokenizer, which is the caller's error and not that of each record.
             task.tokenizer  # noqa: B018
@@ -254,7 +251,6 @@ def evaluate(
     sources: Mapping[str, RecordDataset],
     *,
     batch_size: int,
-    limit: int = 0,
     bad_share: float = 0.0,
     workers: int = 0,
     autocast: torch.autocast | None = None,
@@ -264,7 +260,6 @@ def evaluate(
         task,
         sources,
         batch_size=batch_size,
-        limit=limit,
         bad_share=bad_share,
         workers=workers,
         autocast=autocast,

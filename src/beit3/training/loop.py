@@ -320,7 +320,6 @@ class Trainer:
             task,
             self.val_sources,
             batch_size=recipe.run.micro_batch or max(1, count_rank_records(recipe)),
-            limit=recipe.run.eval_records,
             bad_share=recipe.data.bad_share,
             workers=recipe.data.workers,
             autocast=self.autocast,
@@ -351,7 +350,8 @@ def open_sources(
 ) -> tuple[dict[str, RecordDataset], dict[str, RecordDataset]]:
     """Opens the train and the val split of the sources that `data.batch` names.
 
-    No val split is opened where `run.eval_every` is -1.
+    No val split is opened where `run.eval_every` is -1. Both hold only the records that the run
+    reads, by `data.limit` and `run.eval_records`.
 
     Raises ValueError if it names none of the task's sources.
     """
@@ -364,7 +364,12 @@ def open_sources(
     sources = {name: open_source(root, task_class, name, recipe) for name in names}
     val_sources = {}
     if recipe.run.eval_every >= 0:
-        val_sources = {name: open_source(root, task_class, name, recipe, "val") for name in names}
+        val_sources = {
+            name: open_source(
+                root, task_class, name, recipe, "val", eval_records=recipe.run.eval_records
+            )
+            for name in names
+        }
     return sources, val_sources
 
 
@@ -379,7 +384,7 @@ def check_run_records(
     check = partial(check_records, task_class, config=config, bad_share=recipe.data.bad_share)
     with show_progress("checking records") as advance:
         check(sources, "train", progress=advance)
-        check(val_sources, "score", limit=recipe.run.eval_records, progress=advance)
+        check(val_sources, "score", progress=advance)
 
 
 def open_training_tokenizer(

@@ -56,6 +56,12 @@ def make_parameter_groups(task: Task, config: OptimConfig) -> list[dict[str, Any
     return list(groups.values())
 
 
+def count_moments(group: Mapping[str, Any]) -> int:
+    """Returns how many tensors of its size the optimizer keeps for each parameter of a group: Muon
+    the momentum, AdamW two moments."""
+    return 1 if group["muon"] else 2
+
+
 def _make_label(task: Task, name: str, scale: float, config: OptimConfig) -> str:
     """Returns the label of the group that begins with this parameter."""
     if config.layer_decay == 1:

@@ -10,6 +10,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TypeAlias
 
+import numpy as np
+
 from beit3.data.loader import RecordDataset
 from beit3.data.stores.record_fields import (
     FILE,
@@ -40,7 +42,6 @@ def check_records(
     purpose: Purpose,
     *,
     config: TaskConfig | None = None,
-    limit: int = 0,
     bad_share: float = 0.0,
     progress: Progress | None = None,
 ) -> None:
@@ -54,7 +55,6 @@ def check_records(
         sources: Source -> the records of one split.
         purpose: What the records are read for.
         config: The task's config, by which labels are checked.
-        limit: Number of records of each source that evaluation reads; 0 = all.
         bad_share: The fraction of the records to score whose files may be missing. At 1 no file
             is looked for.
         progress: Receives the progress.
@@ -64,7 +64,7 @@ def check_records(
         for name, source in sources.items():
             fields = {"id": ID_FIELD, **task_class.get_record_fields(name)}
             checker = SourceChecker(task_class, fields, purpose, config, bad_share)
-            fault = _find_source_fault(checker, source, limit, progress)
+            fault = _find_source_fault(checker, source, progress)
             if fault:
                 return fault
         return ""
@@ -75,31 +75,30 @@ def check_records(
 
 
 def _find_source_fault(
-    checker: "SourceChecker", source: RecordDataset, limit: int, progress: Progress | None
+    checker: "SourceChecker", source: RecordDataset, progress: Progress | None
 ) -> str:
     """Returns what is wrong with the records of a source, or ""."""
-    stores = find_checked_stores(source, limit)
-    size, number = sum(count for _, count in stores), 0
-    for store, count in stores:
-        for index in range(count):
-            checker.check(store, index, source.root)
+    stores = find_checked_stores(source)
+    size, number = sum(len(indices) for _, indices in stores), 0
+    for store, indices in stores:
+        for index in indices:
+            checker.check(store, int(index), source.root)
             if progress and number % 1000 == 0:
                 progress(number, size)
             number += 1
     return checker.find_fault()
 
 
-def find_checked_stores(source: RecordDataset, limit: int) -> list[tuple[CheckedStore, int]]:
-    """Returns the files of a source that are checked, and how many records of each, from the first.
+def find_checked_stores(
+    source: RecordDataset,
+) -> list[tuple[CheckedStore, range | np.ndarray]]:
+    """Returns the files of a source that are checked, and the indices of the records of each.
 
-    With a limit they are the records that an evaluation of so many reads: each dataset has its
-    fraction of them.
+    Those beyond the source's limit are not read, and so not checked.
     """
-    is_limited = 0 < limit < len(source)
-    counts = source.by_size.count(limit) if is_limited else source.sizes
     return [
-        (store, count)
-        for store, count in zip(source.stores, counts, strict=True)
+        (store, indices)
+        for store, indices in zip(source.stores, source.indices, strict=True)
         if isinstance(store, Records | UpstreamIndex)
     ]
 

@@ -58,16 +58,23 @@ def find_records_root(
 
 
 def open_source(
-    root: Path, task_class: type[Task], name: str, recipe: Recipe, split: str = "train"
+    root: Path,
+    task_class: type[Task],
+    name: str,
+    recipe: Recipe,
+    split: str = "train",
+    *,
+    eval_records: int = 0,
 ) -> RecordDataset:
     """Opens the records of one split of source `name` under `root`.
 
-    The train split follows the recipe's limit, shuffle window and dataset weights.
+    The train split follows the recipe's limit, shuffle window and dataset weights. Of other splits
+    `eval_records` records are kept, or all with 0.
     """
     records_task = task_class.records_from.get(name, task_name(task_class))
     path = locate_split(str(root), records_task, name, split)
     if split != "train":
-        return RecordDataset(path, root)
+        return RecordDataset(path, root, limit=eval_records)
     data = recipe.data
     weights = _select_dataset_weights(data, name, task_class.sources)
     dataset = RecordDataset(

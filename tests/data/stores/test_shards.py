@@ -5,7 +5,7 @@ import pickle
 import shutil
 from collections import Counter
 from functools import partial
-from itertools import chain
+from itertools import chain, groupby
 from pathlib import Path
 
 import numpy as np
@@ -433,14 +433,21 @@ def test_an_unreadable_image_is_replaced_by_the_next_of_the_epoch(dataset, tar_r
     assert line.startswith("pairs record 00000/0007: ") and "is not an image" in line
 
 
-def test_a_limit_keeps_the_first_records(tmp_path, tar_root):
+def test_a_limit_keeps_a_fraction_of_each_tar(tmp_path, tar_root):
+    """An epoch reads each record once; in windows of one, those of a tar after one another."""
     write_pairs(tmp_path, tar_root)
-    dataset = RecordDataset(
-        locate_split(tmp_path, "pretrain", "pairs", "train"), tmp_path, limit=45, window=8
-    )
-    examples = ExampleDataset({"pairs": dataset}, make_example, seed=0)
-    ids = {examples[("pairs", position)]["id"] for position in range(45)}
-    assert ids == {record["id"] for record in dataset} and len(ids) == len(dataset) == 45
+    path = locate_split(tmp_path, "pretrain", "pairs", "train")
+    full = RecordDataset(path, tmp_path)
+    tar_sizes = Counter(record["id"].rpartition("/")[0] for record in full)
+    for window in (8, 1):
+        dataset = RecordDataset(path, tmp_path, limit=20, window=window)
+        examples = ExampleDataset({"pairs": dataset}, make_example, seed=0)
+        ids = [examples[("pairs", position)]["id"] for position in range(20)]
+        assert set(ids) == {record["id"] for record in dataset} and len(set(ids)) == 20
+        counts = Counter(id.rpartition("/")[0] for id in ids)
+        for tar, size in tar_sizes.items():
+            assert abs(counts[tar] - 20 * size / len(full)) <= 2
+    assert len(list(groupby(ids, key=lambda id: id.rpartition("/")[0]))) == len(counts)
 
 
 def test_reading_can_start_anywhere_in_an_epoch_of_a_thousand_shards(tmp_path):

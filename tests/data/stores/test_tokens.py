@@ -99,7 +99,10 @@ def test_a_record_dataset_reads_tokens(root, tokenizer):
     """Records can be limited, and an epoch reads every record once."""
     dataset = RecordDataset(locate_split(root, "pretrain", "texts", "train"), root)
     assert [*dataset] == make_records(tokenizer)
-    assert len(RecordDataset(dataset.path, root, limit=3)) == 3
+    limited = RecordDataset(dataset.path, root, limit=3)
+    assert len(limited) == len([*limited]) == 3
+    limited_order = limited.make_order(0, lambda name: np.random.default_rng(0))
+    assert sorted(limited_order[i] for i in range(3)) == [0, 1, 2]
     order = dataset.make_order(0, lambda name: np.random.default_rng(0))
     assert sorted(order[i] for i in range(len(dataset))) == [*range(len(dataset))]
     assert RUN_LENGTH < 100_000, "a window holds many runs"
