@@ -20,7 +20,7 @@ export class AttentionView {
     this.caption = create("p", {
       class: "hint",
       role: "status",
-      text: "Point at a word or tab to it; press it to keep its map.",
+      text: "Point at a word, or press it to keep its map.",
     });
     this.buttons = joinTokens(words, maps).map((word) => this.#makeButton(word));
     const list = create("div", { class: "words", role: "group" }, ...this.buttons);
