@@ -140,5 +140,6 @@ function describePlace(map) {
   const index = values.indexOf(Math.max(...values));
   const row = (Math.floor(index / map[0].length) + 0.5) / map.length;
   const column = ((index % map[0].length) + 0.5) / map[0].length;
-  return `${ROWS[Math.floor(3 * row)]} ${COLUMNS[Math.floor(3 * column)]}`;
+  const place = `${ROWS[Math.floor(3 * row)]} ${COLUMNS[Math.floor(3 * column)]}`;
+  return place === "in the middle center" ? "in the center" : place;
 }

@@ -68,6 +68,7 @@ export class SearchPanel extends Panel {
       const nothing = where ? "Nothing found with this filter." : "Nothing found.";
       const shown = `${formatCount(results.length, "picture")} shown, the nearest first.`;
       this.say(results.length ? shown : nothing);
+      this.revealResult();
     });
   }
 
