@@ -1,13 +1,14 @@
 # The server: docker build -t beit3-serve . && docker run -p 8000:8000 beit3-serve
 #
-# A build for a GPU starts from an image with CUDA and leaves the index of CPU builds out.
+# For GPUs build it with --build-arg TORCH_INDEX= (the usual index has torch with CUDA), and run it
+# with --gpus all before its name and --device cuda after it.
 FROM python:3.11-slim
 
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
 WORKDIR /opt/beit3
 COPY pyproject.toml README.md LICENSE ./
 COPY src ./src
-RUN pip install --no-cache-dir --extra-index-url "$TORCH_INDEX" ".[serve]" && useradd --uid 10001 --create-home beit3
+RUN pip install --no-cache-dir ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} ".[serve]" && useradd --uid 10001 --create-home beit3
 
 USER beit3
 WORKDIR /home/beit3

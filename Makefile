@@ -4,7 +4,7 @@ VENV := .venv
 # Windows has the environment's programs in another folder.
 RUN := $(VENV)/$(if $(filter Windows_NT,$(OS)),Scripts,bin)
 
-.PHONY: demo test install check weights clean
+.PHONY: demo test install check weights picture clean
 
 demo: $(VENV)/.package
 	$(RUN)/beit3 demo
@@ -25,6 +25,10 @@ check: install
 # README.md beside them has the steps and the scores.
 weights: install
 	OMP_NUM_THREADS=1 $(RUN)/python -m beit3.demo.shipping
+
+# The picture of README.md, of the page with these weights. Chromium is a package of the system.
+picture: install
+	$(RUN)/python docs/images/page.py
 
 $(RUN)/python:
 	$(PYTHON) -m venv $(VENV)

@@ -19,14 +19,15 @@
 #     beit3 download beit3_base_patch16_384_coco_retrieval
 #
 # Until then small weights that ship with the package stand in. They know drawings of colored shapes
-# and nothing else, so the pictures below are such drawings. With released files put the paths of
-# your own photographs into `pictures`, and ask about them.
+# and nothing else, so the pictures below are such drawings, and even of these they miss some. With
+# released files put the paths of your own photographs into `pictures`, and ask about them.
 #
 # Open it with `jupytext --to notebook use_weights.py`, or in JupyterLab with jupytext installed.
 
 # %%
 # %matplotlib inline
 import tempfile
+import textwrap
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -77,7 +78,7 @@ def show(paths, titles, columns=4):
         axis.axis("off")
     for axis, path, title in zip(axes.flat, paths, titles, strict=False):
         axis.imshow(Image.open(path).convert("RGB"))
-        axis.set_title(title, fontsize=8, wrap=True)
+        axis.set_title(textwrap.fill(title, 30), fontsize=8)
     plt.show()
 
 
@@ -126,7 +127,7 @@ show(pictures[:4], [f"{ranked[0]['name']}  ({ranked[0]['score']:.0%})" for ranke
 # %% [markdown]
 # ## Objects
 #
-# Boxes are [x1, y1, x2, y2] in pixels of the picture.
+# Boxes are [x, y, width, height] in pixels of the picture, as in COCO.
 
 # %%
 figure, axes = plt.subplots(1, 4, figsize=(12, 3))
@@ -136,8 +137,8 @@ for axis, picture, prediction in zip(axes, pictures, detector(pictures[:4]), str
     for item in prediction[0]["objects"]:
         if item["score"] < 0.5:
             continue
-        left, top, right, bottom = item["box"]
-        corner, width, height = (left - 0.5, top - 0.5), right - left, bottom - top
+        left, top, width, height = item["box"]
+        corner = (left - 0.5, top - 0.5)
         axis.add_patch(plt.Rectangle(corner, width, height, fill=False, color="w", lw=2))
         axis.text(left, top, f"{item['name']} {item['score']:.0%}", fontsize=8, va="bottom")
 plt.show()

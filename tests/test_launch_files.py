@@ -243,6 +243,10 @@ def read_dockerfile() -> list[tuple[str, str]]:
     return [(line.partition(" ")[0], line.partition(" ")[2].strip()) for line in lines]
 
 
+def read_dockerignore() -> set[str]:
+    return set((LAUNCH.parent / ".dockerignore").read_text().splitlines())
+
+
 def test_the_image_copies_what_is_there_and_starts_a_valid_command():
     instructions = read_dockerfile()
     assert instructions[0][0] == "FROM"
@@ -250,6 +254,7 @@ def test_the_image_copies_what_is_there_and_starts_a_valid_command():
         if name == "COPY":
             *sources, _ = argument.split()
             assert all((LAUNCH.parent / source).exists() for source in sources)
+            assert {f"!{source.removeprefix('./')}" for source in sources} <= read_dockerignore()
     by_name = dict(instructions)
     program, verb, *words = json.loads(by_name["ENTRYPOINT"]) + json.loads(by_name["CMD"])
     assert (program, verb) == ("beit3", "serve")

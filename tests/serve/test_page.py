@@ -20,6 +20,7 @@ from beit3.data.stores.rle import encode_rle
 from beit3.report.palette import build_palette
 from beit3.segmentation.records import encode_label_map
 from beit3.serve.app import build_app
+from beit3.world.language import describe_object
 from beit3.world.render import render
 from beit3.world.scene import make_scene
 from tests.serve.client import make_service
@@ -136,7 +137,7 @@ class TestTools:
         open_page(page)
         ask(page)
         expect(page.locator(".answer")).to_have_text("blue")
-        expect(page.locator(".bars li")).to_have_text(["blue81 %", "red12 %", "green3.4 %"])
+        expect(page.locator(".bars li")).to_have_text(["blue81%", "red12%", "green3.4%"])
         expect(page.get_by_text("world-vqa in 0.01 s")).to_be_visible()
         path, fields = behavior.requests[0]
         assert path == "/v1/world-vqa/vqa?attention=true"
@@ -145,7 +146,7 @@ class TestTools:
     def test_the_answer_is_announced(self, page: Any) -> None:
         open_page(page)
         ask(page)
-        expect(get_panel(page).get_by_role("status").first).to_have_text("Answer: blue, 81 %")
+        expect(get_panel(page).get_by_role("status").first).to_have_text("Answer: blue, 81%")
 
     def test_weights_of_one_task_are_chosen_by_name(self, page: Any, behavior: Behavior) -> None:
         open_page(page)
@@ -241,9 +242,12 @@ class TestPictures:
 
     def test_the_examples_are_drawings_of_the_world(self) -> None:
         for example in json.loads((PAGE / "examples.json").read_text()):
-            drawn = render(make_scene(example["seed"]), 32)
+            scene = make_scene(example["seed"])
+            drawn = render(scene, 32)
             with (PAGE / example["file"]).open("rb") as file, Image.open(file) as stored:
                 assert np.array_equal(np.asarray(drawn), np.asarray(stored))
+            names = [f"a {describe_object(item)}" for item in scene.objects]
+            assert sorted(re.split(", | and ", example["alt"])) == sorted(names)
 
 
 # Drawings -----------------------------------------------------------------------------------------
@@ -261,7 +265,7 @@ class TestDrawings:
         assert circle["x"] - frame["x"] == pytest.approx(7 * scale, abs=3)
         assert circle["y"] - frame["y"] == pytest.approx(10 * scale, abs=3)
         assert circle["width"] == pytest.approx(25 * scale, abs=6)
-        expect(page.locator(".labels span")).to_have_text(["circle 93 %", "ground 58 %"])
+        expect(page.locator(".labels span")).to_have_text(["circle 93%", "ground 58%"])
 
     def test_the_slider_shows_and_hides_objects(self, page: Any) -> None:
         open_page(page, "Objects")
@@ -270,10 +274,8 @@ class TestDrawings:
         slider.press("End")
         expect(page.locator("rect.box")).to_have_count(0)
         slider.press("Home")
-        expect(page.locator(".objects li")).to_have_text(
-            ["1circle93 %", "2ground58 %", "3bird12 %"]
-        )
-        expect(get_panel(page).get_by_role("status")).to_have_text("3 objects of 3 shown.")
+        expect(page.locator(".objects li")).to_have_text(["1circle93%", "2ground58%", "3bird12%"])
+        expect(get_panel(page).get_by_role("status")).to_have_text("3 of 3 objects shown.")
 
     def test_a_focused_object_stands_out(self, page: Any) -> None:
         open_page(page, "Objects")
@@ -314,7 +316,7 @@ class TestDrawings:
     def test_the_legend_names_labels_and_their_area(self, page: Any) -> None:
         open_page(page, "Regions")
         page.get_by_role("button", name="Label the picture").click()
-        expect(page.locator(".objects li")).to_have_text(["sky63 %", "grass27 %", "water11 %"])
+        expect(page.locator(".objects li")).to_have_text(["sky63%", "grass27%", "water11%"])
         assert (read_alphas(page) == 153).all()
         page.get_by_role("button", name="water").focus()
         alphas = read_alphas(page)
@@ -401,7 +403,7 @@ class TestSearch:
         open_page(page, "Search")
         expect(self.search(page)).to_have_count(12)
         page.get_by_role("button", name="Find pictures similar to picture 3").click()
-        expect(page.get_by_role("heading", name="similar to picture number 2")).to_be_focused()
+        expect(page.get_by_role("heading", name="similar to “picture number 2”")).to_be_focused()
         assert behavior.requests[1][1]["id"] == "row2"
 
     def test_a_result_becomes_the_picture(self, page: Any, behavior: Behavior) -> None:
@@ -672,6 +674,12 @@ class TestEverybody:
             get_panel(page).locator("button.primary").click()
             page.wait_for_timeout(50)
             assert page.evaluate("document.documentElement.scrollWidth") <= 390, name
+
+    def test_an_answer_comes_into_view_on_a_phone(self, page: Any) -> None:
+        page.set_viewport_size({"width": 390, "height": 700})
+        open_page(page)
+        ask(page)
+        expect(page.locator(".answer")).to_be_in_viewport()
 
     def test_a_drawing_stays_in_view_on_a_phone(self, page: Any) -> None:
         page.set_viewport_size({"width": 390, "height": 700})

@@ -84,6 +84,7 @@ def build_app() -> App:
         name="beit3",
         help="BEiT-3: pretrain, fine-tune, evaluate and use it.\n\n"
         "```\n"
+        "beit3 serve\n"
         "beit3 demo\n"
         "beit3 train vqa demo --optim.lr 5e-4 --run.steps 200\n"
         'beit3 predict runs/vqa-demo picture.png "what color is the circle ?"\n'

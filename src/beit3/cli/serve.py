@@ -32,7 +32,7 @@ def serve(
     timeout: Amount = 30,
     drain: Amount = 1,
 ) -> None:
-    """Serve weights over HTTP: one endpoint a task, embeddings, search, and a page.
+    """Serve weights over HTTP: one endpoint per task, embeddings, search, and a page.
 
     ```
     beit3 serve

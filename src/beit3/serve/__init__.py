@@ -1,1 +1,1 @@
-"""The HTTP server: one endpoint a task, embeddings, search and a page, over batched networks."""
+"""The HTTP server: one endpoint per task, embeddings, search and a page, over batched networks."""

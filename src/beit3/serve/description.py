@@ -109,6 +109,7 @@ def render_docs(document: dict[str, Any]) -> str:
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>API of this server</title>
+<link rel="icon" href="data:,">
 <link rel="stylesheet" href="page/style.css">
 </head>
 <body>
@@ -142,8 +143,9 @@ def _list_fields(schema: dict[str, Any]) -> Iterator[str]:
     required = schema.get("required", ())
     for name, value in schema["properties"].items():
         note = value.get("description") or value.get("type", "")
-        limits = {key: value[key] for key in ("enum", "maxLength", "maximum") if key in value}
-        details = f" {json.dumps(limits)}" if limits else ""
+        keys = ("enum", "maxLength", "maximum")
+        limits = ", ".join(f"{key}: {json.dumps(value[key])}" for key in keys if key in value)
+        details = f" ({limits})" if limits else ""
         needed = "" if name in required else " (optional)"
         text = html.escape(f"{note}{details}")
         yield f"<li><code>{html.escape(name)}</code>{needed} {text}</li>"

@@ -107,6 +107,7 @@ export class AnswerPanel extends Panel {
     }
     parts.push(renderFacts(answer));
     this.result.replaceChildren(...parts);
+    this.revealResult();
   }
 
   #addAttentionChoice() {

@@ -20,7 +20,7 @@ export class AttentionView {
     this.caption = create("p", {
       class: "hint",
       role: "status",
-      text: "Point at a word or tab to it; press it to keep its map.",
+      text: "Point at a word, or press it to keep its map.",
     });
     this.buttons = joinTokens(words, maps).map((word) => this.#makeButton(word));
     const list = create("div", { class: "words", role: "group" }, ...this.buttons);
@@ -140,5 +140,6 @@ function describePlace(map) {
   const index = values.indexOf(Math.max(...values));
   const row = (Math.floor(index / map[0].length) + 0.5) / map.length;
   const column = ((index % map[0].length) + 0.5) / map[0].length;
-  return `${ROWS[Math.floor(3 * row)]} ${COLUMNS[Math.floor(3 * column)]}`;
+  const place = `${ROWS[Math.floor(3 * row)]} ${COLUMNS[Math.floor(3 * column)]}`;
+  return place === "in the middle center" ? "in the center" : place;
 }

@@ -40,7 +40,7 @@ export function makeId(prefix) {
 /** Returns a probability, 0 to 1, as percent. */
 export function formatPercent(value) {
   const percent = 100 * value;
-  return percent >= 10 || percent === 0 ? `${Math.round(percent)} %` : `${percent.toFixed(1)} %`;
+  return percent >= 10 || percent === 0 ? `${Math.round(percent)}%` : `${percent.toFixed(1)}%`;
 }
 
 /** Returns "1 object", "2 objects". */

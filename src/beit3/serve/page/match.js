@@ -12,7 +12,7 @@ export class MatchPanel extends Panel {
       lead: "Compares texts with the picture, and puts the one that fits best first.",
       action: "Compare",
     });
-    this.texts = this.addTextField("input", "Texts, one a line", { rows: 4 });
+    this.texts = this.addTextField("input", "Texts, one per line", { rows: 4 });
   }
 
   async start() {
@@ -36,6 +36,7 @@ export class MatchPanel extends Panel {
       const bars = renderBars(candidates, { format: (value) => value.toFixed(3) });
       const hint = create("p", { class: "hint", text: "Cosine similarity, -1 to 1." });
       this.result.replaceChildren(bars, hint, renderFacts(answer));
+      this.revealResult();
       this.say(`“${candidates[0].answer}” fits best.`, { isShown: true });
     });
   }

@@ -6,7 +6,7 @@ import { decodeRle } from "./masks.js";
 import { getColor, getRgb, getTextColor } from "./palette.js";
 import { Panel } from "./panel.js";
 
-const FIRST_THRESHOLD = 0.3;
+const FIRST_THRESHOLD = 0.4;
 const MAX_MASK_SIDE = 800; // pixels of the drawing, whatever the picture has
 const MAX_NAMED = 10; // with more objects the drawing has numbers, and the list their names
 const OPACITY = 0.45;
@@ -86,7 +86,7 @@ export class ObjectsPanel extends Panel {
     for (const item of visible.filter((item) => item.runs)) {
       item.mask ??= cutMask(decodeRle(item.runs)); // many are never shown
     }
-    this.say(`${formatCount(visible.length, "object")} of ${this.objects.length} shown.`);
+    this.say(`${visible.length} of ${formatCount(this.objects.length, "object")} shown.`);
     this.canvas = makeMaskCanvas(visible);
     if (this.picture.isSharp) this.canvas?.classList.add("sharp");
     this.labels = visible.map((item, index) => this.#makeLabel(item, index, visible.length));

@@ -3,6 +3,8 @@
 import { ServerError } from "./api.js";
 import { create, makeId } from "./dom.js";
 
+const MIN_VISIBLE = 120; // pixels: a question and its answer
+
 export class Panel {
   /**
    * @param {Object} context `api` and `picture`, the same for all panels.
@@ -162,6 +164,12 @@ export class Panel {
     for (const input of this.form.querySelectorAll("[aria-invalid]")) {
       input.removeAttribute("aria-invalid");
     }
+  }
+
+  /** Brings the result into view where it begins below the window, as on phones. */
+  revealResult() {
+    const { top } = this.result.getBoundingClientRect();
+    if (top > window.innerHeight - MIN_VISIBLE) this.result.scrollIntoView({ block: "nearest" });
   }
 
   /** Draws over the picture, as long as this tool is open. */

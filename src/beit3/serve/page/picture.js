@@ -79,7 +79,7 @@ export class Picture {
     if (top < 0 || bottom > window.innerHeight) this.frame.scrollIntoView({ block: "nearest" });
   }
 
-  /** Offers pictures to try: [{file, alt, caption, questions}] beside this page. */
+  /** Offers pictures to try: [{file, alt, questions}] beside this page. */
   async offerExamples(examples) {
     const list = document.querySelector("#examples ul");
     for (const example of examples) {

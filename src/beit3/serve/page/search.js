@@ -34,14 +34,14 @@ export class SearchPanel extends Panel {
 
   async start() {
     const text = this.needText(this.text, "Type what to look for first.");
-    if (text) await this.#search({ text }, `“${text}”`);
+    if (text) await this.#search({ text }, `Results for “${text}”`);
   }
 
   async #searchByPicture() {
     const blob = this.needPicture();
     if (!blob) return;
     const name = this.picture.name;
-    await this.#search({ image: await toDataUri(blob) }, `pictures similar to ${name}`);
+    await this.#search({ image: await toDataUri(blob) }, `Pictures similar to “${name}”`);
   }
 
   async #search(query, title) {
@@ -55,7 +55,7 @@ export class SearchPanel extends Panel {
     await this.run("Searching …", async (options) => {
       const { results } = await this.api.postJson("search", this.query, options);
       this.cards = create("ol", { class: "cards", "aria-label": "Pictures, best first" });
-      const heading = create("h3", { text: `Results for ${title}`, tabindex: -1 });
+      const heading = create("h3", { text: title, tabindex: -1 });
       this.more = create("button", {
         type: "button",
         text: "Show more",
@@ -68,6 +68,7 @@ export class SearchPanel extends Panel {
       const nothing = where ? "Nothing found with this filter." : "Nothing found.";
       const shown = `${formatCount(results.length, "picture")} shown, the nearest first.`;
       this.say(results.length ? shown : nothing);
+      this.revealResult();
     });
   }
 
@@ -115,7 +116,7 @@ export class SearchPanel extends Panel {
       type: "button",
       text: "Similar",
       "aria-label": `Find pictures similar to picture ${rank}`,
-      onclick: () => this.#search({ id: result.id }, `pictures similar to ${name}`),
+      onclick: () => this.#search({ id: result.id }, `Pictures similar to “${name}”`),
     });
     const body = create(
       "div",
