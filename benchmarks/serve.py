@@ -491,7 +491,7 @@ def make_table(figures: dict[str, Any]) -> str:
     for name, result in figures["throughput"].items():
         offline, single, batched = result["offline"], result["single"], result["batched"]
         rates = [offline, single["rate"], batched["rate"]]
-        shown = " | ".join(f"{rate:.3g}/s" for rate in rates)
+        shown = " | ".join(f"{rate:.{0 if rate >= 10 else 1}f}/s" for rate in rates)
         lines.append(
             f"| {name} | {shown} | "
             f"{batched['rate'] / single['rate']:.1f} x | {batched['rate'] / offline:.2f} | "
