@@ -1,6 +1,9 @@
 """Load on `beit3 serve`: latency, throughput, wrong answers, a full queue, SIGTERM, hang-ups.
 
     python benchmarks/serve.py --json benchmarks/serve.json
+    python benchmarks/serve.py --json benchmarks/serve.json --only throughput --networks base
+
+With `--only` or `--networks` what else the JSON file holds is kept.
 
 The client is asyncio over plain sockets. Every answer is compared with that of the offline
 predictor for the same image and question. Client, server and offline predictor share the cores; the
@@ -9,6 +12,7 @@ offline predictor is measured before and after each round of the server, and alo
 
 import argparse
 import asyncio
+import gc
 import io
 import json
 import os
@@ -32,15 +36,13 @@ from PIL import Image
 from probe import save_results
 
 from beit3.data.views.preprocessing import Preprocessing
-from beit3.model.config import TINY
+from beit3.model.config import BASE, TINY, ModelConfig
 from beit3.predict import Predictor, load
 from beit3.task import grow_vocabulary
 from beit3.tasks.vqa import VQA, VQAConfig
 from beit3.tokenizer.text import TextTokenizer
 from beit3.weights.store import save_weights
 
-NUM_INPUTS = 256
-CLIENTS = 64
 TOLERANCE = 1e-4
 PASSIVE = {"OMP_WAIT_POLICY": "PASSIVE"}
 QUESTIONS = (
@@ -49,11 +51,46 @@ QUESTIONS = (
     "is there a red triangle left of the blue circle ?",
     "what shape is above the green square ?",
 )
+PARTS = ("throughput", "overload", "sigterm", "hangups")
+"""What `--only` chooses from."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How much load measures the throughput of a network.
+
+    Args:
+        clients: Each sends one request after another.
+        num_inputs: Distinct images.
+        seconds: Of load in micro-batches, in all rounds.
+        rounds: How often offline predictor and servers take turns.
+        timeout: Seconds after which the server gives a request up.
+    """
+
+    clients: int = 64
+    num_inputs: int = 256
+    seconds: float = 60.0
+    rounds: int = 3
+    timeout: float = 30.0
+
+
+@dataclass(frozen=True)
+class Network:
+    """A network of VQA with initial values, the side of its images, and the load it can take."""
+
+    model: ModelConfig
+    image_size: int
+    plan: Plan = Plan()
+
+
 NETWORKS = {
-    "tiny": (TINY, 32),
-    "small": (replace(TINY, dim=384, depth=12, num_heads=6, ffn_dim=1536), 32),
+    "tiny": Network(TINY, 32),
+    "small": Network(replace(TINY, dim=384, depth=12, num_heads=6, ffn_dim=1536), 32),
+    # Of the released size. Two cores compute about three answers a second.
+    "base": Network(BASE, 224, Plan(32, num_inputs=32, seconds=30, rounds=1, timeout=120)),
 }
-"""Name -> network and size of images of weights with initial values."""
+TRIAL = "small"
+"""The network that is overloaded, stopped and left by its clients."""
 
 
 # Inputs -------------------------------------------------------------------------------------------
@@ -65,7 +102,7 @@ class Input:
 
     image: bytes
     question: str
-    expected: list[dict[str, Any]] = field(default_factory=list)
+    expected: list[dict[str, Any]]
 
     def to_http(self) -> bytes:
         """Returns the whole request, a form as browsers send it."""
@@ -82,10 +119,11 @@ class Input:
         return head + body
 
 
-def make_inputs(size: int) -> list[Input]:
-    """Draws images of random boxes, each with a question."""
+def make_inputs(predictor: Predictor, count: int) -> list[Input]:
+    """Draws images of random boxes, each with a question, and predicts their answers."""
+    size = predictor.task.config.image.image_size
     inputs = []
-    for number in range(NUM_INPUTS):
+    for number in range(count):
         rng = np.random.default_rng(number)
         pixels = np.full((size, size, 3), rng.integers(0, 256, 3), np.uint8)
         for _ in range(4):
@@ -93,13 +131,14 @@ def make_inputs(size: int) -> list[Input]:
             pixels[top : top + height, left : left + width] = rng.integers(0, 256, 3)
         file = io.BytesIO()
         Image.fromarray(pixels).save(file, "JPEG", quality=95)
-        inputs.append(Input(file.getvalue(), QUESTIONS[number % len(QUESTIONS)]))
+        question = QUESTIONS[number % len(QUESTIONS)]
+        inputs.append(Input(file.getvalue(), question, predictor(file.getvalue(), question)))
     return inputs
 
 
 def make_weights(name: str, out: Path) -> Path:
     """Writes weights of VQA with initial values."""
-    model, size = NETWORKS[name]
+    model, size = NETWORKS[name].model, NETWORKS[name].image_size
     tokenizer = TextTokenizer.train(list(QUESTIONS) * 8, vocab_size=64)
     answers = tuple(f"answer {number}" for number in range(64))
     config = VQAConfig(
@@ -290,6 +329,9 @@ async def put_load(
 ) -> tuple[Load, list[float]]:
     """Runs clients for some seconds; returns what they saw, and samples of `memory()`."""
     load, requests = Load(), [item.to_http() for item in inputs]
+    # A collection of all of torch's objects would stop the clients for 0.2 s.
+    gc.collect()
+    gc.freeze()
     started = time.perf_counter()
     running = asyncio.gather(
         *(
@@ -322,32 +364,33 @@ def merge(loads: Sequence[Load]) -> Load:
 # Measurements -------------------------------------------------------------------------------------
 
 
-def measure_throughput(
-    weights: Path | str, predictor: Predictor, inputs: Sequence[Input], seconds: float, rounds: int
-) -> dict[str, Any]:
+def measure_throughput(weights: Path | str, plan: Plan) -> dict[str, Any]:
     """Measures offline, one at a time and in batches, in turns: others use the cores as well."""
+    predictor = load(weights)
+    inputs = make_inputs(predictor, plan.num_inputs)
+    seconds = plan.seconds / plan.rounds
     offline, single, batched = [], [], []
-    for _ in range(rounds):
-        offline.append(measure_offline(predictor, inputs, seconds / rounds / 4))
-        with run_server(weights, max_batch=1) as server:
-            asyncio.run(put_load(server.port, inputs, clients=CLIENTS, seconds=1))
-            load, _ = asyncio.run(
-                put_load(server.port, inputs, clients=CLIENTS, seconds=seconds / rounds / 3)
-            )
-            single.append(load)
-        with run_server(weights) as server:
-            asyncio.run(put_load(server.port, inputs, clients=CLIENTS, seconds=1))
-            load, _ = asyncio.run(
-                put_load(server.port, inputs, clients=CLIENTS, seconds=seconds / rounds)
-            )
-            batched.append(load)
-        offline.append(measure_offline(predictor, inputs, seconds / rounds / 4))
+    for _ in range(plan.rounds):
+        offline.append(measure_offline(predictor, inputs, seconds / 4))
+        single.append(measure_server(weights, inputs, plan, seconds / 3, max_batch=1))
+        batched.append(measure_server(weights, inputs, plan, seconds))
+        offline.append(measure_offline(predictor, inputs, seconds / 4))
     return {
         "offline": statistics.median(offline),
         "single": merge(single).describe(),
         "batched": merge(batched).describe(),
         "lost": merge(batched).lost,
     }
+
+
+def measure_server(
+    weights: Path | str, inputs: Sequence[Input], plan: Plan, seconds: float, **options: object
+) -> Load:
+    """Returns what clients see of a server of its own, which is warm."""
+    with run_server(weights, timeout=plan.timeout, **options) as server:
+        asyncio.run(put_load(server.port, inputs, clients=8, seconds=1))
+        load, _ = asyncio.run(put_load(server.port, inputs, clients=plan.clients, seconds=seconds))
+    return load
 
 
 def measure_overload(weights: Path | str, inputs: Sequence[Input], seconds: float) -> dict:
@@ -378,7 +421,7 @@ def measure_shutdown(weights: Path | str, inputs: Sequence[Input], times: int) -
 
             async def run(server: Server = server) -> Load:
                 loading = asyncio.ensure_future(
-                    put_load(server.port, inputs, clients=CLIENTS, seconds=30)
+                    put_load(server.port, inputs, clients=64, seconds=30)
                 )
                 await asyncio.sleep(1.5)
                 server.process.send_signal(signal.SIGTERM)
@@ -439,7 +482,7 @@ def measure_hang_ups(weights: Path | str, inputs: Sequence[Input]) -> dict:
 
 
 def make_table(figures: dict[str, Any]) -> str:
-    """Returns the figures as a table."""
+    """Returns the figures that there are as a table."""
     lines = [
         "| network | offline, batches of 32 | one at a time | micro-batches | gain | of offline "
         "| p50 / p95 / p99 | answers | wrong |",
@@ -447,62 +490,83 @@ def make_table(figures: dict[str, Any]) -> str:
     ]
     for name, result in figures["throughput"].items():
         offline, single, batched = result["offline"], result["single"], result["batched"]
+        rates = [offline, single["rate"], batched["rate"]]
+        shown = " | ".join(f"{rate:.{0 if rate >= 10 else 1}f}/s" for rate in rates)
         lines.append(
-            f"| {name} | {offline:.0f}/s | {single['rate']:.0f}/s | {batched['rate']:.0f}/s | "
+            f"| {name} | {shown} | "
             f"{batched['rate'] / single['rate']:.1f} x | {batched['rate'] / offline:.2f} | "
             f"{batched['p50']:.0f} / {batched['p95']:.0f} / {batched['p99']:.0f} ms | "
             f"{batched['answers']} | {batched['wrong']} |"
         )
-    overload, shutdown = figures["overload"], figures["shutdown"]
-    hang_ups = figures["hang_ups"]
-    lines += [
-        "",
-        "| trial | result |",
-        "|---|---|",
-        f"| 256 clients, a queue of 32 | {overload['answers']} answers ({overload['wrong']} "
-        f"wrong), {overload['refused']} times 503 within {overload['refusal_p50']:.0f} ms (median) "
-        f"and {overload['refusal_p99']:.0f} ms (p99), {overload['others']} other answers; memory "
-        f"{overload['memory_early']:.0f} MiB, later {overload['memory_late']:.0f} MiB |",
-        f"| SIGTERM under load, {shutdown['times']} times | {shutdown['answers']} answers, "
-        f"{shutdown['wrong']} wrong, {shutdown['lost']} lost, status {shutdown['status']} |",
-        f"| {hang_ups['sent']} clients that hang up | {hang_ups['computed']:.0f} requests were "
-        f"computed; all places free after {hang_ups['free_after_ms']:.0f} ms; then "
-        f"{hang_ups['answers_afterwards']} answers in 1 s, {hang_ups['wrong']} wrong |",
-    ]
+    lines += ["", "| trial | result |", "|---|---|"]
+    if overload := figures.get("overload"):
+        lines.append(
+            f"| 256 clients, a queue of 32 | {overload['answers']} answers ({overload['wrong']} "
+            f"wrong), {overload['refused']} times 503 within {overload['refusal_p50']:.0f} ms "
+            f"(median) and {overload['refusal_p99']:.0f} ms (p99), {overload['others']} other "
+            f"answers; memory {overload['memory_early']:.0f} MiB, later "
+            f"{overload['memory_late']:.0f} MiB |"
+        )
+    if shutdown := figures.get("shutdown"):
+        lines.append(
+            f"| SIGTERM under load, {shutdown['times']} times | {shutdown['answers']} answers, "
+            f"{shutdown['wrong']} wrong, {shutdown['lost']} lost, status {shutdown['status']} |"
+        )
+    if hang_ups := figures.get("hang_ups"):
+        lines.append(
+            f"| {hang_ups['sent']} clients that hang up | {hang_ups['computed']:.0f} requests were "
+            f"computed; all places free after {hang_ups['free_after_ms']:.0f} ms; then "
+            f"{hang_ups['answers_afterwards']} answers in 1 s, {hang_ups['wrong']} wrong |"
+        )
     return "\n".join(lines)
+
+
+def measure_trials(parts: Sequence[str], weights: Path | str, seconds: float) -> dict[str, Any]:
+    """Runs what is chosen of overload, SIGTERM and hang-ups."""
+    inputs = make_inputs(load(weights), Plan.num_inputs)
+    figures: dict[str, Any] = {}
+    if "overload" in parts:
+        figures["overload"] = measure_overload(weights, inputs, seconds)
+    if "sigterm" in parts:
+        figures["shutdown"] = measure_shutdown(weights, inputs, 3)
+    if "hangups" in parts:
+        figures["hang_ups"] = measure_hang_ups(weights, inputs)
+    return figures
+
+
+def read_figures(path: Path | None) -> dict[str, Any]:
+    """Returns the figures of an earlier run, as far as there are some."""
+    if path is None or not path.exists():
+        return {"throughput": {}}
+    return json.loads(path.read_text())["figures"]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seconds", type=float, default=60, help="of load in micro-batches")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--weights", action="append", default=[], help="of VQA, beside the others")
+    parser.add_argument("--only", nargs="+", default=PARTS, choices=PARTS)
     parser.add_argument("--networks", nargs="*", default=list(NETWORKS), choices=NETWORKS)
+    parser.add_argument("--weights", action="append", default=[], help="of VQA, beside the others")
+    parser.add_argument("--seconds", type=float, help="of load in micro-batches, for all networks")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     if "OMP_WAIT_POLICY" not in os.environ:
         # As the command line sets it; it has to be there before torch is imported.
         os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | PASSIVE)
-    figures: dict[str, Any] = {"throughput": {}}
+    figures = read_figures(arguments.json)
     with tempfile.TemporaryDirectory() as folder:
-        sources: dict[str, Path | str] = {
-            name: make_weights(name, Path(folder, name)) for name in arguments.networks
-        }
-        sources |= {name: name for name in arguments.weights}
-        for name, weights in sources.items():
-            predictor = load(weights)
-            inputs = make_inputs(predictor.task.config.image.image_size)
-            for item in inputs:
-                item.expected = predictor(item.image, item.question)
-            figures["throughput"][name] = measure_throughput(
-                weights, predictor, inputs, arguments.seconds, arguments.rounds
-            )
+        measured = [*arguments.networks, *arguments.weights]
+        for name in measured if "throughput" in arguments.only else ():
+            weights, plan = name, Plan()
+            if name in NETWORKS:
+                weights, plan = make_weights(name, Path(folder, name)), NETWORKS[name].plan
+            plan = replace(plan, seconds=arguments.seconds or plan.seconds)
+            figures["throughput"][name] = measure_throughput(weights, plan)
             print(name, json.dumps(figures["throughput"][name]), flush=True)
-        figures["overload"] = measure_overload(weights, inputs, max(4, arguments.seconds / 4))
-        print(figures["overload"], flush=True)
-        figures["shutdown"] = measure_shutdown(weights, inputs, 3)
-        print(figures["shutdown"], flush=True)
-        figures["hang_ups"] = measure_hang_ups(weights, inputs)
+        trials = [part for part in arguments.only if part != "throughput"]
+        if trials:
+            weights = make_weights(TRIAL, Path(folder, "trial"))
+            seconds = max(4, (arguments.seconds or Plan.seconds) / 4)
+            figures |= measure_trials(trials, weights, seconds)
     table = make_table(figures)
     print(table)
     if arguments.json:

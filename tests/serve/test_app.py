@@ -49,6 +49,22 @@ def test_forms_and_json_are_answered_as_by_the_predictor(served):
         assert answer.headers["content-type"] == "application/json"
 
 
+def test_a_text_is_tokenized_once(root, monkeypatch):
+    client = Client(make_service(root, "vqa"))
+    tokenizer = client.service.models["vqa"].predictor.task.tokenizer
+    encode, texts = tokenizer.encode, []
+
+    def record(text, *options):
+        texts.append(text)
+        return encode(text, *options)
+
+    monkeypatch.setattr(tokenizer, "encode", record)
+    files = {"image": ("a.png", make_png())}
+    answer = client.post("/v1/vqa", files=files, data={"question": QUESTION})
+    assert answer.status_code == 200 and texts == [QUESTION]
+    client.service.stop()
+
+
 def test_every_task_is_served_as_its_predictor_answers(served):
     inputs = {
         "vqa": {"image": make_png(1), "question": "is it red"},

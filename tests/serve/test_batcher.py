@@ -236,6 +236,8 @@ def test_the_event_loop_stays_free_while_a_network_computes(network, pool):
     assert run(batcher, main()) == (2, 20)
 
 
-@pytest.mark.parametrize(("length", "bucket"), [(1, 16), (16, 16), (17, 32), (32, 32), (40, 64)])
+@pytest.mark.parametrize(
+    ("length", "bucket"), [(1, 64), (64, 64), (65, 128), (128, 128), (160, 256)]
+)
 def test_lengths_are_rounded_to_few_buckets(length, bucket):
     assert round_length(length) == bucket

@@ -127,19 +127,31 @@ def test_a_quiet_end_is_told_as_one(root):
     service.stop()
 
 
+class Transport:
+    """Keeps what is written."""
+
+    def __init__(self) -> None:
+        self.sent: list[bytes] = []
+        self.is_closed = False
+
+    def write(self, data: bytes) -> None:
+        assert not self.is_closed
+        self.sent.append(data)
+
+    def close(self) -> None:
+        self.is_closed = True
+
+    def is_closing(self) -> bool:
+        return self.is_closed
+
+    def get_extra_info(self, name: str) -> None:
+        return None
+
+    def set_write_buffer_limits(self, high: int) -> None:
+        pass
+
+
 def test_an_answer_is_sent_at_once():
-    class Transport:
-        def __init__(self) -> None:
-            self.sent: list[bytes] = []
-            self.is_closed = False
-
-        def write(self, data: bytes) -> None:
-            assert not self.is_closed
-            self.sent.append(data)
-
-        def close(self) -> None:
-            self.is_closed = True
-
     async def main():
         transport = Transport()
         joined = JoinedWrites(transport, asyncio.get_running_loop())
@@ -151,3 +163,33 @@ def test_an_answer_is_sent_at_once():
         return transport.sent
 
     assert asyncio.run(main()) == [b"headbody", b"last"]
+
+
+def test_an_answer_does_not_wait_for_others_of_its_turn():
+    sent_before = []
+
+    async def main():
+        connections = []
+
+        async def answer(scope, receive, send) -> None:
+            sent_before.append([len(transport.sent) for _, transport in connections])
+            headers = [(b"content-length", b"2")]
+            await send({"type": "http.response.start", "status": 200, "headers": headers})
+            await send({"type": "http.response.body", "body": b"ok"})
+
+        service = Service()
+        server = make_server(answer, service, ServerSettings())
+        server.config.load()
+        for _ in range(3):
+            connection = server.config.http_protocol_class(server.config, server.server_state, {})
+            connections.append((connection, Transport()))
+            connection.connection_made(connections[-1][1])
+        for connection, _ in connections:
+            connection.data_received(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        await asyncio.sleep(0)
+        for connection, _ in connections:
+            connection.connection_lost(None)
+        service.stop()
+
+    asyncio.run(main())
+    assert sent_before == [[0, 0, 0], [1, 0, 0], [1, 1, 0]]

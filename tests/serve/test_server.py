@@ -1,5 +1,6 @@
 """A real server process: loading, signals, slow and endless senders, the command line."""
 
+import gc
 import json
 import os
 import re
@@ -17,7 +18,8 @@ import httpx
 import pytest
 
 from beit3.predict import load
-from beit3.serve.server import format_address, is_loopback, open_socket, read_token
+from beit3.serve.server import Loader, format_address, is_loopback, open_socket, read_token
+from beit3.serve.service import Service
 from beit3.weights.store import save_weights
 from tests.predict.networks import assert_same, make_task
 from tests.serve.client import make_png, to_base64
@@ -138,6 +140,19 @@ def test_a_server_answers_and_ends_without_losing_a_request(weights, tmp_path):
         assert not lost and len(answers) > before > 0
         assert any("all accepted requests were answered" in line for line in server.lines)
         assert not any("Traceback" in line for line in server.lines)
+
+
+def test_what_is_loaded_is_left_out_of_collections(weights):
+    service, lines = Service(), []
+    loader = Loader(service, None, lines.append, "address")
+    count = gc.get_freeze_count()
+    try:
+        loader.run({"captions": str(weights)}, "")
+        assert loader.error is None and "ready at address" in lines[-1]
+        assert gc.get_freeze_count() > count + 1000
+    finally:
+        gc.unfreeze()
+        service.stop()
 
 
 def test_slow_and_endless_senders_are_refused_and_others_served(weights):

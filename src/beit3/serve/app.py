@@ -86,18 +86,18 @@ class Endpoints:
     def list_routes(self) -> list[tuple[str, str, Endpoint]]:
         """Returns path, method and function of all endpoints; the first that matches is taken."""
         return [
+            ("/v1/embeddings", "POST", self.embed),
+            ("/v1/models", "GET", self.list_models),
+            ("/v1/{task}", "POST", self.predict),
+            ("/v1/{name}/{task}", "POST", self.predict),
+            ("/search", "POST", self.search),
+            ("/images/{id:path}", "GET", self.get_picture),
             ("/", "GET", self.get_page),
             ("/page/{name}", "GET", self.get_page),
             ("/docs", "GET", self.get_docs),
             ("/healthz", "GET", self.get_health),
             ("/readyz", "GET", self.get_readiness),
             ("/metrics", "GET", self.get_metrics),
-            ("/v1/models", "GET", self.list_models),
-            ("/v1/embeddings", "POST", self.embed),
-            ("/search", "POST", self.search),
-            ("/images/{id:path}", "GET", self.get_picture),
-            ("/v1/{task}", "POST", self.predict),
-            ("/v1/{name}/{task}", "POST", self.predict),
         ]
 
     # Networks and index ---------------------------------------------------------------------------

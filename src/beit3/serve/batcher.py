@@ -18,8 +18,13 @@ from beit3.serve.refusal import Refusal
 
 LOGGER = logging.getLogger("beit3.serve")
 
-MIN_BUCKET = 16
-"""Texts up to this length share a batch; above it lengths are rounded up to powers of two."""
+MIN_BUCKET = 64
+"""Texts up to this length share a batch; above it lengths are rounded up to powers of two.
+
+Small batches cost more than padding does. For questions of 17 to 36 tokens TINY takes 1.6 ms of two
+cores each in batches of 32 of all lengths, 1.5 ms in those of one length, and 2.1 ms in batches of
+16, 2.6 ms in those of 8.
+"""
 
 RATE_SMOOTHING = 0.2
 """Weight of the newest batch in the mean time per request."""
@@ -29,7 +34,7 @@ Run = Callable[[Hashable, list[Any]], Sequence[Any]]
 
 
 def round_length(length: int) -> int:
-    """Returns the bucket of a text of `length` tokens: 16, 32, 64, ..."""
+    """Returns the bucket of a text of `length` tokens: 64, 128, 256, ..."""
     return max(MIN_BUCKET, 1 << (length - 1).bit_length())
 
 

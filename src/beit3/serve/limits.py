@@ -180,7 +180,8 @@ class Guard:
             elapsed = time.monotonic() - started
             seconds = settings.patience + size / settings.min_rate - elapsed
             try:
-                message = await asyncio.wait_for(receive(), max(seconds, 0))
+                async with asyncio.timeout(max(seconds, 0)):
+                    message = await receive()
             except TimeoutError:
                 raise Refusal(408, "the body comes too slowly") from None
             if message["type"] == "http.disconnect":

@@ -59,6 +59,10 @@ def make_protocol(max_connections: int, patience: float) -> type:
             if not self._is_refused:
                 super().connection_lost(error)
 
+        def on_response_complete(self) -> None:
+            self.transport.flush()
+            super().on_response_complete()
+
         @property
         def has_answered(self) -> bool:
             """Whether no request is being computed."""
@@ -125,7 +129,8 @@ class JoinedWrites:
     """A transport that sends what is written in one turn of the event loop at once.
 
     uvicorn writes the headers and the body of an answer apart. Each write is a call of the system
-    that hands the interpreter to another thread, and may wait long to get it back.
+    that hands the interpreter to another thread, and may wait long to get it back. A complete
+    answer is sent by `flush`, without waiting for those of other requests in the turn.
     """
 
     def __init__(self, transport: Any, loop: asyncio.AbstractEventLoop) -> None:
@@ -138,14 +143,14 @@ class JoinedWrites:
 
     def write(self, data: bytes) -> None:
         if not self._pieces:
-            self._loop.call_soon(self._flush)
+            self._loop.call_soon(self.flush)
         self._pieces.append(data)
 
     def close(self) -> None:
-        self._flush()
+        self.flush()
         self._transport.close()
 
-    def _flush(self) -> None:
+    def flush(self) -> None:
         pieces, self._pieces = self._pieces, []
         if pieces:
             self._transport.write(b"".join(pieces))

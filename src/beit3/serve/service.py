@@ -125,19 +125,25 @@ class Model:
 
     def _make_example(self, record: dict[str, Any], names: Mapping[str, str]) -> Example:
         """Returns the example of a record, whose fields have other `names` in the request."""
+        text_field = names.get("text", "text")
         if "text" in record:
-            field = names.get("text", "text")
-            with refuse_value_errors(field):
+            with refuse_value_errors(text_field):
                 self.predictor.check_text_side([record])
-            check_text_length(self.predictor, record["text"], field)
         try:
-            return self.predictor.make_example(record)
+            example = self.predictor.make_example(record)
         except ValueError:
+            # The input to blame is only looked for now: a check ahead would tokenize texts twice.
+            if "text" in record:
+                check_text_length(self.predictor, record["text"], text_field)
             for input_field in self.inputs:
                 if input_field.kind == "image":
                     image = record.get(input_field.record_field)
                     check_image(image, names.get(input_field.record_field, input_field.name))
             raise
+        # Only a text without padding may have been cut.
+        if "text" in record and not ("text_padding" in example and example["text_padding"].any()):
+            check_text_length(self.predictor, record["text"], text_field)
+        return example
 
     # In the network's thread ----------------------------------------------------------------------
 
