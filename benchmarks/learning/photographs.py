@@ -3,8 +3,9 @@
     python -m benchmarks.learning.photographs --data ../shared/data --out runs/photographs
 
 The laptop's recipes as they stand: a visual tokenizer on 1,000 photographs, whose teacher is
-EfficientNet-Lite0 or statistics of gradients and colors; pretraining on these photographs, books
-and 6,000 captions; then each task, both sides alike. All seeds of a fine-tuning start from the same
+EfficientNet-Lite0 or statistics of gradients and colors; pretraining on these photographs, the
+training images of CIFAR-10 and CamVid without labels, books, and 6,000 captions; then each task,
+both sides alike. All seeds of a fine-tuning start from the same
 pretrained weights. "Contrastive alone" has seen the same pairs as "then contrastive" for the same
 steps of that stage, without pretraining. The probe is a linear classifier of CIFAR-10 on the mean
 state of the patches.
@@ -26,6 +27,12 @@ from benchmarks.learning.study import Options, Row, Study, Tuning, run_program
 
 VOCABULARY = 8000
 PRETRAINING = "pretraining"
+IMAGES = {
+    "imagenet": "imagenet_sample_1k",
+    "cifar10": "cifar10_mini/train",
+    "camvid": "camvid_mini/train",
+}
+"""Dataset of pretraining's images -> folder below --data."""
 DATASETS = {
     "flickr8k": ("flickr8k_mini", ("retrieval", "captioning")),
     "camvid": ("camvid_mini", ("ade20k",)),
@@ -60,8 +67,9 @@ def write_pretraining(data: Path, root: Path) -> None:
         return
     pretrain, corpus = load_task("pretrain"), data / "text_corpus"
     pretrain.prepare(data / "flickr8k_mini", root, "pairs")
-    for task, source in ((pretrain, "images"), (load_task("vqkd"), "main")):
-        task.prepare(data / "imagenet_sample_1k", root, source)
+    for name, raw in IMAGES.items():
+        pretrain.prepare(data / raw, root, f"images/{name}")
+    load_task("vqkd").prepare(data / "imagenet_sample_1k", root, "main")
     files = [str(path) for path in sorted(corpus.rglob("*.txt"))]
     texts = read_texts([*files, str(root / "pretrain" / "pairs" / "train.jsonl")])
     TextTokenizer.train(texts, vocab_size=VOCABULARY).save(root / MODEL_FILE)

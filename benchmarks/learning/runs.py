@@ -9,20 +9,15 @@ import hashlib
 import json
 import shutil
 import time
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from beit3.config import override
-from beit3.data.loader import RecordDataset
-from beit3.data.stores.split_files import locate_split
 from beit3.demo.tour import set_visual_tokenizer
-from beit3.files import write_text
 from beit3.recipe import Recipe
 from beit3.task import load_task
-from beit3.tokenizer.text import MODEL_FILE
 from beit3.training.loop import train
 from benchmarks.learning.jobs import Job
 
@@ -124,8 +119,6 @@ def train_run(run: Run, root: Path, out: Path) -> dict[str, float]:
     """Trains or resumes a run and returns its scores and the seconds of this call."""
     folder, started = get_folder(run, root, out), time.monotonic()
     recipe, init = make_recipe(run, root), ""
-    if run.task == "imagenet":
-        recipe = replace(recipe, data=replace(recipe.data, root=str(get_mixed_root(root, out))))
     for name, need in run.needs.items():
         weights = get_folder(need, root, out) / "last"
         if name == "init":
@@ -138,29 +131,3 @@ def train_run(run: Run, root: Path, out: Path) -> dict[str, float]:
     for name in ("checkpoints", "best", *(() if run.keep else ("last",))):
         shutil.rmtree(folder / name, ignore_errors=True)
     return scores | {"seconds": time.monotonic() - started}
-
-
-def get_mixed_root(root: Path, out: Path) -> Path:
-    """Returns where `mix_classes` writes."""
-    return out / f"{root.name}-mixed"
-
-
-def mix_classes(root: Path, out: Path) -> None:
-    """Writes ImageNet's records with an image of each class in turn, which `data.limit` needs: it
-    takes the first records, and those of the world are sorted by class."""
-    mixed = get_mixed_root(root, out)
-    if (mixed / MODEL_FILE).exists():
-        return
-    folder = mixed / "imagenet" / "main"
-    shutil.copytree(root / "imagenet" / "main", folder, dirs_exist_ok=True)
-    for split in ("train", "val"):
-        records = list(RecordDataset(locate_split(root, "imagenet", "main", split), root))
-        counts: Counter[int] = Counter()
-        places = []
-        for record in records:
-            places.append(counts[record["label"]])
-            counts[record["label"]] += 1
-        order = sorted(range(len(records)), key=lambda index: (places[index], index))
-        lines = [json.dumps(records[index]) + "\n" for index in order]
-        write_text(folder / f"{split}.jsonl", "".join(lines))
-    shutil.copyfile(root / MODEL_FILE, mixed / MODEL_FILE)

@@ -28,7 +28,6 @@ from benchmarks.learning.runs import (
     digest,
     get_folder,
     make_training_jobs,
-    mix_classes,
 )
 from benchmarks.probe import save_results
 
@@ -162,9 +161,7 @@ def run_study(study: Study, options: Options) -> Values:
 
 def write_world(options: Options) -> Path:
     """Writes the records of the embedded world."""
-    root = export_world(["vqkd", "pretrain", *TASKS], options.world)
-    mix_classes(root, options.out)
-    return root
+    return export_world(["vqkd", "pretrain", *TASKS], options.world)
 
 
 def make_measuring_jobs(
