@@ -9,13 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from beit3.demo.parallel import Job
 from beit3.demo.tour import export_world
 from beit3.model.config import TINY
 from beit3.task import load_task
 from beit3.training.sources import find_records_root
 from benchmarks.learning import contrastive
 from benchmarks.learning.drawing import draw_results, make_table
-from benchmarks.learning.jobs import Job, execute_all
+from benchmarks.learning.jobs import run_kept_jobs
 from benchmarks.learning.one_ffn import OneFFN
 from benchmarks.learning.pixels import Pixels
 from benchmarks.learning.probes import fit_classifier
@@ -47,14 +48,14 @@ def write_after(needed: Path | None) -> dict[str, float]:
 
 def test_jobs_wait_for_what_they_need_and_finished_ones_are_not_executed_again(tmp_path):
     paths = [tmp_path / f"{index}" / "result.json" for index in range(3)]
-    jobs = [
-        Job(path, write_after, (needed,), (needed,) if needed else ())
+    jobs = {
+        path: Job(write_after, (needed,), (needed,) if needed else ())
         for path, needed in zip(paths, [None, *paths[:2]], strict=True)
-    ]
-    execute_all({job.path: job for job in reversed(jobs)})
+    }
+    run_kept_jobs(dict(reversed(jobs.items())))
     assert [json.loads(path.read_text())["value"] for path in paths] == [0, 1, 2]
     times = [path.stat().st_mtime_ns for path in paths]
-    execute_all({job.path: job for job in jobs})
+    run_kept_jobs(jobs)
     assert [path.stat().st_mtime_ns for path in paths] == times
 
 

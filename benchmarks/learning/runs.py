@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from beit3.config import override
+from beit3.demo.parallel import Job
 from beit3.demo.tour import set_visual_tokenizer
 from beit3.recipe import Recipe
 from beit3.task import load_task
 from beit3.training.loop import train
-from benchmarks.learning.jobs import Job
 
 RESULT = "result.json"
 
@@ -112,7 +112,7 @@ def make_training_jobs(run: Run, root: Path, out: Path) -> dict[Path, Job]:
         jobs |= make_training_jobs(need, root, out)
     needs = tuple(get_folder(need, root, out) / RESULT for need in run.needs.values())
     path = get_folder(run, root, out) / RESULT
-    return jobs | {path: Job(path, train_run, (run, root, out), needs)}
+    return jobs | {path: Job(train_run, (run, root, out), needs)}
 
 
 def train_run(run: Run, root: Path, out: Path) -> dict[str, float]:

@@ -7,20 +7,21 @@ are trained as many at a time as there are cores, each on one thread.
 
 import argparse
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 from beit3.config import override
+from beit3.demo.parallel import Job
 from beit3.demo.tables import TASK_SCORES
 from beit3.demo.tour import export_world
 from beit3.files import read_json, write_text
 from beit3.task import load_task
 from beit3.tasks.pretrain import Pretrain
 from benchmarks.learning.drawing import draw_results, make_table
-from benchmarks.learning.jobs import Job, execute_all
+from benchmarks.learning.jobs import run_kept_jobs
 from benchmarks.learning.probes import OBJECTS, Probe, measure_words, probe_initial, probe_run
 from benchmarks.learning.runs import (
     RESULT,
@@ -138,9 +139,9 @@ def run_study(study: Study, options: Options) -> Values:
         start_seed = options.seeds[0] if study.shares_pretraining else seed
         run = row.run and options.scale(row.run).with_seed(start_seed)
         jobs |= make_training_jobs(run, root, options.out) if run else {}
-        for job in make_measuring_jobs(study, row, run, start_seed, root, options.out):
-            jobs[job.path] = job
-            results[row.name, job.path] = {}
+        measuring_jobs = make_measuring_jobs(study, row, run, start_seed, root, options.out)
+        jobs |= measuring_jobs
+        results |= {(row.name, path): {} for path in measuring_jobs}
         for tuning in map(options.scale, study.tunings):
             if tuning.task not in row.tasks:
                 continue
@@ -150,7 +151,7 @@ def run_study(study: Study, options: Options) -> Values:
             jobs |= make_training_jobs(tuning_run, root, options.out)
             path = get_folder(tuning_run, root, options.out) / RESULT
             results[row.name, path] = {tuning.score: tuning.name}
-    execute_all(jobs)
+    run_kept_jobs(jobs)
     values: Values = {row.name: {} for row in study.rows}
     for (row_name, path), names in results.items():
         for key, value in read_json(path).items():
@@ -166,19 +167,20 @@ def write_world(options: Options) -> Path:
 
 def make_measuring_jobs(
     study: Study, row: Row, run: Run | None, seed: int, root: Path, out: Path
-) -> Iterator[Job]:
-    """Yields the jobs that measure a row without fine-tuning."""
+) -> dict[Path, Job]:
+    """Returns the jobs that measure a row without fine-tuning, by their files."""
     probe = study.probe
     if run is None:
         recipe = override(load_task("pretrain").recipes[study.recipe], row.network.split())
         model = recipe.task.model
         path = out / f"initial-seed{seed}-{digest([repr(model), root.name])}" / "probe.json"
-        yield Job(path, probe_initial, (model, seed, probe, root))
-        return
+        return {path: Job(probe_initial, (model, seed, probe, root))}
     folder = get_folder(run, root, out)
+    needs = (folder / RESULT,)
+    jobs = {folder / "probe.json": Job(probe_run, (folder, probe, root), needs)}
     if study.words and issubclass(load_task(run.task), Pretrain) and reads_pairs(run):
-        yield Job(folder / "words.json", measure_words, (folder, root), (folder / RESULT,))
-    yield Job(folder / "probe.json", probe_run, (folder, probe, root), (folder / RESULT,))
+        jobs[folder / "words.json"] = Job(measure_words, (folder, root), needs)
+    return jobs
 
 
 def reads_pairs(run: Run) -> bool:

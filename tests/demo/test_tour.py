@@ -111,7 +111,7 @@ def test_make_demo_installs_what_its_last_line_needs():
     assert set(extras.split(",")) == {"dense", "serve"}
 
 
-def test_finished_stages_are_not_run_again(out, capsys, monkeypatch):
+def test_finished_stages_are_not_run_again(out, capfd, monkeypatch):
     """The report, which takes most of the time then, is only asked for."""
     before = read_mtimes(out)
     reported: list[Path] = []
@@ -126,5 +126,5 @@ def test_finished_stages_are_not_run_again(out, capsys, monkeypatch):
     assert cli.main(["demo", "--fast", "--out", str(out)]) == 0
     assert read_mtimes(out) == before
     assert {path.parent for path in out.rglob("recipe.json")} == set(reported)
-    assert "step 1/" not in capsys.readouterr().out
+    assert "step 1/" not in capfd.readouterr().out
     assert time.monotonic() - started < 60  # a bound on hanging, not a timing

@@ -25,7 +25,7 @@ from beit3.demo.comparison_runs import (
     pretrain_seed,
 )
 from beit3.demo.comparison_table import make_pretraining_rows, make_task_rows, make_vqa_rows
-from beit3.demo.parallel import Job, run_in_parallel
+from beit3.demo.parallel import Job, run_jobs
 from beit3.demo.tables import format_markdown
 from beit3.demo.tour import list_trainable_tasks
 from beit3.files import write_text
@@ -64,23 +64,28 @@ def run(out: Path) -> Path:
 
 def train_all(out: Path, task_names: Sequence[str]) -> dict:
     """Trains all runs and returns their numbers: `seeds`, `questions` and `tasks`."""
-    pretraining_jobs: list[Job] = [(pretrain_seed, (out, seed)) for seed in SEEDS]
-    scratch_jobs: list[Job] = [
-        (fine_tune_vqa, (out, num_labels, "scratch")) for num_labels in LABEL_COUNTS
-    ]
-    first_results = run_in_parallel([*pretraining_jobs, *scratch_jobs])
-    measures, vqa_results = first_results[: len(SEEDS)], first_results[len(SEEDS) :]
-    vqa_results += run_in_parallel(
-        [(fine_tune_vqa, (out, num_labels, "pretrained")) for num_labels in LABEL_COUNTS]
-    )
-    task_results = run_in_parallel(
-        [(fine_tune_task, (out, name, variant)) for name, variant in product(task_names, VARIANTS)]
-    )
-    return {
-        "seeds": dict(zip(map(str, SEEDS), measures, strict=True)),
-        "questions": merge_results(vqa_results),
-        "tasks": merge_results(task_results),
+    seeds = tuple(f"seed{seed}" for seed in SEEDS)
+    pretraining = {
+        key: Job(pretrain_seed, (out, seed)) for key, seed in zip(seeds, SEEDS, strict=True)
     }
+    questions, tasks = (
+        {
+            (what, variant): Job(function, (out, what, variant), get_needs(variant, seeds))
+            for variant, what in product(VARIANTS, whats)
+        }
+        for function, whats in ((fine_tune_vqa, LABEL_COUNTS), (fine_tune_task, task_names))
+    )
+    results = run_jobs({**pretraining, **questions, **tasks})
+    return {
+        "seeds": {str(seed): results[key] for key, seed in zip(seeds, SEEDS, strict=True)},
+        "questions": merge_results([results[key] for key in questions]),
+        "tasks": merge_results([results[key] for key in tasks]),
+    }
+
+
+def get_needs(variant: str, seeds: tuple[str, ...]) -> tuple[str, ...]:
+    """Returns the jobs that fine-tunings of a variant wait for: they train all seeds."""
+    return () if variant == "scratch" else seeds
 
 
 def merge_results(results: Sequence[dict[str, dict]]) -> dict[str, dict]:

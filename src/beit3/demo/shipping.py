@@ -15,7 +15,7 @@ from pathlib import Path
 from rich.console import Console
 
 from beit3.config import override
-from beit3.demo.parallel import run_in_parallel
+from beit3.demo.parallel import Job, run_jobs
 from beit3.task import Task, load_task
 from beit3.training.embedded_world import prepare_embedded_world
 from beit3.training.evaluate import evaluate
@@ -87,10 +87,12 @@ def make_weights(runs: Path, shipped: Path) -> None:
     console = Console(highlight=False)
     for stage in (PAIRS, *STAGES.values()):
         prepare_embedded_world(load_task(stage.task))  # once, before several processes need it
-    run_in_parallel([(PAIRS.train, (runs, "pairs"))])
     # The detector takes longest and goes first.
     names = sorted(STAGES, key=lambda name: name != "coco")
-    run_in_parallel([(STAGES[name].train, (runs, name)) for name in names])
+    run_jobs(
+        {"pairs": Job(PAIRS.train, (runs, "pairs"))}
+        | {name: Job(STAGES[name].train, (runs, name), needs=("pairs",)) for name in names}
+    )
     for name in STAGES:
         scores = write_shipped(runs, name, shipped / name)
         headline = load_task(STAGES[name].task).headline

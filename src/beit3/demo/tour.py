@@ -2,8 +2,9 @@
 
 The stages are: embedded world, text tokenizer, visual tokenizer, pretraining, contrastive stage,
 the tasks from those weights and from scratch, one table and report.html. Every stage is a run of
-its own below the demo's directory. If the demo is stopped, the same command resumes it, and
-finished stages are not run again. At the end it names the command that serves what it has trained.
+its own below the demo's directory, and begins as soon as a core is free and what it needs is done.
+If the demo is stopped, the same command resumes it, and finished stages are not run again. At the
+end it names the command that serves what it has trained.
 """
 
 import shlex
@@ -16,14 +17,14 @@ from pathlib import Path
 
 from rich.console import Console
 
-from beit3.demo.parallel import Job, run_in_parallel
+from beit3.demo.parallel import Job, run_jobs
 from beit3.demo.probes import measure_pretraining
 from beit3.demo.tables import SCRATCH, TASK_SCORES, make_tour_rows, print_table
 from beit3.progress import show_progress
-from beit3.recipe import Recipe, RunConfig
+from beit3.recipe import Recipe
 from beit3.report.page import write_report
 from beit3.segmentation.head import check_transformers
-from beit3.task import Task, load_task
+from beit3.task import load_task
 from beit3.tasks.pretrain import PretrainConfig
 from beit3.tokenizer.visual import VisualTokenizerConfig
 from beit3.training.embedded_world import prepare_embedded_world
@@ -36,11 +37,25 @@ NUM_QUESTIONS = 1000
 visible."""
 
 
+TOKENIZER = "vqkd"
+"""Folder of the visual tokenizer."""
 CONTRASTIVE = "contrastive"
 """Folder of the contrastive stage."""
 STARTS = {"imagenet": CONTRASTIVE}
 """Task -> folder of the weights it starts from, where that is not `pretrain`: classes of images
 gain most from masked pretraining and the contrastive stage together (docs/lab_notes.md)."""
+
+LONGEST = ("coco", "ade20k")
+"""Tasks that are begun first, so that none of them is left for the end."""
+
+OVERVIEW = """\
+[bold]training[/bold], as many runs at a time as there are cores, each on one thread:
+  vqkd          the visual tokenizer: images -> codes
+  pairs         pretraining, first part: pairs of image and text, only text masked
+  pretrain      pretraining, second part: images, texts and pairs
+  contrastive   images and captions that find each other
+  TASK          a task from the pretrained weights
+  TASK-scratch  the same task without pretraining"""
 
 
 @dataclass(frozen=True)
@@ -53,10 +68,9 @@ class TourConfig:
     pretraining_steps: int
     """Steps on images, texts and pairs."""
     contrastive_steps: int
-    vqa_steps: int
     task_steps: Mapping[str, int]
-    """Steps of each task beside VQA. Statements on two images need more steps than a demo has
-    before pretraining shows (docs/lab_notes.md)."""
+    """Steps of each task. Statements on two images need more steps than a demo has before
+    pretraining shows (docs/lab_notes.md)."""
     world: str
     """Which embedded world: `default` or `small`."""
     eval_records: int = 0
@@ -68,8 +82,8 @@ USUAL = TourConfig(
     pair_steps=700,
     pretraining_steps=250,
     contrastive_steps=200,
-    vqa_steps=300,
     task_steps={
+        "vqa": 300,
         "captioning": 120,
         "retrieval": 120,
         "imagenet": 120,
@@ -83,7 +97,6 @@ FAST = TourConfig(
     pair_steps=20,
     pretraining_steps=10,
     contrastive_steps=4,
-    vqa_steps=10,
     task_steps=dict.fromkeys(USUAL.task_steps, 4),
     world="small",
     eval_records=32,
@@ -91,156 +104,88 @@ FAST = TourConfig(
 
 
 @dataclass(frozen=True)
-class Tour:
-    """Trains the stages of one tour."""
+class Stage:
+    """One training run of the tour."""
 
-    out: Path
-    """Directory of the runs."""
-    root: Path
-    """Root of the embedded world's records."""
-    config: TourConfig
-    console: Console
+    task: str
+    recipe: str
+    steps: int
+    start: str = ""
+    """Folder of the stage whose weights it starts from; empty = initial values."""
+    limit: int = 0
+    """Training records; 0 = as many as the recipe says."""
 
-    def train_stage(
-        self,
-        title: str,
-        task: type[Task],
-        recipe: Recipe,
-        *,
-        steps: int,
-        folder: str,
-        init: str | Path = "",
-    ) -> dict:
-        """Trains one stage in `folder`, or resumes it, and returns its final scores."""
-        self.console.print(f"[bold]{title}[/bold]")
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """Folders of the stages that must be done before."""
+        codes = (TOKENIZER,) if self.task == "pretrain" else ()
+        return (*codes, self.start) if self.start else codes
+
+    def train(self, out: Path, root: Path, folder: str, eval_records: int) -> dict:
+        """Trains in `folder` below `out`, or resumes that run; returns its final scores."""
+        task = load_task(self.task)
+        recipe = task.recipes[self.recipe]
+        if self.task == "pretrain":
+            recipe = set_visual_tokenizer(recipe, out / TOKENIZER / "last")
+        run = recipe.run
         recipe = replace(
             recipe,
-            data=replace(recipe.data, root=str(self.root)),
-            run=limit_run(recipe.run, steps, self.config.eval_records),
+            data=replace(recipe.data, root=str(root), limit=self.limit or recipe.data.limit),
+            run=replace(run, steps=self.steps, eval_records=eval_records or run.eval_records),
         )
-        return train(recipe, task, out=self.out / folder, init=str(init), label=folder)
+        init = str(out / self.start / "last") if self.start else ""
+        return train(recipe, task, out=out / folder, init=init, label=folder)
 
-    def train_tokenizer(self) -> dict:
-        """Trains the visual tokenizer and returns its scores."""
-        task = load_task("vqkd")
-        return self.train_stage(
-            "visual tokenizer: images -> codes (VQ-KD)",
-            task,
-            task.recipes["demo"],
-            steps=self.config.tokenizer_steps,
-            folder="vqkd",
+
+def make_stages(config: TourConfig, task_names: Iterable[str]) -> dict[str, Stage]:
+    """Returns the stages by folder. Of those that can be trained the first comes first."""
+    stages = {
+        TOKENIZER: Stage("vqkd", "demo", config.tokenizer_steps),
+        "pairs": Stage("pretrain", "demo_pairs", config.pair_steps),
+        "pretrain": Stage("pretrain", "demo", config.pretraining_steps, start="pairs"),
+        CONTRASTIVE: Stage("retrieval", "demo_itc", config.contrastive_steps, start="pretrain"),
+    }
+    tasks = {
+        name: Stage(
+            name, "demo", config.task_steps[name], limit=NUM_QUESTIONS if name == "vqa" else 0
         )
-
-    def pretrain(self) -> Path:
-        """Pretrains in two parts and returns the weights directory."""
-        task, tokenizer_weights = load_task("pretrain"), self.out / "vqkd" / "last"
-        self.train_stage(
-            "pretraining, part 1: pairs, only text masked",
-            task,
-            set_visual_tokenizer(task.recipes["demo_pairs"], tokenizer_weights),
-            steps=self.config.pair_steps,
-            folder="pairs",
-        )
-        self.train_stage(
-            "pretraining, part 2: images, texts and pairs",
-            task,
-            set_visual_tokenizer(task.recipes["demo"], tokenizer_weights),
-            steps=self.config.pretraining_steps,
-            folder="pretrain",
-            init=self.out / "pairs" / "last",
-        )
-        return self.out / "pretrain" / "last"
-
-    def train_contrastive(self, weights: Path) -> None:
-        """Trains the contrastive stage on the pretraining pairs."""
-        task = load_task("retrieval")
-        self.train_stage(
-            "contrastive stage: images and captions that find each other",
-            task,
-            task.recipes["demo_itc"],
-            steps=self.config.contrastive_steps,
-            folder=CONTRASTIVE,
-            init=weights,
-        )
-
-    def fine_tune(self, task_names: Iterable[str]) -> dict[str, dict]:
-        """Fine-tunes VQA and these tasks from pretrained weights and from scratch, side by side.
-
-        Returns the scores by folder.
-        """
-        names = ["vqa", *task_names]
-        folders = [folder for name in names for folder in (name, f"{name}{SCRATCH}")]
-        self.console.print("[bold]the tasks, from the pretrained weights and from scratch[/bold]")
-        steps = {"vqa": self.config.vqa_steps, **self.config.task_steps}
-        jobs: list[Job] = [
-            (
-                fine_tune_task,
-                (
-                    self.out,
-                    self.root,
-                    folder,
-                    steps[folder.removesuffix(SCRATCH)],
-                    self.config.eval_records,
-                ),
-            )
-            for folder in folders
-        ]
-        return dict(zip(folders, run_in_parallel(jobs), strict=True))
-
-
-def limit_run(run: RunConfig, steps: int, eval_records: int) -> RunConfig:
-    """Returns a run of so many steps, scored on so many records; 0 = as many as it says."""
-    return replace(run, steps=steps, eval_records=eval_records or run.eval_records)
-
-
-def fine_tune_task(out: Path, root: Path, folder: str, steps: int, eval_records: int) -> dict:
-    """Trains or resumes the run in `folder`, the task's name, with `SCRATCH` behind it where it
-    starts without pretraining; returns its final scores."""
-    name = folder.removesuffix(SCRATCH)
-    task = load_task(name)
-    recipe = task.recipes["demo"]
-    limit = NUM_QUESTIONS if name == "vqa" else recipe.data.limit
-    recipe = replace(
-        recipe,
-        data=replace(recipe.data, root=str(root), limit=limit),
-        run=limit_run(recipe.run, steps, eval_records),
-    )
-    start = out / STARTS.get(name, "pretrain") / "last"
-    init = "" if folder.endswith(SCRATCH) else str(start)
-    return train(recipe, task, out=out / folder, init=init, label=folder)
+        for name in sorted(task_names, key=lambda name: name not in LONGEST)
+    }
+    for name, stage in tasks.items():
+        stages[name] = replace(stage, start=STARTS.get(name, "pretrain"))
+    for name, stage in tasks.items():
+        stages[f"{name}{SCRATCH}"] = stage
+    return stages
 
 
 def run(out: Path, *, fast: bool = False) -> Path:
     """Runs or resumes the tour in `out`; returns the path of the report."""
     started, config = time.monotonic(), FAST if fast else USUAL
     console = Console(highlight=False)
-    task_names = [name for name in list_trainable_tasks(console) if name in config.task_steps]
-    root = export_world(["vqkd", "pretrain", "vqa", *task_names], config.world)
-    tour = Tour(out, root, config, console)
-    scores = {"vqkd": tour.train_tokenizer()}
-    weights = tour.pretrain()
-    tour.train_contrastive(weights)
-    scores |= tour.fine_tune(task_names)
+    trainable = ("vqa", *list_trainable_tasks(console))
+    task_names = [name for name in trainable if name in config.task_steps]
+    root = export_world(["vqkd", "pretrain", *task_names], config.world)
+    stages = make_stages(config, task_names)
+    console.print(OVERVIEW)
+    scores = run_jobs(
+        {
+            folder: Job(stage.train, (out, root, folder, config.eval_records), stage.needs)
+            for folder, stage in stages.items()
+        }
+    )
 
     console.print("[bold]measuring what pretraining learned[/bold]")
     pretraining = measure_pretraining(out / "pretrain", cache=out / "figures.json")
     rows = make_tour_rows(scores, pretraining)
     print_table(console, rows, title="BEiT-3 on the embedded world, held-out records")
-    folders = (
-        "vqkd",
-        "pairs",
-        "pretrain",
-        CONTRASTIVE,
-        *(name for name in scores if name != "vqkd"),
-    )
     report = write_report(
-        [out / folder for folder in folders],
+        [out / folder for folder in stages],
         out / "report.html",
         title="BEiT-3 in miniature",
         table=rows,
     )
     console.print(f"report: {report.resolve()}   ({format_duration(time.monotonic() - started)})")
-    command = format_serve_command([out / name for name in ("vqa", *task_names)])
+    command = format_serve_command([out / name for name in task_names])
     console.print("to try it in a browser:")
     console.print(command, soft_wrap=True, markup=False)  # one line, which can be copied
     return report

@@ -172,8 +172,8 @@ _LAPTOP_TASK = PretrainConfig(
 )
 """For small datasets of photographs. No color jitter, because captions name colors."""
 
-# A text of 512 tokens costs as much as ten images. With PyTorch's initial values codes are predicted
-# a little better than with Magneto's, captions a little worse (docs/lab_notes.md).
+# A text of 512 tokens costs as much as ten images. With PyTorch's initial values codes are a little
+# easier to predict than with Magneto's, captions a little harder (docs/lab_notes.md).
 _LAPTOP = Recipe(
     task=replace(_LAPTOP_TASK, model=replace(SMALL, init="torch"), mask_token_rate=1.0),
     data=DataConfig(batch={"images": 48, "texts": 1, "pairs": 24}),

@@ -17,6 +17,10 @@ class Interrupted(KeyboardInterrupt):
         super().__init__(message)
         self.status = 128 + signal_number
 
+    def __reduce__(self) -> tuple[type["Interrupted"], tuple[str, int]]:
+        """Pickles both arguments: workers send it to the process that waits for them."""
+        return type(self), (str(self), self.status - 128)
+
 
 class StopRequest:
     """Turns SIGINT, SIGTERM and SIGUSR1 into a request that the loop answers after the step at
