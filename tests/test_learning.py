@@ -92,7 +92,16 @@ def test_another_network_is_that_of_all_runs_but_the_visual_tokenizer():
 
 @pytest.mark.parametrize(
     "name",
-    ["every_task", "pretrained", "sources", "architecture", "codes", "masking", "contrastive"],
+    [
+        "every_task",
+        "segmentation",
+        "pretrained",
+        "sources",
+        "architecture",
+        "codes",
+        "masking",
+        "contrastive",
+    ],
 )
 def test_programs_state_a_guess_and_their_recipes_can_be_made(name):
     program = __import__(f"benchmarks.learning.{name}", fromlist=["STUDY"])
@@ -102,7 +111,8 @@ def test_programs_state_a_guess_and_their_recipes_can_be_made(name):
         if row.run:
             make_training_jobs(row.run, ROOT, Path("out"))
         for tuning in program.STUDY.tunings:
-            make_recipe(Run("", tuning.task, "demo", tuning.steps, row.network), ROOT)
+            recipe = tuning.recipe or program.STUDY.recipe
+            make_recipe(Run("", tuning.task, recipe, tuning.steps, row.network), ROOT)
 
 
 # Networks and probe -------------------------------------------------------------------------------
