@@ -14,6 +14,7 @@ BANNED = {"utils", "util", "common", "helpers", "helper", "misc", "base"}
 FLOOR = {
     "files": 0,
     "images": 0,
+    "log_filters": 0,
     "machine": 0,
     "seeding": 0,
     "tensor_files": 0,

@@ -14,10 +14,10 @@ from PIL import Image
 
 import beit3
 from beit3.cli import main
-from beit3.cli.app import hide_enum_warnings
 from beit3.cli.options import complete_tasks
 from beit3.data.stores.records import Records, write_records
 from beit3.data.stores.tokens import Tokens
+from beit3.log_filters import hide_enum_warnings
 from beit3.recipe import Recipe
 from beit3.task import list_tasks
 from beit3.tasks.pretrain import Pretrain

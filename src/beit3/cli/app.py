@@ -4,7 +4,6 @@ Errors that the user can mend are one line on stderr and status 2; `--debug` sho
 """
 
 import io
-import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -30,6 +29,7 @@ from beit3.cli.search import search
 from beit3.cli.serve import serve
 from beit3.cli.tokenizer import decode, encode, train_tokenizer
 from beit3.cli.train import plan, train
+from beit3.log_filters import hide_enum_warnings
 
 # Threads that wait must not spin: where another program shares the cores, spinning made steps 20
 # times slower. It has to be set before torch is imported.
@@ -168,16 +168,6 @@ def explain_usage(error: CycloptsError) -> str:
     return f"{message[:1].lower()}{message[1:]}; see {command}"
 
 
-def hide_enum_warnings() -> None:
-    """Hides torch's warnings about two enums of torchao.
-
-    torchao 0.18 registers enums with torch's pytrees, which torch 2.14 warns about whenever
-    torchao is imported. transformers imports it where it is installed, so `ade20k` and `coco`
-    printed the warnings into every run. Other messages of that logger are shown.
-    """
-    logging.getLogger("torch.utils._pytree").addFilter(is_no_enum_warning)
-
-
 def escape_unprintable_output() -> None:
     """Prints characters that the console's encoding lacks as escapes.
 
@@ -187,10 +177,6 @@ def escape_unprintable_output() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-
-
-def is_no_enum_warning(record: logging.LogRecord) -> bool:
-    return "is an Enum subclass and is now natively supported" not in str(record.msg)
 
 
 def read_command(words: Sequence[str]) -> tuple[Verb, dict[str, Any]]:

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from beit3.log_filters import hide_enum_warnings
 from beit3.machine import count_cores
 from beit3.training.stop import Interrupted
 
@@ -67,6 +68,7 @@ def prepare_worker() -> None:
     """Leaves Ctrl-C to training and to the parent, and takes one thread."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
+    hide_enum_warnings()
 
 
 def stop_workers() -> None:

@@ -49,10 +49,10 @@ LONGEST = ("coco", "ade20k")
 """Tasks that are begun first, so that none of them is left for the end."""
 
 OVERVIEW = """\
-[bold]training[/bold], as many runs at a time as there are cores, each on one thread:
+[bold]training[/bold], one run on each core:
   vqkd          the visual tokenizer: images -> codes
-  pairs         pretraining, first part: pairs of image and text, only text masked
-  pretrain      pretraining, second part: images, texts and pairs
+  pairs         pretraining, part 1: images with texts, only text masked
+  pretrain      pretraining, part 2: images, texts and pairs
   contrastive   images and captions that find each other
   TASK          a task from the pretrained weights
   TASK-scratch  the same task without pretraining"""
@@ -80,7 +80,7 @@ class TourConfig:
 USUAL = TourConfig(
     tokenizer_steps=300,
     pair_steps=700,
-    pretraining_steps=250,
+    pretraining_steps=220,
     contrastive_steps=200,
     task_steps={
         "vqa": 300,
