@@ -602,10 +602,9 @@ PRETRAIN = {
     "laptop": _PRETRAIN_PHOTOS
     | SMALL
     | size(112)
-    | model(init="torch")
-    | task(num_codes=256, token_size=112, min_mask_block=4, text_length=32, mask_token_rate=1)
-    | run({"images": 48, "texts": 1, "pairs": 24}, steps=1000)
-    | optim(name="muon", lr=2e-3, warmup_steps=100),
+    | task(num_codes=256, token_size=112, min_mask_block=4, text_length=32)
+    | run({"images": 16, "texts": 2, "pairs": 32}, steps=2000)
+    | optim(warmup_steps=200),
     "gpu_hour": _PRETRAIN_PHOTOS
     | MEDIUM
     | task(num_codes=1024)

@@ -172,14 +172,13 @@ _LAPTOP_TASK = PretrainConfig(
 )
 """For small datasets of photographs. No color jitter, because captions name colors."""
 
-# A text of 512 tokens costs as much as ten images. With PyTorch's initial values codes are a little
-# easier to predict than with Magneto's, captions a little harder (docs/lab_notes.md).
+# Four texts of 512 tokens cost as much as 32 images.
 _LAPTOP = Recipe(
-    task=replace(_LAPTOP_TASK, model=replace(SMALL, init="torch"), mask_token_rate=1.0),
-    data=DataConfig(batch={"images": 48, "texts": 1, "pairs": 24}),
-    optim=replace(_OPTIM, name="muon", lr=2e-3, warmup_steps=100),
-    run=RunConfig(steps=1000, log_every=20, eval_every=500, save_every=200),
-    note="photographs, books and captions on one CPU core in about 30 minutes; "
+    task=_LAPTOP_TASK,
+    data=DataConfig(batch={"images": 16, "texts": 2, "pairs": 32}),
+    optim=replace(_OPTIM, warmup_steps=200),
+    run=RunConfig(steps=2000, log_every=20, eval_every=500, save_every=200),
+    note="photographs, books and captions on two CPU cores in about 40 minutes; "
     "in pairs only the text is masked",
 )
 
@@ -194,7 +193,7 @@ _GPU_HOUR = Recipe(
         text_length=64,
     ),
     data=DataConfig(batch={"images": 512, "texts": 128, "pairs": 512}, workers=14),
-    optim=replace(_OPTIM, warmup_steps=200),
+    optim=_LAPTOP.optim,
     run=RunConfig(steps=8000, compile=True, log_every=50, eval_every=2000, save_every=1000),
     note="the same records at 224 px on one large GPU, bfloat16 and compiled",
 )
