@@ -70,10 +70,10 @@ def train_all(out: Path, task_names: Sequence[str]) -> dict:
     }
     questions, tasks = (
         {
-            (what, variant): Job(function, (out, what, variant), get_needs(variant, seeds))
-            for variant, what in product(VARIANTS, whats)
+            (item, variant): Job(function, (out, item, variant), get_needs(variant, seeds))
+            for variant, item in product(VARIANTS, items)
         }
-        for function, whats in ((fine_tune_vqa, LABEL_COUNTS), (fine_tune_task, task_names))
+        for function, items in ((fine_tune_vqa, LABEL_COUNTS), (fine_tune_task, task_names))
     )
     results = run_jobs({**pretraining, **questions, **tasks})
     return {
