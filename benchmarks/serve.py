@@ -86,6 +86,9 @@ class Network:
 NETWORKS = {
     "tiny": Network(TINY, 32),
     "small": Network(replace(TINY, dim=384, depth=12, num_heads=6, ffn_dim=1536), 32),
+    "medium": Network(
+        replace(TINY, dim=512, depth=12, num_heads=8, ffn_dim=2048), 32, Plan(rounds=2)
+    ),
     # Of the released size. Two cores compute about three answers a second.
     "base": Network(BASE, 224, Plan(32, num_inputs=32, seconds=30, rounds=1, timeout=120)),
 }
