@@ -130,7 +130,7 @@ def draw_rings(values: Values, measure: str) -> str:
 
 def format_axis(set_formatter: Callable, measure: str) -> None:
     """Labels an axis in percent, or in plain numbers for CIDEr."""
-    form = ".2f" if get_format(measure) == ".2f" else ".0%"
+    form = get_format(measure)
     set_formatter(lambda value, _: f"{value:{form}}")
 
 
