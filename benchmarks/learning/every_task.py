@@ -12,15 +12,13 @@ right in 60 % of the captions with their own image.
 """
 
 from benchmarks.learning.runs import Run, get_recipe_steps
-from benchmarks.learning.study import Row, Study, Tuning, run_program
+from benchmarks.learning.study import TASKS, Row, Study, Tuning, run_program
 from benchmarks.learning.world_runs import (
     make_contrastive,
     make_pairs,
     make_pretraining,
     make_tokenizer,
 )
-
-TASKS = ("vqa", "captioning", "retrieval", "imagenet", "nlvr2", "coco", "ade20k")
 
 
 def make_starts() -> tuple[Run, Run, Run]:

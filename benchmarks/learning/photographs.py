@@ -5,10 +5,9 @@
 The laptop's recipes as they stand: a visual tokenizer on 1,000 photographs, whose teacher is
 EfficientNet-Lite0 or statistics of gradients and colors; pretraining on these photographs, the
 training images of CIFAR-10 and CamVid without labels, books, and 6,000 captions; then each task,
-both sides alike. All seeds of a fine-tuning start from the same
-pretrained weights. "Contrastive alone" has seen the same pairs as "then contrastive" for the same
-steps of that stage, without pretraining. The probe is a linear classifier of CIFAR-10 on the mean
-state of the patches.
+both sides alike. All seeds of a fine-tuning start from the same pretrained weights. "Contrastive
+alone" has seen the same pairs as "then contrastive" for the same steps of that stage, without
+pretraining. The probe is a linear classifier of CIFAR-10 on the mean state of the patches.
 
 Guess: the probe gains from a teacher that knows objects what the teacher knows more than gradients
 do. Retrieval, captions and segmentation gain; answers that 6,000 questions leave open gain little.
