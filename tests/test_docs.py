@@ -179,14 +179,14 @@ def test_defaults_in_the_table_of_open_choices():
 def make_recipe_row(task: str, name: str, recipe: Recipe) -> str:
     """Returns a row of the table of recipes."""
     model, run, optim = recipe.task.model, recipe.run, recipe.optim
-    batch = ", ".join(f"{count} {source}" for source, count in recipe.data.batch.items()).replace(
-        " main", " images"
-    )
+    batch = ", ".join(f"{count} {source}" for source, count in recipe.data.batch.items())
+    batch = batch.replace(" main", " images").replace(" 1 texts", " 1 text")
     length = f"{run.steps:,} steps" if run.steps else f"{run.epochs:g} epochs"
     warmup = (
         f"{optim.warmup_steps:,} steps" if optim.warmup_steps else f"{optim.warmup_epochs:g} epochs"
     )
-    size = f"{model.depth} x {model.dim} | {model.image_size} / {model.patch_size}"
+    network = f"{model.depth} x {model.dim}" if model.depth else "EfficientNet-Lite0"
+    size = f"{network} | {model.image_size} / {model.patch_size}"
     return f"| `{task} {name}` | {size} | {batch} | {length} | {warmup} | {optim.lr:g} |"
 
 

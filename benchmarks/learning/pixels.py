@@ -22,7 +22,9 @@ class Pixels(Pretrain):
         super().__init__(config, tokenizer=tokenizer)
         self.image_head = nn.Linear(config.model.dim, 3 * config.model.patch_size**2)
 
-    def compute_masked_losses(self, batch: Batch) -> Iterator[MaskedLosses]:
+    def compute_masked_losses(
+        self, batch: Batch, *, with_visible: bool = False
+    ) -> Iterator[MaskedLosses]:
         """Yields the mean squared error of each masked patch; "correct" is below 1, the error of
         the patch's own mean. Texts are those of `Pretrain`."""
         if "image_mask" in batch:

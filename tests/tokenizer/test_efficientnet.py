@@ -159,3 +159,10 @@ def test_other_states_are_refused_by_name():
 def test_a_size_that_strides_do_not_divide_is_refused():
     with torch.device("meta"), pytest.raises(ValueError, match="112 x 96 px is not a multiple"):
         EfficientNetLite0()(torch.empty(1, 3, 112, 96))
+
+
+def test_all_weights_are_buffers():
+    """Parameters would be initialized, optimized and sharded."""
+    network = EfficientNetLite0()
+    assert not list(network.parameters())
+    assert "stem.conv.weight" in network.state_dict()

