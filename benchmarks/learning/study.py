@@ -210,11 +210,12 @@ def run_program(study: Study, description: str) -> None:
     """Reads the command line, runs a study, prints its table and writes JSON, table and plot."""
     arguments = read_arguments(study, description)
     tunings = [item for item in study.tunings if item.task in (arguments.only or TASKS)]
+    rows = [row for row in study.rows if not arguments.rows or row.name in arguments.rows]
     options = Options(arguments.out, arguments.steps, arguments.data, seeds=tuple(arguments.seeds))
     if arguments.fast:
         tunings = list({item.task: item for item in reversed(tunings)}.values())[::-1]
         options = replace(options, factor=FAST_FACTOR, world="small", seeds=(0,), eval_records=20)
-    study, started = replace(study, tunings=tunings), time.monotonic()
+    study, started = replace(study, rows=rows, tunings=tunings), time.monotonic()
     values = run_study(study, options)
     path = arguments.json or arguments.out / f"{study.name}.json"
     table = make_table(values, rows_are_columns=study.rows_are_columns)
@@ -242,5 +243,8 @@ def read_arguments(study: Study, description: str) -> argparse.Namespace:
     parser.add_argument("--steps", type=float, default=1.0, help="factor of all numbers of steps")
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
     parser.add_argument("--only", nargs="+", help="tasks whose fine-tunings are run", choices=TASKS)
+    parser.add_argument(
+        "--rows", nargs="+", help="rows that are run", choices=[row.name for row in study.rows]
+    )
     parser.add_argument("--fast", action="store_true", help="a few steps of a small world")
     return parser.parse_args()
