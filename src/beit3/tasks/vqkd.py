@@ -459,11 +459,8 @@ class VQKD(Task):
         ]
         if self.teacher is not None or self.config.teacher == "gradients":
             grid = compute_patch_grid(images, self.config.model.patch_size)
-            features, targets = (
-                self.backbone.decode(codes, grid),
-                self.extract_teacher_features(images),
-            )
-            distances = compute_cosine_distance(features, targets).mean(1)
+            targets = self.extract_teacher_features(images)
+            distances = compute_cosine_distance(self.backbone.decode(codes, grid), targets).mean(1)
             for prediction, distance in zip(predictions, distances.tolist(), strict=True):
                 prediction["distance"] = distance
         return predictions
