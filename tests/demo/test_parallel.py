@@ -38,6 +38,18 @@ def test_jobs_run_after_what_they_need_and_none_after_a_failure(tmp_path):
     assert run_jobs({}) == {}
 
 
+def test_jobs_that_need_each_other_are_refused(tmp_path):
+    path = tmp_path / "words"
+    jobs = {
+        "first": Job(append, (path, "first")),
+        "second": Job(append, (path, "second"), needs=("third",)),
+        "third": Job(append, (path, "third"), needs=("second",)),
+    }
+    with pytest.raises(ValueError, match="jobs that need each other: second, third"):
+        run_jobs(jobs)
+    assert path.read_text() == "first "
+
+
 def test_an_interruption_reaches_the_process_that_waits():
     sent = pickle.loads(pickle.dumps(Interrupted("stopped after step 3", signal.SIGTERM)))
     assert str(sent) == "stopped after step 3" and sent.status == 128 + signal.SIGTERM

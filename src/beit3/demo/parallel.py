@@ -34,6 +34,7 @@ def run_jobs(jobs: Mapping[Key, Job]) -> dict[Key, Any]:
     two threads on 400 to 550.
 
     Raises:
+        ValueError: Jobs need each other.
         Interrupted: Ctrl-C stopped the jobs, of which training runs have saved a checkpoint.
     """
     left, results = dict(jobs), {}
@@ -51,6 +52,8 @@ def run_jobs(jobs: Mapping[Key, Job]) -> dict[Key, Any]:
             for key in ready[: num_workers - len(running)]:
                 job = left.pop(key)
                 running[pool.submit(job.function, *job.arguments)] = key
+            if not running:
+                raise ValueError(f"jobs that need each other: {', '.join(map(str, left))}")
             for future in wait(running, return_when=FIRST_COMPLETED).done:
                 results[running.pop(future)] = future.result()
     except KeyboardInterrupt:
