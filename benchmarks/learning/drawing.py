@@ -2,6 +2,7 @@
 
 import re
 import statistics
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 
 from beit3.demo.tables import format_spread
@@ -13,6 +14,8 @@ Values = Mapping[str, Mapping[str, Sequence[float]]]
 CELL = (420, 270)
 """Width and height of one panel of the plot in pixels."""
 NUM_COLUMNS = 2
+TITLE_WIDTH = 40
+"""Characters of a line of a panel's title."""
 
 TUNING = re.compile(r"(?P<score>.+), (?P<labels>\d+|all) labels, (?P<steps>\d+) steps")
 """The name of a measure that is a fine-tuning."""
@@ -94,7 +97,7 @@ def draw_curve(values: Values, title: str, points: Sequence[tuple[str, str]]) ->
 
     The points are equally far apart.
     """
-    figure, axes = make_figure(title)
+    figure, axes = make_figure(textwrap.fill(title, TITLE_WIDTH))
     texts = []
     for index, (row, scores) in enumerate(values.items()):
         color, line_style = get_run_style(index)
@@ -115,7 +118,7 @@ def draw_curve(values: Values, title: str, points: Sequence[tuple[str, str]]) ->
 
 def draw_rings(values: Values, measure: str) -> str:
     """Returns an SVG of one measure with a line for each row that has it."""
-    figure, axes = make_figure(measure)
+    figure, axes = make_figure(textwrap.fill(measure, TITLE_WIDTH))
     rows = [(row, scores[measure]) for row, scores in values.items() if measure in scores]
     figure.set_size_inches(FIGURE_INCHES[0], max(FIGURE_INCHES[1], 0.6 + 0.22 * len(rows)))
     for index, (_, seeds) in enumerate(rows):
