@@ -43,6 +43,8 @@ def interrupt_when_written(path: Path, stop: threading.Event) -> None:
 
 
 def test_ctrl_c_leaves_a_run_that_can_be_resumed(out, capsys):
+    # Libraries that earlier tests of this process load may have taken the signal.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     stop = threading.Event()
     metrics = out / "vqkd" / "metrics.jsonl"
     watch = threading.Thread(target=interrupt_when_written, args=(metrics, stop))

@@ -9,7 +9,6 @@ import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
-from beit3.machine import keep_freed_memory
 from beit3.ops.collectives import rank
 from beit3.recipe import RunConfig
 from beit3.seeding import make_generator
@@ -35,8 +34,6 @@ def init_device(run: RunConfig, *, timeout: timedelta | None = None) -> torch.de
                 f"run.device {run.device} needs a CUDA device and there is none: use auto or cpu"
             )
         torch.cuda.set_device(device)
-    if device.type == "cpu":
-        keep_freed_memory()
     return device
 
 
