@@ -172,6 +172,12 @@ def score_linear(train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor]) -> f
     return float((outputs.argmax(1) == test[1]).float().mean())
 
 
+def score_features(train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor]) -> dict[str, float]:
+    """Returns the accuracy by classifier; both sides are features [N, P, F] and their labels."""
+    pairs = select(*train), select(*test)
+    return {"nearest": score_nearest(*pairs), "linear": score_linear(*pairs)}
+
+
 # Program ------------------------------------------------------------------------------------------
 
 
@@ -184,13 +190,10 @@ def measure(data: Path, out: Path) -> dict[str, dict[str, dict[str, float]]]:
             train, test = read(data, "train"), read(data, "test")
             train_features = compute_features(train.images)
             test_features = compute_features(test.images)
-            scores = {}
-            for name in train_features:
-                pairs = (
-                    select(train_features[name], train.labels),
-                    select(test_features[name], test.labels),
-                )
-                scores[name] = {"nearest": score_nearest(*pairs), "linear": score_linear(*pairs)}
+            scores = {
+                name: score_features((features, train.labels), (test_features[name], test.labels))
+                for name, features in train_features.items()
+            }
             write_text(path, json.dumps(scores, indent=1) + "\n")
         for name, scores_of_teacher in json.loads(path.read_text()).items():
             results.setdefault(name, {})[dataset] = scores_of_teacher

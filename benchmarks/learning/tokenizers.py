@@ -19,14 +19,7 @@ from torch import Tensor
 
 from beit3.tokenizer.visual import VisualTokenizer
 from beit3.weights.loading import load_frozen
-from benchmarks.learning.teachers import (
-    CHUNK,
-    DATASETS,
-    make_table,
-    score_linear,
-    score_nearest,
-    select,
-)
+from benchmarks.learning.teachers import CHUNK, DATASETS, make_table, score_features
 from benchmarks.probe import save_results
 
 
@@ -62,15 +55,10 @@ def measure(weights: dict[str, str], data: Path) -> dict[str, dict[str, dict[str
             tokenizer = load_tokenizer(path)
             train_features = compute_features(tokenizer, train.images)
             test_features = compute_features(tokenizer, test.images)
-            for what in train_features:
-                pairs = (
-                    select(train_features[what], train.labels),
-                    select(test_features[what], test.labels),
+            for what, features in train_features.items():
+                results.setdefault(f"{name}: {what}", {})[dataset] = score_features(
+                    (features, train.labels), (test_features[what], test.labels)
                 )
-                results.setdefault(f"{name}: {what}", {})[dataset] = {
-                    "nearest": score_nearest(*pairs),
-                    "linear": score_linear(*pairs),
-                }
     return results
 
 

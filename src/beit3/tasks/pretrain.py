@@ -176,7 +176,7 @@ _LAPTOP_TASK = PretrainConfig(
 )
 """For small datasets of photographs. No color jitter, because captions name colors."""
 
-# Two texts of 512 tokens cost as much as 16 images.
+# A text of 512 tokens costs as much as 8 images.
 _LAPTOP = Recipe(
     task=replace(
         _LAPTOP_TASK,

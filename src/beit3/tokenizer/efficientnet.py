@@ -192,7 +192,9 @@ def load_efficientnet(state: Mapping[str, Tensor]) -> EfficientNetLite0:
     wrong = sorted(name for name, shape in expected_shapes.items() if shapes.get(name) != shape)
     if wrong:
         raise ValueError(f"not EfficientNet-Lite0: missing or misshapen {', '.join(wrong[:3])}")
-    network.load_state_dict({name: tensors[name] for name in expected_shapes}, assign=True)
+    # Copies, because a mapped file's tensors may lie anywhere in memory, on which sums depend.
+    values = {name: tensors[name].clone() for name in expected_shapes}
+    network.load_state_dict(values, assign=True)
     return network.eval()
 
 
